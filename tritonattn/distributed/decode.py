@@ -24,7 +24,7 @@ from ..scaling import Scaling
 from . import collectives
 from .agreement import require_agreement
 from .layout import Split, refuse_dtensors
-from .sequence import share_beside_sinks
+from .sequence import share_with_sinks
 
 
 @public()
@@ -46,7 +46,7 @@ def context_parallel_decode(
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """`attention_decode` over a KV cache whose P equal parts lie on the ranks of a mesh; no gradients.
 
-    Rank r holds the keys r * capacity <= j < (r + 1) * capacity of every sequence. Each rank attends to its own part;
+    Rank r holds the keys r * capacity <= j < (r + 1) * capacity of every sequence. Each rank attends to its part;
     outputs are merged by their lse, and what a scaling counts, sums or maximises is that of the whole sequence.
 
     Args:
@@ -134,7 +134,7 @@ def context_parallel_decode(
         part = AttentionCall(q, k, v, call.visibility, terms._replace(sinks=None), aux=True, backend=call.backend)
         out, aux = _merged(ops.attention(part), split)
         if terms.sinks is not None:
-            out = out * share_beside_sinks(aux.lse, terms.sinks)[..., None]
+            out = out * share_with_sinks(aux.lse, terms.sinks)[..., None]
     return (out.to(v.dtype), aux) if return_aux else out.to(v.dtype)
 
 

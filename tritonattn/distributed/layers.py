@@ -99,7 +99,7 @@ class SequencePart:
         return self.mesh.size()
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
-        """The places in the sequence of the `tokens` tokens that this rank holds: int64 [tokens]."""
+        """The positions in the sequence of the `tokens` tokens that this rank holds: int64 [tokens]."""
         self.split.check("x", tokens)
         return self.split.positions(tokens, device)
 

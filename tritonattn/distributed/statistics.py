@@ -23,7 +23,7 @@ from .layout import Split
 class SharedStatistics(Statistics):
     """`Statistics` of this rank's rows and of all keys, from the keys k [B, Hkv, S / P, D] that this rank holds.
 
-    by_totals   row i of the sequence sees the keys j <= i, or, where no row's range ends early, all of them
+    by_totals   row i of the sequence attends to the keys j <= i, or, where no row's range ends early, all of them
     """
 
     def __init__(self, k: Tensor, visibility: Visibility, split: Split, by_totals: bool) -> None:
@@ -77,7 +77,7 @@ class _PrefixSum(Function):
     def forward(ctx, x: Tensor, split: Split) -> Tensor:
         ctx.settings = split, x.dtype
         local = prefix_sum(_in_chunks(x, split))  # [B, H, this rank's chunks, n + 1]
-        earlier = prefix_sum(collectives.totals(local[..., -1], split))  # [B, H, chunks + 1]
+        earlier = prefix_sum(collectives.gathered(local[..., -1], split, -1))  # [B, H, chunks + 1]
         return (local[..., 1:] + earlier[..., split.chunks(), None]).flatten(-2)
 
     @staticmethod
@@ -85,7 +85,7 @@ class _PrefixSum(Function):
     def backward(ctx, saved, g: Tensor):
         split, dtype = ctx.settings
         local = _suffix_sum(_in_chunks(g, split))
-        later = _suffix_sum(collectives.totals(local[..., 0], split))[..., 1:]
+        later = _suffix_sum(collectives.gathered(local[..., 0], split, -1))[..., 1:]
         return (local[..., :-1] + later[..., split.chunks(), None]).flatten(-2).to(dtype), None
 
 
@@ -95,7 +95,7 @@ class _PrefixMax(Function):
     @staticmethod
     def forward(ctx, x: Tensor, split: Split, is_full: bool) -> Tensor:
         x = _in_chunks(x, split)  # [B, H, this rank's chunks, n]
-        best = collectives.totals(x.amax(-1), split)  # [B, H, chunks]
+        best = collectives.gathered(x.amax(-1), split, -1)  # [B, H, chunks]
         if is_full:
             before, owner = (y.expand_as(best) for y in best.max(-1, keepdim=True))
         else:  # of earlier chunks
@@ -115,7 +115,7 @@ class _PrefixMax(Function):
         split = ctx.settings
         g = _in_chunks(g, split)
         d_x = torch.zeros_like(g).scatter_add_(-1, first, torch.where(is_inherited, 0, g))
-        away = collectives.totals(torch.where(is_inherited, g, 0).double().sum(-1), split)
+        away = collectives.gathered(torch.where(is_inherited, g, 0).double().sum(-1), split, -1)
         for i, chunk in enumerate(split.chunks()):
             taken = torch.where(owner == chunk, away, 0).sum(-1, keepdim=True)
             d_x[..., i, :].scatter_add_(-1, top[..., i, None], taken.to(d_x.dtype))

@@ -53,7 +53,7 @@ class AttentionModule:
 
     @property
     def keeps_output_attentions(self) -> bool:
-        """Whether the module takes output_attentions and does not pass it on."""
+        """True where the module takes output_attentions and does not pass it on."""
         passed = interface_keywords(type(self.module))
         taken = "output_attentions" in inspect.signature(self.module.forward).parameters
         return taken and passed is not None and "output_attentions" not in passed
@@ -119,8 +119,8 @@ def interface_function(cls: type) -> Any:
     for base in cls.__mro__:
         if base is nn.Module or not issubclass(base, nn.Module):
             continue
-        for name, member in vars(base).items():
-            methods.setdefault(name, member)
+        for name, attribute in vars(base).items():
+            methods.setdefault(name, attribute)
     for method in methods.values():
         function = inspect.unwrap(method) if callable(method) else None
         code = getattr(function, "__code__", None)

@@ -55,7 +55,7 @@ def attention_forward(
 
         logit = model_scaling * sqrt(D) * (gain * the mode's factor) * (q . k)
 
-    with the scaling and gain of `Settings.of(module)`. model_scaling is the model's own `scaling`, by default
+    with the scaling and gain of `Settings.of(module)`. model_scaling is the model's `scaling`, by default
     1 / sqrt(D). So "sqrt_dim" gives the model as it was, and factors beyond 1 / sqrt(D), or in q, are kept. A scaling
     that normalises q (cosine) replaces the model's.
 
@@ -91,7 +91,7 @@ def attention_forward(
 
 
 def _refuse_ulysses_of_others(module: nn.Module) -> None:
-    """Raise where UlyssesSPAttentionHF stands in for another implementation: this layer would see this rank's part."""
+    """Raise where UlyssesSPAttentionHF stands in for another implementation: this layer would get this rank's part."""
     if sys.modules.get(_ULYSSES) is not None:
         others = [name for name, one in ALL_ATTENTION_FUNCTIONS.items() if getattr(one, "__module__", "") == _ULYSSES]
         if others and NAME not in others:

@@ -36,7 +36,7 @@ def living_models() -> Iterator[PreTrainedModel]:
 
 
 def is_waiting() -> bool:
-    """Whether there was no use since the import: an unpickled model takes tritonattn's masks unchecked."""
+    """True where there was no use since the import: an unpickled model takes tritonattn's masks unchecked."""
     return bool(_waiting)
 
 

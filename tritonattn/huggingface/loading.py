@@ -4,7 +4,7 @@
 `tritonattn.huggingface` refuses the checkpoint instead of computing something else, if its version of transformers
 reads that entry (5.8 does, 5.0 does not). For older versions and other programs `save_pretrained` adds a tensor, MARK,
 to the weights. Its name is unknown to them: they stop or warn. With tritonattn, every model applies the settings at the
-end of its construction, before its weights are read. Learned values that are missing among the weights start anew.
+end of its construction, before its weights are read. Learned values that are missing among the weights start again.
 
 A model that cannot use "tritonattn" raises: at set_attn_implementation, or at its first call if it was constructed so,
 since an outer model may still choose another implementation for it.
@@ -40,7 +40,7 @@ _OF_VLLM = "vllm"  # in models that vLLM builds, whose attention is its own: its
 def restore(model: PreTrainedModel) -> Patched:
     """Apply the settings that a `patch` left in model.config to a model that was built without them.
 
-    from_pretrained does so by itself, and loads learned values; here they start anew. Raises ValueError if the config
+    from_pretrained does so by itself, and loads learned values; here they start again. Raises ValueError if the config
     has no settings, or names a module that the model lacks.
     """
     saved = _saved(model)
@@ -57,7 +57,7 @@ def restore(model: PreTrainedModel) -> Patched:
 def follow_saved_settings() -> None:
     """Let every model save its settings, and apply those in its config when it is made. Repeating it is harmless."""
     _extend("post_init", then=_follow)
-    _extend("_initialize_missing_keys", then=_start_anew)
+    _extend("_initialize_missing_keys", then=_start_again)
     _extend("set_attn_implementation", then=_refuse)
     _extend("save_pretrained", within=_saved_as_patched)
     for one in living_models():  # which may have chosen "tritonattn" unnoticed
@@ -159,7 +159,7 @@ def _follow(model: PreTrainedModel, _: dict[str, Any]) -> None:
         setattr(model.config, IMPLEMENTATION, NAME)
         setattr(model.config, ATTRIBUTE, {LAYERS: dict(saved)})  # of a copied config they were applied elsewhere
         return
-    # Inner models share the config and have applied it first: the outer model does it anew for all.
+    # Inner models share the config and have applied it first: the outer model does it again for all.
     for module in model.modules():
         if (inner := patched(module)) is not None:
             inner.undo()
@@ -246,7 +246,7 @@ def _layer_scaling(saved: dict[str, Any], name: str, module: nn.Module) -> Layer
 
 
 @torch.no_grad()
-def _start_anew(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+def _start_again(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     """Initialise learned values that have no weights, which transformers leaves undefined."""
     one = patched(model)
     # transformers marks the tensors that it has read; 4.54 passes their names instead.

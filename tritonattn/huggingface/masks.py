@@ -2,10 +2,10 @@
 
 transformers describes a mask by a closure over (batch, head, query, key) indices and a 2-D padding mask, once
 a forward pass and layer type. The closures that models use are ranges of keys for every query row, so the
-mask becomes int32 [B, 1, Q, 2]: row i sees the keys [lo, hi). That takes O(B Q) instead of O(B Q K) and gives
+mask becomes int32 [B, 1, Q, 2]: row i attends to the keys [lo, hi). That takes O(B Q) instead of O(B Q K) and gives
 the number of keys of each row. It has four axes, so transformers passes it on untouched, through generate(), a
 static cache and torch.compile alike. Other masks (an unknown closure, padding with holes; while compiling, any
-closure but plain causal and bidirectional) become transformers' own dense bool mask, [B, 1, Q, K].
+closure but plain causal and bidirectional) become transformers' dense bool mask, [B, 1, Q, K].
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Bounds(NamedTuple):
 class MaskRequest:
     """The arguments of a mask function, by the names of transformers 4.57 and 5.24.
 
-    position     [Q], places of the queries in the text
-    key_offset   the place of the first key
+    position     [Q], positions of the queries in the text
+    key_offset   the position of the first key
     aligned      whether the last query is known, without reading a tensor, to stand at the last key
     """
 
@@ -96,8 +96,8 @@ class MaskRequest:
 def key_range_mask(**arguments: Any) -> Tensor | None:
     """The mask function for AttentionMaskInterface, with the arguments of transformers' `sdpa_mask`.
 
-    Returns None if causal=True, or no mask, describes the visible keys; int32 [B, 1, Q, 2] if every row sees a range
-    of keys; and transformers' dense bool [B, 1, Q, K] otherwise. While compiling, padding with holes fails an
+    Returns None if causal=True, or no mask, describes the visible keys; int32 [B, 1, Q, 2] if every row attends to a
+    range of keys; and transformers' dense bool [B, 1, Q, K] otherwise. While compiling, padding with holes fails an
     assertion.
     """
     request = MaskRequest.of(arguments)
@@ -113,7 +113,7 @@ def key_range_mask(**arguments: Any) -> Tensor | None:
 
 
 def _is_implied(request: MaskRequest) -> bool:
-    """Whether the module's is_causal flag alone describes the visible keys, bottom-right aligned."""
+    """True where the module's is_causal flag alone describes the visible keys, bottom-right aligned."""
     if request.stated or (request.local_size is not None and request.kv_length > request.local_size):
         return False
     kinds = _kinds(request.mask_function)

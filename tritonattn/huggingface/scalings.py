@@ -133,7 +133,7 @@ def check_entries(entry: str, saved: Any, known: Any) -> None:
 
 
 def is_finite(x: Any) -> bool:
-    """Whether x is a finite number, and no bool."""
+    """True for a finite number that is no bool."""
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 

@@ -37,7 +37,7 @@ def visible_arguments(
 
 
 def is_packed(mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
-    """Whether a call is one of continuous batching, its rows and keys packed request after request, without a mask."""
+    """True for a call of continuous batching: rows and keys are packed request after request, without a mask."""
     return mask is None and all(kwargs.get(name) is not None for name in ("read_index", "cu_seq_lens_q"))
 
 
@@ -95,7 +95,7 @@ def _mask_source(module: nn.Module) -> str | None:
 
 
 def _top_left(query: Tensor) -> Tensor:
-    """int32 [B, Q, 2]: row i sees j <= i, the meaning of no mask to "sdpa" in the prefill of an empty static cache."""
+    """int32 [B, Q, 2]: row i attends to the keys j <= i, as without a mask in the prefill of an empty static cache."""
     end = torch.arange(1, query.shape[2] + 1, device=query.device, dtype=torch.int32)
     return torch.stack([torch.zeros_like(end), end], dim=-1).expand(query.shape[0], -1, -1)
 
@@ -114,10 +114,10 @@ def _window(causal: bool, query: Tensor, key: Tensor, kwargs: dict[str, Any]) ->
 
 
 def _document_ranges(q_length: int, q_ends: Tensor, k_ends: Tensor, causal: bool) -> Tensor:
-    """Key ranges of packed documents, int32 [1, Q, 2]: document d sees the keys [k_ends[d], k_ends[d + 1]).
+    """Key ranges of packed documents, int32 [1, Q, 2]: document d attends to [k_ends[d], k_ends[d + 1]).
 
     q_ends and k_ends int [documents + 1] start at 0 (`cu_seq_lens_q`, `cu_seq_lens_k`); causal is
-    bottom-right in every document; rows past the last document see nothing.
+    bottom-right in every document; rows past the last document attend to nothing.
     """
     row = torch.arange(q_length, device=q_ends.device)
     document = torch.searchsorted(q_ends.contiguous(), row, right=True) - 1

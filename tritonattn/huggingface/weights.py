@@ -27,7 +27,7 @@ def note_wanted_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
 
 def wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether the model is asked for attention weights: by argument, by config, or by a recording hook."""
+    """True where the model is asked for attention weights: by argument, by config, or by a recording hook."""
     own = layer_scaling(module)
     if kwargs.get("output_attentions") or getattr(own, "weights_wanted", False):
         return True

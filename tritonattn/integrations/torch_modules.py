@@ -26,7 +26,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             `Scaling`.
         backend: As in `tritonattn.attention`.
 
-    With "sqrt_dim" it is torch's layer, except that rows that see no key give o_proj of 0 instead of NaN.
+    With "sqrt_dim" it is torch's layer, except that rows that attend to no key give o_proj of 0 instead of NaN.
     With need_weights=True, torch's default, the weights are formed, [B, H, L, S]: give need_weights=False, as
     TransformerEncoderLayer does. is_causal=True stands for the mask given with it, as torch's hint does. PyTorch's
     fused path for inference, which would leave the scaling out, is never taken.

@@ -45,8 +45,8 @@ _REFUSED_IN_CALLS = {
 class ScaledAttend(nn.Module):
     """An `Attend` whose logits are scaled by a mode.
 
-    It keeps causality, masks, grouped heads, softclamp, learned sinks and dropout. Attend's own scale, qk_norm's
-    included, stays a factor beside the mode. Its Intermediates are empty, as with Attend(flash=True): logits are never
+    It keeps causality, masks, grouped heads, softclamp, learned sinks and dropout. Attend's scale, qk_norm's
+    included, stays a factor with the mode. Its Intermediates are empty, as with Attend(flash=True): logits are never
     formed.
     """
 

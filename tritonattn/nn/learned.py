@@ -280,5 +280,5 @@ def describe(mode: Scaling) -> str:
 
 
 def listed(*modes: Scaling) -> str:
-    """Modes at the head of a module's repr, without those that are modules and have lines of their own."""
+    """Modes at the head of a module's repr, without those that are modules, which have lines themselves."""
     return "".join(f"{describe(mode)}, " for mode in modes if not isinstance(mode, nn.Module))

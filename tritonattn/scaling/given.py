@@ -1,4 +1,4 @@
-"""The scaling that a call's own numbers and vectors are."""
+"""The scaling that a call's numbers and vectors are."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ class Given(Scaling):
             if key.dim() > 1 and key.shape[-2] > 1:
                 key = key.repeat_interleave(k.shape[1] // key.shape[-2], dim=-2)  # one row a query head
             key = key[..., None, :] if key.dim() else key
-            factor = factor * torch.where(visible, key, 0)  # that of a key which no row sees may be NaN
+            factor = factor * torch.where(visible, key, 0)  # that of a key which no row attends to may be NaN
         return factor

@@ -141,14 +141,14 @@ class TritonattnMetadata:
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """compute(), which depends on the step and the key alone. Memory of a captured graph is the graph's own."""
+        """compute(), which depends on the step and the key alone. Memory of a captured graph is the graph's."""
         key = (key, self.slots.is_cuda and torch.cuda.is_current_stream_capturing())
         if key not in self._kept:
             self._kept[key] = compute()
         return self._kept[key]
 
-    def places(self, page: int) -> tuple[Tensor, Tensor]:
-        """Page of each new key, and its place there; padding is sent to vLLM's unused page 0."""
+    def positions(self, page: int) -> tuple[Tensor, Tensor]:
+        """Page of each new key, and its position there; padding is sent to vLLM's unused page 0."""
         slots = self.slots.clamp(min=0)
         return slots // page, slots % page
 
@@ -193,8 +193,8 @@ class TritonattnMetadataBuilder(AttentionMetadataBuilder[TritonattnMetadata]):
             return 2  # launches depend on shapes alone
         new = itertools.pairwise(m.query_start_loc_cpu.tolist())
         spans = [(end - (b - a), end) for end, (a, b) in zip(m.seq_lens_cpu_upper_bound.tolist(), new, strict=True)]
-        places = {start for start, _ in spans if start > 0 and start % SMALLEST_PAGE == 0}
-        return 1 + sum(any(start < place <= end for start, end in spans) for place in places)
+        begins = {start for start, _ in spans if start > 0 and start % SMALLEST_PAGE == 0}
+        return 1 + sum(any(start < begin <= end for start, end in spans) for begin in begins)
 
 
 class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
@@ -299,9 +299,9 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         return output
 
     def _write(self, key: Tensor, value: Tensor, pages: tuple[Tensor, Tensor], m: TritonattnMetadata) -> None:
-        page, place = m.once(("places", size := pages[0].shape[1]), lambda: m.places(size))
+        page, position = m.once(("positions", size := pages[0].shape[1]), lambda: m.positions(size))
         for held, new in zip(pages, (key, value), strict=True):
-            held[page, place] = new[: m.tokens]
+            held[page, position] = new[: m.tokens]
 
     def _decode_call(
         self, q: Tensor, pages: tuple[Tensor, Tensor], m: TritonattnMetadata, record: PagedKeyStatistics | None

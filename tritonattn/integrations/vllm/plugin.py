@@ -26,7 +26,7 @@ def register() -> None:
 
         _ = selector._cached_get_attn_backend
     except (ImportError, AttributeError):
-        message = "tritonattn: cannot see which models are patched, and serves none of them: %s"
+        message = "tritonattn: cannot tell which models are patched, and serves none of them: %s"
         logging.getLogger("vllm.tritonattn").warning(message, _expected_version())
         return
     if NAME not in AttentionBackendEnum.__members__:

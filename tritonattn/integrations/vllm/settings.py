@@ -54,31 +54,31 @@ def layer_settings(saved: Any, layer: str, layers: tuple[str, ...], heads: int) 
     by_name = saved_layers(saved)
     if by_name is None:
         return None, Settings.from_config(saved or {}, entry=ATTRIBUTE)
-    name = _places(tuple(by_name), layers).get(layer)
+    name = _saved_names(tuple(by_name), layers).get(layer)
     if name is None:
         return None, Settings()
     return name, Settings.from_config(by_name[name], heads, f"{ATTRIBUTE}.layers[{name!r}]")
 
 
 @functools.lru_cache(maxsize=8)
-def _places(names: tuple[str, ...], layers: tuple[str, ...]) -> dict[str, str]:
+def _saved_names(names: tuple[str, ...], layers: tuple[str, ...]) -> dict[str, str]:
     """The saved module's name by vLLM's name of the layer.
 
     The ends of the names are equal, from before the layer's number on: vLLM may order what comes before otherwise, and
     adds ".attn". Raises ValueError for a name that is no layer's or several layers'.
     """
-    places: dict[str, str] = {}
+    names_of: dict[str, str] = {}
     for name in names:
         ends = {layer: _common_end(name, layer.removesuffix(".attn")) for layer in layers}
         longest = max(ends.values(), key=len, default=[])
         found = [layer for layer, end in ends.items() if len(end) == len(longest)]
-        if len(found) != 1 or found[0] in places or not any(part.isdigit() for part in longest):
+        if len(found) != 1 or found[0] in names_of or not any(part.isdigit() for part in longest):
             raise ValueError(
                 f"{ATTRIBUTE}.layers[{name!r}]: expected the name of one attention layer of the model, which has"
                 f" {', '.join(layers) or 'none'}"
             )
-        places[found[0]] = name
-    return places
+        names_of[found[0]] = name
+    return names_of
 
 
 def _common_end(a: str, b: str) -> list[str]:
@@ -149,10 +149,10 @@ def with_learned(settings: Settings, name: str, learned: dict[str, Tensor] | Non
 
 @dataclass(frozen=True)
 class LayerFactor:
-    """The scaling and the gain of a layer, and what they take of a call beside the numbers of visible keys.
+    """The scaling and the gain of a layer, and what they take of a call besides the numbers of visible keys.
 
     reads_norms   the norms of keys
-    shared          a key that layers with the same factor of the same numbers have, or None
+    shared        a key that layers with the same factor of the same numbers have, or None
     """
 
     scaling: Scaling
