@@ -140,7 +140,7 @@ def refusals(rank: int) -> None:
     layer.batch_invariant = None
     given: dict[str, Any] = {"context": x, "key_lengths": torch.tensor([8]), "mask": torch.ones(8, 8).bool()}
     for name, value in {**given, "cache": KeyValueCache(1, HEADS, 8, 4)}.items():
-        with pytest.raises(ValueError, match=f"{name}: expected None beside ContextParallel"):
+        with pytest.raises(ValueError, match=f"{name}: expected None with ContextParallel"):
             layer(x, **{name: value})
     for call in (lambda: layer(x[:, :7]), lambda: gate(x[:, :7])):
         with pytest.raises(ValueError, match="x: expected an even number of tokens of this rank for layout 'zigzag'"):

@@ -121,7 +121,8 @@ def context_parallel_decode(
     of_logits = {"scaling": scaling, "gain": gain, "softcap": softcap, "sinks": sinks}
     alike = {"q": q, **of_cache, **of_logits, "return_aux": return_aux, "backend": backend}
     require_agreement(split, "context_parallel_decode", **alike)
-    whole = _whole(q, k, key_lengths, visible.left, split)
+    sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], split.size * capacity)
+    whole = Visibility.of_padded(sizes, q.device, key_lengths, left=visible.left)
     call.visibility = Visibility.of_part(whole, split.rank * capacity, capacity)
     with without_autocast(q):
         of_part = (ops.KernelStatistics if call.backend == "triton" else Statistics)(k, call.visibility)
@@ -136,12 +137,6 @@ def context_parallel_decode(
         if terms.sinks is not None:
             out = out * share_with_sinks(aux.lse, terms.sinks)[..., None]
     return (out.to(v.dtype), aux) if return_aux else out.to(v.dtype)
-
-
-def _whole(q: Tensor, k: Tensor, key_lengths: Tensor, left: int | None, split: Split) -> Visibility:
-    """The visible keys of each row in the cache of all ranks."""
-    sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], split.size * k.shape[2])
-    return Visibility.of_padded(sizes, q.device, key_lengths, left=left)
 
 
 class _SharedRows(Statistics):

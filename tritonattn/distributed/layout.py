@@ -73,20 +73,19 @@ class Split:
 
     def in_order(self, x: Tensor, dim: int) -> Tensor:
         """x, whose chunks stand rank by rank along an axis, with the chunks in the order of the sequence."""
-        return x if self.layout == "contiguous" else self._permuted(x, dim, self._inverse_order())
+        order = self._order()
+        return self._permuted(x, dim, [order.index(chunk) for chunk in range(self.chunk_count)])
 
     def by_rank(self, x: Tensor, dim: int) -> Tensor:
         """x, whose chunks stand in the order of the sequence along an axis, with the chunks rank by rank."""
-        return x if self.layout == "contiguous" else self._permuted(x, dim, self._order())
+        return self._permuted(x, dim, self._order())
 
     def _order(self) -> list[int]:
         return [chunk for rank in range(self.size) for chunk in self.chunks(rank)]
 
-    def _inverse_order(self) -> list[int]:
-        order = self._order()
-        return [order.index(chunk) for chunk in range(self.chunk_count)]
-
     def _permuted(self, x: Tensor, dim: int, order: list[int]) -> Tensor:
+        if self.layout == "contiguous":
+            return x
         parts = x.chunk(self.chunk_count, dim)
         return torch.cat([parts[chunk] for chunk in order], dim)
 

@@ -89,7 +89,7 @@ def attention_modules(model: nn.Module) -> list[AttentionModule]:
     for name, module in model.named_modules():
         if name in calling:
             add(name, module, _obstacle(module))
-        elif not _is_attention(module) or (outer is not None and name.startswith(f"{outer}.")):
+        elif not re.search("Attention|SelfAttn", type(module).__name__) or (outer and _holds(outer, name)):
             continue
         elif not any(_holds(name, other) or _holds(other, name) for other in calling):
             outer = name
@@ -158,10 +158,6 @@ def _obstacle(module: nn.Module) -> str | None:
     if getattr(module, "config", None) is None:
         return "has no config that names its attention implementation"
     return None
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return re.search(r"Attention|SelfAttn", type(module).__name__) is not None
 
 
 def _holds(outer: str, inner: str) -> bool:

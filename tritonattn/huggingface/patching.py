@@ -25,7 +25,7 @@ from .architecture import (
     query_heads,
     refuse_unsupported,
 )
-from .attention import NAME
+from .attention import NAME, note_wanted_weights
 from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, OwnConfigs, install, state_masks
 from .scalings import make_scaling, to_config
 from .settings import (
@@ -39,7 +39,6 @@ from .settings import (
     layer_scaling,
     remove_abandoned,
 )
-from .weights import note_wanted_weights
 
 _HANDLE = "_tritonattn_patched"
 _MASKS = ("eager", "sdpa", NAME)

@@ -100,7 +100,9 @@ class LayerScaling(nn.Module):
         self.weights_wanted = False
         self.temporary = self.watched = temporary
         self.observer: Callable[..., None] | None = None
-        self._start = _start_of(self.gain)
+        gain, self._start = self.gain, None
+        if isinstance(gain, Tensor):
+            self._start = torch.ones(gain.shape, device="cpu") if gain.is_meta else gain.detach().cpu().clone()
 
     def reset_parameters(self) -> None:
         """Start a learned gain again from the values given; a learned scaling is a module that resets itself."""
@@ -128,13 +130,6 @@ class LayerScaling(nn.Module):
         scaling = "" if isinstance(self.scaling, nn.Module) else f"scaling={self.scaling!r}, "
         gain = "learned" if isinstance(self.gain, Tensor) else self.gain
         return f"{scaling}gain={gain}, backend={self.backend!r}"
-
-
-def _start_of(gain: float | Tensor | None) -> Tensor | None:
-    """A copy of a learned gain's first values, which are ones for a gain without memory."""
-    if not isinstance(gain, Tensor):
-        return None
-    return torch.ones(gain.shape, device="cpu") if gain.is_meta else gain.detach().cpu().clone()
 
 
 def is_gain_shape(shape: Any, heads: int) -> bool:

@@ -139,7 +139,13 @@ class QueryAdaptiveSSMax(Learned):
         if not visibility.every_row_sees:
             q = torch.where(visibility.seeing_rows()[..., None], q, 0)  # NaN in a row without keys would reach w
         logarithm = _power_of_log(counts_of(visibility), gamma, math.e)
-        weight = self._weight(q, visibility.invariant)
+        self._check_head_dim(q)
+        if visibility.invariant:
+            product = halving_sum(q.double() * local(self.w).double()[:, None])[..., 0]
+            positive = torch.where(product > 0, product, 0)  # softplus rounds as `power` says of pow
+            weight = positive + (product - 2 * positive).exp().log1p()  # unlike -|x|, with its slope at 0
+        else:
+            weight = nn.functional.softplus((q.double() @ local(self.w).double()[..., None])[..., 0])  # [B, Hq, Sq]
         return Scales(q.shape[-1] ** -0.5, query=delta + weight * logarithm)
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
@@ -149,16 +155,6 @@ class QueryAdaptiveSSMax(Learned):
         self._check_head_dim(q)
         weight = (1 + (q.double() * local(self.w).double()[:, None]).sum(-1, keepdim=True).exp()).log()
         return (delta + weight * logarithm) / math.sqrt(k.shape[-1])
-
-    def _weight(self, q: Tensor, invariant: bool) -> Tensor:
-        """softplus(w_h . q[i]) in fp64, [B, Hq, Sq]."""
-        self._check_head_dim(q)
-        if invariant:
-            product = halving_sum(q.double() * local(self.w).double()[:, None])[..., 0]
-            positive = torch.where(product > 0, product, 0)  # softplus rounds as `power` says of pow
-            return positive + (product - 2 * positive).exp().log1p()  # unlike -|x|, with its slope at 0
-        product = (q.double() @ local(self.w).double()[..., None])[..., 0]
-        return nn.functional.softplus(product)
 
     def _check_head_dim(self, q: Tensor) -> None:
         if q.shape[-1] != self.head_dim:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,12 +83,8 @@ def _saved_names(names: tuple[str, ...], layers: tuple[str, ...]) -> dict[str, s
 
 
 def _common_end(a: str, b: str) -> list[str]:
-    parts = []
-    for x, y in zip(reversed(a.split(".")), reversed(b.split(".")), strict=False):
-        if x != y:
-            break
-        parts.append(x)
-    return parts
+    pairs = zip(reversed(a.split(".")), reversed(b.split(".")), strict=False)
+    return [x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def take_learned(loader: Any) -> None:
