@@ -133,13 +133,7 @@ def context_parallel_attention(
 
 
 def _check(
-    q: Tensor,
-    k: Tensor,
-    split: Split,
-    method: Any,
-    cu_seqlens: Any,
-    reduce_dtype: Any,
-    head_group: Any,
+    q: Tensor, k: Tensor, split: Split, method: Any, cu_seqlens: Any, reduce_dtype: Any, head_group: Any
 ) -> None:
     if method not in _METHODS:
         raise ValueError(f"method: expected one of {', '.join(_METHODS)}, got {method!r}")

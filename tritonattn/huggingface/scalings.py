@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from ..calls.checks import refuse_scaling
 from ..nn import LEARNED, LearnedCosine, LearnedLogPower, PerHead, QueryAdaptiveSSMax, Scheduled, SSMax
 from ..nn.learned import Learned
-from ..nn.registry import named_at_sqrt_dim
+from ..nn.registry import scaling_of_layer
 from ..scaling import SCALINGS, Scaling
 
 _MODES = ("mode", "mode_a", "mode_b")  # arguments that are scalings themselves
@@ -34,14 +33,10 @@ def make_scaling(scaling: Any, heads: int) -> Any:
         return float(scaling)
     if isinstance(scaling, type) and scaling in LEARNED.values():
         scaling = scaling.name
-    if isinstance(scaling, str):
-        return named_at_sqrt_dim(scaling, heads)
     if isinstance(scaling, type) and issubclass(scaling, Scaling):
         return scaling(heads=heads) if issubclass(scaling, nn.Module) else scaling()
-    if not isinstance(scaling, Scaling):
-        refuse_scaling(scaling)
-    if not isinstance(scaling, nn.Module):
-        return scaling
+    if not isinstance(scaling, Scaling) or not isinstance(scaling, nn.Module):
+        return scaling_of_layer(scaling, heads, trained=True)
     for part in scaling.modules():
         if isinstance(part, Learned) and part.heads != heads:
             raise ValueError(f"scaling: expected {type(part).__name__} of {heads} heads, got one of {part.heads}")

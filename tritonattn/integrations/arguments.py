@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.learned import as_mode
-from ..nn.registry import named_at_sqrt_dim
+from ..nn.registry import scaling_of_layer
 from ..scaling import Scaling
 
 # An additive mask hides a key by a number at most this, whose exp is 0 in every dtype.
@@ -21,7 +20,7 @@ _BIAS = (
 
 def scaling_for(scaling: str | Scaling, heads: int, device: torch.device | None = None) -> Scaling:
     """The Scaling of a layer that may be trained: by a learned name a new module at sqrt_dim, a `Scaling` as it is."""
-    own = named_at_sqrt_dim(scaling, heads) if isinstance(scaling, str) else as_mode(scaling)
+    own = scaling_of_layer(scaling, heads, trained=True)
     return own.to(device) if isinstance(own, nn.Module) else own
 
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..calls.attention import attention
-from ..nn.learned import as_mode
-from ..nn.registry import named
+from ..nn.registry import scaling_of_layer
 from ..scaling import Scaling
 from .arguments import scaling_for, visible_keys
 from .replacement import Replacement
@@ -73,7 +72,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             device=device,
             dtype=dtype,
         )
-        self._scaled(named(scaling, num_heads) if isinstance(scaling, str) else as_mode(scaling), backend)
+        self._scaled(scaling_of_layer(scaling, num_heads), backend)
 
     @classmethod
     def of(

@@ -18,7 +18,6 @@ from ..calls.checks import (
     check_settings,
     check_tensor,
     kind_of,
-    refuse_scaling,
     shape_of,
 )
 from ..calls.decode import attention_decode
@@ -32,7 +31,7 @@ from ..core.visibility import window_sides
 from ..scaling import Scaling
 from .cache import KeyValueCache
 from .learned import describe
-from .registry import named
+from .registry import scaling_of_layer
 
 
 class ScaledAttention(SharesSequence, nn.Module):
@@ -131,12 +130,8 @@ class ScaledAttention(SharesSequence, nn.Module):
     def _own_scaling(
         self, scaling: str | Scaling | float, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> Scaling | float:
-        if isinstance(scaling, str):
-            return named(scaling, self.heads, device=device, dtype=dtype)
-        if isinstance(scaling, Scaling):
-            return scaling
-        if isinstance(scaling, type):
-            refuse_scaling(scaling)
+        if isinstance(scaling, (str, Scaling, type)):
+            return scaling_of_layer(scaling, self.heads, device=device, dtype=dtype)
         check_number("scaling", scaling)
         return scaling
 
