@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
 from tests.support.pairs import in_turn
-from tritonattn import attention
+from tritonattn import attention, nn
 from tritonattn.integrations import diffusers as ours
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -144,6 +144,13 @@ def test_other_modes_by_hand(registered):
             )
             torch.testing.assert_close(out, found)
             torch.testing.assert_close(lse, aux.lse.transpose(1, 2))
+
+
+@pytest.mark.parametrize("mode", ["cosine", nn.PerHead("cosine", heads=4)], ids=["mode", "per head"])
+def test_a_cosine_replaces_the_librarys_scale(registered, mode):
+    backend = AttentionBackendName(registered("tritonattn_cosine", mode))
+    found = [dispatch_attention_fn(*operands(), scale=scale, backend=backend) for scale in (None, 0.5)]
+    assert torch.equal(*found)
 
 
 def test_refusals(registered):
