@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,10 @@ class Interval:
         """Compute the interval of at least one value."""
         from scipy import stats  # not among the packages of the demo, which trains too
 
-        n = len(values)
-        mean = math.fsum(values) / n
+        n, mean = len(values), fmean(values)
         if n == 1:
             return cls(mean, math.inf)
-        deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1))
-        return cls(mean, float(stats.t.ppf((1 + confidence) / 2, n - 1)) * deviation / math.sqrt(n))
+        return cls(mean, float(stats.t.ppf((1 + confidence) / 2, n - 1)) * stdev(values) / math.sqrt(n))
 
     @property
     def excludes_zero(self) -> bool:

@@ -13,7 +13,6 @@ from ..models import Attentions, Sizes
 from ..records import Recipe
 
 IGNORED = -100
-_WEIGHT_DECAY = 0.01
 
 
 @dataclass(frozen=True)
@@ -27,24 +26,12 @@ class Batch:
         return Batch({name: x.to(device) for name, x in self.inputs.items()}, self.target.to(device))
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """The default training of a task: AdamW's learning rate, steps, and rows of a batch."""
-
-    learning_rate: float
-    steps: int
-    batch: int
-
-    def recipe(self, steps: int | None = None) -> Recipe:
-        """Return the default recipe, with another number of steps where one is given."""
-        return Recipe("adamw", self.learning_rate, _WEIGHT_DECAY, steps or self.steps, self.batch)
-
-
 class Task(ABC):
     """A model, its data, and its measures.
 
     metric    the measure of `final` that decides, higher_is_better or not
     target    a held-out loss; the steps until it is reached are counted
+    recipe    the default training
     """
 
     name: str
@@ -52,7 +39,7 @@ class Task(ABC):
     higher_is_better = True
     target: float
     sizes: Sizes
-    defaults: Defaults
+    recipe: Recipe
 
     @abstractmethod
     def model(self, attentions: Attentions) -> nn.Module: ...

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models import Attentions, ImageClassifier, Sizes
-from .base import Batch, Defaults, Task
+from ..records import Recipe
+from .base import Batch, Task
 
 
 class Digits(Task):
@@ -20,7 +21,7 @@ class Digits(Task):
     name, metric = "digits", "accuracy"
     target = 0.5
     sizes = Sizes(width=32, heads=2, blocks=2)
-    defaults = Defaults(learning_rate=1e-2, steps=300, batch=64)
+    recipe = Recipe("adamw", 1e-2, weight_decay=0.01, steps=300, batch=64)
 
     @cached_property
     def parts(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from ..models import Attentions, Recaller, Sizes
-from .base import Batch, Defaults, Task
+from ..records import Recipe
+from .base import Batch, Task
 
 _SYMBOLS, _PLACES, _VALUES = 16, 4, 16
 _ASKED = 16
 _SHORTEST, _LONGEST = 16, 64
+LENGTHS = (16, 64, 256, 1024, 4096)  # in testing
 
 
 class Recall(Task):
@@ -25,8 +27,7 @@ class Recall(Task):
     name, metric = "recall", "accuracy_4096"
     target = 0.25
     sizes = Sizes(width=64, heads=4, blocks=1)
-    defaults = Defaults(learning_rate=5e-3, steps=250, batch=32)
-    lengths = (16, 64, 256, 1024, 4096)
+    recipe = Recipe("adamw", 5e-3, weight_decay=0.01, steps=250, batch=32)
 
     def model(self, attentions: Attentions) -> nn.Module:
         return Recaller(attentions, _SYMBOLS, _PLACES, _VALUES, _LONGEST)
@@ -42,7 +43,7 @@ class Recall(Task):
     def final(self, model: nn.Module, device: torch.device, quick: bool) -> dict[str, float]:
         random = torch.Generator().manual_seed(2)
         found = {}
-        for n in self.lengths:
+        for n in LENGTHS:
             batches = 1 if quick else 4
             rights = []
             for _ in range(batches):

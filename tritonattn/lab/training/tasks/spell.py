@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models import Attentions, EncoderDecoder, Sizes
-from .base import IGNORED, Batch, Defaults, Task
+from ..records import Recipe
+from .base import IGNORED, Batch, Task
 
 ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
@@ -42,7 +43,7 @@ class Spell(Task):
     name, metric = "spell", "exact"
     target = 0.25
     sizes = Sizes(width=64, heads=4, blocks=1)
-    defaults = Defaults(learning_rate=5e-3, steps=300, batch=64)
+    recipe = Recipe("adamw", 5e-3, weight_decay=0.01, steps=300, batch=64)
 
     def model(self, attentions: Attentions) -> nn.Module:
         return EncoderDecoder(attentions, (10, len(WORDS)), _DIGITS, _LONGEST)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ...texts import WONDERLAND
 from ..models import Attentions, LanguageModel, Sizes
-from .base import Batch, Defaults, Task
+from ..records import Recipe
+from .base import Batch, Task
 
 _BYTES = 128  # the book is plain ASCII
 
@@ -25,7 +26,7 @@ class Text(Task):
     name, metric, higher_is_better = "text", "loss_128", False
     target = 2.25
     sizes = Sizes(width=64, heads=4, blocks=2)
-    defaults = Defaults(learning_rate=5e-3, steps=200, batch=16)
+    recipe = Recipe("adamw", 5e-3, weight_decay=0.01, steps=200, batch=16)
     length = 128
     counted = 64
 
