@@ -12,9 +12,9 @@ from scipy import stats
 from tritonattn.cli import main as cli
 from tritonattn.lab import training
 from tritonattn.lab.training import plot, trainer
-from tritonattn.lab.training.interval import Interval
 from tritonattn.lab.training.modes import MODES
 from tritonattn.lab.training.records import Recipe, Run, planned, read
+from tritonattn.lab.training.report import Interval
 from tritonattn.lab.training.tasks import TASKS
 from tritonattn.lab.training.trainer import fresh_model, train
 

@@ -7,8 +7,7 @@ import torch
 from ...core.progress import Progress
 from ...core.tables import table
 from ..training.records import planned
-from ..training.tasks import TASKS
-from ..training.tasks.recall import LENGTHS
+from ..training.tasks import LENGTHS, TASKS
 from ..training.trainer import train
 
 MODES = ("sqrt_dim", "log_key_count", "ssmax")

@@ -7,7 +7,7 @@ import math
 import sys
 from dataclasses import dataclass
 from functools import cached_property
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +166,13 @@ def short_names(names: list[str]) -> dict[str, str]:
 def _shared(names: list[str]) -> tuple[list[str], list[str]]:
     split = [name.split(".") for name in names]
     most = min(map(len, split)) - 1  # every name keeps a part
-    before = commonprefix(split)[:most]
-    after = commonprefix([parts[::-1] for parts in split])[: most - len(before)][::-1]
+    before = _alike(split)[:most]
+    after = _alike([parts[::-1] for parts in split])[: most - len(before)][::-1]
     return before, after
+
+
+def _alike(split: list[list[str]]) -> list[str]:
+    return [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))]
 
 
 def _counted(count: int, word: str) -> str:
