@@ -95,7 +95,7 @@ def measure(
     return Measurement(one.name, loss, tuple(seen), time.perf_counter() - start)
 
 
-def patched_with(subject: Subject, one: Variant, layers: Any) -> Patched:
+def patched_with(subject: Subject, one: Variant, layers: Any = None) -> Patched:
     """Patch a model. Raises CommandError where `patch` refuses."""
     try:
         return patch(subject.model, scaling=one.scaling, gain=one.gain, layers=layers)
