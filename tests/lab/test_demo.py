@@ -60,7 +60,7 @@ def test_statistics_against_a_dense_computation(small):
     for layer, weights in zip(got.layers, wanted.attentions, strict=True):
         n = torch.arange(1, 21).log()
         entropy = torch.special.entr(weights).sum(-1)[..., 1:] / n[1:]  # [1, H, S - 1]
-        assert layer.entropy == pytest.approx(float(entropy.mean()), abs=1e-5)
+        assert layer.entropy_over_ln_n == pytest.approx(float(entropy.mean()), abs=1e-5)
     loss = torch.nn.functional.cross_entropy(wanted.logits[0, :-1], tokens[0, 1:])
     assert got.loss == pytest.approx(float(loss), abs=1e-5)
 

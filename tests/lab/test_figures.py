@@ -40,7 +40,7 @@ def test_layers_of_the_demo_have_their_numbers_on_whole_ticks(names, numbers, mo
     pictures = []
     monkeypatch.setattr(plot, "save", lambda figure, file: pictures.append(figure))
     measurements = [
-        Measurement(mode, loss, tuple(Layer(0.5, 3.0, name=name) for name in names), 0.0)
+        Measurement(mode, loss, tuple(Layer(name, 0.5, 3.0) for name in names), 0.0)
         for mode, loss in (("sqrt_dim", 3.25), ("key_count", 7.5))
     ]
     plot.draw("small", measurements, "where", tmp_path / "a.png")

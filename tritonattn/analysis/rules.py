@@ -175,12 +175,12 @@ RULES: tuple[Rule, ...] = (
         candidates=("key_norm_mean",),
         heals=_always,
         otherwise="",
-        why="one factor is too sharp for the sequence with long keys and too flat for the one with short keys; the"
-        " mean norm of its own keys holds each at the same temperature",
+        why="one factor is too sharp for the sequence with large keys and too flat for the one with small keys; the"
+        " mean norm of its keys holds each at the same temperature",
         watch="relative_entropy, which should differ less between sequences; the loss of each",
         turn_back="the loss of either kind of sequence is above sqrt_dim's: then the model uses the norms",
         evidence=(
-            "docs/simulation.md, 4: lengths vary between sequences: reach 0.37 with sqrt_dim, 0.56 with key_norm_mean",
+            "docs/simulation.md, 4: norms vary between sequences: reach 0.37 with sqrt_dim, 0.56 with key_norm_mean",
             "Bernhard 2023, arXiv:2311.09406: the sum of key norms, of which this is the mean",
         ),
     ),

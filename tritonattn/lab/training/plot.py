@@ -10,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..figures import dodge, foot, plain_numbers, save, staggered, styles, ticks_at, values_beside
-from .interval import Interval
 from .records import Run
-from .report import by_mode
+from .report import Interval, by_mode
 from .tasks import TASKS
 
 Looks = dict[str, dict[str, Any]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from html import escape
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def _alarms(watched: Watched) -> str:
     alarms = watched.alarms
     if not alarms:
         return ""
-    items = "".join(f"<li>{escape(str(one))}</li>" for one in alarms)
+    items = "".join(f"<li>{escape(f'step {one.step}: {one}')}</li>" for one in alarms)
     is_open = " open" if len(alarms) <= _FEW else ""
     return f"<h2>Alarms</h2>\n<details{is_open}><summary>{len(alarms)}</summary>\n<ul>{items}</ul></details>"
 
@@ -68,13 +69,9 @@ def _latest(watched: Watched) -> str:
     if not layers:
         return ""
     measures = [name for name in MEASURES if any(name in values for values in layers.values())]
-    head = "".join(f"<th>{escape(MEASURES[name][0])}</th>" for name in measures)
-    rows = "".join(
-        f"<tr><td>{escape(layer)}</td>{''.join(f'<td>{_number(values.get(name))}</td>' for name in measures)}</tr>\n"
-        for layer, values in layers.items()
-    )
+    head = "".join(f"<th>{MEASURES[name][0]}</th>" for name in measures)
+    rows = ""
+    for layer, values in layers.items():
+        numbers = "".join(f"<td>{values.get(name, math.nan):.3g}</td>" for name in measures).replace("nan", "-")
+        rows += f"<tr><td>{escape(layer)}</td>{numbers}</tr>\n"
     return f'<h2>The latest step</h2>\n<div class="table"><table><tr><th>layer</th>{head}</tr>\n{rows}</table></div>'
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"

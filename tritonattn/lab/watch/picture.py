@@ -67,9 +67,8 @@ def _some(layers: list[str]) -> list[str]:
 
 def _draw(axes: Axes, panel: Panel, looks: dict[str, dict[str, Any]]) -> None:
     for index, (name, points) in enumerate(panel.curves.items()):
-        steps, values = [step for step, _ in points], [math.nan if y is None else y for _, y in points]
-        look = looks.get(name, style(0))
-        axes.plot(steps, values, **look, markevery=staggered(index, len(panel.curves), len(points)))
+        marks = staggered(index, len(panel.curves), len(points))
+        axes.plot(*zip(*points, strict=True), **looks.get(name, style(0)), markevery=marks)
     for limit in panel.limits:
         axes.axhline(limit, **_LIMIT)
     axes.set_title(panel.title, fontsize=10)
@@ -77,7 +76,7 @@ def _draw(axes: Axes, panel: Panel, looks: dict[str, dict[str, Any]]) -> None:
     if panel.axis == "share":
         axes.set_ylim(-0.05, 1.05)
     for one in panel.alarms:
-        if one.value is None:  # at the upper edge
+        if math.isnan(one.value):  # at the upper edge
             axes.plot(one.step, 1, **_ALARM, transform=axes.get_xaxis_transform(), clip_on=False)
         else:
             axes.plot(one.step, one.value, **_ALARM)
