@@ -13,8 +13,8 @@ import tritonattn
 from tests.support.caches import cached_call
 from tests.support.calls import CALLS, changed, example, torch_kernels
 from tritonattn import nn
+from tritonattn.core.norms import key_norms_of
 from tritonattn.core.shards import whole
-from tritonattn.core.statistics import key_norms_of
 from tritonattn.distributed import HeadParallel
 from tritonattn.ops import key_statistics
 from tritonattn.ops.flat import flat

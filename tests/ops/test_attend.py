@@ -12,7 +12,7 @@ from tests.support.pairs import in_turn
 from tritonattn import ops
 from tritonattn.backends import cpu as blockwise
 from tritonattn.core.call import ForwardResult, Gradients, Needs
-from tritonattn.core.statistics import key_norms_of
+from tritonattn.core.norms import key_norms_of
 from tritonattn.core.visibility import Visibility
 from tritonattn.ops import key_statistics
 from tritonattn.ops.flat import flat

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import tritonattn
-from tritonattn.core.statistics import Statistics
+from tritonattn.core.statistics import Statistics, counts_of
 from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import KeyCount, LogKeyCount, SqrtKeyCount
-from tritonattn.scaling.base import counts_of
 
 
 def factors(scaling, rows=5, dim=16):

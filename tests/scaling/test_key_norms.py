@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-from tritonattn.core.statistics import Statistics
+from tritonattn.core.statistics import SMALLEST_STATISTIC, Statistics, reciprocal, reciprocal_root
 from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS, KeyNormMax
-from tritonattn.scaling.base import SMALLEST_STATISTIC, reciprocal, reciprocal_root
 
 STATISTICS = {  # of the keys so far
     "key_norm_sum": [5, 7, 17],

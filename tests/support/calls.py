@@ -11,9 +11,9 @@ from torch import Tensor
 import tritonattn
 from tritonattn.core.call import AttentionCall, Logits
 from tritonattn.core.dropout import Dropout
+from tritonattn.core.norms import key_norms_of
 from tritonattn.core.ranges import argmax_over_ranges, prefix_sum
 from tritonattn.core.sequences import Sequences
-from tritonattn.core.statistics import key_norms_of
 from tritonattn.core.visibility import Visibility
 
 from .packed import offsets

@@ -42,7 +42,7 @@ class AttentionCall:
     """The softmax of `logits` over the visible keys, times v.
 
     A public function makes it of its arguments, `calls.checks.check` holds these to their types and shapes,
-    `calls.logits.logits` computes the terms of the logits, and `calls.dispatch.run` hands it to a backend.
+    and `calls.dispatch.run` computes the terms of its logits and hands it to a backend.
 
     q, k, v    [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; any strides; one dtype, in which the output is
     dropout    on the probabilities, after the softmax
@@ -166,6 +166,16 @@ class AttentionCall:
 
 
 _NO_OPERANDS: tuple[Any, Any, Any] = (None, None, None)
+
+
+def per_group(bias: Tensor, visibility: Visibility) -> Tensor:
+    """A bias as [B, Hkv, Hq / Hkv, Sk], from one with a row a query head or a row a key head."""
+    batch, kv_heads, k_len = visibility.keys
+    group = visibility.q_heads // max(kv_heads, 1)
+    if bias.dim() > 1:
+        by_key_head = bias.shape[-2] in (1, kv_heads)
+        bias = bias.unsqueeze(-2) if by_key_head else bias.unflatten(-2, (kv_heads, group))
+    return bias.expand(batch, kv_heads, group, k_len)
 
 
 class ForwardResult(NamedTuple):

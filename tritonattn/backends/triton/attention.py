@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def launch_kernel(
 ) -> None:
     """A program for each block of rows, or of keys, of each head of each sequence."""
     if recorded.recorders and kernel in TILED_KERNELS:
-        recorded.note(Exact(kernel, kind.problem), _size_of(call))
+        recorded.note(Exact(kernel, kind.problem), size_of(call))
 
     device = call.q.device
     while True:
@@ -69,7 +70,7 @@ def launch_kernel(
         config = chosen.config
         try:
             of_config = _descriptors(chosen, call, d_out) if config.descriptors else dict.fromkeys(chosen.descriptors)
-            if kernel == "grad_key_value":
+            if call.visibility.key_ranges is not None and kernel == "grad_key_value":
                 of_config["row_bounds_ptr"] = rows_of_key_blocks(call.visibility, available, config.block_n)
             found = kind.grids.get(key := (kernel, config, chosen.target))
             if found is None:
@@ -105,7 +106,7 @@ def _sizes(call: AttentionCall) -> tuple[int, int, int]:
     return len(sequences.q_starts) - 1, sequences.longest_q, sequences.longest_k
 
 
-def _size_of(call: AttentionCall) -> Size:
+def size_of(call: AttentionCall) -> Size:
     """The sizes of a call as `record` keeps them."""
     visible, (sequences, rows, keys) = call.visibility, _sizes(call)
     return Size(
@@ -146,10 +147,10 @@ def largest(x: Tensor) -> Tensor:
     return torch.where(largest < torch.finfo(x.dtype).tiny, 1.0, largest).contiguous()
 
 
-def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: bool) -> Problem:
-    """The `Problem` of a call: the parts that select code. `asked`: its fields that say which results are asked for."""
+def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -> Problem:
+    """The `Problem` of a call: the parts that select code. `asked`: its fields that the call itself does not tell."""
     visible = call.visibility
-    return Problem(
+    problem = Problem(
         head_dim=call.q.shape[-1],
         value_dim=call.v.shape[-1],
         dtype=call.q.dtype,
@@ -170,8 +171,8 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: bool) 
         aligned=_has_whole_vectors(call.q, call.v) if call.invariant else are_aligned(call.q, call.k, call.v, d_out),
         short=is_short(*_sizes(call)[1:]),
         invariant=call.invariant,
-        **asked,
     )
+    return replace(problem, **asked)
 
 
 def _descriptors(chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Arguments:

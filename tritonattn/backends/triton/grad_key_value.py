@@ -334,7 +334,7 @@ def grad_key_value(kind: Kind, call: AttentionCall, shared: Arguments, needs: Ne
     d_key_scale = new_results(call, call.k.shape[:3], torch.float32) if needs.key_scale else None
     d_key_bias = new_results(call, bias.shape, torch.float32) if bias is not None and needs.key_bias else None
     results: Arguments = {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "factor_size": None}
-    results["d_key_bias_ptr"] = d_key_bias
+    results |= {"d_key_bias_ptr": d_key_bias, "row_bounds_ptr": None}
     scale, query_scale, *_ = call.logits
     if query_scale is not None and call.q.dtype == torch.float16:
         factor = (query_scale * (scale * LOG2_E.value)).unflatten(1, (visible.kv_heads, -1)).flatten(2)
