@@ -6,16 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
 from perf import codegen
-from perf.ceilings import (
-    KEY_BIAS,
-    KEY_BIAS_OF_TARGET,
-    KEY_SCALE,
-    NON_MMA_PER_LOGIT,
-    QUERY_SCALE,
-    QUERY_SCALE_OF_TARGET,
-)
+from perf.ceilings import KEY_BIAS, KEY_BIAS_OF_TARGET, KEY_SCALE, NON_MMA_PER_LOGIT, QUERY_SCALE, QUERY_SCALE_OF_TARGET
 from perf.static.machine_code import flops_per_logit
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends import triton as backend

@@ -3,8 +3,7 @@
 import importlib
 
 import pytest
-
-triton = pytest.importorskip("triton")
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 
-pytest.importorskip("triton")
 from tests.support.tiles import quick_config
 from tritonattn.backends.triton import launch
 from tritonattn.tuning import Problem, Target, compile_kernel

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("triton")
 from tests.support.packed import Packed
 from tests.support.paged_calls import check_appends, paged_call
 from tritonattn.backends import triton as triton_backend

@@ -9,7 +9,6 @@ from itertools import combinations
 import pytest
 import torch
 
-pytest.importorskip("triton")
 from tests.kernels import harness
 from tests.support.packed import Packed
 from tests.support.pairs import all_pairs
@@ -84,10 +83,7 @@ CHOICES = {
     "gain": [False, True],
     "heads": [(1, 2), (2, 1)],
 }
-FREE = [
-    *combinations(("dims", "mask", "form", "scaling", "gain", "heads"), 2),
-    *(("dtype", "form"), ("gpu", "form")),
-]
+FREE = [*combinations(("dims", "mask", "form", "scaling", "gain", "heads"), 2), *(("dtype", "form"), ("gpu", "form"))]
 EVERYTHING = cases_of(Case, all_pairs(CHOICES), FREE)
 
 

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 
-triton = pytest.importorskip("triton")
 from perf.static import machine_code
 from perf.static.control_flow import Instruction, innermost, loops, parse, parse_ptx
 from perf.static.machine_code import read_machine_code

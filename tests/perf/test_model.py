@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("triton")
 from perf.static.gate import Judged, Latency, modelled_clocks
 from perf.static.machine_code import MachineCode, MmaLoop
 from perf.static.model import Rates, cycles, utilisation

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
 from perf.static.gate import examine, gate_reasons
 from perf.static.machine_code import MachineCode, MmaLoop
 from tests.support.versions import OLDER_TRITON

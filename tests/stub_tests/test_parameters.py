@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor

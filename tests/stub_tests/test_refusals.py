@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor

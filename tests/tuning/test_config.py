@@ -2,10 +2,8 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 
-pytest.importorskip("triton")
 from tritonattn.tuning import config
 from tritonattn.tuning.config import Problem, Target, TileConfig, is_short, legal_reasons
 

@@ -6,7 +6,6 @@ from itertools import product
 import pytest
 import torch
 
-pytest.importorskip("triton")
 from tritonattn.tuning.config import Problem, Target, TileConfig, legal_reasons
 from tritonattn.tuning.defaults import default_config, obstacle
 
