@@ -224,16 +224,6 @@ def test_arguments():
         monitor.__enter__()
 
 
-def test_a_head_or_a_layer_without_rows_is_null():
-    net, x = Net(), torch.randn(1, 5, 32)
-    got = record_of(net, lambda net: net(x, key_lengths=torch.tensor([0])).sum())["layers"]["attention"]
-    assert got["rows"] == 0
-    assert got["max_logit"] == got["near_one_hot"] == got["output_variance"] == [None] * HEADS
-    single = record_of(net, lambda net: net(x[:, :1]).sum())["layers"]["attention"]
-    assert single["relative_entropy"] == [None] * HEADS
-    assert single["near_one_hot"] == [1.0] * HEADS
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, while it compiles
 @pytest.mark.parametrize(("kind", "backend"), [("scaled", "inductor"), ("llama", "eager")])
 def test_compiled_layers_are_all_seen_and_compiled_once(kind, backend):

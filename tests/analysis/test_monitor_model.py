@@ -78,22 +78,6 @@ def test_every_architecture_keeps_its_own_attention_and_is_seen(name):
         assert all(value is not None and value == value for name in MEASURES for value in layer[name])
 
 
-def test_only_every_kth_step_is_watched_and_nothing_is_left_between():
-    net, x = llama(), ids()
-    before, watched = state(net), []
-    with Monitor(net, every=3, thresholds=QUIET) as monitor:
-        for step in range(8):
-            if step % 3 != 0:
-                assert state(net) == before
-                assert observation.observers.get() == ()
-            net(x, labels=x).loss.backward()
-            record = monitor.step()
-            watched += [] if record is None else [record["step"]]
-        assert monitor.steps == 8
-    assert watched == [0, 3, 6]
-    assert state(net) == before
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_an_exception_leaves_the_model_whole(error, tmp_path):
     net, x = llama("sdpa"), ids()

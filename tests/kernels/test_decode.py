@@ -232,13 +232,3 @@ def test_cuda_graph(mode, page, device):
         graph.replay()
         torch.testing.assert_close(out, cache.newest(expected, 1), rtol=5e-3, atol=5e-3)
         cache.write(1)
-
-
-def test_new_tokens_past_int32(device):
-    """Rows of q that lie 2^30 elements apart."""
-    q, cache = torch.randn(1, 1, 3, 16, dtype=torch.float16, device=device), torch.randn(1, 1, 20, 16, device=device)
-    lengths = torch.tensor([20], device=device)
-    storage = torch.empty(2**31 + 16, dtype=torch.float16, device=device)
-    far = storage.as_strided(q.shape, (16, 16, 2**30, 1)).copy_(q)
-    keys = {"k_cache": cache.half(), "v_cache": cache.half(), "key_lengths": lengths}
-    assert torch.equal(*(attention_decode(x, **keys, backend="triton") for x in (q, far)))
