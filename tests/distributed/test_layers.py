@@ -12,6 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from tests.distributed.pool import on_every_rank
 from tritonattn.core.shards import whole
 from tritonattn.distributed import (
     ContextParallel,
@@ -96,7 +97,8 @@ def test_a_layer_its_gates_and_its_places_are_those_of_one_process(pool, form, l
         assert max(found.values()) < 1e-12, found
 
 
-def sharded_values(rank: int) -> None:
+@on_every_rank
+def test_what_head_parallel_has_sharded_goes_beside_plain_operands(rank: int) -> None:
     """Gain and sinks as DTensors beside plain q are those of this rank's heads, gradients included."""
     torch.manual_seed(0)
     mesh, part = meshes(), slice(2 * (rank % 2), 2 * (rank % 2) + 2)
@@ -119,11 +121,8 @@ def sharded_values(rank: int) -> None:
         context_parallel_attention(q, k, v, mesh=mesh["cp"], sinks=distribute_tensor(sinks[:2], mesh["tp"], [Shard(0)]))
 
 
-def test_what_head_parallel_has_sharded_goes_beside_plain_operands(pool):
-    pool.run(sharded_values)
-
-
-def refusals(rank: int) -> None:
+@on_every_rank
+def test_a_layer_over_ranks_refuses_by_name(rank: int) -> None:
     """A layer over ranks refuses what says nothing of the whole sequence, and gates refuse torch's context."""
     mesh, x = meshes()["cp"], torch.randn(1, 8, WIDTH)
     layer = ScaledAttention(WIDTH, HEADS, causal=True, dropout_p=0.5)
@@ -153,7 +152,3 @@ def refusals(rank: int) -> None:
         for name, call in (("ForgetGate", lambda: ForgetGate(WIDTH, HEADS)(x)), ("ALiBi", lambda: alibi(8))):
             with pytest.raises(NotImplementedError, match=f"^{name}: torch's context_parallel is active"):
                 call()
-
-
-def test_a_layer_over_ranks_refuses_by_name(pool):
-    pool.run(refusals)

@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers")
 import tritonattn
 from tests.distributed.models import HEADS, by_heads, llama, sharded, tokens
+from tests.distributed.pool import on_every_rank
 from tritonattn.core.shards import whole
 from tritonattn.huggingface import patch, patched
 
@@ -97,7 +98,8 @@ def test_losses_and_learned_values_are_those_of_one_process(pool, one, how):
         assert got == pytest.approx(one, rel=1e-5)
 
 
-def dtypes_seen(rank: int) -> None:
+@on_every_rank
+def test_what_is_learned_keeps_fp32_in_a_group_of_its_own(rank: int) -> None:
     """Under a policy of bf16 weights act in it, learned values in fp32, gradients are fp32."""
     model, seen = llama(), set()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -113,11 +115,8 @@ def dtypes_seen(rank: int) -> None:
     assert seen == {(torch.bfloat16, torch.float32)}
 
 
-def test_what_is_learned_keeps_fp32_in_a_group_of_its_own(pool):
-    pool.run(dtypes_seen)
-
-
-def checkpointed(rank: int, folder: Path) -> None:
+@on_every_rank
+def test_checkpoints_go_from_world_to_world(rank: int, tmp_path: Path) -> None:
     """A checkpoint of FSDP2 x tensor parallelism is read by FSDP2 alone, and by one process, and back."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "other"))
 
@@ -135,7 +134,7 @@ def checkpointed(rank: int, folder: Path) -> None:
         "one": filled,
     }
     for source, target in (("both", "fsdp"), ("both", "one"), ("fsdp", "both")):
-        place = folder / f"{source} {target}"
+        place = tmp_path / f"{source} {target}"
         saved, loaded = worlds[source](0.25), worlds[target](7.0)
         dcp.save(get_model_state_dict(saved), checkpoint_id=place)
         state = get_model_state_dict(loaded)
@@ -144,10 +143,6 @@ def checkpointed(rank: int, folder: Path) -> None:
         wanted = dict(filled(0.25).named_parameters())
         for name, p in loaded.named_parameters():
             assert torch.equal(whole(p), wanted[name]), (source, target, name)
-
-
-def test_checkpoints_go_from_world_to_world(pool, tmp_path):
-    pool.run(checkpointed, tmp_path)
 
 
 def planned(rank: int, folder: Path) -> float:
@@ -174,7 +169,9 @@ def test_transformers_own_plan_shards_what_is_learned(pool, tmp_path):
     assert max(pool.run(planned, tmp_path)) < 5e-6
 
 
-def logits_in_context_parallel(rank: int, layers) -> float:
+@pytest.mark.parametrize("layers", [{0: "key_norm_max", 1: "cosine"}, {0: {"gain": 2.0}, 1: "ssmax"}])
+@on_every_rank
+def test_a_patched_model_attends_to_the_whole_sequence_under_torchs_context_parallel(rank: int, layers) -> None:
     """Relative error of a patched model's loss and gradients under torch's context_parallel, on this rank."""
     from torch.distributed.tensor.experimental._attention import context_parallel_unshard
 
@@ -192,15 +189,11 @@ def logits_in_context_parallel(rank: int, layers) -> float:
     for mine, theirs in zip(model.parameters(), one.parameters(), strict=True):
         torch.distributed.all_reduce(mine.grad, torch.distributed.ReduceOp.SUM)
         worst = max(worst, ((mine.grad / 4 - theirs.grad).abs().max() / theirs.grad.abs().max()).item())
-    return worst
+    assert worst < 2e-6
 
 
-@pytest.mark.parametrize("layers", [{0: "key_norm_max", 1: "cosine"}, {0: {"gain": 2.0}, 1: "ssmax"}])
-def test_a_patched_model_attends_to_the_whole_sequence_under_torchs_context_parallel(pool, layers):
-    assert max(pool.run(logits_in_context_parallel, layers)) < 2e-6
-
-
-def refusals(rank: int) -> None:
+@on_every_rank
+def test_what_would_be_silently_wrong_is_refused(rank: int) -> None:
     """Every call that would be silently wrong raises, and names what to do."""
     mesh = init_device_mesh("cpu", (4,))
     q = torch.randn(1, 4, 32, 8)
@@ -231,7 +224,3 @@ def refusals(rank: int) -> None:
         with pytest.raises(ValueError, match="patch first"):
             patch(wrap(llama(None)), scaling="ssmax")
         patch(wrap(llama(None)), scaling="key_norm_mean")
-
-
-def test_what_would_be_silently_wrong_is_refused(pool):
-    pool.run(refusals)
