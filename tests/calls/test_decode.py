@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.support.caches import GrowingCache, sequences
+from tests.support.caches import GrowingCache, check_rows_without_keys, sequences
 from tests.support.calls import KINDS
 from tests.support.learned import LEARNED, learned
 from tests.support.pairs import pairwise
@@ -57,19 +57,7 @@ def test_prefill_then_decode_is_one_full_pass(mode, backend, statistics, page, w
 
 @pairwise(mode=KINDS, backend=BACKENDS, page=PAGES)
 def test_rows_without_keys_give_zeros(backend, page, mode):
-    q, k, v = sequences(length=8)
-    cache = GrowingCache(k, v, 24, page, statistics=True)
-    cache.write([0, 2])
-    found, aux = attention_decode(
-        q[:, :, :3], **cache.arguments(), scaling=MODES[mode](), return_aux=True, backend=backend
-    )
-    empty = torch.tensor([[True, True, True], [True, False, False]])[:, None].expand(2, 4, 3)
-    assert (found[empty] == 0).all()
-    assert found[~empty].isfinite().all()
-    assert (found[~empty] != 0).all()
-    assert torch.equal(aux.lse == -torch.inf, empty)
-    assert torch.equal(aux.max_logit == -torch.inf, empty)
-    assert (aux.entropy[empty] == 0).all()
+    check_rows_without_keys(24, page, scaling=MODES[mode](), backend=backend)
 
 
 @every_mode

@@ -44,7 +44,6 @@ import os, signal, time
 os.kill(os.getpid(), signal.SIGINT)
 time.sleep(20)
 """
-
 SCRIPT = "import sys\nfrom tritonattn.cli.main import main\nsys.exit(main())\n"
 
 

@@ -134,9 +134,7 @@ def test_kernels_compile(name, products, arch, product, monkeypatch):
 
 
 HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
-
 PAGES = {"sequences": True, "block_table": True}
-
 LOADS = [
     ("grad_query", "sm_90", 40, BFLOAT, {}),
     ("row_terms", "sm_80", 72, SINGLE, {}),
@@ -145,7 +143,6 @@ LOADS = [
     ("append_keys", "sm_90", 72, BFLOAT, {}),
     ("forward", "sm_80", 40, HALF, PAGES),
 ]
-
 SLOW = [
     ("forward", "sm_80", 104, BFLOAT, {}),
     ("grad_query", "sm_80", 72, HALF, {}),

@@ -22,13 +22,9 @@ from tritonattn.analysis import diagnose
 from tritonattn.cli import main as cli
 
 DOCUMENTS = sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "docs").glob("*.md"))
-
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "perf/README.md", "autotune_cache/README.md", *DOCUMENTS]
-
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
-
 BLOCKS = [(document, position) for document in DOCUMENTS for position in range(len(snippets(document)))]
-
 OPTIONAL = {"transformers": r"transformers|tritonattn\.huggingface", "peft": "peft"}
 
 
@@ -86,19 +82,11 @@ def test_every_page_is_in_the_site():
     assert sorted(listed) == sorted(file.removeprefix("docs/") for file in DOCUMENTS)
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
 SCALINGS_PAGE = "docs/scalings.md"
 
 
-def test_it_is_short_its_code_runs_and_its_commands_are_targets():
-    assert len(README.splitlines()) <= 130
-    (code,) = snippets("README.md")
-    assert len([line for line in code.splitlines() if line]) <= 6
+def test_the_code_of_the_readme_runs():
     assert all(run("README.md", 0)[name].grad is not None for name in "qkv")
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -123,7 +111,6 @@ STORED = {
     for file in generated.documents()
     for found in generated.PART.finditer(file.read_text(encoding="utf-8"))
 }
-
 INTERPRETED = ("support", "memory")  # the slow tier's
 
 
@@ -143,9 +130,7 @@ def test_a_stale_part_is_found():
 
 
 PROGRAMS = sorted((ROOT / "docs/examples").glob("*.py"))
-
 KERNELS = ROOT / "docs/examples/kernel.py"  # a process of its own: it asks for Triton's interpreter
-
 MODULES = [file for file in sorted((ROOT / "tritonattn").rglob("*.py")) if ">>> " in file.read_text(encoding="utf-8")]
 
 
@@ -175,7 +160,6 @@ def test_docstrings(file):
 
 
 SCRIPT = ROOT / "docs/playground.js"
-
 CASES = [(2, 16, 0.0, 0), (32, 64, 1.0, 1), (512, 32, 2.0, 2)]
 
 

@@ -27,7 +27,6 @@ PACKED = {
     "long": Packed((150, 0, 40), (270, 3, 20), q_tail=5, k_tail=17),
     "many": Packed((30, 1, 0, 129, 16), (64, 0, 7, 130, 5)),
 }
-
 MASKS: dict[str, dict] = {
     "full": {},
     "causal": {"causal": True},
@@ -76,7 +75,6 @@ class Case:
 
 
 FAST = ((GPU(90), Case(torch.bfloat16, (16, 32), TileConfig(64, 16, 4, 2), mask="causal", form="aux")),)
-
 CHOICES = {
     "on": ON,
     "dims": [(64, 64), (96, 96), (192, 128)],
@@ -87,9 +85,7 @@ CHOICES = {
     "gain": [False, True],
     "heads": [(1, 2), (2, 1)],
 }
-
 FREE = [*combinations(("dims", "mask", "form", "scaling", "gain", "heads"), 2), *(("dtype", "form"), ("gpu", "form"))]
-
 EVERYTHING = cases_of(Case, all_pairs(CHOICES), FREE)
 
 
@@ -102,11 +98,8 @@ def test_varlen(gpu, case, emulate):
 
 # From one new token to a whole prompt.
 ROWS = Packed((1, 18, 0, 5), (40, 18, 3, 33), q_tail=2, k_tail=3)
-
 TILES = {80: TileConfig(16, 16, 1, 3), 90: TileConfig(64, 16, 4, 2)}
-
 TERMS = ("key_scale", "key_bias", "sinks")
-
 CASES = {
     "key heads shared, terms": (80, torch.bfloat16, 21, {"dims": (40, 24), "heads": (4, 2), "terms": TERMS}),
     "a window, a lost page": (90, torch.float16, 64, {"dims": (32, 32), "lost": (3, 0), "window": (17, None)}),

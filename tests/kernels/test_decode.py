@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.support.caches import GrowingCache, cached_call, check_newest, sequences
+from tests.support.caches import GrowingCache, cached_call, check_newest, check_rows_without_keys, sequences
 from tests.support.pairs import in_turn, pairwise
 from tritonattn import attention, attention_decode
 from tritonattn.backends import triton as triton_backend
@@ -99,18 +99,10 @@ def test_default_tiles(device, monkeypatch):
 
 @in_turn(page=[None, 16], capacity=[40, 171])
 def test_rows_without_keys(page, capacity, device):
-    q, k, v = sequences(torch.float32, length=8, dims=(16, 16), device=device)
-    cache = GrowingCache(k, v, capacity, page, statistics=True)
-    cache.write([0, 2])
     sinks = torch.tensor([0.0, 1.0, -torch.inf, 5.0], device=device)
-    options = {"scaling": "key_norm_rms", "sinks": sinks, "return_aux": True, "backend": "triton"}
-    found, aux = attention_decode(q[:, :, :3], **cache.arguments(), **options)
-    empty = torch.tensor([[True, True, True], [True, False, False]], device=device)[:, None].expand(2, 4, 3)
-    assert (found[empty] == 0).all()
-    assert found[~empty].isfinite().all()
-    assert torch.equal(aux.lse == -torch.inf, empty)
-    assert torch.equal(aux.max_logit == -torch.inf, empty)
-    assert (aux.entropy[empty] == 0).all()
+    check_rows_without_keys(
+        capacity, page, torch.float32, device, scaling="key_norm_rms", sinks=sinks, backend="triton"
+    )
 
 
 @in_turn(dtype=[torch.int64, torch.int32], page=[None, 16])

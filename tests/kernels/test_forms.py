@@ -13,7 +13,6 @@ from tritonattn.core.visibility import Visibility
 from tritonattn.ops.attend import backward_pass, forward_pass
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
-
 Q_LEN, K_LEN = 21, 35
 
 
@@ -92,7 +91,6 @@ def test_any_64_bits_are_a_seed(seed, device, monkeypatch):
 
 
 ROWS, KEYS, CUT = 23, 50, 31
-
 NEEDS = Needs(*[True] * len(Needs._fields))
 
 

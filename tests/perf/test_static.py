@@ -22,11 +22,8 @@ from tritonattn.tuning.lookup import usable_table
 from tritonattn.tuning.table import RANKED_HEAD_DIMS, keys
 
 SM_80, SM_90 = Target("cuda", "80"), Target("cuda", "90")
-
 PROBLEM = Problem(64, 64, torch.bfloat16, right=True, query_scale=True)
-
 CONFIG = TileConfig(128, 64, 4, 2)
-
 compiled = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
 
@@ -95,14 +92,11 @@ def check_shipped_entry(position: int) -> None:
 
 
 A100 = Target("cuda", "80")
-
 CAUSAL = Problem(64, 64, torch.bfloat16, right=True)
-
 TILES = TileConfig(128, 64, 8, 2)
 
 # On an A100 with 8 warps: tensor 1000 clocks, exp 800, integer 600, issue 600.
 LOOP = MmaLoop({"tensor": 100, "exp": 50, "integer": 150}, packed=0, tiles=1, flops=2048 * 1000, shared_bytes=0)
-
 CODE = MachineCode(128, 0, 49152, 0, 0, (LOOP,))
 
 
@@ -165,7 +159,6 @@ LISTING = """
 .L_x_5:
         /*00b0*/                   BRA `(.L_x_5);
 """
-
 PTX = """
 	bra.uni 	$L__BB0_2;
 $L__BB0_3:

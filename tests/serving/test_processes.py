@@ -19,9 +19,7 @@ import tritonattn.huggingface
 from .cases import STEPS, VOCABULARY, Case, learned, prompts
 
 MANY = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-
 INTERPRETED = {"TRITON_INTERPRET": "1"}
-
 RUNS = {
     "ranks": (Case("llama", learned, {"tensor_parallel_size": 2}), prompts(), STEPS, MANY),
     "models of transformers": (Case("llama", learned, {"model_impl": "transformers"}), prompts(), STEPS, {}),

@@ -18,7 +18,6 @@ from tritonattn.backends.triton import device, launch
 from tritonattn.tuning import TileConfig
 
 BLOCK = 1024
-
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -134,7 +133,6 @@ def test_a_descriptor_in_a_thread_without_a_context(stub, x):
 
 
 BFLOAT16, SWIZZLE_128 = 9, 3
-
 SOUND = {"shift": 0, "strides": (128,), "shape": (64, 64), "box": (64, 16), "capability": 90}
 
 

@@ -12,7 +12,6 @@ from tritonattn.tuning.config import Problem, Target, TileConfig, is_short, lega
 from tritonattn.tuning.defaults import default_config, obstacle
 
 HALF, FULL = torch.float16, torch.float32
-
 SM_80, SM_90, SM_100, GFX942 = map(Target.parse, ("sm_80", "sm_90", "sm_100", "gfx942"))
 
 
