@@ -13,6 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import tritonattn
 from tests.distributed.pool import on_every_rank
 from tests.support.pairs import in_turn, pairwise
+from tests.support.refusals import refuses
 from tritonattn import Scales, Scaling
 from tritonattn.distributed import context_parallel_attention, context_parallel_decode, shard, unshard
 from tritonattn.nn import PerHead, SSMax
@@ -197,10 +198,8 @@ def test_every_rank_refuses(rank: int) -> None:
             call()
     with pytest.raises(TypeError, match=r"got ProcessGroup; DeviceMesh.from_group\(group, device_type\) makes one"):
         shard(q, mesh=mesh.get_group())
-    with pytest.raises(TypeError, match=r"q: expected a tensor \[B, Hq, Sq, D\], got NoneType"):
-        decoded(None, k)
-    with pytest.raises(ValueError, match=r"k_cache: expected 4 axes \[B, Hkv, capacity, D\], got 3"):
-        decoded(q[:, :, :1], k[0])
+    refuses("TypeError: q: expected a tensor [B, Hq, Sq, D], got NoneType", decoded, None, k)
+    refuses("ValueError: k_cache: expected 4 axes [B, Hkv, capacity, D], got 3", decoded, q[:, :, :1], k[0])
 
 
 def decode(rank: int, scaling: str, q_len: int, window: Any, has_statistics: bool, dtype: torch.dtype) -> float:

@@ -13,6 +13,7 @@ from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from tests.distributed.pool import on_every_rank
+from tests.support.refusals import refuses
 from tritonattn.core.shards import whole
 from tritonattn.distributed import (
     ContextParallel,
@@ -130,24 +131,19 @@ def test_a_layer_over_ranks_refuses_by_name(rank: int) -> None:
     for module in (layer, gate):
         parallelize_module(module, mesh, ContextParallel(layout="zigzag"))
     assert copy.deepcopy(layer).sequence_part is not None
-    with pytest.raises(NotImplementedError, match=r"dropout_p: expected 0 for a sequence split over ranks, got 0\.5"):
-        layer(x)
+    refuses("NotImplementedError: dropout_p: expected 0 for a sequence split over ranks, got 0.5", layer, x)
     layer.eval()
     layer.batch_invariant = True
-    with pytest.raises(NotImplementedError, match="batch_invariant: not supported for a sequence split over ranks"):
-        layer(x)
+    refuses("NotImplementedError: batch_invariant: not supported for a sequence split over ranks", layer, x)
     layer.batch_invariant = None
     given: dict[str, Any] = {"context": x, "key_lengths": torch.tensor([8]), "mask": torch.ones(8, 8).bool()}
     for name, value in {**given, "cache": KeyValueCache(1, HEADS, 8, 4)}.items():
-        with pytest.raises(ValueError, match=f"{name}: expected None beside ContextParallel"):
-            layer(x, **{name: value})
+        refuses(f"ValueError: ~ {name}: expected None beside ContextParallel", layer, x, **{name: value})
     for call in (lambda: layer(x[:, :7]), lambda: gate(x[:, :7])):
-        with pytest.raises(ValueError, match="x: expected an even number of tokens of this rank for layout 'zigzag'"):
-            call()
+        refuses("ValueError: x: expected an even number of tokens of this rank for layout 'zigzag'", call)
     with pytest.raises(ValueError, match=r"ContextParallel: expected a module with a ScaledAttention, .* got Linear"):
         parallelize_module(nn.Linear(1, 1), mesh, ContextParallel())
-    with pytest.raises(ValueError, match="layout: expected one of"):
-        parallelize_module(plain, mesh, ContextParallel(layout="striped"))
+    refuses("ValueError: layout: expected one of", parallelize_module, plain, mesh, ContextParallel(layout="striped"))
     with context_parallel(mesh, buffers=[torch.randn(1, 8, 1)], buffer_seq_dims=[1]):
         for name, call in (("ForgetGate", lambda: ForgetGate(WIDTH, HEADS)(x)), ("ALiBi", lambda: alibi(8))):
             with pytest.raises(NotImplementedError, match=f"^{name}: torch's context_parallel is active"):

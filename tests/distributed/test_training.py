@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 import tritonattn
 from tests.distributed.models import HEADS, by_heads, llama, sharded, tokens
 from tests.distributed.pool import on_every_rank
+from tests.support.refusals import refuses
 from tritonattn.core.shards import whole
 from tritonattn.huggingface import patch, patched
 
@@ -199,21 +200,17 @@ def test_what_would_be_silently_wrong_is_refused(rank: int) -> None:
     q = torch.randn(1, 4, 32, 8)
     ids = tokens(length=32)
     with context_parallel(mesh, buffers=[q, ids], buffer_seq_dims=[2, 1]):
-        with pytest.raises(NotImplementedError, match="context_parallel_attention"):
-            tritonattn.attention(q, q, q, causal=True)
-        with pytest.raises(ValueError, match="position_ids"):
-            llama({0: "sqrt_dim", 1: "sqrt_dim"})(input_ids=ids)
+        refuses("NotImplementedError: ~ context_parallel_attention", tritonattn.attention, q, q, q, causal=True)
+        refuses("ValueError: ~ position_ids", llama({0: "sqrt_dim", 1: "sqrt_dim"}), input_ids=ids)
         model = llama().train()
         model.model.layers[0].self_attn.attention_dropout = 0.1
-        with pytest.raises(NotImplementedError, match="dropout"):
-            model(input_ids=ids, position_ids=torch.arange(8)[None])
+        refuses("NotImplementedError: ~ dropout", model, input_ids=ids, position_ids=torch.arange(8)[None])
         with pytest.raises(NotImplementedError, match="attention_mask"):
             llama()(input_ids=ids, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]] * 4))
     tritonattn.attention(q, q, q)
     tensor_parallel = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"]
     one_number = {i: {"gain": torch.tensor(1.0)} for i in (0, 1)}
-    with pytest.raises(ValueError, match="a value a head"):
-        by_heads(llama(one_number), tensor_parallel)
+    refuses("ValueError: ~ a value a head", by_heads, llama(one_number), tensor_parallel)
     for layers, message in (
         (one_number, "gain: expected a value a head"),
         (dict.fromkeys((0, 1), "ssmax"), "HeadParallel"),
@@ -221,6 +218,5 @@ def test_what_would_be_silently_wrong_is_refused(rank: int) -> None:
         with pytest.raises(ValueError, match=message):
             by_heads(llama(layers), tensor_parallel, learned=False)(input_ids=tokens())
     for wrap in (DistributedDataParallel, fully_shard):
-        with pytest.raises(ValueError, match="patch first"):
-            patch(wrap(llama(None)), scaling="ssmax")
+        refuses("ValueError: ~ patch first", patch, wrap(llama(None)), scaling="ssmax")
         patch(wrap(llama(None)), scaling="key_norm_mean")

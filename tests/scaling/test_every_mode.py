@@ -5,6 +5,7 @@ import torch
 
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import pairwise
+from tests.support.refusals import refuses
 from tritonattn.core.statistics import Statistics
 from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS, Scaling
@@ -134,7 +135,5 @@ def test_scaling_asks_for_both_formulas():
         name = "nothing"
 
     q, k = tensors()
-    with pytest.raises(NotImplementedError, match=r"Nothing must define scales"):
-        Nothing().scales(q, k, None, None)
-    with pytest.raises(NotImplementedError, match=r"Nothing must define multiplier"):
-        Nothing().multiplier(q, k, None)
+    refuses("NotImplementedError: ~ Nothing must define scales", Nothing().scales, q, k, None, None)
+    refuses("NotImplementedError: ~ Nothing must define multiplier", Nothing().multiplier, q, k, None)
