@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-pytest.importorskip("triton")
 from tests.support.caches import check_cuts
 from tests.support.masks import assert_rows_of_key_blocks, largest_keys, visible_pairs
 from tritonattn import KeyStatistics

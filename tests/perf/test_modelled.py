@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("triton")
 from perf import modelled
 from perf.__main__ import main
 from perf.records import read

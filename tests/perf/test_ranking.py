@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-pytest.importorskip("triton")
 from perf.static import ranking
 from perf.static.gate import Judged, Latency
 from perf.static.machine_code import MachineCode

@@ -4,7 +4,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-pytest.importorskip("triton")
 from perf.__main__ import main
 from perf.replay import command, times
 from perf.replay.control import Control, parse_with_controls

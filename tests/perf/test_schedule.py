@@ -2,7 +2,6 @@
 
 import pytest
 
-pytest.importorskip("triton")
 from perf import schedule
 
 

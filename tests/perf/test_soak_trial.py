@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-pytest.importorskip("triton")
 import tritonattn
 from perf.soak_trial import Trial
 

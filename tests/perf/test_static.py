@@ -1,15 +1,19 @@
 """The static gate: conditions on machine code, which shipped entries meet."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-from perf.static.gate import examine, gate_reasons
-from perf.static.machine_code import MachineCode, MmaLoop
+from perf.static import machine_code
+from perf.static.control_flow import Instruction, innermost, loops, parse, parse_ptx
+from perf.static.gate import Judged, Latency, examine, gate_reasons, modelled_clocks
+from perf.static.machine_code import MachineCode, MmaLoop, read_machine_code
+from perf.static.model import Rates, cycles, utilisation
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends.triton import launch
+from tritonattn.tuner import gate
 from tritonattn.tuning import cache_dir
 from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.defaults import default_config
@@ -85,3 +89,156 @@ def check_shipped_entry(position: int) -> None:
     gpu, key = ENTRIES[position]
     entry = usable_table(cache_dir.shipped_tables() / f"{gpu.name}.json", gpu.target).entries[key]
     assert examine(key.kernel, key.problem, entry.config, gpu.target).reasons == ()
+
+
+A100 = Target("cuda", "80")
+CAUSAL = Problem(64, 64, torch.bfloat16, right=True)
+TILES = TileConfig(128, 64, 8, 2)
+
+# On an A100 with 8 warps: tensor 1000 clocks, exp 800, integer 600, issue 600.
+LOOP = MmaLoop({"tensor": 100, "exp": 50, "integer": 150}, packed=0, tiles=1, flops=2048 * 1000, shared_bytes=0)
+CODE = MachineCode(128, 0, 49152, 0, 0, (LOOP,))
+
+
+def clocks(loop, config=TILES, kernel="forward", target=A100, processors=108, registers=128, short=False, latency=None):
+    code = MachineCode(registers, 0, 49152, 0, 0, None if loop is None else (loop,))
+    candidate = Judged(config, code, (), latency)
+    return modelled_clocks(kernel, replace(CAUSAL, short=short), candidate, target, processors)
+
+
+def test_clocks_of_every_unit():
+    mix = {"tensor": 2, "exp": 3, "fp32": 4, "multiply": 5, "compare": 6, "convert": 7, "integer": 8}
+    rates = Rates("card", tensor=1024, fp32=64, shared_memory=0, warps=64, programs=32)
+    bounds = cycles(MmaLoop(mix, packed=1, tiles=1, flops=8192, shared_bytes=1280), rates, warps=4)
+    assert bounds == {"tensor": 8, "exp": 24, "fp32": 20, "integer": 42, "issue": 35, "shared": 10}
+    assert utilisation(bounds, 4096, rates) == pytest.approx(4 / 42)
+
+
+def test_clocks_of_a_call():
+    """8,192 programs, 2 to a processor: 38 waves of 128 iterations, of whose other units 4 warps a scheduler hide."""
+    assert clocks(LOOP) == pytest.approx(38 * 2 * 128 * (1000 + (800 + 600) / 4))
+    alone = replace(TILES, num_stages=1)
+    loads = 600 + 64 * 128 * 2 / 48  # latency, and the bytes of 64 keys and values at the rate of L2
+    assert clocks(LOOP, alone) == pytest.approx(38 * 2 * 128 * (1000 + (800 + 600) / 4 + loads / 2))
+    late = replace(TILES, descriptors=True)
+    assert clocks(LOOP, late) == clocks(LOOP, alone), "the TMA is asked at the end of an iteration, for the next"
+    assert clocks(LOOP, replace(late, num_stages=3)) == clocks(LOOP)
+    replayed = Latency(0.5, 1500.0, 2, awaits_last=False)
+    assert clocks(LOOP, latency=replayed) == 38 * 128 * 1500, "of a program while another runs beside it"
+    stores = replace(LOOP, shared_bytes=5000 * 128)
+    assert clocks(stores) == pytest.approx(38 * 2 * 128 * 5000)
+
+
+def test_rows_that_a_program_does_not_hold_take_another():
+    """Which loads the same keys again: 8,192 programs, 2 to a processor, or half."""
+    problem = replace(CAUSAL, right=False, packed_rows=32)
+    few, many = (
+        modelled_clocks("decode", problem, Judged(TileConfig(rows, 64, 8, 2), CODE, ()), A100, 128) for rows in (16, 32)
+    )
+    assert few == pytest.approx(2 * many)
+
+
+# A loop in a loop, whose wait retries out of line; the outer one has a spill of its own.
+LISTING = """
+.text.kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_4:
+        /*0010*/                   STL.64 [R1], R2 ;
+.L_x_1:
+        /*0020*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P2, [UR8], R4 ;
+        /*0030*/              @!P2 BRA `(.L_x_2) ;
+.L_x_3:
+        /*0040*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0050*/               @P0 BRA `(.L_x_1) ;
+        /*0060*/                   BRA.U UP0, `(.L_x_4) ;
+        /*0070*/                   EXIT ;
+.L_x_2:
+        /*0080*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P2, [UR8], R4 ;
+        /*0090*/              @!P2 BRA `(.L_x_2) ;
+        /*00a0*/                   BRA `(.L_x_3) ;
+.L_x_5:
+        /*00b0*/                   BRA `(.L_x_5);
+"""
+PTX = """
+	bra.uni 	$L__BB0_2;
+$L__BB0_3:
+	@!%p9 bra 	$L__BB0_5;
+$L__BB0_2:
+	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 }, { %r2 }, { %r3 }, { %r4 };
+	@%p2 bra 	$L__BB0_3;
+	@%p7 tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd1, %rd2, %r3, %p3;
+	bra.uni 	$L__BB0_3;
+$L__BB0_5:
+	wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, %p1, 1, 1, 0, 1;
+	ret;
+"""
+
+
+def test_loops_of_a_listing():
+    listing = parse(LISTING)
+    addresses = [instruction.address for instruction in listing.instructions]
+    assert addresses == list(range(0, 0xC0, 0x10))
+    outer, inner, *retries = loops(listing)
+    assert [hex(addresses[index]) for index in inner.body] == ["0x20", "0x30", "0x40", "0x50"]
+    assert {addresses[index] for index in inner.indices - set(inner.body)} == {0x80, 0x90, 0xA0}
+    assert outer.body[0] == 1
+    assert outer.indices > inner.indices
+    assert [len(span.body) for span in retries] == [2], "the branch to itself at the end is never reached"
+    hot = {index for index, one in enumerate(listing.instructions) if one.name == "HMMA"}
+    assert innermost([outer, inner, *retries], hot) == [inner]
+
+
+def test_loops_of_ptx():
+    source = parse_ptx(PTX)
+    (loop,) = loops(source)
+    opcodes = [source.instructions[index].opcode.split(".")[0] for index in sorted(loop.indices)]
+    assert opcodes == ["bra", "mma", "bra", "tcgen05", "bra"]
+
+
+def instruction(opcode: str, operands: str = "") -> Instruction:
+    return Instruction(0, "", opcode, operands)
+
+
+# m in bits 24 to 28 of a descriptor, in sixteenths; n in 17 to 22, in eighths; the format in 7 to 9, 2 of tf32.
+DESCRIPTOR, OF_TF32 = (f"UR4, {(128 // 16 << 24) + (256 // 8 << 17) + (kind << 7):#x}" for kind in (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("before", "opcode", "operands", "wanted"),
+    [
+        ((), "HMMA.16816.F32.BF16", "R4, R8, R12, R4", (2 * 16 * 8 * 16, 0, 1)),
+        ((), "HMMA.1688.F32.TF32", "R4, R8, R12, R4", (2 * 16 * 8 * 8, 0, 1)),
+        ((), "HGMMA.64x128x16.F32", "R24, R4, gdesc[UR4], R24", (2 * 64 * 128 * 16, 2 * 16 * 128, 4)),
+        ((), "HGMMA.64x64x16.F32", "R24, gdesc[UR8], gdesc[UR4]", (2 * 64 * 64 * 16, 2 * 16 * (64 + 64), 4)),
+        (
+            ("UR4, 0x1", DESCRIPTOR),
+            "UTCHMMA",
+            "gdesc[UR8], gdesc[UR2], tmem[UR6], idesc[UR4]",
+            (2 * 128 * 256 * 16, 2 * 16 * (256 + 128), 8),
+        ),
+        ((OF_TF32,), "UTCHMMA", "tmem[UR8], gdesc[UR2], tmem[UR6], idesc[UR4]", (2 * 128 * 256 * 8, 2 * 8 * 256, 8)),
+    ],
+)
+def test_work_and_operands_of_a_tensor_instruction(before, opcode, operands, wanted):
+    """FLOPs, bytes that it reads of shared memory, and the warps, of 8, that do it together."""
+    code = [
+        *(instruction("UMOV", text) for text in before),
+        instruction(opcode, operands),
+        instruction("UMOV", "UR4, 0x2"),
+    ]
+    assert machine_code.tensor_work(code, len(before), 8) == wanted
+
+
+def test_spills_are_those_inside_of_loops(monkeypatch):
+    """Code that lies before and after them runs once."""
+    once = "        /*0008*/                   STL.128 [R1], R4 ;\n"
+    listing = LISTING.replace(".L_x_4:\n", once + ".L_x_4:\n")
+    monkeypatch.setattr(gate, "read_binary", lambda *_: " REG:96 STACK:16 SHARED:0")
+    monkeypatch.setattr(machine_code, "disassemble", lambda cubin: listing)
+    ptx = "$L__BB0_1:\n\tmma.sync.aligned.m16n8k16 {%r1};\n\t@%p1 bra \t$L__BB0_1;\n\tret;\n"
+    metadata = SimpleNamespace(shared=4096, num_warps=4, tmem_size=64)
+    found = read_machine_code(SimpleNamespace(metadata=metadata, asm={"cubin": b"", "ptx": ptx}))
+    assert (found.registers, found.stack_bytes, found.shared_bytes, found.spill_bytes) == (96, 16, 4096, 8)
+    assert found.tensor_memory == 64
+    [loop] = found.mma_loops
+    assert (loop.tiles, loop.flops, loop.other) == (1, 4 * 4096, 3)

@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
 from tritonattn.backends.triton import KERNELS, device, launch
