@@ -40,9 +40,9 @@ class Monitor:
 
     A record is a dict: step; loss; alarms; and layers, by the module's name, each with
 
-        calls, rows          numbers of calls and rows (B Hq Sq), without padding and rows that see no key
+        calls, rows          numbers of calls and rows (B Hq Sq), without padding and rows without visible keys
         max_logit            [Hq] the largest logit, before softcap, without a key_bias
-        relative_entropy     [Hq] mean over the rows that see n > 1 keys of entropy / ln n: 1 is uniform, 0 one key
+        relative_entropy     [Hq] mean over rows of n > 1 visible keys of entropy / ln n: 1 is uniform, 0 one key
         near_one_hot         [Hq] share of the rows whose largest probability is above 0.95, rows of one key included
         near_uniform         [Hq] share of the rows with n > 1 whose entropy / ln n is above 0.98
         q_gradient_norm      [Hq] Frobenius norm of the gradient that reached q as it meets k, over rows and features
@@ -52,9 +52,9 @@ class Monitor:
     Values that do not exist (no backward, no row) or are not finite are null in the file, and alarms name the latter.
     Probabilities and entropy are taken before dropout and without sinks; the output is the one that the model gets.
 
-    **It changes nothing.** Statistics are computed beside the model's own attention, from the same q and k and without
-    dropout, by one more forward of O(S) memory. Weights after a run with a Monitor are bit for bit those without,
-    unless `on_alarm` changes them or the model is compiled. A transformers layer that is not patched keeps its own
+    **It changes nothing.** Statistics are computed by one more forward of O(S) memory, from the same q and k as the
+    model's attention, without dropout. Weights after a run with a Monitor are bit for bit those without,
+    unless `on_alarm` changes them or the model is compiled. A transformers layer that is not patched keeps its
     attention (eager or sdpa), and has another config during a watched step: so `patch` before the with block. In other
     steps `step` only counts, and checks the loss if that does not wait for a GPU. A watched step took 1.12 to 1.21
     times as long (`python -m perf monitor`; docs/rollout.md).
@@ -65,7 +65,7 @@ class Monitor:
     Checkpointed layers count once. Under a GradScaler give `grad_scale`. Frozen layers have gradient norms if a
     gradient passes through them. An exception ends the watch, loses the step, and leaves model and file whole.
 
-    **torch.compile.** Watched steps run uncompiled, so every layer is seen, and no graph is compiled anew. They take
+    **torch.compile.** Watched steps run uncompiled, so every layer is seen, and no graph is compiled again. They take
     the time and memory of the uncompiled model, and round as it does. `torch.compiler.set_stance("force_eager")` holds
     until the step ends, for all that the process has compiled.
 
@@ -125,7 +125,7 @@ class Monitor:
         self._scalars = None if tensorboard is None or not self._speaks else Scalars(tensorboard)
         self._watch: Watch | None = None
         self._active = False
-        self._not_finite: Tensor | None = None  # bool on the loss's device: whether one since the last check was
+        self._not_finite: Tensor | None = None  # bool on the loss's device: one since the last check was not
         self._warned_blind = False
 
     def __enter__(self) -> Monitor:
@@ -147,17 +147,17 @@ class Monitor:
 
     @property
     def _joins(self) -> bool:
-        """Whether the statistics of several ranks are joined."""
+        """True where the statistics of several ranks are joined."""
         return self._reduce and rank_and_size()[1] > 1
 
     @property
     def _speaks(self) -> bool:
-        """Whether this process writes and warns."""
+        """True where this process writes and warns."""
         return not self._joins or rank_and_size()[0] == 0
 
     @property
     def active(self) -> bool:
-        """Whether the monitor is inside its with block."""
+        """True inside the with block."""
         return self._active
 
     def step(self, loss: float | Tensor | None = None, *, grad_scale: float = 1.0) -> dict[str, Any] | None:
@@ -294,7 +294,7 @@ def _untraced(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _is_elsewhere(loss: Tensor) -> bool:
-    """Whether reading a loss would wait for a device."""
+    """True where reading a loss would wait for a device."""
     return loss.device.type != "cpu"
 
 

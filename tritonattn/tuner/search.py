@@ -196,7 +196,7 @@ def _refuse_if_lost(what: str, device: torch.device, error: Exception) -> None:
 
 
 def _is_lost(device: torch.device) -> bool:
-    """Whether every call of a GPU fails from now on, as after an illegal address."""
+    """Find out if every call of a GPU fails from now on, as after an illegal address."""
     if device.type != "cuda":
         return False
     try:

@@ -85,9 +85,9 @@ _DECODE_TILES = {
     "amd": {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1), 512: (16, 4, 1), 1024: (16, 4, 1)},
 }
 # Passes without a head dim. A program of prefix_sums goes through a whole row in few steps, each as wide as registers
-# allow. keys_seen tests block_m rows at once, and takes those that see a key of its block by block_n. argmax_of_ranges
-# holds a tile of rows and keys where rows differ, and a vector of block_n keys where they do not. append_to_pages takes
-# block_m heads, block_n keys at a time.
+# allow. keys_seen tests block_m rows at once, and takes those that attend to a key of its block by block_n.
+# argmax_of_ranges holds a tile of rows and keys where rows differ, and a vector of block_n keys where they do not.
+# append_to_pages takes block_m heads, block_n keys at a time.
 _STREAMING_TILES = {
     "append_to_pages": TileConfig(16, 64, 8, 1),
     "prefix_sums": TileConfig(4096, 4096, 8, 1),
@@ -178,7 +178,7 @@ def _with_page_numbers(kernel: str, config: TileConfig, problem: Problem, target
 
 
 def _takes_many_registers(kernel: str, problem: Problem) -> bool:
-    """Whether a kernel holds a mask's tile, Philox's counters, or the sums for the gradient of a query scale.
+    """True where a kernel holds a mask's tile, Philox's counters, or the sums for the gradient of a query scale.
 
     Above width 256 the tiles leave room for those sums, but not for ranges of rows.
     """
@@ -210,7 +210,7 @@ def _lighter(kernel: str, problem: Problem, width: int, config: TileConfig) -> T
 def _decode_config(problem: Problem, width: int, family: str) -> TileConfig:
     """The decode config: as many rows as a group fills and registers hold, and one stage more for page numbers.
 
-    At width 1024 shared memory has no room for that stage. A bias beside page numbers, an element a row and key, takes
+    At width 1024 shared memory has no room for that stage. A bias with page numbers, an element a row and key, takes
     registers: there tiles of many rows have half as many keys.
     """
     if problem.dtype == torch.float32:

@@ -28,9 +28,9 @@ def draw(record: dict[str, Any], file: Path) -> None:
     without = f"{next(iter(losses))}, nothing before {alone['start']}"
     looks[without] = {"color": COLOURS[-1], "linestyle": ":", "marker": "x", "markersize": 4, "linewidth": 1.3}
     later = [index for index, (lo, _) in enumerate(bins) if lo > alone["start"]]
-    places = [middles[index] for index in later]
-    loss.plot(places, alone["by_bin"], **looks[without])
-    moved.plot(places, _less(alone["by_bin"], [base[index] for index in later]), **looks[without])
+    xs = [middles[index] for index in later]
+    loss.plot(xs, alone["by_bin"], **looks[without])
+    moved.plot(xs, _less(alone["by_bin"], [base[index] for index in later]), **looks[without])
     for axes in (loss, moved):
         axes.axvline(record["context"], color="grey", linewidth=0.8)
         axes.set_xlabel(f"position (grey: the trained context, {record['context']:,})")

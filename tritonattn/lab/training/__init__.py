@@ -120,7 +120,7 @@ def _tables(runs: list[Run], options: Namespace) -> str:
 
 
 def _same_data(runs: list[Run]) -> bool:
-    """Whether runs of a seed saw the same batches whatever their mode and optimiser; print the first that did not."""
+    """Compare the batches of a seed over modes and optimizers; print the first run that had others."""
     seen: dict[tuple, Run] = {}
     for run in runs:
         if run.status == "diverged":  # it stopped early
