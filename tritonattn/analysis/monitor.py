@@ -7,15 +7,16 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..calls.checks import check_bool
-from .alarms import Alarm, Alarms, Thresholds
+from ..core.records import append
+from .alarms import Alarm, Alarms, Thresholds, layer_value
 from .over_ranks import joined, joined_losses, rank_and_size
-from .records import JsonLines, Scalars
 from .watch import Watch
 
 Action = Callable[[Sequence[Alarm]], Any]
@@ -121,8 +122,8 @@ class Monitor:
         self._reduce = reduce
         if on_alarm is not None and not reduce and rank_and_size()[1] > 1:
             raise ValueError("on_alarm: expected reduce=True, since actions would differ by rank, got reduce=False")
-        self._file = None if file is None or not self._speaks else JsonLines(file)
-        self._scalars = None if tensorboard is None or not self._speaks else Scalars(tensorboard)
+        self._file = None if file is None or not self._speaks else _JsonLines(file)
+        self._scalars = None if tensorboard is None or not self._speaks else _Scalars(tensorboard)
         self._watch: Watch | None = None
         self._active = False
         self._not_finite: Tensor | None = None  # bool on the loss's device: one since the last check was not
@@ -227,7 +228,6 @@ class Monitor:
     def _record(
         self, step: int, loss: float | Tensor | None, watch: Watch | None, alarms: list[Alarm], grad_scale: float
     ) -> dict[str, Any]:
-        """Make a record, write it, warn and act."""
         layers: dict[str, Any] = {}
         if watch is not None:
             totals = {name: one for name, tally in watch.tallies.items() if (one := tally.totals()) is not None}
@@ -322,3 +322,49 @@ def _action(on_alarm: str | Action | None, model: nn.Module) -> Action | None:
             f"on_alarm: expected a patched model for 'undo', got a {type(model).__name__} that is not patched"
         )
     return lambda alarms: patched.undo()
+
+
+class _JsonLines:
+    """A file with one JSON object a line, each appended by one write: whenever a run ends, its lines are whole."""
+
+    def __init__(self, file: str | os.PathLike[str]) -> None:
+        self.path = Path(file)
+        if self.path.is_dir() or not self.path.absolute().parent.is_dir():
+            raise ValueError(f"file: expected a file in an existing folder, got {str(file)!r}")
+        append(self.path, [])  # the file exists, and can be written, before the run begins
+
+    def write(self, record: dict[str, Any]) -> None:
+        append(self.path, [record])
+
+
+class _Scalars:
+    """The records as TensorBoard scalars: the loss, and of every layer the largest logit and the heads' means."""
+
+    def __init__(self, target: Any) -> None:
+        self._owned = not hasattr(target, "add_scalar")
+        self._writer = _writer(target) if self._owned else target
+
+    def write(self, record: dict[str, Any]) -> None:
+        step = record["step"]
+        if record["loss"] is not None:
+            self._writer.add_scalar("loss", record["loss"], step)
+        for layer, measures in record["layers"].items():
+            for name, values in measures.items():
+                value = layer_value(name, values) if isinstance(values, list) else None
+                if value is not None:
+                    self._writer.add_scalar(f"{layer}/{name}", value, step)
+
+    def close(self) -> None:
+        """Close our writer; that of the caller is only flushed, where it can be."""
+        if self._owned:
+            self._writer.close()
+        elif hasattr(self._writer, "flush"):
+            self._writer.flush()
+
+
+def _writer(folder: str | os.PathLike[str]) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("tensorboard: it is not installed; to mend it: pip install 'tritonattn[monitor]'") from error
+    return SummaryWriter(str(folder))

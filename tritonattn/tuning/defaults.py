@@ -33,11 +33,6 @@ _TILES = {
         "grad_query": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1), 512: (16, 32, 8, 1)},
         "grad_key_value": {64: (64, 128, 8, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1), 512: (16, 16, 8, 1)},
     },
-    "sm_120": {
-        "forward": {64: (128, 64, 4, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2), 512: (16, 32, 8, 1)},
-        "grad_query": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1), 512: (16, 32, 8, 1)},
-        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1), 512: (16, 16, 8, 1)},
-    },
     "sm_90": {
         "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2), 512: (32, 32, 8, 1)},
         "grad_query": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2), 512: (32, 32, 8, 2)},
@@ -54,6 +49,7 @@ _TILES = {
         "grad_key_value": {64: (32, 64, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1), 512: (16, 16, 4, 1)},
     },
 }
+_TILES["sm_120"] = {**_TILES["sm_86"], "grad_key_value": _TILES["sm_86"]["grad_key_value"] | {128: (64, 64, 8, 2)}}
 # The same where tiles are loaded by tensor descriptors, which cost no registers for addresses. sm_90's grad_key_value
 # of width 64 has fewer instructions with pointers.
 _DESCRIPTOR_TILES = {
@@ -76,12 +72,11 @@ _TILES_OF_FLOAT32 = {
 }
 # Decoding waits for memory: two blocks of keys on their way to every program, and several programs a multiprocessor.
 # By family and width: block_n, num_warps, num_stages.
+_DECODE_OF_SERVERS = {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3), 1024: (16, 4, 2)}
+_DECODE_OF_DESKTOPS = {64: (64, 4, 3), 128: (32, 4, 3), 256: (32, 4, 2), 512: (16, 4, 2), 1024: (16, 4, 2)}
 _DECODE_TILES = {
-    "sm_80": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3), 1024: (16, 4, 2)},
-    "sm_86": {64: (64, 4, 3), 128: (32, 4, 3), 256: (32, 4, 2), 512: (16, 4, 2), 1024: (16, 4, 2)},
-    "sm_120": {64: (64, 4, 3), 128: (32, 4, 3), 256: (32, 4, 2), 512: (16, 4, 2), 1024: (16, 4, 2)},
-    "sm_90": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3), 1024: (16, 4, 2)},
-    "sm_100": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3), 1024: (16, 4, 2)},
+    **dict.fromkeys(("sm_80", "sm_90", "sm_100"), _DECODE_OF_SERVERS),
+    **dict.fromkeys(("sm_86", "sm_120"), _DECODE_OF_DESKTOPS),
     "amd": {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1), 512: (16, 4, 1), 1024: (16, 4, 1)},
 }
 # Passes without a head dim. A program of prefix_sums goes through a whole row in few steps, each as wide as registers

@@ -81,7 +81,6 @@ def _recipes(options: Namespace, task: str) -> list[Recipe]:
 
 
 def _recorded(options: Namespace) -> list[Run]:
-    """Read the folder's runs of the tasks and modes asked for."""
     files = [options.out / f"{_stem(options)}-{name}.jsonl" for name in options.tasks]
     runs = [run for file in files for run in read(file) if run.mode in options.modes]
     if not runs:

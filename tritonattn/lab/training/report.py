@@ -176,7 +176,6 @@ def _target(runs: Sequence[Run]) -> str:
 
 
 def _average(lists: dict[str, list[float]], ending: str = "") -> float:
-    """Average the last value over layers."""
     return fmean(one[-1] for name, one in lists.items() if name.endswith(ending))
 
 
