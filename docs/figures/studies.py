@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tritonattn.core.provenance import Environment
-from tritonattn.lab.length.plot import draw as draw_length
+from tritonattn.lab.length.report import draw as draw_length
 from tritonattn.lab.simulation.measures import Measures, Point
 from tritonattn.lab.simulation.paper import PANELS, component
 from tritonattn.lab.simulation.plot import draw_all

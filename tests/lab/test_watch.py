@@ -14,8 +14,7 @@ import tritonattn
 from tritonattn.analysis import Monitor, Thresholds
 from tritonattn.cli import main as cli
 from tritonattn.lab.watch.curves import MEASURES, Watched
-from tritonattn.lab.watch.page import write
-from tritonattn.lab.watch.picture import figure_of
+from tritonattn.lab.watch.picture import figure_of, write_page
 
 LAYERS = ["blocks.0.attention", "blocks.1.attention"]
 
@@ -90,7 +89,7 @@ def test_alarms_are_marked_where_they_begin_and_their_limits_stay(tmp_path):
 
 
 def page_of(file, tmp_path) -> str:
-    write(Watched.read(file), tmp_path / "run.html")
+    write_page(Watched.read(file), tmp_path / "run.html")
     return (tmp_path / "run.html").read_text(encoding="utf-8")
 
 

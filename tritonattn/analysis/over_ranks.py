@@ -87,7 +87,7 @@ class _Shape(NamedTuple):
 
 
 def _placed(own: Totals | None, shape: _Shape) -> Any:
-    """A rank's totals at their place among the heads of all ranks; 0 at those of others."""
+    """A rank's totals among the heads of all ranks; 0 at those of others."""
     number = 0 if own is None else own.head_part[0]
 
     def among(x: Tensor | None, heads: int, *features: int, fill: float = 0.0) -> Tensor:

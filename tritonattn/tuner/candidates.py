@@ -40,8 +40,8 @@ def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig
     ranges = (of_width if target.backend == "cuda" else _AMD_RANGES)[kernel]
     if kernel == "decode":  # as many rows as a group fills
         ranges = (tuple(rows for rows in (16, 32, 64) if rows <= problem.packed_rows), *ranges[1:])
-    kinds = (True, False) if may_use_descriptors(kernel, problem, target) else (False,)
-    found = [TileConfig(*tiles, descriptors=kind) for kind in kinds for tiles in product(*ranges)]
+    loads = (True, False) if may_use_descriptors(kernel, problem, target) else (False,)
+    found = [TileConfig(*tiles, descriptors=described) for described in loads for tiles in product(*ranges)]
     default = default_config(kernel, problem, target)
     return [default, *(one for one in found if one != default and _is_sensible(kernel, one, problem, target))]
 
@@ -77,7 +77,7 @@ def tiles(config: TileConfig) -> tuple[int, int, int]:
 
 
 def _is_sensible(kernel: str, config: TileConfig, problem: Problem, target: Target) -> bool:
-    """Whether a config is legal, and its warps' registers (255 a thread) can hold its fp32 sums and logits.
+    """True for a legal config whose fp32 sums and logits its warps' registers (255 a thread) can hold.
 
     With wgmma, four warps multiply 64 rows: a config also needs rows for all its warps, which else repeat one another's
     work or leave wgmma to slower instructions. grad_key_value of wide heads has no registers for as many.

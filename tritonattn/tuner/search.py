@@ -101,7 +101,7 @@ def _search(
         return Result(key, before, None, None, None, trial.wrong())
     taken = trial.times([before, *fastest], effort.rounds)
     best, *others = _sorted(taken)
-    details = {"runners_up": [{**one.as_record(), **_milliseconds(taken[one])} for one in others[:3]]}
+    details = {"runners_up": [one.as_record() | {"milliseconds": _median(taken, one)} for one in others[:3]]}
     if found := shares(key, best):
         taken = trial.times([before, best, *found], effort.rounds)
         best = _clearly_ahead([one for one in (*found, best) if one in taken], taken)
@@ -139,7 +139,6 @@ class _Trial:
 
 
 def _sorted(taken: dict[TileConfig, list[float]]) -> list[TileConfig]:
-    """List the configs, the fastest first."""
     return sorted(taken, key=lambda config: Timing.of(taken[config]).median)
 
 
@@ -150,8 +149,8 @@ def _clearly_ahead(configs: list[TileConfig], taken: dict[TileConfig, list[float
     return fastest if ratios[fastest] <= _CLEARLY_AHEAD else configs[0]
 
 
-def _milliseconds(taken: list[float]) -> dict[str, float]:
-    return {"milliseconds": round(Timing.of(taken).median, 4)}
+def _median(taken: dict[TileConfig, list[float]], config: TileConfig) -> float:
+    return round(Timing.of(taken[config]).median, 4)
 
 
 def passing(key: EntryKey, compiler: Compiler, effort: Effort) -> list[TileConfig]:
@@ -196,7 +195,7 @@ def _refuse_if_lost(what: str, device: torch.device, error: Exception) -> None:
 
 
 def _is_lost(device: torch.device) -> bool:
-    """Whether every call of a GPU fails from now on, as after an illegal address."""
+    """Find out if every call of a GPU fails from now on, as after an illegal address."""
     if device.type != "cuda":
         return False
     try:

@@ -42,7 +42,7 @@ class Report:
 
     @property
     def agrees(self) -> bool:
-        """Whether sqrt_dim, which is every model's own scaling, gives the model's loss."""
+        """True where sqrt_dim, which is every model's scaling, gives the model's loss."""
         return abs(self.difference) <= AGREEMENT
 
     def table(self, columns: int | None = None) -> str:

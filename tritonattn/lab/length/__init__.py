@@ -22,8 +22,7 @@ from ..demo.measurement import Subject, patched_with
 from ..demo.model import load
 from ..demo.variants import BASELINE, Variant, variants
 from ..texts import WONDERLAND
-from .plot import draw
-from .report import Study
+from .report import Study, draw
 
 VARIANTS = (
     BASELINE,

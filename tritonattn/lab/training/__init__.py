@@ -81,7 +81,6 @@ def _recipes(options: Namespace, task: str) -> list[Recipe]:
 
 
 def _recorded(options: Namespace) -> list[Run]:
-    """Read the folder's runs of the tasks and modes asked for."""
     files = [options.out / f"{_stem(options)}-{name}.jsonl" for name in options.tasks]
     runs = [run for file in files for run in read(file) if run.mode in options.modes]
     if not runs:
@@ -120,7 +119,7 @@ def _tables(runs: list[Run], options: Namespace) -> str:
 
 
 def _same_data(runs: list[Run]) -> bool:
-    """Whether runs of a seed saw the same batches whatever their mode and optimiser; print the first that did not."""
+    """Compare the batches of a seed over modes and optimizers; print the first run that had others."""
     seen: dict[tuple, Run] = {}
     for run in runs:
         if run.status == "diverged":  # it stopped early

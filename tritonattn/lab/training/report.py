@@ -65,18 +65,18 @@ def comparison(runs: Sequence[Run]) -> str:
     task, modes = TASKS[runs[0].task], by_mode(runs)
     base = {run.seed: run.metrics[task.metric] for run in _trained(modes.get(BASELINE, []))}
     rows = []
-    for mode, members in modes.items():
-        good, lost = _trained(members), len(members) - len(_trained(members))
+    for mode, group in modes.items():
+        good, lost = _trained(group), len(group) - len(_trained(group))
         moved = [run.metrics[task.metric] - base[run.seed] for run in good if mode != BASELINE and run.seed in base]
         row = {
             "mode": mode,
             task.metric: _mean(good, lambda run: run.metrics[task.metric]),
             f"against {BASELINE}": _difference(moved),
             "held-out loss": _mean(good, lambda run: run.held_out_loss[-1]),
-            f"steps to loss {task.target:g}": _target(members),
+            f"steps to loss {task.target:g}": _target(group),
             "entropy / ln n": _mean(good, lambda run: _average(run.entropy), 2),
             "gradient of q, k": _mean(good, lambda run: _average(run.gradients, " qk"), 4),
-            "diverged": f"{lost} of {len(members)}" if lost else _MISSING,
+            "diverged": f"{lost} of {len(group)}" if lost else _MISSING,
         }
         rows.append(row)
     return table([list(row.values()) for row in rows], list(rows[0]))
@@ -125,8 +125,8 @@ def grid(runs: Sequence[Run]) -> str:
     rows = []
     for recipe in dict.fromkeys(run.recipe for run in runs):
         cells = []
-        for members in modes.values():
-            same = [run for run in members if run.recipe == recipe]
+        for group in modes.values():
+            same = [run for run in group if run.recipe == recipe]
             lost = len(same) - len(_trained(same))
             mean = _mean(_trained(same), lambda run: run.metrics[task.metric])
             cells.append(mean + (f" ({lost} of {len(same)} diverged)" if lost else ""))
@@ -138,9 +138,9 @@ def best_recipes(runs: Sequence[Run]) -> str:
     """Name the best recipe of every mode in a grid, a sentence each."""
     task = TASKS[runs[0].task]
     choose, sentences = max if task.higher_is_better else min, []
-    for mode, members in by_mode(runs).items():
-        recipes = dict.fromkeys(run.recipe for run in members)
-        of_recipes = {recipe: [run for run in members if run.recipe == recipe] for recipe in recipes}
+    for mode, group in by_mode(runs).items():
+        recipes = dict.fromkeys(run.recipe for run in group)
+        of_recipes = {recipe: [run for run in group if run.recipe == recipe] for recipe in recipes}
         means = {
             recipe: fmean(run.metrics[task.metric] for run in same)
             for recipe, same in of_recipes.items()
@@ -176,7 +176,6 @@ def _target(runs: Sequence[Run]) -> str:
 
 
 def _average(lists: dict[str, list[float]], ending: str = "") -> float:
-    """Average the last value over layers."""
     return fmean(one[-1] for name, one in lists.items() if name.endswith(ending))
 
 

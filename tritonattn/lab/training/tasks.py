@@ -65,7 +65,7 @@ def loss_of(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _right(model: nn.Module, batch: Batch) -> Tensor:
-    """Whether the likeliest class is the target: bool, of the target's shape."""
+    """Compare the likeliest class with the target: bool, of the target's shape."""
     return model(**batch.inputs).argmax(-1) == batch.target
 
 
@@ -246,7 +246,7 @@ def _batch(numbers: Tensor) -> Batch:
     return Batch({"source": source, "lengths": lengths, "shifted": shifted}, target)
 
 
-_SYMBOLS, _PLACES, _VALUES = 16, 4, 16
+_SYMBOLS, _POSITIONS, _VALUES = 16, 4, 16
 _ASKED = 16
 _SHORTEST, _LONGEST = 16, 64
 LENGTHS = (16, 64, 256, 1024, 4096)  # in testing
@@ -256,7 +256,7 @@ class Recall(Task):
     """Find the value of an asked key among n pairs of random keys and values.
 
     A key is 4 symbols out of 16, a value one out of 16, and no key is twice in a table. Training tables have 16 to 64
-    pairs, padded to 64; test tables up to 4,096, where about 4 keys differ from the asked one in a single place.
+    pairs, padded to 64; test tables up to 4,096, where about 4 keys differ from the asked one in a single symbol.
 
     accuracy_<n>   share of right values in tables of n pairs; chance is 1/16
     """
@@ -267,7 +267,7 @@ class Recall(Task):
     recipe = Recipe("adamw", 5e-3, weight_decay=0.01, steps=250, batch=32)
 
     def model(self, attentions: Attentions) -> nn.Module:
-        return Recaller(attentions, _SYMBOLS, _PLACES, _VALUES, _LONGEST)
+        return Recaller(attentions, _SYMBOLS, _POSITIONS, _VALUES, _LONGEST)
 
     def batch(self, size: int, random: torch.Generator) -> Batch:
         lengths = torch.randint(_SHORTEST, _LONGEST + 1, (size,), generator=random)
@@ -293,11 +293,11 @@ def _tables(lengths: Tensor, longest: int, random: torch.Generator) -> Batch:
     """Draw one table a row of `lengths`, each padded to `longest` pairs."""
     size = lengths.shape[0]
     # Sorted numbers, each raised by its rank, are distinct; then shuffle them.
-    drawn = torch.randint(_SYMBOLS**_PLACES - longest + 1, (size, longest), generator=random).sort(dim=1).values
+    drawn = torch.randint(_SYMBOLS**_POSITIONS - longest + 1, (size, longest), generator=random).sort(dim=1).values
     shuffled = torch.rand(size, longest, generator=random).argsort(dim=1)
     codes = (drawn + torch.arange(longest)).gather(1, shuffled)  # [B, longest]
-    powers = _SYMBOLS ** torch.arange(_PLACES)
-    keys = codes[..., None] // powers % _SYMBOLS  # [B, longest, places]
+    powers = _SYMBOLS ** torch.arange(_POSITIONS)
+    keys = codes[..., None] // powers % _SYMBOLS  # [B, longest, positions]
     values = torch.randint(_VALUES, (size, longest), generator=random)
     chosen = (torch.rand(size, _ASKED, generator=random) * lengths[:, None]).long()  # [B, asked]
     rows = torch.arange(size)[:, None]
