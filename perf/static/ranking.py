@@ -29,14 +29,10 @@ def ranked_table(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Prog
 
 
 def static_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    """List the candidates for a ranking by a model, the default first: those with descriptors, where there are some.
-
-    Of decoding, which waits for memory, those with the default's stages: no model here tells others apart.
-    """
+    """List the candidates for a ranking by a model, the default first: those with descriptors, where there are some."""
     default, *others = candidates(kernel, problem, target)
     described = may_use_descriptors(kernel, problem, target)
-    stages = (default.num_stages,) if kernel == "decode" else (1, 2, 3, 4)
-    return [default, *(one for one in others if one.num_stages in stages and one.descriptors == described)]
+    return [default, *(one for one in others if one.descriptors == described)]
 
 
 def _typical(key: Key) -> Problem:
@@ -67,7 +63,7 @@ def _clocks(
 ) -> dict[TileConfig, float]:
     """Model the clocks of a typical call in each config that passes."""
     return {
-        one.config: modelled_clocks(key.kernel, _typical(key), one, gpu.target, gpu.processors)
+        one.config: modelled_clocks(key.kernel, _typical(key), one, gpu)
         for one in _in_time(compiler.examine(contenders))
     }
 
