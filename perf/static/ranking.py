@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tritonattn.tuner.candidates import candidates, few_candidates, tiles
+from tritonattn.tuner.candidates import candidates, tiles
 from tritonattn.tuner.gate import Compiler, Progress
 from tritonattn.tuner.static import fits, static_table
 from tritonattn.tuning.config import Problem, Target, TileConfig, may_use_descriptors, padded_dim
@@ -35,6 +35,20 @@ def static_candidates(kernel: str, problem: Problem, target: Target) -> list[Til
     return [default, *(one for one in others if one.descriptors == described)]
 
 
+def _few_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
+    """List the default, and a candidate of each tile: of those with descriptors, if there are, the nearest to 2 stages.
+
+    Of decoding, which waits for memory, those with the default's stages.
+    """
+    first, *others = candidates(kernel, problem, target)
+    described = may_use_descriptors(kernel, problem, target)
+    of_tiles: dict[tuple[int, int, int], TileConfig] = {}
+    for one in sorted(others, key=lambda one: abs(one.num_stages - 2)):
+        if one.descriptors == described and (kernel != "decode" or one.num_stages == first.num_stages):
+            of_tiles.setdefault(tiles(one), one)
+    return [first, *of_tiles.values()]
+
+
 def _typical(key: Key) -> Problem:
     """Return the problem by which configs of a key are ranked: the padded width, with query_scale."""
     return key._replace(head_dim=padded_dim(key.head_dim), scales="query").problem
@@ -43,7 +57,7 @@ def _typical(key: Key) -> Problem:
 def _contenders(key: Key, target: Target) -> list[tuple[str, Problem, TileConfig]]:
     """List the configs by which a key's tiles are compared, its own default first: in as many stages as the default."""
     problem = _typical(key)
-    few = few_candidates(key.kernel, problem, target)
+    few = _few_candidates(key.kernel, problem, target)
     configs = dict.fromkeys([default_config(key.kernel, key.problem, target), *few])
     return [(key.kernel, problem, config) for config in configs]
 
