@@ -64,16 +64,22 @@ def by_head(case: Case) -> Iterator[Tile]:
 
 
 def in_sections(case: Case) -> Iterator[Tile | None]:
-    """Order tiles as the kernels do, None for a program without a head: `backends.triton.block.program_in_section`."""
-    (size, sections), dies = case.sections, lanes(case.target)
-    for first in range(case.heads - size * sections, case.heads, size):
+    """Order tiles as the kernels do, None for a program without a head."""
+    for place in places(case.heads, case.blocks, case.sections, lanes(case.target)):
+        yield place and (place[0], case.blocks - 1 - place[1])
+
+
+def places(heads: int, blocks: int, sections: Sections, dies: int) -> Iterator[Tile | None]:
+    """(head, number of the block among its head's) of programs: `backends.triton.block.program_in_section`."""
+    size, count = sections
+    for first in range(heads - size * count, heads, size):
         of_die, shared = divmod(min(first + size, size), dies)
-        for step, place in product(range(case.blocks), range(size)):
+        for step, place in product(range(blocks), range(size)):
             slot, die = divmod(place, dies)
             turn = (die + step * shared) % dies
             head = max(first, 0) + (die * of_die + slot if slot < of_die else dies * of_die + turn)
             has_head = slot < of_die or (slot == of_die and turn < shared)
-            yield (head, case.blocks - 1 - step) if has_head else None
+            yield (head, step) if has_head else None
 
 
 def longest_first(case: Case) -> Iterator[Tile]:
