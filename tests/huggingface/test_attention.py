@@ -182,15 +182,21 @@ def test_a_model_that_was_built_before_is_used_once_it_is_patched_or_unpickled(u
     assert uses == ["patched", "unpickled"]
 
 
+def masks_of(network) -> list[object]:
+    """Filled with the masks that its first layer gets from now on."""
+    masks: list[object] = []
+    network.model.layers[0].register_forward_pre_hook(
+        lambda layer, inputs, named: masks.append(named["attention_mask"]), with_kwargs=True
+    )
+    return masks
+
+
 def test_masks_of_a_model_that_was_built_before_are_explicit(uses):
     """Its class may lack the flags by which layers do without masks."""
     first_use._waiting.clear()
     network, tokens = LLAMA.build(), torch.arange(5)[None]
     network.set_attn_implementation("tritonattn")
-    masks: list[object] = []
-    network.model.layers[0].register_forward_pre_hook(
-        lambda layer, inputs, named: masks.append(named["attention_mask"]), with_kwargs=True
-    )
+    masks = masks_of(network)
     expected = network(tokens).logits
     first_use._waiting.append(lambda: uses.append("used"))
     torch.testing.assert_close(network(tokens).logits, expected)
@@ -204,10 +210,7 @@ def test_masks_of_a_model_that_was_built_before_stay_explicit_where_its_class_ha
     network.set_attn_implementation("tritonattn")
     monkeypatch.setattr(type(network), "_supports_sdpa", False)
     monkeypatch.setattr(first_use, "_waiting", [follow_saved_settings])
-    masks: list[object] = []
-    network.model.layers[0].register_forward_pre_hook(
-        lambda layer, inputs, named: masks.append(named["attention_mask"]), with_kwargs=True
-    )
+    masks = masks_of(network)
     LLAMA.build()
     network(torch.arange(5)[None])
     assert isinstance(masks[0], torch.Tensor)

@@ -97,7 +97,6 @@ TILES = TileConfig(128, 64, 8, 2)
 
 # On an A100 with 8 warps: tensor 1000 clocks, exp 800, integer 600, issue 600.
 LOOP = MmaLoop({"tensor": 100, "exp": 50, "integer": 150}, packed=0, tiles=1, flops=2048 * 1000, shared_bytes=0)
-CODE = MachineCode(128, 0, 49152, 0, 0, (LOOP,))
 
 
 def clocks(loop, config=TILES, kernel="forward", target=A100, processors=108, registers=128, short=False, latency=None):
@@ -127,15 +126,6 @@ def test_clocks_of_a_call():
     assert clocks(LOOP, latency=replayed) == 38 * 128 * 1500, "of a program while another runs beside it"
     stores = replace(LOOP, shared_bytes=5000 * 128)
     assert clocks(stores) == pytest.approx(38 * 2 * 128 * 5000)
-
-
-def test_rows_that_a_program_does_not_hold_take_another():
-    """Which loads the same keys again: 8,192 programs, 2 to a processor, or half."""
-    problem = replace(CAUSAL, right=False, packed_rows=32)
-    few, many = (
-        modelled_clocks("decode", problem, Judged(TileConfig(rows, 64, 8, 2), CODE, ()), A100, 128) for rows in (16, 32)
-    )
-    assert few == pytest.approx(2 * many)
 
 
 # A loop in a loop, whose wait retries out of line; the outer one has a spill of its own.
@@ -197,36 +187,6 @@ def test_loops_of_ptx():
 
 def instruction(opcode: str, operands: str = "") -> Instruction:
     return Instruction(0, "", opcode, operands)
-
-
-# m in bits 24 to 28 of a descriptor, in sixteenths; n in 17 to 22, in eighths; the format in 7 to 9, 2 of tf32.
-DESCRIPTOR, OF_TF32 = (f"UR4, {(128 // 16 << 24) + (256 // 8 << 17) + (kind << 7):#x}" for kind in (1, 2))
-
-
-@pytest.mark.parametrize(
-    ("before", "opcode", "operands", "wanted"),
-    [
-        ((), "HMMA.16816.F32.BF16", "R4, R8, R12, R4", (2 * 16 * 8 * 16, 0, 1)),
-        ((), "HMMA.1688.F32.TF32", "R4, R8, R12, R4", (2 * 16 * 8 * 8, 0, 1)),
-        ((), "HGMMA.64x128x16.F32", "R24, R4, gdesc[UR4], R24", (2 * 64 * 128 * 16, 2 * 16 * 128, 4)),
-        ((), "HGMMA.64x64x16.F32", "R24, gdesc[UR8], gdesc[UR4]", (2 * 64 * 64 * 16, 2 * 16 * (64 + 64), 4)),
-        (
-            ("UR4, 0x1", DESCRIPTOR),
-            "UTCHMMA",
-            "gdesc[UR8], gdesc[UR2], tmem[UR6], idesc[UR4]",
-            (2 * 128 * 256 * 16, 2 * 16 * (256 + 128), 8),
-        ),
-        ((OF_TF32,), "UTCHMMA", "tmem[UR8], gdesc[UR2], tmem[UR6], idesc[UR4]", (2 * 128 * 256 * 8, 2 * 8 * 256, 8)),
-    ],
-)
-def test_work_and_operands_of_a_tensor_instruction(before, opcode, operands, wanted):
-    """FLOPs, bytes that it reads of shared memory, and the warps, of 8, that do it together."""
-    code = [
-        *(instruction("UMOV", text) for text in before),
-        instruction(opcode, operands),
-        instruction("UMOV", "UR4, 0x2"),
-    ]
-    assert machine_code.tensor_work(code, len(before), 8) == wanted
 
 
 def test_spills_are_those_inside_of_loops(monkeypatch):
