@@ -281,10 +281,3 @@ def test_rows_of_packed_sequences_are_no_padding_where_keys_are():
 
     x = torch.randn(9, HEADS, DIM, requires_grad=True)
     assert record_of(Packed(), lambda net: net(x).sum())["layers"]["Packed"]["rows"] == HEADS * 9
-
-
-def test_another_models_attention_is_not_counted():
-    net, other, x = Net(), Net(), torch.randn(2, 5, 32)
-    got = record_of(net, lambda net: net(x).sum() + other(x).sum())
-    assert got["layers"]["attention"]["calls"] == 1
-    assert record_of(nn.ModuleList([net]), lambda nets: nets[0](x).sum())["layers"].keys() == {"0.attention"}

@@ -87,14 +87,6 @@ def test_clocks_are_those_of_the_last_tile(monkeypatch):
     assert modelled._clocks(one, H100, 99) == LAUNCH + (FIXED + 2 * 3) * 1000 * LOOPS, "two iterations a block"
 
 
-def test_the_clock_is_that_of_the_card():
-    gpu = next(gpu for gpu in GPUS if gpu.name == "h100")
-    assert modelled._megahertz(gpu, {"clocks.sm": "1500 MHz"}) == 1500
-    assert modelled._megahertz(gpu, {"clocks.sm": "[N/A]"}) == pytest.approx(1829, abs=1), (
-        "989 TFLOPS of 132 processors"
-    )
-
-
 def test_a_sweep_prints_them(tmp_path, capsys):
     """A forward is replayed, decoding is bounded by the card's memory, fp32 by its FFMA."""
     skip_without_stub()
@@ -111,16 +103,3 @@ def test_a_sweep_prints_them(tmp_path, capsys):
     assert 0 < found["forward", "fp32"] < 1e-3
     assert LAUNCH / 1410 < 1000 * found["forward", "bf16"] < 20 * LAUNCH / 1410
     assert not any(one.modelled_ms for one in records if not one.contestant.startswith("trit"))
-
-
-def test_a_model_that_fails_ends_no_measurement(monkeypatch, capsys):
-    kind = SimpleNamespace(problem=Problem(64, 64, torch.bfloat16), codes={})
-    monkeypatch.setattr(launch, "run", lambda *_: None)
-    monkeypatch.setattr(launch, "interpreting", False)
-    monkeypatch.setattr(modelled, "_clocks", lambda *_: 1 / 0)
-
-    def call(number):
-        launch.run(KERNELS["forward"], (1, 1, 1), SimpleNamespace(kind=kind), TileConfig(32, 32, 4, 2))
-
-    assert modelled.milliseconds(call, torch.device("cpu"), 1, 1, {}) is None
-    assert "modelled: ZeroDivisionError" in capsys.readouterr().err

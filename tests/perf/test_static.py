@@ -151,36 +151,6 @@ def instruction(opcode: str, operands: str = "") -> Instruction:
     return Instruction(0, "", opcode, operands)
 
 
-# m in bits 24 to 28 of a descriptor, in sixteenths; n in 17 to 22, in eighths; the format in 7 to 9, 2 of tf32.
-DESCRIPTOR, OF_TF32 = (f"UR4, {(128 // 16 << 24) + (256 // 8 << 17) + (kind << 7):#x}" for kind in (1, 2))
-
-
-@pytest.mark.parametrize(
-    ("before", "opcode", "operands", "wanted"),
-    [
-        ((), "HMMA.16816.F32.BF16", "R4, R8, R12, R4", (2 * 16 * 8 * 16, 0, 1)),
-        ((), "HMMA.1688.F32.TF32", "R4, R8, R12, R4", (2 * 16 * 8 * 8, 0, 1)),
-        ((), "HGMMA.64x128x16.F32", "R24, R4, gdesc[UR4], R24", (2 * 64 * 128 * 16, 2 * 16 * 128, 4)),
-        ((), "HGMMA.64x64x16.F32", "R24, gdesc[UR8], gdesc[UR4]", (2 * 64 * 64 * 16, 2 * 16 * (64 + 64), 4)),
-        (
-            ("UR4, 0x1", DESCRIPTOR),
-            "UTCHMMA",
-            "gdesc[UR8], gdesc[UR2], tmem[UR6], idesc[UR4]",
-            (2 * 128 * 256 * 16, 2 * 16 * (256 + 128), 8),
-        ),
-        ((OF_TF32,), "UTCHMMA", "tmem[UR8], gdesc[UR2], tmem[UR6], idesc[UR4]", (2 * 128 * 256 * 8, 2 * 8 * 256, 8)),
-    ],
-)
-def test_work_and_operands_of_a_tensor_instruction(before, opcode, operands, wanted):
-    """FLOPs, bytes that it reads of shared memory, and the warps, of 8, that do it together."""
-    code = [
-        *(instruction("UMOV", text) for text in before),
-        instruction(opcode, operands),
-        instruction("UMOV", "UR4, 0x2"),
-    ]
-    assert machine_code.tensor_work(code, len(before), 8) == wanted
-
-
 def test_spills_are_those_inside_of_loops(monkeypatch):
     """Code that lies before and after them runs once."""
     once = "        /*0008*/                   STL.128 [R1], R4 ;\n"
