@@ -89,7 +89,7 @@ def example(
 
 
 def torch_kernels() -> SimpleNamespace:
-    """The kernels of `tritonattn.ops.key_statistics`, by torch."""
+    """The kernels of statistics that `tritonattn.ops.attend` calls, by torch."""
     return SimpleNamespace(
         key_norms=lambda k, seen: key_norms_of(k, seen).detach(),
         prefix_sums=prefix_sum,

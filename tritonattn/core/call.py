@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -97,29 +96,6 @@ class AttentionCall:
         k = self.k if self.wide_k is None else self.wide_k
         return q, k, self.v, query_scale, key_scale, key_bias, sinks
 
-    def split(self) -> tuple[tuple[Tensor | None, ...], AttentionCall]:
-        """The tensors of the call, those of `Gradients` first, and the call without them, for autograd to keep."""
-        terms, visible = self.logits, self.visibility
-        own = (self.q, self.k, self.v, *terms[1:4], terms.sinks, self.wide_q, self.wide_k)
-        rest = AttentionCall(
-            *_NO_OPERANDS,
-            visible.without_tensors(),
-            Logits(terms.scale, softcap=terms.softcap),
-            self.dropout,
-            is_part=self.is_part,
-            aux=self.aux,
-            backend=self.backend,
-        )
-        return (*own, *visible.tensors), rest
-
-    def joined(self, tensors: Sequence[Any]) -> AttentionCall:
-        """The call that `split` took apart."""
-        q, k, v, query_scale, key_scale, key_bias, sinks, wide_q, wide_k, *masks = tensors
-        terms, visible = self.logits, self.visibility.with_tensors(*masks)
-        terms = Logits(terms.scale, query_scale, key_scale, key_bias, terms.softcap, sinks)
-        own = {"is_part": self.is_part, "aux": self.aux, "backend": self.backend}
-        return AttentionCall(q, k, v, visible, terms, self.dropout, wide_q, wide_k, **own)
-
     def narrowed(self) -> AttentionCall:
         """The call with q and k in v's dtype."""
         dtype = self.v.dtype
@@ -163,9 +139,6 @@ class AttentionCall:
         end = self.visibility.k_len if sequences is None else sequences.k_starts[-1]
         end = end if lengths is None else lengths[:, None]
         return table.gather(x.transpose(1, 2), key, key < end).transpose(1, 2)
-
-
-_NO_OPERANDS: tuple[Any, Any, Any] = (None, None, None)
 
 
 def per_group(bias: Tensor, visibility: Visibility) -> Tensor:
