@@ -9,9 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import ops
 from ..calls.checks import check, check_integers, check_values
 from ..calls.decode_checks import cache_operands, cache_visibility, check_statistics
-from ..calls.dispatch import AttentionAux, choose_backend, refuse_gradients
+from ..calls.dispatch import AttentionAux, choose_backend, logits, refuse_gradients
 from ..calls.key_statistics import KeyStatistics
-from ..calls.logits import logits
 from ..calls.public import public
 from ..calls.sharded import head_parts
 from ..core.autograd import without_autocast

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..calls.logits import logits
+from ..calls.dispatch import logits
 from ..core.call import AttentionCall, Gradients, Logits
 from ..core.sequences import Sequences
 from ..core.statistics import Statistics

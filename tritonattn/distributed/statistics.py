@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..core.norms import key_norms_of
 from ..core.ranges import argmax_of_prefixes, prefix_sum
-from ..core.statistics import Statistics, key_norms_of
+from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from . import collectives
 from .layout import Split

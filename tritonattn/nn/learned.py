@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import check_bool, check_count, check_dtype, kind_of, named_scaling, refuse_scaling
-from ..calls.logits import scales_of
+from ..calls.dispatch import scales_of
 from ..core.shards import local
-from ..core.statistics import Statistics
+from ..core.statistics import Statistics, counts_of
 from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling, cosine
-from ..scaling.base import check_positive, counts_of
+from ..scaling.base import check_positive
 
 
 class Learned(nn.Module, Scaling):

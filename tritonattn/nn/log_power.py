@@ -11,10 +11,10 @@ from ..calls.checks import check_count, check_dtype
 from ..core.invariance import halving_sum
 from ..core.invariance import power as power_of
 from ..core.shards import local
-from ..core.statistics import Statistics
+from ..core.statistics import Statistics, counts_of
 from ..core.visibility import Visibility
 from ..scaling import Scales
-from ..scaling.base import check_positive, counts_of
+from ..scaling.base import check_positive
 from .learned import Learned, starts_at_sqrt_dim
 
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.invariance import power
-from ..core.statistics import Statistics
+from ..core.statistics import SMALLEST_STATISTIC, Statistics, counts_of
 from ..core.visibility import Visibility
 from ..scaling import Scales
-from ..scaling.base import SMALLEST_STATISTIC, counts_of, dense_norms
+from ..scaling.base import dense_norms
 from .learned import Learned
 
 # a, b, c of the modes that are points of the law.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import check_count
-from ..calls.logits import scales_of
+from ..calls.dispatch import scales_of
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..core.invariance import power
-from ..core.statistics import Statistics
+from ..core.statistics import Statistics, reciprocal, reciprocal_root
 from ..core.visibility import Visibility
-from .base import Scales, Scaling, check_positive, reciprocal, reciprocal_root, scales_of_count
+from .base import Scales, Scaling, check_positive, scales_of_count
 
 
 class KeyCount(Scaling):

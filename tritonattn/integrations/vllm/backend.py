@@ -25,7 +25,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from ... import ops
-from ...calls.dispatch import by_formulas, choose_backend, with_logits
+from ...calls.dispatch import choose_backend, with_logits
+from ...calls.formulas import by_formulas
 from ...calls.page_checks import SMALLEST_PAGE
 from ...calls.paged_statistics import PagedKeyStatistics
 from ...calls.varlen_checks import Packing

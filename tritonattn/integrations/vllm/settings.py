@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...calls.checks import check
-from ...calls.logits import logits
+from ...calls.dispatch import logits
 from ...core.call import AttentionCall, Logits
 from ...core.extension import extend
 from ...core.statistics import Statistics
