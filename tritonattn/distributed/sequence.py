@@ -41,7 +41,7 @@ class SharedSequence:
         window: tuple[int | None, int | None] | None,
         cu_seqlens: Tensor | None,
     ) -> SharedSequence:
-        """From this rank's q [B, Hq, S / P, D] and k [B, Hkv, S / P, D], and the masks of the whole sequence."""
+        """The sequence of this rank's q [B, Hq, S / P, D] and k [B, Hkv, S / P, D], and the masks of the whole."""
         q_shape, k_shape = (torch.Size((*x.shape[:2], x.shape[2] * split.size, x.shape[3])) for x in (q, k))
         length = q_shape[2]
         documents = None

@@ -47,11 +47,11 @@ def restore(model: PreTrainedModel) -> Patched:
     if saved is None:
         raise ValueError(f"model: expected scalings of layers in config.{ATTRIBUTE}, got none")
     found = attention_modules(model)
-    places = _places(model, found, saved)
-    missing = [name for name in saved if name not in places]
+    chosen = _of_saved_names(model, found, saved)
+    missing = [name for name in saved if name not in chosen]
     if missing:
         raise ValueError(f"model: {type(model).__name__} has no {', '.join(missing)}, which config.{ATTRIBUTE} names")
-    return _apply(model, found, places, saved)
+    return _apply(model, found, chosen, saved)
 
 
 def follow_saved_settings() -> None:
@@ -153,8 +153,8 @@ def _follow(model: PreTrainedModel, _: dict[str, Any]) -> None:
         state_masks(model)
         return
     found = attention_modules(model)
-    places = _places(model, found, saved)
-    if len(places) < len(saved):  # the outer model will apply them; without one the first call raises
+    chosen = _of_saved_names(model, found, saved)
+    if len(chosen) < len(saved):  # the outer model will apply them; without one the first call raises
         vars(model.config).setdefault(_ASKED, model.config._attn_implementation)
         setattr(model.config, IMPLEMENTATION, NAME)
         setattr(model.config, ATTRIBUTE, {LAYERS: dict(saved)})  # of a copied config they were applied elsewhere
@@ -163,7 +163,7 @@ def _follow(model: PreTrainedModel, _: dict[str, Any]) -> None:
     for module in model.modules():
         if (inner := patched(module)) is not None:
             inner.undo()
-    _apply(model, found, places, saved)
+    _apply(model, found, chosen, saved)
 
 
 def _refuse(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
@@ -183,26 +183,26 @@ def _refuse_when_called(model: PreTrainedModel) -> None:
         model.register_forward_pre_hook(check)
 
 
-def _places(model: PreTrainedModel, found: list[AttentionModule], saved: dict[str, Any]) -> dict[str, AttentionModule]:
+def _of_saved_names(
+    model: PreTrainedModel, found: list[AttentionModule], saved: dict[str, Any]
+) -> dict[str, AttentionModule]:
     """The modules of saved names, which come from the model with or without its head.
 
     base_model_prefix need not be the name of the attribute that holds the model without its head (Llama 4).
     """
     prefix = f"{model.base_model_prefix}."
     by_name = {one.name: one for one in found if one.obstacle is None}
-    places = {}
+    chosen = {}
     for name in saved:
         inside = [one for one in by_name if one.endswith(f".{name}")]
         candidates = [name, name.removeprefix(prefix), prefix + name, *(inside if len(inside) == 1 else ())]
-        for candidate in candidates:
-            if candidate in by_name:
-                places[name] = by_name[candidate]
-                break
-    return places
+        if match := next((one for one in candidates if one in by_name), None):
+            chosen[name] = by_name[match]
+    return chosen
 
 
 def _apply(
-    model: PreTrainedModel, found: list[AttentionModule], places: dict[str, AttentionModule], saved: dict[str, Any]
+    model: PreTrainedModel, found: list[AttentionModule], chosen: dict[str, AttentionModule], saved: dict[str, Any]
 ) -> Patched:
     """Patch a model as if its config had no settings, so that `undo` leaves none."""
     config: Any = model.config
@@ -218,7 +218,7 @@ def _apply(
         dtypes[ATTRIBUTE] = torch.float32
     known: Any = model._keys_to_ignore_on_load_unexpected
     model._keys_to_ignore_on_load_unexpected = {*known, MARK} if isinstance(known, set) else [*(known or ()), MARK]
-    plans = {one.name: _layer_scaling(saved, name, one.module) for name, one in places.items()}
+    plans = {one.name: _layer_scaling(saved, name, one.module) for name, one in chosen.items()}
     result = apply(model, found, plans, copied=False)
     _shard_by_head(model, result)
     return result

@@ -65,7 +65,7 @@ class Settings:
 
     @classmethod
     def from_config(cls, saved: Any, heads: int | None = None, entry: str = f"config.{ATTRIBUTE}") -> Settings:
-        """From an entry of a config: a layer's with `heads`, or without one that holds for all layers.
+        """Settings from an entry of a config: a layer's with `heads`, or without one that holds for all layers.
 
         Raises ValueError naming the entry, what was expected and what came.
         """

@@ -164,7 +164,7 @@ class TritonattnMetadataBuilder(AttentionMetadataBuilder[TritonattnMetadata]):
         )
 
     def _passes(self, m: Any, chunks: int) -> int:
-        """From copies on the host, a bound on how many sequences go on from one another's new keys.
+        """A bound, from copies on the host, on how many sequences go on from one another's new keys.
 
         vLLM lets a sequence begin behind pages that another one fills in the same step. The record's entries of its
         keys go on from that one's last, which a pass before has to enter. The lengths on the host are exact for
