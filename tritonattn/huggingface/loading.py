@@ -196,7 +196,7 @@ def _of_saved_names(
     for name in saved:
         inside = [one for one in by_name if one.endswith(f".{name}")]
         candidates = [name, name.removeprefix(prefix), prefix + name, *(inside if len(inside) == 1 else ())]
-        if match := next((one for one in candidates if one in by_name), None):
+        if (match := next((one for one in candidates if one in by_name), None)) is not None:
             chosen[name] = by_name[match]
     return chosen
 
