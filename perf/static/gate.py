@@ -138,8 +138,8 @@ def _clocks_of_decode(problem: Problem, config: TileConfig, code: MachineCode, g
     """Model decode's clocks: its bytes at the memory's rate, and what of their latency no other load in flight hides.
 
     A block takes the longest of memory and units, and max(0, latency + bytes / rate - clocks between request and wait),
-    which programs on one processor share. A program's first block waits for all of it. By Little's law nothing is
-    exposed once latency * rate bytes are in flight: those of a block, for each stage ahead, of each program.
+    which programs on one processor share; of a program's first block only the other programs' loads hide some. By
+    Little's law nothing is exposed once latency * rate bytes are in flight: a block for each stage ahead and program.
     """
     programs, iterations = _work("decode", problem, config)
     rates, loop = RATES.get(gpu.target.arch), code.unmasked_loop
@@ -154,9 +154,10 @@ def _clocks_of_decode(problem: Problem, config: TileConfig, code: MachineCode, g
     resident = max(1, min(resident, turns))
     units = cycles(loop, rates, config.num_warps).values() if rates and loop else ()
     busy = max(of_memory, *(unit / loop.tiles for unit in units)) if loop else of_memory
-    load = _LATENCY + of_memory
-    exposed = max(0.0, load - (config.num_stages - 1) * resident * busy) / resident
-    return turns * (iterations * (busy + exposed) + load / resident)
+    load, ahead = _LATENCY + of_memory, config.num_stages - 1
+    exposed = max(0.0, load - ahead * resident * busy) / resident
+    first = max(0.0, load - max(1, ahead) * (resident - 1) * busy) / resident
+    return turns * (iterations * (busy + exposed) + first)
 
 
 def _streamed_bytes(kernel: str, problem: Problem, config: TileConfig) -> int:
