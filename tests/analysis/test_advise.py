@@ -146,18 +146,6 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert "qwen_logn(10)" in capsys.readouterr().out
 
 
-def test_padding_has_no_say():
-    net, mask = sharpened(1.0), torch.ones(2, 40, dtype=torch.int64)
-    mask[1, 3:] = 0
-    padded = advise(net, {"input_ids": TOKENS, "attention_mask": mask})
-    other = TOKENS.clone()
-    other[1, 3:] = 7
-    again = advise(net, {"input_ids": other, "attention_mask": mask})
-    for one, two in zip(padded.findings, again.findings, strict=True):
-        assert one.reading == two.reading
-        assert one.reading.key_count_mean == pytest.approx((sum(range(1, 41)) + 6) / 43)
-
-
 SMALL = ("near_one_hot", "near_uniform", "jacobian_norm", "gradient_norm", "key_count_variation")
 SMALL += ("key_norm_variation", "key_norm_between")
 HEALTHY = Reading(

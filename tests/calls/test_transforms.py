@@ -15,7 +15,7 @@ from tests.support.pairs import pairwise
 
 pytestmark = [
     # torch's own, while it falls back
-    pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:torch.searchsorted"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:torch.searchsorted")
 ]
 
 

@@ -118,14 +118,6 @@ def test_lines_have_the_values_of_the_records(tmp_path):
     assert [line.get_ydata().tolist() for line in second.lines] == [[5, 5, 5]] * 2
 
 
-def test_panels_of_one_axis_share_it_and_logarithmic_ones_are(tmp_path):
-    axes = {one.get_title(): one for one in figure_of(Watched.read(written(tmp_path, record(0), record(9)))).axes}
-    of_shares = [axes[name].get_ylim() for name in ("entropy / ln n", "share of rows nearly one-hot")]
-    assert of_shares == [(-0.05, 1.05)] * 2
-    assert axes["variance of the output"].get_yscale() == "log"
-    assert axes["loss"].get_yscale() == "linear"
-
-
 def test_the_page_escapes_names_and_shows_a_lone_point(tmp_path):
     name = "<b>&layer"
     text = page_of(written(tmp_path, record(7, names=[name])), tmp_path)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
 import tritonattn
 from tests.support.tiles import quick_config
 from tritonattn.backends.triton import launch

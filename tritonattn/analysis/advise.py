@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import batch_visibility, operands
+from ..core.norms import key_norms_of
 from ..core.records import for_json
-from ..core.statistics import key_norms_of
 from ..core.tables import table
 from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Scaling

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..calls.checks import batch_visibility, check, operands
-from ..calls.logits import logits
+from ..calls.dispatch import logits
 from ..core.call import AttentionCall, Logits
-from ..core.statistics import Statistics, key_norms_of
+from ..core.norms import key_norms_of
+from ..core.statistics import Statistics
 from ..core.tables import table
 from ..core.visibility import Visibility
 from ..scaling import Scaling

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..backends.cpu.tiles import Block, Tiles
-from ..calls.logits import logits
+from ..calls.dispatch import logits
 from ..core.call import AttentionCall
 from ..core.statistics import Statistics
 

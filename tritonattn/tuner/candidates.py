@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 
 from ..tuning.config import SHARES, Problem, Target, TileConfig, legal_reasons, may_use_descriptors
 from ..tuning.defaults import default_config
+from ..tuning.lookup import config_for
 from ..tuning.table import EntryKey, Exact
 
 # By kernel: block_m (of decode by its packed rows), block_n, num_warps, num_stages; for head dims above 128, and for
@@ -46,18 +47,15 @@ def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig
     return [default, *(one for one in found if one != default and _is_sensible(kernel, one, problem, target))]
 
 
-def few_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    """List the default, and a candidate of each tile: of those with descriptors, if there are, the nearest to 2 stages.
+def neighbours(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
+    """List the config in use, and the candidates that differ from it in one field, or in descriptors and stages."""
+    in_use = replace(config_for(kernel, problem, target), **SHARES)
 
-    Of decoding, which waits for memory, those with the default's stages.
-    """
-    first, *others = candidates(kernel, problem, target)
-    described = may_use_descriptors(kernel, problem, target)
-    of_tiles: dict[tuple[int, int, int], TileConfig] = {}
-    for one in sorted(others, key=lambda one: abs(one.num_stages - 2)):
-        if one.descriptors == described and (kernel != "decode" or one.num_stages == first.num_stages):
-            of_tiles.setdefault(tiles(one), one)
-    return [first, *of_tiles.values()]
+    def is_near(one: TileConfig) -> bool:
+        differing = {field.name for field in fields(one) if getattr(one, field.name) != getattr(in_use, field.name)}
+        return len(differing) == 1 or differing == {"descriptors", "num_stages"}
+
+    return [in_use, *filter(is_near, candidates(kernel, problem, target))]
 
 
 def shares(key: EntryKey, config: TileConfig) -> list[TileConfig]:

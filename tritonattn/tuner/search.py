@@ -19,7 +19,7 @@ from ..tuning.calls import Size
 from ..tuning.config import Problem, Target, TileConfig, one_line
 from ..tuning.lookup import config_for
 from ..tuning.table import Entry, EntryKey
-from .candidates import candidates, few_candidates, shares
+from .candidates import candidates, neighbours, shares
 from .gate import Compiler, compiler_versions
 from .timing import Timing, card_state, median_ratio, take_turns
 from .workload import Workload
@@ -39,7 +39,7 @@ class Effort:
     compiled: Callable[[str, Problem, Target], list[TileConfig]] = candidates
 
 
-QUICK = Effort(first_rounds=3, timed=3, rounds=8, warm_up=0.05, compiled=few_candidates)
+QUICK = Effort(first_rounds=3, timed=3, rounds=8, warm_up=0.05, compiled=neighbours)
 
 
 class SearchError(Exception):
