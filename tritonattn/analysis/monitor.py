@@ -54,27 +54,25 @@ class Monitor:
     Probabilities and entropy are taken before dropout and without sinks; the output is the one that the model gets.
 
     **It changes nothing.** Statistics are computed by one more forward of O(S) memory, from the same q and k as the
-    model's attention, without dropout. Weights after a run with a Monitor are bit for bit those without,
-    unless `on_alarm` changes them or the model is compiled. A transformers layer that is not patched keeps its
-    attention (eager or sdpa), and has another config during a watched step: so `patch` before the with block. In other
-    steps `step` only counts, and checks the loss if that does not wait for a GPU. A watched step took 1.12 to 1.21
-    times as long (`python -m perf monitor`; docs/rollout.md).
+    model's attention, without dropout. Weights after a run with a Monitor are bit for bit those without, unless
+    `on_alarm` changes them or the model is compiled. A transformers layer that is not patched keeps its attention
+    (eager or sdpa), and has another config during a watched step: so `patch` before the with block. In other steps
+    `step` only counts, and checks the loss if that does not wait for a GPU.
 
     **A step** is everything between two calls of `step`. Forwards of several micro-batches or parts of a loss are
-    joined (counts, maxima, sums of squares), so gradient accumulation gives the statistics of one large batch. A layer
-    counts in training mode, or if its result has a graph, so an evaluation in eval mode under torch.no_grad() does not.
-    Checkpointed layers count once. Under a GradScaler give `grad_scale`. Frozen layers have gradient norms if a
-    gradient passes through them. An exception ends the watch, loses the step, and leaves model and file whole.
+    joined, so gradient accumulation gives the statistics of one large batch. A layer counts in training mode, or if its
+    result has a graph, so an evaluation in eval mode under torch.no_grad() does not. Checkpointed layers count once.
+    Under a GradScaler give `grad_scale`. Frozen layers have gradient norms if a gradient passes through them. An
+    exception ends the watch, loses the step, and leaves model and file whole.
 
-    **torch.compile.** Watched steps run uncompiled, so every layer is seen, and no graph is compiled again. They take
-    the time and memory of the uncompiled model, and round as it does. `torch.compiler.set_stance("force_eager")` holds
-    until the step ends, for all that the process has compiled.
+    **torch.compile.** Watched steps run uncompiled, so every layer is seen, and no graph is compiled again:
+    `torch.compiler.set_stance("force_eager")` holds until the step ends, for all that the process has compiled.
 
-    **Threads and processes.** Monitors of different models may run in different threads. Modules count in whatever
-    thread they run, so nn.DataParallel does. Under torch.distributed every rank watches, with the same `every`: a
-    record is that of one process with the rows and heads of all (the loss is the ranks' mean, gradients are as DDP and
-    FSDP average them), every rank has it, acts on its alarms, and rank 0 writes and warns. A loss that is not finite
-    then raises its alarm in the next watched step.
+    **Threads and processes.** Monitors of different models may run in different threads, and the threads of
+    nn.DataParallel count. Under torch.distributed every rank watches, with the same `every`: a record is that of one
+    process with the rows and heads of all (the loss is the ranks' mean, gradients are as DDP and FSDP average them),
+    every rank has it, acts on its alarms, and rank 0 writes and warns. A loss that is not finite then raises its alarm
+    in the next watched step.
 
     Raises:
         ValueError, TypeError: A bad argument; a transformers model with an attention implementation other than eager,

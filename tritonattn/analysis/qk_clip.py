@@ -144,7 +144,7 @@ def qk_clip(model: nn.Module, threshold: float = 100.0) -> QKClip:
         W_q, W_k of head h  *=  sqrt(gamma_h)    and their biases; with shared key heads W_q *= gamma_h, W_k is left
 
     Afterwards the logits of head h are gamma_h times what they were, and those of the other heads are as they were.
-    Query heads that share a key head (GQA, MQA) would all shrink with its W_k, so W_q alone gives each its own
+    Query heads that share a key head (GQA, MQA) would all shrink with its W_k, so W_q alone gives each its
     gamma. The same holds for scalings that divide by the norms of keys (key_norm_sum and its like): their logits do
     not depend on the size of W_k.
 
@@ -351,7 +351,7 @@ def _by_head(factor: Tensor, heads: int) -> tuple[Tensor]:
 
 
 def _of_latent_attention(name: str, module: Any, heads: int, scaling: Any) -> Projections:
-    """Each head has `nope` rows of W_q for its own keys, which kv_b_proj makes; its other rows meet a shared key."""
+    """Each head has `nope` rows of W_q for its keys, which kv_b_proj makes; its other rows meet a shared key."""
     query = "q_b_proj" if getattr(module, "q_b_proj", None) is not None else "q_proj"
     q, kv = _rows(name, query, getattr(module, query, None)), _rows(name, "kv_b_proj", module.kv_b_proj)
     nope = module.qk_nope_head_dim

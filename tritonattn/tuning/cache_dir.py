@@ -1,4 +1,4 @@
-"""Folders of the shipped tables and of the user's own cache."""
+"""Folders of the shipped tables and of the user's cache."""
 
 from __future__ import annotations
 

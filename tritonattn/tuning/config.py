@@ -27,7 +27,7 @@ STREAMING_KERNELS = (
 
 # Row terms of a backward are padded to a multiple of this, so that every block of rows up to it divides them.
 ROW_TERMS_ALIGNMENT = 128
-# Blocks of keys in a split of decode: shorter ones would move more of their own results than of the cache.
+# Blocks of keys in a split of decode: shorter ones would move more of their results than of the cache.
 SHORTEST_SPLIT = 4
 
 # Largest shared memory of one block in bytes (CUDA C++ Programming Guide, table of compute capabilities; AMD LDS).
@@ -104,7 +104,7 @@ class Problem:
     """The parts of a call that select code: sizes of the tiles' inner axes, dtype, and which tensors are there.
 
     aux          max_logit and entropy are asked for; of a backward: lse has a gradient
-    sequences    the batch is packed; of decode: sequences have their own numbers of new tokens
+    sequences    the batch is packed; of decode: sequences have different numbers of new tokens
     block_table  keys and values lie in pages
     aligned      every address and stride of q, k, v and the output's gradient is a multiple of 16 bytes
     packed_rows  the power of two, at least 16, that holds the heads of a group times the new tokens of a decode call

@@ -104,7 +104,7 @@ def keys(kernels: tuple[str, ...] = TILED_KERNELS, head_dims: tuple[int, ...] = 
 
 
 class Exact(NamedTuple):
-    """The calls of one `Problem`, as a search finds them for a program's own calls; of 16 bits, not `invariant`."""
+    """The calls of one `Problem`, as a search finds them for a program's calls; of 16 bits, not `invariant`."""
 
     kernel: str
     problem: Problem
@@ -159,7 +159,7 @@ def is_searched(problem: Problem) -> bool:
 
 
 def keys_of(kernel: str, problem: Problem, target: Target) -> tuple[Key, ...]:
-    """The keys of the entries that serve a call, its own before that of its padded width; none: tables leave it out.
+    """The keys of the entries that serve a call, the padded width's last; none: tables leave it out.
 
     Tables leave out fp32, head dims above 256, memory-bound kernels, and calls that take more registers: a mask,
     dropout, and decoding with many rows or from pages. For a head dim that is no multiple of 16 an entry of the padded

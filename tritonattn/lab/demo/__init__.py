@@ -24,7 +24,7 @@ TEXT = Path(__file__).parent / "data" / "alice.txt"
 def run(options: Namespace) -> int:
     """Measure, print the tables, write the files; `options` are those of `tritonattn compare`.
 
-    Returns 0, or 1 where sqrt_dim, which is the model's own scaling, gives another loss than its own attention.
+    Returns 0, or 1 where sqrt_dim, which is the model's scaling, gives another loss than its eager attention.
     """
     subject, tokens = subject_and_tokens(options)
     eager, measurements = _measure_all(subject, tokens, variants(options.modes, subject.context), options)

@@ -92,7 +92,7 @@ def patched_with(subject: Subject, one: Variant, layers: Any = None) -> Patched:
 
 
 def eager_loss(subject: Subject, tokens: Tensor) -> float:
-    """Compute the loss with the model's own eager attention, in nats per token."""
+    """Compute the loss with the model's eager attention, in nats per token."""
     before = subject.model.config._attn_implementation
     subject.model.set_attn_implementation("eager")
     try:

@@ -37,7 +37,7 @@ class Report:
 
     @property
     def difference(self) -> float:
-        """Loss with sqrt_dim less the loss with the model's own eager attention."""
+        """Loss with sqrt_dim less the loss with the model's eager attention."""
         return self.measurements[0].loss - self.eager_loss
 
     @property

@@ -70,7 +70,7 @@ class Measures:
     q_gradient         ||dL/dq|| of a row, where dL/dout of every row has norm 1 and v is standard normal
     k_gradient         ||dL/dk|| over all keys of a set, divided by sqrt(rows): what one row adds
 
-    The last two go through v and through the factor's own dependence on q and k.
+    The last two go through v and through the factor's dependence on q and k.
     """
 
     logit_std: float
