@@ -1,4 +1,4 @@
-"""The static gate: conditions on machine code, which shipped entries meet."""
+"""Static figures: loops in machine code, the model that ranks configs, and the gate that shipped entries pass."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -91,15 +91,16 @@ def check_shipped_entry(position: int) -> None:
     assert examine(key.kernel, key.problem, entry.config, gpu.target).reasons == ()
 
 
-A100 = Target("cuda", "80")
 CAUSAL = Problem(64, 64, torch.bfloat16, right=True)
 TILES = TileConfig(128, 64, 8, 2)
 
-# On an A100 with 8 warps: tensor 1000 clocks, exp 800, integer 600, issue 600.
+# On an SM_80 with 8 warps: tensor 1000 clocks, exp 800, integer 600, issue 600.
 LOOP = MmaLoop({"tensor": 100, "exp": 50, "integer": 150}, packed=0, tiles=1, flops=2048 * 1000, shared_bytes=0)
 
 
-def clocks(loop, config=TILES, kernel="forward", target=A100, processors=108, registers=128, short=False, latency=None):
+def clocks(
+    loop, config=TILES, kernel="forward", target=SM_80, processors=108, registers=128, short=False, latency=None
+):
     code = MachineCode(registers, 0, 49152, 0, 0, None if loop is None else (loop,))
     candidate = Judged(config, code, (), latency)
     return modelled_clocks(kernel, replace(CAUSAL, short=short), candidate, target, processors)
