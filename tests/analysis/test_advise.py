@@ -103,7 +103,7 @@ def test_tensors():
     json.dumps(broken.as_dict(), allow_nan=False)
 
 
-def test_where_a_mode_or_none_heals():
+def test_where_a_mode_or_none_is_a_fix():
     """A single long query is tamed by cosine alone, and queries of 0 by nothing but a gain."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 2, 64, 32)
@@ -176,15 +176,15 @@ def test_a_rule_applies_beyond_its_limit_alone(rule, fine, beyond):
         assert next(rule.name for rule in RULES if rule.applies(one)) == name
 
 
-def test_a_mode_heals_down_to_a_quarter_of_ill_rows():
+def test_a_mode_fixes_down_to_a_quarter_of_ill_rows():
     peaked = next(rule for rule in RULES if rule.name == "peaked")
-    for one_hot, logit, heals in (
+    for one_hot, logit, fixes in (
         (0.15, 100.0, True),
         (0.16, 100.0, False),
         (0.15, 100.1, False),
         (0, -math.inf, False),
     ):
         new = replace(HEALTHY, near_one_hot=one_hot, max_logit=logit)
-        assert peaked.heals(HEALTHY, new) == heals, (one_hot, logit)
+        assert peaked.fixes(HEALTHY, new) == fixes, (one_hot, logit)
     modes = {None: "log_key_count(64)", 0.0: "sqrt_dim", 1.0: "log_key_count(64)", 2.0: "log_power(2, 64)"}
     assert {power: replace(HEALTHY, power=power).counted for power in modes} == modes

@@ -6,7 +6,8 @@ import torch
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.refusals import refuses
 from tritonattn import KeyStatistics, PagedKeyStatistics
-from tritonattn.core.statistics import Statistics, key_norms_of
+from tritonattn.core.norms import key_norms_of
+from tritonattn.core.statistics import Statistics
 from tritonattn.core.visibility import Visibility
 
 B, HQ, HKV, SQ, SK, D = 2, 4, 2, 6, 9, 5

@@ -138,7 +138,7 @@ def test_a_layer_over_ranks_refuses_by_name(rank: int) -> None:
     layer.batch_invariant = None
     given: dict[str, Any] = {"context": x, "key_lengths": torch.tensor([8]), "mask": torch.ones(8, 8).bool()}
     for name, value in {**given, "cache": KeyValueCache(1, HEADS, 8, 4)}.items():
-        refuses(f"ValueError: ~ {name}: expected None beside ContextParallel", layer, x, **{name: value})
+        refuses(f"ValueError: ~ {name}: expected None with ContextParallel", layer, x, **{name: value})
     for call in (lambda: layer(x[:, :7]), lambda: gate(x[:, :7])):
         refuses("ValueError: x: expected an even number of tokens of this rank for layout 'zigzag'", call)
     with pytest.raises(ValueError, match=r"ContextParallel: expected a module with a ScaledAttention, .* got Linear"):

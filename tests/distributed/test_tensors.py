@@ -14,10 +14,10 @@ from tests.distributed.pool import on_every_rank
 from tests.support.caches import cached_call
 from tests.support.calls import CALLS, changed, example, torch_kernels
 from tritonattn import nn
+from tritonattn.core.norms import key_norms_of
 from tritonattn.core.shards import whole
-from tritonattn.core.statistics import key_norms_of
 from tritonattn.distributed import HeadParallel
-from tritonattn.ops import key_statistics
+from tritonattn.ops import attend
 from tritonattn.ops.flat import flat
 
 B, HQ, HKV, S, D = 4, 8, 4, 12, 8
@@ -165,7 +165,7 @@ def operators(rank: int) -> dict[str, float]:
         compared("forward", [*flat(call), False], [both, placed, placed], case=str(placed))
     seen, of_keys = torch.arange(16)[None, None] < lengths[:, None, None], key_norms_of(k)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(key_statistics, "kernels", torch_kernels)
+        patch.setattr(attend, "kernels", torch_kernels)
         compared("key_norms", [k.requires_grad_(), seen], [both])
         compared("prefix_sums", [of_keys], [both])
         compared("argmax_over_ranges", [of_keys, torch.tensor([[[0, 3]]]), torch.tensor([[[9, 16]]])], [both])

@@ -9,7 +9,7 @@ from tests.support.masks import assert_rows_of_key_blocks, largest_keys, visible
 from tritonattn import KeyStatistics
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import ranges
-from tritonattn.core.statistics import key_norms_of
+from tritonattn.core.norms import key_norms_of
 from tritonattn.core.visibility import Visibility
 
 from .executor import GPU, padded

@@ -158,7 +158,7 @@ def test_refusals(registered):
     linear = "model: expected attention processors that take a backend, got Linear"
     for error, message, call in (
         (NotImplementedError, "attn_mask: expected a mask", lambda: dispatch(attn_mask=bias)),
-        (ValueError, "attn_mask: expected None beside is_causal", lambda: dispatch(attn_mask=mask, is_causal=True)),
+        (ValueError, "attn_mask: expected None with is_causal", lambda: dispatch(attn_mask=mask, is_causal=True)),
         (NotImplementedError, "_parallel_config: context parallelism", lambda: dispatch(parallel_config=object())),
         (ValueError, "key: expected query's 4 heads without enable_gqa, got 2", lambda: dispatch(key=k[:, :, :2])),
         (ValueError, "name: expected one that is not diffusers' own, got 'native'", lambda: ours.register("native")),

@@ -62,6 +62,6 @@ def test_every_option_of_the_layer(options, fused):
 def test_refusals():
     layer, x = ours.attention_layer()(16, 4), torch.randn(2, 6, 16)
     refuses("NotImplementedError: attn_mask: expected a mask", layer, x, attn_mask=torch.randn(6, 6))
-    with pytest.raises(ValueError, match="attn_mask: expected None beside is_causal=True"):
+    with pytest.raises(ValueError, match="attn_mask: expected None with is_causal=True"):
         layer(x, attn_mask=torch.ones(6, 6).bool(), is_causal=True)
     refuses("ValueError: scaling: expected one of", ours.attention_layer, "squirt_dim")

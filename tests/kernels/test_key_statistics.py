@@ -10,7 +10,8 @@ from tritonattn import KeyStatistics, attention
 from tritonattn.backends import triton as triton_backend
 from tritonattn.calls import key_statistics as cache_statistics
 from tritonattn.core.call import AttentionCall, Logits
-from tritonattn.core.statistics import Statistics, key_norms_of
+from tritonattn.core.norms import key_norms_of
+from tritonattn.core.statistics import Statistics
 from tritonattn.core.visibility import Visibility
 from tritonattn.ops import KernelStatistics
 

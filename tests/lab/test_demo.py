@@ -63,7 +63,7 @@ def test_statistics_against_a_dense_computation(small):
     for layer, weights in zip(got.layers, wanted.attentions, strict=True):
         n = torch.arange(1, 21).log()
         entropy = torch.special.entr(weights).sum(-1)[..., 1:] / n[1:]  # [1, H, S - 1]
-        assert layer.entropy == pytest.approx(float(entropy.mean()), abs=1e-5)
+        assert layer.entropy_over_ln_n == pytest.approx(float(entropy.mean()), abs=1e-5)
     loss = torch.nn.functional.cross_entropy(wanted.logits[0, :-1], tokens[0, 1:])
     assert got.loss == pytest.approx(float(loss), abs=1e-5)
 
@@ -116,7 +116,7 @@ def test_layers_of_the_demo_have_their_numbers_on_whole_ticks(names, numbers, mo
     pictures = []
     monkeypatch.setattr(plot, "save", lambda figure, file: pictures.append(figure))
     measurements = [
-        Measurement(mode, loss, tuple(Layer(0.5, 3.0, name=name) for name in names), 0.0)
+        Measurement(mode, loss, tuple(Layer(name, 0.5, 3.0) for name in names), 0.0)
         for mode, loss in (("sqrt_dim", 3.25), ("key_count", 7.5))
     ]
     plot.draw("small", measurements, "where", tmp_path / "a.png")

@@ -12,9 +12,9 @@ from tests.support.pairs import in_turn
 from tests.support.refusals import refuses
 from tritonattn import ops
 from tritonattn.core.call import ForwardResult, Gradients
-from tritonattn.core.statistics import key_norms_of
+from tritonattn.core.norms import key_norms_of
 from tritonattn.core.visibility import Visibility
-from tritonattn.ops import key_statistics
+from tritonattn.ops import attend
 from tritonattn.ops.flat import flat
 
 FIELDS = Gradients._fields
@@ -108,7 +108,8 @@ def test_the_graph_keeps_a_call_without_its_tensors():
     seen = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x):
         out = ops.attention(call).out
-    assert not any(isinstance(x, Tensor) for x in flat(out.grad_fn.call))
+    visible, *others = out.grad_fn.rest
+    assert not any(isinstance(x, Tensor) for x in (*visible.tensors, *others))
     given = [x for x in flat(call) if isinstance(x, Tensor)]
     assert {x.data_ptr() for x in given} <= {x.data_ptr() for x in seen}
     leaves = tuple(differentiable(call).values())
@@ -132,7 +133,7 @@ def test_forward_mode_is_refused():
 
 @pytest.fixture
 def torch_kernels(monkeypatch):
-    monkeypatch.setattr(key_statistics, "kernels", kernels_by_torch)
+    monkeypatch.setattr(attend, "kernels", kernels_by_torch)
 
 
 @opcheck_reads_grad

@@ -11,7 +11,7 @@ from perf.contest import Effort
 from perf.recipes import rows_of
 from perf.work import Shape
 from tests.support.pairs import in_turn
-from tritonattn.calls import dispatch, logits
+from tritonattn.calls import dispatch, formulas
 
 from .commands import CPU, HERE, statuses
 
@@ -31,7 +31,7 @@ def test_recipes_follow_the_formulas(scaling, causal):
 @in_turn(scaling=["sqrt_dim", "key_norm_mean", "cosine"], dtype=["fp32", "bf16"])
 def test_the_package_is_not_its_own_judge(monkeypatch, scaling, dtype):
     """Logits that are 3% off on every backend are found, and torch's own are not."""
-    right = logits.scales_of, logits.dense
+    right = dispatch.scales_of, formulas.dense
 
     def scales_of(*arguments):
         found = right[0](*arguments)
@@ -41,8 +41,8 @@ def test_the_package_is_not_its_own_judge(monkeypatch, scaling, dtype):
         multiplier, bias = right[1](call)
         return 1.03 * multiplier, bias
 
-    monkeypatch.setattr(logits, "scales_of", scales_of)
-    monkeypatch.setattr(dispatch, "dense", dense)
+    monkeypatch.setattr(dispatch, "scales_of", scales_of)
+    monkeypatch.setattr(formulas, "dense", dense)
     who = (("tritonattn", scaling), ("sdpa", "sqrt_dim"), ("eager", scaling))
     shape = Shape(1, 2, 2, 48, 48, 16, causal=True)
     for passes in ("forward", "backward"):

@@ -1,4 +1,4 @@
-"""Static figures: loops in machine code, the model that ranks configs, and the gate that shipped entries pass."""
+"""Static figures: loops in machine code, and the gate that shipped entries pass."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,9 +8,8 @@ import torch
 
 from perf.static import machine_code
 from perf.static.control_flow import Instruction, innermost, loops, parse, parse_ptx
-from perf.static.gate import Judged, Latency, examine, gate_reasons, modelled_clocks
+from perf.static.gate import examine, gate_reasons
 from perf.static.machine_code import MachineCode, MmaLoop, read_machine_code
-from perf.static.model import Rates, cycles, utilisation
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends.triton import launch
 from tritonattn.tuner import gate
@@ -89,44 +88,6 @@ def check_shipped_entry(position: int) -> None:
     gpu, key = ENTRIES[position]
     entry = usable_table(cache_dir.shipped_tables() / f"{gpu.name}.json", gpu.target).entries[key]
     assert examine(key.kernel, key.problem, entry.config, gpu.target).reasons == ()
-
-
-CAUSAL = Problem(64, 64, torch.bfloat16, right=True)
-TILES = TileConfig(128, 64, 8, 2)
-
-# On an SM_80 with 8 warps: tensor 1000 clocks, exp 800, integer 600, issue 600.
-LOOP = MmaLoop({"tensor": 100, "exp": 50, "integer": 150}, packed=0, tiles=1, flops=2048 * 1000, shared_bytes=0)
-
-
-def clocks(
-    loop, config=TILES, kernel="forward", target=SM_80, processors=108, registers=128, short=False, latency=None
-):
-    code = MachineCode(registers, 0, 49152, 0, 0, None if loop is None else (loop,))
-    candidate = Judged(config, code, (), latency)
-    return modelled_clocks(kernel, replace(CAUSAL, short=short), candidate, target, processors)
-
-
-def test_clocks_of_every_unit():
-    mix = {"tensor": 2, "exp": 3, "fp32": 4, "multiply": 5, "compare": 6, "convert": 7, "integer": 8}
-    rates = Rates("card", tensor=1024, fp32=64, shared_memory=0, warps=64, programs=32)
-    bounds = cycles(MmaLoop(mix, packed=1, tiles=1, flops=8192, shared_bytes=1280), rates, warps=4)
-    assert bounds == {"tensor": 8, "exp": 24, "fp32": 20, "integer": 42, "issue": 35, "shared": 10}
-    assert utilisation(bounds, 4096, rates) == pytest.approx(4 / 42)
-
-
-def test_clocks_of_a_call():
-    """8,192 programs, 2 to a processor: 38 waves of 128 iterations, of whose other units 4 warps a scheduler hide."""
-    assert clocks(LOOP) == pytest.approx(38 * 2 * 128 * (1000 + (800 + 600) / 4))
-    alone = replace(TILES, num_stages=1)
-    loads = 600 + 64 * 128 * 2 / 48  # latency, and the bytes of 64 keys and values at the rate of L2
-    assert clocks(LOOP, alone) == pytest.approx(38 * 2 * 128 * (1000 + (800 + 600) / 4 + loads / 2))
-    late = replace(TILES, descriptors=True)
-    assert clocks(LOOP, late) == clocks(LOOP, alone), "the TMA is asked at the end of an iteration, for the next"
-    assert clocks(LOOP, replace(late, num_stages=3)) == clocks(LOOP)
-    replayed = Latency(0.5, 1500.0, 2, awaits_last=False)
-    assert clocks(LOOP, latency=replayed) == 38 * 128 * 1500, "of a program while another runs beside it"
-    stores = replace(LOOP, shared_bytes=5000 * 128)
-    assert clocks(stores) == pytest.approx(38 * 2 * 128 * 5000)
 
 
 # A loop in a loop, whose wait retries out of line; the outer one has a spill of its own.

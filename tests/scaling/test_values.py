@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from tritonattn import attention
-from tritonattn.core.statistics import Statistics
+from tritonattn.core.statistics import SMALLEST_STATISTIC, Statistics, counts_of, reciprocal, reciprocal_root
 from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS, Cosine, KeyNormMax, Llama4, LogKeyCount, Ministral3, QwenLogn, Scales
-from tritonattn.scaling.base import SMALLEST_STATISTIC, counts_of, reciprocal, reciprocal_root
 
 
 def scales_of(scaling, q, k=None, **masks) -> Scales:

@@ -14,7 +14,8 @@ from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scaling
 from .checks import check_count, check_number, kind_of, named_scaling, refuse_scaling
-from .logits import dense, logits
+from .dispatch import logits
+from .formulas import dense
 
 _BATCH, _ROWS, _KEYS = 2, 10, 12
 _LEAST = -1e300  # stands for a bias of -inf

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..backends import kernels
 from ..core.autograd import runs_eagerly
 from ..core.key_records import TOTALS, KeyRecord, extended
+from ..core.norms import key_norms_of
 from ..core.pages import PageTable
-from ..core.statistics import key_norms_of
 from .checks import (
     FLOATS,
     check_count,

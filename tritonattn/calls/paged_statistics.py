@@ -10,10 +10,10 @@ from torch import Tensor
 from ..backends import kernels
 from ..core.autograd import runs_eagerly
 from ..core.key_records import TOTALS, KeyRecord, extended
+from ..core.norms import key_norms_of
 from ..core.packing import PackedAxis
 from ..core.pages import Found, PageTable
 from ..core.sequences import Sequences
-from ..core.statistics import key_norms_of
 from .checks import FLOATS, check_count, check_device, check_integers, check_tensor, kind_of, shape_of, values_are_read
 from .dispatch import kernels_take
 from .page_checks import SMALLEST_PAGE, check_block_table, check_page_numbers, check_record

@@ -15,7 +15,7 @@ HELP = "measure the softmax and its gradients on random queries and keys, with e
 DESCRIPTION = (
     "Simulate random queries and keys. paper: Bernhard's simulations (arXiv:2311.09406). sweep: what the softmax looks "
     "like and which gradient reaches q and k, in every mode, by number, dimension and kind of keys. verdict: whether "
-    "one temperature serves rows whose keys vary in number or length. Needs no GPU."
+    "one temperature serves rows whose keys vary in number or norm. Needs no GPU."
 )
 PARTS = ("paper", "sweep", "verdict")
 _COUNTS, _DIMS = (2, 8, 32, 128, 1024, 8192, 65536), (64, 16, 32, 128, 256, 512)

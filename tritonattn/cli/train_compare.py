@@ -10,7 +10,7 @@ HELP = "train small models with each scaling, several seeds each, and compare th
 DESCRIPTION = (
     "Train small transformers with each scaling on four tasks: a byte language model (text), a vision transformer "
     "(digits), numbers to words by cross attention (spell), and retrieval from tables longer than those of training "
-    "(recall). Every mode of a seed starts from the same weights and sees the same data. Write records, tables and "
+    "(recall). Every mode of a seed starts from the same weights and gets the same data. Write records, tables and "
     "plots into a folder; the same command goes on where it was stopped. Needs no GPU."
 )
 

@@ -65,8 +65,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _refuse_what_calls_say(options: argparse.Namespace) -> None:
-    """Refuse options that would be of no account."""
     if options.static and (options.calls or options.quick):
-        raise CommandError("--static: expected neither --calls nor --quick beside it: they time calls on a GPU")
+        raise CommandError("--static: expected neither --calls nor --quick with it: they time calls on a GPU")
     if options.calls and (options.head_dims or options.dtypes):
-        raise CommandError("--calls: expected neither --head-dims nor --dtypes beside it: the file has them")
+        raise CommandError("--calls: expected neither --head-dims nor --dtypes with it: the file has them")

@@ -63,13 +63,13 @@ def _is_causal(
 
 
 def _check_positions(query: Tensor, positions: Any, split: Split, kind: str) -> None:
-    """Raise unless position_ids are the places in one sequence of the tokens that this rank holds."""
+    """Raise unless position_ids are the positions in one sequence of the tokens that this rank holds."""
     if not isinstance(positions, Tensor):
         raise NotImplementedError(f"position_ids: expected to reach {kind} under context_parallel, got none")
-    places = split.positions(query.shape[2], query.device)
-    if positions.shape[-1] != query.shape[2] or not bool((positions == places).all()):
+    expected = split.positions(query.shape[2], query.device)
+    if positions.shape[-1] != query.shape[2] or not bool((positions == expected).all()):
         raise ValueError(
-            f"position_ids: expected the places in the sequence of this rank's tokens, {int(places[0])} and so on, got"
-            " others: give the model position_ids of the whole sequence, one document long, and put them among the"
+            f"position_ids: expected the positions in the sequence of this rank's tokens, {int(expected[0])} and so on,"
+            " got others: give the model position_ids of the whole sequence, one document long, and put them among the"
             " buffers of context_parallel"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import inspect
 import math
 import reprlib
@@ -90,7 +89,7 @@ def from_config(saved: Any, heads: int | None, entry: str, depth: int = 1) -> An
     if not isinstance(name, str):
         raise ValueError(f"{entry}: expected a name, a dict with a name, a number or None, got {reprlib.repr(saved)}")
     cls = _class_of(name, heads, entry)
-    taken = _arguments_of(cls)
+    taken = inspect.signature(cls).parameters.keys()
     check_entries(entry, arguments, taken - _OF_THE_LAYER)
     for mode in arguments.keys() & set(_MODES):
         arguments[mode] = from_config(arguments[mode], heads, f"{entry}.{mode}", depth + 1)
@@ -118,11 +117,6 @@ def _class_of(name: str, heads: int | None, entry: str) -> Any:
     return cls
 
 
-@functools.cache
-def _arguments_of(cls: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(cls).parameters)
-
-
 def check_entries(entry: str, saved: Any, known: Any) -> None:
     """Raise ValueError unless saved is a dict with keys out of `known`."""
     wanted = f"expected a dict with keys out of {', '.join(sorted(known)) or 'none'}"
@@ -133,7 +127,7 @@ def check_entries(entry: str, saved: Any, known: Any) -> None:
 
 
 def is_finite(x: Any) -> bool:
-    """Whether x is a finite number, and no bool."""
+    """True for a finite number that is no bool."""
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from ...tuning.config import (
     is_short,
     padded_dim,
 )
-from ...tuning.order import heads_of_section
+from ...tuning.order import sections
 from ...tuning.table import Exact
 from .device import Grid
 from .launch import (
@@ -61,7 +62,7 @@ def launch_kernel(
 ) -> None:
     """A program for each block of rows, or of keys, of each head of each sequence."""
     if recorded.recorders and kernel in TILED_KERNELS:
-        recorded.note(Exact(kernel, kind.problem), _size_of(call))
+        recorded.note(Exact(kernel, kind.problem), size_of(call))
 
     device = call.q.device
     while True:
@@ -69,31 +70,32 @@ def launch_kernel(
         config = chosen.config
         try:
             of_config = _descriptors(chosen, call, d_out) if config.descriptors else dict.fromkeys(chosen.descriptors)
-            if kernel == "grad_key_value":
+            if call.visibility.key_ranges is not None and kernel == "grad_key_value":
                 of_config["row_bounds_ptr"] = rows_of_key_blocks(call.visibility, available, config.block_n)
-            grid = kind.grids.get(key := (kernel, config, chosen.target))
-            if grid is None:
-                grid = kind.grids[key] = _grid(kernel, chosen, call)
+            found = kind.grids.get(key := (kernel, config, chosen.target))
+            if found is None:
+                found = kind.grids[key] = _grid(kernel, chosen, call)
+            grid, of_config["first_head"] = found
             chosen.launch(grid, available | of_config, kind.wide, kind)
             return
         except (TritonError, RuntimeError) as error:
             drop_config(kernel, kind.problem, device, chosen, error)
 
 
-def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> Grid:
-    """(blocks, heads, sequences) of row terms, else (heads of a section, blocks, sections)."""
+def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> tuple[Grid, int]:
+    """(blocks, heads, sequences) of row terms and 0, else (size of a section, blocks, sections) and `first_head`."""
     visible, config, (sequences, rows, keys) = call.visibility, chosen.config, _sizes(call)
     if kernel == "row_terms":
-        return -(-aligned_rows(rows) // config.block_m), visible.q_heads, sequences
+        return (-(-aligned_rows(rows) // config.block_m), visible.q_heads, sequences), 0
     bytes_of_row = (call.k.shape[3] + call.v.shape[3]) * call.k.dtype.itemsize
     if kernel == "grad_key_value":
-        blocks, count = -(-keys // config.block_n), visible.kv_heads * sequences
+        blocks, heads = -(-keys // config.block_n), visible.kv_heads * sequences
         read = rows * bytes_of_row * (visible.q_heads // visible.kv_heads)
     else:
-        blocks, count = -(-rows // config.block_m), visible.q_heads * sequences
+        blocks, heads = -(-rows // config.block_m), visible.q_heads * sequences
         read = keys * bytes_of_row * visible.kv_heads // visible.q_heads
-    section = heads_of_section(count, read, chosen.target, config.l2_percent)
-    return section, blocks, count // section
+    size, count = sections(heads, read, chosen.target, config.l2_percent)
+    return (size, blocks, count), heads - size * count
 
 
 def _sizes(call: AttentionCall) -> tuple[int, int, int]:
@@ -104,7 +106,7 @@ def _sizes(call: AttentionCall) -> tuple[int, int, int]:
     return len(sequences.q_starts) - 1, sequences.longest_q, sequences.longest_k
 
 
-def _size_of(call: AttentionCall) -> Size:
+def size_of(call: AttentionCall) -> Size:
     """The sizes of a call as `record` keeps them."""
     visible, (sequences, rows, keys) = call.visibility, _sizes(call)
     return Size(
@@ -145,10 +147,10 @@ def largest(x: Tensor) -> Tensor:
     return torch.where(largest < torch.finfo(x.dtype).tiny, 1.0, largest).contiguous()
 
 
-def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: bool) -> Problem:
-    """The `Problem` of a call: the parts that select code. `asked`: its fields that say which results are asked for."""
+def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -> Problem:
+    """The `Problem` of a call: the parts that select code. `asked`: its fields that the call itself does not tell."""
     visible = call.visibility
-    return Problem(
+    problem = Problem(
         head_dim=call.q.shape[-1],
         value_dim=call.v.shape[-1],
         dtype=call.q.dtype,
@@ -169,8 +171,8 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: bool) 
         aligned=_has_whole_vectors(call.q, call.v) if call.invariant else are_aligned(call.q, call.k, call.v, d_out),
         short=is_short(*_sizes(call)[1:]),
         invariant=call.invariant,
-        **asked,
     )
+    return replace(problem, **asked)
 
 
 def _descriptors(chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Arguments:

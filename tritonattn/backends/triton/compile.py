@@ -21,10 +21,11 @@ from .backward import backward
 from .decode import decode
 from .device import binder, compile_options
 from .forward import forward
-from .key_statistics import append_keys, append_to_pages, key_norms, key_norms_backward
+from .key_norms import key_norms, key_norms_backward, prefix_sums
+from .key_records import append_keys, append_to_pages
 from .launch import KERNELS, Launch, overriding, recording
 from .operands import Operands
-from .ranges import argmax_over_ranges, prefix_sums, range_arguments, rows_of_key_blocks, seen_keys
+from .ranges import argmax_over_ranges, range_arguments, rows_of_key_blocks, seen_keys
 
 _PAGE = 16
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

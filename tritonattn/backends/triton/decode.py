@@ -1,4 +1,4 @@
-"""Decode: a few query rows against a split of a KV cache."""
+"""Decode: a few query rows against a split of a KV cache, and the splits, joined."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from ...core.call import AttentionCall, ForwardResult
 from ...core.visibility import Visibility
 from ...tuning import calls as recorded
 from ...tuning import config
-from ...tuning.calls import Size
-from ...tuning.config import Problem, TileConfig, is_short, padded_dim
+from ...tuning.config import Problem, TileConfig, padded_dim
 from ...tuning.table import Exact
+from .attention import problem_of, size_of
 from .block import (
     LENGTHS,
+    LN_2,
     LOG2_E,
     TINY,
     Results,
@@ -29,13 +30,11 @@ from .block import (
     tile_offsets,
     vector_from,
 )
-from .combine import combine
 from .launch import (
     KERNELS,
     Arguments,
     Kind,
     Plan,
-    are_aligned,
     bounded,
     drop_config,
     forms_of,
@@ -228,7 +227,84 @@ def attention_decode(
     tl.store(results.out + offsets[:, None] * VALUE_DIM + offs_value[None, :], out, mask=keep_out)
 
 
-KERNELS["decode"] = attention_decode
+@triton.jit(do_not_specialize=[*LENGTHS, "splits"])
+def combine_splits(
+    parts,
+    results,
+    sinks_ptr,
+    q_len,
+    splits,
+    q_heads,
+    first_y,
+    first_z,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One row of a call from what `attention_decode` found in every split of its keys.
+
+        lse        = ln sum_s exp(lse[s]),  w[s] = exp(lse[s] - lse)
+        out        = sum_s w[s] * out[s]                 times exp(lse) / (exp(lse) + exp(sink)) with a sink
+        entropy    = sum_s w[s] * (entropy[s] - ln w[s])
+        max_logit  = max_s max_logit[s]
+
+    Grid: (Sq, Hq, B). parts, results: `Results` without rounding, the parts in fp32 with splits as an axis behind Sq;
+    max_logit and entropy are None in both or in neither. Splits are added in one order. A row without keys gives out 0,
+    lse = max_logit = -inf, entropy 0.
+    """
+    token, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
+    row = (batch.to(tl.int64) * q_heads + head) * q_len + token
+    first = row * splits
+    offs_value = tl.arange(0, BLOCK_DV)
+    highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    max_logit = highest
+    for start in tl.range(0, splits, BLOCK_N):
+        offs_split = start + tl.arange(0, BLOCK_N)
+        keep = offs_split < splits
+        highest = tl.maximum(highest, tl.load(parts.lse + first + offs_split, mask=keep, other=float("-inf")))
+        if parts.max_logit is not None:
+            part = tl.load(parts.max_logit + first + offs_split, mask=keep, other=float("-inf"))
+            max_logit = tl.maximum(max_logit, part)
+    shift = tl.max(highest, 0)
+    shift = tl.where(shift == float("-inf"), 0.0, shift)
+
+    weight_sum = tl.zeros([BLOCK_N], tl.float32)
+    entropy_sum = weight_sum
+    accumulator = tl.zeros([BLOCK_DV], tl.float32)
+    for start in tl.range(0, splits, BLOCK_N):
+        offs_split = start + tl.arange(0, BLOCK_N)
+        keep = offs_split < splits
+        lse = tl.load(parts.lse + first + offs_split, mask=keep, other=float("-inf"))
+        keep = lse != float("-inf")
+        log_weight = tl.where(keep, lse - shift, 0.0)
+        weight = tl.where(keep, tl.exp2(log_weight * LOG2_E), 0.0)
+        weight_sum += weight
+        if parts.entropy is not None:
+            part = tl.load(parts.entropy + first + offs_split, mask=keep, other=0.0)
+            entropy_sum += weight * (part - log_weight)
+        out_ptrs = parts.out + (first + offs_split)[:, None] * VALUE_DIM + offs_value[None, :]
+        part = tl.load(out_ptrs, mask=keep[:, None] & (offs_value[None, :] < VALUE_DIM), other=0.0)
+        accumulator += tl.sum(part * weight[:, None], 0)
+
+    total = tl.sum(weight_sum, 0)
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    log_total = tl.log2(total) * LN_2
+    tl.store(results.lse + row, tl.where(empty, float("-inf"), shift + log_total))
+    if results.max_logit is not None:
+        # tl.max ignores NaN; the sum keeps it.
+        tl.store(results.max_logit + row, tl.where(total == total, tl.max(max_logit, 0), total))
+    if results.entropy is not None:
+        entropy = tl.sum(entropy_sum, 0) / total + log_total
+        tl.store(results.entropy + row, tl.where(entropy < 0.0, 0.0, entropy))
+    if sinks_ptr is not None:
+        with_sink = total + tl.exp2((tl.load(sinks_ptr + head) - shift) * LOG2_E)
+        total = tl.where(empty, total, with_sink)
+    out = (accumulator / total).to(results.out.dtype.element_ty)
+    tl.store(results.out + row * VALUE_DIM + offs_value, out, mask=offs_value < VALUE_DIM)
+
+
+KERNELS |= {"decode": attention_decode, "decode_combine": combine_splits}
 _MOST_SPLITS = 64
 
 
@@ -239,20 +315,13 @@ def decode(call: AttentionCall, aux: bool) -> ForwardResult:
     """
     kind = _kind(call, aux)
     if recorded.recorders:
-        recorded.note(Exact("decode", kind.problem), _size(call))
+        recorded.note(Exact("decode", kind.problem), size_of(call))
     while True:
         chosen = plan("decode", kind.problem, call.q.device)
         try:
             return _launch(call, aux, kind, chosen)
         except (TritonError, RuntimeError) as error:
             drop_config("decode", kind.problem, call.q.device, chosen, error)
-
-
-def _size(call: AttentionCall) -> Size:
-    visible = call.visibility
-    page = 0 if call.block_table is None else call.k.shape[2]
-    group, left = visible.q_heads // visible.kv_heads, min(visible.left or 0, visible.k_len)
-    return Size(visible.batch, visible.q_heads, visible.q_len, visible.k_len, group, page=page, left=left)
 
 
 def _kind(call: AttentionCall, aux: bool) -> Kind:
@@ -276,38 +345,29 @@ def _launch(call: AttentionCall, aux: bool, kind: Kind, chosen: Plan) -> Forward
     arguments["sinks_ptr"] = sinks if splits == 1 else None
     chosen.launch((splits * tiles, visible.kv_heads, visible.batch), arguments, kind.wide, kind)
     if splits > 1:
-        combine(parts, joined, sinks, splits, kind)
+        batch, q_heads, q_len = rows
+        arguments = {"parts": parts, "results": joined, "sinks_ptr": sinks}
+        arguments |= {"q_len": q_len, "splits": splits, "q_heads": q_heads}
+        plan("decode_combine", kind.problem, call.q.device).launch((q_len, q_heads, batch), arguments, False, kind)
     return ForwardResult(joined.out, joined.lse, joined.max_logit, joined.entropy)
 
 
 def _splits(visible: Visibility, config: TileConfig) -> int:
     """Programs that share the keys of a sequence. They depend on shapes and the window, never on lengths or batch."""
     longest = visible.k_len if visible.left is None else min(visible.k_len, visible.left + visible.q_len)
-    return min(-(-longest // (config.block_n * config.split_blocks)), _MOST_SPLITS)
+    return splits_of(longest, config)
+
+
+def splits_of(keys: int, config: TileConfig) -> int:
+    return min(-(-keys // (config.block_n * config.split_blocks)), _MOST_SPLITS)
 
 
 def _problem(call: AttentionCall, aux: bool) -> Problem:
-    visible, terms = call.visibility, call.logits
-    group = visible.q_heads // visible.kv_heads
-    return Problem(
-        head_dim=call.q.shape[3],
-        value_dim=call.v.shape[3],
-        dtype=call.q.dtype,
-        left=visible.left is not None,
-        key_ranges=visible.key_ranges is not None,
-        query_scale=terms.query_scale is not None,
-        key_scale=terms.key_scale is not None,
-        key_bias=terms.key_bias is not None,
-        grouped=group > 1,
-        softcap=terms.softcap is not None,
-        sinks=terms.sinks is not None,
-        aux=aux,
-        sequences=visible.row_counts is not None,
-        block_table=call.block_table is not None,
-        packed_rows=padded_dim(group * visible.q_len),
-        aligned=are_aligned(call.q, call.k, call.v),
-        short=is_short(visible.q_len, visible.k_len),
-    )
+    """That of other calls, but that no code depends on how the end of a cache is given."""
+    visible = call.visibility
+    rows = padded_dim(visible.q_heads // visible.kv_heads * visible.q_len)
+    new = visible.row_counts is not None
+    return problem_of(call, aux=aux, packed_rows=rows, sequences=new, right=False, key_lengths=False)
 
 
 def _allocate(call: AttentionCall, shape: tuple[int, ...], dtype: torch.dtype, aux: bool) -> Results:

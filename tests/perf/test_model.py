@@ -1,0 +1,76 @@
+"""The model that ranks configs, against sums by hand and what has to hold for any kernel."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from perf.static.gate import Judged, Latency, modelled_clocks
+from perf.static.machine_code import MachineCode, MmaLoop
+from perf.static.model import Rates, cycles, utilisation
+from tritonattn.tuning.config import Problem, TileConfig
+from tritonattn.tuning.gpus import GPUS
+
+A100 = next(gpu for gpu in GPUS if gpu.name == "a100")
+MI300X = next(gpu for gpu in GPUS if gpu.name == "mi300x")
+PROBLEM = Problem(64, 64, torch.bfloat16, right=True)
+CONFIG = TileConfig(128, 64, 8, 2)
+# On an A100 with 8 warps: tensor 1000 clocks, exp 800, integer 600, issue 600.
+LOOP = MmaLoop({"tensor": 100, "exp": 50, "integer": 150}, packed=0, tiles=1, flops=2048 * 1000, shared_bytes=0)
+CODE = MachineCode(128, 0, 49152, 0, 0, (LOOP,))
+
+
+def clocks(loop, config=CONFIG, kernel="forward", registers=128, short=False, latency=None):
+    code = MachineCode(registers, 0, 49152, 0, 0, None if loop is None else (loop,))
+    candidate = Judged(config, code, (), latency)
+    return modelled_clocks(kernel, replace(PROBLEM, short=short), candidate, A100)
+
+
+def test_clocks_of_every_unit():
+    mix = {"tensor": 2, "exp": 3, "fp32": 4, "multiply": 5, "compare": 6, "convert": 7, "integer": 8}
+    rates = Rates("card", tensor=1024, fp32=64, shared_memory=0, warps=64, programs=32)
+    bounds = cycles(MmaLoop(mix, packed=1, tiles=1, flops=8192, shared_bytes=1280), rates, warps=4)
+    assert bounds == {"tensor": 8, "exp": 24, "fp32": 20, "integer": 42, "issue": 35, "shared": 10}
+    assert utilisation(bounds, 4096, rates) == pytest.approx(4 / 42)
+
+
+def test_clocks_of_a_call():
+    """8,192 programs, 2 to a processor: 38 waves of 128 iterations, of whose other units 4 warps a scheduler hide."""
+    assert clocks(LOOP) == pytest.approx(38 * 2 * 128 * (1000 + (800 + 600) / 4))
+    alone = replace(CONFIG, num_stages=1)
+    loads = 600 + 64 * 128 * 2 / 48  # latency, and the bytes of 64 keys and values at the rate of L2
+    assert clocks(LOOP, alone) == pytest.approx(38 * 2 * 128 * (1000 + (800 + 600) / 4 + loads / 2))
+    late = replace(CONFIG, descriptors=True)
+    assert clocks(LOOP, late) == clocks(LOOP, alone), "the TMA is asked at the end of an iteration, for the next"
+    assert clocks(LOOP, replace(late, num_stages=3)) == clocks(LOOP)
+    replayed = Latency(0.5, 1500.0, 2, awaits_last=False)
+    assert clocks(LOOP, latency=replayed) == 38 * 128 * 1500, "of a program while another runs beside it"
+    stores = replace(LOOP, shared_bytes=5000 * 128)
+    assert clocks(stores) == pytest.approx(38 * 2 * 128 * 5000)
+
+
+def of_decode(config, gpu=A100, loop=None, shared=49152, packed_rows=16):
+    problem = replace(PROBLEM, right=False, packed_rows=packed_rows)
+    code = MachineCode(128, 0, shared, 0, 0, None if loop is None else (loop,))
+    return modelled_clocks("decode", problem, Judged(config, code, ()), gpu)
+
+
+def test_rows_that_a_program_does_not_hold_take_another():
+    """Which loads the same keys again: 8,192 programs, or half."""
+    on_128 = replace(A100, processors=128)
+    few, many = (of_decode(TileConfig(rows, 64, 8, 2), on_128, LOOP, packed_rows=32) for rows in (16, 32))
+    assert few == pytest.approx(2 * many)
+
+
+def test_decode_waits_for_loads_that_are_not_in_flight():
+    """32 splits of 32 sequences and 8 heads are 76 programs a processor, of 4 blocks each, 3 at once."""
+    a_block = 16384 / (2048 / (312 / 2.039))  # bytes, and bytes a clock that reach a processor from memory
+    assert of_decode(TileConfig(16, 64, 2, 3)) == pytest.approx(76 * (4 * a_block + (600 + a_block) / 3))
+    alone = of_decode(TileConfig(16, 64, 2, 1))
+    assert alone == pytest.approx(76 * (4 * (a_block + (600 + a_block) / 3) + (600 + a_block) / 3))
+    assert of_decode(TileConfig(16, 64, 2, 3), shared=98304) > of_decode(TileConfig(16, 64, 2, 3)), "one at once"
+    assert of_decode(TileConfig(16, 64, 2, 2), loop=LOOP, shared=9999) == pytest.approx(
+        76 * (4 * a_block + (600 + a_block) / 8)
+    ), "1224 clocks of memory hide 1000 of products, and registers hold 8 programs"
+    assert of_decode(TileConfig(16, 64, 4, 2), MI300X) < of_decode(TileConfig(16, 64, 4, 1), MI300X)
