@@ -1,4 +1,4 @@
-"""`diagnose` against dense means over the rows and keys that count."""
+"""`diagnose` against dense means over the rows and keys that count, and the power of ln n that gaps ask for."""
 
 from dataclasses import fields
 

@@ -1,4 +1,4 @@
-"""The public functions on a CPU: values and gradients against float64, backends, edges, aux."""
+"""The public functions on a CPU: values and gradients against float64, backends, edges, aux, scales."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""A patched Llama trained by four processes has the losses of one, and its checkpoints go from world to world."""
+"""A patched Llama trained by four processes: its losses, its checkpoints, and what would be wrong without a word."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The code of the documents runs as it stands, their commands are commands, and what they point to exists."""
+"""The code of the documents runs, their commands parse, links lead somewhere, generated parts are current."""
 
 import argparse
 import doctest
@@ -102,8 +102,7 @@ def test_a_mode_as_documented_keeps_padding_out(backend):
         leaves = [q.clone().requires_grad_(), *(torch.where(hidden, fill, x).requires_grad_() for x in (k, v))]
         out = tritonattn.attention(*leaves, scaling=scaling, causal=True, key_lengths=lengths, backend=backend)
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
-    for clean, dirty in zip(*results, strict=True):
-        assert torch.equal(clean, dirty)
+    assert all(map(torch.equal, *results))
 
 
 STORED = {

@@ -1,4 +1,4 @@
-"""Softcap, sinks, dropout and the statistics of the softmax out of the kernels."""
+"""Softcap, sinks, dropout and statistics of the softmax out of the kernels; gradients of parts of the keys add up."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The demo, on small random models everywhere and on the real one where its weights are installed."""
+"""The demo on small random models, and the look that pictures share."""
 
 import json
 

@@ -154,8 +154,7 @@ def test_gradients_at_the_start_are_the_same_with_batch_invariant(name):
         out = attention(*leaves.values(), scaling=scaling, causal=True, batch_invariant=switch)
         parameters = [x for x in scaling.parameters() if x.requires_grad]
         found.append(torch.autograd.grad(out.square().sum(), parameters, allow_unused=True))
-    for plain, invariant in zip(*found, strict=True):
-        torch.testing.assert_close(plain, invariant, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 def test_scaling_parameters_are_those_of_every_scaling_once():

@@ -18,7 +18,6 @@ PROBLEM = Problem(64, 64, torch.bfloat16, right=True)
 CONFIG = TileConfig(128, 64, 8, 2)
 # On an A100 with 8 warps: tensor 1000 clocks, exp 800, integer 600, issue 600.
 LOOP = MmaLoop({"tensor": 100, "exp": 50, "integer": 150}, packed=0, tiles=1, flops=2048 * 1000, shared_bytes=0)
-CODE = MachineCode(128, 0, 49152, 0, 0, (LOOP,))
 
 
 def clocks(loop, config=CONFIG, kernel="forward", registers=128, short=False, latency=None):

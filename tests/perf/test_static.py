@@ -1,4 +1,4 @@
-"""The static gate: conditions on machine code, which shipped entries meet."""
+"""Static figures: loops in machine code, and the gate that shipped entries pass."""
 
 from dataclasses import replace
 from types import SimpleNamespace

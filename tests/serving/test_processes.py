@@ -1,4 +1,4 @@
-"""The plugin in processes that vLLM starts: ranks of an engine, a server; and tritonattn's kernels in an engine."""
+"""The plugin in processes that vLLM starts: ranks of an engine, a server, kernels; and vLLM without the plugin."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Calls that NVIDIA's driver refuses, and so does the stub."""
+"""Calls that NVIDIA's driver refuses, and launches with other arguments than the caller's."""
 
 from __future__ import annotations
 

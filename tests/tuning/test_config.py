@@ -1,4 +1,4 @@
-"""Targets, the classes of a problem, and what tiles take of shared and of tensor memory."""
+"""Targets, the classes of a problem, what tiles take of a card, and default configs; nothing is compiled."""
 
 from dataclasses import replace
 from itertools import product
