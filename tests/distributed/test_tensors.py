@@ -188,7 +188,7 @@ def test_placements_are_refused_by_the_arguments_name(rank: int) -> None:
         (placed(Shard(3)), sharded, sharded, {}, r"q: expected its batch or heads sharded, or replicas, got \(S.*3"),
         (sharded, replica, sharded, {}, r"k: expected q's mesh, and \(S.*1.*\) there, got \(R"),
         (sharded, sharded, plain, {}, "v: expected a DTensor, as q is, got a Tensor"),
-        (plain, sharded, sharded, {}, "k: expected a plain tensor beside a plain q, got a DTensor"),
+        (plain, sharded, sharded, {}, "k: expected a plain tensor with a plain q, got a DTensor"),
         (sharded, few, few, {}, "k: axis 1: expected a size that 4 ranks divide, got 2"),
         (
             plain,
@@ -197,7 +197,7 @@ def test_placements_are_refused_by_the_arguments_name(rank: int) -> None:
             {"sinks": torch.randn(HQ)},
             "sinks: expected a value for each of q's 8 heads .* got 2 of 8",
         ),
-        (plain, plain, plain, {"key_lengths": torch.ones(B).long()}, "key_lengths: expected a plain tensor beside a"),
+        (plain, plain, plain, {"key_lengths": torch.ones(B).long()}, "key_lengths: expected a plain tensor with a"),
     ):
         options = {name: placed(Shard(0), x) for name, x in others.items()}
         with pytest.raises((TypeError, ValueError), match=f"^{message}"):

@@ -60,7 +60,7 @@ def test_append_keys(emulate):
     assert ours.counts.tolist() == theirs.counts.tolist() == [131, 71]
     for found, expected in zip(ours._buffers()[1:], theirs._buffers()[1:], strict=True):
         for one, other, count in zip(found, expected, [131, 71], strict=True):
-            end = count if found is ours._norms else count + 1
+            end = count if found is ours._memory[0] else count + 1
             torch.testing.assert_close(one[:, :end], other[:, :end], rtol=1e-6, atol=0, equal_nan=True)
 
 

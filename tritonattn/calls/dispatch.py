@@ -43,7 +43,7 @@ class AttentionAux(NamedTuple):
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
     >>> out, aux = tritonattn.attention(q, k, v, causal=True, return_aux=True)
-    >>> aux.entropy[0, :, 0].tolist()  # the first row sees one key
+    >>> aux.entropy[0, :, 0].tolist()  # the first row attends to one key
     [0.0, 0.0, 0.0, 0.0]
     """
 
@@ -84,23 +84,22 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
 
 def with_logits(call: AttentionCall) -> AttentionCall:
     """The call with the terms of its logits, for the kernels or the CPU."""
+    keys = call.keys if call.cached else call.k
+    statistics = (ops.KernelStatistics if call.backend == "triton" else Statistics)(keys, call.visibility)
     if call.cached:
-        call.logits = terms = logits(call, _cached_statistics(call), _keys_for_scaling(call))
+        statistics = statistics if call.record is None else _recorded(call, statistics)
+        call.logits = terms = logits(call, statistics, _keys_for_scaling(call))
         of_scaling = {"scaling": terms.query_scale, "key_scale": terms.key_scale, "key_bias": terms.key_bias}
         refuse_gradients(call.cached, **of_scaling)
         return call
-    statistics = (ops.KernelStatistics if call.backend == "triton" else Statistics)(call.k, call.visibility)
     call.logits = logits(call, statistics)
     if call.visibility.invariant and call.backend == "triton":
         _refuse_scaled_halves(call)
     return statistics.widened(call) if statistics.wide else call
 
 
-def _cached_statistics(call: AttentionCall) -> Statistics:
-    """The statistics of a call over a cache."""
-    computed = (ops.KernelStatistics if call.backend == "triton" else Statistics)(call.keys, call.visibility)
-    if call.record is None:
-        return computed
+def _recorded(call: AttentionCall, computed: Statistics) -> Statistics:
+    """The statistics of a call from the record that is kept with its cache."""
     table = None
     if call.block_table is not None:
         table = PageTable(call.block_table, call.k.shape[2], call.visibility.sequences)
@@ -108,7 +107,7 @@ def _cached_statistics(call: AttentionCall) -> Statistics:
 
 
 def _width(call: AttentionCall) -> int | None:
-    """The most keys that a row sees, as of `RecordedStatistics`."""
+    """The most keys that a row attends to, as of `RecordedStatistics`."""
     visible, sequences = call.visibility, call.visibility.sequences
     if visible.left is None:
         return None
@@ -129,7 +128,7 @@ def _keys_for_scaling(call: AttentionCall) -> Tensor:
 def logits(call: AttentionCall, statistics: Statistics, k: Tensor | None = None) -> Logits:
     """Compute the terms of the logits of a checked call: the scaling's scales times the gain, its bias and key_bias.
 
-    statistics   of the keys that its rows see
+    statistics   of the keys that its rows attend to
     k            stands for call.k before the scaling, or None
     """
     q, (_, _, _, bias, softcap, sinks) = call.q, call.logits
@@ -192,7 +191,7 @@ def scales_of(
 
 
 def _expanded(scale: Tensor, q: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A scale in the dtype in which it acts beside q, and of a shape to which it broadcasts."""
+    """A scale in the dtype in which it acts with q, and of a shape to which it broadcasts."""
     if scale.dtype != torch.float32 or q.dtype == torch.float64:
         scale = scale.to(torch.promote_types(q.dtype, torch.float32))
     is_whole = scale.dim() == len(shape) and scale.shape == shape  # tuples compare sizes first, and tracing binds them
@@ -269,7 +268,7 @@ def _refuse_dependence(q: Tensor, backend: str, dropout_p: float) -> None:
     """Raise where a row's bits would depend on the rest of the batch although `batch_invariant` is on."""
     obstacle = None
     if dropout_p > 0:
-        obstacle = "dropout_p above 0, whose bits follow the place in the batch"
+        obstacle = "dropout_p above 0, whose bits follow the position in the batch"
     elif backend == "reference":
         obstacle = "backend 'reference', whose products follow the lengths"
     elif backend == "sdpa" and q.device.type == "cuda":

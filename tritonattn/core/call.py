@@ -59,10 +59,10 @@ class AttentionCall:
     aux        max_logit and entropy are results too
     backend    its name, or "auto"
     cached     the function, in errors, if k and v are a KV cache: the call has then no gradients; else ""
-    record     the statistics of the keys that are kept beside a cache, or None
+    record     the statistics of the keys that are kept with a cache, or None
 
     Gradients by other ways, as through key norms, are added to an fp32 gradient before the sum is rounded. For the
-    same end q and k may hold 16-bit values in fp32 beside a 16-bit v.
+    same end q and k may hold 16-bit values in fp32 with a 16-bit v.
     """
 
     q: Tensor

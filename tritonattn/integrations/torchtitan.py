@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calls.checks import named_scaling
 from ..calls.varlen import attention_varlen
 from ..scaling.base import relative_gain
+from ..scaling.names import named_scaling
 
 try:
     from torchtitan.config import derive, override

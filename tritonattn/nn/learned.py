@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls.checks import check_bool, check_count, check_dtype, kind_of, named_scaling, refuse_scaling
+from ..calls.checks import check_bool, check_count, check_dtype, kind_of, refuse_scaling
 from ..calls.dispatch import scales_of
 from ..core.shards import local
 from ..core.statistics import Statistics, counts_of
 from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling, cosine
 from ..scaling.base import check_positive
+from ..scaling.names import named_scaling
 
 
 class Learned(nn.Module, Scaling):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..calls.checks import named_scaling
 from ..scaling import Scaling
+from ..scaling.names import named_scaling
 from .learned import LearnedCosine, PerHead, SSMax, as_mode
 from .log_power import LearnedLogPower
 from .power_law import PowerLaw

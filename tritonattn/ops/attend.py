@@ -202,13 +202,15 @@ class _Attention(Function):
         out, lse, *aux, rounding = _forward_kept(call, call.v.dtype.itemsize == 2)
         terms, visible = call.logits, call.visibility
         # Autograd saves all tensors, so that writes to them are noticed and hooks can move them.
-        ctx.rest = visible.without_tensors(), terms.scale, terms.softcap, call.dropout, call.is_part, call.backend
+        masks = () if visible.depends_on_sizes_only else visible.tensors
+        rest = visible.without_tensors() if masks else visible
+        ctx.rest = rest, terms.scale, terms.softcap, call.dropout, call.is_part, call.backend
         ctx.set_materialize_grads(False)
         if call.aux:
             ctx.mark_non_differentiable(*aux)
         vectors = (terms.query_scale, terms.key_scale, terms.key_bias, terms.sinks)
         wide = (call.wide_q, call.wide_k)
-        ctx.save_for_backward(out, lse, rounding, call.q, call.k, call.v, *vectors, *wide, *visible.tensors)
+        ctx.save_for_backward(out, lse, rounding, call.q, call.k, call.v, *vectors, *wide, *masks)
         return out, lse, *aux
 
     @staticmethod
@@ -217,7 +219,7 @@ class _Attention(Function):
         out, lse, rounding, q, k, v, query_scale, key_scale, key_bias, sinks, wide_q, wide_k, *masks = saved
         visible, scale, softcap, dropout, is_part, backend = ctx.rest
         terms = Logits(scale, query_scale, key_scale, key_bias, softcap, sinks)
-        visible = visible.with_tensors(*masks)
+        visible = visible.with_tensors(*masks) if masks else visible
         call = AttentionCall(q, k, v, visible, terms, dropout, wide_q, wide_k, is_part=is_part, backend=backend)
         needs = Needs(*ctx.needs_input_grad[:GRADIENTS])
         return (*backward_pass(call, (out, lse, rounding), d_out, d_lse, needs), None)
@@ -254,7 +256,7 @@ class _Transformed(Function):
 
 
 def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
-    """Map in one batch, except where dropout depends on the place in it, or an argument has no batch axis."""
+    """Map in one batch, except where dropout depends on the position in it, or an argument has no batch axis."""
     named = dict(zip(NAMES, arguments, strict=False))
     one_by_one = any(named[name] is not None for name in ("dropout_state", "sinks", "q_starts", "block_table"))
     return (in_a_loop if one_by_one else in_one_batch)(operator, info.batch_size, in_dims, arguments)
@@ -351,8 +353,9 @@ class KernelStatistics(Statistics):
     def widened(self, call: AttentionCall) -> AttentionCall:
         if not self.wide:
             return call
-        wide = {id(x): other for x, other in self.wide}
-        q, k = wide.get(id(call.q)), wide.get(id(call.k))
+        q = k = None
+        for x, other in self.wide:
+            q, k = other if x is call.q else q, other if x is call.k else k
         if not self._has_values:
             return replace(call, wide_q=q, wide_k=k)
         return replace(call, q=call.q if q is None else q, k=call.k if k is None else k)

@@ -15,7 +15,6 @@ from .block import (
     LENGTHS,
     LOG2_E,
     ROW_TERMS_ALIGNMENT,
-    Results,
     from_row,
     joint_peak,
     load_tile,
@@ -29,6 +28,7 @@ from .block import (
 from .grad_key_value import grad_key_value
 from .grad_query import grad_query
 from .launch import KERNELS, Arguments, Kind, strided
+from .records import Results
 
 
 @triton.jit
@@ -176,9 +176,8 @@ def backward(
     d_q, d_query_scale = grad_query(kind, call, shared, needs, d_out)
     of_keys = grad_key_value(kind, call, shared, needs, d_out)
     d_sinks = d_sinks.sum((0, 2)) if d_sinks is not None and needs.sinks else None
-    values = of_keys._replace(q=d_q, query_scale=d_query_scale, sinks=d_sinks)
-    needed = [value if need else None for value, need in zip(values, needs, strict=True)]
-    return Gradients(*needed)
+    d_q = d_q if needs.q else None
+    return Gradients(d_q, of_keys.k, of_keys.v, d_query_scale, of_keys.key_scale, of_keys.key_bias, d_sinks)
 
 
 def _row_terms(kind: Kind, call: AttentionCall, shared: Arguments, results: Results, d_out: Tensor) -> Arguments:

@@ -1,24 +1,17 @@
-"""Small pieces that attention kernels share: records, addresses, tiles, masks, the softmax's step, dropout.
+"""Small pieces that attention kernels share: addresses, tiles, masks, the softmax's step, dropout.
 
 Names: `offs_*` are vectors of indices, `*_ptr` pointers, CAPITALS constexprs. Logits live in base 2 inside a kernel:
 exp(x) = exp2(x * log2(e)). Every multiply-add is an explicit fma, so that results do not depend on Triton's fp-fusion
 default.
-
-Records are NamedTuples, which Triton takes apart. An optional tensor is its own flag: None where a call has no such
-tensor. Three rules suit all compilers since triton 3.4. A record's None member is a None argument of the kernel, or
-stands in the call that makes the record. It is no local variable, no function returns it, and a record with such
-members is never compared with None. Lengths, counts and constexprs stay outside of the records that kernels take,
-where Triton ignores `do_not_specialize`.
 """
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from ...tuning import config
+from .records import Strided
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -33,76 +26,6 @@ LENGTHS = (
     "q_len k_len terms_len addends_len bounds_len capacity key_block q_heads kv_heads left right keep_from "
     "first_head first_y first_z"
 ).split()
-
-
-# ---- Records
-
-
-class Strided(NamedTuple):
-    """A tensor [B, H, S, D]: a pointer to its first element, and its strides."""
-
-    ptr: Any
-    b: Any
-    h: Any
-    s: Any
-    d: Any
-
-
-class Scale(NamedTuple):
-    """fp32 [B, H, S] of rows or keys, or a bias [B, Hkv, group, S]: a pointer to its first element, and its strides.
-
-    Those of B, H and group (0 where there is no such axis) are stored times 16: Triton compiles other code for an
-    integer of 1, for multiples of 16 and for the rest. Times 16 all have one code.
-    """
-
-    ptr: Any
-    b: Any
-    h: Any
-    g: Any
-    s: Any
-
-
-class Pages(NamedTuple):
-    """Where keys in pages lie: key j of sequence n is in page table[n, j // size], at j % size.
-
-    table            int32 [sequences, length], contiguous; keys of pages outside [0, count) are zeros
-    size, count      keys of a page, at least 2, and pages
-    length           pages of a sequence
-    inverse, shift   j // size is the upper half of j * inverse, shifted right
-
-    All numbers are stored times 16, as the strides of `Scale`.
-    """
-
-    table: Any
-    size: Any
-    count: Any
-    length: Any
-    inverse: Any
-    shift: Any
-
-
-class Results(NamedTuple):
-    """out [B, Hq, Sq, Dv] in q's dtype, rounding like it in int8, and lse, max_logit and entropy fp32 [B, Hq, Sq].
-
-    All are contiguous. All but out and lse may be None. Splits of decode are an axis behind Sq.
-    """
-
-    out: Any
-    rounding: Any
-    lse: Any
-    max_logit: Any
-    entropy: Any
-
-
-class View(NamedTuple):
-    """Lengths of a sequence, made inside kernels, and its visibility; all but the lengths may be None: `key_range`."""
-
-    q_len: Any
-    k_len: Any
-    left: Any
-    right: Any
-    key_lengths: Any
-    key_ranges: Any
 
 
 # ---- Programs and addresses
@@ -504,7 +427,7 @@ def load_term(pointers, otherwise, SPLIT: tl.constexpr):
 
 @triton.jit
 def store_term(pointers, term, factor, keep):
-    """Store a term, and beside it the factor where pointers are to int64, as `load_term` loads them."""
+    """Store a term, and next to it the factor where pointers are to int64, as `load_term` loads them."""
     if pointers.dtype.element_ty == tl.int64:
         low = term.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
         term = (factor.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low

@@ -19,7 +19,6 @@ from .block import (
     LN_2,
     LOG2_E,
     TINY,
-    Results,
     finish_softmax,
     from_row,
     load_tile,
@@ -45,6 +44,7 @@ from .launch import (
     plan,
     strided,
 )
+from .records import Results
 
 SHORTEST_SPLIT = tl.constexpr(config.SHORTEST_SPLIT)
 _SIZES = ["group", "length_words", "splits"]

@@ -1,4 +1,4 @@
-"""Launches on a GPU: Triton compiles a kernel where a call is the first of its kind; later calls launch that code."""
+"""Launches on a GPU: Triton compiles a kernel for the first call of a specialisation; later calls launch that code."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def binder(kernel: Any, backend: Any) -> Callable:
 
 
 def _switches() -> tuple[Any, ...]:
-    """Settings of the process that select code beside arguments and config; older versions of Triton lack some."""
+    """Settings of the process that select code besides arguments and config; older versions of Triton lack some."""
     return (
         knobs.runtime.debug,
         getattr(knobs.runtime, "add_stages_inspection_hook", None),

@@ -14,8 +14,6 @@ from .block import (
     LOG2_E,
     TINY,
     UNMASKED,
-    Results,
-    View,
     dropout_keeps,
     finish_softmax,
     from_row,
@@ -33,6 +31,7 @@ from .block import (
     visible,
 )
 from .launch import KERNELS
+from .records import Results, View
 
 
 @triton.jit

@@ -14,7 +14,6 @@ from .block import (
     LN_2,
     LOG2_E,
     UNMASKED,
-    View,
     dropout_keeps,
     fma,
     from_row,
@@ -32,6 +31,7 @@ from .block import (
     whole_blocks,
 )
 from .launch import KERNELS, Arguments, Kind
+from .records import View
 
 
 @triton.jit
@@ -340,4 +340,5 @@ def grad_key_value(kind: Kind, call: AttentionCall, shared: Arguments, needs: Ne
         factor = (query_scale * (scale * LOG2_E.value)).unflatten(1, (visible.kv_heads, -1)).flatten(2)
         results["factor_size"] = largest(factor)
     launch_kernel("grad_key_value", kind, call, shared | results, d_out)
+    d_k, d_v = d_k if needs.k else None, d_v if needs.v else None
     return Gradients(k=d_k, v=d_v, key_scale=d_key_scale, key_bias=d_key_bias)

@@ -14,7 +14,6 @@ from .block import (
     LENGTHS,
     LOG2_E,
     UNMASKED,
-    View,
     dropout_keeps,
     fma,
     from_row,
@@ -35,6 +34,7 @@ from .block import (
     visible,
 )
 from .launch import KERNELS, Arguments, Kind
+from .records import View
 
 # Few keys, over which a block of rows loops twice. Among more, some row's exact gradient is far larger than an error.
 FEW_KEYS = tl.constexpr(64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from ...tuning.config import Problem
 from .block import LENGTHS, from_row, load_tile, program_position, tile_offsets
-from .launch import KERNELS, Arguments, are_aligned, forms_of, is_wide, kept_kind, plan, strided
+from .launch import KERNELS, Arguments, forms_of, is_aligned, is_wide, kept_kind, plan, strided
 from .ranges import NO_HEADS, seen_bytes
 
 # Below fp32's smallest normal number a norm counts as 0.
@@ -180,21 +182,25 @@ def with_usual_strides(k: Tensor) -> Tensor:
     step = 16 if k.shape[3] % 16 == 0 else 16 // k.dtype.itemsize
     if k.shape[3] % step:
         return k.contiguous()
-    usual = all([stride % step == 0 for size, stride in zip(k.shape[:3], k.stride(), strict=False) if size > 1])
-    return k if usual and are_aligned(k) else k.clone(memory_format=torch.contiguous_format)
+    usual, shape, strides = is_aligned(k), k.shape, k.stride()
+    for axis in range(3):  # no generator: a call asks of all its keys
+        usual = usual and (shape[axis] == 1 or strides[axis] % step == 0)
+    return k if usual else k.clone(memory_format=torch.contiguous_format)
 
 
 def launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
     batch, heads, k_len, _ = k.shape
-    present = [getattr(value, "dtype", value is None) for value in available.values()]
-    kind = kept_kind((*forms_of(k), *present), lambda: (_problem(k), is_wide(k)))
+    key: list[Any] = forms_of(k)
+    for value in available.values():  # no comprehension: each is a call of its own before Python 3.12
+        key.append(getattr(value, "dtype", value is None))
+    kind = kept_kind(tuple(key), lambda: (_problem(k), is_wide(k)))
     chosen = plan(kernel, kind.problem, k.device)
     blocks = 1 if kernel == "append_keys" else -(-k_len // chosen.config.block_n)  # its sums go through all keys
     chosen.launch((blocks, heads, batch), available, kind.wide, kind)
 
 
 def _problem(k: Tensor) -> Problem:
-    return Problem(k.shape[3], k.shape[3], k.dtype, aligned=are_aligned(k), invariant=True)
+    return Problem(k.shape[3], k.shape[3], k.dtype, aligned=is_aligned(k), invariant=True)
 
 
 def key_arguments(k: Tensor, seen: Tensor | None) -> Arguments:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -13,17 +11,7 @@ from .block import LENGTHS, from_row, load_tile, page_slots, program_position, t
 from .key_norms import key_arguments, key_norms, launch_keys, norms_of, with_usual_strides
 from .launch import KERNELS, Arguments, forms_of, kept_kind, pages_of, plan, scale_of
 from .ranges import NO_HEADS
-
-
-class KeyBuffers(NamedTuple):
-    """The buffers of a `KeyStatistics`, or, as `Scale` and without counts, of a `PagedKeyStatistics`."""
-
-    counts: Any
-    counts_after: Any
-    norms: Any
-    norm_sums: Any
-    norm_square_sums: Any
-    norm_maxima: Any
+from .records import KeyBuffers
 
 
 @triton.jit

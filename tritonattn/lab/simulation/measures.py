@@ -11,9 +11,9 @@ from torch import Tensor
 from ...analysis.diagnosis import ONE_HOT, UNIFORM
 from ...analysis.row_statistics import RowStatistics, row_statistics
 from ...calls.attention import attention
-from ...calls.checks import named_scaling
 from ...core.call import AttentionCall, Logits
 from ...core.visibility import Visibility
+from ...scaling.names import named_scaling
 from .distributions import DISTRIBUTIONS
 
 _ROWS = 32  # queries of each set of keys
