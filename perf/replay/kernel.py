@@ -36,6 +36,7 @@ class Replay:
                        barrier: of the program. scoreboard: an earlier result. fixed latency: stall counts. registers:
                        ports of the register file. fp32, integer, exp, mma, memory, uniform: the unit is taken.
                        issue: another warp issues
+    flops              of an iteration of a program
     programs           that a processor holds at once; 0 where one does not fit, and the figures are of one that did
     products           wgmma groups of the source in an iteration
     product_waits      waits for them; more of them than products: ptxas serialised the products
@@ -46,6 +47,7 @@ class Replay:
     share: float
     clocks: float
     waits: dict[str, float]
+    flops: float
     registers: int
     programs: int
     products: int
@@ -88,6 +90,7 @@ def replay(compiled: CompiledKernel, config: TileConfig, target: Target) -> Repl
         programs * loop.work.flops / rates.tensor / clocks,
         clocks / loop.work.tiles,
         waits,
+        loop.work.flops / loop.work.tiles,
         code.registers,
         fitting,
         loop.products,

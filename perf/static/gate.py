@@ -8,8 +8,10 @@ from typing import Any
 
 from triton.compiler import CompiledKernel
 
+from tritonattn.backends.triton.decode import splits_of
 from tritonattn.tuner.gate import Candidate, compiled_candidate, memory_reasons
-from tritonattn.tuning.config import Problem, Target, TileConfig, padded_dim
+from tritonattn.tuning.config import Problem, Target, TileConfig, padded_dim, shared_limit
+from tritonattn.tuning.gpus import GPU
 
 from .machine_code import MachineCode, MmaLoop, flops_per_logit, read_machine_code
 from .model import RATES, cycles, programs_per_sm
@@ -20,6 +22,8 @@ _L2_BYTES = 48
 _OF_A_SOFTCAP = 3
 # Approximate clocks until a load from memory arrives.
 _LATENCY = 600
+# FLOPs a clock of AMD's compute units, dense in 16 bits (CDNA 3 and 4 whitepapers).
+_AMD_TENSOR = {"gfx942": 2048, "gfx950": 4096}
 # Instructions that access local memory, as a share of a loop's: of fewer the price is in the model.
 _MOST_LOCAL = 0.02
 
@@ -100,15 +104,18 @@ def _softmaxes(kernel: str, config: TileConfig, loop: MmaLoop) -> float:
     return loop.instructions.get("exp", 0) * 32 * config.num_warps / tile - rows
 
 
-def modelled_clocks(kernel: str, problem: Problem, candidate: Judged, target: Target, processors: int) -> float:
+def modelled_clocks(kernel: str, problem: Problem, candidate: Judged, gpu: GPU) -> float:
     """Model the clocks of a representative call on a GPU from the rates of its units, for ranking only.
 
     A processor holds some programs at once. Their units overlap as far as warps hide one another: an iteration takes
     its longest unit's time and, of the others' time, the share that one of a scheduler's warps leaves exposed; loads
     are exposed as far as the iterations between request and wait are shorter. A replay of the loop stands for all that.
+    Decoding has a model of its own, of memory.
     """
-    config, code = candidate.config, candidate.code
+    config, code, target, processors = candidate.config, candidate.code, gpu.target, gpu.processors
     assert code is not None
+    if kernel == "decode":
+        return _clocks_of_decode(problem, config, code, gpu)
     programs, iterations = _work(kernel, problem, config)
     rates, loop = RATES.get(target.arch), code.unmasked_loop
     if rates is None or loop is None:
@@ -127,6 +134,32 @@ def modelled_clocks(kernel: str, problem: Problem, candidate: Judged, target: Ta
     return waves * resident * iterations / loop.tiles * (longest + max(exposed, 0.0) + waiting)
 
 
+def _clocks_of_decode(problem: Problem, config: TileConfig, code: MachineCode, gpu: GPU) -> float:
+    """Model decode's clocks: its bytes at the memory's rate, and what of their latency no other load in flight hides.
+
+    A block takes the longest of memory and units, and max(0, latency + bytes / rate - clocks between request and wait),
+    which programs on one processor share; of a program's first block only the other programs' loads hide some. By
+    Little's law nothing is exposed once latency * rate bytes are in flight: a block for each stage ahead and program.
+    """
+    programs, iterations = _work("decode", problem, config)
+    rates, loop = RATES.get(gpu.target.arch), code.unmasked_loop
+    tensor = rates.tensor if rates else _AMD_TENSOR.get(gpu.target.arch, 2048)
+    of_memory = _streamed_bytes("decode", problem, config) * gpu.flops_per_byte / tensor
+    if rates:
+        resident = programs_per_sm(rates, code.registers, code.shared_bytes, code.tensor_memory, config.num_warps)
+    else:  # four units of up to 8 waves, of 512 registers
+        waves = 4 * min(8, 512 // max(code.registers, 1))
+        resident = min(waves // config.num_warps, shared_limit(gpu.target) // max(code.shared_bytes, 1))
+    turns = -(-programs // gpu.processors)
+    resident = max(1, min(resident, turns))
+    units = cycles(loop, rates, config.num_warps).values() if rates and loop else ()
+    busy = max(of_memory, *(unit / loop.tiles for unit in units)) if loop else of_memory
+    load, ahead = _LATENCY + of_memory, config.num_stages - 1
+    exposed = max(0.0, load - ahead * resident * busy) / resident
+    first = max(0.0, load - max(1, ahead) * (resident - 1) * busy) / resident
+    return turns * (iterations * (busy + exposed) + first)
+
+
 def _streamed_bytes(kernel: str, problem: Problem, config: TileConfig) -> int:
     """Count the bytes that an iteration loads: keys and values, or queries and the output's gradient."""
     rows = config.block_m if kernel == "grad_key_value" else config.block_n
@@ -139,8 +172,9 @@ def _work(kernel: str, problem: Problem, config: TileConfig) -> tuple[int, int]:
     held, streamed = config.block_m, config.block_n
     if kernel == "grad_key_value":
         held, streamed = streamed, held
-    if kernel == "decode":  # 16 splits of 32 sequences with 8 key heads
-        return 16 * 32 * 8 * -(-problem.packed_rows // held), max(1, length // 16 // streamed)
+    if kernel == "decode":  # 32 sequences with 8 key heads
+        splits = splits_of(length, config)
+        return splits * 32 * 8 * -(-problem.packed_rows // held), -(-length // (splits * streamed))
     return 128 * -(-length // held), length // streamed
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tritonattn.tuner.candidates import candidates, few_candidates, tiles
+from tritonattn.tuner.candidates import candidates, tiles
 from tritonattn.tuner.gate import Compiler, Progress
 from tritonattn.tuner.static import fits, static_table
 from tritonattn.tuning.config import Problem, Target, TileConfig, may_use_descriptors, padded_dim
@@ -29,14 +29,24 @@ def ranked_table(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Prog
 
 
 def static_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    """List the candidates for a ranking by a model, the default first: those with descriptors, where there are some.
-
-    Of decoding, which waits for memory, those with the default's stages: no model here tells others apart.
-    """
+    """List the candidates for a ranking by a model, the default first: those with descriptors, where there are some."""
     default, *others = candidates(kernel, problem, target)
     described = may_use_descriptors(kernel, problem, target)
-    stages = (default.num_stages,) if kernel == "decode" else (1, 2, 3, 4)
-    return [default, *(one for one in others if one.num_stages in stages and one.descriptors == described)]
+    return [default, *(one for one in others if one.descriptors == described)]
+
+
+def _few_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
+    """List the default, and a candidate of each tile: of those with descriptors, if there are, the nearest to 2 stages.
+
+    Of decoding, which waits for memory, those with the default's stages.
+    """
+    first, *others = candidates(kernel, problem, target)
+    described = may_use_descriptors(kernel, problem, target)
+    of_tiles: dict[tuple[int, int, int], TileConfig] = {}
+    for one in sorted(others, key=lambda one: abs(one.num_stages - 2)):
+        if one.descriptors == described and (kernel != "decode" or one.num_stages == first.num_stages):
+            of_tiles.setdefault(tiles(one), one)
+    return [first, *of_tiles.values()]
 
 
 def _typical(key: Key) -> Problem:
@@ -47,7 +57,7 @@ def _typical(key: Key) -> Problem:
 def _contenders(key: Key, target: Target) -> list[tuple[str, Problem, TileConfig]]:
     """List the configs by which a key's tiles are compared, its own default first: in as many stages as the default."""
     problem = _typical(key)
-    few = few_candidates(key.kernel, problem, target)
+    few = _few_candidates(key.kernel, problem, target)
     configs = dict.fromkeys([default_config(key.kernel, key.problem, target), *few])
     return [(key.kernel, problem, config) for config in configs]
 
@@ -67,7 +77,7 @@ def _clocks(
 ) -> dict[TileConfig, float]:
     """Model the clocks of a typical call in each config that passes."""
     return {
-        one.config: modelled_clocks(key.kernel, _typical(key), one, gpu.target, gpu.processors)
+        one.config: modelled_clocks(key.kernel, _typical(key), one, gpu)
         for one in _in_time(compiler.examine(contenders))
     }
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.support.refusals import refuses
 from tritonattn import SCALINGS, Scales, Scaling, check_scaling, nn
 
 MASKS = {"full", "causal", "causal, last rows", "window", "padding", "padding on the left", "dense", "packed"}
@@ -115,12 +116,9 @@ def test_a_mistake_is_named_with_its_mask(scaling, mask, about):
 
 
 def test_what_is_no_scaling_is_refused():
-    with pytest.raises(TypeError, match=r"got the class Counts; write Counts\(\)"):
-        check_scaling(Counts)
-    with pytest.raises(TypeError, match=r"scaling: expected a name or a Scaling, got float 0\.5"):
-        check_scaling(0.5)
-    with pytest.raises(ValueError, match="did you mean 'key_count'"):
-        check_scaling("key_coumt")
+    refuses("TypeError: ~ got the class Counts; write Counts()", check_scaling, Counts)
+    refuses("TypeError: scaling: expected a name or a Scaling, got float 0.5", check_scaling, 0.5)
+    refuses("ValueError: ~ did you mean 'key_count'", check_scaling, "key_coumt")
 
 
 def test_sizes_are_as_asked_and_the_generator_stays():

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import tritonattn
+from tests.distributed.pool import on_every_rank
 from tests.support.caches import cached_call
 from tests.support.calls import CALLS, changed, example, torch_kernels
 from tritonattn import nn
@@ -41,7 +42,18 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
-def dense(rank: int, placed: str, scaling: Any) -> float:
+@pytest.mark.parametrize(
+    ("placed", "scaling"),
+    [
+        ("batch, heads", "key_norm_mean"),
+        ("replicas, heads", "ssmax"),
+        ("heads", "cosine"),
+        ("batch", "per_head"),
+        ("heads twice", "power_law"),
+    ],
+)
+@on_every_rank
+def test_results_and_gradients_are_those_of_one_process(rank: int, placed: str, scaling: Any) -> None:
     """Largest relative error of `attention` and its gradients, with every argument that has heads or a batch."""
     shape, placements = PLACEMENTS[placed]
     mesh = _mesh(shape)
@@ -64,7 +76,7 @@ def dense(rank: int, placed: str, scaling: Any) -> float:
     got, got_aux, of_ranks = results(own)
     assert got.placements == placements
     pairs = [(got, out), (got_aux.entropy, aux.entropy), *zip(of_ranks, gradients, strict=True)]
-    return max(_error(*pair) for pair in pairs)
+    assert max(_error(*pair) for pair in pairs) < 1e-12
 
 
 def others(rank: int) -> dict[str, float]:
@@ -162,7 +174,8 @@ def operators(rank: int) -> dict[str, float]:
     return errors
 
 
-def refusals(rank: int) -> None:
+@on_every_rank
+def test_placements_are_refused_by_the_arguments_name(rank: int) -> None:
     """Placements that attention cannot take are refused by the argument's name."""
     mesh, plain = _mesh((4,)), torch.randn(B, HQ, S, D)
 
@@ -191,7 +204,8 @@ def refusals(rank: int) -> None:
             tritonattn.attention(q, k, v, **options)
 
 
-def dropped(rank: int) -> None:
+@on_every_rank
+def test_dropout_differs_by_shard_and_agrees_between_replicas(rank: int) -> None:
     """Dropout under one seed, of heads whose operands are alike: replicas agree, shards differ."""
     mesh = _mesh((2, 2))
     one = torch.randn(1, 1, S, D, generator=torch.Generator().manual_seed(0)).expand(2, 4, S, D).contiguous()
@@ -205,20 +219,6 @@ def dropped(rank: int) -> None:
     assert not any(torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
 
 
-@pytest.mark.parametrize(
-    ("placed", "scaling"),
-    [
-        ("batch, heads", "key_norm_mean"),
-        ("replicas, heads", "ssmax"),
-        ("heads", "cosine"),
-        ("batch", "per_head"),
-        ("heads twice", "power_law"),
-    ],
-)
-def test_results_and_gradients_are_those_of_one_process(pool, placed, scaling):
-    assert max(pool.run(dense, placed, scaling)) < 1e-12
-
-
 def test_explicit_scales_packed_sequences_and_caches(pool):
     assert max(max(errors.values()) for errors in pool.run(others)) < 1e-12
 
@@ -226,14 +226,6 @@ def test_explicit_scales_packed_sequences_and_caches(pool):
 def test_operators_have_sharding_rules(pool):
     for errors in pool.run(operators):
         assert max(errors.values()) < 1e-12, errors
-
-
-def test_placements_are_refused_by_the_arguments_name(pool):
-    pool.run(refusals)
-
-
-def test_dropout_differs_by_shard_and_agrees_between_replicas(pool):
-    pool.run(dropped)
 
 
 def test_parameters_that_are_no_values_of_heads_are_refused_by_name():

@@ -7,7 +7,6 @@ from itertools import combinations
 import pytest
 import torch
 
-pytest.importorskip("triton")
 import tritonattn
 from tests.support.pairs import all_pairs, in_turn, thinned
 from tritonattn.calls import key_statistics

@@ -7,6 +7,7 @@ from torch import nn
 
 from tests.huggingface.architectures import ARCHITECTURES, VERSION
 from tests.support.pairs import in_turn, pairwise
+from tests.support.refusals import refuses
 from tritonattn.huggingface import NAME, patch, patched, restore
 from tritonattn.nn import PerHead, QueryAdaptiveSSMax, SSMax
 
@@ -39,10 +40,8 @@ def test_the_context_undoes_on_an_error():
     with pytest.raises(KeyboardInterrupt), patch(network, scaling="none") as one:
         raise KeyboardInterrupt
     assert patched(network) is None
-    with pytest.raises(RuntimeError, match="this patch has been undone"):
-        one.__enter__()
-    with pytest.raises(ValueError, match=r"model: expected scalings of layers in config.tritonattn, got none"):
-        restore(network)
+    refuses("RuntimeError: ~ this patch has been undone", one.__enter__)
+    refuses("ValueError: model: expected scalings of layers in config.tritonattn, got none", restore, network)
 
 
 def test_who_watches_goes_on_after_another_has():
@@ -200,8 +199,7 @@ def test_a_patched_model_is_not_patched_again():
         network.eval()
         assert not any(module.training for module in network.modules())
         for model in (network, network.model):
-            with pytest.raises(ValueError, match="undo"):
-                patch(model, layers=[1])
+            refuses("ValueError: ~ undo", patch, model, layers=[1])
 
 
 def test_models_without_the_interface_are_refused_by_name():
@@ -223,10 +221,8 @@ def test_models_without_the_interface_are_refused_by_name():
             network(torch.ones(1, 3, dtype=torch.int64))
         network.config._attn_implementation = "eager"
         network(torch.ones(1, 3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="Linear: no attention module"):
-        patch(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="model"):
-        patch("llama")
+    refuses("ValueError: Linear: no attention module", patch, nn.Linear(2, 2))
+    refuses("TypeError: ~ model", patch, "llama")
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-triton = pytest.importorskip("triton")
+import triton
 import triton.language as tl
 
 from tritonattn.backends.triton.backward import before_rounding

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("triton")
 import tritonattn
 from perf.attention_cases import Case
 from perf.contest import Effort

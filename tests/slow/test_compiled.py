@@ -7,8 +7,7 @@ from perf.static import ranking
 from perf.static.gate import examine
 from perf.static.ranking import ranked_table
 from tests.compiled.table import CASES, QUICK
-from tests.compiled.test_compiled import check, check_cost_of_scales, pytestmark
-from tests.compiled.test_loads import SLOW, check_loads
+from tests.compiled.test_compiled import SLOW, check, check_cost_of_scales, check_loads, pytestmark
 from tests.perf.test_static import ENTRIES, check_shipped_entry
 from tests.support.versions import OLDER_TRITON
 from tritonattn.tuner.gate import Compiler

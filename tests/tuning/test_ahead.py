@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
-
-triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.driver import driver

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import inspect
 import math
 import reprlib
@@ -12,10 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from ..calls.checks import refuse_scaling
 from ..nn import LEARNED, LearnedCosine, LearnedLogPower, PerHead, QueryAdaptiveSSMax, Scheduled, SSMax
 from ..nn.learned import Learned
-from ..nn.registry import named_at_sqrt_dim
+from ..nn.registry import scaling_of_layer
 from ..scaling import SCALINGS, Scaling
 
 _MODES = ("mode", "mode_a", "mode_b")  # arguments that are scalings themselves
@@ -35,14 +33,10 @@ def make_scaling(scaling: Any, heads: int) -> Any:
         return float(scaling)
     if isinstance(scaling, type) and scaling in LEARNED.values():
         scaling = scaling.name
-    if isinstance(scaling, str):
-        return named_at_sqrt_dim(scaling, heads)
     if isinstance(scaling, type) and issubclass(scaling, Scaling):
         return scaling(heads=heads) if issubclass(scaling, nn.Module) else scaling()
-    if not isinstance(scaling, Scaling):
-        refuse_scaling(scaling)
-    if not isinstance(scaling, nn.Module):
-        return scaling
+    if not isinstance(scaling, Scaling) or not isinstance(scaling, nn.Module):
+        return scaling_of_layer(scaling, heads, trained=True)
     for part in scaling.modules():
         if isinstance(part, Learned) and part.heads != heads:
             raise ValueError(f"scaling: expected {type(part).__name__} of {heads} heads, got one of {part.heads}")
@@ -90,7 +84,7 @@ def from_config(saved: Any, heads: int | None, entry: str, depth: int = 1) -> An
     if not isinstance(name, str):
         raise ValueError(f"{entry}: expected a name, a dict with a name, a number or None, got {reprlib.repr(saved)}")
     cls = _class_of(name, heads, entry)
-    taken = _arguments_of(cls)
+    taken = inspect.signature(cls).parameters.keys()
     check_entries(entry, arguments, taken - _OF_THE_LAYER)
     for mode in arguments.keys() & set(_MODES):
         arguments[mode] = from_config(arguments[mode], heads, f"{entry}.{mode}", depth + 1)
@@ -118,11 +112,6 @@ def _class_of(name: str, heads: int | None, entry: str) -> Any:
     return cls
 
 
-@functools.cache
-def _arguments_of(cls: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(cls).parameters)
-
-
 def check_entries(entry: str, saved: Any, known: Any) -> None:
     """Raise ValueError unless saved is a dict with keys out of `known`."""
     wanted = f"expected a dict with keys out of {', '.join(sorted(known)) or 'none'}"
@@ -133,7 +122,7 @@ def check_entries(entry: str, saved: Any, known: Any) -> None:
 
 
 def is_finite(x: Any) -> bool:
-    """Whether x is a finite number, and no bool."""
+    """True for a finite number that is no bool."""
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 

@@ -60,7 +60,7 @@ class Scheduled(nn.Module, Scaling):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def reset_parameters(self) -> None:
-        """Start anew at step 0."""
+        """Start again at step 0."""
         nn.init.zeros_(self.step)
 
     @property

@@ -1,10 +1,9 @@
 """Logit scalings: the interface and the modes that a name selects."""
 
 from .base import Scales, Scaling
-from .constants import Dim, SqrtDim, Unscaled
+from .constants import Dim, Given, SqrtDim, Unscaled
 from .cosine import Cosine
 from .counts import KeyCount, LogKeyCount, LogPower, SqrtKeyCount
-from .given import Given
 from .key_norms import KeyNormL2, KeyNormMax, KeyNormMean, KeyNormRms, KeyNormSum
 from .positional import Llama4, Ministral3, QwenLogn
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -48,7 +49,7 @@ class Scaling:
     reads_keys         False: `scales` takes from k only its shape, and everything else from `statistics`; decoding then
                        gathers no pages for it. Not inherited: True in a subclass that does not set it.
     normalises_query   True: the factor divides by ||q||. Logits are then the same whatever q was multiplied by, and a
-                       patched model's own factor does not apply.
+                       patched model's factor does not apply.
 
     >>> import tritonattn
     >>> class RootCount(tritonattn.Scaling):
@@ -84,7 +85,7 @@ class Scaling:
         """The factor of every pair, broadcastable to [B, Hq, Sq, Sk].
 
         q [B, Hq, Sq, D]; k [B, Hq, Sk, D], repeated to the query heads; visible bool, broadcastable to [B,
-        Hq, Sq, Sk]. A call hands it zeros in place of keys that no row attends to and of rows without keys. Values
+        Hq, Sq, Sk]. A call hands it zeros for keys that no row attends to and of rows without keys. Values
         at invisible pairs are ignored, but a key must not affect the factors of rows that do not attend to it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define multiplier(q, k, visible)")
@@ -94,8 +95,21 @@ class Scaling:
         return None
 
 
+def relative_gain(scaling: Any, own: float | Tensor | None, head_dim: int, gain: Any = None) -> Any:
+    """The gain that keeps a model's factor of q . k with a mode: own * sqrt(D) * gain.
+
+    gain   a float, a tensor or None, which is 1; returned where own is None or 1 / sqrt(D), or the mode a cosine
+    """
+    if own is None or getattr(scaling, "normalises_query", False):
+        return gain
+    relative = own * math.sqrt(head_dim)
+    if not isinstance(relative, Tensor) and math.isclose(relative, 1.0, rel_tol=1e-9):
+        return gain
+    return relative if gain is None else gain * relative
+
+
 def scales_of_count(visibility: Visibility, constant: float, factor: Callable[[Tensor], Tensor]) -> Scales:
-    """constant * factor(n), of fp64 counts n of any shape; one number where sizes show that all rows see all keys.
+    """constant * factor(n), of fp64 counts n of any shape; one number where all rows are known to attend to all keys.
 
     factor(0) is finite.
 

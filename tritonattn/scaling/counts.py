@@ -17,7 +17,7 @@ from .base import Scales, Scaling, check_positive, scales_of_count
 class KeyCount(Scaling):
     """factor = 1 / n.
 
-    The logits shrink as n grows, so that long rows attend almost uniformly: see `KeyNormSum`.
+    The logits shrink as n grows, so that long rows attend almost uniformly, as with `KeyNormSum`.
     """
 
     name = "key_count"

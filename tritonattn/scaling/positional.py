@@ -1,7 +1,7 @@
 """The position-dependent temperatures of released models, as presets.
 
 The models count by the position of the query; here n, the number of keys visible to the row, stands for
-position + 1. Under full causal attention (padding and packing included) that is the model's own value. Where
+position + 1. Under full causal attention (padding and packing included) that is the model's value. Where
 a window or a chunk hides older keys, n stops growing at its width and so does the factor, whereas the models
 go on with the position.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 
 from ..tuning.config import SHARES, Problem, Target, TileConfig, legal_reasons, may_use_descriptors
 from ..tuning.defaults import default_config
+from ..tuning.lookup import config_for
 from ..tuning.table import EntryKey, Exact
 
 # By kernel: block_m (of decode by its packed rows), block_n, num_warps, num_stages; for head dims above 128, and for
@@ -40,24 +41,21 @@ def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig
     ranges = (of_width if target.backend == "cuda" else _AMD_RANGES)[kernel]
     if kernel == "decode":  # as many rows as a group fills
         ranges = (tuple(rows for rows in (16, 32, 64) if rows <= problem.packed_rows), *ranges[1:])
-    kinds = (True, False) if may_use_descriptors(kernel, problem, target) else (False,)
-    found = [TileConfig(*tiles, descriptors=kind) for kind in kinds for tiles in product(*ranges)]
+    loads = (True, False) if may_use_descriptors(kernel, problem, target) else (False,)
+    found = [TileConfig(*tiles, descriptors=described) for described in loads for tiles in product(*ranges)]
     default = default_config(kernel, problem, target)
     return [default, *(one for one in found if one != default and _is_sensible(kernel, one, problem, target))]
 
 
-def few_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    """List the default, and a candidate of each tile: of those with descriptors, if there are, the nearest to 2 stages.
+def neighbours(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
+    """List the config in use, and the candidates that differ from it in one field, or in descriptors and stages."""
+    in_use = replace(config_for(kernel, problem, target), **SHARES)
 
-    Of decoding, which waits for memory, those with the default's stages.
-    """
-    first, *others = candidates(kernel, problem, target)
-    described = may_use_descriptors(kernel, problem, target)
-    of_tiles: dict[tuple[int, int, int], TileConfig] = {}
-    for one in sorted(others, key=lambda one: abs(one.num_stages - 2)):
-        if one.descriptors == described and (kernel != "decode" or one.num_stages == first.num_stages):
-            of_tiles.setdefault(tiles(one), one)
-    return [first, *of_tiles.values()]
+    def is_near(one: TileConfig) -> bool:
+        differing = {field.name for field in fields(one) if getattr(one, field.name) != getattr(in_use, field.name)}
+        return len(differing) == 1 or differing == {"descriptors", "num_stages"}
+
+    return [in_use, *filter(is_near, candidates(kernel, problem, target))]
 
 
 def shares(key: EntryKey, config: TileConfig) -> list[TileConfig]:
@@ -77,7 +75,7 @@ def tiles(config: TileConfig) -> tuple[int, int, int]:
 
 
 def _is_sensible(kernel: str, config: TileConfig, problem: Problem, target: Target) -> bool:
-    """Whether a config is legal, and its warps' registers (255 a thread) can hold its fp32 sums and logits.
+    """True for a legal config whose fp32 sums and logits its warps' registers (255 a thread) can hold.
 
     With wgmma, four warps multiply 64 rows: a config also needs rows for all its warps, which else repeat one another's
     work or leave wgmma to slower instructions. grad_key_value of wide heads has no registers for as many.

@@ -103,9 +103,9 @@ def named_gpus(option: str, names: tuple[str, ...], everything: tuple[str, ...] 
 
 def shown(config: TileConfig) -> str:
     """Write a config on one line."""
-    kind = " descriptors" if config.descriptors else ""
+    loads = " descriptors" if config.descriptors else ""
     shares = "".join(f", {name} {value}" for name, value in config.as_record().items() if name in SHARES)
-    return f"{config.block_m} x {config.block_n}, {config.num_warps} warps, {config.num_stages} stages{kind}{shares}"
+    return f"{config.block_m} x {config.block_n}, {config.num_warps} warps, {config.num_stages} stages{loads}{shares}"
 
 
 def _named_target(name: str) -> Target:

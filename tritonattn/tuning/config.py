@@ -27,7 +27,7 @@ STREAMING_KERNELS = (
 
 # Row terms of a backward are padded to a multiple of this, so that every block of rows up to it divides them.
 ROW_TERMS_ALIGNMENT = 128
-# Blocks of keys in a split of decode: shorter ones would move more of their own results than of the cache.
+# Blocks of keys in a split of decode: shorter ones would move more of their results than of the cache.
 SHORTEST_SPLIT = 4
 
 # Largest shared memory of one block in bytes (CUDA C++ Programming Guide, table of compute capabilities; AMD LDS).
@@ -79,12 +79,12 @@ class Target(NamedTuple):
 
     @property
     def is_too_old(self) -> bool:
-        """Whether Triton makes no code for its tensor cores, as for NVIDIA's before sm_80."""
+        """True where Triton makes no code for its tensor cores, as for NVIDIA's before sm_80."""
         return self.backend == "cuda" and int(self.arch) < 80
 
     @property
     def has_tensor_memory(self) -> bool:
-        """Whether MMAs write to tensor memory. Threads then load whole rows, and fp32 instructions are packed."""
+        """True where MMAs write to tensor memory. Threads then load whole rows, and fp32 instructions are packed."""
         return self.backend == "cuda" and self.arch in ("100", "103")
 
 
@@ -104,16 +104,16 @@ class Problem:
     """The parts of a call that select code: sizes of the tiles' inner axes, dtype, and which tensors are there.
 
     aux          max_logit and entropy are asked for; of a backward: lse has a gradient
-    sequences    the batch is packed; of decode: sequences have their own numbers of new tokens
+    sequences    the batch is packed; of decode: sequences have different numbers of new tokens
     block_table  keys and values lie in pages
     aligned      every address and stride of q, k, v and the output's gradient is a multiple of 16 bytes
     packed_rows  the power of two, at least 16, that holds the heads of a group times the new tokens of a decode call
     rounding     a forward also returns what its output lost when it was rounded to 16 bits, and a backward takes it
     wide_q       a 16-bit backward returns q's gradient in fp32, for what is added to it
     wide_k       likewise k's
-    is_part      a backward of some of the keys that its rows see
+    is_part      a backward of some of the visible keys of its rows
     short        few rows and keys, so that a GPU may have more processors than programs: `is_short`
-    invariant    a row's bits do not depend on its company; then neither do its tiles: `defaults.default_config`
+    invariant    a row's bits, and so its tiles, do not depend on the rest of the batch: `defaults.default_config`
     """
 
     head_dim: int
@@ -151,7 +151,7 @@ class Problem:
 
 
 def is_short(q_len: int, k_len: int) -> bool:
-    """Whether a call has at most 1024 rows and keys: configs are chosen for short calls and for long ones."""
+    """True for at most 1024 rows and keys: configs are chosen for short calls and for long ones."""
     return max(q_len, k_len) <= 1024
 
 
@@ -174,7 +174,7 @@ def key_sum_columns(problem: Problem, config: TileConfig, target: Target) -> int
 
 
 def corrects_delta(problem: Problem) -> bool:
-    """Whether `grad_query` corrects delta, the largest error where nothing is rounded to 16 bits."""
+    """True where `grad_query` corrects delta, the largest error where nothing is rounded to 16 bits."""
     return problem.dtype == torch.float32 and not problem.is_part
 
 
@@ -245,7 +245,7 @@ def shared_limit(target: Target) -> int:
 
 
 def may_use_descriptors(kernel: str, problem: Problem, target: Target) -> bool:
-    """Whether the tensor memory accelerator can load a kernel's tiles."""
+    """True where the tensor memory accelerator can load a kernel's tiles."""
     is_able = kernel in _DESCRIBED and target.backend == "cuda" and int(target.arch) >= 90
     return is_able and problem.aligned and not problem.block_table and problem.dtype.itemsize == 2
 

@@ -104,7 +104,7 @@ def keys(kernels: tuple[str, ...] = TILED_KERNELS, head_dims: tuple[int, ...] = 
 
 
 class Exact(NamedTuple):
-    """The calls of one `Problem`, as a search finds them for a program's own calls; of 16 bits, not `invariant`."""
+    """The calls of one `Problem`, as a search finds them for a program's calls; of 16 bits, not `invariant`."""
 
     kernel: str
     problem: Problem
@@ -154,12 +154,12 @@ def _field(text: str) -> tuple[str, bool | int]:
 
 
 def is_searched(problem: Problem) -> bool:
-    """Whether tables may hold entries for a problem: of 16 bits, with tiles that its company may choose."""
+    """True where tables may hold entries for a problem: of 16 bits, not `invariant`."""
     return problem.dtype in _DTYPES.values() and not problem.invariant
 
 
 def keys_of(kernel: str, problem: Problem, target: Target) -> tuple[Key, ...]:
-    """The keys of the entries that serve a call, its own before that of its padded width; none: tables leave it out.
+    """The keys of the entries that serve a call, the padded width's last; none: tables leave it out.
 
     Tables leave out fp32, head dims above 256, memory-bound kernels, and calls that take more registers: a mask,
     dropout, and decoding with many rows or from pages. For a head dim that is no multiple of 16 an entry of the padded
@@ -178,7 +178,7 @@ def keys_of(kernel: str, problem: Problem, target: Target) -> tuple[Key, ...]:
 
 
 def _scales(kernel: str, problem: Problem) -> str:
-    """The kind of scales of a call; where several would do, the one with more scales and gradients."""
+    """The scales of a call as keys name them; where several would do, the one with more scales and gradients."""
     if kernel == "grad_query" and (problem.query_scale_grad or problem.key_scale):
         return SCALES[kernel][2 + problem.key_scale]
     return _SCALES[1 + problem.key_scale if problem.query_scale or problem.key_scale else 0]
@@ -256,7 +256,7 @@ def parsed_file(path: Path, parse: Callable[[Any], Content]) -> Content:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object without repeated names, of which a reader would see only one value."""
+    """An object without repeated names, of which a reader would get only one value."""
     if pairs:
         [(name, count)] = Counter(name for name, _ in pairs).most_common(1)
         if count > 1:
@@ -283,9 +283,9 @@ def _parse(record: Any) -> Table:
 
 
 def _key(text: str) -> EntryKey:
-    for kind in (Key, Exact):
+    for form in (Key, Exact):
         with suppress(ValueError):
-            return kind.parse(text)
+            return form.parse(text)
     forms = "kernel/head_dim/scales/lengths or kernel/head_dim/value_dim/dtype/options"
     raise ValueError(f"entries: expected {forms}, got {shown(text)}")
 

@@ -23,7 +23,7 @@ from ...tuning.config import (
     is_short,
     padded_dim,
 )
-from ...tuning.order import heads_of_section
+from ...tuning.order import sections
 from ...tuning.table import Exact
 from .device import Grid
 from .launch import (
@@ -72,29 +72,30 @@ def launch_kernel(
             of_config = _descriptors(chosen, call, d_out) if config.descriptors else dict.fromkeys(chosen.descriptors)
             if call.visibility.key_ranges is not None and kernel == "grad_key_value":
                 of_config["row_bounds_ptr"] = rows_of_key_blocks(call.visibility, available, config.block_n)
-            grid = kind.grids.get(key := (kernel, config, chosen.target))
-            if grid is None:
-                grid = kind.grids[key] = _grid(kernel, chosen, call)
+            found = kind.grids.get(key := (kernel, config, chosen.target))
+            if found is None:
+                found = kind.grids[key] = _grid(kernel, chosen, call)
+            grid, of_config["first_head"] = found
             chosen.launch(grid, available | of_config, kind.wide, kind)
             return
         except (TritonError, RuntimeError) as error:
             drop_config(kernel, kind.problem, device, chosen, error)
 
 
-def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> Grid:
-    """(blocks, heads, sequences) of row terms, else (heads of a section, blocks, sections)."""
+def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> tuple[Grid, int]:
+    """(blocks, heads, sequences) of row terms and 0, else (size of a section, blocks, sections) and `first_head`."""
     visible, config, (sequences, rows, keys) = call.visibility, chosen.config, _sizes(call)
     if kernel == "row_terms":
-        return -(-aligned_rows(rows) // config.block_m), visible.q_heads, sequences
+        return (-(-aligned_rows(rows) // config.block_m), visible.q_heads, sequences), 0
     bytes_of_row = (call.k.shape[3] + call.v.shape[3]) * call.k.dtype.itemsize
     if kernel == "grad_key_value":
-        blocks, count = -(-keys // config.block_n), visible.kv_heads * sequences
+        blocks, heads = -(-keys // config.block_n), visible.kv_heads * sequences
         read = rows * bytes_of_row * (visible.q_heads // visible.kv_heads)
     else:
-        blocks, count = -(-rows // config.block_m), visible.q_heads * sequences
+        blocks, heads = -(-rows // config.block_m), visible.q_heads * sequences
         read = keys * bytes_of_row * visible.kv_heads // visible.q_heads
-    section = heads_of_section(count, read, chosen.target, config.l2_percent)
-    return section, blocks, count // section
+    size, count = sections(heads, read, chosen.target, config.l2_percent)
+    return (size, blocks, count), heads - size * count
 
 
 def _sizes(call: AttentionCall) -> tuple[int, int, int]:

@@ -24,7 +24,7 @@ UNMASKED = tl.constexpr(1)
 # Arguments whose values change from call to call: compiled code does not depend on them.
 LENGTHS = (
     "q_len k_len terms_len addends_len bounds_len capacity key_block q_heads kv_heads left right keep_from "
-    "first_y first_z"
+    "first_head first_y first_z"
 ).split()
 
 
@@ -44,23 +44,31 @@ def program_position(first_y, first_z, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
-def program_in_section(heads, first_y, first_z, LAST_FIRST: tl.constexpr, LANES: tl.constexpr):
-    """(block, head, sequence) of this program of the grid (heads of a section, blocks, sections): `tuning.order`.
+def program_in_section(heads, first_head, first_y, first_z, LAST_FIRST: tl.constexpr, LANES: tl.constexpr):
+    """(block, head, sequence) of this program of the grid (size of a section, blocks, sections): `tuning.order`.
 
     Programs start in the order of the grid's first axis, then the second: all heads of a section take their longest
-    block first, under a causal mask the last one. The sections cut the heads of all sequences, `heads` of each.
+    block first, under a causal mask the last one. The sections cut the heads of all sequences, `heads` of each. The
+    first has fewer where they do not divide: a program without a head gets the sequence -1.
 
+    first_head                     where the first section would begin if it were full, at most 0
     first_y, first_z, LAST_FIRST   as in `program_position`
-    LANES                          dies to which the hardware deals programs in turn: neighbouring heads stay on one
+    LANES                          dies to which the hardware deals programs in turn, a divisor of the section's size.
+                                   As many heads as LANES divides stay each on one die, neighbours on the same; blocks
+                                   of the others are dealt to the dies in turn
     """
-    count, slot = tl.num_programs(0), tl.program_id(0)
-    if LANES > 1:
-        slot = tl.where(count % LANES == 0, slot % LANES * (count // LANES) + slot // LANES, slot)
-    block = tl.program_id(1)
+    size, lane, slot = tl.num_programs(0), tl.program_id(0) % LANES, tl.program_id(0) // LANES
+    first, step = first_head + (first_z + tl.program_id(2)) * size, tl.program_id(1)
+    count = tl.minimum(first + size, size)  # of the section's heads
+    of_lane, shared = count // LANES, count % LANES
+    turn = (lane + step * shared) % LANES
+    has_head = (slot < of_lane) | ((slot == of_lane) & (turn < shared))
+    slot = tl.where(slot < of_lane, lane * of_lane + slot, LANES * of_lane + turn)
+    block = step
     if LAST_FIRST:
-        block = tl.num_programs(1) - 1 - block
-    index = (first_z + tl.program_id(2)) * count + slot
-    return first_y + block, index % heads, index // heads
+        block = tl.num_programs(1) - 1 - step
+    index = tl.maximum(first, 0) + slot
+    return first_y + block, index % heads, tl.where(has_head, index // heads, -1)
 
 
 @triton.jit

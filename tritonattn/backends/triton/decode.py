@@ -355,7 +355,11 @@ def _launch(call: AttentionCall, aux: bool, kind: Kind, chosen: Plan) -> Forward
 def _splits(visible: Visibility, config: TileConfig) -> int:
     """Programs that share the keys of a sequence. They depend on shapes and the window, never on lengths or batch."""
     longest = visible.k_len if visible.left is None else min(visible.k_len, visible.left + visible.q_len)
-    return min(-(-longest // (config.block_n * config.split_blocks)), _MOST_SPLITS)
+    return splits_of(longest, config)
+
+
+def splits_of(keys: int, config: TileConfig) -> int:
+    return min(-(-keys // (config.block_n * config.split_blocks)), _MOST_SPLITS)
 
 
 def _problem(call: AttentionCall, aux: bool) -> Problem:

@@ -79,6 +79,7 @@ def attention_forward(
     k_len,
     q_heads,
     group,
+    first_head,
     first_y,
     first_z,
     HEAD_DIM: tl.constexpr,
@@ -102,7 +103,7 @@ def attention_forward(
         entropy[i]   = lse[i] - sum_j exp(z[i, j] - lse[i]) * z[i, j]
         out[i]       = sum_j keep[i, j] * keep_scale * exp(z[i, j]) * v[j] / (exp(lse[i]) + exp(sinks[head]))
 
-    Grid: (heads of a section, blocks of the longest Sq, sections), see `program_in_section`; each program writes its
+    Grid: (size of a section, blocks of the longest Sq, sections), see `program_in_section`; each program writes its
     rows of the results, all of them, once.
 
     q, k, v          `Strided` [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv] of fp16, bf16 or fp32; group = Hq/Hkv
@@ -127,7 +128,9 @@ def attention_forward(
     into its q, which is exact. P is rounded to v's dtype before P @ V. A row without keys gives out 0, lse -inf.
     Online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867; blocking: Dao 2023, arXiv:2307.08691, Algorithm 1.
     """
-    block, head, sequence = program_in_section(q_heads, first_y, first_z, right is not None, LANES)
+    block, head, sequence = program_in_section(q_heads, first_head, first_y, first_z, right is not None, LANES)
+    if sequence < 0:
+        return
     packed_len, kv_head = q_len, head // group
     batch, first_row, first_key, q_len, k_len = sequence_bounds(sequence, q_len, k_len, q_starts, k_starts)
     start_m = block * BLOCK_M

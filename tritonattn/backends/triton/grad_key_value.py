@@ -137,6 +137,7 @@ def attention_grad_key_value(
     terms_len,
     q_heads,
     group,
+    first_head,
     first_y,
     first_z,
     HEAD_DIM: tl.constexpr,
@@ -161,7 +162,7 @@ def attention_grad_key_value(
         d_key_scale[j] = k[j] . raw[j]                                       never divided by key_scale, which may be 0
         d_key_bias[j]  = sum_i dX[i, j]                                      over the rows of one head of the group
 
-    Grid: (heads of a section, blocks of the longest Sk, sections), see `program_in_section`. Sums run in one fixed
+    Grid: (size of a section, blocks of the longest Sk, sections), see `program_in_section`. Sums run in one fixed
     order inside a program: bitwise repeatable.
 
     *_descriptor     tensor descriptors of q and d_out with blocks [1, 1, BLOCK_M, BLOCK_D or BLOCK_DV], or None
@@ -174,7 +175,9 @@ def attention_grad_key_value(
                      fp32 [B, Hkv, group, Sk] contiguous or None
     """
     kv_heads = q_heads // group
-    block, kv_head, sequence = program_in_section(kv_heads, first_y, first_z, False, LANES)
+    block, kv_head, sequence = program_in_section(kv_heads, first_head, first_y, first_z, False, LANES)
+    if sequence < 0:
+        return
     packed_len = k_len
     batch, first_row, first_key, q_len, k_len = sequence_bounds(sequence, q_len, k_len, q_starts, k_starts)
     start_n = block * BLOCK_N

@@ -78,6 +78,7 @@ def attention_grad_query(
     terms_len,
     q_heads,
     group,
+    first_head,
     first_y,
     first_z,
     HEAD_DIM: tl.constexpr,
@@ -117,7 +118,9 @@ def attention_grad_query(
     computes d_q of few keys with the corrected delta: for a single key, dP - delta is nothing but their errors.
     IS_PART: rows see other keys too, so that nothing is known about these sums, and delta stays as it is.
     """
-    block, head, sequence = program_in_section(q_heads, first_y, first_z, right is not None, LANES)
+    block, head, sequence = program_in_section(q_heads, first_head, first_y, first_z, right is not None, LANES)
+    if sequence < 0:
+        return
     packed_len, kv_head = q_len, head // group
     batch, first_row, first_key, q_len, k_len = sequence_bounds(sequence, q_len, k_len, q_starts, k_starts)
     start_m = block * BLOCK_M
