@@ -180,6 +180,8 @@ def corrects_delta(problem: Problem) -> bool:
 
 # The fields of a config that select no code, with their defaults: how a kernel's programs share out the work.
 SHARES = {"l2_percent": 100, "split_blocks": SHORTEST_SPLIT}
+# Those that select code on some architectures alone, with the defaults that are legal everywhere.
+OPTIONS: dict[str, Any] = {"waves_per_eu": 0, "warp_specialize": False}
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,8 @@ class TileConfig:
     descriptors    load the tiles that need no mask by the tensor memory accelerator (sm_90, sm_100)
     l2_percent     of the L2 cache, for the keys and values of the heads that run side by side: `tuning.order`
     split_blocks   blocks of keys of a split of decode: at least so many, where a cache is full
+    waves_per_eu   waves that a SIMD of an AMD GPU shall hold, which bounds their registers; 0: the compiler's choice
+    warp_specialize  divide the loop over tiles that need no mask among groups of warps (sm_100, sm_103)
     """
 
     block_m: int
@@ -198,10 +202,12 @@ class TileConfig:
     descriptors: bool = False
     l2_percent: int = SHARES["l2_percent"]
     split_blocks: int = SHARES["split_blocks"]
+    waves_per_eu: int = OPTIONS["waves_per_eu"]
+    warp_specialize: bool = OPTIONS["warp_specialize"]
 
     def as_record(self) -> dict[str, Any]:
-        """The fields for a file, without SHARES that are the default."""
-        return {name: value for name, value in asdict(self).items() if value != SHARES.get(name)}
+        """The fields for a file, without SHARES and OPTIONS that are the default."""
+        return {name: value for name, value in asdict(self).items() if value != (SHARES | OPTIONS).get(name)}
 
 
 def padded_dim(dim: int) -> int:
@@ -218,7 +224,13 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
             reasons.append(f"{name} {size} is not a power of two of at least 16")
     if config.num_warps not in (1, 2, 4, 8, 16):
         reasons.append(f"num_warps {config.num_warps} is not a power of two up to 16")
-    for name, least in (("num_stages", 1), ("l2_percent", 1), ("split_blocks", SHORTEST_SPLIT)):
+    if config.num_warps == 2 and target.arch == "gfx950":
+        reasons.append("num_warps 2 gives other bits in every run on gfx950 (ROCm/triton issue 953)")
+    if config.waves_per_eu and target.backend != "hip":
+        reasons.append(f"waves_per_eu needs an AMD GPU, {target.name} is none")
+    if config.warp_specialize and not (config.descriptors and may_specialise(kernel, problem, target)):
+        reasons.append("warp_specialize needs descriptors, forward or gradients up to width 64, and sm_100")
+    for name, least in (("num_stages", 1), ("l2_percent", 1), ("split_blocks", SHORTEST_SPLIT), ("waves_per_eu", 0)):
         if getattr(config, name) < least:
             reasons.append(f"{name} {getattr(config, name)} is below {least}")
     if kernel in TILED_KERNELS and ROW_TERMS_ALIGNMENT % max(config.block_m, 1):
@@ -248,6 +260,15 @@ def may_use_descriptors(kernel: str, problem: Problem, target: Target) -> bool:
     """True where the tensor memory accelerator can load a kernel's tiles."""
     is_able = kernel in _DESCRIBED and target.backend == "cuda" and int(target.arch) >= 90
     return is_able and problem.aligned and not problem.block_table and problem.dtype.itemsize == 2
+
+
+def may_specialise(kernel: str, problem: Problem, target: Target) -> bool:
+    """True where Triton can divide a loop among groups of warps, one of them for the tensor memory accelerator.
+
+    Gradients of wider heads would take more tensor memory than there is in most tiles: their code is a trap.
+    """
+    is_able = target.has_tensor_memory and (kernel == "forward" or problem.width <= 64)
+    return is_able and may_use_descriptors(kernel, problem, target)
 
 
 def _shared_estimate(kernel: str, config: TileConfig, problem: Problem, target: Target) -> int:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ..core import records
-from .config import SHARES, TILED_KERNELS, WIDEST, WIDEST_KEYS, Problem, Target, TileConfig
+from .config import OPTIONS, SHARES, TILED_KERNELS, WIDEST, WIDEST_KEYS, Problem, Target, TileConfig
 
 Content = TypeVar("Content")
 
@@ -39,7 +39,8 @@ SOURCES = ("static", "measured")
 _LARGEST_FILE = 2**22
 _LONGEST_MESSAGE = 300
 _FIELDS = ("schema_version", "gpu", "target", "kernels", "entries")
-# Upper limits of a config's numbers (the lower is 1), so that no later arithmetic meets a hostile one.
+_SWITCHES = ("descriptors", "warp_specialize")  # of a config
+# Upper limits of a config's numbers (the lower is 1, of OPTIONS 0), so that no later arithmetic meets a hostile one.
 _MOST = {
     "block_m": 1024,
     "block_n": 1024,
@@ -47,6 +48,7 @@ _MOST = {
     "num_stages": 16,
     "l2_percent": 10_000,
     "split_blocks": 1024,
+    "waves_per_eu": 8,
 }
 
 
@@ -297,14 +299,14 @@ def _entry(key: str, record: Any) -> Entry:
     if record.get("source") not in SOURCES:
         raise ValueError(f"{key}: source: expected one of {', '.join(SOURCES)}, got {shown(record.get('source'))}")
     config, names = record["config"], {field.name for field in fields(TileConfig)}
-    if set(config) | set(SHARES) != names:
+    if set(config) | set(SHARES) | set(OPTIONS) != names:
         raise ValueError(f"{key}: config: expected {', '.join(sorted(names))}, got {shown(sorted(config))}")
     for name, value in config.items():
-        wanted = bool if name == "descriptors" else int
+        wanted, least = (bool if name in _SWITCHES else int), int(name not in OPTIONS)
         if type(value) is not wanted:
             raise ValueError(f"{key}: {name}: expected {wanted.__name__}, got {shown(value)}")
-        if wanted is int and not 1 <= value <= _MOST[name]:
-            raise ValueError(f"{key}: {name}: expected 1 to {_MOST[name]}, got {shown(value)}")
+        if wanted is int and not least <= value <= _MOST[name]:
+            raise ValueError(f"{key}: {name}: expected {least} to {_MOST[name]}, got {shown(value)}")
     return Entry(TileConfig(**config), record["source"], details)
 
 

@@ -98,7 +98,8 @@ def compile_options(config: TileConfig, invariant: bool = False) -> dict[str, An
     option is not given. Other products and sums may be fused in the code of one mask and not in that of another:
     INVARIANT kernels fuse none.
     """
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": not invariant}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": not invariant}
+    return options | ({"waves_per_eu": config.waves_per_eu} if config.waves_per_eu else {})
 
 
 class _Thread(threading.local):
