@@ -64,18 +64,17 @@ def test_options_are_legal_where_the_hardware_has_them():
     assert reasons(divided, SM_100) == reasons(divided, Target.parse("sm_103")) == []
     for kernel in ("grad_query", "grad_key_value"):
         assert reasons(divided, SM_100, kernel, dim=64) == []
-        assert "warp_specialize needs" in reasons(divided, SM_100, kernel, dim=80)[0]
+        assert "warp_specialize needs" in "; ".join(reasons(divided, SM_100, kernel, dim=80))
     for target in (SM_90, Target.parse("sm_120")):
-        assert "warp_specialize needs" in reasons(divided, target)[0]
-    assert "warp_specialize needs" in reasons(replace(divided, descriptors=False), SM_100)[0]
+        assert "warp_specialize needs" in "; ".join(reasons(divided, target))
+    assert "warp_specialize needs" in "; ".join(reasons(replace(divided, descriptors=False), SM_100))
 
 
 @pytest.mark.parametrize("kernel", TILED_KERNELS)
 def test_two_warps_are_not_legal_where_results_do_not_repeat(kernel):
     pair = TileConfig(16, 32, 2, 1)
     assert reasons(pair, GFX942, kernel) == reasons(replace(pair, num_warps=4), Target.parse("gfx950"), kernel) == []
-    [reason] = reasons(pair, Target.parse("gfx950"), kernel)
-    assert reason.startswith("num_warps 2 gives other bits in every run on gfx950")
+    assert "num_warps 2 gives other bits in every run" in "; ".join(reasons(pair, Target.parse("gfx950"), kernel))
 
 
 TARGETS = [Target.parse(name) for name in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")]
