@@ -31,6 +31,10 @@ NON_MMA_PER_LOGIT = {
     ("grad_query", "sm_90", 512): 77.0,
 }
 
+# The same of the forward in Gluon, sm_90, by head_dim; and the least share of the tensor rate that its replay may have.
+GLUON_NON_MMA_PER_LOGIT = {64: 6.4, 128: 7.1}
+GLUON_SHARE = {64: 0.66, 128: 0.88}
+
 # Instructions per logit that query_scale may add to a kernel without scales, in one config.
 QUERY_SCALE = {"forward": 0.05, "grad_query": 0.05, "grad_key_value": 0.3}
 # sm_100 loads terms of rows one by one, so that packed arithmetic finds them: the factor is one load more.

@@ -25,7 +25,7 @@ from tritonattn.tuning.lookup import config_for
 from ..static.machine_code import disassemble
 from ..static.model import RATES
 from .control import parse_with_controls
-from .kernel import ITERATIONS, WARM, Replay, replay
+from .kernel import EVERY_POLL, ITERATIONS, WARM, Replay, replay
 from .loops import loop_body, tensor_spans
 from .operations import operations
 from .parameters import PARAMETERS
@@ -34,9 +34,6 @@ from .times import clocks_of_triton_tutorial, error_of_flash_attention_3
 
 # Decoding waits for memory, which the replay does not model.
 KERNELS = tuple(kernel for kernel in TILED_KERNELS if kernel != "decode")
-
-# More polls than a replay has: their loads are there.
-_EVERY_POLL = 10**6
 
 HEADING = """# Loops of the kernels, replayed
 
@@ -142,7 +139,7 @@ def loops_of_binary(path: Path, function: str, warps: int) -> list[tuple[int, Ti
     found = []
     for span in tensor_spans(code):
         inside = operations(*loop_body(code, controls, span), parameters)
-        timeline = Scheduler(inside, Warps(1, max(1, warps // 4), ahead=_EVERY_POLL), parameters).run(ITERATIONS, WARM)
+        timeline = Scheduler(inside, Warps(1, max(1, warps // 4), ahead=EVERY_POLL), parameters).run(ITERATIONS, WARM)
         found.append((len(span.body), timeline))
     return found
 

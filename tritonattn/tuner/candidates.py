@@ -5,8 +5,17 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from itertools import product
 
-from ..tuning.config import SHARES, Problem, Target, TileConfig, legal_reasons, may_specialise, may_use_descriptors
-from ..tuning.defaults import default_config
+from ..tuning.config import (
+    REGISTERS,
+    SHARES,
+    Problem,
+    Target,
+    TileConfig,
+    legal_reasons,
+    may_specialise,
+    may_use_descriptors,
+)
+from ..tuning.defaults import GLUON, default_config
 from ..tuning.lookup import config_for
 from ..tuning.table import EntryKey, Exact
 
@@ -50,6 +59,13 @@ def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig
         found += [replace(one, warp_specialize=True) for one in found if one.descriptors]
     default = default_config(kernel, problem, target)
     return [default, *(one for one in found if one != default and _is_sensible(kernel, one, problem, target))]
+
+
+def in_gluon(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
+    """List the legal configs of the kernel in Gluon, which only times of a card may choose."""
+    tiles = product(REGISTERS, (64, 128), (2, 3))
+    found = [replace(GLUON, block_m=m, block_n=n, num_stages=stages) for m, n, stages in tiles]
+    return [one for one in found if not legal_reasons(kernel, one, problem, target)]
 
 
 def neighbours(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:

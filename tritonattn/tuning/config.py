@@ -182,6 +182,12 @@ def corrects_delta(problem: Problem) -> bool:
 SHARES = {"l2_percent": 100, "split_blocks": SHORTEST_SPLIT}
 # Those that select code on some architectures alone, with the defaults that are legal everywhere.
 OPTIONS: dict[str, Any] = {"waves_per_eu": 0, "warp_specialize": False}
+# The fields that a file leaves out where they are the default.
+OPTIONAL_FIELDS = SHARES | OPTIONS | {"kernel": "triton"}
+WRITTEN_IN = ("triton", "gluon")  # kernels
+# Of Gluon's forward, by block_m: registers of a thread at its start, which warpgroups then share out. Three warpgroups
+# of 64 rows have 160 each, two have 240, and the one that loads has 24.
+REGISTERS = {128: 168, 192: 128}
 
 
 @dataclass(frozen=True)
@@ -193,6 +199,7 @@ class TileConfig:
     split_blocks   blocks of keys of a split of decode: at least so many, where a cache is full
     waves_per_eu   waves that a SIMD of an AMD GPU shall hold, which bounds their registers; 0: the compiler's choice
     warp_specialize  divide the loop over tiles that need no mask among groups of warps (sm_100, sm_103)
+    kernel         "gluon": the kernel that is written in Gluon, of num_warps for each 64 rows and as many that load
     """
 
     block_m: int
@@ -204,10 +211,11 @@ class TileConfig:
     split_blocks: int = SHARES["split_blocks"]
     waves_per_eu: int = OPTIONS["waves_per_eu"]
     warp_specialize: bool = OPTIONS["warp_specialize"]
+    kernel: str = OPTIONAL_FIELDS["kernel"]
 
     def as_record(self) -> dict[str, Any]:
-        """The fields for a file, without SHARES and OPTIONS that are the default."""
-        return {name: value for name, value in asdict(self).items() if value != (SHARES | OPTIONS).get(name)}
+        """The fields for a file, without OPTIONAL_FIELDS that are the default."""
+        return {name: value for name, value in asdict(self).items() if value != OPTIONAL_FIELDS.get(name)}
 
 
 def padded_dim(dim: int) -> int:
@@ -220,7 +228,7 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
     reasons = []
     for name in ("block_m", "block_n"):
         size = getattr(config, name)
-        if size < 16 or size & (size - 1):
+        if size < 16 or (size & (size - 1) and (name, config.kernel) != ("block_m", "gluon")):
             reasons.append(f"{name} {size} is not a power of two of at least 16")
     if config.num_warps not in (1, 2, 4, 8, 16):
         reasons.append(f"num_warps {config.num_warps} is not a power of two up to 16")
@@ -233,7 +241,9 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
     for name, least in (("num_stages", 1), ("l2_percent", 1), ("split_blocks", SHORTEST_SPLIT), ("waves_per_eu", 0)):
         if getattr(config, name) < least:
             reasons.append(f"{name} {getattr(config, name)} is below {least}")
-    if kernel in TILED_KERNELS and ROW_TERMS_ALIGNMENT % max(config.block_m, 1):
+    if config.kernel == "gluon":
+        reasons += _gluon_reasons(kernel, config, problem, target)
+    elif kernel in TILED_KERNELS and ROW_TERMS_ALIGNMENT % max(config.block_m, 1):
         reasons.append(f"block_m {config.block_m} does not divide the row terms' alignment {ROW_TERMS_ALIGNMENT}")
     if config.descriptors and not may_use_descriptors(kernel, problem, target):
         reasons.append(f"descriptors need {', '.join(_DESCRIBED)} on sm_90 or later, 16 bits and aligned tensors")
@@ -244,6 +254,38 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
     if columns > TENSOR_MEMORY_COLUMNS:
         reasons.append(f"tiles need {columns} columns of tensor memory, {target.name} has {TENSOR_MEMORY_COLUMNS}")
     return reasons
+
+
+def _gluon_reasons(kernel: str, config: TileConfig, problem: Problem, target: Target) -> list[str]:
+    """Reasons why the kernel in Gluon may not be compiled: LLVM aborts the process for targets without wgmma."""
+    reasons = []
+    if kernel != "forward" or target.backend != "cuda" or target.arch != "90":
+        reasons.append("gluon needs forward on sm_90")
+    if triton_version() < (3, 6):
+        reasons.append("gluon needs triton 3.6")
+    is_other = problem.mask or problem.dropout or problem.block_table or problem.invariant
+    if is_other or problem.dtype.itemsize != 2 or not problem.aligned:
+        reasons.append("gluon needs 16 bits and aligned tensors, no mask, dropout, pages or batch_invariant")
+    if padded_dim(problem.head_dim) != padded_dim(problem.value_dim) or not 64 <= problem.width <= 256:
+        reasons.append("gluon needs head and value dims that pad to the same of 64, 128 and 256")
+    of_masks = problem.key_ranges or problem.left or (problem.right and (problem.key_scale or problem.key_bias))
+    holds_more = of_masks or problem.softcap or problem.aux  # than the 160 registers of a thread of three warpgroups
+    most = {64: (128 if holds_more else 192, 128), 128: (128, 64 if problem.softcap else 128)}
+    most_rows, most_keys = most.get(problem.width, (128, 64))
+    if config.block_m not in REGISTERS or config.block_m > most_rows or config.block_n > most_keys:
+        reasons.append(f"gluon needs block_m 128 or 192, up to {most_rows}, and block_n up to {most_keys}")
+    if config.num_warps != 4 or not config.descriptors:
+        reasons.append("gluon needs num_warps 4 and descriptors")
+    return reasons
+
+
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    """(major, minor)"""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def one_line(error: Exception) -> str:

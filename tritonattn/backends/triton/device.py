@@ -15,7 +15,7 @@ from triton.compiler import CompiledKernel, make_backend
 from triton.runtime import driver
 from triton.runtime.jit import create_function_from_signature
 
-from ...tuning.config import Problem, TileConfig
+from ...tuning.config import REGISTERS, Problem, TileConfig
 
 Arguments = dict[str, Any]
 Grid = tuple[int, int, int]
@@ -99,7 +99,9 @@ def compile_options(config: TileConfig, invariant: bool = False) -> dict[str, An
     INVARIANT kernels fuse none.
     """
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": not invariant}
-    return options | ({"waves_per_eu": config.waves_per_eu} if config.waves_per_eu else {})
+    if config.waves_per_eu:
+        options["waves_per_eu"] = config.waves_per_eu
+    return options if config.kernel == "triton" else options | {"maxnreg": REGISTERS[config.block_m]}
 
 
 class _Thread(threading.local):

@@ -20,10 +20,11 @@ from .block import (
     key_bounds,
     key_range,
     load_tile,
-    online_softmax,
+    moved_sums,
     page_slots,
     page_tile,
     pass_bounds,
+    probabilities,
     program_in_section,
     sequence_bounds,
     tile_offsets,
@@ -232,9 +233,10 @@ def attention_forward(
                     bias = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]
                 if PASS != UNMASKED:
                     keep = visible(offs_m, offs_n, lo, hi, batch, head, view, mask)  # [BLOCK_M, N]
-                p, alpha, m_i, l_i, spread = online_softmax(
-                    s, bias, keep, factor, softcap, m_i, l_i, spread, PASS != UNMASKED, results.entropy is not None
+                p, weighted, alpha, moved, m_i = probabilities(
+                    s, bias, keep, factor, softcap, m_i, PASS != UNMASKED, results.entropy is not None
                 )
+                l_i, spread = moved_sums(p, weighted, alpha, moved, l_i, spread, results.entropy is not None)
                 if dropout_ptr is not None:
                     rows, keys = (first_row + offs_m)[:, None], (first_key + offs_n)[None, :]
                     p = tl.where(dropout_keeps(dropout_ptr, keep_from, batch * q_heads + head, rows, keys), p, 0.0)
