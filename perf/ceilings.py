@@ -1,4 +1,4 @@
-"""Ceilings of the code generated for the default configs: bf16, unmasked loop, static counts."""
+"""Limits of the generated code, static counts in bf16: ceilings of the default configs' unmasked loops, and floors."""
 
 from __future__ import annotations
 
@@ -48,3 +48,12 @@ KEY_SCALE = {"forward": 1.6, "grad_query": 2.6, "grad_key_value": 1.6}
 # keys multiplies them by the row's factor only then.
 KEY_BIAS = {"forward": 2.1, "grad_query": 3.3, "grad_key_value": 3.7}
 KEY_BIAS_OF_TARGET = {("grad_key_value", "sm_100"): 3.8}
+
+# Floor of the instructions that copy from memory to LDS on gfx950, in the shipped configs: kernel, head_dim. Tiles that
+# two products read in two layouts, K of grad_query and both of grad_key_value, go through registers.
+DIRECT_LOADS = {
+    ("forward", 64): 8,
+    ("forward", 128): 8,
+    ("grad_query", 64): 4,
+    ("grad_query", 128): 4,
+}

@@ -180,8 +180,10 @@ def corrects_delta(problem: Problem) -> bool:
 
 # The fields of a config that select no code, with their defaults: how a kernel's programs share out the work.
 SHARES = {"l2_percent": 100, "split_blocks": SHORTEST_SPLIT}
+# Those that select code on some architectures alone, with the defaults that are legal everywhere.
+OPTIONS: dict[str, Any] = {"waves_per_eu": 0, "warp_specialize": False}
 # The fields that a file leaves out where they are the default.
-OPTIONAL_FIELDS = SHARES | {"kernel": "triton"}
+OPTIONAL_FIELDS = SHARES | OPTIONS | {"kernel": "triton"}
 WRITTEN_IN = ("triton", "gluon")  # kernels
 # Of Gluon's forward, by block_m: registers of a thread at its start, which warpgroups then share out. Three warpgroups
 # of 64 rows have 160 each, two have 240, and the one that loads has 24.
@@ -195,6 +197,8 @@ class TileConfig:
     descriptors    load the tiles that need no mask by the tensor memory accelerator (sm_90, sm_100)
     l2_percent     of the L2 cache, for the keys and values of the heads that run side by side: `tuning.order`
     split_blocks   blocks of keys of a split of decode: at least so many, where a cache is full
+    waves_per_eu   waves that a SIMD of an AMD GPU shall hold, which bounds their registers; 0: the compiler's choice
+    warp_specialize  divide the loop over tiles that need no mask among groups of warps (sm_100, sm_103)
     kernel         "gluon": the kernel that is written in Gluon, of num_warps for each 64 rows and as many that load
     """
 
@@ -205,6 +209,8 @@ class TileConfig:
     descriptors: bool = False
     l2_percent: int = SHARES["l2_percent"]
     split_blocks: int = SHARES["split_blocks"]
+    waves_per_eu: int = OPTIONS["waves_per_eu"]
+    warp_specialize: bool = OPTIONS["warp_specialize"]
     kernel: str = OPTIONAL_FIELDS["kernel"]
 
     def as_record(self) -> dict[str, Any]:
@@ -226,7 +232,13 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
             reasons.append(f"{name} {size} is not a power of two of at least 16")
     if config.num_warps not in (1, 2, 4, 8, 16):
         reasons.append(f"num_warps {config.num_warps} is not a power of two up to 16")
-    for name, least in (("num_stages", 1), ("l2_percent", 1), ("split_blocks", SHORTEST_SPLIT)):
+    if config.num_warps == 2 and target.arch == "gfx950":
+        reasons.append("num_warps 2 gives other bits in every run on gfx950 (ROCm/triton issue 953)")
+    if config.waves_per_eu and target.backend != "hip":
+        reasons.append(f"waves_per_eu needs an AMD GPU, {target.name} is none")
+    if config.warp_specialize and not (config.descriptors and may_specialise(kernel, problem, target)):
+        reasons.append("warp_specialize needs descriptors, forward or gradients up to width 64, and sm_100")
+    for name, least in (("num_stages", 1), ("l2_percent", 1), ("split_blocks", SHORTEST_SPLIT), ("waves_per_eu", 0)):
         if getattr(config, name) < least:
             reasons.append(f"{name} {getattr(config, name)} is below {least}")
     if config.kernel == "gluon":
@@ -290,6 +302,15 @@ def may_use_descriptors(kernel: str, problem: Problem, target: Target) -> bool:
     """True where the tensor memory accelerator can load a kernel's tiles."""
     is_able = kernel in _DESCRIBED and target.backend == "cuda" and int(target.arch) >= 90
     return is_able and problem.aligned and not problem.block_table and problem.dtype.itemsize == 2
+
+
+def may_specialise(kernel: str, problem: Problem, target: Target) -> bool:
+    """True where Triton can divide a loop among groups of warps, one of them for the tensor memory accelerator.
+
+    Gradients of wider heads would take more tensor memory than there is in most tiles: their code is a trap.
+    """
+    is_able = target.has_tensor_memory and (kernel == "forward" or problem.width <= 64)
+    return is_able and may_use_descriptors(kernel, problem, target)
 
 
 def _shared_estimate(kernel: str, config: TileConfig, problem: Problem, target: Target) -> int:

@@ -19,7 +19,17 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ..core import records
-from .config import OPTIONAL_FIELDS, TILED_KERNELS, WIDEST, WIDEST_KEYS, WRITTEN_IN, Problem, Target, TileConfig
+from .config import (
+    OPTIONAL_FIELDS,
+    OPTIONS,
+    TILED_KERNELS,
+    WIDEST,
+    WIDEST_KEYS,
+    WRITTEN_IN,
+    Problem,
+    Target,
+    TileConfig,
+)
 
 Content = TypeVar("Content")
 
@@ -41,7 +51,9 @@ GLUON_FILES = ("hopper_forward.py",)
 _LARGEST_FILE = 2**22
 _LONGEST_MESSAGE = 300
 _FIELDS = ("schema_version", "gpu", "target", "kernels", "entries")
-# Upper limits of a config's numbers (the lower is 1), so that no later arithmetic meets a hostile one.
+# Of a config's fields, those that are no int.
+_TYPES = {"descriptors": bool, "warp_specialize": bool, "kernel": str}
+# Upper limits of a config's numbers (the lower is 1, of OPTIONS 0), so that no later arithmetic meets a hostile one.
 _MOST = {
     "block_m": 1024,
     "block_n": 1024,
@@ -49,6 +61,7 @@ _MOST = {
     "num_stages": 16,
     "l2_percent": 10_000,
     "split_blocks": 1024,
+    "waves_per_eu": 8,
 }
 
 
@@ -307,11 +320,11 @@ def _entry(key: str, record: Any) -> Entry:
     if set(config) | set(OPTIONAL_FIELDS) != names:
         raise ValueError(f"{key}: config: expected {', '.join(sorted(names))}, got {shown(sorted(config))}")
     for name, value in config.items():
-        wanted = {"descriptors": bool, "kernel": str}.get(name, int)
+        wanted, least = _TYPES.get(name, int), int(name not in OPTIONS)
         if type(value) is not wanted:
             raise ValueError(f"{key}: {name}: expected {wanted.__name__}, got {shown(value)}")
-        if wanted is int and not 1 <= value <= _MOST[name]:
-            raise ValueError(f"{key}: {name}: expected 1 to {_MOST[name]}, got {shown(value)}")
+        if wanted is int and not least <= value <= _MOST[name]:
+            raise ValueError(f"{key}: {name}: expected {least} to {_MOST[name]}, got {shown(value)}")
         if wanted is str and value not in WRITTEN_IN:
             raise ValueError(f"{key}: {name}: expected one of {', '.join(WRITTEN_IN)}, got {shown(value)}")
     return Entry(TileConfig(**config), record["source"], details)

@@ -99,6 +99,8 @@ def compile_options(config: TileConfig, invariant: bool = False) -> dict[str, An
     INVARIANT kernels fuse none.
     """
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": not invariant}
+    if config.waves_per_eu:
+        options["waves_per_eu"] = config.waves_per_eu
     return options if config.kernel == "triton" else options | {"maxnreg": REGISTERS[config.block_m]}
 
 

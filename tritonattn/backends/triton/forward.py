@@ -94,6 +94,7 @@ def attention_forward(
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
     LANES: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     """Attention output and statistics of the softmax for BLOCK_M query rows of one (batch or sequence, head).
 
@@ -200,7 +201,9 @@ def attention_forward(
             )
             k_offsets = tile_offsets(step.shape[0], BLOCK_D, k.s, k.d, WIDE)  # [N, BLOCK_D]
             v_offsets = tile_offsets(step.shape[0], BLOCK_DV, v.s, v.d, WIDE)  # [N, BLOCK_DV]
-            for position in tl.range(loop_start, loop_end, step.shape[0]):
+            for position in tl.range(
+                loop_start, loop_end, step.shape[0], warp_specialize=WARP_SPECIALIZE and PASS == UNMASKED
+            ):
                 start_n = position
                 if PASS != UNMASKED:
                     start_n = tl.where(position >= gap_start, position + gap, position)

@@ -281,6 +281,7 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
         "ALIGNED": problem.aligned and (problem.invariant or problem.head_dim % 16 or problem.value_dim % 16) > 0,
         "INVARIANT": problem.invariant,
         "LANES": lanes(target),
+        "WARP_SPECIALIZE": config.warp_specialize,
     }
 
 
