@@ -180,7 +180,7 @@ CALLS: dict[str, tuple[Callable[[], None], dict[Problem, str]]] = {
     "inference": (lambda: infer("sqrt_dim"), {problem("right left grouped", BFLOAT): "forward"}),
     "largest": (largest, {problem("", FULL): "key_statistics key_statistics_grad", STREAMING: "argmax_of_ranges"}),
     "sums": (lambda: infer("key_norm_mean"), {STREAMING: "prefix_sums"}),
-    "decode": (lambda: decode(None), {problem("query_scale grouped"): "decode decode_combine"}),
+    "decode": (lambda: decode(None), {problem("query_scale grouped"): "decode combine_splits"}),
     "append in pages": (append_in_pages, {STREAMING: "append_to_pages"}),
     "append": (append, {problem(""): "append_keys"}),
     "pages": (lambda: decode(16), {problem("query_scale grouped block_table"): "decode"}),

@@ -18,8 +18,9 @@ from ...tuning.calls import Size
 from ...tuning.config import WIDEST, WIDEST_KEYS, Problem, Target, TileConfig, legal_reasons
 from ...tuning.defaults import default_config
 from .backward import backward
+from .combine import add_splits
 from .decode import decode
-from .device import binder, compile_options
+from .device import Kind, binder, compile_options
 from .forward import forward
 from .key_norms import key_norms, key_norms_backward, prefix_sums
 from .key_records import append_keys, append_to_pages
@@ -153,6 +154,11 @@ def _decode(problem: Problem) -> None:
     decode(Operands(problem, size, operands.device).decode(), problem.aux)
 
 
+def _sum_of_splits(problem: Problem) -> None:
+    kind, result = Kind(problem, wide=False), _tensor(2, 2, 1024, problem.head_dim, dtype=problem.dtype)
+    add_splits(kind, _tensor(4, *result.shape), result)
+
+
 def _keys(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """k, and which keys are seen where ranges or a mask hide some."""
     operands = _operands(problem)
@@ -215,7 +221,8 @@ _LAUNCHERS: dict[str, Callable[[Problem], object]] = {
     "grad_query": _backward,
     "grad_key_value": _backward,
     "decode": _decode,
-    "decode_combine": _decode,
+    "combine_splits": _decode,
+    "sum_of_splits": _sum_of_splits,
     "key_statistics": _key_norms,
     "prefix_sums": _prefix_sums,
     "key_statistics_grad": _key_norms_backward,
