@@ -8,10 +8,10 @@ from typing import Any
 
 from triton.compiler import CompiledKernel
 
+from tritonattn.backends.triton.decode import splits_of
 from tritonattn.tuner.gate import Candidate, compiled_candidate, memory_reasons
 from tritonattn.tuning.config import Problem, Target, TileConfig, padded_dim, shared_limit
 from tritonattn.tuning.gpus import GPU
-from tritonattn.tuning.splits import splits_of_cache
 
 from .machine_code import MachineCode, MmaLoop, flops_per_logit, read_machine_code
 from .model import RATES, cycles, programs_per_sm
@@ -173,7 +173,7 @@ def _work(kernel: str, problem: Problem, config: TileConfig) -> tuple[int, int]:
     if kernel == "grad_key_value":
         held, streamed = streamed, held
     if kernel == "decode":  # 32 sequences with 8 key heads
-        splits = splits_of_cache(length, config)
+        splits = splits_of(length, config)
         return splits * 32 * 8 * -(-problem.packed_rows // held), -(-length // (splits * streamed))
     return 128 * -(-length // held), length // streamed
 

@@ -129,7 +129,8 @@ def _splits(kernel: str, chosen: Plan, call: AttentionCall) -> int:
     if kernel == "forward":
         return splits_of_keys(rows, min(keys, reach), config, chosen.target)
     group = visible.q_heads // visible.kv_heads
-    return splits_of_rows(min(rows, reach), keys, group, visible.kv_heads, config, chosen.target)
+    causal = visible.right is not None and visible.left is None
+    return splits_of_rows(min(rows, reach), keys, causal, group, visible.kv_heads, config, chosen.target)
 
 
 def _sizes(call: AttentionCall) -> tuple[int, int, int]:

@@ -225,15 +225,6 @@ def bounds_inside(lo, hi, start, end, full_start, full_end, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def split_bounds(split, splits, start, end, full_start, full_end, BLOCK: tl.constexpr):
-    """`bounds_inside` of a split: the blocks from `start` to `end` are shared out as evenly as whole ones can be."""
-    first = start // BLOCK * BLOCK
-    size = tl.cdiv(tl.cdiv(tl.maximum(end - first, 0), BLOCK), splits) * BLOCK
-    lo = first + split * size
-    return bounds_inside(lo, lo + size, start, end, full_start, full_end, BLOCK)
-
-
-@triton.jit
 def pass_bounds(start, end, full_start, full_end, BLOCK: tl.constexpr, PASS: tl.constexpr, IN_ORDER: tl.constexpr):
     """(lo, hi, loop_start, loop_end, gap_start, gap) of a pass over the blocks that touch [start, end).
 

@@ -12,7 +12,6 @@ from ...core.visibility import Visibility
 from ...tuning import calls as recorded
 from ...tuning import config
 from ...tuning.config import Problem, TileConfig, padded_dim
-from ...tuning.splits import splits_of_cache
 from ...tuning.table import Exact
 from .attention import problem_of, size_of
 from .block import (
@@ -230,6 +229,7 @@ def attention_decode(
 
 
 KERNELS["decode"] = attention_decode
+_MOST_SPLITS = 64
 
 
 def decode(call: AttentionCall, aux: bool) -> ForwardResult:
@@ -277,7 +277,11 @@ def _launch(call: AttentionCall, aux: bool, kind: Kind, chosen: Plan) -> Forward
 def _splits(visible: Visibility, config: TileConfig) -> int:
     """Programs that share the keys of a sequence. They depend on shapes and the window, never on lengths or batch."""
     longest = visible.k_len if visible.left is None else min(visible.k_len, visible.left + visible.q_len)
-    return splits_of_cache(longest, config)
+    return splits_of(longest, config)
+
+
+def splits_of(keys: int, config: TileConfig) -> int:
+    return min(-(-keys // (config.block_n * config.split_blocks)), _MOST_SPLITS)
 
 
 def _problem(call: AttentionCall, aux: bool) -> Problem:

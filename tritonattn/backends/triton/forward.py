@@ -14,6 +14,7 @@ from .block import (
     LOG2_E,
     TINY,
     UNMASKED,
+    bounds_inside,
     dropout_keeps,
     finish_softmax,
     from_row,
@@ -27,7 +28,6 @@ from .block import (
     pass_bounds,
     program_in_section,
     sequence_bounds,
-    split_bounds,
     tile_offsets,
     vector_from,
     visible,
@@ -36,6 +36,15 @@ from .combine import combine, parts_of
 from .device import Grid
 from .launch import KERNELS, Arguments, Kind, Plan
 from .records import Results, View
+
+
+@triton.jit
+def split_bounds(split, splits, start, end, full_start, full_end, BLOCK: tl.constexpr):
+    """`bounds_inside` of a split: the blocks from `start` to `end` are shared out as evenly as whole ones can be."""
+    first = start // BLOCK * BLOCK
+    size = tl.cdiv(tl.cdiv(tl.maximum(end - first, 0), BLOCK), splits) * BLOCK
+    lo = first + split * size
+    return bounds_inside(lo, lo + size, start, end, full_start, full_end, BLOCK)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "group"])

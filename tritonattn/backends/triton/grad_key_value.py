@@ -374,7 +374,10 @@ def _in_splits(chosen: Plan, grid: Grid, arguments: Arguments, kind: Kind, call:
     """Launch with the rows of each key shared out among splits, and add their parts up."""
     names = ("d_k_ptr", "d_v_ptr", "d_key_scale_ptr", "d_key_bias_ptr")
     results = {name: arguments[name] for name in names if arguments[name] is not None}
-    parts = {name: x.new_zeros(arguments["splits"], *x.shape, dtype=torch.float32) for name, x in results.items()}
+    splits = arguments["splits"]
+    parts = {name: new_results(call, (splits, *x.shape), torch.float32) for name, x in results.items()}
+    if "d_key_bias_ptr" in parts:
+        parts["d_key_bias_ptr"].zero_()  # a split writes the heads that it has rows of
     chosen.launch(grid, arguments | parts, kind.wide, kind)
     for name, result in results.items():
         add_splits(kind, parts[name], result)
