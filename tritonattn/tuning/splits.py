@@ -18,12 +18,12 @@ _HEADS = 32  # for which calls of few rows are split, whatever their own number
 # Times of a program in keys that it multiplies with a block of rows, or in rows, with a block of keys: what it does
 # beside its loop (`perf.schedule.FIXED`), and until its part is written and read (modelled: 8 bytes a number, and about
 # 90 FLOP in the time of a byte of the L2 cache).
-_FIXED = 192
-_PRICE = 256
+FIXED = 192
+PRICE = 256
 # Length of a split: the parts of a batch so large that it needs none take half the time of their products at the most.
 # Gradients more often have such batches: there, an eighth.
-_SHORTEST = 2 * _PRICE
-_SHORTEST_OF_GRADIENTS = 8 * _PRICE
+_SHORTEST = 2 * PRICE
+_SHORTEST_OF_GRADIENTS = 8 * PRICE
 # Warps of 255 registers that a processor holds at once: NVIDIA's has 2^16 registers, AMD's 4 * 512 of whole waves.
 _WARPS = 8
 
@@ -71,6 +71,6 @@ def _soonest(programs: float, length: int, step: int, most: int, places: int) ->
 
     def time(splits: int) -> int:
         longest = -(-length // (step * splits)) * step
-        return math.ceil(programs * splits / places) * (longest + _FIXED + _PRICE * (splits > 1))
+        return math.ceil(programs * splits / places) * (longest + FIXED + PRICE * (splits > 1))
 
     return min(range(1, max(1, min(most, _MOST)) + 1), key=time)
