@@ -214,17 +214,6 @@ def key_bounds(first, last, lo, hi, batch, view, BLOCK_N: tl.constexpr, MASKED: 
 
 
 @triton.jit
-def bounds_inside(lo, hi, start, end, full_start, full_end, BLOCK: tl.constexpr):
-    """The bounds (start, end, full_start, full_end) of `key_bounds` inside [lo, hi), multiples of BLOCK."""
-    start, end = tl.maximum(start, lo), tl.minimum(end, hi)
-    full_start, full_end = tl.maximum(full_start, lo), tl.minimum(full_end, hi)
-    if full_end <= full_start:
-        full_start = start // BLOCK * BLOCK
-        full_end = full_start
-    return start, end, full_start, full_end
-
-
-@triton.jit
 def pass_bounds(start, end, full_start, full_end, BLOCK: tl.constexpr, PASS: tl.constexpr, IN_ORDER: tl.constexpr):
     """(lo, hi, loop_start, loop_end, gap_start, gap) of a pass over the blocks that touch [start, end).
 

@@ -14,7 +14,6 @@ from .block import (
     LOG2_E,
     TINY,
     UNMASKED,
-    bounds_inside,
     dropout_keeps,
     finish_softmax,
     from_row,
@@ -31,20 +30,12 @@ from .block import (
     tile_offsets,
     vector_from,
     visible,
+    whole_blocks,
 )
 from .combine import combine, parts_of
 from .device import Grid
 from .launch import KERNELS, Arguments, Kind, Plan
 from .records import Results, View
-
-
-@triton.jit
-def split_bounds(split, splits, start, end, full_start, full_end, BLOCK: tl.constexpr):
-    """`bounds_inside` of a split: the blocks from `start` to `end` are shared out as evenly as whole ones can be."""
-    first = start // BLOCK * BLOCK
-    size = tl.cdiv(tl.cdiv(tl.maximum(end - first, 0), BLOCK), splits) * BLOCK
-    lo = first + split * size
-    return bounds_inside(lo, lo + size, start, end, full_start, full_end, BLOCK)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "group"])
@@ -191,9 +182,12 @@ def attention_forward(
         start_m, tl.minimum(start_m + BLOCK_M, q_len) - 1, lo, hi, batch, view, BLOCK_N, mask is not None
     )
     if splits is not None:
-        kv_start, kv_end, full_start, full_end = split_bounds(
-            split, splits, kv_start, kv_end, full_start, full_end, BLOCK_N
-        )
+        first_block = kv_start // BLOCK_N
+        share = tl.cdiv(tl.maximum(tl.cdiv(kv_end, BLOCK_N) - first_block, 0), splits)
+        begin, end = (first_block + split * share) * BLOCK_N, (first_block + (split + 1) * share) * BLOCK_N
+        kv_start, kv_end = tl.maximum(kv_start, begin), tl.minimum(kv_end, end)
+        full_lo, full_hi = tl.maximum(full_start, begin), tl.minimum(full_end, end)
+        full_start, full_end = whole_blocks(kv_start, full_lo, full_hi, BLOCK_N, False)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)

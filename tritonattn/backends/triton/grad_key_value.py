@@ -14,7 +14,6 @@ from .block import (
     LN_2,
     LOG2_E,
     UNMASKED,
-    bounds_inside,
     dropout_keeps,
     fma,
     from_row,
@@ -231,10 +230,11 @@ def attention_grad_key_value(
     for index in range(first, last):
         row_start, row_end, whole_start, whole_end = m_start, m_end, full_start, full_end
         if splits is not None:
-            lo, hi = first_block + split * share - index * blocks, first_block + share_end - index * blocks
-            row_start, row_end, whole_start, whole_end = bounds_inside(
-                lo * BLOCK_M, hi * BLOCK_M, m_start, m_end, full_start, full_end, BLOCK_M
-            )
+            begin = (first_block + split * share - index * blocks) * BLOCK_M
+            end = (first_block + share_end - index * blocks) * BLOCK_M
+            row_start, row_end = tl.maximum(m_start, begin), tl.minimum(m_end, end)
+            full_lo, full_hi = tl.maximum(full_start, begin), tl.minimum(full_end, end)
+            whole_start, whole_end = whole_blocks(row_start, full_lo, full_hi, BLOCK_M, False)
         head = kv_head * group + index
         batch_head = batch * q_heads + head
         q_head = from_row(q, batch, head, first_row, ALIGNED)
