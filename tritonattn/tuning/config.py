@@ -22,7 +22,8 @@ STREAMING_KERNELS = (
     "row_bounds",
     "keys_seen",
     "argmax_of_ranges",
-    "decode_combine",
+    "combine_splits",
+    "sum_of_splits",
 )
 
 # Row terms of a backward are padded to a multiple of this, so that every block of rows up to it divides them.
