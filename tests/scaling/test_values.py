@@ -145,14 +145,13 @@ def test_inkling_is_its_models_function():
     assert factors(Inkling(0.3, 16), 200) == pytest.approx((log_scale(200).flatten() / 4).tolist(), rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_inkling2_clips_as_its_model(dtype):
-    q, k, v = (torch.randn(1, 2, 40, 16, dtype=dtype) * torch.logspace(-1, 1, 40)[:, None] for _ in range(3))
+def test_inkling2_clips_as_its_model():
+    q, k, v = (torch.randn(1, 2, 40, 16) * torch.logspace(-1, 1, 40)[:, None] for _ in range(3))
     clip = modeling("inkling2").Inkling2L2Clip(3.0)
     clipped, keys = clip(q) * log_scale(40)[..., 0], clip(k)
     assert (clipped != q).any()
     assert (keys == k).any()
-    wanted = torch.nn.functional.scaled_dot_product_attention(clipped.to(dtype), keys, v, is_causal=True)
+    wanted = torch.nn.functional.scaled_dot_product_attention(clipped, keys, v, is_causal=True)
     for backend in ("sdpa", "reference"):
         ours = attention(q, k, v, scaling=Inkling2(0.3, 16, 3.0), causal=True, backend=backend)
         torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
