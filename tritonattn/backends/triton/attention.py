@@ -212,14 +212,15 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -
 
 def _descriptors(chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Arguments:
     """The descriptors that a kernel takes."""
-    config = chosen.config
+    config, variant = chosen.config, chosen.variant
     tiles = {
-        "q_descriptor": (call.q, config.block_m),
+        "q_descriptor": (call.q, config.block_m if variant is None else variant.rows),
         "k_descriptor": (call.k, config.block_n),
         "v_descriptor": (call.v, config.block_n),
         "d_out_descriptor": (d_out, config.block_m),
     }
-    return {name: _descriptor(*tiles[name]) for name in chosen.descriptors}
+    make = _Descriptor if variant is None else variant.described
+    return {name: _descriptor(*tiles[name], make) for name in chosen.descriptors}
 
 
 def of_kind(
@@ -299,9 +300,9 @@ class _Descriptor(TensorDescriptor):
         pass
 
 
-def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
+def _descriptor(tensor: Tensor, rows: int, make: Callable[..., Any]) -> Any:
     """A descriptor of tiles of `rows` rows of one (batch, head); an axis of one entry gets a legal stride."""
-    return _Descriptor(tensor, *_described(tensor.shape, tensor.stride(), tensor.dtype.itemsize, rows))
+    return make(tensor, *_described(tensor.shape, tensor.stride(), tensor.dtype.itemsize, rows))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -24,7 +24,7 @@ from .device import Kind, binder, compile_options
 from .forward import forward
 from .key_norms import key_norms, key_norms_backward, prefix_sums
 from .key_records import append_keys, append_to_pages
-from .launch import KERNELS, Launch, overriding, recording
+from .launch import KERNELS, Launch, Plan, overriding, recording
 from .operands import Operands
 from .ranges import argmax_over_ranges, range_arguments, rows_of_key_blocks, seen_keys
 
@@ -71,7 +71,8 @@ def launch_of(kernel: str, problem: Problem, config: TileConfig, target: Target)
     """The launch of a kernel in a call of the problem, whose tensors are meta tensors."""
     with recording(target, overriding(kernel, config, default_config)) as launches:
         _LAUNCHERS[kernel](problem)
-    return next(launch for launch in launches if launch.kernel is KERNELS[kernel])
+    function = Plan.of(kernel, config, {}, target).kernel
+    return next(launch for launch in launches if launch.kernel is function)
 
 
 def compile_launch(launch: Launch, target: Target) -> CompiledKernel:
@@ -99,7 +100,10 @@ def specialised(
         constants = {path: get_iterable_path(values, path) for path in paths}
         paths = find_paths_if(notes, lambda _, note: isinstance(note, str))
         attributes = {path: backend.parse_attr(get_iterable_path(notes, path)) for path in paths}
-    return ASTSource(function, types, constants, attributes)
+    source = ASTSource
+    if getattr(function, "is_gluon", bool)():
+        from triton.experimental.gluon._runtime import GluonASTSource as source
+    return source(function, types, constants, attributes)
 
 
 # ---- The call of a problem, on tensors without memory

@@ -21,9 +21,10 @@ from .block import (
     finish_softmax,
     from_row,
     load_tile,
-    online_softmax,
+    moved_sums,
     page_slots,
     page_tile,
+    probabilities,
     program_position,
     tile_offsets,
     vector_from,
@@ -206,9 +207,10 @@ def attention_decode(
         keep = keep_key[None, :] & (offs_n[None, :] < hi[:, None])  # [BLOCK_M, BLOCK_N]
         if left is not None:
             keep = keep & (offs_n[None, :] >= lo[:, None])
-        p, alpha, m_i, l_i, spread = online_softmax(
-            s, bias, keep, factor, softcap, m_i, l_i, spread, True, results.entropy is not None
+        p, weighted, alpha, moved, m_i = probabilities(
+            s, bias, keep, factor, softcap, m_i, True, results.entropy is not None
         )
+        l_i, spread = moved_sums(p, weighted, alpha, moved, l_i, spread, results.entropy is not None)
         if pages is None:
             v_tile = load_tile(v.ptr + (tl.cast(start_n, tl.int64) * v.s + v_offsets), keep_key, VALUE_DIM)
         else:

@@ -15,7 +15,7 @@ from triton.compiler import CompiledKernel, make_backend
 from triton.runtime import driver
 from triton.runtime.jit import create_function_from_signature
 
-from ...tuning.config import Problem, TileConfig
+from ...tuning.config import REGISTERS, Problem, TileConfig
 
 Arguments = dict[str, Any]
 Grid = tuple[int, int, int]
@@ -98,7 +98,10 @@ def compile_options(config: TileConfig, invariant: bool = False) -> dict[str, An
     option is not given. Other products and sums may be fused in the code of one mask and not in that of another:
     INVARIANT kernels fuse none.
     """
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": not invariant}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": not invariant}
+    if config.waves_per_eu:
+        options["waves_per_eu"] = config.waves_per_eu
+    return options if config.kernel == "triton" else options | {"maxnreg": REGISTERS[config.block_m]}
 
 
 class _Thread(threading.local):

@@ -21,10 +21,11 @@ from .block import (
     key_range,
     load_tile,
     lost_in_rounding,
-    online_softmax,
+    moved_sums,
     page_slots,
     page_tile,
     pass_bounds,
+    probabilities,
     program_in_section,
     sequence_bounds,
     tile_offsets,
@@ -84,6 +85,7 @@ def attention_forward(
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
     LANES: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     """Attention output and statistics of the softmax for BLOCK_M query rows of one (batch or sequence, head).
 
@@ -205,7 +207,9 @@ def attention_forward(
             )
             k_offsets = tile_offsets(step.shape[0], BLOCK_D, k.s, k.d, WIDE)  # [N, BLOCK_D]
             v_offsets = tile_offsets(step.shape[0], BLOCK_DV, v.s, v.d, WIDE)  # [N, BLOCK_DV]
-            for position in tl.range(loop_start, loop_end, step.shape[0]):
+            for position in tl.range(
+                loop_start, loop_end, step.shape[0], warp_specialize=WARP_SPECIALIZE and PASS == UNMASKED
+            ):
                 start_n = position
                 if PASS != UNMASKED:
                     start_n = tl.where(position >= gap_start, position + gap, position)
@@ -235,9 +239,10 @@ def attention_forward(
                     bias = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]
                 if PASS != UNMASKED:
                     keep = visible(offs_m, offs_n, lo, hi, batch, head, view, mask)  # [BLOCK_M, N]
-                p, alpha, m_i, l_i, spread = online_softmax(
-                    s, bias, keep, factor, softcap, m_i, l_i, spread, PASS != UNMASKED, results.entropy is not None
+                p, weighted, alpha, moved, m_i = probabilities(
+                    s, bias, keep, factor, softcap, m_i, PASS != UNMASKED, results.entropy is not None
                 )
+                l_i, spread = moved_sums(p, weighted, alpha, moved, l_i, spread, results.entropy is not None)
                 if dropout_ptr is not None:
                     rows, keys = (first_row + offs_m)[:, None], (first_key + offs_n)[None, :]
                     p = tl.where(dropout_keeps(dropout_ptr, keep_from, batch * q_heads + head, rows, keys), p, 0.0)

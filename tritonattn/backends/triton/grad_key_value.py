@@ -156,6 +156,7 @@ def attention_grad_key_value(
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
     LANES: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     """Gradients of k, v, key_scale and key_bias for BLOCK_N keys of one (batch or sequence, kv head); names as in
     `attention_grad_query`.
@@ -254,7 +255,9 @@ def attention_grad_key_value(
                 do_offsets = tile_offsets(step.shape[0], BLOCK_DV, do_head.s, do_head.d, WIDE)  # [M, BLOCK_DV]
                 one = tl.full(step.shape, 1.0, tl.float32)
                 next_terms = term_ptr + 2 * (loop_start + step)  # carried along: 4 % fewer instructions, sm_80 at D 128
-                for position in tl.range(loop_start, loop_end, step.shape[0]):
+                for position in tl.range(
+                    loop_start, loop_end, step.shape[0], warp_specialize=WARP_SPECIALIZE and PASS == UNMASKED
+                ):
                     start_m = position
                     if PASS != UNMASKED:
                         start_m = tl.where(position >= gap_start, position + gap, position)
