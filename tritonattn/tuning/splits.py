@@ -48,7 +48,7 @@ def splits_of_rows(
     shorter than the longest, whose time several others take in one place.
     """
     programs, most = kv_heads * -(-keys // config.block_n), places(config, target)
-    if 2 * programs > most or rows == 0:
+    if rows == 0 or not 0 < 2 * programs <= most:
         return 1
     rows = min(rows, keys) if causal else rows
     mean = 1 - rows / (2 * keys) if causal else 1.0
