@@ -78,7 +78,7 @@ def _settings_in(config: Any, mode: str) -> dict[str, Any]:
         settings[setting] = value
     if None in settings.values():
         return {}
-    kind = getattr(config, "model_type", None)
+    kind = getattr(config, "model_type", "")
     if _IN_MODEL.get(kind) == mode and getattr(config, "attn_temperature_tuning", True):
         raise ValueError(
             f"scaling: expected another mode than {mode!r} for a {kind}, whose own code has multiplied q by it:"
