@@ -141,8 +141,36 @@ def log_scale(rows):
     return modeling("inkling2").Inkling2LogScale(config)(torch.ones(1, rows, 1, 1), torch.arange(rows)[None])
 
 
-def test_inkling_is_its_models_function():
-    assert factors(Inkling(0.3, 16), 200) == pytest.approx((log_scale(200).flatten() / 4).tolist(), rel=1e-6)
+def test_inkling_is_its_models_function(monkeypatch):
+    """A layer without a window, its position bias at 0: with the temperature, and q, k, v of the layer without it."""
+    inkling, eager, seen = modeling("inkling"), modeling("inkling").eager_attention_forward, []
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    config = inkling.InklingTextConfig(**sizes, layer_types=["hybrid"], log_scaling_alpha=0.3)
+    config._attn_implementation = "eager"
+    layer = inkling.InklingAttention(config, 0).requires_grad_(False)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    torch.nn.init.zeros_(layer.rel_logits_proj.proj)
+
+    def noted(module, *tensors, **arguments):
+        seen.append((*tensors[:3], eager(module, *tensors, **arguments)[0]))
+        return seen[-1][-1], None
+
+    monkeypatch.setattr(inkling, "eager_attention_forward", noted)
+    x, mask = torch.randn(1, 40, 16), torch.full((40, 40), -torch.inf).triu(1)[None, None]
+    layer(x, mask)
+    config.log_scaling_n_floor = 16
+    layer(x, mask)
+    (q, k, v, plain), (_, _, _, wanted) = seen
+    assert (wanted - plain).abs().max() > 1e-2
+    ours = attention(q, k, v, scaling=Inkling(0.3, 16), gain=8**-0.5, causal=True).transpose(1, 2)
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_inkling2_clips_as_its_model():

@@ -33,13 +33,13 @@ _FROM_MODEL = {
 }
 # Modes by which a model's own code has multiplied q, by the model's type.
 _IN_MODEL = {
-    "llama4_text": "llama4",
-    "ministral3": "ministral3",
-    "mistral4": "ministral3",
-    "inkling_text": "inkling",
-    "inkling2_text": "inkling2",
-    "inkling2_loop_text": "inkling2",
-    "beam": "beam",
+    "llama4_text": ("llama4",),
+    "ministral3": ("ministral3",),
+    "mistral4": ("ministral3",),
+    "inkling_text": ("inkling",),
+    "inkling2_text": ("inkling", "inkling2"),
+    "inkling2_loop_text": ("inkling", "inkling2"),
+    "beam": ("beam",),
 }
 
 
@@ -78,8 +78,8 @@ def _settings_in(config: Any, mode: str) -> dict[str, Any]:
         settings[setting] = value
     if None in settings.values():
         return {}
-    kind = getattr(config, "model_type", None)
-    if _IN_MODEL.get(kind) == mode and getattr(config, "attn_temperature_tuning", True):
+    kind = getattr(config, "model_type", "")
+    if mode in _IN_MODEL.get(kind, ()) and getattr(config, "attn_temperature_tuning", True):
         raise ValueError(
             f"scaling: expected another mode than {mode!r} for a {kind}, whose own code has multiplied q by it:"
             " 'sqrt_dim' is the model as it was"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .base import Scaling
 from .constants import Dim, SqrtDim, Unscaled
@@ -64,7 +64,7 @@ def named_scaling(name: str, learned: Iterable[str] = ()) -> Scaling:
     raise ValueError(_unknown(name, [*SCALINGS, *learned]))
 
 
-def _unknown(name: object, known: Iterable[str]) -> str:
+def _unknown(name: Any, known: Iterable[str]) -> str:
     """The message for a name that selects no mode."""
     if name in _LEARNED:
         return (

@@ -165,8 +165,8 @@ class Inkling(Scaling):
 class Inkling2(Inkling):
     """factor = min(1, threshold / ||q||) * min(1, threshold / ||k||) * (the factor of `Inkling`).
 
-    Vectors longer than the threshold are cut to it, so that no logit exceeds threshold^2 * sqrt(1 / D) times the
-    temperature of `Inkling`; shorter ones stay.
+    Vectors longer than the threshold are cut to it, so that no logit exceeds threshold^2 times the factor of
+    `Inkling`; shorter ones stay.
 
     threshold        `qk_l2_clip_threshold` of the model's configuration, sqrt(512)
     alpha, n_floor   as in `Inkling`. n stays below n_floor in layers with a window, which have the clip alone, as in
