@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import tritonattn
 from tritonattn.backends.triton.launch import configured
-from tritonattn.tuning.config import Target
+from tritonattn.tuning import config
 from tritonattn.tuning.defaults import gluon_config
 
 from .contest import Unavailable
@@ -176,13 +176,13 @@ def _gluon(problem: Problem) -> Attend:
     """Build ours with the forward in Gluon."""
     require_gpu(problem.device)
     shape = problem.shape
-    kernels = tritonattn.tuning.Problem(shape.head_dim, shape.head_dim, problem.dtype, right=shape.causal)
-    config = gluon_config(kernels, Target.of(problem.device))
-    if config is None:
+    of_kernels = config.Problem(shape.head_dim, shape.head_dim, problem.dtype, right=shape.causal)
+    chosen = gluon_config(of_kernels, config.Target.of(problem.device))
+    if chosen is None:
         raise Unavailable("takes fp16 and bf16 of head dims 33 to 256 on sm_90, with triton 3.6 or newer")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with configured("forward", config):
+        with configured("forward", chosen):
             return tritonattn.attention(q, k, v, scaling=problem.scaling, causal=shape.causal, backend="triton")
 
     return attend

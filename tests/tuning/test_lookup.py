@@ -10,7 +10,7 @@ import triton
 from tests.support.versions import TRITON
 from tritonattn.tuning import cache_dir, config, lookup
 from tritonattn.tuning.config import Problem, Target, TileConfig
-from tritonattn.tuning.defaults import default_config, gluon_config
+from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gpus import GPUS, table_name
 from tritonattn.tuning.table import Entry, Key, Table, gluon_fingerprint, kernels_fingerprint, write_table
 
@@ -232,8 +232,7 @@ def test_the_kernel_in_gluon_is_forced_where_it_is_legal(folders, monkeypatch):
 @NEEDS_GLUON
 def test_the_kernel_in_gluon_that_is_refused_makes_way(folders, monkeypatch):
     monkeypatch.setenv("TRITONATTN_GLUON", "1")
+    chosen = lookup.config_for("forward", PROBLEM, H100)
     with pytest.warns(UserWarning, match="TRITONATTN_GLUON: forward: .*no such name"):
-        assert lookup.reject_config(
-            "forward", PROBLEM, H100, gluon_config(PROBLEM, H100), AttributeError("no such name")
-        )
+        assert lookup.reject_config("forward", PROBLEM, H100, chosen, AttributeError("no such name"))
     assert in_use() == "triton"

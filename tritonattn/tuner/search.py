@@ -101,7 +101,9 @@ def _search(
         return Result(key, before, None, None, None, trial.wrong())
     taken = trial.times([before, *fastest], effort.rounds)
     best, *others = _sorted(taken)
-    details = {"runners_up": [one.as_record() | {"milliseconds": _median(taken, one)} for one in others[:3]]}
+    details: dict[str, Any] = {
+        "runners_up": [one.as_record() | {"milliseconds": _median(taken, one)} for one in others[:3]]
+    }
     if found := shares(key, best):
         taken = trial.times([before, best, *found], effort.rounds)
         best = _clearly_ahead([one for one in (*found, best) if one in taken], taken)

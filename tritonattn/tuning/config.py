@@ -183,9 +183,9 @@ def corrects_delta(problem: Problem) -> bool:
 SHARES = {"l2_percent": 100, "split_blocks": SHORTEST_SPLIT}
 # Those that select code on some architectures alone, with the defaults that are legal everywhere.
 OPTIONS: dict[str, Any] = {"waves_per_eu": 0, "warp_specialize": False}
-# The fields that a file leaves out where they are the default.
-OPTIONAL_FIELDS = SHARES | OPTIONS | {"kernel": "triton"}
 WRITTEN_IN = ("triton", "gluon")  # kernels
+# The fields that a file leaves out where they are the default.
+OPTIONAL_FIELDS: dict[str, Any] = {**SHARES, **OPTIONS, "kernel": WRITTEN_IN[0]}
 # Of Gluon's forward, by block_m: registers of a thread at its start, which warpgroups then share out. Three warpgroups
 # of 64 rows have 160 each, two have 240, and the one that loads has 24.
 REGISTERS = {128: 168, 192: 128}
@@ -212,7 +212,7 @@ class TileConfig:
     split_blocks: int = SHARES["split_blocks"]
     waves_per_eu: int = OPTIONS["waves_per_eu"]
     warp_specialize: bool = OPTIONS["warp_specialize"]
-    kernel: str = OPTIONAL_FIELDS["kernel"]
+    kernel: str = WRITTEN_IN[0]
 
     def as_record(self) -> dict[str, Any]:
         """The fields for a file, without OPTIONAL_FIELDS that are the default."""

@@ -219,8 +219,8 @@ def _descriptors(chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Arg
         "v_descriptor": (call.v, config.block_n),
         "d_out_descriptor": (d_out, config.block_m),
     }
-    make = _Descriptor if variant is None else variant.described
-    return {name: _descriptor(*tiles[name], make) for name in chosen.descriptors}
+    make: Callable[..., Any] = _Descriptor if variant is None else variant.described
+    return {name: _descriptor(make, *tiles[name]) for name in chosen.descriptors}
 
 
 def of_kind(
@@ -300,7 +300,7 @@ class _Descriptor(TensorDescriptor):
         pass
 
 
-def _descriptor(tensor: Tensor, rows: int, make: Callable[..., Any]) -> Any:
+def _descriptor(make: Callable[..., Any], tensor: Tensor, rows: int) -> Any:
     """A descriptor of tiles of `rows` rows of one (batch, head); an axis of one entry gets a legal stride."""
     return make(tensor, *_described(tensor.shape, tensor.stride(), tensor.dtype.itemsize, rows))
 

@@ -5,6 +5,7 @@ and P(i-1) V(i-1) together and takes softmax(i) while the tensor cores work on t
 products; two consumers take turns. Shape: Shah et al. 2024, arXiv:2407.08608.
 """
 
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 import functools
