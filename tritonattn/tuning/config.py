@@ -183,7 +183,7 @@ SHARES = {"l2_percent": 100, "split_blocks": SHORTEST_SPLIT}
 # Those that select code on some architectures alone, with the defaults that are legal everywhere.
 OPTIONS: dict[str, Any] = {"waves_per_eu": 0, "warp_specialize": False}
 # The fields that a file leaves out where they are the default.
-OPTIONAL_FIELDS = SHARES | OPTIONS | {"kernel": "triton"}
+OPTIONAL_FIELDS: dict[str, Any] = SHARES | OPTIONS | {"kernel": "triton"}
 WRITTEN_IN = ("triton", "gluon")  # kernels
 # Of Gluon's forward, by block_m: registers of a thread at its start, which warpgroups then share out. Three warpgroups
 # of 64 rows have 160 each, two have 240, and the one that loads has 24.
