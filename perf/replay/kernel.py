@@ -124,9 +124,9 @@ def _replay_of_consumers(
     rates = parameters.rates
     programs = programs_per_sm(rates, code.registers, code.shared_bytes, code.tensor_memory, all_warps)
     product_waits = sum(one.act == "product wait" for one in path)
-    share = flops / rates.tensor / clocks
-    per_tile = clocks / loop.work.tiles
-    return Replay(share, per_tile, waits, code.registers, programs, loop.products, product_waits, None, False)
+    share, tiles = flops / rates.tensor / clocks, loop.work.tiles
+    found = (share, clocks / tiles, waits, flops / tiles, code.registers, programs)
+    return Replay(*found, loop.products, product_waits, None, False)
 
 
 def _replayed(

@@ -22,7 +22,8 @@ STREAMING_KERNELS = (
     "row_bounds",
     "keys_seen",
     "argmax_of_ranges",
-    "decode_combine",
+    "combine_splits",
+    "sum_of_splits",
 )
 
 # Row terms of a backward are padded to a multiple of this, so that every block of rows up to it divides them.
@@ -226,9 +227,9 @@ def padded_dim(dim: int) -> int:
 def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Target) -> list[str]:
     """Reasons why a config may not be compiled; empty if it may. The one statement of the constraints."""
     reasons = []
-    for name in ("block_m", "block_n"):
+    for name in ("block_m", "block_n")[config.kernel == "gluon" :]:  # in Gluon, block_m is of whole warpgroups
         size = getattr(config, name)
-        if size < 16 or (size & (size - 1) and (name, config.kernel) != ("block_m", "gluon")):
+        if size < 16 or size & (size - 1):
             reasons.append(f"{name} {size} is not a power of two of at least 16")
     if config.num_warps not in (1, 2, 4, 8, 16):
         reasons.append(f"num_warps {config.num_warps} is not a power of two up to 16")

@@ -91,6 +91,7 @@ _STREAMING_TILES = {
     "row_bounds": TileConfig(1024, 1024, 4, 1),
     "keys_seen": TileConfig(1024, 64, 8, 1),
     "argmax_of_ranges": TileConfig(64, 128, 16, 1),
+    "sum_of_splits": TileConfig(1024, 1024, 4, 1),
 }
 _FAMILIES = {
     "80": "sm_80",

@@ -24,7 +24,7 @@ UNMASKED = tl.constexpr(1)
 # Arguments whose values change from call to call: compiled code does not depend on them.
 LENGTHS = (
     "q_len k_len terms_len addends_len bounds_len capacity key_block q_heads kv_heads left right keep_from "
-    "first_head first_y first_z"
+    "first_head first_y first_z splits part_rows"
 ).split()
 
 
@@ -302,6 +302,21 @@ def dropout_keeps(dropout_ptr, keep_from, batch_head, offs_row, offs_key):
     counter = zero + offs_key, zero + offs_row, zero + batch_head, zero + offset.to(tl.int32)
     word, _, _, _ = tl.philox(seed, counter[0], counter[1], counter[2], counter[3], 10)
     return word.to(tl.int32, bitcast=True) ^ -2147483648 >= keep_from
+
+
+@triton.jit
+def lost_in_rounding(exact, rounded):
+    """exact - rounded in 256ths of the last place of `rounded`, bf16 or fp16, as int8: `core.rounding`.
+
+    Of fp32, which stands for bf16 in Triton's interpreter, nothing is lost.
+    """
+    SHIFT: tl.constexpr = 15 - rounded.dtype.fp_mantissa_width if rounded.dtype != tl.float32 else 0
+    HALF: tl.constexpr = (1 << SHIFT) >> 1
+    lost = exact.to(tl.int32, bitcast=True) - rounded.to(tl.float32).to(tl.int32, bitcast=True)
+    lost = tl.minimum(lost, (128 << SHIFT) - HALF - 1)
+    if SHIFT < 8:  # bf16 has fp32's exponents, so that only NaN loses more
+        lost = tl.maximum(lost, -(128 << SHIFT))
+    return ((lost + HALF) >> SHIFT).to(tl.int8)
 
 
 # ---- Softmax

@@ -57,13 +57,13 @@ class Kind:
 
     wide    `launch.is_wide` of its tensors
     codes   by kernel, config, device and settings, code for arguments whose addresses are all multiples of 16
-    grids   by kernel, config and target, each with its `first_head` (`block.program_in_section`)
+    grids   by kernel, config and target, each with the arguments that go with it
     """
 
     problem: Problem
     wide: bool
     codes: dict[tuple, KeptCode] = field(default_factory=dict)
-    grids: dict[tuple, tuple[Grid, int]] = field(default_factory=dict)
+    grids: dict[tuple, tuple[Grid, Arguments]] = field(default_factory=dict)
 
 
 class KeptCode(NamedTuple):

@@ -17,9 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import block as bl
-from .block import LENGTHS, View, key_range, partial_sums, vector_from
-from .forward import lost_in_rounding
+from .block import LENGTHS, key_range, lost_in_rounding, partial_sums, vector_from
 from .launch import Variant
+from .records import View
 
 ROWS = gl.constexpr(64)  # of a consumer
 SUM_COLUMNS = CLEARED_ROWS = gl.constexpr(8)  # none needs another lane's sum; a loader's thread has 24 registers
