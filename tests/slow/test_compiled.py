@@ -7,7 +7,7 @@ from perf.static import ranking
 from perf.static.gate import examine
 from perf.static.ranking import ranked_table
 from tests.compiled.table import CASES, QUICK
-from tests.compiled.test_compiled import SLOW, check, check_cost_of_scales, check_loads, pytestmark
+from tests.compiled.test_compiled import SLOW, check, check_cost_of_scales, check_direct_loads, check_loads, pytestmark
 from tests.perf.test_static import ENTRIES, check_shipped_entry
 from tests.support.versions import OLDER_TRITON
 from tritonattn.tuner.gate import Compiler
@@ -37,6 +37,12 @@ def test_scales_cost_few_instructions(kernel, target):
 @pytest.mark.parametrize("case", SLOW, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_tiles_load_16_bytes_at_a_time(case):
     check_loads(*case)
+
+
+@of_this_compiler
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_shipped_gradients_of_gfx950_copy_from_memory_to_lds(head_dim):
+    check_direct_loads("grad_query", head_dim)
 
 
 @pytest.mark.parametrize("position", range(47, len(ENTRIES), 260))
