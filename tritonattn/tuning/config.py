@@ -317,7 +317,8 @@ def may_specialise(kernel: str, problem: Problem, target: Target) -> bool:
 def _shared_estimate(kernel: str, config: TileConfig, problem: Problem, target: Target) -> int:
     """Bytes of the tiles that pass through shared memory: the held ones once, the streamed ones per stage.
 
-    Where tensor instructions read shared memory themselves (wgmma, tcgen05), the stage in use is one more.
+    Where tensor instructions read shared memory themselves (wgmma, tcgen05), the stage in use is one more. Without a
+    pipeline, AMD's held tiles of 16 bits pass one after another, all before the first streamed one, into registers.
     """
     if kernel not in TILED_KERNELS:
         return 0
@@ -329,6 +330,9 @@ def _shared_estimate(kernel: str, config: TileConfig, problem: Problem, target: 
     reads_shared = kernel != "decode" and target.backend == "cuda" and target.arch in ("90", "100", "103")
     in_use = reads_shared and problem.dtype.itemsize == 2
     stages = max(config.num_stages - (not in_use), 1)
+    in_turn = target.backend == "hip" and kernel != "decode" and config.num_stages == 1 and problem.dtype.itemsize == 2
+    if in_turn:
+        return max(held * min(held_width, problem.width), streamed * rows) * problem.dtype.itemsize
     return (held * held_width + streamed * rows * stages) * problem.dtype.itemsize
 
 

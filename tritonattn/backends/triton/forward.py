@@ -196,9 +196,10 @@ def attention_forward(
     l_i = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
     spread = l_i
     FIRST: tl.constexpr = 1 if INVARIANT and left is None and key_ranges is None else 0
-    # Masks hold registers: masked steps of a whole block spill 244 bytes on sm_90 at D 64, 8 on sm_80 at D 128, and 388
-    # in `attention_grad_key_value` on sm_90 at D 128 (static, triton 3.9).
-    MASKED_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 and not INVARIANT else BLOCK_N
+    # Masks hold registers: masked steps of a whole block spill 244 bytes on sm_90 at D 64, 212 at D 512, 8 on sm_80 at
+    # D 128, and 388 in `attention_grad_key_value` on sm_90 at D 128 (static, triton 3.9).
+    HALVED: tl.constexpr = BLOCK_N >= (32 if BLOCK_M >= 64 and BLOCK_DV > 256 else 64) and not INVARIANT
+    MASKED_N: tl.constexpr = BLOCK_N // 2 if HALVED else BLOCK_N
     for PASS in tl.static_range(FIRST, 3 if INVARIANT else 2):
         if PASS != UNMASKED or mask is None:
             step = tl.arange(0, BLOCK_N if PASS == UNMASKED else MASKED_N)  # [N]
