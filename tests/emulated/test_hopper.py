@@ -40,8 +40,8 @@ TERMS = ("query_scale", "key_scale", "key_bias", "sinks")
 
 # A fast selection: three consumers and two, every term of a logit, keys that no row sees.
 FAST = (
-    Case(BFLOAT, (64, 64), None, "causal", QUERY, "plain", (1, 1), (200, 330), 1),
-    Case(HALF, (64, 64), None, "sides, lengths and ranges", TERMS, "softcap aux", (1, 1), (140, 420), 1),
+    Case(BFLOAT, (64, 64), None, "causal", QUERY, "plain", (1, 1), (150, 300), 1),
+    Case(HALF, (64, 64), None, "sides, lengths and ranges", TERMS, "softcap aux", (1, 1), (100, 300), 1),
 )
 
 CHOICES = {
