@@ -1,4 +1,4 @@
-"""Ceilings of the code generated for the default configs: bf16, unmasked loop, static counts."""
+"""Limits of the generated code, static counts in bf16: ceilings of the default configs' unmasked loops, and floors."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ NON_MMA_PER_LOGIT = {
     ("grad_query", "sm_90", 128): 8.9,
     ("grad_query", "sm_100", 64): 8.2,
     ("grad_query", "sm_100", 128): 9.0,
-    # Tiles are small, and warps repeat the exponentials of their rows, so that the fp32 sums fit registers.
-    ("forward", "sm_80", 512): 100.0,
-    ("forward", "sm_90", 512): 101.0,
+    # Tiles are small so that the fp32 sums fit registers. Where a product of the tile has fewer columns than its warps
+    # could take, 8 each on sm_80 and in sm_90's mma.sync, or a program's two warpgroups share 64 rows, warps repeat
+    # exponentials.
+    ("forward", "sm_80", 512): 68.0,
+    ("forward", "sm_90", 512): 90.0,
+    ("forward", "sm_100", 512): 52.0,
     ("grad_key_value", "sm_80", 512): 130.0,
-    ("grad_key_value", "sm_90", 512): 120.0,
+    ("grad_key_value", "sm_90", 512): 102.0,
     ("grad_query", "sm_80", 512): 78.0,
-    ("grad_query", "sm_90", 512): 77.0,
+    ("grad_query", "sm_90", 512): 51.0,
 }
 
 # The same of the forward in Gluon, sm_90, by head_dim; and the least share of the tensor rate that its replay may have.
@@ -48,3 +51,12 @@ KEY_SCALE = {"forward": 1.6, "grad_query": 2.6, "grad_key_value": 1.6}
 # keys multiplies them by the row's factor only then.
 KEY_BIAS = {"forward": 2.1, "grad_query": 3.3, "grad_key_value": 3.7}
 KEY_BIAS_OF_TARGET = {("grad_key_value", "sm_100"): 3.8}
+
+# Floor of the instructions that copy from memory to LDS on gfx950, in the shipped configs: kernel, head_dim. Tiles that
+# two products read in two layouts, K of grad_query and both of grad_key_value, go through registers.
+DIRECT_LOADS = {
+    ("forward", 64): 8,
+    ("forward", 128): 8,
+    ("grad_query", 64): 4,
+    ("grad_query", 128): 4,
+}

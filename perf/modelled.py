@@ -4,9 +4,12 @@ A launch of a kernel with a loop of products takes, in clocks,
 
     LAUNCH + the time until the last tile ends, where a tile takes (FIXED + iterations) * LOOPS * clocks of an iteration
 
-Tiles start in the order of the grid (`perf.schedule`). The clocks are those of the code that ran, replayed on sm_80 to
-sm_90 and bounded on sm_100 and 120 (`perf.replay`). Decoding and AMD's cards have a static bound: the larger of
-products over the card's rate and bytes over its memory's. Other kernels, and the host, are left out.
+Tiles start in the order of the grid (`perf.schedule`). A tile's iterations are the blocks that its rows, or keys, see:
+of windows, lengths and packed sequences the blocks that they reach, one with a mask for as long as one without; of a
+dense mask all, in its own loop. The clocks are those of the code that ran, replayed on sm_80 to sm_90 and bounded on
+sm_100 and 120 (`perf.replay`). Decoding, fp32 (whose products are no tensor instructions, by which a replay finds its
+loop) and AMD's cards have a static bound: the larger of products over the card's rate and bytes over its memory's; of
+fp32 on AMD bytes alone. Other kernels, and the host, are left out.
 """
 
 from __future__ import annotations
@@ -16,25 +19,24 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tritonattn.backends.triton import KERNELS, launch
 from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel
 from tritonattn.tuning.config import TILED_KERNELS, one_line
 from tritonattn.tuning.gpus import GPU, known, nearest
+from tritonattn.tuning.order import Sections
 
 from .replay import Replay, replay
 from .replay.times import LAUNCH, LOOPS
-from .schedule import FIXED, end_on
+from .schedule import FIXED, end_on, places
+from .static.machine_code import flops_per_logit
 from .static.model import RATES
 
 _NAMES = {KERNELS[name]: name for name in TILED_KERNELS}
-# Options of a problem that leave all of its blocks, or those up to the diagonal.
-_DENSE = {"right", "grouped", "query_scale", "key_scale", "query_scale_grad", "rounding", "wide_q", "wide_k"}
-_DENSE |= {"aligned", "short"}
 
 
 def milliseconds(
@@ -51,13 +53,11 @@ def milliseconds(
         call(0)
     target = Target.of(device)
     gpu = known(target) or next(iter(nearest(target)), None)
-    problems = [one.arguments.kind.problem for one in launches]
-    if gpu is None or not launches or any(problem.dtype.itemsize != 2 for problem in problems):
+    if gpu is None or not launches:
         return None
-    if target.arch not in RATES or any(_NAMES[one.kernel] == "decode" for one in launches):
-        return max(flops / gpu.teraflops / 1e9, size / gpu.bandwidth / 1e9)
-    if not all(map(_is_dense, problems)):
-        return None
+    itemsize = max(one.arguments.kind.problem.dtype.itemsize for one in launches)
+    if itemsize > 2 or target.arch not in RATES or any(_NAMES[one.kernel] == "decode" for one in launches):
+        return _bound(gpu, flops, size, itemsize, card)
     try:
         clocks = sum(_clocks(one, target, target.processors or gpu.processors) for one in launches)
     except Exception as error:  # a model must not end a measurement
@@ -84,22 +84,37 @@ def _tiled_launches() -> Iterator[list[Any]]:
         launch.run = run
 
 
-def _is_dense(problem: Problem) -> bool:
-    given = {one.name for one in fields(Problem)[3:] if getattr(problem, one.name) != one.default}
-    return given <= _DENSE
+def _bound(gpu: GPU, flops: int, size: int, itemsize: int, card: Mapping[str, str]) -> float:
+    """Milliseconds that a call takes at least, by the card's rate of products of such operands and its memory's."""
+    of_memory, rates = size / gpu.bandwidth / 1e9, RATES.get(gpu.target.arch)
+    if itemsize <= 2:
+        return max(flops / gpu.teraflops / 1e9, of_memory)
+    if rates is None:
+        return of_memory
+    return max(flops / (2 * rates.fp32 * gpu.processors * _megahertz(gpu, card)) / 1000, of_memory)
 
 
 def _clocks(one: Any, target: Target, processors: int) -> float:
     """Model the clocks of a launch."""
-    kernel, problem, config = _NAMES[one.kernel], one.arguments.kind.problem, one.config
-    ran = (kept.compiled for key, kept in one.arguments.kind.codes.items() if key[:2] == (id(one.kernel), config))
+    kernel, problem, config, arguments = _NAMES[one.kernel], one.arguments.kind.problem, one.config, one.arguments
+    ran = (kept.compiled for key, kept in arguments.kind.codes.items() if key[:2] == (id(one.kernel), config))
     found = _replayed(kernel, problem, config, target, next(ran, None))
-    heads, blocks, sections = one.grid
-    q, k = one.arguments["q"].ptr.shape, one.arguments["k"].ptr.shape
-    steps = [FIXED + _iterations(kernel, problem, config, block, q, k) for block in range(blocks)]
-    started = steps if kernel == "grad_key_value" else steps[::-1]  # the longest first
-    tiles = [step for _ in range(sections) for step in started for _ in range(heads)]
-    return LAUNCH + end_on(processors * max(1, found.programs), tiles) * LOOPS * found.clocks
+    of_block = 1
+    if problem.mask:  # its loop takes a block in parts
+        of_block = max(1, round(flops_per_logit(kernel, problem) * config.block_m * config.block_n / found.flops))
+    iterations = _iterations(kernel, config, arguments)
+    steps = [FIXED + of_block * iterations[tile] for tile in _tiles(kernel, one.grid, arguments) if tile in iterations]
+    return LAUNCH + end_on(processors * max(1, found.programs), steps) * LOOPS * found.clocks
+
+
+def _tiles(kernel: str, grid: tuple[int, int, int], arguments: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """(sequence, block) of a launch's programs, in the order in which they start."""
+    size, blocks, count = grid
+    of_keys = kernel == "grad_key_value"
+    heads = arguments["q_heads"] // (arguments["group"] if of_keys else 1)
+    last_first = not of_keys and arguments["right"] is not None
+    for head, step in filter(None, places(size * count + arguments["first_head"], blocks, Sections(size, count), 1)):
+        yield head // heads, blocks - 1 - step if last_first else step
 
 
 @functools.lru_cache(maxsize=256)
@@ -107,15 +122,46 @@ def _replayed(kernel: str, problem: Problem, config: TileConfig, target: Target,
     return replay(code or compile_kernel(kernel, problem, config, target), config, target)
 
 
-def _iterations(kernel: str, problem: Problem, config: TileConfig, block: int, q: torch.Size, k: torch.Size) -> int:
-    """Count the blocks of keys that a block of rows sees, or the blocks of rows of a group that see a block of keys."""
-    q_len, k_len = q[2], k[2]
-    past = k_len - q_len if problem.right else k_len
-    if kernel == "grad_key_value":
-        first = max(0, block * config.block_n - past) if problem.right else 0
-        return max(0, -(-q_len // config.block_m) - first // config.block_m) * (q[1] // k[1])
-    keys = min((block + 1) * config.block_m + past, k_len)
-    return max(0, -(-keys // config.block_n))
+def _iterations(kernel: str, config: TileConfig, arguments: Mapping[str, Any]) -> dict[tuple[int, int], int]:
+    """Count, by (sequence, block), the blocks of keys that a block of rows sees, or of rows that see a block of keys.
+
+    Those of rows in each head of a group.
+    """
+    found: dict[tuple[int, int], int] = {}
+    size_m, size_n = config.block_m, config.block_n
+    for sequence, (lo, hi, keys) in enumerate(_visible(arguments)):
+        if kernel == "grad_key_value":
+            for block in range(-(-keys // size_n)):
+                rows = ((lo < (block + 1) * size_n) & (hi > block * size_n) & (lo < hi)).nonzero()
+                parts = int(rows[-1]) // size_m - int(rows[0]) // size_m + 1 if len(rows) else 0
+                found[sequence, block] = parts * arguments["group"]
+        else:
+            for block in range(-(-len(lo) // size_m)):
+                some = slice(block * size_m, (block + 1) * size_m)
+                least, most = lo[some][lo[some] < hi[some]], hi[some][lo[some] < hi[some]]
+                parts = -(-int(most.max()) // size_n) - int(least.min()) // size_n if len(least) else 0
+                found[sequence, block] = parts
+    return found
+
+
+def _visible(arguments: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """(lo, hi, keys) of each sequence, whose rows see the keys lo <= j < hi: `backends.triton.block.key_range`."""
+    starts = [arguments["q_starts"], arguments["k_starts"]]
+    if starts[0] is None:
+        lengths = [(arguments["q_len"], arguments["k_len"])] * arguments["q"].ptr.shape[0]
+    else:
+        lengths = list(zip(*(x.cpu().diff().tolist() for x in starts), strict=True))
+    ends, ranges = (None if x is None else x.cpu() for x in (arguments["key_lengths"], arguments["key_ranges"]))
+    for sequence, (rows, keys) in enumerate(lengths):
+        own = torch.arange(rows) + (keys - rows)
+        lo = torch.zeros_like(own) if arguments["left"] is None else (own - arguments["left"]).clamp(min=0)
+        hi = (
+            torch.full_like(own, keys) if arguments["right"] is None else (own + arguments["right"] + 1).clamp(max=keys)
+        )
+        hi = hi if ends is None else hi.clamp(max=int(ends[sequence]))
+        if ranges is not None:
+            lo, hi = lo.maximum(ranges[sequence, :, 0]), hi.minimum(ranges[sequence, :, 1])
+        yield lo, hi, keys
 
 
 def _megahertz(gpu: GPU, card: Mapping[str, str]) -> float:

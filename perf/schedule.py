@@ -18,7 +18,7 @@ from tritonattn.core.provenance import commit
 from tritonattn.core.tables import table as layout
 from tritonattn.tuning.config import Target
 from tritonattn.tuning.gpus import GPUS
-from tritonattn.tuning.order import heads_of_section, lanes
+from tritonattn.tuning.order import Sections, lanes, sections
 
 HEADING = """# Order of programs: a causal forward, head after head and in sections of heads
 
@@ -54,8 +54,8 @@ class Case:
         return next(gpu.target for gpu in GPUS if gpu.name == self.gpu)
 
     @property
-    def section(self) -> int:
-        return heads_of_section(self.heads, self.length * 2 * self.head_dim * 2, self.target)
+    def sections(self) -> Sections:
+        return sections(self.heads, self.length * 2 * self.head_dim * 2, self.target)
 
 
 def by_head(case: Case) -> Iterator[Tile]:
@@ -63,26 +63,36 @@ def by_head(case: Case) -> Iterator[Tile]:
     return ((head, block) for head in range(case.heads) for block in reversed(range(case.blocks)))
 
 
-def in_sections(case: Case) -> Iterator[Tile]:
-    """Order tiles as the kernels do: `kernels.block.program_in_section`."""
-    size, dies = case.section, lanes(case.target)
-    slots: Sequence[int] = range(size)
-    if size % dies == 0:
-        slots = [slot % dies * (size // dies) + slot // dies for slot in slots]
-    for first in range(0, case.heads, size):
-        yield from ((first + slot, block) for block in reversed(range(case.blocks)) for slot in slots)
+def in_sections(case: Case) -> Iterator[Tile | None]:
+    """Order tiles as the kernels do, None for a program without a head."""
+    for place in places(case.heads, case.blocks, case.sections, lanes(case.target)):
+        yield place and (place[0], case.blocks - 1 - place[1])
+
+
+def places(heads: int, blocks: int, sections: Sections, dies: int) -> Iterator[Tile | None]:
+    """(head, number of the block among its head's) of programs: `backends.triton.block.program_in_section`."""
+    size, count = sections
+    for first in range(heads - size * count, heads, size):
+        of_die, shared = divmod(min(first + size, size), dies)
+        for step, place in product(range(blocks), range(size)):
+            slot, die = divmod(place, dies)
+            turn = (die + step * shared) % dies
+            head = max(first, 0) + (die * of_die + slot if slot < of_die else dies * of_die + turn)
+            has_head = slot < of_die or (slot == of_die and turn < shared)
+            yield (head, step) if has_head else None
 
 
 def longest_first(case: Case) -> Iterator[Tile]:
     return ((head, block) for block in reversed(range(case.blocks)) for head in range(case.heads))
 
 
-def end_of(case: Case, order: Iterable[Tile]) -> float:
+def end_of(case: Case, order: Iterable[Tile | None]) -> float:
     """Steps until the last tile has ended."""
     gpu, dies = next(gpu for gpu in GPUS if gpu.name == case.gpu), lanes(case.target)
     tiles = list(order)
     machines = gpu.processors // dies * _RESIDENT[case.gpu]
-    return max(end_on(machines, (_steps(case, block) for _, block in tiles[die::dies])) for die in range(dies))
+    of_dies = ([_steps(case, tile[1]) for tile in tiles[die::dies] if tile] for die in range(dies))
+    return max(end_on(machines, steps) for steps in of_dies)
 
 
 def _steps(case: Case, block: int) -> int:
@@ -138,5 +148,5 @@ def run(options: argparse.Namespace) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dims", type=whole_numbers, default=(64, 128), help="64,128,...")
     parser.add_argument("--lengths", type=whole_numbers, default=(1024, 2048, 4096, 8192, 16384), help="tokens")
-    parser.add_argument("--heads", type=whole_numbers, default=(8, 16, 32, 48, 64, 96, 128, 192), help="of all batches")
+    parser.add_argument("--heads", type=whole_numbers, default=(8, 16, 20, 32, 37, 64, 128, 192), help="of all batches")
     parser.set_defaults(run=run)

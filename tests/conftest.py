@@ -1,6 +1,10 @@
-"""Keep the garbage collector away from modules and collected tests."""
+"""Leave out what needs triton where it is missing, and keep the garbage collector away from collected tests."""
 
 import gc
+from importlib.util import find_spec
+
+if find_spec("triton") is None:
+    collect_ignore = ["compiled", "emulated", "kernels", "perf", "stub_tests", "tuner", "tuning", "slow/emulated"]
 
 
 def pytest_collectstart() -> None:

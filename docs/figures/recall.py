@@ -7,8 +7,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from tritonattn.lab.figures import dodge, foot, save, ticks_at
-from tritonattn.lab.training.interval import Interval
 from tritonattn.lab.training.records import read
+from tritonattn.lab.training.report import Interval
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "docs/data/training/runs-recall.jsonl"

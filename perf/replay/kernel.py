@@ -39,6 +39,7 @@ class Replay:
                        barrier: of the program. scoreboard: an earlier result. fixed latency: stall counts. registers:
                        ports of the register file. fp32, integer, exp, mma, memory, uniform: the unit is taken.
                        issue: another warp issues
+    flops              of an iteration of a program
     programs           that a processor holds at once; 0 where one does not fit, and the figures are of one that did
     products           wgmma groups of the source in an iteration
     product_waits      waits for them; more of them than products: ptxas serialised the products
@@ -49,6 +50,7 @@ class Replay:
     share: float
     clocks: float
     waits: dict[str, float]
+    flops: float
     registers: int
     programs: int
     products: int
@@ -93,6 +95,7 @@ def replay(compiled: CompiledKernel, config: TileConfig, target: Target) -> Repl
         programs * loop.work.flops / rates.tensor / clocks,
         clocks / loop.work.tiles,
         waits,
+        loop.work.flops / loop.work.tiles,
         code.registers,
         fitting,
         loop.products,
@@ -121,9 +124,9 @@ def _replay_of_consumers(
     rates = parameters.rates
     programs = programs_per_sm(rates, code.registers, code.shared_bytes, code.tensor_memory, all_warps)
     product_waits = sum(one.act == "product wait" for one in path)
-    share = flops / rates.tensor / clocks
-    per_tile = clocks / loop.work.tiles
-    return Replay(share, per_tile, waits, code.registers, programs, loop.products, product_waits, None, False)
+    share, tiles = flops / rates.tensor / clocks, loop.work.tiles
+    found = (share, clocks / tiles, waits, flops / tiles, code.registers, programs)
+    return Replay(*found, loop.products, product_waits, None, False)
 
 
 def _replayed(

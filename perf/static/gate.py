@@ -8,8 +8,10 @@ from typing import Any
 
 from triton.compiler import CompiledKernel
 
+from tritonattn.backends.triton.decode import splits_of
 from tritonattn.tuner.gate import Candidate, compiled_candidate, memory_reasons
-from tritonattn.tuning.config import Problem, Target, TileConfig, padded_dim
+from tritonattn.tuning.config import Problem, Target, TileConfig, padded_dim, shared_limit
+from tritonattn.tuning.gpus import GPU
 
 from .machine_code import MachineCode, MmaLoop, flops_per_logit, read_machine_code
 from .model import RATES, cycles, programs_per_sm
@@ -20,6 +22,10 @@ _L2_BYTES = 48
 _OF_A_SOFTCAP = 3
 # Approximate clocks until a load from memory arrives.
 _LATENCY = 600
+# Of AMD's compute units a clock (CDNA 3 and 4 whitepapers): FLOPs, dense in 16 bits, exponentials, and bytes of LDS.
+_AMD_TENSOR = {"gfx942": 2048, "gfx950": 4096}
+_AMD_EXP = {"gfx942": 16, "gfx950": 32}
+_AMD_LDS = {"gfx942": 128, "gfx950": 256}
 # Instructions that access local memory, as a share of a loop's: of fewer the price is in the model.
 _MOST_LOCAL = 0.02
 
@@ -100,31 +106,83 @@ def _softmaxes(kernel: str, config: TileConfig, loop: MmaLoop) -> float:
     return loop.instructions.get("exp", 0) * 32 * config.num_warps / tile - rows
 
 
-def modelled_clocks(kernel: str, problem: Problem, candidate: Judged, target: Target, processors: int) -> float:
+def modelled_clocks(kernel: str, problem: Problem, candidate: Judged, gpu: GPU) -> float:
     """Model the clocks of a representative call on a GPU from the rates of its units, for ranking only.
 
     A processor holds some programs at once. Their units overlap as far as warps hide one another: an iteration takes
     its longest unit's time and, of the others' time, the share that one of a scheduler's warps leaves exposed; loads
     are exposed as far as the iterations between request and wait are shorter. A replay of the loop stands for all that.
+    AMD's loops are not read: their units follow from the tiles.
+    Decoding has a model of its own, of memory.
     """
-    config, code = candidate.config, candidate.code
+    config, code, target, processors = candidate.config, candidate.code, gpu.target, gpu.processors
     assert code is not None
+    if kernel == "decode":
+        return _clocks_of_decode(problem, config, code, gpu)
     programs, iterations = _work(kernel, problem, config)
-    rates, loop = RATES.get(target.arch), code.unmasked_loop
-    if rates is None or loop is None:
-        return _clocks_without_rates(kernel, problem, config, code, programs * iterations / processors)
-    resident = max(1, programs_per_sm(rates, code.registers, code.shared_bytes, code.tensor_memory, config.num_warps))
+    rates, loop, resident = RATES.get(target.arch), code.unmasked_loop, _resident(config, code, target)
     waves = -(-programs // (processors * resident))
     if candidate.latency is not None and candidate.latency.clocks is not None:
         return waves * iterations * candidate.latency.clocks
-    units = cycles(loop, rates, config.num_warps)
-    units["l2"] = loop.tiles * _streamed_bytes(kernel, problem, config) / _L2_BYTES
-    longest = max(units.values())
-    exposed = (units["tensor"] + units["exp"] + units["issue"] - longest) / max(1.0, resident * config.num_warps / 4)
+    of_l2 = _streamed_bytes(kernel, problem, config) / _L2_BYTES
+    if rates and loop:
+        tiles, units, in_turn = loop.tiles, cycles(loop, rates, config.num_warps), ("tensor", "exp", "issue")
+    else:
+        tiles, units, in_turn = 1, _amd_cycles(kernel, problem, config, target), ("tensor", "exp", "shared")
+    longest = max(*units.values(), tiles * of_l2)
+    exposed = (sum(units[name] for name in in_turn) - longest) / max(1.0, resident * config.num_warps / 4)
     ahead = max(0, config.num_stages - 1 - config.descriptors)  # the TMA is asked at an iteration's end
-    loads = loop.tiles * (_LATENCY + _streamed_bytes(kernel, problem, config) / _L2_BYTES)
-    waiting = max(0.0, loads - ahead * resident * longest) / resident
-    return waves * resident * iterations / loop.tiles * (longest + max(exposed, 0.0) + waiting)
+    waiting = max(0.0, tiles * (_LATENCY + of_l2) - ahead * resident * longest) / resident
+    return waves * resident * iterations / tiles * (longest + max(exposed, 0.0) + waiting)
+
+
+def _resident(config: TileConfig, code: MachineCode, target: Target) -> int:
+    """Count the programs that a processor holds at once; AMD's have four units of up to 8 waves, of 512 registers."""
+    if rates := RATES.get(target.arch):
+        fitting = programs_per_sm(rates, code.registers, code.shared_bytes, code.tensor_memory, config.num_warps)
+    else:
+        waves = 4 * min(8, 512 // max(code.registers, 1))
+        fitting = min(waves // config.num_warps, shared_limit(target) // max(code.shared_bytes, 1))
+    return max(1, fitting)
+
+
+def _amd_cycles(kernel: str, problem: Problem, config: TileConfig, target: Target) -> dict[str, float]:
+    """Count the clocks that a program's iteration occupies units of AMD, whose loops are not read.
+
+    Warps with less than 16 rows each, those of a matrix instruction, repeat one another's work. Each warp reads every
+    streamed tile from LDS, once for each product.
+    """
+    held, streamed = config.block_m, config.block_n
+    if kernel == "grad_key_value":
+        held, streamed = streamed, held
+    flops = flops_per_logit(kernel, problem)
+    logits = streamed * max(held, 16 * config.num_warps)
+    return {
+        "tensor": logits * flops / _AMD_TENSOR[target.arch],
+        "exp": logits / _AMD_EXP[target.arch],
+        "shared": config.num_warps * streamed * flops / 2 * problem.dtype.itemsize / _AMD_LDS[target.arch],
+    }
+
+
+def _clocks_of_decode(problem: Problem, config: TileConfig, code: MachineCode, gpu: GPU) -> float:
+    """Model decode's clocks: its bytes at the memory's rate, and what of their latency no other load in flight hides.
+
+    A block takes the longest of memory and units, and max(0, latency + bytes / rate - clocks between request and wait),
+    which programs on one processor share; of a program's first block only the other programs' loads hide some. By
+    Little's law nothing is exposed once latency * rate bytes are in flight: a block for each stage ahead and program.
+    """
+    programs, iterations = _work("decode", problem, config)
+    rates, loop = RATES.get(gpu.target.arch), code.unmasked_loop
+    tensor = rates.tensor if rates else _AMD_TENSOR.get(gpu.target.arch, 2048)
+    of_memory = _streamed_bytes("decode", problem, config) * gpu.flops_per_byte / tensor
+    turns = -(-programs // gpu.processors)
+    resident = min(_resident(config, code, gpu.target), turns)
+    units = cycles(loop, rates, config.num_warps).values() if rates and loop else ()
+    busy = max(of_memory, *(unit / loop.tiles for unit in units)) if loop else of_memory
+    load, ahead = _LATENCY + of_memory, config.num_stages - 1
+    exposed = max(0.0, load - ahead * resident * busy) / resident
+    first = max(0.0, load - max(1, ahead) * (resident - 1) * busy) / resident
+    return turns * (iterations * (busy + exposed) + first)
 
 
 def _streamed_bytes(kernel: str, problem: Problem, config: TileConfig) -> int:
@@ -139,14 +197,7 @@ def _work(kernel: str, problem: Problem, config: TileConfig) -> tuple[int, int]:
     held, streamed = config.block_m, config.block_n
     if kernel == "grad_key_value":
         held, streamed = streamed, held
-    if kernel == "decode":  # 16 splits of 32 sequences with 8 key heads
-        return 16 * 32 * 8 * -(-problem.packed_rows // held), max(1, length // 16 // streamed)
+    if kernel == "decode":  # 32 sequences with 8 key heads
+        splits = splits_of(length, config)
+        return splits * 32 * 8 * -(-problem.packed_rows // held), -(-length // (splits * streamed))
     return 128 * -(-length // held), length // streamed
-
-
-def _clocks_without_rates(kernel: str, problem: Problem, config: TileConfig, code: MachineCode, tiles: float) -> float:
-    """Model AMD's clocks: matrix work, weighted for small tiles, which load more a product, and for lone waves."""
-    waves = max(1, 512 // max(code.registers, 1)) if code.registers <= 512 else 1
-    flops = flops_per_logit(kernel, problem) * config.block_m * config.block_n
-    loads = 1 + 16 * (1 / config.block_m + 1 / config.block_n)
-    return tiles * flops / 4096 * loads * (1 + 1 / (waves * max(1, config.num_warps // 4)))

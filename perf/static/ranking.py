@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from tritonattn.tuner.candidates import candidates, few_candidates, tiles
+from tritonattn.tuner.candidates import candidates, tiles
 from tritonattn.tuner.gate import Compiler, Progress
 from tritonattn.tuner.static import fits, static_table
-from tritonattn.tuning.config import Problem, Target, TileConfig, may_use_descriptors, padded_dim
+from tritonattn.tuning.config import OPTIONS, Problem, Target, TileConfig, may_use_descriptors, padded_dim
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gpus import GPU
 from tritonattn.tuning.table import Key, Table
@@ -31,12 +32,24 @@ def ranked_table(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Prog
 def static_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
     """List the candidates for a ranking by a model, the default first: those with descriptors, where there are some.
 
-    Of decoding, which waits for memory, those with the default's stages: no model here tells others apart.
+    OPTIONS are left to a card: they change how instructions are ordered or overlap, and a model counts them.
     """
     default, *others = candidates(kernel, problem, target)
     described = may_use_descriptors(kernel, problem, target)
-    stages = (default.num_stages,) if kernel == "decode" else (1, 2, 3, 4)
-    return [default, *(one for one in others if one.num_stages in stages and one.descriptors == described)]
+    return [default, *(one for one in others if one.descriptors == described and one == replace(one, **OPTIONS))]
+
+
+def _few_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
+    """List the default, and of the static candidates of each tile the one nearest to 2 stages.
+
+    Of decoding, which waits for memory, those with the default's stages.
+    """
+    first, *others = static_candidates(kernel, problem, target)
+    of_tiles: dict[tuple[int, int, int], TileConfig] = {}
+    for one in sorted(others, key=lambda one: abs(one.num_stages - 2)):
+        if kernel != "decode" or one.num_stages == first.num_stages:
+            of_tiles.setdefault(tiles(one), one)
+    return [first, *of_tiles.values()]
 
 
 def _typical(key: Key) -> Problem:
@@ -47,7 +60,7 @@ def _typical(key: Key) -> Problem:
 def _contenders(key: Key, target: Target) -> list[tuple[str, Problem, TileConfig]]:
     """List the configs by which a key's tiles are compared, its own default first: in as many stages as the default."""
     problem = _typical(key)
-    few = few_candidates(key.kernel, problem, target)
+    few = _few_candidates(key.kernel, problem, target)
     configs = dict.fromkeys([default_config(key.kernel, key.problem, target), *few])
     return [(key.kernel, problem, config) for config in configs]
 
@@ -67,7 +80,7 @@ def _clocks(
 ) -> dict[TileConfig, float]:
     """Model the clocks of a typical call in each config that passes."""
     return {
-        one.config: modelled_clocks(key.kernel, _typical(key), one, gpu.target, gpu.processors)
+        one.config: modelled_clocks(key.kernel, _typical(key), one, gpu)
         for one in _in_time(compiler.examine(contenders))
     }
 

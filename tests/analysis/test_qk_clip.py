@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.analysis.models import Net
 from tests.support.llama import llama
+from tests.support.refusals import refuses
 from tritonattn.analysis import Alarm, Monitor, Thresholds, qk_clip
 from tritonattn.huggingface import patch
 from tritonattn.huggingface.architecture import interface_keywords
@@ -152,7 +153,8 @@ def refused(net, layer, match, heads=4):
 
 
 def test_others_are_refused_by_name():
-    refused(Net(scaling="cosine"), "attention", "scaling cosine")
+    for mode in ("cosine", "inkling2"):
+        refused(Net(scaling=mode), "attention", f"scaling {mode}")
     fresh = QueryAdaptiveSSMax(heads=4, head_dim=8)  # its weight of q is 0
     refused(Net(scaling=fresh), "attention", "scaling query_adaptive_ssmax")
     refused(nn.ModuleDict({"a": nn.Linear(3, 3), "b": Net()}), "a", "layout of Linear")
@@ -172,8 +174,7 @@ def test_others_are_refused_by_name():
     qwen = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8))
     refused(qwen, "model.layers.1.self_attn", r"layers\.1\.self_attn: .* q_norm")
     root = ScaledAttention(64, heads=4, scaling=QueryAdaptiveSSMax(heads=4, head_dim=16))
-    with pytest.raises(NotImplementedError, match="scaling query_adaptive_ssmax: its logits are not proportional to q"):
-        qk_clip(root)
+    refuses("NotImplementedError: scaling query_adaptive_ssmax: its logits are not proportional to q", qk_clip, root)
 
 
 def test_layers_that_cannot_be_clipped_are_named_at_once_and_left_in_a_run():
@@ -205,9 +206,6 @@ def test_infinite_logits_leave_a_head_and_arguments_are_checked():
         with pytest.raises(ValueError, match="max_logits: expected names of layers, got 'attentions'"):
             qk_clip(net, 10.0).clip({"attentions": [logit] * 4})
     for threshold in (0, -1.0, math.nan, "100", True):
-        with pytest.raises(ValueError, match="threshold: expected a positive number"):
-            qk_clip(net, threshold)
-    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got NoneType"):
-        qk_clip(None)
-    with pytest.raises(ValueError, match="expected 4 largest logits, got 3"):
-        qk_clip(net, 1.0).clip({"attention": [2.0] * 3})
+        refuses("ValueError: threshold: expected a positive number", qk_clip, net, threshold)
+    refuses("TypeError: model: expected a torch.nn.Module, got NoneType", qk_clip, None)
+    refuses("ValueError: ~ expected 4 largest logits, got 3", qk_clip(net, 1.0).clip, {"attention": [2.0] * 3})

@@ -109,22 +109,6 @@ def test_heads_and_batch_entries_in_any_parts(kv_heads, pairs, monkeypatch):
     check(tensors, return_aux=True, **MASKS["everything"](3, 24, 9, 11))
 
 
-@pytest.mark.usefixtures("small_tiles")
-def test_a_scale_of_zero_has_a_gradient():
-    tensors = inputs(torch.float64, scales=BOTH)
-    tensors["query_scale"].zero_()
-    assert run(tensors, direction(tensors), causal=True)["query_scale"].abs().max() > 0.1
-    check(tensors, causal=True)
-
-
-@pytest.mark.parametrize("sink", [-torch.inf, -200.0, 200.0])
-@pytest.mark.usefixtures("small_tiles")
-def test_extreme_sinks(sink):
-    tensors = inputs(torch.float32, scales=(*BOTH, "sinks"), **SIZES)
-    tensors["sinks"][1] = sink
-    check(tensors, return_aux=True, **MASKS["ranges"](2, 4, *SIZES.values()))
-
-
 @pairwise(
     mask=["causal lengths", "causal ranges", "everything"],
     poison=[torch.nan, torch.inf, -torch.inf],

@@ -16,7 +16,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from tritonattn.backends.triton import KERNELS, device, launch
-from tritonattn.backends.triton.block import Strided
 from tritonattn.tuning.config import Problem, TileConfig
 
 pytestmark = pytest.mark.skipif(
@@ -111,28 +110,6 @@ def test_code_is_launched_again_with_the_arguments_in_their_order(kernel):
     [code] = kernel.compiled.values()
     assert [grid for grid, _ in code.launched] == [(1, 1, 1), (2, 1, 1)], "Triton itself launches the first"
     assert [type(value) for value in code.launched[0][1]] == [type(value) for value in arguments(K).values()]
-
-
-SELECT = {
-    "dtype": {"k": launch.strided(K.float())},
-    "address": {"k": launch.strided(torch.zeros(K.numel() + 1, dtype=K.dtype)[1:].view(K.shape))},
-    "last stride": {"k": Strided(K, *K.stride()[:3], 2)},
-    "stride": {"k": Strided(K, 7, *K.stride()[1:])},
-    "long stride": {"k": Strided(K, 2**31, *K.stride()[1:])},
-    "presence": {"seen_ptr": torch.zeros(4, dtype=torch.uint8)},
-    "constant": {"HEAD_DIM": 63},
-    "long length": {"k_len": 2**31},
-}
-
-
-def test_arguments_that_select_other_code(kernel):
-    """Lengths, which come first, select none."""
-    for length in (5, 1, 15, 16, 1000):
-        device.launch_on(CUDA, kernel, (1, 1, 1), arguments(K, k_len=length), TILES)
-    for number, (name, changed) in enumerate(SELECT.items()):
-        assert len(kernel.asked) == 1 + number, name
-        device.launch_on(CUDA, kernel, (1, 1, 1), arguments(K, **changed), TILES)
-    assert len(kernel.asked) == 1 + len(SELECT)
 
 
 def test_code_that_a_kind_keeps_is_launched_unbound(kernel, monkeypatch):

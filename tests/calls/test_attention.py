@@ -1,4 +1,4 @@
-"""The public functions on a CPU: values and gradients against float64, backends, edges, aux."""
+"""The public functions on a CPU: values and gradients against float64, backends, edges, aux, scales."""
 
 import functools
 
@@ -8,7 +8,13 @@ from torch import Tensor
 
 import tritonattn
 from tests.kernels import harness
-from tests.support.calls import KINDS, assert_extreme_sink, assert_extreme_sink_of_decode, operands
+from tests.support.calls import (
+    KINDS,
+    assert_extreme_sink,
+    assert_extreme_sink_of_decode,
+    assert_gradients_of_keys_add_up,
+    operands,
+)
 from tests.support.masks import MASKS
 from tests.support.pairs import pairwise
 from tritonattn.backends import reference
@@ -230,3 +236,25 @@ def test_autocast_of_a_decode_step(backend):
 def test_sinks_that_are_not_finite(backend, sink):
     assert_extreme_sink(sink, backend)
     assert_extreme_sink_of_decode(sink, backend, keys=9)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_scales_in_16_bit_act_in_fp32(backend):
+    q, k, v = (x.detach() for x in operands(torch.float32, heads=(4, 4), lengths=(48, 48), dims=(16, 16)).values())
+    q, k = 3 * q, 3 * k  # sharp rows
+    random = torch.Generator().manual_seed(1)
+    query_scale, key_scale = ((torch.rand(2, 4, 48, generator=random) + 0.5).bfloat16() for _ in range(2))
+    found = tritonattn.scaled_attention(q, k, v, query_scale, key_scale, backend=backend)
+    wide = (x.double() for x in (q, k, v, query_scale, key_scale))
+    exact = tritonattn.scaled_attention(*wide, backend="reference")
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
+    gained = tritonattn.attention(q, k, v, scaling=query_scale, gain=key_scale, backend=backend)
+    wide = [x.double() for x in (q, k, v, query_scale, key_scale)]
+    exact = tritonattn.attention(*wide[:3], scaling=wide[3], gain=wide[4], backend="reference")
+    torch.testing.assert_close(gained.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("softcap", [None, 1e3], ids=["fused", "blockwise"])
+def test_gradients_of_keys_add_up_before_they_are_rounded(softcap, backend):
+    assert_gradients_of_keys_add_up(backend, softcap=softcap)

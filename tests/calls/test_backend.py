@@ -8,7 +8,6 @@ import torch
 import tritonattn
 from tests.support.calls import operands
 from tests.support.masks import MASKS
-from tritonattn.backends import reference
 from tritonattn.calls import dispatch
 from tritonattn.core.call import AttentionCall, Logits
 from tritonattn.core.visibility import Visibility
@@ -108,14 +107,6 @@ def test_auto_on_a_gpu(installed, dtype, dim, arguments, backend, reason, monkey
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once
         assert dispatch.choose_backend(called(q, k, v, **arguments)) == backend
-
-
-def test_cpu_takes_sdpa(monkeypatch):
-    monkeypatch.setattr(reference, "attention", None)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    q, k, v = operands(torch.float32).values()
-    assert dispatch.choose_backend(called(q, k, v)) == "sdpa"
-    tritonattn.attention(q, k, v)
 
 
 @pytest.mark.parametrize("mask", MASKS)

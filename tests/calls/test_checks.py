@@ -9,6 +9,7 @@ from torch import ones
 
 import tritonattn
 from tests.support.packed import offsets
+from tests.support.refusals import refuses
 from tritonattn import KeyStatistics, PagedKeyStatistics, ops
 from tritonattn.backends import reference
 from tritonattn.backends.cpu import sdpa
@@ -300,15 +301,6 @@ def cases() -> list[tuple[str, dict, str]]:
         shared = [] if "over" in call else [case for case in SHARED if not case[0].keys() - known]
         found += [(call, *case) for case in (*shared, *OF_ONE[call])]
     return found
-
-
-def refuses(error, call, *arguments, **keywords) -> None:
-    with pytest.raises((TypeError, ValueError, NotImplementedError)) as caught:
-        call(*arguments, **keywords)
-    found = f"{caught.type.__name__}: {caught.value}"
-    kind, parts = error.split(": ", 1)
-    missing = [part for part in (kind, *parts.split(" ~ ")) if part not in found]
-    assert not missing, f"{found} lacks {missing}"
 
 
 @pytest.mark.parametrize(("call", "changes", "error"), cases(), ids=lambda x: x if isinstance(x, str) else "")

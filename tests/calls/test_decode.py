@@ -1,19 +1,24 @@
 """attention_decode on the CPU backends: prefill, then decoding, is one full pass, for every mode."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from tests.support.caches import GrowingCache, sequences
+from tests.support.caches import GrowingCache, check_rows_without_keys, sequences
 from tests.support.calls import KINDS
+from tests.support.learned import LEARNED, learned
 from tests.support.pairs import pairwise
-from tritonattn import Scales, Scaling, attention, attention_decode
-from tritonattn.scaling import SCALINGS, Llama4, Ministral3, QwenLogn
+from tritonattn import attention, attention_decode
+from tritonattn.scaling import SCALINGS, Beam, Inkling, Inkling2, Llama4, Ministral3, QwenLogn
 
 BACKENDS = ("sdpa", "reference")
 WINDOWS = (None, (5, None), (0, 0), (40, 3), (1 << 40, 0))
 # With thresholds that short sequences reach.
 SMALL = {"qwen_logn": lambda: QwenLogn(3), "llama4": lambda: Llama4(0.5, 2), "ministral3": lambda: Ministral3(0.5, 2)}
+SMALL |= {"inkling": lambda: Inkling(0.5, 2), "inkling2": lambda: Inkling2(0.5, 2, 2.0), "beam": lambda: Beam(0.5, 2)}
 MODES = {**SCALINGS, **SMALL}
+EVERY = {**MODES, **{name: partial(learned, name) for name in LEARNED}}
 every_mode = pytest.mark.parametrize("mode", MODES)
 PAGES = (None, 16, 19)
 
@@ -32,11 +37,12 @@ def cut_biases(options: dict, keys: int) -> dict:
     return {name: x[..., :keys] if name == "key_bias" else x for name, x in options.items()}
 
 
-@pairwise(mode=MODES, backend=BACKENDS, statistics=[True, False], page=PAGES, window=WINDOWS, extras=EXTRAS)
+@pairwise(mode=EVERY, backend=BACKENDS, statistics=[True, False], page=PAGES, window=WINDOWS, extras=EXTRAS)
+@torch.no_grad()
 def test_prefill_then_decode_is_one_full_pass(mode, backend, statistics, page, window, extras):
-    heads = {"plain": (6, 1), "biases": (4, 4)}.get(extras, (4, 2))
+    heads = {"plain": (4, 1), "biases": (4, 4)}.get(extras, (4, 2))
     q, k, v = sequences(heads=heads)
-    options = {"scaling": MODES[mode](), "window": window, "return_aux": True, **EXTRAS[extras]}
+    options = {"scaling": EVERY[mode](), "window": window, "return_aux": True, **EXTRAS[extras]}
     expected, aux = attention(q, k, v, causal=True, backend="reference", **cut_biases(options, k.shape[2]))
     cache = GrowingCache(k, v, 29, page, statistics)
     cache.write([0, 11])
@@ -52,19 +58,7 @@ def test_prefill_then_decode_is_one_full_pass(mode, backend, statistics, page, w
 
 @pairwise(mode=KINDS, backend=BACKENDS, page=PAGES)
 def test_rows_without_keys_give_zeros(backend, page, mode):
-    q, k, v = sequences(length=8)
-    cache = GrowingCache(k, v, 24, page, statistics=True)
-    cache.write([0, 2])
-    found, aux = attention_decode(
-        q[:, :, :3], **cache.arguments(), scaling=MODES[mode](), return_aux=True, backend=backend
-    )
-    empty = torch.tensor([[True, True, True], [True, False, False]])[:, None].expand(2, 4, 3)
-    assert (found[empty] == 0).all()
-    assert found[~empty].isfinite().all()
-    assert (found[~empty] != 0).all()
-    assert torch.equal(aux.lse == -torch.inf, empty)
-    assert torch.equal(aux.max_logit == -torch.inf, empty)
-    assert (aux.entropy[empty] == 0).all()
+    check_rows_without_keys(24, page, scaling=MODES[mode](), backend=backend)
 
 
 @every_mode
@@ -92,28 +86,3 @@ def test_a_record_of_more_keys_than_a_call_sees(mode):
     arguments = cache.arguments() | {"scaling": scaling, "key_lengths": torch.tensor([7, 20])}
     found = attention_decode(q[:, :, 5:7], **arguments)
     torch.testing.assert_close(found, attention_decode(q[:, :, 5:7], **arguments | {"statistics": None}))
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_keys_taken_back_have_no_length(page):
-    """A key that no row sees has length 0 for a scaling of one's own, with a record of it or without."""
-
-    class LongestOfCache(Scaling):
-        name = "longest of cache"
-
-        def scales(self, q, k, visibility, statistics):
-            return Scales(1.0, query=1 / statistics.norms.amax(-1, keepdim=True))
-
-        def multiplier(self, q, k, visible):
-            return 1 / torch.where(visible.any(-2), k.norm(dim=-1), 0).amax(-1)[..., None, None]
-
-    q, k, v = sequences()
-    k[:, :, 12:] *= 50
-    cache = GrowingCache(k, v, 24, page, statistics=True)
-    cache.write([14, 20])
-    cache.truncate([9, 12])
-    arguments, query = cache.arguments(), cache.newest(q, 2)
-    expected = attention_decode(query, **arguments, scaling=LongestOfCache(), backend="reference")
-    for record in (cache.record, None):
-        found = attention_decode(query, **{**arguments, "statistics": record}, scaling=LongestOfCache())
-        torch.testing.assert_close(found, expected)

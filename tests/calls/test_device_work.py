@@ -103,17 +103,6 @@ def test_decode(scaling, recorded, of_ours, of_torch, kernels):
     assert len(kernels) == 2 * of_ours
 
 
-@pytest.mark.parametrize(("masks", "rows"), [({}, 1), ({"causal": True}, 9), (RANGES, 1), (LENGTHS, 1)], ids=str)
-def test_few_rows(masks, rows, kernels):
-    """A step of generation, also after padding on the left: programs share the keys of a row, as in decoding."""
-    q, k, v = operands()
-    if masks is RANGES:
-        masks = {"key_ranges": masks["key_ranges"][:, :1]}
-    found = work_of_torch(lambda: tritonattn.attention(q[:, :, :rows], k, v, backend="triton", **masks))
-    assert found == ["clamp"] * ("key_ranges" in masks)
-    assert kernels == ["attention_decode"] * 2
-
-
 def test_keys_whose_kernel_may_not_be_compiled_are_refused(monkeypatch):
     """While a CUDA graph is captured: operators of torch would stay in the graph, with other bits."""
 

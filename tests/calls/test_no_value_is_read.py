@@ -116,11 +116,7 @@ def take_back(call: AttentionCall) -> None:
     backward(call, out, lse, torch.empty_like(out), None, needs, torch.empty_like(out))
 
 
-@pairwise(
-    scaling=KINDS,
-    mask=["full", "causal", "window", "lengths", "ranges", "mask"],
-    form=["plain", "everything"],
-)
+@pairwise(scaling=KINDS, mask=["full", "causal", "window", "lengths", "ranges", "mask"], form=["plain", "everything"])
 def test_attention(scaling, mask, form, calls, kernels):
     options = masks(mask)
     if form == "everything":

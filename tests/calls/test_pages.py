@@ -33,20 +33,11 @@ def learned(module):
     return module.double()
 
 
-MODES = {
-    **SCALINGS,
-    "first of keys": FirstOfKeys,
-    "power_law": lambda: learned(nn.PowerLaw(heads=4)),
-}
+MODES = {**SCALINGS, "first of keys": FirstOfKeys, "power_law": lambda: learned(nn.PowerLaw(heads=4))}
 SOME = (*KINDS, "power_law", "first of keys")
 # Chunks of a prefill, single tokens, a prefix hit, guesses; sequences without rows, without keys.
 ROWS, KEYS = (5, 1, 0, 33, 3, 4, 16), (21, 48, 7, 33, 2, 0, 40)
-WINDOWS = {
-    "full": (False, None),
-    "causal": (True, None),
-    "window": (True, (6, None)),
-    "both sides": (False, (3, 2)),
-}
+WINDOWS = {"full": (False, None), "causal": (True, None), "window": (True, (6, None)), "both sides": (False, (3, 2))}
 FORMS = {
     "plain": lambda batch: {},
     "extras": lambda batch: {"softcap": 1.5, "sinks": torch.tensor([0.1, -3.0, 2.0, 0.0])},

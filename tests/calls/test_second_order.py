@@ -1,4 +1,4 @@
-"""Gradients of gradients: one error from every backend that has none, and the reference's are right."""
+"""Gradients of gradients: one error from every backend that has none."""
 
 import pytest
 import torch
@@ -29,20 +29,11 @@ CALLS = {
 }
 
 
-def first_order(
-    call: str, backend: str, device: torch.device | str = "cpu", graph: bool = True
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The leaves q, k and v [1, 2, 20, 8] of a call, and the gradients of its objective."""
-    function, options = CALLS[call]
-    generator = torch.Generator().manual_seed(0)
-    leaves = tuple(torch.randn(1, 2, 20, 8, generator=generator).to(device).requires_grad_() for _ in range(3))
-    objective = function(*leaves, backend=backend, **options).square().sum()
-    return leaves, torch.autograd.grad(objective, leaves, create_graph=graph)
-
-
 def assert_refused(call: str, backend: str, device: torch.device | str = "cpu") -> None:
-    leaves, gradients = first_order(call, backend, device)
-    for gradient in gradients:
+    function, options = CALLS[call]
+    leaves = [x.requires_grad_() for x in torch.randn(3, 1, 2, 20, 8, device=device).unbind()]
+    objective = function(*leaves, backend=backend, **options).square().sum()
+    for gradient in torch.autograd.grad(objective, leaves, create_graph=True):
         for leaf in leaves:
             with pytest.raises(RuntimeError, match=r"^tritonattn: gradients of gradients are not supported$"):
                 torch.autograd.grad(gradient.square().sum(), leaf, retain_graph=True)
@@ -51,10 +42,3 @@ def assert_refused(call: str, backend: str, device: torch.device | str = "cpu") 
 @pytest.mark.parametrize("call", CALLS)
 def test_sdpa_refuses_them(call):
     assert_refused(call, "sdpa")
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_the_reference_has_them(call):
-    leaves, gradients = first_order(call, "reference")
-    second = torch.autograd.grad(sum(x.square().sum() for x in gradients), leaves)
-    assert all(bool(x.isfinite().all()) and bool(x.any()) for x in second)

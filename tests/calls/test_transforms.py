@@ -15,7 +15,7 @@ from tests.support.pairs import pairwise
 
 pytestmark = [
     # torch's own, while it falls back
-    pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:torch.searchsorted"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:torch.searchsorted")
 ]
 
 
@@ -76,8 +76,7 @@ def test_checkpointing(masks):
     for run in (function, partial(checkpoint, function, use_reentrant=False)):
         torch.manual_seed(1)
         results.append(torch.autograd.grad(run(*leaves), leaves))
-    for x, expected in zip(*results, strict=True):
-        assert torch.equal(x, expected)
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("randomness", ["same", "different"])

@@ -1,4 +1,4 @@
-"""The command line: what a user reads when something is missing or wrong."""
+"""The command line: messages where something is missing or wrong, and how many threads a command takes."""
 
 import os
 import signal
@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tritonattn.cli import env
+from tritonattn.cli import env, options, threads
 from tritonattn.cli import main as cli
 from tritonattn.cli.options import at_least
 from tritonattn.core.errors import CommandError
 from tritonattn.core.progress import Progress
+from tritonattn.lab import length, training
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -95,3 +97,102 @@ def test_a_reader_that_leaves_is_no_traceback(length, monkeypatch):
     with os.fdopen(writing, "w", encoding="utf-8") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert cli.main(["env"]) == 141
+
+
+CORES = ("cpu0", "cpu1", "cpu2", "cpu3")
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """The numbers of threads that torch was given, with four cores and four threads before."""
+    found = []
+    monkeypatch.setattr(threads, "usable_cores", lambda: len(CORES))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: len(CORES))
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    monkeypatch.setattr(threads.time, "sleep", lambda seconds: None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return found
+
+
+def watch(monkeypatch, *idle: float):
+    """Let each core be idle for that share of the time that it is watched."""
+    seconds = [dict.fromkeys(CORES, 7.0), {core: 7.0 + x * 0.2 for core, x in zip(CORES, idle, strict=True)}]
+    monkeypatch.setattr(threads, "_idle_seconds", iter(seconds).__next__)
+
+
+@pytest.mark.parametrize(
+    ("idle", "wanted"), [((1, 1, 1, 1), 4), ((1, 0.9, 0.4, 0), 2), ((0, 0, 0, 0), 1), ((0, 0, 0, 1), 1)]
+)
+def test_as_many_threads_as_idle_cores(idle, wanted, given, monkeypatch):
+    watch(monkeypatch, *idle)
+    threads.limit_threads()
+    assert given == [wanted]
+
+
+REFUSED = [
+    ("demo --modes sqrt_dim,no_such_mode", ["--modes", "'no_such_mode'", "sqrt_dim"]),
+    ("demo --device no_such_device", ["--device", "no_such_device"]),
+    ("demo --text /no/such/file", ["--text", "/no/such/file"]),
+    ("demo --json /dev/null/a.json", ["--json: expected a folder", "'/dev/null'"]),
+    ("demo --plot a.xyz", ["--plot", "a.xyz", "png"]),
+    ("demo --max-tokens 1", ["--max-tokens", "at least 2"]),
+    (f"demo --model {__file__}", ["--model", ".gguf"]),
+    ("simulate --modes sqrt_dim,nope", ["--modes", "'nope'", "key_norm_sum"]),
+    ("simulate --parts papers", ["--parts", "'papers'", "paper, sweep, verdict"]),
+    ("simulate --counts 8,99999999999", ["--counts", "'99999999999'"]),
+    ("simulate --seed -1", ["--seed", "-1"]),
+    ("simulate --dims 0", ["--dims", "from 1", "'0'"]),
+    ("simulate --keys gauss", ["--keys", "'gauss'", "few giants"]),
+    (f"simulate --plot {__file__}", ["--plot", Path(__file__).name]),
+    ("train-compare --tasks digits,chess", ["--tasks", "'chess'", "recall"]),
+    ("train-compare --modes sqrt_dim,no_such_mode", ["--modes", "'no_such_mode'", "key_norm_mean"]),
+    ("train-compare --modes ssmax+gain", ["--modes", "'ssmax+gain'"]),
+    ("train-compare --seeds 1", ["--seeds", "at least 2", "got 1"]),
+    ("train-compare --grid --modes sqrt_dim", ["--grid", "two", "got 1"]),
+    (f"train-compare --out {__file__}", ["--out", "folder"]),
+    ("length-study --modes sqrt_dim,no_such", ["--modes", "'no_such'", "llama4"]),
+    ("length-study --modes sqrt_dim:7", ["--modes", "base", "'sqrt_dim:7'"]),
+    ("length-study --modes qwen_logn:0", ["--modes", "'qwen_logn:0'"]),
+    ("length-study --modes sqrt_dim*1.2.3", ["--modes", "'sqrt_dim*1.2.3'"]),
+    ("length-study --bin 0", ["--bin", "at least 2"]),
+    (f"length-study --out {__file__}", ["--out", "folder"]),
+    ("advise --context 0", ["--context: expected at least 2"]),
+    ("advise --model /nowhere/model", ["--model: cannot load"]),
+]
+
+
+def assert_refused(capsys: pytest.CaptureFixture[str], command: str, parts: list[str]) -> None:
+    """`tritonattn COMMAND` exits with 2, prints nothing, and says all parts on stderr."""
+    assert cli.main(command.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for part in (f"tritonattn {command.split()[0]}: ", *parts):
+        assert part in captured.err
+
+
+@pytest.mark.parametrize(("command", "parts"), REFUSED, ids=[command for command, _ in REFUSED])
+def test_wrong_usage_is_named_before_any_work(command, parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for module, work in ((length, "load"), (training, "train")):
+        monkeypatch.setattr(module, work, lambda *_: pytest.fail("works"))
+    assert_refused(capsys, command, parts)
+
+
+def test_an_unknown_model_without_network(monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert_refused(capsys, "demo --model no-such-user/no-such", ["no-such-user/no-such", "HF_HUB_OFFLINE"])
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        ("demo", ["transformers", "pip install 'tritonattn[demo]'"]),
+        ("simulate --plot x", ["simulate needs tqdm, matplotlib; to mend it: pip install 'tritonattn[lab]'"]),
+        ("watch run.jsonl", ["watch needs matplotlib; to mend it: pip install 'tritonattn[monitor]'"]),
+        ("train-compare", ["sklearn", "to mend it: pip install 'tritonattn[lab]'"]),
+    ],
+)
+def test_a_missing_extra_is_named(command, parts, monkeypatch, capsys):
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
+    assert_refused(capsys, command, parts)

@@ -1,14 +1,19 @@
-"""Machine code of the table's cases: no spills, few instructions a logit, and no more work than the tiles ask for."""
+"""Machine code of the table's cases and of the lesson's kernels: no spills, few instructions a logit, wide loads."""
 
 import ast
+import importlib
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-triton = pytest.importorskip("triton")
 from perf import codegen
 from perf.ceilings import (
+    DIRECT_LOADS,
     KEY_BIAS,
     KEY_BIAS_OF_TARGET,
     KEY_SCALE,
@@ -16,11 +21,14 @@ from perf.ceilings import (
     QUERY_SCALE,
     QUERY_SCALE_OF_TARGET,
 )
-from perf.static.machine_code import flops_per_logit
+from perf.static.machine_code import flops_per_logit, read_machine_code
+from tests.support.tiles import quick_config
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends import triton as backend
 from tritonattn.backends.triton import KERNELS, launch
-from tritonattn.tuning import Problem, Target, compile_kernel, default_config
+from tritonattn.tuning import Problem, Target, cache_dir, compile_kernel, default_config
+from tritonattn.tuning.lookup import usable_table
+from tritonattn.tuning.table import Key
 
 from .facts import facts
 from .table import CASES, CEILINGS, QUICK, SCALES, TARGETS, Case, problem_of
@@ -53,7 +61,7 @@ def check(case: Case) -> None:
         code, dim = facts(*case[:3]), case.problem.head_dim
         assert per_logit(case) <= NON_MMA_PER_LOGIT[case.kernel, case.target, dim], code
         exponentials = per_logit(case, "exp")
-        assert exponentials < (1.1 if dim <= 256 else 3.1), f"warps repeat each other's softmax: {code}"
+        assert exponentials < (1.1 if dim <= 256 else 2.3), f"warps repeat each other's softmax: {code}"
         if case.problem.right and dim == 64:
             check_loops(case)
 
@@ -81,6 +89,21 @@ def check_cost_of_scales(kernel: str, target: str) -> None:
     assert query - without <= QUERY_SCALE_OF_TARGET.get((kernel, target), QUERY_SCALE[kernel])
     assert key - query <= KEY_SCALE[kernel]
     assert bias - query <= KEY_BIAS_OF_TARGET.get((kernel, target), KEY_BIAS[kernel])
+
+
+@pytest.mark.skipif(OLDER_TRITON, reason="the tables are of another compiler's code")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_shipped_configs_of_gfx950_copy_from_memory_to_lds(head_dim):
+    check_direct_loads("forward", head_dim)
+
+
+def check_direct_loads(kernel: str, head_dim: int) -> None:
+    """Two stages of keys and values, of which no thread holds one in registers; and no spills."""
+    key, target = Key(kernel, head_dim, "query", "long"), Target.parse("gfx950")
+    config = usable_table(cache_dir.shipped_tables() / "mi350x.json", target).entries[key].config
+    code = facts(kernel, key.problem, target.name, config)
+    assert (config.num_warps, config.num_stages, code.spill_bytes) == (4, 2, 0)
+    assert code.direct_loads >= DIRECT_LOADS[kernel, head_dim]
 
 
 @pytest.mark.parametrize("kernel", ["row_bounds", "keys_seen", "argmax_of_ranges"])
@@ -116,3 +139,73 @@ def test_no_loop_writes_to_its_own_variable():
                 names = [node for statement in loop.body for node in ast.walk(statement) if isinstance(node, ast.Name)]
                 written = {node.id for node in names if isinstance(node.ctx, ast.Store)}
                 assert ast.unparse(loop.target) not in written, f"{path.name}:{loop.lineno}"
+
+
+@pytest.mark.parametrize(("arch", "product"), [(80, "tt.dot "), (90, "warp_group_dot ")])
+@pytest.mark.parametrize(("name", "products"), [("forward", 2), ("grad_query", 3), ("grad_key_value", 4)])
+def test_kernels_compile(name, products, arch, product, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # the file asks for the interpreter where there is no GPU
+    lesson = importlib.import_module("docs.examples.kernel")
+    kernel, sizes = getattr(lesson, f"{name}_kernel"), {"D": 128, **lesson.TILES}
+    tensors = (f"{tensor}_ptr" for tensor in ("q", "k", "v", "out", "do", "dq", "dk", "dv"))
+    types = dict.fromkeys(tensors, "*bf16") | dict.fromkeys(sizes, "constexpr") | {"S": "i32"}
+    signature = {argument: types.get(argument, "*fp32") for argument in kernel.arg_names}
+    aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if "*" in kind}
+    source = ASTSource(kernel, signature, sizes, aligned)
+    options = {"num_warps": lesson.LAUNCH["num_warps"], "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    assert compiled.asm["ttgir"].count(product) == products
+    assert read_machine_code(compiled).spill_bytes == 0
+
+
+HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
+PAGES = {"sequences": True, "block_table": True}
+LOADS = [
+    ("grad_query", "sm_90", 40, BFLOAT, {}),
+    ("row_terms", "sm_80", 72, SINGLE, {}),
+    ("key_statistics", "sm_90", 104, SINGLE, {}),
+    ("key_statistics_grad", "sm_80", 136, BFLOAT, {}),
+    ("append_keys", "sm_90", 72, BFLOAT, {}),
+    ("forward", "sm_80", 40, HALF, PAGES),
+]
+SLOW = [
+    ("forward", "sm_80", 104, BFLOAT, {}),
+    ("grad_query", "sm_80", 72, HALF, {}),
+    ("grad_key_value", "sm_90", 136, BFLOAT, {}),
+    ("decode", "sm_90", 40, SINGLE, {}),
+]
+
+
+@pytest.mark.parametrize("case", LOADS, ids=lambda case: case[0])
+def test_tiles_load_16_bytes_at_a_time(case):
+    check_loads(*case)
+
+
+def check_loads(kernel: str, target: str, dim: int, dtype: torch.dtype, form: dict[str, bool]) -> None:
+    """Narrow loads are as many as at the next multiple of 16, where Triton itself sees the alignment."""
+    wider = -(-dim // 16) * 16
+    assert narrow_loads(kernel, target, dim, dtype, form) == narrow_loads(kernel, target, wider, dtype, form)
+
+
+def narrow_loads(kernel: str, target: str, dim: int, dtype: torch.dtype, form: dict[str, bool]) -> int:
+    """Loads of fewer than 16 bytes in a kernel's code: those of vectors over rows and keys.
+
+    Row terms are read without what rounding took from an output: rows of 8 bits a number are multiples of 8 bytes only.
+    """
+    problem = Problem(dim, dim, dtype, right=True, rounding=dtype == BFLOAT and kernel != "row_terms", **form)
+    code = ptx(kernel, problem, target)
+    loads = re.findall(r"ld\.global[\w.:]*", code)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global [^,]*,[^,]*, (0x[0-9a-f]+|\d+)", code)
+    assert loads or copies
+    narrow = [load for load in loads if not load.endswith((".v4.b32", ".v2.b64", ".v8.b32"))]
+    return len(narrow) + sum(int(size, 0) < 16 for size in copies)
+
+
+def ptx(kernel: str, problem: Problem, target: str) -> str:
+    return compile_kernel(kernel, problem, quick_config(kernel, problem, Target.parse(target)), target).asm["ptx"]
+
+
+def test_rows_of_an_odd_stride_load_number_by_number():
+    """So that the count above can fail."""
+    code = ptx("forward", Problem(40, 40, BFLOAT, right=True, aligned=False), "sm_80")
+    assert len(re.findall(r"ld\.global\S*b16 ", code)) > 64

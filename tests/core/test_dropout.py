@@ -52,13 +52,6 @@ def test_bits_are_philox_of_the_position():
         assert tile[b, h, i, j].item() == (word >= threshold)
 
 
-def test_tiles_are_cut_from_one_mask():
-    dropout = Dropout(0.4, state(5, 6))
-    full = dropout.tile((2, 3), slice(0, 33), slice(0, 70))
-    for rows, keys in [(slice(0, 16), slice(64, 70)), (slice(16, 33), slice(0, 64)), (slice(7, 8), slice(69, 70))]:
-        assert torch.equal(dropout.tile((2, 3), rows, keys), full[:, :, rows, keys])
-
-
 def test_draw_follows_the_generator():
     def drawn():
         torch.manual_seed(3)

@@ -1,14 +1,19 @@
-"""JSON lines: appended whole, read again after an interruption."""
+"""JSON lines, appended whole and read again after an interruption; the machine, versions and commit beside them."""
 
 import errno
 import json
 import math
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from tritonattn.core import records
+from tritonattn.core import provenance, records
+from tritonattn.core.provenance import Environment, digest
 
 
 @pytest.mark.parametrize("before", ["", '{"a": 1}\n', '{"a": 1}\n{"to'], ids=["new", "whole", "torn"])
@@ -69,3 +74,34 @@ def test_figures_are_rounded_and_those_that_are_not_finite_become_null(tmp_path)
     assert records.for_json(x)["a"][2] == 1.23456
     records.write_json(tmp_path / "a.json", x, digits=2)
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": [None, None, 1.2], "b": [1, "c", True]}
+
+
+def test_an_environment_names_machine_versions_and_commit():
+    own = Environment.of(torch.device("cpu"))
+    assert own.torch == torch.__version__
+    assert own.threads == torch.get_num_threads()
+    assert re.fullmatch(r"(unknown|[0-9a-f]{7,}|.+-g[0-9a-f]+)( \(code [0-9a-f]{12}\))?", own.commit)
+    for part in (own.device, own.commit, f"torch {own.torch}"):
+        assert part in str(own)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_that_of_the_packages_checkout(tmp_path, monkeypatch):
+    module = tmp_path / "tritonattn" / "core" / "provenance.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("a")
+    monkeypatch.setattr(provenance, "__file__", str(module))
+    assert provenance.commit() == f"unknown (code {digest(tmp_path)})"
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "a")
+    clean = provenance.commit()
+    assert git("rev-parse", "HEAD").startswith(clean)
+    module.write_text("b")
+    assert provenance.commit() == f"{clean} (code {digest(tmp_path)})"

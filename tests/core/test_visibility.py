@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tests.support.masks import MASKS, visible_pairs
 from tritonattn.core import ranges
 from tritonattn.core.packing import PackedAxis
-from tritonattn.core.ranges import prefix_sum
 from tritonattn.core.statistics import max_over_keys, sum_over_keys
 from tritonattn.core.visibility import Visibility
 
@@ -142,15 +141,6 @@ def test_a_window_narrower_than_causal_wins():
     assert torch.equal(narrow, visibility_of(5, 5, window=(1, 0)).dense())
 
 
-def test_values_outside_the_keys_are_clamped():
-    ranges = torch.tensor([[[-5, 99], [3, 1], [-9, -2], [7, 50]]], dtype=torch.int32).expand(B, 4, 2)
-    expected = [[0, 4], [3, 3], [0, 0], [4, 4]]
-    lo, hi = visibility_of(4, 4, key_ranges=ranges).ranges()
-    assert torch.stack([lo, hi], -1)[0].tolist() == expected
-    _, hi = visibility_of(1, 4, key_lengths=torch.tensor([-3, 9])).ranges()
-    assert hi.tolist() == [[0], [4]]
-
-
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
 def test_bounds_of_dtypes_that_cannot_hold_the_number_of_keys(dtype):
     """uint8 holds no Sk of 300, int16 no 40,000."""
@@ -178,11 +168,6 @@ def test_a_mask_longer_than_a_block_of_rows(monkeypatch, entries):
     torch.testing.assert_close(*(torch.autograd.grad(t.square().sum(), x)[0] for t in (y, z)))
     largest = torch.where(dense, per_query_head(x)[:, :, None], -torch.inf).amax(-1)
     torch.testing.assert_close(max_over_keys(x, visibility), torch.where(dense.any(-1), largest, 0))
-
-
-def test_prefix_sum_starts_at_zero():
-    assert prefix_sum(torch.tensor([1.0, 2.0, 3.0])).tolist() == [0.0, 1.0, 3.0, 6.0]
-    assert prefix_sum(torch.empty(2, 0)).tolist() == [[0.0], [0.0]]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

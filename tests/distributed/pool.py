@@ -1,8 +1,11 @@
 """Processes that run a function on every rank: one pool a session, which a failed or silent rank replaces."""
 
+import functools
+import inspect
 import multiprocessing
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,3 +91,19 @@ def _serve(rank: int, size: int, store: Path, pipe: Any) -> None:
             pipe.send((False, traceback.format_exc()))
             return  # as a script does: the others then meet a closed connection
         pipe.send(answer)
+
+
+def on_every_rank(function: Callable) -> Callable:
+    """A test of function(rank, *fixtures), which runs on every rank of the pool."""
+
+    @functools.wraps(function)
+    def test(pool: Pool, **fixtures: Any) -> None:
+        pool.run(_run_test, function.__module__, function.__name__, fixtures)
+
+    _, *names = inspect.signature(function).parameters.values()
+    test.__signature__ = inspect.Signature([inspect.Parameter("pool", inspect.Parameter.POSITIONAL_OR_KEYWORD), *names])
+    return test
+
+
+def _run_test(rank: int, module: str, name: str, fixtures: dict[str, Any]) -> None:
+    getattr(import_module(module), name).__wrapped__(rank, **fixtures)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.distributed.pool import on_every_rank
 from tests.distributed.test_context_parallel import mesh_of
 from tritonattn.distributed import agreement, context_parallel_attention, context_parallel_decode, shard, unshard
 from tritonattn.nn import LearnedLogPower, SSMax
@@ -15,7 +16,8 @@ from tritonattn.scaling import LogKeyCount
 HEADS = 4
 
 
-def differing(rank: int) -> None:
+@on_every_rank
+def test_ranks_that_differ_raise_by_name(rank: int) -> None:
     """One rank calls otherwise: every rank raises, by the argument's name; in later calls at the debug level DETAIL."""
     mesh = mesh_of(dist.get_world_size())
     torch.manual_seed(0)
@@ -60,7 +62,8 @@ def differing(rank: int) -> None:
         unshard(x, mesh=mesh, dim=1) if rank == 1 else attend(softcap=3.0)
 
 
-def compared_once(rank: int) -> None:
+@on_every_rank
+def test_arguments_are_compared_once(rank: int) -> None:
     """A kind of call is compared once, whatever values its tensors have, and never while a compiler traces."""
     mesh, comparisons = mesh_of(2), []
     with pytest.MonkeyPatch.context() as patch:
@@ -75,11 +78,3 @@ def compared_once(rank: int) -> None:
         assert len(comparisons) == 4
         torch.compile(unshard, backend="eager")(x, mesh=mesh)
     assert len(comparisons) == 4
-
-
-def test_ranks_that_differ_raise_by_name(pool):
-    pool.run(differing)
-
-
-def test_arguments_are_compared_once(pool):
-    pool.run(compared_once)

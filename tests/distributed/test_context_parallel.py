@@ -11,7 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import tritonattn
+from tests.distributed.pool import on_every_rank
 from tests.support.pairs import in_turn, pairwise
+from tests.support.refusals import refuses
 from tritonattn import Scales, Scaling
 from tritonattn.distributed import context_parallel_attention, context_parallel_decode, shard, unshard
 from tritonattn.nn import PerHead, SSMax
@@ -98,7 +100,10 @@ def errors(
     return {name: ((a.double() - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
 
 
-def with_a_hostile_token(rank: int, size: int, method: str) -> None:
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("method", METHODS)
+@on_every_rank
+def test_rows_do_not_depend_on_keys_behind_them(rank: int, size: int, method: str) -> None:
     """A NaN, infinite or very long key does not reach the rows before it, nor a large gradient the keys behind it.
 
     A batch entry for every kind of token and every place.
@@ -131,7 +136,9 @@ def with_a_hostile_token(rank: int, size: int, method: str) -> None:
                 torch.testing.assert_close(mine[there], x[there], rtol=0, atol=1e-12)
 
 
-def aux_and_repetition(rank: int, method: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+@on_every_rank
+def test_statistics_of_rows_and_repeated_bits(rank: int, method: str) -> None:
     """`AttentionAux` in fp32 is that of one process, and a second call gives the same bits, gradients included."""
     mesh = mesh_of(dist.get_world_size())
     *whole, d_out = operands(torch.float32)
@@ -148,7 +155,8 @@ def aux_and_repetition(rank: int, method: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*bits, strict=True))
 
 
-def round_trip(rank: int) -> None:
+@on_every_rank
+def test_shard_and_unshard_are_inverse_and_say_what_cannot_be_divided(rank: int) -> None:
     mesh, x = mesh_of(dist.get_world_size()), torch.arange(48.0).view(2, 1, 24)
     for layout in LAYOUTS:
         part = shard(x, mesh=mesh, layout=layout).requires_grad_()
@@ -164,7 +172,8 @@ def round_trip(rank: int) -> None:
         shard(x[..., :12], mesh=mesh, layout="zigzag")
 
 
-def refused(rank: int) -> None:
+@on_every_rank
+def test_every_rank_refuses(rank: int) -> None:
     """Every rank refuses before it sends anything."""
     mesh = mesh_of(dist.get_world_size())
     q, k, v = (shard(x, mesh=mesh) for x in operands(torch.float32)[:3])
@@ -189,10 +198,8 @@ def refused(rank: int) -> None:
             call()
     with pytest.raises(TypeError, match=r"got ProcessGroup; DeviceMesh.from_group\(group, device_type\) makes one"):
         shard(q, mesh=mesh.get_group())
-    with pytest.raises(TypeError, match=r"q: expected a tensor \[B, Hq, Sq, D\], got NoneType"):
-        decoded(None, k)
-    with pytest.raises(ValueError, match=r"k_cache: expected 4 axes \[B, Hkv, capacity, D\], got 3"):
-        decoded(q[:, :, :1], k[0])
+    refuses("TypeError: q: expected a tensor [B, Hq, Sq, D], got NoneType", decoded, None, k)
+    refuses("ValueError: k_cache: expected 4 axes [B, Hkv, capacity, D], got 3", decoded, q[:, :, :1], k[0])
 
 
 def decode(rank: int, scaling: str, q_len: int, window: Any, has_statistics: bool, dtype: torch.dtype) -> float:
@@ -249,12 +256,6 @@ def test_results_and_gradients(size, method, layout, mask, scaling, pool):
     check(pool, 1e-12, size, method, layout, mask, scaling)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("method", METHODS)
-def test_rows_do_not_depend_on_keys_behind_them(method, size, pool):
-    pool.run(with_a_hostile_token, size, method)
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("scaling", "mask"),
@@ -273,19 +274,6 @@ def test_scalings_with_parameters_and_of_a_user(method, scaling, mask, pool):
 @pytest.mark.parametrize("method", METHODS)
 def test_other_dtypes_and_few_heads_at_a_time(method, dtype, allowed, pool):
     check(pool, allowed, 4, method, "zigzag", "causal", "key_norm_mean", dtype=dtype, head_group=1)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_statistics_of_rows_and_repeated_bits(method, pool):
-    pool.run(aux_and_repetition, method)
-
-
-def test_shard_and_unshard_are_inverse_and_say_what_cannot_be_divided(pool):
-    pool.run(round_trip)
-
-
-def test_every_rank_refuses(pool):
-    pool.run(refused)
 
 
 @in_turn(

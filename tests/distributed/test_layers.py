@@ -12,6 +12,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from tests.distributed.pool import on_every_rank
+from tests.support.refusals import refuses
 from tritonattn.core.shards import whole
 from tritonattn.distributed import (
     ContextParallel,
@@ -96,7 +98,8 @@ def test_a_layer_its_gates_and_its_places_are_those_of_one_process(pool, form, l
         assert max(found.values()) < 1e-12, found
 
 
-def sharded_values(rank: int) -> None:
+@on_every_rank
+def test_what_head_parallel_has_sharded_goes_beside_plain_operands(rank: int) -> None:
     """Gain and sinks as DTensors beside plain q are those of this rank's heads, gradients included."""
     torch.manual_seed(0)
     mesh, part = meshes(), slice(2 * (rank % 2), 2 * (rank % 2) + 2)
@@ -119,11 +122,8 @@ def sharded_values(rank: int) -> None:
         context_parallel_attention(q, k, v, mesh=mesh["cp"], sinks=distribute_tensor(sinks[:2], mesh["tp"], [Shard(0)]))
 
 
-def test_what_head_parallel_has_sharded_goes_beside_plain_operands(pool):
-    pool.run(sharded_values)
-
-
-def refusals(rank: int) -> None:
+@on_every_rank
+def test_a_layer_over_ranks_refuses_by_name(rank: int) -> None:
     """A layer over ranks refuses what says nothing of the whole sequence, and gates refuse torch's context."""
     mesh, x = meshes()["cp"], torch.randn(1, 8, WIDTH)
     layer = ScaledAttention(WIDTH, HEADS, causal=True, dropout_p=0.5)
@@ -131,29 +131,20 @@ def refusals(rank: int) -> None:
     for module in (layer, gate):
         parallelize_module(module, mesh, ContextParallel(layout="zigzag"))
     assert copy.deepcopy(layer).sequence_part is not None
-    with pytest.raises(NotImplementedError, match=r"dropout_p: expected 0 for a sequence split over ranks, got 0\.5"):
-        layer(x)
+    refuses("NotImplementedError: dropout_p: expected 0 for a sequence split over ranks, got 0.5", layer, x)
     layer.eval()
     layer.batch_invariant = True
-    with pytest.raises(NotImplementedError, match="batch_invariant: not supported for a sequence split over ranks"):
-        layer(x)
+    refuses("NotImplementedError: batch_invariant: not supported for a sequence split over ranks", layer, x)
     layer.batch_invariant = None
     given: dict[str, Any] = {"context": x, "key_lengths": torch.tensor([8]), "mask": torch.ones(8, 8).bool()}
     for name, value in {**given, "cache": KeyValueCache(1, HEADS, 8, 4)}.items():
-        with pytest.raises(ValueError, match=f"{name}: expected None beside ContextParallel"):
-            layer(x, **{name: value})
+        refuses(f"ValueError: ~ {name}: expected None with ContextParallel", layer, x, **{name: value})
     for call in (lambda: layer(x[:, :7]), lambda: gate(x[:, :7])):
-        with pytest.raises(ValueError, match="x: expected an even number of tokens of this rank for layout 'zigzag'"):
-            call()
+        refuses("ValueError: x: expected an even number of tokens of this rank for layout 'zigzag'", call)
     with pytest.raises(ValueError, match=r"ContextParallel: expected a module with a ScaledAttention, .* got Linear"):
         parallelize_module(nn.Linear(1, 1), mesh, ContextParallel())
-    with pytest.raises(ValueError, match="layout: expected one of"):
-        parallelize_module(plain, mesh, ContextParallel(layout="striped"))
+    refuses("ValueError: layout: expected one of", parallelize_module, plain, mesh, ContextParallel(layout="striped"))
     with context_parallel(mesh, buffers=[torch.randn(1, 8, 1)], buffer_seq_dims=[1]):
         for name, call in (("ForgetGate", lambda: ForgetGate(WIDTH, HEADS)(x)), ("ALiBi", lambda: alibi(8))):
             with pytest.raises(NotImplementedError, match=f"^{name}: torch's context_parallel is active"):
                 call()
-
-
-def test_a_layer_over_ranks_refuses_by_name(pool):
-    pool.run(refusals)

@@ -10,13 +10,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import tritonattn
+from tests.distributed.pool import on_every_rank
 from tests.support.caches import cached_call
 from tests.support.calls import CALLS, changed, example, torch_kernels
 from tritonattn import nn
+from tritonattn.core.norms import key_norms_of
 from tritonattn.core.shards import whole
-from tritonattn.core.statistics import key_norms_of
 from tritonattn.distributed import HeadParallel
-from tritonattn.ops import key_statistics
+from tritonattn.ops import attend
 from tritonattn.ops.flat import flat
 
 B, HQ, HKV, S, D = 4, 8, 4, 12, 8
@@ -41,7 +42,18 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
-def dense(rank: int, placed: str, scaling: Any) -> float:
+@pytest.mark.parametrize(
+    ("placed", "scaling"),
+    [
+        ("batch, heads", "key_norm_mean"),
+        ("replicas, heads", "ssmax"),
+        ("heads", "cosine"),
+        ("batch", "per_head"),
+        ("heads twice", "power_law"),
+    ],
+)
+@on_every_rank
+def test_results_and_gradients_are_those_of_one_process(rank: int, placed: str, scaling: Any) -> None:
     """Largest relative error of `attention` and its gradients, with every argument that has heads or a batch."""
     shape, placements = PLACEMENTS[placed]
     mesh = _mesh(shape)
@@ -64,7 +76,7 @@ def dense(rank: int, placed: str, scaling: Any) -> float:
     got, got_aux, of_ranks = results(own)
     assert got.placements == placements
     pairs = [(got, out), (got_aux.entropy, aux.entropy), *zip(of_ranks, gradients, strict=True)]
-    return max(_error(*pair) for pair in pairs)
+    assert max(_error(*pair) for pair in pairs) < 1e-12
 
 
 def others(rank: int) -> dict[str, float]:
@@ -153,7 +165,7 @@ def operators(rank: int) -> dict[str, float]:
         compared("forward", [*flat(call), False], [both, placed, placed], case=str(placed))
     seen, of_keys = torch.arange(16)[None, None] < lengths[:, None, None], key_norms_of(k)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(key_statistics, "kernels", torch_kernels)
+        patch.setattr(attend, "kernels", torch_kernels)
         compared("key_norms", [k.requires_grad_(), seen], [both])
         compared("prefix_sums", [of_keys], [both])
         compared("argmax_over_ranges", [of_keys, torch.tensor([[[0, 3]]]), torch.tensor([[[9, 16]]])], [both])
@@ -162,7 +174,8 @@ def operators(rank: int) -> dict[str, float]:
     return errors
 
 
-def refusals(rank: int) -> None:
+@on_every_rank
+def test_placements_are_refused_by_the_arguments_name(rank: int) -> None:
     """Placements that attention cannot take are refused by the argument's name."""
     mesh, plain = _mesh((4,)), torch.randn(B, HQ, S, D)
 
@@ -175,7 +188,7 @@ def refusals(rank: int) -> None:
         (placed(Shard(3)), sharded, sharded, {}, r"q: expected its batch or heads sharded, or replicas, got \(S.*3"),
         (sharded, replica, sharded, {}, r"k: expected q's mesh, and \(S.*1.*\) there, got \(R"),
         (sharded, sharded, plain, {}, "v: expected a DTensor, as q is, got a Tensor"),
-        (plain, sharded, sharded, {}, "k: expected a plain tensor beside a plain q, got a DTensor"),
+        (plain, sharded, sharded, {}, "k: expected a plain tensor with a plain q, got a DTensor"),
         (sharded, few, few, {}, "k: axis 1: expected a size that 4 ranks divide, got 2"),
         (
             plain,
@@ -184,14 +197,15 @@ def refusals(rank: int) -> None:
             {"sinks": torch.randn(HQ)},
             "sinks: expected a value for each of q's 8 heads .* got 2 of 8",
         ),
-        (plain, plain, plain, {"key_lengths": torch.ones(B).long()}, "key_lengths: expected a plain tensor beside a"),
+        (plain, plain, plain, {"key_lengths": torch.ones(B).long()}, "key_lengths: expected a plain tensor with a"),
     ):
         options = {name: placed(Shard(0), x) for name, x in others.items()}
         with pytest.raises((TypeError, ValueError), match=f"^{message}"):
             tritonattn.attention(q, k, v, **options)
 
 
-def dropped(rank: int) -> None:
+@on_every_rank
+def test_dropout_differs_by_shard_and_agrees_between_replicas(rank: int) -> None:
     """Dropout under one seed, of heads whose operands are alike: replicas agree, shards differ."""
     mesh = _mesh((2, 2))
     one = torch.randn(1, 1, S, D, generator=torch.Generator().manual_seed(0)).expand(2, 4, S, D).contiguous()
@@ -205,20 +219,6 @@ def dropped(rank: int) -> None:
     assert not any(torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
 
 
-@pytest.mark.parametrize(
-    ("placed", "scaling"),
-    [
-        ("batch, heads", "key_norm_mean"),
-        ("replicas, heads", "ssmax"),
-        ("heads", "cosine"),
-        ("batch", "per_head"),
-        ("heads twice", "power_law"),
-    ],
-)
-def test_results_and_gradients_are_those_of_one_process(pool, placed, scaling):
-    assert max(pool.run(dense, placed, scaling)) < 1e-12
-
-
 def test_explicit_scales_packed_sequences_and_caches(pool):
     assert max(max(errors.values()) for errors in pool.run(others)) < 1e-12
 
@@ -226,14 +226,6 @@ def test_explicit_scales_packed_sequences_and_caches(pool):
 def test_operators_have_sharding_rules(pool):
     for errors in pool.run(operators):
         assert max(errors.values()) < 1e-12, errors
-
-
-def test_placements_are_refused_by_the_arguments_name(pool):
-    pool.run(refusals)
-
-
-def test_dropout_differs_by_shard_and_agrees_between_replicas(pool):
-    pool.run(dropped)
 
 
 def test_parameters_that_are_no_values_of_heads_are_refused_by_name():

@@ -1,4 +1,4 @@
-"""A patched Llama trained by four processes has the losses of one, and its checkpoints go from world to world."""
+"""A patched Llama trained by four processes: its losses, its checkpoints, and what would be wrong without a word."""
 
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.parallel import DistributedDataParallel
 
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+import tritonattn
 from tests.distributed.models import HEADS, by_heads, llama, sharded, tokens
+from tests.distributed.pool import on_every_rank
+from tests.support.refusals import refuses
 from tritonattn.core.shards import whole
-from tritonattn.huggingface import patched
+from tritonattn.huggingface import patch, patched
 
 STEPS = 20
 
@@ -95,7 +99,8 @@ def test_losses_and_learned_values_are_those_of_one_process(pool, one, how):
         assert got == pytest.approx(one, rel=1e-5)
 
 
-def dtypes_seen(rank: int) -> None:
+@on_every_rank
+def test_what_is_learned_keeps_fp32_in_a_group_of_its_own(rank: int) -> None:
     """Under a policy of bf16 weights act in it, learned values in fp32, gradients are fp32."""
     model, seen = llama(), set()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -111,11 +116,8 @@ def dtypes_seen(rank: int) -> None:
     assert seen == {(torch.bfloat16, torch.float32)}
 
 
-def test_what_is_learned_keeps_fp32_in_a_group_of_its_own(pool):
-    pool.run(dtypes_seen)
-
-
-def checkpointed(rank: int, folder: Path) -> None:
+@on_every_rank
+def test_checkpoints_go_from_world_to_world(rank: int, tmp_path: Path) -> None:
     """A checkpoint of FSDP2 x tensor parallelism is read by FSDP2 alone, and by one process, and back."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "other"))
 
@@ -133,7 +135,7 @@ def checkpointed(rank: int, folder: Path) -> None:
         "one": filled,
     }
     for source, target in (("both", "fsdp"), ("both", "one"), ("fsdp", "both")):
-        place = folder / f"{source} {target}"
+        place = tmp_path / f"{source} {target}"
         saved, loaded = worlds[source](0.25), worlds[target](7.0)
         dcp.save(get_model_state_dict(saved), checkpoint_id=place)
         state = get_model_state_dict(loaded)
@@ -142,10 +144,6 @@ def checkpointed(rank: int, folder: Path) -> None:
         wanted = dict(filled(0.25).named_parameters())
         for name, p in loaded.named_parameters():
             assert torch.equal(whole(p), wanted[name]), (source, target, name)
-
-
-def test_checkpoints_go_from_world_to_world(pool, tmp_path):
-    pool.run(checkpointed, tmp_path)
 
 
 def planned(rank: int, folder: Path) -> float:
@@ -170,3 +168,55 @@ def planned(rank: int, folder: Path) -> float:
 def test_transformers_own_plan_shards_what_is_learned(pool, tmp_path):
     pytest.importorskip("transformers.distributed.tensor_parallel")
     assert max(pool.run(planned, tmp_path)) < 5e-6
+
+
+@pytest.mark.parametrize("layers", [{0: "key_norm_max", 1: "cosine"}, {0: {"gain": 2.0}, 1: "ssmax"}])
+@on_every_rank
+def test_a_patched_model_attends_to_the_whole_sequence_under_torchs_context_parallel(rank: int, layers) -> None:
+    """Relative error of a patched model's loss and gradients under torch's context_parallel, on this rank."""
+    from torch.distributed.tensor.experimental._attention import context_parallel_unshard
+
+    mesh = init_device_mesh("cpu", (4,))
+    ids = tokens(length=32)
+    positions = torch.arange(32).expand(4, -1).contiguous()
+    one, model = llama(layers), llama(layers)
+    want = one(input_ids=ids, position_ids=positions).logits
+    want.square().mean().backward()
+    with context_parallel(mesh, buffers=[ids, positions], buffer_seq_dims=[1, 1]):
+        got = model(input_ids=ids, position_ids=positions).logits
+        got.square().mean().backward()
+        (logits,) = context_parallel_unshard(mesh, [got.detach()], [1])
+    worst = ((logits - want).abs().max() / want.abs().max()).item()
+    for mine, theirs in zip(model.parameters(), one.parameters(), strict=True):
+        torch.distributed.all_reduce(mine.grad, torch.distributed.ReduceOp.SUM)
+        worst = max(worst, ((mine.grad / 4 - theirs.grad).abs().max() / theirs.grad.abs().max()).item())
+    assert worst < 2e-6
+
+
+@on_every_rank
+def test_what_would_be_silently_wrong_is_refused(rank: int) -> None:
+    """Every call that would be silently wrong raises, and names what to do."""
+    mesh = init_device_mesh("cpu", (4,))
+    q = torch.randn(1, 4, 32, 8)
+    ids = tokens(length=32)
+    with context_parallel(mesh, buffers=[q, ids], buffer_seq_dims=[2, 1]):
+        refuses("NotImplementedError: ~ context_parallel_attention", tritonattn.attention, q, q, q, causal=True)
+        refuses("ValueError: ~ position_ids", llama({0: "sqrt_dim", 1: "sqrt_dim"}), input_ids=ids)
+        model = llama().train()
+        model.model.layers[0].self_attn.attention_dropout = 0.1
+        refuses("NotImplementedError: ~ dropout", model, input_ids=ids, position_ids=torch.arange(8)[None])
+        with pytest.raises(NotImplementedError, match="attention_mask"):
+            llama()(input_ids=ids, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]] * 4))
+    tritonattn.attention(q, q, q)
+    tensor_parallel = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"]
+    one_number = {i: {"gain": torch.tensor(1.0)} for i in (0, 1)}
+    refuses("ValueError: ~ a value a head", by_heads, llama(one_number), tensor_parallel)
+    for layers, message in (
+        (one_number, "gain: expected a value a head"),
+        (dict.fromkeys((0, 1), "ssmax"), "HeadParallel"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            by_heads(llama(layers), tensor_parallel, learned=False)(input_ids=tokens())
+    for wrap in (DistributedDataParallel, fully_shard):
+        refuses("ValueError: ~ patch first", patch, wrap(llama(None)), scaling="ssmax")
+        patch(wrap(llama(None)), scaling="key_norm_mean")

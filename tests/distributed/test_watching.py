@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("transformers")
 from tests.distributed.models import HEADS, by_heads, llama, sharded, tokens
+from tests.distributed.pool import on_every_rank
 from tritonattn.analysis import Monitor, Thresholds, qk_clip
 from tritonattn.core.shards import whole
 
@@ -68,7 +69,8 @@ def test_records_are_those_of_one_process(pool, one, tmp_path, how):
                 assert record["layers"][name][measure] == pytest.approx(wanted, rel=2e-4, abs=1e-9), measure
 
 
-def clipped(rank: int) -> None:
+@on_every_rank
+def test_clip_takes_the_largest_logits_and_a_rank_in_another_step_or_alone_is_refused(rank: int) -> None:
     """`clip` takes the largest logits of all ranks, which see layers that others do not; what is no step is refused."""
     mine = [0.1, math.nan, 1.0 + rank, None]
     found = qk_clip(llama(), 1.0).clip({f"model.layers.{rank % 2}.self_attn": mine})
@@ -80,7 +82,3 @@ def clipped(rank: int) -> None:
     monitor.steps = rank
     with pytest.raises(RuntimeError, match="same step"), monitor:
         monitor.step(1.0)
-
-
-def test_clip_takes_the_largest_logits_and_a_rank_in_another_step_or_alone_is_refused(pool):
-    pool.run(clipped)

@@ -1,13 +1,24 @@
-"""The code of the documents runs as it stands, their commands are commands, and what they point to exists."""
+"""The code of the documents runs, their commands parse, links lead somewhere, generated parts are current."""
 
 import argparse
+import doctest
 import importlib
+import json
+import os
 import re
+import runpy
 import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
+import torch
 
+import tritonattn
+from docs import generated
 from tests.support.snippets import ROOT, run, snippets
+from tritonattn.analysis import diagnose
 from tritonattn.cli import main as cli
 
 DOCUMENTS = sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "docs").glob("*.md"))
@@ -45,12 +56,6 @@ def test_commands_parse(document):
             parser.parse_args(words[4:])
 
 
-@pytest.mark.parametrize("document", PAGES)
-def test_paths_that_are_named_exist(document):
-    for path in re.findall(r"`((?:docs|perf|tests|tritonattn|autotune_cache)/[\w./-]+)`", TEXTS[document]):
-        assert (ROOT / path).exists(), path
-
-
 def anchors(document: str) -> set[str]:
     """The names of its headings in links, as GitHub and mkdocs make them."""
     headings = re.findall(r"^#+ (.*)$", TEXTS[document], re.MULTILINE)
@@ -77,7 +82,103 @@ def test_every_page_is_in_the_site():
     assert sorted(listed) == sorted(file.removeprefix("docs/") for file in DOCUMENTS)
 
 
-def test_architecture_describes_every_folder():
-    table = TEXTS["docs/architecture.md"].partition("| folder |")[2].partition("\n\n")[0]
-    folders = {file.parent.name for file in (ROOT / "tritonattn").glob("*/__init__.py")}
-    assert folders - set(re.findall(r"`(\w+)/`", table)) == set()
+SCALINGS_PAGE = "docs/scalings.md"
+
+
+def test_the_code_of_the_readme_runs():
+    assert all(run("README.md", 0)[name].grad is not None for name in "qkv")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_mode_as_documented_keeps_padding_out(backend):
+    """As the page writes a mode, keys that no row sees may hold NaN: its author is not asked to think of it."""
+    (position,) = (i for i, code in enumerate(snippets(SCALINGS_PAGE)) if "class LogKeyNorm(Scaling)" in code)
+    scaling = run(SCALINGS_PAGE, position)["LogKeyNorm"]()
+    q, k, v = torch.randn(3, 1, 4, 9, 8, dtype=torch.float64).unbind(0)
+    lengths = torch.tensor([6])
+    hidden = torch.arange(9)[:, None] >= 6
+    results = []
+    for fill in (0.0, torch.nan):
+        leaves = [q.clone().requires_grad_(), *(torch.where(hidden, fill, x).requires_grad_() for x in (k, v))]
+        out = tritonattn.attention(*leaves, scaling=scaling, causal=True, key_lengths=lengths, backend=backend)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(map(torch.equal, *results))
+
+
+STORED = {
+    found[2]: (file, found[0])
+    for file in generated.documents()
+    for found in generated.PART.finditer(file.read_text(encoding="utf-8"))
+}
+INTERPRETED = ("support", "memory")  # the slow tier's
+
+
+@pytest.mark.parametrize("name", [name for name in generated.PARTS if name not in INTERPRETED])
+def test_part_is_not_stale(name):
+    check_part(name)
+
+
+def check_part(name: str) -> None:
+    file, stored = STORED[name]
+    assert generated.renewed(stored, {}) == stored, f"{file}: run python -m docs.generated --write"
+
+
+def test_a_stale_part_is_found():
+    stale = "<!-- generated: floors -->\nold\n<!-- end -->"
+    assert generated.renewed(stale, {"floors": "new\n"}) == stale.replace("old", "new")
+
+
+PROGRAMS = sorted((ROOT / "docs/examples").glob("*.py"))
+KERNELS = ROOT / "docs/examples/kernel.py"  # a process of its own: it asks for Triton's interpreter
+MODULES = [file for file in sorted((ROOT / "tritonattn").rglob("*.py")) if ">>> " in file.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("program", [file for file in PROGRAMS if file != KERNELS], ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("ignore")
+def test_program_runs(program, capsys):
+    if "transformers" in program.read_text(encoding="utf-8"):
+        pytest.importorskip("transformers")
+    runpy.run_path(str(program), run_name="__main__")
+    assert capsys.readouterr().out.strip()
+
+
+def test_kernels_run_without_a_gpu():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, KERNELS], env=environment, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 7
+    assert all(float(error) <= 1e-5 * float(size) for error, size in re.findall(r"(\S+) of (\S+)$", done.stdout, re.M))
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_docstrings(file):
+    name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    result = doctest.testmod(pytest.importorskip(name, exc_type=ImportError))
+    assert result.attempted == file.read_text(encoding="utf-8").count(">>> ")
+    assert result.failed == 0
+
+
+SCRIPT = ROOT / "docs/playground.js"
+CASES = [(2, 16, 0.0, 0), (32, 64, 1.0, 1), (512, 32, 2.0, 2)]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_numbers_are_those_of_tritonattn(case):
+    sizes = json.dumps(dict(zip(("n", "D", "spread", "seed"), case, strict=True)))
+    drawn = f"(({{ q, k }}) => ({{ q, k, rows: page.row(q, k) }}))(page.operands({sizes}))"
+    code = f"const page = require({json.dumps(str(SCRIPT))}); console.log(JSON.stringify({drawn}))"
+    done = subprocess.run(["node", "-e", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    q, k = (torch.tensor(found[name], dtype=torch.float64).view(1, 1, -1, case[1]) for name in "qk")
+    unit = torch.eye(case[0], dtype=torch.float64)[None, None]
+    assert list(found["rows"]) == list(tritonattn.SCALINGS)
+    for mode, row in found["rows"].items():
+        p, aux = tritonattn.attention(q, k, unit, scaling=mode, backend="reference", return_aux=True)
+        of_rows = diagnose(q, k, scaling=mode)
+        wanted = {"p": p, "maxLogit": aux.max_logit}
+        wanted |= {"relativeEntropy": of_rows.relative_entropy, "gradient": of_rows.gradient_norm}
+        for name, value in wanted.items():
+            ours = torch.tensor(row[name], dtype=torch.float64).view_as(value)
+            torch.testing.assert_close(ours, value, rtol=1e-5, atol=1e-9)

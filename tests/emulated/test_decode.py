@@ -7,10 +7,8 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
-import pytest
 import torch
 
-pytest.importorskip("triton")
 from tests.support.caches import check_newest, sequences
 from tests.support.pairs import all_pairs, in_turn
 from tritonattn import attention_decode

@@ -10,7 +10,6 @@ from collections import Counter
 import pytest
 import torch
 
-pytest.importorskip("triton")
 import tritonattn
 from tests.emulator.parse import parse
 from tests.emulator.synchronisation import Order, kind_of, without

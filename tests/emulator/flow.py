@@ -68,6 +68,18 @@ class Flow:
                         known |= 1 << register
         return found
 
+    def discarded(self, one: Instruction) -> set[int]:
+        """Registers that a mov packs, in parts that every mov which unpacks them drops: LLVM leaves such undefined."""
+        if one.base != "mov" or one.sources[0].kind != "vector":
+            return set()
+        parts, kept = one.sources[0].value, set()
+        for reader in (other for other in self.instructions if one.written[0] in other.used):
+            taken = reader.results[0].value if reader.base == "mov" and reader.results[0].kind == "vector" else ()
+            if len(taken) != len(parts):
+                return set()
+            kept.update(part for part, into in zip(parts, taken, strict=True) if into.kind != "sink")
+        return set(registers_of(parts)) - set(registers_of(kept))
+
     @cached_property
     def running_before(self) -> list[frozenset[tuple[int, bool]]]:
         """By block: the registers of wgmmas that may still run at its start, as `guarded_after` has them."""

@@ -89,8 +89,10 @@ class Program(ArithmeticCode, MemoryCode):
 
     def _checks(self, one: Instruction, act: str | None) -> list[str]:
         """Registers that may not have been written."""
-        doubtful = tuple(sorted(set(one.used) & self.doubtful - {one.predicate}))
-        return [f"m.check_defined({self.constant(one)},{doubtful},{act})"] if doubtful else []
+        doubtful = set(one.used) & self.doubtful - {one.predicate}
+        if doubtful := tuple(sorted(doubtful - self.flow.discarded(one))) if doubtful else ():
+            return [f"m.check_defined({self.constant(one)},{doubtful},{act})"]
+        return []
 
 
 def _product_kind(one: Instruction) -> tuple | None:

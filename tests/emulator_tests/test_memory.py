@@ -95,6 +95,20 @@ def test_uninitialised_register():
     assert "read of uninitialised register %r77" in report.problems()[0]["message"]
 
 
+def test_half_that_is_packed_and_dropped():
+    """LLVM packs an undefined register beside a value, and unpacks the value alone."""
+    body = ADDRESS + "mov.b64 %rd20, {{%r0, %r77}}; mov.b64 {taken}, %rd20; {use}"
+    assert execute(body.format(taken="{%r1, _}", use="st.global.b32 [%rd11], %r1;"), tensor(32)).ok
+    for taken, use in (
+        ("{%r1, %r2}", ""),
+        ("{_, %r1}", ""),
+        ("{%r1, _}", "st.global.b32 [%rd1], %rd20;"),
+        ("{%r1, _}", "mov.b64 {%r2, %r3}, %rd20;"),
+    ):
+        message = execute(body.format(taken=taken, use=use), tensor(32)).problems()[0]["message"]
+        assert "read of uninitialised register %r77" in message
+
+
 def test_register_written_on_one_path_only():
     body = "setp.lt.u32 %p1, %r0, 16; @%p1 mov.u32 %r1, 5; {guard} add.u32 %r2, %r1, 1;"
     assert not execute(body.format(guard=""), tensor(1)).ok

@@ -47,7 +47,6 @@ class Architecture:
     arguments: dict[str, Any]
     kind: str = "decoder"
     since: tuple[int, int] = (4, 54)  # a version of transformers in which it can be patched
-    shared_masks: tuple[int, int] = (4, 54)  # one from which on its masks are not made in its own file, and dense
 
     @property
     def exists(self) -> bool:
@@ -57,10 +56,6 @@ class Architecture:
     @property
     def supported(self) -> bool:
         return VERSION >= self.since
-
-    @property
-    def makes_own_masks(self) -> bool:
-        return VERSION < max(self.since, self.shared_masks)
 
     @property
     def generates(self) -> bool:
@@ -77,8 +72,9 @@ class Architecture:
         config._attn_implementation = implementation
         network = getattr(transformers, self.model)(config).eval()
         for module in network.modules():
-            if isinstance(sinks := getattr(module, "sinks", None), nn.Parameter):
-                nn.init.normal_(sinks)
+            for name in ("sinks", "temp"):
+                if isinstance(own := getattr(module, name, None), nn.Parameter):
+                    nn.init.normal_(own)
         return network
 
     def inputs(self, padding: str = "none") -> dict[str, Tensor]:
@@ -129,6 +125,7 @@ _WHISPER = {
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens")),
 }
 _LAYERED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+_EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 1}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _decoder("Llama"),
@@ -144,12 +141,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": _decoder("Gemma2", **_LAYERED, query_pre_attn_scalar=3, attn_logit_softcapping=2.0),
     "gemma3": Architecture("Gemma3ForCausalLM", "Gemma3TextConfig", {**_SMALL, **_LAYERED, "query_pre_attn_scalar": 3}),
     "phi3": _decoder("Phi3", sliding_window=5),
-    "gpt2": Architecture("GPT2LMHeadModel", "GPT2Config", _GPT2, shared_masks=(4, 55)),
+    "gpt2": Architecture("GPT2LMHeadModel", "GPT2Config", _GPT2),
     "gpt2_inverse_layer": Architecture(
         "GPT2LMHeadModel", "GPT2Config", {**_GPT2, "scale_attn_by_inverse_layer_idx": True}, since=(5, 8)
     ),
     "gpt_neox": _decoder("GPTNeoX", num_key_value_heads=NotImplemented),
-    "opt": Architecture("OPTForCausalLM", "OPTConfig", _OPT, shared_masks=(5, 24)),
+    "opt": Architecture("OPTForCausalLM", "OPTConfig", _OPT),
     "olmo2": _decoder("Olmo2"),
     "granite": _decoder("Granite", attention_multiplier=0.3),
     "cohere": _decoder("Cohere"),
@@ -161,6 +158,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         {**_SMALL, "head_dim": 8, "attention_chunk_size": 5, "no_rope_layers": [1, 0], "moe_layers": []}
         | {"intermediate_size_mlp": 48, "floor_scale": 4, "attn_scale": 0.5},
     ),
+    "beam": _decoder("Beam", **_LAYERED, **_EXPERTS, mlp_layer_types=["dense"] * 2, n_group=2, topk_group=1),
+    "zaya": _decoder("Zaya", head_dim=8, router_hidden_size=8, intermediate_size=NotImplemented, **_EXPERTS),
     "bert": Architecture("BertForMaskedLM", "BertConfig", _ENCODER, "encoder", since=(5, 0)),
     "roberta": Architecture("RobertaForMaskedLM", "RobertaConfig", _ENCODER, "encoder", since=(5, 0)),
     "vit": Architecture("ViTModel", "ViTConfig", _VISION, "image"),
@@ -174,17 +173,15 @@ ARCHITECTURES: dict[str, Architecture] = {
             "initializer_factor": 20.0,
         },
         "image and text",
-        shared_masks=(5, 0),
     ),
     "whisper": Architecture("WhisperForConditionalGeneration", "WhisperConfig", _WHISPER, "speech"),
-    "bart": Architecture("BartForConditionalGeneration", "BartConfig", _SEQ2SEQ, "seq2seq", shared_masks=(5, 0)),
+    "bart": Architecture("BartForConditionalGeneration", "BartConfig", _SEQ2SEQ, "seq2seq"),
     # Without support for SDPA; their layers' is_causal contradicts their masks.
-    "splinter": Architecture("SplinterModel", "SplinterConfig", _ENCODER, "encoder", shared_masks=(5, 24)),
+    "splinter": Architecture("SplinterModel", "SplinterConfig", _ENCODER, "encoder"),
     "nllb_moe": Architecture(
         "NllbMoeForConditionalGeneration",
         "NllbMoeConfig",
         {**_SEQ2SEQ, "num_experts": 2, "encoder_sparse_step": 0, "decoder_sparse_step": 0},
         "seq2seq",
-        shared_masks=(5, 0),
     ),
 }

@@ -1,4 +1,4 @@
-"""The attention function translates calls of transformers for `tritonattn.attention`, and refuses what it cannot."""
+"""Calls of transformers as calls of ours, refusals by name, and what the first use changes."""
 
 import sys
 from types import SimpleNamespace

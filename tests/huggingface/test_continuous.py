@@ -73,8 +73,8 @@ def test_every_request_gets_its_tokens_alone(case, monkeypatch):
     untied = {**architecture.arguments, "tie_word_embeddings": False}  # tied, a random model repeats its last token
     network = replace(architecture, arguments=untied).build(implementation)
     own, before, seen = alone(network, few=2), state(network), events(monkeypatch)
-    packed, real = [], attention._over_requests
-    monkeypatch.setattr(attention, "_over_requests", lambda *args: packed.append(1) or real(*args))
+    packed, real = [], attention.attention_varlen
+    monkeypatch.setattr(attention, "attention_varlen", lambda *args, **named: packed.append(1) or real(*args, **named))
     with patch(network, scaling=scaling, layers=layers):
         patched_before = state(network)
         wanted = alone(network)

@@ -5,30 +5,13 @@ import math
 import pytest
 import torch
 import transformers
-from torch import nn
 
 from tests.huggingface.architectures import ARCHITECTURES
-from tests.huggingface.test_patch import LLAMA, SECOND, logits
+from tests.huggingface.test_patch import LLAMA, logits
 from tritonattn.core.visibility import Visibility
 from tritonattn.huggingface import patch, patched
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-
-
-@pytest.mark.parametrize("layers", [1, f"0.{SECOND}"])
-def test_a_model_inside_another_module_is_patched_and_saved(layers, tmp_path):
-    """PEFT wraps models: layers go by their numbers and names in the model, and its config keeps the settings."""
-    network = LLAMA.build("sdpa")
-    before = logits(network)
-    with patch(nn.Sequential(network), scaling="key_norm_mean", layers=layers) as one:
-        assert list(one.layers) == [f"0.{SECOND}"]
-        wanted = logits(network)
-        network.save_pretrained(tmp_path)
-    assert not torch.allclose(wanted, before, atol=1e-2)
-    assert torch.equal(logits(network), before)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert list(patched(again).layers) == [SECOND]
-    assert torch.equal(logits(again), wanted)
 
 
 # The models' own factors of q . k, without scales that are part of q; all others have 1 / sqrt(8).

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES, VERSION
 from tests.huggingface.test_patch import LLAMA
+from tests.support.refusals import refuses
 from tritonattn import SCALINGS, Scales, Scaling
 from tritonattn.huggingface import NAME, patch, patched, register, restore, unregister
 from tritonattn.huggingface.settings import MARK
@@ -181,10 +182,8 @@ def test_an_architecture_without_the_layers_says_what_is_missing(tmp_path):
         config["layer_types"] = config["layer_types"][:1]
     (tmp_path / "config.json").write_text(json.dumps(config))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    with pytest.raises(RuntimeError, match=r"model\.layers\.1\.self_attn.*not applied"):
-        logits(again)
-    with pytest.raises(ValueError, match=r"has no model\.layers\.1\.self_attn"):
-        restore(again)
+    refuses("RuntimeError: ~ model.layers.1.self_attn ~ not applied", logits, again)
+    refuses("ValueError: ~ has no model.layers.1.self_attn", restore, again)
     smaller = copy.deepcopy(patch(network, scaling="none", layers=[1]).model.config)  # applied to another model
     smaller.num_hidden_layers = 1
     with pytest.raises(RuntimeError, match=r"model\.layers\.1\.self_attn.*not applied"):
@@ -211,8 +210,7 @@ def test_a_scaling_of_ones_own(tmp_path, monkeypatch):
     patch(network, scaling=Halved(3.0))
     wanted = logits(network)
     network.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"SCALINGS\['halved'\]"):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    refuses("ValueError: ~ SCALINGS['halved']", transformers.AutoModelForCausalLM.from_pretrained, tmp_path)
     monkeypatch.setitem(SCALINGS, "halved", Halved)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(again), wanted)
@@ -228,8 +226,7 @@ def test_the_flat_form_of_the_config_holds_for_all_layers():
         assert torch.equal(logits(network), changed)
     assert not torch.allclose(own, changed, atol=1e-2)
     network.config.tritonattn = {"scaling": "ssmax"}
-    with pytest.raises(ValueError, match=r"parameters of its own.*patch"):
-        logits(network)
+    refuses("ValueError: ~ parameters of its own ~ patch", logits, network)
 
 
 def test_weights_without_what_was_learned_are_said_and_start_anew(tmp_path):

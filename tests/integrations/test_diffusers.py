@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
 from tests.support.pairs import in_turn
-from tritonattn import attention
+from tritonattn import attention, nn
 from tritonattn.integrations import diffusers as ours
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -146,25 +146,42 @@ def test_other_modes_by_hand(registered):
             torch.testing.assert_close(lse, aux.lse.transpose(1, 2))
 
 
+@pytest.mark.parametrize("mode", ["cosine", nn.PerHead("cosine", heads=4)], ids=["mode", "per head"])
+def test_a_cosine_replaces_the_librarys_scale(registered, mode):
+    backend = AttentionBackendName(registered("tritonattn_cosine", mode))
+    found = [dispatch_attention_fn(*operands(), scale=scale, backend=backend) for scale in (None, 0.5)]
+    assert torch.equal(*found)
+
+
+def test_undo_where_layers_share_a_processor(registered):
+    model = flux()
+    one = next(iter(model.attn_processors.values()))
+    model.set_attn_processor(one)
+    ours.use(model, registered()).undo()
+    assert one._attention_backend is None
+
+
 def test_refusals(registered):
     q, k, v = operands()
     member = AttentionBackendName(registered())
-    with pytest.raises(NotImplementedError, match="attn_mask: expected a mask"):
-        dispatch_attention_fn(q, k, v, attn_mask=torch.randn(1, 1, 6, 6), backend=member)
-    with pytest.raises(ValueError, match="attn_mask: expected None beside is_causal=True"):
-        dispatch_attention_fn(q, k, v, attn_mask=torch.ones(6, 6).bool(), is_causal=True, backend=member)
-    with pytest.raises(NotImplementedError, match="_parallel_config: context parallelism"):
-        dispatch_attention_fn(q, k, v, parallel_config=object(), backend=member)
-    with pytest.raises(ValueError, match="key: expected query's 4 heads without enable_gqa, got 2"):
-        dispatch_attention_fn(*operands(heads=(4, 2)), backend=member)
-    with pytest.raises(ValueError, match="name: expected one that is not diffusers' own, got 'native'"):
-        ours.register("native")
-    for ask in (ours.unregister, lambda name: ours.use(flux(), name)):
-        with pytest.raises(ValueError, match="name: expected one that `register` made, got 'native'"):
-            ask("native")
-    with pytest.raises(ValueError, match="model: expected attention processors that take a backend, got Linear"):
-        ours.use(torch.nn.Linear(2, 2), registered())
-    with pytest.raises(ValueError, match="name: expected lower case"):
-        ours.register("TritonAttn")
-    with pytest.raises(ValueError, match="which is a module"):
-        ours.register("tritonattn_learned", "ssmax")
+
+    def dispatch(key=k, **options):
+        return dispatch_attention_fn(q, key, v, backend=member, **options)
+
+    bias, mask = torch.randn(1, 1, 6, 6), torch.ones(6, 6).bool()
+    not_own = "name: expected one that `register` made, got 'native'"
+    linear = "model: expected attention processors that take a backend, got Linear"
+    for error, message, call in (
+        (NotImplementedError, "attn_mask: expected a mask", lambda: dispatch(attn_mask=bias)),
+        (ValueError, "attn_mask: expected None with is_causal", lambda: dispatch(attn_mask=mask, is_causal=True)),
+        (NotImplementedError, "_parallel_config: context parallelism", lambda: dispatch(parallel_config=object())),
+        (ValueError, "key: expected query's 4 heads without enable_gqa, got 2", lambda: dispatch(key=k[:, :, :2])),
+        (ValueError, "name: expected one that is not diffusers' own, got 'native'", lambda: ours.register("native")),
+        (ValueError, "name: expected lower case", lambda: ours.register("TritonAttn")),
+        (ValueError, "which is a module", lambda: ours.register("tritonattn_learned", "ssmax")),
+        (ValueError, not_own, lambda: ours.unregister("native")),
+        (ValueError, not_own, lambda: ours.use(flux(), "native")),
+        (ValueError, linear, lambda: ours.use(torch.nn.Linear(2, 2), registered())),
+    ):
+        with pytest.raises(error, match=message):
+            call()

@@ -7,6 +7,7 @@ timm = pytest.importorskip("timm", reason="pip install 'tritonattn[integrations]
 
 from timm.layers.attention import Attention
 
+from tests.support.refusals import refuses
 from tritonattn.integrations import timm as ours
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -60,9 +61,7 @@ def test_every_option_of_the_layer(options, fused):
 
 def test_refusals():
     layer, x = ours.attention_layer()(16, 4), torch.randn(2, 6, 16)
-    with pytest.raises(NotImplementedError, match="attn_mask: expected a mask"):
-        layer(x, attn_mask=torch.randn(6, 6))
-    with pytest.raises(ValueError, match="attn_mask: expected None beside is_causal=True"):
+    refuses("NotImplementedError: attn_mask: expected a mask", layer, x, attn_mask=torch.randn(6, 6))
+    with pytest.raises(ValueError, match="attn_mask: expected None with is_causal=True"):
         layer(x, attn_mask=torch.ones(6, 6).bool(), is_causal=True)
-    with pytest.raises(ValueError, match="scaling: expected one of"):
-        ours.attention_layer("squirt_dim")
+    refuses("ValueError: scaling: expected one of", ours.attention_layer, "squirt_dim")

@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.support.layers import assert_same
 from tests.support.pairs import in_turn
+from tests.support.refusals import refuses
 from tritonattn import SCALINGS, attention
 from tritonattn import nn as learned
 from tritonattn.integrations.arguments import visible_keys
@@ -162,14 +163,12 @@ def test_refusals(monkeypatch):
         ours(x, x, x, attn_mask=bias)
     with monkeypatch.context() as compiling:
         compiling.setattr(torch.compiler, "is_compiling", lambda: True)
-        with pytest.raises(RuntimeError, match=r"attn_mask: expected a mask"):
-            visible_keys("attn_mask", bias)
+        refuses("RuntimeError: attn_mask: expected a mask", visible_keys, "attn_mask", bias)
     with pytest.raises(NotImplementedError, match="key_padding_mask: expected a mask"):
         ours(x, x, x, key_padding_mask=additive(PADDING, -3.0))
     with pytest.raises(TypeError, match=r"attn_mask: expected a bool or floating mask, got torch.int64"):
         ours(x, x, x, attn_mask=CAUSAL.long())
-    with pytest.raises(ValueError, match="is_causal: expected attn_mask with it"):
-        ours(x, x, x, is_causal=True)
+    refuses("ValueError: is_causal: expected attn_mask with it", ours, x, x, x, is_causal=True)
     for name in ("add_bias_kv", "add_zero_attn"):
         with pytest.raises(NotImplementedError, match=name):
             MultiheadAttention(E, H, **{name: True})

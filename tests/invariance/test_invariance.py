@@ -7,6 +7,7 @@ import tritonattn
 from perf.company import cases, differences
 from tests.support.calls import operands
 from tests.support.masks import MASKS
+from tests.support.refusals import refuses
 
 CASES = list(cases(35, seed=1, lengths=(16, 300), dims=((64, 64), (20, 33))))
 
@@ -41,8 +42,7 @@ def test_without_the_switch_they_do():
 def test_refusals(arguments, named):
     with pytest.raises(NotImplementedError, match=f"batch_invariant.*{named}"):
         tritonattn.attention(**operands(), batch_invariant=True, **arguments)
-    with pytest.raises(TypeError, match="batch_invariant"):
-        tritonattn.attention(**operands(), batch_invariant=1)
+    refuses("TypeError: ~ batch_invariant", tritonattn.attention, **operands(), batch_invariant=1)
 
 
 def test_a_bias_of_keys():
@@ -62,8 +62,7 @@ def test_a_bias_of_keys():
 
 def test_layers_and_patches_hand_it_on():
     layer = tritonattn.nn.ScaledAttention(32, heads=2, backend="reference", batch_invariant=True)
-    with pytest.raises(NotImplementedError, match="batch_invariant"):
-        layer(torch.randn(1, 3, 32))
+    refuses("NotImplementedError: ~ batch_invariant", layer, torch.randn(1, 3, 32))
     transformers = pytest.importorskip("transformers")
     from tests.support.llama import llama
     from tritonattn.huggingface import patch
@@ -175,8 +174,7 @@ def test_kernels_refuse_scaled_gradients_of_fp16():
     call = AttentionCall(q, q, q, Visibility.of(q, q), Logits())
     _refuse_scaled_halves(call)
     call.logits = Logits(query_scale=torch.ones(1, 1, 1))
-    with pytest.raises(NotImplementedError, match=r"batch_invariant.*float16"):
-        _refuse_scaled_halves(call)
+    refuses("NotImplementedError: ~ batch_invariant ~ float16", _refuse_scaled_halves, call)
     q = q.detach()
     sinks, key_bias = torch.ones(1, requires_grad=True), torch.ones(1, 1, 1, 1, requires_grad=True)
     terms = Logits(query_scale=torch.ones(1, 1, 1), key_bias=key_bias, sinks=sinks)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tritonattn
+from tests.calls.test_second_order import CALLS, assert_refused
 from tests.kernels import harness
 from tests.kernels.harness import of_form
 from tests.support.bound import assert_within_bound
@@ -13,7 +14,6 @@ from tests.support.calls import assert_extreme_sink, assert_extreme_sink_of_deco
 from tests.support.masks import MASKS
 from tests.support.pairs import in_turn, pairwise
 from tritonattn.backends import triton as triton_backend
-from tritonattn.backends.triton import launch
 from tritonattn.core.call import Logits
 from tritonattn.tuning.config import Target
 
@@ -180,38 +180,12 @@ def test_nan_in_a_row_without_keys_reaches_no_gradient(device):
     assert (found["out"][:, :, :10] == 0).all()
 
 
-def test_neighbours_in_the_batch_change_nothing(device):
-    tensors = harness.inputs(torch.float32, device, batch=3, scales=("query_scale",))
-    whole = harness.by_kernels(tensors, causal=True)
-    part = harness.by_kernels({name: tensor[1:2] for name, tensor in tensors.items()}, causal=True)
-    harness.assert_same(part, {name: result[1:2] for name, result in whole.items()})
-
-
-def test_a_grid_past_the_limit_of_its_axes(device, monkeypatch):
-    """More heads or batch entries than an axis of the hardware's grid holds take several launches."""
-    sizes = {"batch": 3, "kv_heads": 3, "group": 1, "q_len": 5, "k_len": 8}
-    tensors = harness.inputs(torch.float16, device, scales=("query_scale", "key_scale"), **sizes)
-    expected = harness.by_kernels(tensors, causal=True)
-    monkeypatch.setattr(launch, "LONGEST_AXIS", 2)
-    harness.assert_same(harness.by_kernels(tensors, causal=True), expected)
-
-
 def test_as_with_tensor_memory(device, monkeypatch):
     """The row terms and sums of sm_100's kernels."""
     if device.type == "cuda":
         pytest.skip("kernels are compiled for this GPU")
     monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: cls("cuda", "100")))
     harness.check(harness.inputs(torch.float16, device, scales=("query_scale", "key_scale")), causal=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=str)
-def test_integers_that_cannot_hold_the_number_of_keys(dtype, device):
-    q, k = torch.randn(1, 1, 1, 16, device=device), torch.randn(1, 1, 300, 16, device=device)
-    lengths, ranges = (torch.tensor(x, dtype=dtype, device=device) for x in ([100], [[[3, 90]]]))
-    masks = {"key_lengths": lengths, "key_ranges": ranges}
-    torch.testing.assert_close(*(tritonattn.attention(q, k, k, **masks, backend=b) for b in ("triton", "reference")))
-    step = (tritonattn.attention_decode(q, k, k, key_lengths=lengths, backend=b) for b in ("triton", "reference"))
-    torch.testing.assert_close(*step)
 
 
 @pytest.mark.parametrize("sink", [torch.inf, -torch.inf, torch.nan])
@@ -224,13 +198,6 @@ def test_sinks_that_are_not_finite(sink, device):
 
 def test_gradients_of_keys_add_up_before_they_are_rounded(device):
     assert_gradients_of_keys_add_up("triton", device, tolerance=2e-3)
-
-
-def test_a_second_backward_of_a_graph_that_is_kept(device):
-    q, k, v = torch.randn(3, 1, 1, 20, 16, device=device, dtype=torch.float16).requires_grad_()
-    out = tritonattn.attention(q, k, v, scaling="key_norm_mean", causal=True, backend="triton")
-    first, second = (torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True) for _ in range(2))
-    assert all(map(torch.equal, first, second))
 
 
 def _of_ranges(tensors: harness.Tensors, ranges: torch.Tensor) -> torch.Tensor:
@@ -282,3 +249,8 @@ def test_a_row_of_one_key_gives_its_query_no_rounding(lone, device):
     d_q = torch.autograd.grad((out * torch.linspace(-1, 2, 16, device=device)).sum(), q)[0]
     assert d_q[:, :, sees_one].count_nonzero() == 0
     assert (d_q[:, :, ~sees_one] != 0).all()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_gradients_of_gradients_are_refused(call, device):
+    assert_refused(call, "triton", device)

@@ -48,11 +48,6 @@ def refuse(monkeypatch, error: Exception, refused: TileConfig = TUNED) -> None:
     monkeypatch.setattr(launch, "run", refusing)
 
 
-def test_a_table_is_used(device, ran):
-    tritonattn.attention(*operands(device), backend="triton")
-    assert ran == [("attention_forward", TUNED)]
-
-
 @pytest.mark.parametrize(
     "error", [OutOfResources(300000, 166912, "shared memory"), RuntimeError("PassManager::run failed")], ids=repr
 )

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.support.caches import GrowingCache, cached_call, check_newest, sequences
+from tests.support.caches import GrowingCache, cached_call, check_newest, check_rows_without_keys, sequences
 from tests.support.pairs import in_turn, pairwise
 from tritonattn import attention, attention_decode
 from tritonattn.backends import triton as triton_backend
@@ -99,18 +99,10 @@ def test_default_tiles(device, monkeypatch):
 
 @in_turn(page=[None, 16], capacity=[40, 171])
 def test_rows_without_keys(page, capacity, device):
-    q, k, v = sequences(torch.float32, length=8, dims=(16, 16), device=device)
-    cache = GrowingCache(k, v, capacity, page, statistics=True)
-    cache.write([0, 2])
     sinks = torch.tensor([0.0, 1.0, -torch.inf, 5.0], device=device)
-    options = {"scaling": "key_norm_rms", "sinks": sinks, "return_aux": True, "backend": "triton"}
-    found, aux = attention_decode(q[:, :, :3], **cache.arguments(), **options)
-    empty = torch.tensor([[True, True, True], [True, False, False]], device=device)[:, None].expand(2, 4, 3)
-    assert (found[empty] == 0).all()
-    assert found[~empty].isfinite().all()
-    assert torch.equal(aux.lse == -torch.inf, empty)
-    assert torch.equal(aux.max_logit == -torch.inf, empty)
-    assert (aux.entropy[empty] == 0).all()
+    check_rows_without_keys(
+        capacity, page, torch.float32, device, scaling="key_norm_rms", sinks=sinks, backend="triton"
+    )
 
 
 @in_turn(dtype=[torch.int64, torch.int32], page=[None, 16])
@@ -232,13 +224,3 @@ def test_cuda_graph(mode, page, device):
         graph.replay()
         torch.testing.assert_close(out, cache.newest(expected, 1), rtol=5e-3, atol=5e-3)
         cache.write(1)
-
-
-def test_new_tokens_past_int32(device):
-    """Rows of q that lie 2^30 elements apart."""
-    q, cache = torch.randn(1, 1, 3, 16, dtype=torch.float16, device=device), torch.randn(1, 1, 20, 16, device=device)
-    lengths = torch.tensor([20], device=device)
-    storage = torch.empty(2**31 + 16, dtype=torch.float16, device=device)
-    far = storage.as_strided(q.shape, (16, 16, 2**30, 1)).copy_(q)
-    keys = {"k_cache": cache.half(), "v_cache": cache.half(), "key_lengths": lengths}
-    assert torch.equal(*(attention_decode(x, **keys, backend="triton") for x in (q, far)))

@@ -10,7 +10,8 @@ from tritonattn import KeyStatistics, attention
 from tritonattn.backends import triton as triton_backend
 from tritonattn.calls import key_statistics as cache_statistics
 from tritonattn.core.call import AttentionCall, Logits
-from tritonattn.core.statistics import Statistics, key_norms_of
+from tritonattn.core.norms import key_norms_of
+from tritonattn.core.statistics import Statistics
 from tritonattn.core.visibility import Visibility
 from tritonattn.ops import KernelStatistics
 
@@ -55,8 +56,7 @@ def test_statistics_equal_those_of_torch(mask, device):
         weights = torch.linspace(-1, 2, 21, device=device)
         total = sum((value * weights).sum() for value in values)
         results.append([*(value.detach() for value in values), torch.autograd.grad(total, leaf)[0]])
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -108,8 +108,7 @@ def test_keys_are_appended_as_by_torch(dtype, head_dim, device, monkeypatch):
         for statistics, by_kernel in ((ours, True), (theirs, False)):
             monkeypatch.setattr(cache_statistics, "kernels_take", lambda x, by_kernel=by_kernel: by_kernel)
             statistics.append(k, counts)
-        for found, expected in zip(_held(ours), _held(theirs), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-6, atol=0, equal_nan=True)
+        torch.testing.assert_close(_held(ours), _held(theirs), rtol=1e-6, atol=0, equal_nan=True)
     assert ours.counts.tolist() == [170, 7, 134]
     assert ours.norm_maxima[2, 1, 134].isnan()
     assert not ours.norm_maxima[2, 0, 134].isnan()

@@ -29,8 +29,7 @@ def test_bits_of_the_contiguous_form(name, device, launched):
     page, form = CASES[name]
     calls = paged_call(ROWS, torch.float32, page, causal=True, device=device, **form)
     found, expected = (triton_backend.forward(call, aux=True) for call in calls)
-    for result, other in zip(found, expected, strict=True):
-        assert torch.equal(result, other)
+    assert all(map(torch.equal, found, expected))
     assert [kernel for kernel, _ in launched] == ["attention_forward"] * 2
 
 

@@ -6,11 +6,11 @@ from itertools import product
 import pytest
 import torch
 
+from docs.figures.studies import simulated
 from tritonattn import attention
 from tritonattn.cli import main as cli
 from tritonattn.lab.simulation import command, plot
 from tritonattn.lab.simulation.measures import Point, Sample, measure
-from tritonattn.lab.simulation.report import Findings
 from tritonattn.lab.simulation.verdict import Batch, Condition, Curves, reach_of
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def batches():
     return {name: (batch, Curves(batch, "none")) for name, batch in drawn.items()}
 
 
-def test_sums_of_lengths_lose_where_counts_vary(batches):
+def test_sums_of_norms_lose_where_counts_vary(batches):
     plain, sums, means = (
         reach_of(batches["counts"][0], mode, batches["counts"][1])
         for mode in ("sqrt_dim", "key_norm_sum", "key_norm_mean")
@@ -94,7 +94,7 @@ def test_everything(pictures, tmp_path, capsys, monkeypatch):
 def test_modes_that_coincide_share_a_line(pictures, tmp_path):
     modes = ["--modes", "sqrt_dim,key_norm_sum,llama4", "--counts", "2,40", "--dims", "4", "--keys", "gaussian"]
     assert cli.main(["simulate", "--parts", "sweep", *modes, "--json", str(tmp_path / "a.json")]) == 0
-    plot.draw_all(Findings.read_json(tmp_path / "a.json"), tmp_path)
+    plot.draw_all(simulated(tmp_path / "a.json"), tmp_path)
     labels = [text.get_text() for text in pictures["by_count"].legends[0].get_texts()]
     assert labels == ["sqrt_dim, llama4", "key_norm_sum"]
     assert all(len(axes.lines) == 2 for axes in pictures["by_count"].axes)

@@ -12,31 +12,32 @@ from scipy import stats
 from tritonattn.cli import main as cli
 from tritonattn.lab import training
 from tritonattn.lab.training import plot, trainer
-from tritonattn.lab.training.interval import Interval
 from tritonattn.lab.training.modes import MODES
-from tritonattn.lab.training.records import Recipe, read
+from tritonattn.lab.training.records import Recipe, Run, planned, read
+from tritonattn.lab.training.report import Interval, other_metrics
 from tritonattn.lab.training.tasks import TASKS
-from tritonattn.lab.training.trainer import Assignment, fresh_model, train
+from tritonattn.lab.training.trainer import fresh_model, train
 
 CPU = torch.device("cpu")
 
 
-def assignment(task: str = "digits", mode: str = "sqrt_dim", seed: int = 0, **recipe) -> Assignment:
-    own = Recipe("adamw", 1e-2, 0.01, steps=3, batch=4)
-    return Assignment(TASKS[task](), mode, seed, replace(own, **recipe), CPU, quick=True)
+def planned_run(task: str = "digits", mode: str = "sqrt_dim", seed: int = 0, **recipe) -> Run:
+    recipe = replace(Recipe("adamw", 1e-2, 0.01, steps=3, batch=4), **recipe)
+    return planned(task, [mode], seed + 1, [recipe], CPU, quick=True)[seed]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_mode_starts_from_the_same_weights_and_gets_the_same_batches(task, monkeypatch):
     def weights(mode: str, seed: int = 0) -> dict[str, torch.Tensor]:
-        model = fresh_model(assignment(task, mode, seed))
+        model = fresh_model(planned_run(task, mode, seed))
         return {name: p for name, p in model.named_parameters() if ".scaling." not in name}
 
     def batches(mode: str) -> tuple[list, str]:
-        one, found = assignment(task, mode, steps=2), []
-        own = one.task.batch
-        monkeypatch.setattr(one.task, "batch", lambda *arguments: found.append(own(*arguments)) or found[-1])
-        return found, train(one).data
+        found, own = [], type(TASKS[task]).batch
+        monkeypatch.setattr(
+            TASKS[task], "batch", lambda *arguments: found.append(own(TASKS[task], *arguments)) or found[-1]
+        )
+        return found, train(planned_run(task, mode, steps=2), CPU).data
 
     first = weights("sqrt_dim")
     for mode in ("key_count+gain", "power_law"):
@@ -49,20 +50,20 @@ def test_every_mode_starts_from_the_same_weights_and_gets_the_same_batches(task,
         assert torch.equal(a.target, b.target)
         assert all(torch.equal(a.inputs[name], b.inputs[name]) for name in a.inputs)
     assert not torch.equal(next(iter(weights("sqrt_dim", 1).values())), next(iter(first.values())))
-    other_seed = TASKS[task]().batch(4, torch.Generator().manual_seed(1))
+    other_seed = TASKS[task].batch(4, torch.Generator().manual_seed(1))
     assert not torch.equal(other_seed.target, drawn[0].target)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_default_mode_trains(mode):
-    trace = train(replace(assignment(mode=mode, steps=6, batch=32), observations=2))
-    assert trace.status == "trained"
-    assert trace.train_loss[-1] < trace.train_loss[0]
-    assert trace.steps == [3, 6]
+    run = train(planned_run(mode=mode, steps=6, batch=32), CPU, observations=2)
+    assert run.status == "trained"
+    assert run.train_loss[-1] < run.train_loss[0]
+    assert run.steps == [3, 6]
 
 
 def test_parameters_of_scalings_are_not_decayed():
-    model = fresh_model(assignment(mode="ssmax"))
+    model = fresh_model(planned_run(mode="ssmax"))
     decayed, kept = trainer._optimizer(model, Recipe("adamw", 1.0, 0.5, 1, 1)).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.5, 0.0)
@@ -71,7 +72,7 @@ def test_parameters_of_scalings_are_not_decayed():
 
 
 def test_no_held_out_number_is_trained_on_and_lengths_vary():
-    task, random = TASKS["spell"](), torch.Generator().manual_seed(0)
+    task, random = TASKS["spell"], torch.Generator().manual_seed(0)
 
     def numbers(batch) -> list[int]:
         rows = zip(batch.inputs["source"].tolist(), batch.inputs["lengths"].tolist(), strict=True)
@@ -84,7 +85,7 @@ def test_no_held_out_number_is_trained_on_and_lengths_vary():
 
 
 def test_a_table_has_each_key_once_and_is_asked_for_keys_inside_its_length():
-    task = TASKS["recall"]()
+    task = TASKS["recall"]
     batch = task.batch(20, torch.Generator().manual_seed(0))
     keys, values, lengths, asked = (batch.inputs[name] for name in ("keys", "values", "lengths", "asked"))
     assert keys.min() >= 0
@@ -114,7 +115,7 @@ def test_the_command_writes_everything_and_goes_on_where_it_was(tmp_path, capsys
 
     trained, real = [], training.train
     monkeypatch.setattr(plot, "draw", lambda *_: None)
-    monkeypatch.setattr(training, "train", lambda one, tick: trained.append((one.seed, one.mode)) or real(one, tick))
+    monkeypatch.setattr(training, "train", lambda run, *rest: trained.append((run.seed, run.mode)) or real(run, *rest))
     lines = (tmp_path / "runs-digits.jsonl").read_text().splitlines()
     torn = "\n".join([*lines[:2], lines[2][:40]])  # killed while it wrote the third
     (tmp_path / "runs-digits.jsonl").write_text(torn)
@@ -134,3 +135,11 @@ def test_the_interval_is_students():
     assert Interval.of([2.0]).text() == "2.000 ± ?"
     assert not Interval.of([-1.0, 3.0]).excludes_zero
     assert Interval.of([2.9, 3.0]).excludes_zero
+    assert Interval.of([float("nan"), 3.0]).text() == "nan ± nan"
+    assert Interval.of([float("inf"), 3.0]).text() == "inf ± nan"
+
+
+def test_a_mode_that_always_diverged_keeps_its_row():
+    good, lost = (planned_run("spell", mode) for mode in ("sqrt_dim", "none"))
+    good.metrics, lost.status = {"exact": 0.5, "words": 0.75}, "diverged"
+    assert "none" in other_metrics([good, lost])

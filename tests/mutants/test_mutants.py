@@ -6,7 +6,7 @@ from . import runner
 from .table import ROOT, Mutant, read_table
 
 MUTANTS = read_table()
-COUNTS = "tests/scaling/test_counts.py::test_values"
+COUNTS = "tests/scaling/test_values.py::test_counts"
 
 
 def test_every_layer_has_faults():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.support.refusals import refuses
 from tritonattn import SCALINGS, nn
 
 from .test_attention import WIDTH, layer, tokens
@@ -53,7 +54,7 @@ def cache(**changed):
         (lambda: called(cu_seqlens=OFFSETS, max_seqlen=7), ValueError, r"x: .* \[T, width = 24\], got \[2, 7, 24\]"),
         (lambda: called(x=tokens()[0], cu_seqlens=OFFSETS), TypeError, "max_seqlen: expected an int, got NoneType"),
         (lambda: called(cache=[tokens()]), TypeError, "cache: expected a KeyValueCache, got list"),
-        (lambda: called(cache=[tokens()], max_seqlen=7), ValueError, "max_seqlen: .* None beside cache, got int 7"),
+        (lambda: called(cache=[tokens()], max_seqlen=7), ValueError, "max_seqlen: .* None with cache, got int 7"),
         (lambda: cache(head_dim="a"), TypeError, "head_dim: expected an int, got str 'a'"),
         (lambda: cache(value_dim=-1), ValueError, "value_dim: expected at least 1, got -1"),
         (lambda: cache(dtype=torch.int32), TypeError, "dtype: expected float16, .*, got torch.int32"),
@@ -82,18 +83,14 @@ def test_arguments_that_exclude_one_another():
     cache, lengths = made.cache(2, 8), torch.tensor([3, 7])
     with torch.no_grad():
         for name, value in {"context": x, "key_lengths": lengths, "mask": torch.ones(7, 7).bool()}.items():
-            with pytest.raises(ValueError, match=f"{name}: expected None beside cache, got a tensor"):
+            with pytest.raises(ValueError, match=f"{name}: expected None with cache, got a tensor"):
                 made(x, cache=cache, **{name: value})
-        with pytest.raises(ValueError, match="cache: expected a causal layer"):
-            layer()(x, cache=cache)
-    with pytest.raises(ValueError, match="counts: expected None beside no cache"):
-        made(x, counts=lengths)
-    with pytest.raises(ValueError, match="max_seqlen: expected None beside no cu_seqlens, got int 7"):
-        made(x, max_seqlen=7)
-    with pytest.raises(ValueError, match="key_lengths: expected None beside cu_seqlens"):
+        refuses("ValueError: cache: expected a causal layer", layer(), x, cache=cache)
+    refuses("ValueError: counts: expected None with no cache", made, x, counts=lengths)
+    refuses("ValueError: max_seqlen: expected None with no cu_seqlens, got int 7", made, x, max_seqlen=7)
+    with pytest.raises(ValueError, match="key_lengths: expected None with cu_seqlens"):
         made(x[0], cu_seqlens=torch.tensor([0, 7]).int(), max_seqlen=7, key_lengths=lengths)
-    with pytest.raises(NotImplementedError, match="cache: no gradient goes through it"):
-        made(x, cache=cache)
+    refuses("NotImplementedError: cache: no gradient goes through it", made, x, cache=cache)
     assert cache.lengths.tolist() == [0, 0]
 
 

@@ -8,8 +8,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-
-triton = pytest.importorskip("triton")
+import triton
 from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 

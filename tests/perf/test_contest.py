@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("triton")
 from perf import contest
 from perf.attention_cases import Case
 from perf.check import judge
@@ -105,15 +104,7 @@ def statuses(case):
 
 
 WHO = (("tritonattn", "dim"), ("sdpa", "dim"))
-BATCH = Case(
-    "forward",
-    Shape(2, 2, 2, 9, 9, 8, causal=True),
-    "fp32",
-    "backward",
-    WHO,
-    CPU,
-    "sdpa",
-)
+BATCH = Case("forward", Shape(2, 2, 2, 9, 9, 8, causal=True), "fp32", "backward", WHO, CPU, "sdpa")
 PACKED = VarlenCase((3, 9), 2, 8, "fp32", "forward+backward", "key_norm_mean", ("sdpa",), CPU, "sdpa")
 DECODING, PAGED = (
     DecodeCase(Shape(2, 4, 2, 1, 16, 8, causal=False), "fp32", paged, "dim", (), CPU, "sdpa") for paged in (False, True)

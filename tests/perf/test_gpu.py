@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-pytest.importorskip("triton")
 from perf import gpu
 from perf.__main__ import main
 from perf.records import read

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
 from perf.__main__ import main
 
 RECORDS = Path(__file__).parents[2] / "perf" / "results" / "cpu_short.jsonl"

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-pytest.importorskip("triton")
 from perf.static import ranking
 from perf.static.gate import Judged, Latency
 from perf.static.machine_code import MachineCode
@@ -90,15 +89,6 @@ def test_a_stage_more_fits_by_either_kind_of_load(change):
     one = Judged(replace(OTHER, num_stages=2), code, (), late)
     longer = Judged(replace(OTHER, **change), code, (), replace(late, awaits_last=False))
     assert ranking._in_time([one, longer]) == ([one, longer] if "block_n" in change else [longer])
-
-
-def test_other_stages_of_the_most_promising_tiles_are_compared(clocks):
-    clocks[OTHER] = 10.0
-    stub = Stub()
-    clocks[replace(OTHER, num_stages=4)] = 5.0
-    assert ranked(A100, stub, KEY)[0] == replace(OTHER, num_stages=4)
-    compared = {config for _, _, config in stub.asked}
-    assert len(compared) < len(static_candidates(KEY.kernel, KEY.problem, SM_80))
 
 
 def test_an_entry_fits_with_every_option(clocks):

@@ -4,7 +4,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-pytest.importorskip("triton")
 from perf.__main__ import main
 from perf.replay import command, times
 from perf.replay.control import Control, parse_with_controls
@@ -18,7 +17,6 @@ from tritonattn.tuning import Target, compile_kernel
 from tritonattn.tuning.config import TileConfig
 
 H100 = PARAMETERS["90"]
-A100 = PARAMETERS["80"]
 
 
 def high(stall: int, writes: int = 7, reads: int = 7, waits: int = 0) -> int:
@@ -102,22 +100,6 @@ def test_clocks_of_a_loop_and_its_longest_wait(name):
     found = timeline(*loop, **warps)
     assert found.clocks == clocks
     assert " " in name or max(found.waits, key=found.waits.get) == name
-
-
-def test_loads_of_the_tma_are_hidden_by_a_third_stage():
-    """At 2 stages an iteration waits for what the one before it asked for at its end, at 3 all of one lies between."""
-    work = [step("wgmma", "product", turn=1000, amount=1), step(act="product wait")]
-    loop = (step(act="poll"), *work, step(act="request"))
-    late, early = (timeline(*loop, ahead=ahead, loaded=16384) for ahead in (1, 2))
-    busy = 1 + 17 + 1000 + 65 + 1
-    assert early.clocks == pytest.approx(busy + 1 + 12, abs=2)
-    exposed = 32 + 16384 / 38.8 + 435 + 43
-    assert late.clocks == pytest.approx(busy + exposed, abs=2)
-    assert late.waits["loads"] == pytest.approx(exposed / late.clocks, abs=0.02)
-    assert "loads" not in early.waits
-
-
-# ---- Loads ahead of their use
 
 
 # ---- Published times

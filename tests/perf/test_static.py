@@ -1,15 +1,18 @@
-"""The static gate: conditions on machine code, which shipped entries meet."""
+"""Static figures: loops in machine code, and the gate that shipped entries pass."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+from perf.static import machine_code
+from perf.static.control_flow import Instruction, innermost, loops, parse, parse_ptx
 from perf.static.gate import examine, gate_reasons
-from perf.static.machine_code import MachineCode, MmaLoop
+from perf.static.machine_code import MachineCode, MmaLoop, read_machine_code
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends.triton import launch
+from tritonattn.tuner import gate
 from tritonattn.tuning import cache_dir
 from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.defaults import default_config
@@ -85,3 +88,79 @@ def check_shipped_entry(position: int) -> None:
     gpu, key = ENTRIES[position]
     entry = usable_table(cache_dir.shipped_tables() / f"{gpu.name}.json", gpu.target).entries[key]
     assert examine(key.kernel, key.problem, entry.config, gpu.target).reasons == ()
+
+
+# A loop in a loop, whose wait retries out of line; the outer one has a spill of its own.
+LISTING = """
+.text.kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_4:
+        /*0010*/                   STL.64 [R1], R2 ;
+.L_x_1:
+        /*0020*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P2, [UR8], R4 ;
+        /*0030*/              @!P2 BRA `(.L_x_2) ;
+.L_x_3:
+        /*0040*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0050*/               @P0 BRA `(.L_x_1) ;
+        /*0060*/                   BRA.U UP0, `(.L_x_4) ;
+        /*0070*/                   EXIT ;
+.L_x_2:
+        /*0080*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P2, [UR8], R4 ;
+        /*0090*/              @!P2 BRA `(.L_x_2) ;
+        /*00a0*/                   BRA `(.L_x_3) ;
+.L_x_5:
+        /*00b0*/                   BRA `(.L_x_5);
+"""
+PTX = """
+	bra.uni 	$L__BB0_2;
+$L__BB0_3:
+	@!%p9 bra 	$L__BB0_5;
+$L__BB0_2:
+	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 }, { %r2 }, { %r3 }, { %r4 };
+	@%p2 bra 	$L__BB0_3;
+	@%p7 tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd1, %rd2, %r3, %p3;
+	bra.uni 	$L__BB0_3;
+$L__BB0_5:
+	wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, %p1, 1, 1, 0, 1;
+	ret;
+"""
+
+
+def test_loops_of_a_listing():
+    listing = parse(LISTING)
+    addresses = [instruction.address for instruction in listing.instructions]
+    assert addresses == list(range(0, 0xC0, 0x10))
+    outer, inner, *retries = loops(listing)
+    assert [hex(addresses[index]) for index in inner.body] == ["0x20", "0x30", "0x40", "0x50"]
+    assert {addresses[index] for index in inner.indices - set(inner.body)} == {0x80, 0x90, 0xA0}
+    assert outer.body[0] == 1
+    assert outer.indices > inner.indices
+    assert [len(span.body) for span in retries] == [2], "the branch to itself at the end is never reached"
+    hot = {index for index, one in enumerate(listing.instructions) if one.name == "HMMA"}
+    assert innermost([outer, inner, *retries], hot) == [inner]
+
+
+def test_loops_of_ptx():
+    source = parse_ptx(PTX)
+    (loop,) = loops(source)
+    opcodes = [source.instructions[index].opcode.split(".")[0] for index in sorted(loop.indices)]
+    assert opcodes == ["bra", "mma", "bra", "tcgen05", "bra"]
+
+
+def instruction(opcode: str, operands: str = "") -> Instruction:
+    return Instruction(0, "", opcode, operands)
+
+
+def test_spills_are_those_inside_of_loops(monkeypatch):
+    """Code that lies before and after them runs once."""
+    once = "        /*0008*/                   STL.128 [R1], R4 ;\n"
+    listing = LISTING.replace(".L_x_4:\n", once + ".L_x_4:\n")
+    monkeypatch.setattr(gate, "read_binary", lambda *_: " REG:96 STACK:16 SHARED:0")
+    monkeypatch.setattr(machine_code, "disassemble", lambda cubin: listing)
+    ptx = "$L__BB0_1:\n\tmma.sync.aligned.m16n8k16 {%r1};\n\t@%p1 bra \t$L__BB0_1;\n\tret;\n"
+    metadata = SimpleNamespace(shared=4096, num_warps=4, tmem_size=64)
+    found = read_machine_code(SimpleNamespace(metadata=metadata, asm={"cubin": b"", "ptx": ptx}))
+    assert (found.registers, found.stack_bytes, found.shared_bytes, found.spill_bytes) == (96, 16, 4096, 8)
+    assert found.tensor_memory == 64
+    [loop] = found.mma_loops
+    assert (loop.tiles, loop.flops, loop.other) == (1, 4 * 4096, 3)

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-pytest.importorskip("triton")
-import tritonattn
 from perf import contest
 from perf.__main__ import main
 from perf.records import read
@@ -27,10 +25,7 @@ def test_every_suite(tmp_path, capsys):
             assert record.suite == "accuracy" or record.lower_ms <= record.median_ms <= record.upper_ms
     for suite in {*SUITES} - {"ceilings"}:
         ours = [one for one in records if one.suite == suite and one.contestant.startswith("tritonattn")]
-        assert {(one.scaling, one.status) for one in ours} == {
-            ("sqrt_dim", "measured"),
-            ("key_norm_mean", "measured"),
-        }
+        assert {(one.scaling, one.status) for one in ours} == {("sqrt_dim", "measured"), ("key_norm_mean", "measured")}
     environment = records[0].environment
     assert environment.torch == torch.__version__
     assert environment.threads == torch.get_num_threads()
@@ -38,27 +33,6 @@ def test_every_suite(tmp_path, capsys):
     assert str(tmp_path) not in environment.command
     printed = capsys.readouterr().out
     assert all(f"## {suite}\n\nMeasured: {environment}" in printed for suite in SUITES)
-
-
-@pytest.mark.parametrize(("suite", "wrong"), [("forward", "out"), ("backward", "gradient of v"), ("accuracy", "out")])
-def test_a_wrong_result_of_ours_fails_the_run(suite, wrong, tmp_path, monkeypatch):
-    """test_contest.py spoils packed sequences and decoding steps."""
-    right = tritonattn.attention
-
-    def chosen(q, k, v, *, backend, **options):
-        out = right(q, k, v, backend=backend, **options)
-        if backend == "reference":
-            return out
-        return out + (0.1 * out.detach().abs().max() if wrong == "out" else 1e-2 * (v - v.detach()))
-
-    monkeypatch.setattr(tritonattn, "attention", chosen)
-    with pytest.raises(
-        SystemExit, match=rf"results are wrong[^$]*tritonattn[^$]* sqrt_dim: {wrong}: expected an error"
-    ):
-        sweep(tmp_path / "a.jsonl", "--suite", suite, "--scalings", "sqrt_dim", "--peers", "none")
-    found = [record for record in read(tmp_path / "a.jsonl") if record.status == "wrong"]
-    assert found
-    assert all(record.median_ms is None and record.error > record.bound for record in found)
 
 
 def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):

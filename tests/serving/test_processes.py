@@ -1,4 +1,4 @@
-"""The plugin in processes that vLLM starts: ranks of an engine, a server; and tritonattn's kernels in an engine."""
+"""The plugin in processes that vLLM starts: ranks of an engine, a server, kernels; and vLLM without the plugin."""
 
 import json
 import os
@@ -13,6 +13,8 @@ import pytest
 import tokenizers
 import torch
 import transformers
+
+import tritonattn.huggingface
 
 from .cases import STEPS, VOCABULARY, Case, learned, prompts
 
@@ -86,3 +88,27 @@ def wait_for(url: str, server: subprocess.Popen) -> None:
         except OSError:
             time.sleep(0.5)
     raise TimeoutError(url)
+
+
+REFUSED = {
+    "patched checkpoint": (
+        Case("llama", lambda model: tritonattn.huggingface.patch(model, scaling="log_key_count")),
+        "no module or parameter named 'needs_tritonattn'",
+    ),
+    "settings of the command": (
+        Case("llama", "log_key_count", {"attention_backend": "TRITONATTN"}),
+        "Unknown attention backend: 'TRITONATTN'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_needs_the_plugin_is_refused(case, tmp_path):
+    model, message = REFUSED[case]
+    _, _, arguments = model.make(tmp_path)
+    program = f"import sys, vllm; vllm.LLM(**{arguments!r}); print('served', 'tritonattn' in sys.modules)"
+    without = {**os.environ, "VLLM_PLUGINS": "plain_ops"}
+    done = subprocess.run([sys.executable, "-c", program], env=without, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "served" not in done.stdout
+    assert message in done.stderr

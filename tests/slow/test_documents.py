@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 from docs.figures import studies, watch
-from tests.docs.test_generated import INTERPRETED, check_part
+from tests.docs.test_documents import INTERPRETED, check_part
 from tritonattn.lab.figures import save
-from tritonattn.lab.length import plot as length
+from tritonattn.lab.length import report as length
 from tritonattn.lab.simulation import plot as simulation
 from tritonattn.lab.training import plot as training
 

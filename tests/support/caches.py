@@ -122,6 +122,21 @@ class GrowingCache:
         return arguments
 
 
+def check_rows_without_keys(capacity: int, page: int | None, dtype=torch.float64, device="cpu", **options) -> None:
+    """Three rows of sequences of 0 and 2 keys: those before the first key have zeros, and the statistics of no key."""
+    q, k, v = sequences(dtype, length=8, dims=(16, 16), device=device)
+    cache = GrowingCache(k, v, capacity, page, statistics=True)
+    cache.write([0, 2])
+    found, aux = tritonattn.attention_decode(q[:, :, :3], **cache.arguments(), return_aux=True, **options)
+    empty = torch.tensor([[True, True, True], [True, False, False]], device=device)[:, None].expand(2, 4, 3)
+    assert (found[empty] == 0).all()
+    assert found[~empty].isfinite().all()
+    assert (found[~empty] != 0).all()
+    assert torch.equal(aux.lse == -torch.inf, empty)
+    assert torch.equal(aux.max_logit == -torch.inf, empty)
+    assert (aux.entropy[empty] == 0).all()
+
+
 def check_cuts(k: Tensor, cuts: list[tuple[int, ...]], append: Callable[[Tensor, tritonattn.KeyStatistics], None]):
     """Bits of a `KeyStatistics` after the keys k [B, Hkv, n, D] were appended in pieces, the same for each cut."""
     found = []

@@ -11,9 +11,9 @@ from torch import Tensor
 import tritonattn
 from tritonattn.core.call import AttentionCall, Logits
 from tritonattn.core.dropout import Dropout
+from tritonattn.core.norms import key_norms_of
 from tritonattn.core.ranges import argmax_over_ranges, prefix_sum
 from tritonattn.core.sequences import Sequences
-from tritonattn.core.statistics import key_norms_of
 from tritonattn.core.visibility import Visibility
 
 from .packed import offsets
@@ -89,7 +89,7 @@ def example(
 
 
 def torch_kernels() -> SimpleNamespace:
-    """The kernels of `tritonattn.ops.key_statistics`, by torch."""
+    """The kernels of statistics that `tritonattn.ops.attend` calls, by torch."""
     return SimpleNamespace(
         key_norms=lambda k, seen: key_norms_of(k, seen).detach(),
         prefix_sums=prefix_sum,

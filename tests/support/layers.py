@@ -9,5 +9,4 @@ def assert_same(layer, ours, expected, *inputs) -> None:
     leaves = [*inputs, *(x for x in layer.parameters() if x.requires_grad)]
     direction = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64).reshape(ours.shape)
     gradients = [torch.autograd.grad((x * direction).sum(), leaves) for x in (ours, expected)]
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)

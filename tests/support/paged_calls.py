@@ -103,8 +103,7 @@ def check_appends(dtype: torch.dtype, head_dim: int, device: torch.device | str 
             with patch.object(paged_statistics, "kernels_take", lambda _: False):
                 theirs.append(new, offsets(piece).to(device), key_lengths=after, block_table=table)
         found.append(ours.buffers)
-        for buffer, other in zip(found[-1], theirs.buffers, strict=True):
-            torch.testing.assert_close(buffer, other, rtol=1e-6, atol=0, equal_nan=True)
+        torch.testing.assert_close(found[-1], theirs.buffers, rtol=1e-6, atol=0, equal_nan=True)
     for whole, pieced in zip(*found, strict=True):
         assert torch.equal(whole.nan_to_num(-1.0), pieced.nan_to_num(-1.0))
     assert cache[..., : 2 * head_dim].count_nonzero() == 0

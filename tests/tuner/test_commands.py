@@ -22,8 +22,8 @@ def test_unknown_names(user, capsys):
         "tune --workers -1": "--workers: expected at least 1, got -1",
         "tune --budget nan": "--budget: expected minutes, got nan",
         "tune --head-dims 63": "--head-dims: expected 40, 64, 72, 80",
-        "tune --static a100 --quick": "--static: expected neither --calls nor --quick beside it",
-        "tune --calls x --dtypes fp16": "--calls: expected neither --head-dims nor --dtypes beside it",
+        "tune --static a100 --quick": "--static: expected neither --calls nor --quick with it",
+        "tune --calls x --dtypes fp16": "--calls: expected neither --head-dims nor --dtypes with it",
         "configs --gpu h1000": "configs: --gpu: expected a100, a10, l40s, h100, h200",
         "configs --gpu all": "sm_90, ..., got 'all'\n",
     }.items():

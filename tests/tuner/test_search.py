@@ -11,8 +11,10 @@ from tritonattn.backends.triton import launch
 from tritonattn.tuner import search
 from tritonattn.tuner.candidates import candidates
 from tritonattn.tuner.gate import Candidate, Code, Compiler
+from tritonattn.tuning import cache_dir, lookup
 from tritonattn.tuning.calls import Size
 from tritonattn.tuning.config import SHARES, Target, TileConfig
+from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.lookup import config_for
 from tritonattn.tuning.table import Exact, Key
 
@@ -127,6 +129,24 @@ def test_a_result_that_is_wrong_in_one_dtype_is_not_taken(timed):
     result = find()
     assert result.entry.config == OTHERS[0]
     assert result.wrong == (f"{KEY} {OTHERS[1]}: is wrong",)
+
+
+def test_a_quick_search_starts_from_the_table(monkeypatch):
+    """From its entry, which is timed first, to what differs from it in one field: the default is no neighbour here."""
+    key, target = Key("forward", 128, "query", "long"), Target.parse("sm_90")
+
+    def examine(self, wanted):
+        return [Candidate(config, Code(128, 0, 0), ()) for _, _, config in wanted]
+
+    monkeypatch.setattr(Compiler, "examine", examine)
+    table = lookup.usable_table(cache_dir.shipped_tables() / "h100.json", target)
+    entry = table.entries[key].config
+    with Compiler(target, 1) as compiler:
+        first, *others = search.passing(key, compiler, search.QUICK)
+    assert first == entry == lookup.config_for(key.kernel, key.problem, target)
+    assert {replace(entry, num_stages=2), replace(entry, descriptors=False)} <= set(others)
+    assert default_config(key.kernel, key.problem, target) not in others
+    assert len([one for one in others if one.kernel == "triton"]) < 12
 
 
 def test_a_machine_that_compiles_nothing_is_not_searched_on(monkeypatch):

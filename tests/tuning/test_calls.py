@@ -6,7 +6,6 @@ from dataclasses import asdict, fields, replace
 import pytest
 import torch
 
-pytest.importorskip("triton")
 import tritonattn
 from tritonattn.backends.triton import launch
 from tritonattn.tuning import Problem, TileConfig, cache_dir, calls, lookup, record

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
 from tritonattn.backends.triton import KERNELS
 from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel, default_config, legal_reasons
 

@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
 from tritonattn.backends.triton import KERNELS, device, launch
@@ -41,7 +39,7 @@ def test_pointers_and_strides_are_multiples_of_16_but_for_unaligned_rows():
 def test_pages_of_any_number_and_size_have_one_code():
     problem = replace(PROBLEM, sequences=True, block_table=True)
     sources = [source_of(problem)]
-    for pages in (1, 32, 33), (16, 17, 2048), (10, 48, 1):
+    for pages in (1, 32, 33), (16, 17, 2048), (10, 48, 1), (3, 2**17, 5), (3, 2**16, 5):
         table = torch.empty(3, pages[2], dtype=torch.int32, device="meta")
         sources.append(source_of(problem, pages=launch.pages_of(table, *pages[:2])))
     assert len({source.hash() for source in sources}) == 1

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import batch_visibility, operands
+from ..core.norms import key_norms_of
 from ..core.records import for_json
-from ..core.statistics import key_norms_of
 from ..core.tables import table
 from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Scaling
@@ -70,7 +70,7 @@ class Advice:
 
     @property
     def keeps(self) -> bool:
-        """Whether the advice is to change nothing."""
+        """True where the advice is to change nothing."""
         return all(finding.mode is None for finding in self.findings)
 
     def table(self) -> str:
@@ -115,7 +115,7 @@ class _Layer:
     k: Tensor
     scaling: Any
     gain: Any
-    relative: Any  # the model's factor beside any mode, see `huggingface.patch`; None is 1
+    relative: Any  # the model's factor with any mode, see `huggingface.patch`; None is 1
     visible: dict[str, Any]
     context: int | None
 
@@ -124,17 +124,17 @@ class _Layer:
         return Visibility.of(self.q, self.k, **self.visible)
 
     def read(self, mode: str | None) -> Reading:
-        """Diagnose the layer with a mode; None is its own scaling."""
+        """Diagnose the layer with a mode; None is its present scaling."""
         scaling, gain = (self.scaling, self.gain) if mode is None else self._with(mode)
         found = diagnose(self.q, self.k, scaling=scaling, gain=gain, **self.visible)
         lo, hi = self.seen.ranges()
-        place = torch.arange(1, hi.shape[-1] + 1, device=hi.device) + self.seen.k_len - self.seen.q_len
+        last = torch.arange(1, hi.shape[-1] + 1, device=hi.device) + self.seen.k_len - self.seen.q_len
         return Reading(
             layer=self.name,
             mode=_name(self.scaling) if mode is None else mode,
             **_means(found),
             key_norm_between=_between_sequences(self.k, self.seen),
-            causal=bool((hi <= place)[hi > lo].all()),
+            causal=bool((hi <= last)[hi > lo].all()),
             longest=int(self.seen.counts().max()),
             context=self.context,
             power=power_of(*layer_power(found.count_power, found.count_power_error)),
@@ -165,7 +165,7 @@ def advise(
         scaling, gain, causal, window, key_lengths, key_ranges, mask: With q and k: as in `diagnose`.
 
     The first of `tritonattn.analysis.rules.RULES` that applies to a layer gives its advice. Modes are tried on the
-    layer's own q and k before they are advised. Heads are averaged; softcap and sinks are ignored. The cost is one
+    layer's q and k before they are advised. Heads are averaged; softcap and sinks are ignored. The cost is one
     forward pass, and for each layer and mode a `diagnose`, about 25 forward passes of its attention.
 
     Returns:
@@ -185,7 +185,7 @@ def advise(
     """
     if isinstance(model, Tensor):
         if not isinstance(tokens, Tensor):
-            raise TypeError(f"k: expected a tensor beside q, got {type(tokens).__name__}")
+            raise TypeError(f"k: expected a tensor with q, got {type(tokens).__name__}")
         return _joined([_finding(_of_tensors(model, tokens, scaling, gain, visible, context))])
     if visible or scaling != "sqrt_dim" or gain is not None:
         names = [*visible, *(["scaling"] if scaling != "sqrt_dim" else []), *(["gain"] if gain is not None else [])]
@@ -196,8 +196,8 @@ def advise(
 def mode_of(text: str) -> Scaling:
     """Make the scaling of an `Advice.mode`, such as "cosine", "qwen_logn(2048)" or "log_power(0.5, 2048)"."""
     name, _, parameters = text.rstrip(")").partition("(")
-    kind: Any = SCALINGS[name]
-    return kind(*(float(one) if "." in one else int(one) for one in parameters.split(", ") if one))
+    scaling: Any = SCALINGS[name]
+    return scaling(*(float(one) if "." in one else int(one) for one in parameters.split(", ") if one))
 
 
 def _findings_of_model(model: nn.Module, tokens: Any, context: int | None) -> list[Finding]:
@@ -235,7 +235,7 @@ def _of_call(name: str, q: Tensor, k: Tensor, arguments: dict[str, Any], aux: An
     visible = {part: arguments[part] for part in arguments.keys() & set(_VISIBLE)}
     scaling, gain = arguments["scaling"], arguments["gain"]
     relative = gain
-    if not isinstance(scaling, (str, Scaling)):  # a float of the model's own
+    if not isinstance(scaling, (str, Scaling)):  # a float of the model's
         relative = scaling * q.shape[-1] ** 0.5 * (1.0 if gain is None else gain)
     return _Layer(name, q, k, scaling, gain, relative, _without_padding(q, k, visible), context)
 
@@ -282,7 +282,7 @@ def _between_sequences(k: Tensor, seen: Visibility) -> float:
 def _name(scaling: Any) -> str:
     if isinstance(scaling, str):
         return scaling
-    return scaling.name if isinstance(scaling, Scaling) else "sqrt_dim"  # a float is the model's own factor
+    return scaling.name if isinstance(scaling, Scaling) else "sqrt_dim"  # a float is the model's factor
 
 
 def _finding(layer: _Layer) -> Finding:
@@ -293,7 +293,7 @@ def _finding(layer: _Layer) -> Finding:
         if mode == reading.mode:
             continue
         after = layer.read(mode)
-        if rule.heals(reading, after):
+        if rule.fixes(reading, after):
             return Finding(reading, rule, mode, mode, after)
     return Finding(reading, rule, rule.otherwise.format(mode=reading.mode))
 

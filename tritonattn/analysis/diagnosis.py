@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..calls.checks import batch_visibility, check, operands
-from ..calls.logits import logits
+from ..calls.dispatch import logits
 from ..core.call import AttentionCall, Logits
-from ..core.statistics import Statistics, key_norms_of
+from ..core.norms import key_norms_of
+from ..core.statistics import Statistics
 from ..core.tables import table
 from ..core.visibility import Visibility
 from ..scaling import Scaling
@@ -24,19 +25,19 @@ UNIFORM = 0.98
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """Figures of every query head, fp64 [Hq]; means are over the rows that see a key.
+    """Figures of every query head, fp64 [Hq]; means are over the rows with a visible key.
 
     logit_std             mean standard deviation of a row's logits
     max_logit             the largest logit; -inf without rows
     max_probability       mean of the rows' largest probabilities
-    relative_entropy      mean entropy / ln(n) of the rows that see n > 1 keys: 1 is uniform, 0 a single key
+    relative_entropy      mean entropy / ln(n) of the rows of n > 1 visible keys: 1 is uniform, 0 a single key
     jacobian_norm         mean Frobenius norm of the softmax's Jacobian, diag(p) - p p^T
     gradient_norm         mean Frobenius norm of dp / d(q . k), the Jacobian times the factor of the logits
     near_one_hot          share of the rows whose max probability is above 0.95, rows of one key included
     near_uniform          share of the rows with n > 1 keys whose entropy / ln(n) is above 0.98
     key_count_mean        mean n of the rows
     key_count_variation   their standard deviation over their mean
-    key_norm_mean         mean norm ||k|| of the keys of its key head that some row may see
+    key_norm_mean         mean norm ||k|| of the keys of its key head that some row attends to
     key_norm_variation    their standard deviation over their mean
     count_power           p of the factor (ln n)^p that the gaps of the largest logits ask for, and its
     count_power_error     standard error: `analysis.gaps`; NaN where rows are too few or their n too alike
@@ -108,8 +109,8 @@ def diagnose(
 
     A gradient vanishes in two ways: p is one-hot (J is 0), or p is uniform since the factor is tiny (J is healthy, its
     product with the factor is not). `near_one_hot` and `near_uniform` count such rows, `gradient_norm` measures both.
-    It leaves out the factor's own dependence on q or k. `count_power` says how the factor should grow with n, by the
-    gaps between the largest q . k of rows that see different n.
+    It leaves out the factor's dependence on q or k. `count_power` says how the factor should grow with n, by the
+    gaps between the largest q . k of rows of different n.
 
     Args:
         q: [B, Hq, Sq, D], float16, bfloat16, float32 or float64.
@@ -166,7 +167,7 @@ def _of_rows(rows: RowStatistics) -> dict[str, Tensor]:
 
 
 def _of_keys(k: Tensor, visibility: Visibility) -> dict[str, Tensor]:
-    """Mean and variation of the norms of the keys that some row may see, [Hq] each."""
+    """Mean and variation of the norms of the keys that some row attends to, [Hq] each."""
     seen = visibility.seen_keys().expand(visibility.keys)
     found = _mean_and_variation(key_norms_of(k).double(), seen)
     mean, variation = (x.repeat_interleave(visibility.q_heads // max(visibility.kv_heads, 1)) for x in found)

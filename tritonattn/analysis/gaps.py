@@ -102,13 +102,13 @@ def _sampled(counts: Tensor, k_len: int) -> Iterator[Tensor]:
     rows = (counts >= _KEYS).nonzero()[:, 0]
     if len(rows) == 0:
         return
-    place = counts[rows].log2()
-    bins = ((place - math.log2(_KEYS)) / math.log2(max(k_len, 2 * _KEYS) / _KEYS) * _BINS).long().clamp(max=_BINS - 1)
+    octave = counts[rows].log2()
+    bins = ((octave - math.log2(_KEYS)) / math.log2(max(k_len, 2 * _KEYS) / _KEYS) * _BINS).long().clamp(max=_BINS - 1)
     most = max(8, min(_ROWS, _PAIRS // k_len) // _BINS)
     for one in range(_BINS):
-        members = rows[bins == one]
-        if len(members):
-            yield members[torch.linspace(0, len(members) - 1, min(most, len(members)), device=rows.device).long()]
+        found = rows[bins == one]
+        if len(found):
+            yield found[torch.linspace(0, len(found) - 1, min(most, len(found)), device=rows.device).long()]
 
 
 def _visible(seen: Visibility, entry: int, head: int, rows: Tensor) -> Tensor:
@@ -130,8 +130,8 @@ def _critical(x: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ordered = x.sort(-1, descending=True).values
     gaps = ordered[:, :1] - ordered[:, _COMPETITORS:]
     c = torch.arange(_COMPETITORS, x.shape[-1], device=x.device, dtype=torch.float64)
-    critical, place = (c.log() / gaps).max(-1)
-    depth = (c[place] / _COMPETITORS).log() / ((n - 1) / _COMPETITORS).log()
+    critical, index = (c.log() / gaps).max(-1)
+    depth = (c[index] / _COMPETITORS).log() / ((n - 1) / _COMPETITORS).log()
     return n, critical.log(), depth
 
 

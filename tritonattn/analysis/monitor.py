@@ -7,15 +7,16 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..calls.checks import check_bool
-from .alarms import Alarm, Alarms, Thresholds
+from ..core.records import append
+from .alarms import Alarm, Alarms, Thresholds, layer_value
 from .over_ranks import joined, joined_losses, rank_and_size
-from .records import JsonLines, Scalars
 from .watch import Watch
 
 Action = Callable[[Sequence[Alarm]], Any]
@@ -40,9 +41,9 @@ class Monitor:
 
     A record is a dict: step; loss; alarms; and layers, by the module's name, each with
 
-        calls, rows          numbers of calls and rows (B Hq Sq), without padding and rows that see no key
+        calls, rows          numbers of calls and rows (B Hq Sq), without padding and rows without visible keys
         max_logit            [Hq] the largest logit, before softcap, without a key_bias
-        relative_entropy     [Hq] mean over the rows that see n > 1 keys of entropy / ln n: 1 is uniform, 0 one key
+        relative_entropy     [Hq] mean over rows of n > 1 visible keys of entropy / ln n: 1 is uniform, 0 one key
         near_one_hot         [Hq] share of the rows whose largest probability is above 0.95, rows of one key included
         near_uniform         [Hq] share of the rows with n > 1 whose entropy / ln n is above 0.98
         q_gradient_norm      [Hq] Frobenius norm of the gradient that reached q as it meets k, over rows and features
@@ -52,28 +53,26 @@ class Monitor:
     Values that do not exist (no backward, no row) or are not finite are null in the file, and alarms name the latter.
     Probabilities and entropy are taken before dropout and without sinks; the output is the one that the model gets.
 
-    **It changes nothing.** Statistics are computed beside the model's own attention, from the same q and k and without
-    dropout, by one more forward of O(S) memory. Weights after a run with a Monitor are bit for bit those without,
-    unless `on_alarm` changes them or the model is compiled. A transformers layer that is not patched keeps its own
-    attention (eager or sdpa), and has another config during a watched step: so `patch` before the with block. In other
-    steps `step` only counts, and checks the loss if that does not wait for a GPU. A watched step took 1.12 to 1.21
-    times as long (`python -m perf monitor`; docs/rollout.md).
+    **It changes nothing.** Statistics are computed by one more forward of O(S) memory, from the same q and k as the
+    model's attention, without dropout. Weights after a run with a Monitor are bit for bit those without, unless
+    `on_alarm` changes them or the model is compiled. A transformers layer that is not patched keeps its attention
+    (eager or sdpa), and has another config during a watched step: so `patch` before the with block. In other steps
+    `step` only counts, and checks the loss if that does not wait for a GPU.
 
     **A step** is everything between two calls of `step`. Forwards of several micro-batches or parts of a loss are
-    joined (counts, maxima, sums of squares), so gradient accumulation gives the statistics of one large batch. A layer
-    counts in training mode, or if its result has a graph, so an evaluation in eval mode under torch.no_grad() does not.
-    Checkpointed layers count once. Under a GradScaler give `grad_scale`. Frozen layers have gradient norms if a
-    gradient passes through them. An exception ends the watch, loses the step, and leaves model and file whole.
+    joined, so gradient accumulation gives the statistics of one large batch. A layer counts in training mode, or if its
+    result has a graph, so an evaluation in eval mode under torch.no_grad() does not. Checkpointed layers count once.
+    Under a GradScaler give `grad_scale`. Frozen layers have gradient norms if a gradient passes through them. An
+    exception ends the watch, loses the step, and leaves model and file whole.
 
-    **torch.compile.** Watched steps run uncompiled, so every layer is seen, and no graph is compiled anew. They take
-    the time and memory of the uncompiled model, and round as it does. `torch.compiler.set_stance("force_eager")` holds
-    until the step ends, for all that the process has compiled.
+    **torch.compile.** Watched steps run uncompiled, so every layer is seen, and no graph is compiled again:
+    `torch.compiler.set_stance("force_eager")` holds until the step ends, for all that the process has compiled.
 
-    **Threads and processes.** Monitors of different models may run in different threads. Modules count in whatever
-    thread they run, so nn.DataParallel does. Under torch.distributed every rank watches, with the same `every`: a
-    record is that of one process with the rows and heads of all (the loss is the ranks' mean, gradients are as DDP and
-    FSDP average them), every rank has it, acts on its alarms, and rank 0 writes and warns. A loss that is not finite
-    then raises its alarm in the next watched step.
+    **Threads and processes.** Monitors of different models may run in different threads, and the threads of
+    nn.DataParallel count. Under torch.distributed every rank watches, with the same `every`: a record is that of one
+    process with the rows and heads of all (the loss is the ranks' mean, gradients are as DDP and FSDP average them),
+    every rank has it, acts on its alarms, and rank 0 writes and warns. A loss that is not finite then raises its alarm
+    in the next watched step.
 
     Raises:
         ValueError, TypeError: A bad argument; a transformers model with an attention implementation other than eager,
@@ -121,11 +120,11 @@ class Monitor:
         self._reduce = reduce
         if on_alarm is not None and not reduce and rank_and_size()[1] > 1:
             raise ValueError("on_alarm: expected reduce=True, since actions would differ by rank, got reduce=False")
-        self._file = None if file is None or not self._speaks else JsonLines(file)
-        self._scalars = None if tensorboard is None or not self._speaks else Scalars(tensorboard)
+        self._file = None if file is None or not self._speaks else _JsonLines(file)
+        self._scalars = None if tensorboard is None or not self._speaks else _Scalars(tensorboard)
         self._watch: Watch | None = None
         self._active = False
-        self._not_finite: Tensor | None = None  # bool on the loss's device: whether one since the last check was
+        self._not_finite: Tensor | None = None  # bool on the loss's device: one since the last check was not
         self._warned_blind = False
 
     def __enter__(self) -> Monitor:
@@ -147,17 +146,17 @@ class Monitor:
 
     @property
     def _joins(self) -> bool:
-        """Whether the statistics of several ranks are joined."""
+        """True where the statistics of several ranks are joined."""
         return self._reduce and rank_and_size()[1] > 1
 
     @property
     def _speaks(self) -> bool:
-        """Whether this process writes and warns."""
+        """True where this process writes and warns."""
         return not self._joins or rank_and_size()[0] == 0
 
     @property
     def active(self) -> bool:
-        """Whether the monitor is inside its with block."""
+        """True inside the with block."""
         return self._active
 
     def step(self, loss: float | Tensor | None = None, *, grad_scale: float = 1.0) -> dict[str, Any] | None:
@@ -227,7 +226,6 @@ class Monitor:
     def _record(
         self, step: int, loss: float | Tensor | None, watch: Watch | None, alarms: list[Alarm], grad_scale: float
     ) -> dict[str, Any]:
-        """Make a record, write it, warn and act."""
         layers: dict[str, Any] = {}
         if watch is not None:
             totals = {name: one for name, tally in watch.tallies.items() if (one := tally.totals()) is not None}
@@ -294,7 +292,7 @@ def _untraced(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _is_elsewhere(loss: Tensor) -> bool:
-    """Whether reading a loss would wait for a device."""
+    """True where reading a loss would wait for a device."""
     return loss.device.type != "cpu"
 
 
@@ -322,3 +320,49 @@ def _action(on_alarm: str | Action | None, model: nn.Module) -> Action | None:
             f"on_alarm: expected a patched model for 'undo', got a {type(model).__name__} that is not patched"
         )
     return lambda alarms: patched.undo()
+
+
+class _JsonLines:
+    """A file with one JSON object a line, each appended by one write: whenever a run ends, its lines are whole."""
+
+    def __init__(self, file: str | os.PathLike[str]) -> None:
+        self.path = Path(file)
+        if self.path.is_dir() or not self.path.absolute().parent.is_dir():
+            raise ValueError(f"file: expected a file in an existing folder, got {str(file)!r}")
+        append(self.path, [])  # the file exists, and can be written, before the run begins
+
+    def write(self, record: dict[str, Any]) -> None:
+        append(self.path, [record])
+
+
+class _Scalars:
+    """The records as TensorBoard scalars: the loss, and of every layer the largest logit and the heads' means."""
+
+    def __init__(self, target: Any) -> None:
+        self._owned = not hasattr(target, "add_scalar")
+        self._writer = _writer(target) if self._owned else target
+
+    def write(self, record: dict[str, Any]) -> None:
+        step = record["step"]
+        if record["loss"] is not None:
+            self._writer.add_scalar("loss", record["loss"], step)
+        for layer, measures in record["layers"].items():
+            for name, values in measures.items():
+                value = layer_value(name, values) if isinstance(values, list) else None
+                if value is not None:
+                    self._writer.add_scalar(f"{layer}/{name}", value, step)
+
+    def close(self) -> None:
+        """Close our writer; that of the caller is only flushed, where it can be."""
+        if self._owned:
+            self._writer.close()
+        elif hasattr(self._writer, "flush"):
+            self._writer.flush()
+
+
+def _writer(folder: str | os.PathLike[str]) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("tensorboard: it is not installed; to mend it: pip install 'tritonattn[monitor]'") from error
+    return SummaryWriter(str(folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,102 +43,81 @@ def joined_losses(step: int, loss: float | None, not_finite: bool) -> tuple[floa
 def joined(totals: dict[str, Totals], device: torch.device) -> dict[str, tuple[Totals, int]]:
     """The totals of every layer that a rank has seen, and by how many ranks the gradients of q and k are averaged.
 
-    Ranks with other heads (tensor parallelism) put theirs beside one another; those with the same heads (data
-    parallelism) have other rows, and average the gradients of parameters. Three all-reduces on `device`.
+    Ranks with other heads (tensor parallelism) put theirs side by side; those with the same heads (data parallelism)
+    have other rows, and average the gradients of parameters. Three all-reduces on `device`.
     """
     seen: dict[str, list[_Shape]] = {}
-    for shapes in gathered({name: _Shape(one) for name, one in totals.items()}):
+    for shapes in gathered({name: _Shape.of(one) for name, one in totals.items()}):
         for name, shape in shapes.items():
             seen.setdefault(name, []).append(shape)
-    names = sorted(seen)
-    parts = [_Part(totals.get(name), seen[name]) for name in names]
-    sums = _reduced([part.sums() for part in parts], "SUM", device)
-    largest = _reduced([part.largest() for part in parts], "MAX", device)
-    means = [part.mean(total) for part, total in zip(parts, sums, strict=True)]
-    rest = _reduced([part.deviations(mean) for part, mean in zip(parts, means, strict=True)], "SUM", device)
-    return {
-        name: (part.total(*measures), part.averaged)
-        for name, part, *measures in zip(names, parts, sums, largest, means, rest, strict=True)
-    }
+    shapes = {name: _Shape(*map(max, *found, found[0])) for name, found in sorted(seen.items())}
+    parts, count = [_placed(totals.get(name), shape) for name, shape in shapes.items()], len(shapes)
+    sums = [torch.stack(list(one.sums.values())) for one in parts]
+    squares = [torch.cat([one.q_squares, one.k_squares]) for one in parts]
+    weighted = [one.mean * one.sums["real_rows"][:, None] for one in parts]
+    added = _reduced([*sums, *squares, *weighted], "SUM", device)
+    sums, squares, weighted = added[:count], added[count : 2 * count], added[2 * count :]
+    means = [total / rows[0].clamp(min=1)[:, None] for total, rows in zip(weighted, sums, strict=True)]
+    largest = _reduced([one.max_logit for one in parts], "MAX", device)
+    deviations = _reduced([_deviations(one, mean) for one, mean in zip(parts, means, strict=True)], "SUM", device)
+    result = {}
+    for index, (name, shape) in enumerate(shapes.items()):
+        of_q, of_k = squares[index].split([shape.parts * shape.q_heads, shape.parts * shape.k_heads])
+        rows = dict(zip(SUMS, sums[index], strict=True))
+        of_q, of_k = of_q if shape.has_q else None, of_k if shape.k_heads else None
+        total = Totals(shape.calls, rows, largest[index], means[index], deviations[index], of_q, of_k)
+        result[name] = total, max(1, len(seen[name]) // shape.parts)
+    return result
 
 
-class _Shape:
-    """Facts of a layer that ranks tell one another before they add."""
+class _Shape(NamedTuple):
+    """Facts of a layer that ranks tell one another before they add; its heads are those of one of the parts."""
 
-    def __init__(self, totals: Totals) -> None:
-        self.head_part, self.calls = totals.head_part, totals.calls
-        self.q_heads, self.features = totals.mean.shape
-        self.k_heads = 0 if totals.k_squares is None else totals.k_squares.shape[0]
-        self.has_q = totals.q_squares is not None
+    parts: int
+    calls: int
+    q_heads: int
+    features: int
+    has_q: bool
+    k_heads: int
+
+    @classmethod
+    def of(cls, totals: Totals) -> _Shape:
+        k_heads = 0 if totals.k_squares is None else totals.k_squares.shape[0]
+        return cls(totals.head_part[1], totals.calls, *totals.mean.shape, totals.q_squares is not None, k_heads)
 
 
-class _Part:
-    """This rank's part of a layer, as vectors over the heads of all ranks: those of others are 0."""
+def _placed(own: Totals | None, shape: _Shape) -> Any:
+    """A rank's totals among the heads of all ranks; 0 at those of others."""
+    number = 0 if own is None else own.head_part[0]
 
-    def __init__(self, own: Totals | None, shapes: list[_Shape]) -> None:
-        self._own, self._calls = own, max(shape.calls for shape in shapes)
-        number, count = (0, 1) if own is None else own.head_part
-        count = max(count, *(shape.head_part[1] for shape in shapes))
-        self.averaged = max(1, len(shapes) // count)
-        self._count, self._number = count, number
-        self._q_heads, self._k_heads = (max(getattr(s, x) for s in shapes) * count for x in ("q_heads", "k_heads"))
-        self._features, self._has_q = shapes[0].features, any(shape.has_q for shape in shapes)
-
-    def _placed(self, x: Tensor | None, *shape: int, fill: float = 0.0) -> Tensor:
-        """x [own heads, ...] at its place in a shape [all heads, ...], flat."""
-        out = torch.full(shape, fill, dtype=torch.float64)
+    def among(x: Tensor | None, heads: int, *features: int, fill: float = 0.0) -> Tensor:
+        out = torch.full((shape.parts, heads, *features), fill, dtype=torch.float64)
         if x is not None:
-            first = self._number * x.shape[0]
-            out[first : first + x.shape[0]] = x
-        return out.flatten()
+            out[number] = x
+        return out.flatten(0, 1)
 
-    def sums(self) -> Tensor:
-        own = self._own
-        rows = [self._placed(None if own is None else own.sums[name], self._q_heads) for name in SUMS]
-        squares = [
-            self._placed(None if own is None else own.q_squares, self._q_heads),
-            self._placed(None if own is None else own.k_squares, self._k_heads),
-        ]
-        total = None if own is None else own.mean * own.sums["real_rows"][:, None]
-        return torch.cat([*rows, *squares, self._placed(total, self._q_heads, self._features)])
-
-    def _split(self, sums: Tensor) -> tuple[Tensor, ...]:
-        sizes = [self._q_heads] * (len(SUMS) + 1) + [self._k_heads, self._q_heads * self._features]
-        return sums.split(sizes)
-
-    def largest(self) -> Tensor:
-        return self._placed(None if self._own is None else self._own.max_logit, self._q_heads, fill=-math.inf)
-
-    def mean(self, sums: Tensor) -> Tensor:
-        rows, total = self._split(sums)[0], self._split(sums)[-1]
-        return total.view(self._q_heads, self._features) / rows.clamp(min=1)[:, None]
-
-    def deviations(self, mean: Tensor) -> Tensor:
-        """Squared deviations of this rank's rows from all ranks' mean: sum over rows, mean over features."""
-        if self._own is None:
-            return self._placed(None, self._q_heads)
-        heads = self._own.mean.shape[0]
-        shift = self._own.mean - mean[self._number * heads : (self._number + 1) * heads]
-        own = self._own.deviations + self._own.sums["real_rows"] * shift.square().mean(-1)
-        return self._placed(own, self._q_heads)
-
-    def total(self, sums: Tensor, largest: Tensor, mean: Tensor, deviations: Tensor) -> Totals:
-        *rows, q_squares, k_squares, _ = self._split(sums)
-        return Totals(
-            self._calls,
-            dict(zip(SUMS, rows, strict=True)),
-            largest,
-            mean,
-            deviations,
-            q_squares if self._has_q else None,
-            k_squares if self._k_heads else None,
-        )
+    q_heads, sums = shape.q_heads, {} if own is None else own.sums
+    return Totals(
+        shape.calls,
+        {name: among(sums.get(name), q_heads) for name in SUMS},
+        among(getattr(own, "max_logit", None), q_heads, fill=-math.inf),
+        among(getattr(own, "mean", None), q_heads, shape.features),
+        among(getattr(own, "deviations", None), q_heads),
+        among(getattr(own, "q_squares", None), q_heads),
+        among(getattr(own, "k_squares", None), shape.k_heads),
+    )
 
 
-def _reduced(vectors: list[Tensor], operation: str, device: torch.device) -> list[Tensor]:
-    """Vectors of the same sizes on every rank, added or maximised over ranks in one message."""
-    if not vectors:
+def _deviations(own: Totals, mean: Tensor) -> Tensor:
+    """Squared deviations of this rank's rows from all ranks' mean: sum over rows, mean over features."""
+    return own.deviations + own.sums["real_rows"] * (own.mean - mean).square().mean(-1)
+
+
+def _reduced(tensors: list[Tensor], operation: str, device: torch.device) -> list[Tensor]:
+    """Tensors of the same shapes on every rank, added or maximised over ranks in one message."""
+    if not tensors:
         return []
-    flat = torch.cat(vectors).to(device)
+    flat = torch.cat([x.flatten() for x in tensors]).to(device)
     torch.distributed.all_reduce(flat, getattr(torch.distributed.ReduceOp, operation))
-    return list(flat.cpu().split([x.numel() for x in vectors]))
+    parts = flat.cpu().split([x.numel() for x in tensors])
+    return [part.view_as(x) for part, x in zip(parts, tensors, strict=True)]

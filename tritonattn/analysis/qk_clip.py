@@ -54,7 +54,7 @@ class Projections:
 
     rows           of all the layers that project q and k
     query, key     views of the rows' factors by head, [H, d]
-    scaling        as in `tritonattn.attention`; None is the model's own factor
+    scaling        as in `tritonattn.attention`; None is the model's factor
     query_alone    more of q: features that meet keys which all heads share
     """
 
@@ -144,12 +144,12 @@ def qk_clip(model: nn.Module, threshold: float = 100.0) -> QKClip:
         W_q, W_k of head h  *=  sqrt(gamma_h)    and their biases; with shared key heads W_q *= gamma_h, W_k is left
 
     Afterwards the logits of head h are gamma_h times what they were, and those of the other heads are as they were.
-    Query heads that share a key head (GQA, MQA) would all shrink with its W_k, so W_q alone gives each its own
+    Query heads that share a key head (GQA, MQA) would all shrink with its W_k, so W_q alone gives each its
     gamma. The same holds for scalings that divide by the norms of keys (key_norm_sum and its like): their logits do
     not depend on the size of W_k.
 
-    Latent attention (DeepSeek's) has both kinds of features, and is clipped as in the paper: where heads have keys of
-    their own (nope), W_q and W_k *= sqrt(gamma_h); where they share one (rope), W_q *= gamma_h.
+    Latent attention (DeepSeek's) has both features, and is clipped as in the paper: where each head has its keys
+    (nope), W_q and W_k *= sqrt(gamma_h); where they share one (rope), W_q *= gamma_h.
 
     Several ranks (DDP, FSDP2, tensor parallelism): all clip alike, from the largest logits of all, whatever part of the
     weights each holds.
@@ -163,7 +163,7 @@ def qk_clip(model: nn.Module, threshold: float = 100.0) -> QKClip:
 
     Layers that cannot be clipped are named in a warning here, and are left as they are later: QK-norm, whose result
     does not depend on the size of the weights before it; a scaling whose factor depends on q (cosine,
-    QueryAdaptiveSSMax); projections that are quantised, adapted, gated or of another layout.
+    inkling2, QueryAdaptiveSSMax); projections that are quantised, adapted, gated or of another layout.
 
     Raises:
         NotImplementedError: A model without a layer that can be clipped, and why.
@@ -187,10 +187,10 @@ _KNOWN = "tritonattn.nn.ScaledAttention, no tritonattn.integrations.torch_module
 
 
 def _attention_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers whose attention a Monitor sees and whose kind is known, by its names."""
-    kinds = (ScaledAttention, MultiheadAttention)
+    """The layers that a Monitor watches and whose class is known, by its names."""
+    known = (ScaledAttention, MultiheadAttention)
     found: dict[str, nn.Module] = {
-        _name(name, module): module for name, module in model.named_modules() if isinstance(module, kinds)
+        _name(name, module): module for name, module in model.named_modules() if isinstance(module, known)
     }
     if "transformers" in sys.modules:
         from ..huggingface.architecture import attention_modules
@@ -334,13 +334,13 @@ def _refuse_norms(name: str, module: nn.Module) -> None:
 
 
 def _rows(name: str, child: str, layer: Any) -> Rows:
-    kind = type(layer).__name__
+    name_of_type = type(layer).__name__
     if type(layer) is nn.Linear:
         weight = layer.weight
-    elif kind == "Conv1D" and isinstance(layer.weight, nn.Parameter):  # transformers': [in, out]
+    elif name_of_type == "Conv1D" and isinstance(layer.weight, nn.Parameter):  # transformers': [in, out]
         weight = layer.weight.t()
     else:
-        raise NotImplementedError(f"{name}: QK-clip: expected a plain linear layer as {child}, got {kind}")
+        raise NotImplementedError(f"{name}: QK-clip: expected a plain linear layer as {child}, got {name_of_type}")
     if not weight.is_floating_point():
         raise NotImplementedError(f"{name}: QK-clip: expected floating weights in {child}, got {weight.dtype}")
     return Rows.of(weight) if layer.bias is None else Rows.of(weight, layer.bias)
@@ -351,7 +351,7 @@ def _by_head(factor: Tensor, heads: int) -> tuple[Tensor]:
 
 
 def _of_latent_attention(name: str, module: Any, heads: int, scaling: Any) -> Projections:
-    """Each head has `nope` rows of W_q for its own keys, which kv_b_proj makes; its other rows meet a shared key."""
+    """Each head has `nope` rows of W_q for its keys, which kv_b_proj makes; its other rows meet a shared key."""
     query = "q_b_proj" if getattr(module, "q_b_proj", None) is not None else "q_proj"
     q, kv = _rows(name, query, getattr(module, query, None)), _rows(name, "kv_b_proj", module.kv_b_proj)
     nope = module.qk_nope_head_dim

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..backends.cpu.tiles import Block, Tiles
-from ..calls.logits import logits
+from ..calls.dispatch import logits
 from ..core.call import AttentionCall
 from ..core.statistics import Statistics
 
@@ -63,7 +63,7 @@ class RowStatistics:
 
 
 def relative_entropy(entropy: Tensor, count: Tensor) -> Tensor:
-    """Compute entropy / ln(n) of rows that see n keys, fp64: 1 is uniform, 0 a single key; NaN where n < 2."""
+    """Compute entropy / ln(n) of rows of n visible keys, fp64: 1 is uniform, 0 a single key; NaN where n < 2."""
     several = count > 1
     return torch.where(several, entropy.double() / torch.where(several, count, 2).log(), torch.nan)
 
@@ -81,8 +81,8 @@ def row_statistics(call: AttentionCall) -> RowStatistics:
             for heads in tiles.heads():
                 for block in tiles.blocks(heads):
                     for name, part in _of_block(tiles, block).items():
-                        place = found[name][block.index]
-                        place.copy_(part.view(place.shape))
+                        rows = found[name][block.index]
+                        rows.copy_(part.view(rows.shape))
     return RowStatistics(**found)
 
 
@@ -118,7 +118,7 @@ class _Part(NamedTuple):
 
 
 def _of_block(tiles: Tiles, block: Block) -> dict[str, Tensor]:
-    """The fields of RowStatistics for a block's rows, [N, G * rows, 1] each; none if no row sees a key."""
+    """The fields of RowStatistics for a block's rows, [N, G * rows, 1] each; none if no key is visible."""
     query = tiles.of_rows(tiles.call.q, block)
     factor = torch.full_like(query[..., :1], tiles.call.logits.scale)
     if tiles.call.logits.query_scale is not None:
@@ -147,8 +147,8 @@ def _part(tiles: Tiles, block: Block, query: Tensor, keys: slice, hidden: Tensor
     deviation = known - mean
     tiles.hide(deviation, block, hidden, 0.0)
 
-    top, place = logit.max(-1, keepdim=True)
-    shift = (logit - top.masked_fill(top == -torch.inf, 0)).scatter_(-1, place, -torch.inf)
+    top, index = logit.max(-1, keepdim=True)
+    shift = (logit - top.masked_fill(top == -torch.inf, 0)).scatter_(-1, index, -torch.inf)
     w = shift.exp()
     square = w.square()
     cube = square * w
@@ -156,7 +156,7 @@ def _part(tiles: Tiles, block: Block, query: Tensor, keys: slice, hidden: Tensor
     top_square, f_squares, f_cubes = torch.ones_like(top), squares, cubes
     if tiles.call.logits.key_scale is not None:
         f = tiles.of_keys(tiles.call.logits.key_scale[..., None], block.heads, keys).square()  # [N, keys, 1]
-        top_square = f.mT.expand_as(w).gather(-1, place)
+        top_square = f.mT.expand_as(w).gather(-1, index)
         f_squares, f_cubes = torch.bmm(square, f), torch.bmm(cube, f)
     spread = (w * shift.clamp(min=_NOTHING)).sum(-1, keepdim=True)
     return _Part(

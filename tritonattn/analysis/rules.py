@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 LARGE_LOGIT = 100.0  # QK-clip's threshold in Kimi K2
 ILL = 0.5  # a layer is ill where more of its rows than this are; SmolLM2-135M's have up to 0.31 one-hot, 0.03 uniform
-WELL = 0.25  # a mode heals a layer where no more of its rows than this stay ill
+WELL = 0.25  # a mode fixes a layer where no more of its rows than this stay ill
 COUNTS = 0.25  # variation of the rows' number of keys; 0 among sequences of one length, 0.30 for one of 8 and one of 64
 NORMS = 0.5  # variation of the sequences' mean key norms; 0.6 where one has keys four times as long as the other
 
@@ -20,8 +20,8 @@ class Reading:
     mode       the present scaling
     max_logit  the largest of any head
     key_norm_between   standard deviation over mean of the sequences' mean key norms; 0 for one sequence
-    causal     whether rows see only keys up to their own place
-    longest    the largest number of keys that a row sees
+    causal     True where no row attends to keys of later positions
+    longest    the largest number of visible keys of a row
     power      p of the factor (ln n)^p that the gaps of the largest logits ask for; None if they do not tell
     context    the length of the model's training in tokens; None if it is not known
     """
@@ -64,10 +64,10 @@ class Rule:
     """A rule of `advise`.
 
     condition    in words; `applies` is the same in code
-    candidates   modes to try on the layer's own q and k, the least intrusive first: the first that heals it is advised;
-                 {context} stands for the layer's own number, and {counted} for `Reading.counted`
-    heals        whether a mode's reading is better, given the old one
-    otherwise    the advice if no candidate heals
+    candidates   modes to try on the layer's q and k, the least intrusive first: the first that fixes it is advised;
+                 {context} stands for the layer's number, and {counted} for `Reading.counted`
+    fixes        True where a mode's reading is better, given the old one
+    otherwise    the advice if no candidate does
     why, watch, turn_back, evidence   explanations for the reader
     """
 
@@ -75,7 +75,7 @@ class Rule:
     condition: str
     applies: Callable[[Reading], bool]
     candidates: tuple[str, ...]
-    heals: Callable[[Reading, Reading], bool]
+    fixes: Callable[[Reading, Reading], bool]
     otherwise: str
     why: str
     watch: str
@@ -83,7 +83,7 @@ class Rule:
     evidence: tuple[str, ...]
 
 
-def _healed(old: Reading, new: Reading) -> bool:
+def _fixed(old: Reading, new: Reading) -> bool:
     return math.isfinite(new.max_logit) and new.max_logit <= LARGE_LOGIT and new.ill <= WELL
 
 
@@ -101,20 +101,20 @@ RULES: tuple[Rule, ...] = (
         condition="a logit is NaN or infinite",
         applies=lambda one: not math.isfinite(one.max_logit),
         candidates=(),
-        heals=_always,
+        fixes=_always,
         otherwise="keep the scaling; mend the numbers first: find the layer before this one that gives inf or NaN,"
         " lower the learning rate, or leave float16",
         why="no scaling mends inputs that are not finite",
         watch="loss and max_logit of a Monitor: the first record that is null names the step and the layer",
         turn_back="-",
-        evidence=("docs/numerics.md, Edge cases: NaN in a key reaches the rows that see it",),
+        evidence=("docs/numerics.md, Edge cases: NaN in a key reaches the rows that attend to it",),
     ),
     Rule(
         name="peaked",
         condition=f"more than {ILL:.0%} of the rows give one key more than 0.95, or a logit is above {LARGE_LOGIT:g}",
         applies=lambda one: one.near_one_hot > ILL or one.max_logit > LARGE_LOGIT,
         candidates=("sqrt_dim", "key_norm_mean", "cosine"),
-        heals=_healed,
+        fixes=_fixed,
         otherwise="in training: qk_clip, or QK-norm, or a lower learning rate; without training: keep the scaling",
         why="rows are nearly one-hot: the softmax's Jacobian is nearly 0 there, and q and k learn from the few rows"
         " that are not",
@@ -128,7 +128,7 @@ RULES: tuple[Rule, ...] = (
             "docs/simulation.md, 3: keys 1000 times larger are one-hot with sqrt_dim, and as if they were not with"
             " key_norm_mean and cosine; where norms differ inside a sequence only cosine is unaffected",
             "docs/workshop.md, exercise 2: the Jacobian of a peaked softmax",
-            "the diagnosis of this layer's own q and k with the mode, beside it in the table",
+            "the diagnosis of this layer's q and k with the mode, in the table",
         ),
     ),
     Rule(
@@ -136,7 +136,7 @@ RULES: tuple[Rule, ...] = (
         condition=f"entropy / ln n of more than {ILL:.0%} of the rows is above 0.98",
         applies=lambda one: one.near_uniform > ILL,
         candidates=("sqrt_dim", "key_norm_mean", "log_key_count", "cosine"),
-        heals=_healed,
+        fixes=_fixed,
         otherwise="a learned gain on the scaling: patch(..., gain=torch.ones(heads, 1)), or PerHead, started above 1",
         why="rows average their values: q and k hardly change the output",
         watch="near_uniform and relative_entropy, which should fall, output_variance, which should rise, and the loss",
@@ -148,19 +148,19 @@ RULES: tuple[Rule, ...] = (
             " cosine",
             "Chiang & Cholak 2022, arXiv:2202.12172: ln n keeps attention sharp as n grows",
             "docs/workshop.md, exercise 3: gradients under a uniform softmax",
-            "the diagnosis of this layer's own q and k with the mode, beside it in the table",
+            "the diagnosis of this layer's q and k with the mode, in the table",
         ),
     ),
     Rule(
         name="beyond the context",
-        condition="rows see more keys than the model was trained for",
+        condition="rows attend to more keys than the model was trained for",
         applies=_past_context,
         candidates=("qwen_logn({context})",),
-        heals=_always,
+        fixes=_always,
         otherwise="",
         why="with more keys than in training a softmax spreads; ln(n) / ln(L) undoes that for n > L, and up to L the"
         " model is as it was",
-        watch="the loss by position past L, beside sqrt_dim's",
+        watch="the loss by position past L, with that of sqrt_dim",
         turn_back="the loss past L is not below sqrt_dim's: then positions, not the softmax, are what fails",
         evidence=(
             "Qwen's modelling code (use_logn_attn)",
@@ -173,14 +173,14 @@ RULES: tuple[Rule, ...] = (
         condition=f"the sequences' mean key norms vary by more than {NORMS:.0%}",
         applies=lambda one: one.key_norm_between > NORMS,
         candidates=("key_norm_mean",),
-        heals=_always,
+        fixes=_always,
         otherwise="",
-        why="one factor is too sharp for the sequence with long keys and too flat for the one with short keys; the"
-        " mean norm of its own keys holds each at the same temperature",
+        why="one factor is too sharp for the sequence with large keys and too flat for the one with small keys; the"
+        " mean norm of its keys holds each at the same temperature",
         watch="relative_entropy, which should differ less between sequences; the loss of each",
-        turn_back="the loss of either kind of sequence is above sqrt_dim's: then the model uses the norms",
+        turn_back="the loss of either group of sequences is above sqrt_dim's: then the model uses the norms",
         evidence=(
-            "docs/simulation.md, 4: lengths vary between sequences: reach 0.37 with sqrt_dim, 0.56 with key_norm_mean",
+            "docs/simulation.md, 4: norms vary between sequences: reach 0.37 with sqrt_dim, 0.56 with key_norm_mean",
             "Bernhard 2023, arXiv:2311.09406: the sum of key norms, of which this is the mean",
         ),
     ),
@@ -189,12 +189,12 @@ RULES: tuple[Rule, ...] = (
         condition=f"not causal, and the number of keys varies by more than {COUNTS:.0%} among the rows",
         applies=lambda one: not one.causal and one.key_count_variation > COUNTS,
         candidates=("{counted}",),
-        heals=_always,
+        fixes=_always,
         otherwise="keep {mode}: it grows with n as the gaps of the largest logits ask",
         why="the same logit gets less attention among many keys than among few; (ln(n) / ln(mean n))^p takes that back,"
         " and leaves rows of the mean number as they are. p is what the gaps of the largest logits ask for, 1 if they"
         " do not tell",
-        watch="the loss of short and of long inputs, each beside sqrt_dim's; max_logit of the long ones, which rises",
+        watch="the loss of short and of long inputs, each with sqrt_dim's; max_logit of the long ones, which rises",
         turn_back="the loss of the short or of the long inputs is above sqrt_dim's",
         evidence=(
             "Chiang & Cholak 2022, arXiv:2202.12172 (p = 1); arXiv:2605.12697 (p by the gaps)",
@@ -208,7 +208,7 @@ RULES: tuple[Rule, ...] = (
         condition="none of these",
         applies=lambda one: True,
         candidates=(),
-        heals=_always,
+        fixes=_always,
         otherwise="keep {mode}",
         why="rows are neither one-hot nor uniform, logits are moderate: there is nothing for a scaling to repair",
         watch="a Monitor at its default thresholds, if the model is trained on",

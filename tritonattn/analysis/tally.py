@@ -86,10 +86,10 @@ class Tally:
 
 
 def counted_rows(seen: Visibility) -> Tensor:
-    """The rows that see a key and are no padding: bool [B or 1, 1 or Hq, Sq].
+    """The rows with a visible key that are no padding: bool [B or 1, 1 or Hq, Sq].
 
-    A row of self attention is padding if no row sees the key at its place. In cross attention padding of rows is not
-    known, so all rows count, except if Sq = Sk by chance: then rows at the places of unseen keys are left out.
+    A row of self attention is padding if no row attends to the key at its position. In cross attention padding of rows
+    is not known, so all rows count, except if Sq = Sk by chance: then rows at positions of unseen keys are left out.
     """
     rows = seen.counts() > 0
     if seen.q_len == seen.k_len and seen.sequences is None and not seen.depends_on_sizes_only:

@@ -72,12 +72,12 @@ _uncompiled = _Uncompiled()
 class Watch:
     """A context in which every attention that a model computes is counted, by the module that computes it.
 
-    It sees calls of `tritonattn.attention` and `attention_varlen` by the model's modules, patched transformers layers
-    among them, and transformers layers that use their own "eager" or "sdpa" attention. No number of the model changes.
+    These are calls of `tritonattn.attention` and `attention_varlen` by the model's modules, patched transformers layers
+    among them, and transformers layers that use "eager" or "sdpa" attention. No number of the model changes.
 
-    It sees calls while a module of the model runs, in the thread that runs it. This includes autograd's threads, which
+    Calls count while a module of the model runs, in the thread that runs it. This includes autograd's threads, which
     run checkpointed layers again, and those of nn.DataParallel, and excludes other models. Compiled code runs
-    uncompiled, in all threads: a compiler would neither call an observer nor keep its graphs beside the hooks.
+    uncompiled, in all threads: a compiler would neither call an observer nor keep its graphs with the hooks.
 
     A module counts in training mode, or if its result has a graph, so evaluation under torch.no_grad() does not.
     The second forward of a checkpointed layer, inside backward, does not count again.

@@ -45,18 +45,19 @@ def attention(
         scaling: The factor: a name in `SCALINGS`, a `Scaling`, a float (the factor itself), or a tensor
             broadcastable to [B, Hq, Sq], which gets a gradient. "sqrt_dim" is 1 / sqrt(D).
         gain: A float, or a tensor broadcastable to [B, Hq, Sq] (one a head: [Hq, 1]), which gets a gradient.
-        causal: Row i sees the keys j <= i + Sk - Sq (bottom-right).
-        window: (left, right): row i sees i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: no limit.
+        causal: Row i attends to the keys j <= i + Sk - Sq (bottom-right).
+        window: (left, right): row i attends to i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: no limit.
         key_lengths: Integers [B]: keys at and after it are invisible.
-        key_ranges: Integers [B, Sq, 2] or [B, 1, Sq, 2]: row i sees lo <= j < hi of its pair (lo, hi).
+        key_ranges: Integers [B, Sq, 2] or [B, 1, Sq, 2]: row i attends to lo <= j < hi of its pair (lo, hi).
+            `document_ranges` makes them of document ids.
         mask: bool, broadcastable to [B, Hq, Sq, Sk], True is visible: for masks with holes; slower.
         key_bias: Floating, broadcastable to [B, Hq, Sk] or [B, Hkv, Sk]: added to the logits of key j before the
-            softcap; gets a gradient. A key with -inf has no weight, with softcap too, and a row that sees only such
-            keys is as one that sees none; but the scaling counts it, and NaN in k or v passes on: `mask` and
-            `key_lengths` hide keys. +inf and NaN give NaN in the rows that see the key.
+            softcap; gets a gradient. A key with -inf has no weight, with softcap too, and a row of only such keys is as
+            one that attends to none; but the scaling counts it, and NaN in k or v passes on: `mask` and `key_lengths`
+            hide keys. +inf and NaN give NaN in the rows that attend to the key.
         softcap: c > 0: logit -> c * tanh(logit / c), after scaling.
         sinks: [Hq]: a logit that joins the softmax's denominator only, neither scaled nor capped; gets a
-            gradient. -inf is no sink, +inf gives zeros, and NaN gives NaN in rows that see keys.
+            gradient. -inf is no sink, +inf gives zeros, and NaN gives NaN in rows that attend to keys.
         dropout_p: Chance in [0, 1) to drop a probability; the others are multiplied by 1 / (1 - dropout_p).
             The bits follow torch.manual_seed and are the same on every backend.
         return_aux: Return (out, `AttentionAux`).
@@ -70,7 +71,7 @@ def attention(
     clamped to [0, Sk] and never read by the host; on a CPU they are checked.
 
     Returns:
-        [B, Hq, Sq, Dv] in q's dtype. A row that sees no key gives zeros and no gradient. Keys hidden from
+        [B, Hq, Sq, Dv] in q's dtype. A row that attends to no key gives zeros and no gradient. Keys hidden from
         every row of a batch entry never affect a result, even if they hold NaN or inf. Gradients are of first order.
 
     Raises:

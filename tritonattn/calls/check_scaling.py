@@ -13,8 +13,10 @@ from ..core.sequences import Sequences
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scaling
-from .checks import check_count, check_number, kind_of, named_scaling, refuse_scaling
-from .logits import dense, logits
+from ..scaling.names import named_scaling
+from .checks import check_count, check_number, kind_of, refuse_scaling
+from .dispatch import logits
+from .formulas import dense
 
 _BATCH, _ROWS, _KEYS = 2, 10, 12
 _LEAST = -1e300  # stands for a bias of -inf
@@ -24,13 +26,13 @@ _TOLERANCE = 1e-4  # of the larger one: parameters may be fp32
 def check_scaling(
     scaling: str | Scaling, *, heads: int | None = None, kv_heads: int | None = None, head_dim: int = 8
 ) -> dict[str, float]:
-    """Check a scaling of your own: `scales` against `multiplier` and `addend`, under every kind of mask.
+    """Check a scaling of your own: `scales` against `multiplier` and `addend`, under every mask.
 
     On random q and k in float64, without a mask and under causal, window, padding, range, packed and dense masks:
 
     - The factor of every visible pair, and its bias, are the same by both formulas.
     - So are its gradients towards q, k and the scaling's own parameters.
-    - The factors and gradients of a row ignore keys that the row does not see: their values and their number.
+    - The factors and gradients of a row ignore keys that the row does not attend to: their values and their number.
     - With `reads_keys = False`, `scales` does not look at k.
 
     Args:
@@ -90,12 +92,12 @@ def _heads(scaling: Scaling, parameters: dict[str, Tensor]) -> int:
 
 def _masks(device: torch.device) -> dict[str, tuple[int, dict[str, Any]]]:
     """The number of rows, and arguments of Visibility.of, by name."""
-    places, keys = torch.arange(_ROWS, device=device), torch.arange(_KEYS, device=device)
+    positions, keys = torch.arange(_ROWS, device=device), torch.arange(_KEYS, device=device)
     lengths = torch.tensor([_KEYS, 5], device=device)
-    ranges = torch.stack([places // 2, (3 * places) % (_KEYS + 1)], -1).expand(_BATCH, -1, -1).int()
+    ranges = torch.stack([positions // 2, (3 * positions) % (_KEYS + 1)], -1).expand(_BATCH, -1, -1).int()
     left = torch.tensor([[2, _KEYS], [7, _KEYS]], device=device)[:, None].expand(-1, _ROWS, -1).int()
     starts = torch.tensor([0, 5, _KEYS], dtype=torch.int32, device=device)
-    holes = (places[:, None] + 2 * keys) % 5 > 1
+    holes = (positions[:, None] + 2 * keys) % 5 > 1
     return {
         "full": (_ROWS, {}),
         "causal": (_KEYS, {"causal": True}),
@@ -139,14 +141,14 @@ class _Case:
         return largest
 
     def hidden_keys(self) -> None:
-        """Change each key in turn: rows that do not see it keep their factors; a key of no row may be NaN."""
+        """Change each key in turn: rows that do not attend to it keep their factors; a key of no row may be NaN."""
         with torch.no_grad():
             before = self._scales(self.k)
             for key in range(self.k.shape[2]):
                 sees = self.visible[..., key]  # [B, Hq, Sq]
                 changed = self.k.clone()
                 changed[:, :, key] = 3 * changed[:, :, key] + 1 if sees.any() else math.nan
-                about = f"factors [b, h, i, j] change with key {key} in rows that do not see it"
+                about = f"factors [b, h, i, j] change with key {key} in rows that do not attend to it"
                 for one, other in zip(before, self._scales(changed), strict=True):
                     after = torch.where(sees[..., None], one, other)
                     self._compare(about, after, one, _relative(after, one))
@@ -191,10 +193,10 @@ class _Case:
         relative = relative.detach().nan_to_num(math.inf)
         largest = float(relative.max())
         if largest > _TOLERANCE:
-            place = int(relative.argmax())
-            right, ours = (float(x.detach().flatten()[place]) for x in (expected, got))
+            at = int(relative.argmax())
+            right, ours = (float(x.detach().flatten()[at]) for x in (expected, got))
             values = f"{f'{right:.6g}' if math.isfinite(right) else 'a finite number'}, got {ours:.6g}"
-            indices = [int(x) for x in torch.unravel_index(torch.tensor(place), got.shape)]
+            indices = [int(x) for x in torch.unravel_index(torch.tensor(at), got.shape)]
             raise ValueError(
                 f"scaling: under the mask {self.name!r}, {about}: expected {values} at {indices}, the largest relative"
                 f" difference, {largest:.2g}"

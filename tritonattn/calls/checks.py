@@ -7,9 +7,8 @@ expectation and the value: TypeError for types and dtypes, ValueError for the re
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from ..core.invariance import switch
 from ..core.shards import unshard
 from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Given, Scaling
+from ..scaling.names import named_scaling
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
 
@@ -49,18 +49,6 @@ CACHE = ("q", "k_cache", "v_cache")
 BATCHED = Layout("[B, Hq, Sq, D]", "[B, Hkv, Sk, D]", "[B, Hkv, Sk, Dv]", heads=1, sequence=2)
 PACKED = Layout("[T_q, Hq, D]", "[T_k, Hkv, D]", "[T_k, Hkv, Dv]", heads=1, sequence=0)
 PAGED = Layout("[T_q, Hq, D]", "[N, page, Hkv, D]", "[N, page, Hkv, Dv]", heads=2, sequence=1)
-
-
-# Modes that are modules, and the expression that makes one for q of Hq heads.
-_LEARNED = {
-    "ssmax": "SSMax(heads=Hq)",
-    "power_law": "PowerLaw(heads=Hq)",
-    "learned_log_power": "LearnedLogPower(heads=Hq)",
-    "query_adaptive_ssmax": "QueryAdaptiveSSMax(heads=Hq, head_dim=D)",
-    "per_head": "PerHead('sqrt_dim', heads=Hq)",
-    "learned_cosine": "LearnedCosine(heads=Hq)",
-    "scheduled": "Scheduled('sqrt_dim', 'key_norm_mean', steps=1000)",
-}
 
 
 def operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +96,7 @@ def batch_visibility(
     mask: Tensor | None = None,
     batch_invariant: bool | None = None,
 ) -> Visibility:
-    """The keys that each row sees, of checked q [B, Hq, Sq, D] and k; raises for a mask that is none of theirs."""
+    """The keys visible to each row, of checked q [B, Hq, Sq, D] and k; raises for a mask that is none of theirs."""
     invariant = check_masks(causal, window, batch_invariant)
     if key_lengths is not None:
         _check_key_lengths(key_lengths, q, k)
@@ -219,21 +207,6 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number, got {kind_of(value)}")
     if not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{name}: expected a finite number, got {value!r} (the largest is {_LARGEST:.4g})")
-
-
-def named_scaling(name: str, learned: Iterable[str] = ()) -> Scaling:
-    """The mode of a name in SCALINGS, with its defaults; a caller makes those that are `learned` itself."""
-    if name in SCALINGS:
-        return SCALINGS[name]()
-    if name in _LEARNED:
-        raise ValueError(
-            f"scaling: expected a mode without a state of its own, got {name!r}, which is a module: make it once, keep"
-            f" it with the model, and pass it, scaling=tritonattn.nn.{_LEARNED[name]}"
-        )
-    known = [*SCALINGS, *learned]
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"scaling: expected one of {', '.join(known)}, got {name!r}{hint}")
 
 
 def refuse_scaling(scaling: Any) -> None:

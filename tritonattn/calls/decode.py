@@ -42,7 +42,7 @@ def attention_decode(
         out[i]      = sum_j softmax_j(logit[i, j]) * v[j]          over the keys j <= own[i] of sequence b
 
     A prefill by `attention(..., causal=True)` followed by calls of this function gives what one full pass gives, for
-    every scaling: n, sums and maxima are those of the keys that the row sees.
+    every scaling: n, sums and maxima are those of the keys that the row attends to.
 
     Args:
         q: [B, Hq, Sq, D], the newest 1 to 16 tokens of every sequence (more than one: speculative decoding).
@@ -50,18 +50,18 @@ def attention_decode(
             page of at least 16 keys. Hkv divides Hq.
         v_cache: Likewise, with Dv.
         key_lengths: Integers [B] on q's device: the keys of every sequence, the new ones included. Where there are
-            fewer keys than rows, the first rows see nothing.
+            fewer keys than rows, the first rows attend to nothing.
         scaling, gain: As in `attention`.
-        statistics: The `KeyStatistics` kept beside the cache, or beside pages the `PagedKeyStatistics`, to which the
+        statistics: The `KeyStatistics` kept with the cache, or with pages the `PagedKeyStatistics`, to which the
             new keys have been appended: then no mode reads old keys. Without it the modes that need key norms
-            (key_norm_*, cosine) read the visible keys of the cache once more, half of the memory traffic of the call
-            itself, and gather pages to do so. A Scaling of your own gets k_cache, gathered where it lies in pages
-            unless its class says reads_keys = False. The reference follows the formulas and computes all of it from
-            the keys.
+            (key_norm_*, cosine, inkling2) read the visible keys of the cache once more, half of the memory traffic of
+            the call itself, and gather pages to do so. A Scaling of your own gets k_cache, gathered where it lies in
+            pages unless its class says reads_keys = False. The reference follows the formulas and computes all of it
+            from the keys.
         block_table: int32 [B, max_pages]: key j of sequence b is in page block_table[b, j // page], at j % page.
         query_lengths: Integers [B]: the new tokens of every sequence, up to Sq, the first of its rows; the other rows
-            see nothing. None is Sq for all.
-        window: (left, right): row i sees own[i] - left <= j; no key behind own[i] is visible, whatever right is.
+            attend to nothing. None is Sq for all.
+        window: (left, right): row i attends to own[i] - left <= j; no key behind own[i] is visible, whatever right is.
         key_bias: Floating, broadcastable to [B, Hq, capacity] or [B, Hkv, capacity], as in `attention`: of key j of a
             sequence, also where it lies in a page.
         softcap, sinks, return_aux, backend: As in `attention`.
@@ -73,7 +73,7 @@ def attention_decode(
     keys are split among programs by the capacity, never by the batch. On a CPU values are checked.
 
     Returns:
-        [B, Hq, Sq, Dv] in q's dtype, and with return_aux `AttentionAux`. A row that sees no key gives zeros.
+        [B, Hq, Sq, Dv] in q's dtype, and with return_aux `AttentionAux`. A row that attends to no key gives zeros.
 
     Raises:
         TypeError, ValueError: As in `attention`; statistics that lack keys.

@@ -57,7 +57,7 @@ def cache_visibility(
     window: tuple[int | None, int | None] | None = None,
     batch_invariant: bool | None = None,
 ) -> Visibility:
-    """The keys that each row sees, of `cache_operands`; raises for lengths and pages that are none of theirs."""
+    """The keys that each row attends to, of `cache_operands`; raises for lengths and pages that are none of theirs."""
     invariant = check_masks(True, window, batch_invariant)
     (batch, q_heads, q_len, _), capacity = q.shape, capacity_of(k, block_table)
     _check_lengths("key_lengths", key_lengths, q, capacity, "capacity = ")

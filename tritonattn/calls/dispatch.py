@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends import reference
 from ..backends.cpu import sdpa
 from ..core.autograd import autocast_is_on, needs_graph
-from ..core.call import AttentionCall, ForwardResult
+from ..core.call import AttentionCall, ForwardResult, Logits, per_group
 from ..core.dropout import Dropout
 from ..core.key_records import RecordedStatistics
 from ..core.observation import ObservedCall, notify_observers, observers, unobserved
 from ..core.pages import PageTable
-from ..core.statistics import Statistics
-from .logits import dense, logits
+from ..core.statistics import DoubleStatistics, Statistics
+from ..core.visibility import Visibility
+from ..scaling import SCALINGS, Scales, Scaling
+from .checks import check_factor, check_key_bias, check_number, scale_dtype
+from .formulas import by_formulas
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LARGEST_KERNEL_DIM = 512
@@ -41,7 +43,7 @@ class AttentionAux(NamedTuple):
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
     >>> out, aux = tritonattn.attention(q, k, v, causal=True, return_aux=True)
-    >>> aux.entropy[0, :, 0].tolist()  # the first row sees one key
+    >>> aux.entropy[0, :, 0].tolist()  # the first row attends to one key
     [0.0, 0.0, 0.0, 0.0]
     """
 
@@ -82,23 +84,22 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
 
 def with_logits(call: AttentionCall) -> AttentionCall:
     """The call with the terms of its logits, for the kernels or the CPU."""
+    keys = call.keys if call.cached else call.k
+    statistics = (ops.KernelStatistics if call.backend == "triton" else Statistics)(keys, call.visibility)
     if call.cached:
-        call.logits = terms = logits(call, _cached_statistics(call), _keys_for_scaling(call))
+        statistics = statistics if call.record is None else _recorded(call, statistics)
+        call.logits = terms = logits(call, statistics, _keys_for_scaling(call))
         of_scaling = {"scaling": terms.query_scale, "key_scale": terms.key_scale, "key_bias": terms.key_bias}
         refuse_gradients(call.cached, **of_scaling)
         return call
-    statistics = (ops.KernelStatistics if call.backend == "triton" else Statistics)(call.k, call.visibility)
     call.logits = logits(call, statistics)
     if call.visibility.invariant and call.backend == "triton":
         _refuse_scaled_halves(call)
     return statistics.widened(call) if statistics.wide else call
 
 
-def _cached_statistics(call: AttentionCall) -> Statistics:
-    """The statistics of a call over a cache."""
-    computed = (ops.KernelStatistics if call.backend == "triton" else Statistics)(call.keys, call.visibility)
-    if call.record is None:
-        return computed
+def _recorded(call: AttentionCall, computed: Statistics) -> Statistics:
+    """The statistics of a call from the record that is kept with its cache."""
     table = None
     if call.block_table is not None:
         table = PageTable(call.block_table, call.k.shape[2], call.visibility.sequences)
@@ -106,7 +107,7 @@ def _cached_statistics(call: AttentionCall) -> Statistics:
 
 
 def _width(call: AttentionCall) -> int | None:
-    """The most keys that a row sees, as of `RecordedStatistics`."""
+    """The most keys that a row attends to, as of `RecordedStatistics`."""
     visible, sequences = call.visibility, call.visibility.sequences
     if visible.left is None:
         return None
@@ -124,6 +125,84 @@ def _keys_for_scaling(call: AttentionCall) -> Tensor:
     return call.q.new_full((), torch.nan).expand(visible.batch, visible.kv_heads, visible.k_len, call.q.shape[3])
 
 
+def logits(call: AttentionCall, statistics: Statistics, k: Tensor | None = None) -> Logits:
+    """Compute the terms of the logits of a checked call: the scaling's scales times the gain, its bias and key_bias.
+
+    statistics   of the keys that its rows attend to
+    k            stands for call.k before the scaling, or None
+    """
+    q, (_, _, _, bias, softcap, sinks) = call.q, call.logits
+    scales = scales_of(call.scaling, call.gain, q, call.k if k is None else k, call.visibility, statistics)
+    if bias is not None:
+        bias = per_group(bias.to(scale_dtype(q)), call.visibility)
+    if scales.key_bias is not None:
+        own = per_group(scales.key_bias.to(scale_dtype(q)), call.visibility)
+        bias = own if bias is None else own + bias
+    return Logits(scales.constant, scales.query, scales.key, bias, softcap, sinks)
+
+
+def scales_of(
+    scaling: Scaling,
+    gain: float | Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    visibility: Visibility,
+    statistics: Statistics,
+    exact: bool = False,
+) -> Scales:
+    """The scaling's scales times the gain, as a float, [B, Hq, Sq] and [B, Hkv, Sk], and its bias as it is.
+
+    exact   scales of a mode of `SCALINGS` in fp64, neither rounded nor expanded, for a mode that combines others
+    """
+    if exact or isinstance(gain, Tensor):
+        is_own = type(scaling) is SCALINGS.get(getattr(scaling, "name", ""))
+        statistics = DoubleStatistics(statistics) if is_own else statistics
+    scales = scaling.scales(q, k, visibility, statistics)
+    name = f"{getattr(scaling, 'name', type(scaling).__name__)}.scales()"
+    if not isinstance(scales, Scales):
+        raise TypeError(f"{name}: expected Scales, got {type(scales).__name__}")
+    constant, query, key = scales.constant, scales.query, scales.key
+    check_number(f"{name}.constant", constant)
+    rows, kv_heads = (visibility.batch, visibility.q_heads, visibility.q_len), visibility.kv_heads
+    if query is not None:
+        if isinstance(query, Tensor) and query.dim() > 1 and 1 < query.shape[-2] == kv_heads != visibility.q_heads:
+            check_factor(f"{name}.query", query, q, (rows[0], kv_heads, rows[2]), "[B, Hkv, Sq]")
+            query = visibility.repeated(query)
+        else:
+            check_factor(f"{name}.query", query, q, rows, "[B, Hq, Sq]")
+        if not (scales.is_finite or visibility.every_row_sees):
+            query = _where_seeing(visibility, query)
+    if isinstance(gain, Tensor):
+        gain = gain if visibility.every_row_sees else _where_seeing(visibility, gain)
+        query = gain if query is None else query * gain
+    elif gain is not None:
+        constant = constant * gain
+        check_number(f"{name}.constant * gain", constant)
+    if key is not None:
+        check_factor(f"{name}.key", key, q, visibility.keys, "[B, Hkv, Sk]")
+    if scales.key_bias is not None:
+        check_key_bias(f"{name}.key_bias", scales.key_bias, q, visibility.keys, "[B, Hq or Hkv, Sk]")
+    if query is None and key is None and gain is None:
+        return scales
+    if not exact:
+        query = query if query is None else _expanded(query, q, rows)
+        key = key if key is None else _expanded(key, q, visibility.keys)
+    return Scales(constant, query, key, key_bias=scales.key_bias)
+
+
+def _expanded(scale: Tensor, q: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A scale in the dtype in which it acts with q, and of a shape to which it broadcasts."""
+    if scale.dtype != torch.float32 or q.dtype == torch.float64:
+        scale = scale.to(torch.promote_types(q.dtype, torch.float32))
+    is_whole = scale.dim() == len(shape) and scale.shape == shape  # tuples compare sizes first, and tracing binds them
+    return scale if is_whole else scale.expand(shape)
+
+
+def _where_seeing(visibility: Visibility, query: Tensor) -> Tensor:
+    """A query scale with 0 for rows without keys, where a mode may have divided by 0 or met NaN in q."""
+    return torch.where(visibility.once("seeing rows", visibility.seeing_rows), query, 0)
+
+
 def refuse_gradients(call: str, /, **tensors: Any) -> None:
     """Raise where one of these tensors would have to carry a derivative of a `call`."""
     for name, x in tensors.items():
@@ -132,16 +211,6 @@ def refuse_gradients(call: str, /, **tensors: Any) -> None:
                 f"{name}: {call} has no gradient, got a tensor that requires one; call it under"
                 " torch.no_grad() or torch.inference_mode(), or `attention`, which has"
             )
-
-
-def by_formulas(call: AttentionCall) -> ForwardResult:
-    """The results of a checked call by the formulas of its scaling."""
-    call = call.gathered()
-    multiplier, bias = dense(call)
-    q, k, v, visible, terms = call.q, call.k, call.v, call.visibility, call.logits
-    extras = {"bias": bias, "softcap": terms.softcap, "sinks": terms.sinks, "dropout": call.dropout}
-    result = reference.attention(q, k, v, multiplier, visible, **extras)
-    return result._replace(out=result.out.to(v.dtype))
 
 
 def _notify(call: AttentionCall, out: Tensor) -> None:
@@ -199,7 +268,7 @@ def _refuse_dependence(q: Tensor, backend: str, dropout_p: float) -> None:
     """Raise where a row's bits would depend on the rest of the batch although `batch_invariant` is on."""
     obstacle = None
     if dropout_p > 0:
-        obstacle = "dropout_p above 0, whose bits follow the place in the batch"
+        obstacle = "dropout_p above 0, whose bits follow the position in the batch"
     elif backend == "reference":
         obstacle = "backend 'reference', whose products follow the lengths"
     elif backend == "sdpa" and q.device.type == "cuda":

@@ -9,21 +9,19 @@ from torch import Tensor
 
 from ..backends import kernels
 from ..core.autograd import runs_eagerly
-from ..core.key_records import TOTALS, KeyRecord, extended
+from ..core.key_records import TOTALS, KeyRecord, extended, zeros
+from ..core.norms import key_norms_of
 from ..core.pages import PageTable
-from ..core.statistics import key_norms_of
 from .checks import (
-    FLOATS,
     check_count,
-    check_device,
     check_integers,
-    check_tensor,
     check_values,
     kind_of,
     shape_of,
     values_are_read,
 )
 from .dispatch import kernels_take
+from .page_checks import check_new_keys
 
 _OWNER = "this KeyStatistics"
 
@@ -75,32 +73,14 @@ class KeyStatistics(KeyRecord):
     ) -> None:
         for name, size in (("batch", batch), ("kv_heads", kv_heads), ("capacity", capacity)):
             check_count(name, size)
-        if dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
         self.capacity = capacity
         self.counts = torch.zeros(batch, dtype=torch.int64, device=device)
         # Each has one more entry at its end, for keys that are dropped.
-        shape, prefix = (batch, kv_heads, capacity + 1), (batch, kv_heads, capacity + 2)
-        self._norms = torch.zeros(shape, dtype=dtype, device=device)
-        self._norm_sums = torch.zeros(prefix, dtype=torch.float64, device=device)
-        self._norm_square_sums = torch.zeros(prefix, dtype=torch.float64, device=device)
-        self._norm_maxima = torch.zeros(prefix, dtype=dtype, device=device)
+        norms, prefix = (batch, kv_heads, capacity + 1), (batch, kv_heads, capacity + 2)
+        self._memory = zeros((norms, prefix, prefix, prefix), dtype, device)
 
-    @property
-    def norms(self) -> Tensor:
-        return self._norms[..., :-1]
-
-    @property
-    def norm_sums(self) -> Tensor:
-        return self._norm_sums[..., :-1]
-
-    @property
-    def norm_square_sums(self) -> Tensor:
-        return self._norm_square_sums[..., :-1]
-
-    @property
-    def norm_maxima(self) -> Tensor:
-        return self._norm_maxima[..., :-1]
+    def _shown(self, x: Tensor) -> Tensor:
+        return x[..., :-1]
 
     def find(self, key: Tensor, table: PageTable | None) -> Tensor:
         return key
@@ -128,14 +108,15 @@ class KeyStatistics(KeyRecord):
                 the capacity.
             RuntimeError: In a CUDA graph's capture, a kernel that is not compiled yet: append the same shapes before.
         """
-        self._check_keys(k_new)
+        batch, kv_heads, _ = self.norms.shape
+        check_new_keys(k_new, "[B, Hkv, n, D]", (batch, kv_heads, None), self.counts, _OWNER)
         new = k_new.shape[2]
         if counts is not None:
             self._check_per_sequence("counts", counts, new)
         self._check_room(new if counts is None else counts)
         if new == 0:
             return
-        fits = self._norms.dtype == torch.float32 and k_new.numel() > 0
+        fits = self.norms.dtype == torch.float32 and k_new.numel() > 0
         if fits and kernels_take(k_new) and runs_eagerly(k_new, counts, self.counts):
             kernels().append_keys(k_new, counts, self._buffers())
             return
@@ -219,11 +200,9 @@ class KeyStatistics(KeyRecord):
         """
         check_count("capacity", capacity, self.capacity)
         other = self._like(len(self.counts), capacity)
-        for mine, its in zip(self._buffers(), other._buffers(), strict=True):
-            if mine.dim() == 1:
-                its.copy_(mine)
-            else:
-                its[..., : mine.shape[-1] - 1].copy_(mine[..., :-1])
+        other.counts.copy_(self.counts)
+        for mine, its in zip(self._memory, other._memory, strict=True):
+            its[..., : mine.shape[-1] - 1].copy_(mine[..., :-1])
         return other
 
     @torch.no_grad()
@@ -245,7 +224,7 @@ class KeyStatistics(KeyRecord):
         held = self.counts.clamp(max=keys)
         order = torch.arange(keys, device=held.device)
         position = ((self.counts - held)[:, None] + order).clamp(max=self.capacity)
-        norms = self._norms.gather(2, position[:, None].expand(-1, self._norms.shape[1], -1))
+        norms = self._memory[0].gather(2, position[:, None].expand(-1, self.norms.shape[1], -1))
         kept = order < held[:, None]
         if keys:
             other._write(torch.where(kept[:, None], norms, 0), torch.where(kept, order, capacity))
@@ -253,31 +232,21 @@ class KeyStatistics(KeyRecord):
         return other
 
     def _like(self, batch: int, capacity: int) -> KeyStatistics:
-        norms = self._norms
+        norms = self.norms
         return KeyStatistics(batch, norms.shape[1], capacity, device=norms.device, dtype=norms.dtype)
 
     def _buffers(self) -> tuple[Tensor, ...]:
-        return self.counts, self._norms, self._norm_sums, self._norm_square_sums, self._norm_maxima
+        return self.counts, *self._memory
 
     def _write(self, norms: Tensor, position: Tensor) -> None:
         """Write the norms [B, Hkv, n] of new keys to their positions [B, n], and extend the sums and maxima."""
-        norms = norms.to(self._norms.dtype)
+        norms = norms.to(self.norms.dtype)
         before = tuple(self.at(name, self.counts[:, None] - 1) for name in TOTALS)
         position = position[:, None].expand_as(norms)
-        self._norms.scatter_(2, position, norms)
-        for buffer, values in zip(self._buffers()[2:], extended(before, norms), strict=True):
+        first, *totals = self._memory
+        first.scatter_(2, position, norms)
+        for buffer, values in zip(totals, extended(before, norms), strict=True):
             buffer.scatter_(2, position + 1, values)
-
-    def _check_keys(self, k_new: Any) -> None:
-        batch, kv_heads = self._norms.shape[:2]
-        check_tensor("k_new", k_new, "[B, Hkv, n, D]")
-        if k_new.dtype not in FLOATS:
-            raise TypeError(f"k_new: expected a floating dtype, got {k_new.dtype}")
-        if k_new.dim() != 4 or k_new.shape[:2] != (batch, kv_heads):
-            raise ValueError(f"k_new: expected [B, Hkv, n, D] = [{batch}, {kv_heads}, n, D], got {shape_of(k_new)}")
-        if k_new.shape[3] == 0:
-            raise ValueError(f"k_new: expected D of at least 1, got {shape_of(k_new)}")
-        check_device("k_new", k_new, self.counts, _OWNER)
 
     def _check_room(self, new: Tensor | int) -> None:
         if not values_are_read(self.counts):

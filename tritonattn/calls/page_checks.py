@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_device, check_tensor, shape_of, values_are_read
+from .checks import FLOATS, check_device, check_tensor, shape_of, values_are_read
 
 SMALLEST_PAGE = 16
 
@@ -51,6 +51,24 @@ def check_page_numbers(table: Tensor, page: int, pages: int, first: Tensor, end:
     wrong = table[used & ((table < 0) | (table >= pages))]
     if wrong.numel():
         raise ValueError(f"block_table: expected pages in [0, N = {pages}) up to {bound}, got {int(wrong[0])}")
+
+
+def check_new_keys(k_new: Any, axes: str, sizes: tuple[int | None, ...], like: Tensor, owner: str) -> None:
+    """Raise unless these are keys for a record of an `owner`, on the device of `like`.
+
+    sizes   of the axes before D, None where any does
+    """
+    check_tensor("k_new", k_new, axes)
+    if k_new.dtype not in FLOATS:
+        raise TypeError(f"k_new: expected a floating dtype, got {k_new.dtype}")
+    shape = tuple(k_new.shape)
+    if len(shape) != len(sizes) + 1 or any(one not in (None, x) for one, x in zip(sizes, shape, strict=False)):
+        names = axes.strip("[]").split(", ")
+        wanted = [name if one is None else str(one) for name, one in zip(names, (*sizes, None), strict=True)]
+        raise ValueError(f"k_new: expected {axes} = [{', '.join(wanted)}], got {shape_of(k_new)}")
+    if shape[-1] == 0:
+        raise ValueError(f"k_new: expected D of at least 1, got {shape_of(k_new)}")
+    check_device("k_new", k_new, like, owner)
 
 
 def check_record(norms: Tensor, shape: tuple[int, ...], axes: str, q: Tensor) -> None:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ..backends import kernels
 from ..core.autograd import runs_eagerly
-from ..core.key_records import TOTALS, KeyRecord, extended
+from ..core.key_records import TOTALS, KeyRecord, extended, zeros
+from ..core.norms import key_norms_of
 from ..core.packing import PackedAxis
 from ..core.pages import Found, PageTable
 from ..core.sequences import Sequences
-from ..core.statistics import key_norms_of
-from .checks import FLOATS, check_count, check_device, check_integers, check_tensor, kind_of, shape_of, values_are_read
+from .checks import check_count, check_integers, kind_of, shape_of, values_are_read
 from .dispatch import kernels_take
-from .page_checks import SMALLEST_PAGE, check_block_table, check_page_numbers, check_record
+from .page_checks import SMALLEST_PAGE, check_block_table, check_new_keys, check_page_numbers, check_record
 from .varlen_checks import check_offset_values, check_offsets
 
 _OWNER = "this PagedKeyStatistics"
@@ -69,12 +69,8 @@ class PagedKeyStatistics(KeyRecord):
     ) -> None:
         for name, size, least in (("pages", pages, 0), ("page", page, SMALLEST_PAGE), ("kv_heads", kv_heads, 0)):
             check_count(name, size, least)
-        if dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
-        dtypes = (dtype, torch.float64, torch.float64, dtype)
-        with_spare = (pages + 1, page, kv_heads)
-        memory = tuple(torch.zeros(with_spare, dtype=x, device=device) for x in dtypes)
-        self._hold(memory, tuple(x[:-1] for x in memory), spare=pages)
+        self.pages, self._spare = pages, pages
+        self._memory = zeros(((pages + 1, page, kv_heads),) * 4, dtype, device)
 
     @classmethod
     def inside(cls, memory: tuple[Tensor, ...], spare: int) -> PagedKeyStatistics:
@@ -84,14 +80,19 @@ class PagedKeyStatistics(KeyRecord):
         spare    a page that no sequence has: keys without a page may be entered there
         """
         record = cls.__new__(cls)
-        record._hold(memory, memory, spare)
+        record.pages, record._spare, record._memory = memory[0].shape[0], spare, memory
         return record
 
-    def _hold(self, memory: tuple[Tensor, ...], buffers: tuple[Tensor, ...], spare: int) -> None:
-        """Keep the buffers; memory: with page `spare`."""
-        self._memory, self.buffers, self._spare = memory, buffers, spare
-        self.norms, self.norm_sums, self.norm_square_sums, self.norm_maxima = buffers
-        self.pages, self.page, _ = self.norms.shape
+    @property
+    def page(self) -> int:
+        return self._memory[0].shape[1]
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.norms, self.norm_sums, self.norm_square_sums, self.norm_maxima
+
+    def _shown(self, x: Tensor) -> Tensor:
+        return x[: self.pages]
 
     def find(self, key: Tensor, table: PageTable | None) -> Found:
         assert table is not None
@@ -102,7 +103,7 @@ class PagedKeyStatistics(KeyRecord):
 
     @torch.no_grad()
     def append(self, k_new: Tensor, cu_seqlens: Tensor, *, key_lengths: Tensor, block_table: Tensor) -> None:
-        """Enter the newest keys of every sequence, before the attention that sees them.
+        """Enter the newest keys of every sequence, before the attention that attends to them.
 
         No older key is read. To take keys back, as those of rejected guesses, enter others in their slots.
 
@@ -157,13 +158,7 @@ class PagedKeyStatistics(KeyRecord):
             buffer[at] = values[0].T
 
     def _check(self, k_new: Any, cu_seqlens: Any, key_lengths: Any, block_table: Any) -> None:
-        kv_heads = self.norms.shape[2]
-        check_tensor("k_new", k_new, "[T, Hkv, D]")
-        if k_new.dtype not in FLOATS:
-            raise TypeError(f"k_new: expected a floating dtype, got {k_new.dtype}")
-        if k_new.dim() != 3 or k_new.shape[1] != kv_heads or k_new.shape[2] == 0:
-            raise ValueError(f"k_new: expected [T, Hkv, D] = [T, {kv_heads}, D], got {shape_of(k_new)}")
-        check_device("k_new", k_new, self.norms, _OWNER)
+        check_new_keys(k_new, "[T, Hkv, D]", (None, self.norms.shape[2]), self.norms, _OWNER)
         check_offsets("cu_seqlens", cu_seqlens, self.norms, _OWNER)
         sequences = cu_seqlens.shape[0] - 1
         check_integers("key_lengths", key_lengths, "[B]", self.norms, _OWNER)

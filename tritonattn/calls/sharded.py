@@ -1,7 +1,7 @@
 """DTensors as arguments of the public functions: each rank computes its batch entries and heads as plain tensors.
 
 The operators have sharding rules (`distributed/operators.py`), which alone do not make these functions take DTensors:
-scalings compute with the keys around them by operators that DTensor does not shard, and plain arguments beside DTensors
+scalings compute with the keys around them by operators that DTensor does not shard, and plain arguments with DTensors
 are refused.
 """
 
@@ -81,7 +81,7 @@ def call_of_parts(
     given = signature.bind(*arguments, **keywords).arguments
     own = axes if paged is None or given.get("block_table") is None else paged
     if not is_dtensor(given["q"]):
-        return function(**{name: _part_beside(given["q"], name, x, own) for name, x in given.items()})
+        return function(**{name: _part_with(given["q"], name, x, own) for name, x in given.items()})
     shards = Shards.of(given, own)
     with stream(shards.number):
         result = function(**{name: shards.part(name, x) for name, x in given.items()})
@@ -89,19 +89,19 @@ def call_of_parts(
 
 
 def head_parts(q: Tensor, **values: Any) -> list[Any]:
-    """This rank's parts of values that may have one a head, arguments of `BATCHED`, beside its q [B, Hq, Sq, D]."""
+    """This rank's parts of values that may have one a head, arguments of `BATCHED`, with its q [B, Hq, Sq, D]."""
     if is_dtensor(q):
         return list(values.values())
-    return [_part_beside(q, name, x, BATCHED) for name, x in values.items()]
+    return [_part_with(q, name, x, BATCHED) for name, x in values.items()]
 
 
-def _part_beside(q: Tensor, name: str, x: Any, axes: Mapping[str, Axes]) -> Any:
+def _part_with(q: Tensor, name: str, x: Any, axes: Mapping[str, Axes]) -> Any:
     """The part of an argument that goes with a plain q of this rank's heads."""
     if not is_dtensor(x):
         return x
     own, meaning = axes.get(name, NOWHERE), axes["q"].heads
     if name in _OPERANDS or own.heads is None or meaning is None:
-        raise TypeError(f"{name}: expected a plain tensor beside a plain q, got a DTensor placed {_placed(x)}")
+        raise TypeError(f"{name}: expected a plain tensor with a plain q, got a DTensor placed {_placed(x)}")
     axis, part = own.of(x, "heads"), x.to_local()
     if axis is not None and part.shape[axis] != q.shape[meaning]:
         raise ValueError(

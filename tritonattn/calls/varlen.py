@@ -1,4 +1,4 @@
-"""`attention_varlen`: sequences of their own lengths, packed one after another."""
+"""`attention_varlen`: sequences of different lengths, packed one after another."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def attention_varlen(
     backend: str = "auto",
     batch_invariant: bool | None = None,
 ) -> Tensor | tuple[Tensor, AttentionAux]:
-    """`attention` over sequences of their own lengths, packed without padding.
+    """`attention` over sequences of different lengths, packed without padding.
 
     Sequence n has the rows cu_seqlens_q[n] <= i < cu_seqlens_q[n + 1] and likewise its keys. With i and j counted
-    from the sequence's own start, Sq and Sk its own lengths:
+    from the sequence's start, Sq and Sk its lengths:
 
         logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j]) + key_bias[j]
         out[i]      = sum_j softmax_j(logit[i, j]) * v[j]          over the keys j of the sequence visible to row i
 
-    A row sees no key of another sequence, and a scaling counts and measures only keys of the row's own sequence.
+    A row attends to no key of another sequence, and a scaling counts and measures only keys of the row's own sequence.
 
     Args:
         q: [T_q, Hq, D], float16, bfloat16, float32 or (not in kernels) float64; any strides.
@@ -63,10 +63,10 @@ def attention_varlen(
             of at least 16 keys a page and any strides, and key j of sequence n is in page block_table[n, j // page], at
             j % page. The cache holds the keys of the rows already. Sequences may share pages. There are no gradients
             and no dropout.
-        statistics: The `PagedKeyStatistics` kept beside such a cache, to which the new keys have been appended: then no
+        statistics: The `PagedKeyStatistics` kept with such a cache, to which the new keys have been appended: then no
             mode reads old keys. Without it, and for a Scaling of your own that reads keys, they are gathered.
-        causal: Row i sees the keys j <= i + Sk - Sq.
-        window: (left, right): row i sees i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: no limit.
+        causal: Row i attends to the keys j <= i + Sk - Sq.
+        window: (left, right): row i attends to i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: no limit.
         key_bias: Floating, broadcastable to [Hq, T_k] or [Hkv, T_k], as in `attention`; with block_table, too, key j of
             sequence n is at cu_seqlens_k[n] + j.
         softcap, sinks, dropout_p: As in `attention`.
@@ -77,7 +77,7 @@ def attention_varlen(
     keys in a page outside [0, P) count as zeros. Entries of pages that hold no key of a sequence never affect it.
 
     Returns:
-        [T_q, Hq, Dv] in q's dtype. Rows after the last offset, and rows that see no key, give zeros and no gradient.
+        [T_q, Hq, Dv] in q's dtype. Rows after the last offset, and rows without keys, give zeros and no gradient.
         Keys after the last offset reach no result, NaN and inf included. Gradients are of first order.
 
     Raises:

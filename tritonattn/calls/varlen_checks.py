@@ -24,7 +24,7 @@ from .page_checks import check_block_table, check_page_numbers, check_page_size
 
 
 class Packing(NamedTuple):
-    """The arguments that place the sequences."""
+    """The arguments that say where the sequences lie."""
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
@@ -56,7 +56,7 @@ class Packing(NamedTuple):
         return (self.cu_seqlens_k.shape[0] - 1) * self.longest_k(k)
 
     def visibility(self, q: Tensor, k: Tensor, k_len: int, **masks: Any) -> Visibility:
-        """Which of the `keys` each row sees, of checked arguments: q [T_q, Hq, D] and k, packed or in pages."""
+        """Which of the `keys` each row attends to, of checked arguments: q [T_q, Hq, D] and k, packed or in pages."""
         q_len, longest_k = q.shape[0], min(self.longest_k(k), k_len)
         longest_q = min(self.max_seqlen_q, q_len)
         sequences = Sequences.of(self.cu_seqlens_q, self.cu_seqlens_k, q_len, k_len, longest_q, longest_k)
@@ -73,7 +73,7 @@ def packed_visibility(
     key_bias: Tensor | None = None,
     batch_invariant: bool | None = None,
 ) -> Visibility:
-    """The keys that each row sees, of checked q [T_q, Hq, D] and k, packed or in pages; raises for masks not of these.
+    """The keys visible to each row, of checked q [T_q, Hq, D] and k, packed or in pages; raises for masks not of these.
 
     key_bias   says how many keys there are, where they lie in pages
     """
@@ -133,9 +133,9 @@ def check_offset_values(name: str, offsets: Tensor, length: int, axis: str) -> N
     if first != 0:
         raise ValueError(f"{name}: expected a first offset of 0, got {first}")
     if (lengths < 0).any():
-        place = int((lengths < 0).int().argmax())
+        at = int((lengths < 0).int().argmax())
         raise ValueError(
-            f"{name}: expected offsets that do not fall, got {int(offsets[place + 1])} after {int(offsets[place])}"
+            f"{name}: expected offsets that do not fall, got {int(offsets[at + 1])} after {int(offsets[at])}"
         )
     if last > length:
         raise ValueError(f"{name}: expected offsets of at most {axis} = {length}, got {last}")

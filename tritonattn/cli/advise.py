@@ -6,7 +6,7 @@ import argparse
 
 from ..core.errors import CommandError
 from .language_model import NEEDED, add_opening
-from .options import at_least, check_file, require
+from .options import add_number, check_file, require
 from .threads import limit_threads
 
 HELP = "say which scaling a model should try first, on which layers, and why"
@@ -19,12 +19,7 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_opening(parser)
-    parser.add_argument(
-        "--context",
-        type=at_least("--context", 2),
-        metavar="N",
-        help="tokens that the model was trained for (default: what its config says)",
-    )
+    add_number(parser, "--context", 2, "tokens that the model was trained for (default: what its config says)")
     parser.set_defaults(max_tokens=512)
 
 

@@ -22,15 +22,10 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_opening(parser)
     add_modes(parser, "sqrt_dim,key_norm_mean,log_key_count")
-    parser.add_argument(
-        "--layers",
-        type=_layers,
-        metavar="A,B",
-        help="patch these only: layer numbers (-1 is the last), module names or patterns (default: all)",
-    )
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", default=Path("compare.png"), help="the picture (default: %(default)s)"
-    )
+    layers = "patch these only: layer numbers (-1 is the last), module names or patterns (default: all)"
+    parser.add_argument("--layers", type=_layers, metavar="A,B", help=layers)
+    picture = {"default": Path("compare.png"), "help": "the picture (default: %(default)s)"}
+    parser.add_argument("--plot", type=Path, metavar="FILE", **picture)
     parser.set_defaults(by_layer=True)
 
 

@@ -8,7 +8,7 @@ from .options import require
 
 HELP = "print the tile configs in use, and where each comes from"
 DESCRIPTION = (
-    "Print the tile config of every kernel, head dim, kind of scales and length, and the table that it comes from."
+    "Print the tile config of every kernel, head dim, set of scales and length, and the table that it comes from."
 )
 GPUS = "a100, a10, l40s, h100, h200, b200, rtx_pro_6000, rtx_5090, mi300x, mi350x"
 

@@ -37,5 +37,5 @@ def run(options: argparse.Namespace) -> int:
     if not options.by_layer and options.modes == names(MODES):
         from ..lab.demo import recall
 
-        print(f"\n{recall.run(options.device)}")
+        print(f"\n{recall.report(options.device)}")
     return status

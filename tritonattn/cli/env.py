@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import platform
+from importlib.util import find_spec
+
+import torch
+
+from ..core.provenance import version
 
 HELP = "print versions, GPU, and the tables in use: for a report"
 DESCRIPTION = "Print versions, GPU, driver, compilers and the tables in use: paste it into a bug report."
@@ -13,8 +19,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..tuner.environment import environment
+    """Print the versions, then how kernels run; triton may be missing."""
+    facts = {
+        "tritonattn": version("tritonattn"),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cuda": str(torch.version.cuda),
+        "hip": str(torch.version.hip),
+    }
+    if find_spec("triton") is None:
+        facts["kernels run"] = "never: triton is not installed"
+    else:
+        from ..tuner.in_use import kernel_facts
 
-    for name, value in environment().items():
+        facts |= kernel_facts()
+    for name, value in facts.items():
         print(f"{name}: {value}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import at_least, device, names
+from .options import add_number, device, names
 
 NEEDED = ["transformers", "accelerate", "gguf", "tqdm"]
 WRITTEN_MODE = "NAME[:BASE][*GAIN]: a mode, its base or training length, CONTEXT being the model's, and a constant gain"
@@ -22,13 +22,10 @@ def add_model(parser: argparse.ArgumentParser, text: str) -> None:
 def add_opening(parser: argparse.ArgumentParser) -> None:
     """Add the options of a command that reads the opening of a text once a scaling."""
     add_model(parser, "the opening of Alice in Wonderland")
-    parser.add_argument(
-        "--max-tokens", type=at_least("--max-tokens", 2), metavar="N", help="use the first N tokens of the text"
-    )
+    add_number(parser, "--max-tokens", 2, "use the first N tokens of the text")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure, per layer too, as JSON")
 
 
 def add_modes(parser: argparse.ArgumentParser, modes: str) -> None:
-    parser.add_argument(
-        "--modes", type=names, default=modes, metavar="A,B", help=f"{WRITTEN_MODE} (default: %(default)s)"
-    )
+    text = f"{WRITTEN_MODE} (default: %(default)s)"
+    parser.add_argument("--modes", type=names, default=modes, metavar="A,B", help=text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .language_model import NEEDED, WRITTEN_MODE, add_model
-from .options import add_folder, at_least, make_folder, names, require
+from .options import add_folder, add_number, make_folder, names, require
 
 HELP = "loss by position of a pretrained model, beyond its trained context, with each scaling"
 DESCRIPTION = (
@@ -16,28 +16,17 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
     add_model(parser, "all of Alice in Wonderland")
-    add(
-        "--modes",
-        type=names,
-        metavar="A,B",
-        help=f"{WRITTEN_MODE} (default: sqrt_dim, sqrt_dim*1.08, qwen_logn:CONTEXT, qwen_logn:2048, "
-        "log_key_count:CONTEXT, llama4, key_norm_mean)",
+    modes = (
+        f"{WRITTEN_MODE} (default: sqrt_dim, sqrt_dim*1.08, qwen_logn:CONTEXT, qwen_logn:2048, "
+        "log_key_count:CONTEXT, llama4, key_norm_mean)"
     )
-    add(
-        "--max-tokens",
-        type=at_least("--max-tokens", 2),
-        metavar="N",
-        help="use the first N tokens of the text (default: one and a half times the trained context)",
-    )
-    add(
-        "--bin",
-        type=at_least("--bin", 2),
-        metavar="N",
-        help="average the loss over N positions in tables and plots (default: a 24th of the tokens)",
-    )
-    add("--quick", action="store_true", help="use 384 tokens, to see that it works")
+    parser.add_argument("--modes", type=names, metavar="A,B", help=modes)
+    tokens = "use the first N tokens of the text (default: one and a half times the trained context)"
+    add_number(parser, "--max-tokens", 2, tokens)
+    positions = "average the loss over N positions in tables and plots (default: a 24th of the tokens)"
+    add_number(parser, "--bin", 2, positions)
+    parser.add_argument("--quick", action="store_true", help="use 384 tokens, to see that it works")
     add_folder(parser, "length-study")
 
 

@@ -52,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, as `| head`, has left
         return _ended(None, 141)
     except OSError as error:
-        place = "" if error.filename is None else f"{error.filename}: "
-        return _ended(f"tritonattn {' '.join(words[:1])}: {place}{error.strerror or error}", 1)
+        file = "" if error.filename is None else f"{error.filename}: "
+        return _ended(f"tritonattn {' '.join(words[:1])}: {file}{error.strerror or error}", 1)
 
 
 def _ended(message: str | None, status: int) -> int:

@@ -56,6 +56,11 @@ def at_least(option: str, least: int) -> Callable[[str], int]:
     return parse
 
 
+def add_number(parser: argparse.ArgumentParser, option: str, least: int, text: str) -> None:
+    """Add an option that takes a number from `least` up."""
+    parser.add_argument(option, type=at_least(option, least), metavar="N", help=text)
+
+
 def numbers(option: str, least: int, most: int) -> Callable[[str], tuple[int, ...]]:
     """Make the type of a comma-separated list of integers, each kept once, in its order."""
 
@@ -80,6 +85,11 @@ def chosen(option: str, known: Sequence[Any]) -> Callable[[str], tuple[Any, ...]
         return tuple(value for value in known if str(value) in found)
 
     return parse
+
+
+def add_chosen(parser: argparse.ArgumentParser, option: str, known: Sequence[Any], text: str) -> None:
+    """Add an option that takes some of the known values, separated by commas; the default is all of them."""
+    parser.add_argument(option, type=chosen(option, known), default=tuple(known), metavar="A,B", help=text)
 
 
 def device(text: str) -> torch.device:

@@ -27,23 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dims = f"some of {HEAD_DIMS} (default: all; with --static the multiples of 16)"
     add("--head-dims", metavar="A,B", help=dims)
     add("--dtypes", metavar="A,B", help="time configs in bf16, fp16 or both; an entry serves both (default: bf16)")
-    add(
-        "--lengths",
-        default=LENGTHS,
-        metavar="A,B",
-        help="short (at most 1024 tokens) or long or both (default: both)",
-    )
+    lengths = "short (at most 1024 tokens) or long or both (default: both)"
+    add("--lengths", default=LENGTHS, metavar="A,B", help=lengths)
     add("--calls", metavar="FILE", help="search for the calls that tritonattn.tuning.record wrote there")
     add("--quick", action="store_true", help="compile and time fewer configs, in fewer rounds")
     after = "start nothing new after so many minutes (default: no end)"
     add("--budget", type=float, metavar="MINUTES", help=after)
-    add(
-        "--static",
-        type=lambda text: names(text) or ("",),
-        metavar="A,B",
-        help="without a GPU: write the configs in use whose code passes, else others that do, for some of "
-        f"{GPUS}, for architectures (sm_90, ...) or all",
+    static = (
+        "without a GPU: write the configs in use whose code passes, else others that do, for some of "
+        f"{GPUS}, for architectures (sm_90, ...) or all"
     )
+    add("--static", type=lambda text: names(text) or ("",), metavar="A,B", help=static)
     add("--write", action="store_true", help="write into the package's autotune_cache/ instead of the user's folder")
     add("--workers", type=int, default=usable_cores(), metavar="N", help="processes that compile (default: one a core)")
 
@@ -65,8 +59,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _refuse_what_calls_say(options: argparse.Namespace) -> None:
-    """Refuse options that would be of no account."""
     if options.static and (options.calls or options.quick):
-        raise CommandError("--static: expected neither --calls nor --quick beside it: they time calls on a GPU")
+        raise CommandError("--static: expected neither --calls nor --quick with it: they time calls on a GPU")
     if options.calls and (options.head_dims or options.dtypes):
-        raise CommandError("--calls: expected neither --head-dims nor --dtypes beside it: the file has them")
+        raise CommandError("--calls: expected neither --head-dims nor --dtypes with it: the file has them")

@@ -18,12 +18,8 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="the JSON lines that a Monitor wrote")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="the page (.html) or picture (.png) to write (default: the name of FILE, with .html)",
-    )
+    output = "the page (.html) or picture (.png) to write (default: the name of FILE, with .html)"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=output)
 
 
 def run(options: argparse.Namespace) -> int:

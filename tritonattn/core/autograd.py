@@ -93,9 +93,11 @@ def first_order(backward: Callable) -> Callable:
     @functools.wraps(backward)
     def refusing(ctx, *gradients):
         saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return backward(ctx, saved, *gradients)
         with torch.no_grad():
             result = backward(ctx, saved, *gradients)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return result
         return _refused(result if isinstance(result, tuple) else (result,), (*saved, *gradients))
 
@@ -107,8 +109,8 @@ def refuse_second_order(x: Tensor) -> None:
 
     Only for real tensors: compilers and transforms see the operators of this package, whose backward refuses.
     """
-    if runs_eagerly(x) and x.grad_fn is not None:
-        x.grad_fn.register_hook(_refuse_where_recorded)
+    if runs_eagerly(x) and (node := x.grad_fn) is not None:
+        node.register_hook(_refuse_where_recorded)
 
 
 def _refuse_where_recorded(results: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -42,7 +41,7 @@ class AttentionCall:
     """The softmax of `logits` over the visible keys, times v.
 
     A public function makes it of its arguments, `calls.checks.check` holds these to their types and shapes,
-    `calls.logits.logits` computes the terms of the logits, and `calls.dispatch.run` hands it to a backend.
+    and `calls.dispatch.run` computes the terms of its logits and hands it to a backend.
 
     q, k, v    [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; any strides; one dtype, in which the output is
     dropout    on the probabilities, after the softmax
@@ -60,10 +59,10 @@ class AttentionCall:
     aux        max_logit and entropy are results too
     backend    its name, or "auto"
     cached     the function, in errors, if k and v are a KV cache: the call has then no gradients; else ""
-    record     the statistics of the keys that are kept beside a cache, or None
+    record     the statistics of the keys that are kept with a cache, or None
 
     Gradients by other ways, as through key norms, are added to an fp32 gradient before the sum is rounded. For the
-    same end q and k may hold 16-bit values in fp32 beside a 16-bit v.
+    same end q and k may hold 16-bit values in fp32 with a 16-bit v.
     """
 
     q: Tensor
@@ -96,29 +95,6 @@ class AttentionCall:
         q = self.q if self.wide_q is None else self.wide_q
         k = self.k if self.wide_k is None else self.wide_k
         return q, k, self.v, query_scale, key_scale, key_bias, sinks
-
-    def split(self) -> tuple[tuple[Tensor | None, ...], AttentionCall]:
-        """The tensors of the call, those of `Gradients` first, and the call without them, for autograd to keep."""
-        terms, visible = self.logits, self.visibility
-        own = (self.q, self.k, self.v, *terms[1:4], terms.sinks, self.wide_q, self.wide_k)
-        rest = AttentionCall(
-            *_NO_OPERANDS,
-            visible.without_tensors(),
-            Logits(terms.scale, softcap=terms.softcap),
-            self.dropout,
-            is_part=self.is_part,
-            aux=self.aux,
-            backend=self.backend,
-        )
-        return (*own, *visible.tensors), rest
-
-    def joined(self, tensors: Sequence[Any]) -> AttentionCall:
-        """The call that `split` took apart."""
-        q, k, v, query_scale, key_scale, key_bias, sinks, wide_q, wide_k, *masks = tensors
-        terms, visible = self.logits, self.visibility.with_tensors(*masks)
-        terms = Logits(terms.scale, query_scale, key_scale, key_bias, terms.softcap, sinks)
-        own = {"is_part": self.is_part, "aux": self.aux, "backend": self.backend}
-        return AttentionCall(q, k, v, visible, terms, self.dropout, wide_q, wide_k, **own)
 
     def narrowed(self) -> AttentionCall:
         """The call with q and k in v's dtype."""
@@ -165,7 +141,14 @@ class AttentionCall:
         return table.gather(x.transpose(1, 2), key, key < end).transpose(1, 2)
 
 
-_NO_OPERANDS: tuple[Any, Any, Any] = (None, None, None)
+def per_group(bias: Tensor, visibility: Visibility) -> Tensor:
+    """A bias as [B, Hkv, Hq / Hkv, Sk], from one with a row a query head or a row a key head."""
+    batch, kv_heads, k_len = visibility.keys
+    group = visibility.q_heads // max(kv_heads, 1)
+    if bias.dim() > 1:
+        by_key_head = bias.shape[-2] in (1, kv_heads)
+        bias = bias.unsqueeze(-2) if by_key_head else bias.unflatten(-2, (kv_heads, group))
+    return bias.expand(batch, kv_heads, group, k_len)
 
 
 class ForwardResult(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from .autograd import runs_eagerly
 from .pages import PageTable
 from .ranges import prefix_sum
-from .statistics import Renamed, Statistics, sum_over_keys
+from .statistics import Renamed, Statistics
 
 TOTALS = ("norm_sums", "norm_square_sums", "norm_maxima")
 
@@ -30,6 +30,14 @@ def extended(before: tuple[Tensor, ...], norms: Tensor) -> tuple[Tensor, Tensor,
     return sums, squares, torch.cat([highest, norms], -1).cummax(-1).values[..., 1:]
 
 
+def zeros(shapes: Iterable[tuple[int, ...]], dtype: Any, device: Any) -> tuple[Tensor, ...]:
+    """Norms, their sums, sums of squares, both in fp64, and maxima of these shapes."""
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    dtypes = (dtype, torch.float64, torch.float64, dtype)
+    return tuple(torch.zeros(shape, dtype=x, device=device) for shape, x in zip(shapes, dtypes, strict=True))
+
+
 class KeyRecord(Renamed):
     """The norm of each cached key, and `TOTALS` of the keys of its sequence up to and with it.
 
@@ -42,7 +50,27 @@ class KeyRecord(Renamed):
         "square_sums": "norm_square_sums",
         "length_maxima": "norm_maxima",
     }
-    norms: Tensor
+    _memory: tuple[Tensor, ...]  # norms and `TOTALS`, with entries for keys that are dropped
+
+    @property
+    def norms(self) -> Tensor:
+        return self._shown(self._memory[0])
+
+    @property
+    def norm_sums(self) -> Tensor:
+        return self._shown(self._memory[1])
+
+    @property
+    def norm_square_sums(self) -> Tensor:
+        return self._shown(self._memory[2])
+
+    @property
+    def norm_maxima(self) -> Tensor:
+        return self._shown(self._memory[3])
+
+    def _shown(self, x: Tensor) -> Tensor:
+        """One of `_memory` without the entries for dropped keys. A view made now: pickled views share no memory."""
+        raise NotImplementedError
 
     def find(self, key: Tensor, table: PageTable | None) -> Any:
         """Where the entries of `key` are, int64 [B or 1, n], by its number along the axis of the call's keys.
@@ -74,6 +102,7 @@ class RecordedStatistics(Statistics):
 
     def __init__(self, computed: Statistics, record: KeyRecord, table: PageTable | None, width: int | None) -> None:
         super().__init__(lambda: computed.k, computed.visibility)
+        self._scan = computed._scan
         self._computed, self._record, self._table, self._width = computed, record, table, width
 
     def _norms_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
@@ -86,13 +115,13 @@ class RecordedStatistics(Statistics):
 
     def _norm_sum(self) -> Tensor:
         if self.visibility.invariant:
-            return sum_over_keys(self.norms, self.visibility, self._computed._scan, self.norms.dtype)
+            return super()._norm_sum()
         sums = self._of_rows("norm_sums", lambda norms: norms.sum(-1, dtype=torch.float64))
         return sums.to(self._record.norms.dtype)
 
     def _norm_square_sum(self) -> Tensor:
         if self.visibility.invariant:
-            return sum_over_keys(self.norms.double().square(), self.visibility, self._computed._scan)
+            return super()._norm_square_sum()
         return self._of_rows("norm_square_sums", lambda norms: norms.double().square().sum(-1))
 
     def _norm_max(self) -> Tensor:

@@ -18,12 +18,12 @@ from .autograd import is_transformed
 class ObservedCall:
     """One computed attention.
 
-    q            [B, Hq, Sq, D], in the graph that backward walks; packed sequences are [1, Hq, T, D]
+    q            [B, Hq, Sq, D], in the graph of the backward; packed sequences are [1, Hq, T, D]
     k            [B, Hkv, Sk, D], likewise
     out          [B, Hq, Sq, Dv], as the caller gets it, after dropout
     visibility   which keys each row sees, a `tritonattn.core.visibility.Visibility`
     softcap      or None
-    aux          computes the call's `AttentionAux` in a pass of its own, unobserved, without dropout and without a
+    aux          computes the call's `AttentionAux` in another pass, unobserved, without dropout and without a
                  graph; its max_logit is without the key_bias
     """
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-# The code that figures depend on, in a checkout; results lie beside it, and a run may append to them.
+# The code that figures depend on, in a checkout; results lie with it, and a run may append to them.
 _CODE = ("tritonattn/**/*.py", "perf/*.py", "autotune_cache/*.json")
 
 
@@ -26,7 +26,7 @@ class Environment:
     threads    of torch on a CPU; None on a GPU
     commit     as `commit` returns it
     command    the command that measured; "" where other commands give the same figures
-    peers      versions of the libraries that were measured beside this one
+    peers      versions of the libraries that were measured with this one
     ptxas      the version that compiles kernels for this card; "" on a CPU and on AMD
     """
 

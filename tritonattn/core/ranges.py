@@ -100,7 +100,7 @@ class _Rolled(torch.autograd.Function):
         return rolled(g, back, ctx.axis), None, None
 
 
-def _rows_begun(bound: Tensor, k_len: int) -> Tensor:
+def rows_begun(bound: Tensor, k_len: int) -> Tensor:
     """Count for each key j the rows with bound <= j: int64 [..., Sk]; bound [..., Sq] does not fall along the rows."""
     keys = torch.arange(k_len, device=bound.device)
     if runs_eagerly(bound):
@@ -113,7 +113,7 @@ def _rows_begun(bound: Tensor, k_len: int) -> Tensor:
 def rows_of_keys(lo: Tensor, hi: Tensor, k_len: int, sorted_bounds: bool) -> Tensor:
     """The number of rows that see each key: int64 [..., Sk]; sorted_bounds: lo and hi do not fall along the rows."""
     bounds = (lo, hi) if sorted_bounds else (lo.sort(dim=-1).values, hi.sort(dim=-1).values)
-    begun, ended = (_rows_begun(bound, k_len) for bound in bounds)
+    begun, ended = (rows_begun(bound, k_len) for bound in bounds)
     return begun - ended
 
 
@@ -127,83 +127,14 @@ def sum_of_rows(
     """
     if sorted_bounds:
         prefix = scan(g)
-        begun, ended = (gather(prefix, _rows_begun(bound, k_len)) for bound in (lo, hi))
+        begun, ended = (gather(prefix, rows_begun(bound, k_len)) for bound in (lo, hi))
         return begun - ended
 
     def ending_by_key(bound: Tensor) -> Tensor:  # sum of g over the rows with bound <= j
         bound, order = bound.sort(dim=-1, stable=True)
-        return gather(scan(gather(g, order)), _rows_begun(bound, k_len))
+        return gather(scan(gather(g, order)), rows_begun(bound, k_len))
 
     return ending_by_key(lo) - ending_by_key(hi)
-
-
-def sum_over_ranges(
-    x: Tensor, lo: Tensor, hi: Tensor, sorted_bounds: bool, scan: Callable[[Tensor], Tensor], dtype: torch.dtype
-) -> Tensor:
-    """Sum of x [B, H, Sk] over every range, in fp64, rounded to a dtype: [B, H, Sq].
-
-    sorted_bounds and scan as in `sum_of_rows`.
-    """
-    return apply(_RangeSum, x, lo, hi, sorted_bounds, scan, dtype)
-
-
-class _RangeSum(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, lo, hi, sorted_bounds, scan, dtype) -> Tensor:
-        prefix = scan(x)
-        return (gather(prefix, hi) - gather(prefix, lo)).to(dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, lo, hi, ctx.sorted_bounds, ctx.scan, _ = inputs
-        ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
-        ctx.save_for_backward(lo, hi)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, saved, g: Tensor):
-        lo, hi = saved
-        seeing = torch.where(hi > lo, g, 0)  # the factor of a row without keys may have an infinite slope
-        d_x = sum_of_rows(seeing, lo, hi, ctx.k_len, ctx.sorted_bounds, ctx.scan)
-        return d_x.to(ctx.dtype), None, None, None, None, None
-
-
-def sum_over_prefixes(
-    x: Tensor, hi: Tensor | None, q_len: int, scan: Callable[[Tensor], Tensor], dtype: torch.dtype
-) -> Tensor:
-    """`sum_over_ranges` where lo is 0 and hi does not fall along the Sq rows; None is hi[i] = i + 1 + Sk - Sq."""
-    return apply(_PrefixSums, x, hi, q_len, scan, dtype)
-
-
-class _PrefixSums(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, hi, q_len, scan, dtype) -> Tensor:
-        sums = scan(x)
-        return (sums[..., x.shape[-1] - q_len + 1 :] if hi is None else gather(sums, hi)).to(dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, hi, ctx.q_len, ctx.scan, _ = inputs
-        ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
-        ctx.save_for_backward(hi)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, saved, g: Tensor):
-        (hi,) = saved
-        if hi is None:
-            prefix = ctx.scan(g)
-            ended = prefix[..., :-1]
-            if ctx.k_len != ctx.q_len:
-                ended = F.pad(ended, (ctx.k_len - ctx.q_len, 0))  # [..., Sk]
-        else:
-            prefix = ctx.scan(torch.where(hi > 0, g, 0))  # as in _RangeSum
-            ended = gather(prefix, _rows_begun(hi, ctx.k_len))
-        return (prefix[..., -1:] - ended).to(ctx.dtype), None, None, None, None
 
 
 def pick(x: Tensor, key: Tensor, seen: Tensor | None, sorted_keys: bool, scan: Callable[[Tensor], Tensor]) -> Tensor:

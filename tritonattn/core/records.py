@@ -32,17 +32,17 @@ def write(file: Path, content: str | bytes) -> None:
     Writes through a link, to a device, and in a folder that takes no other file. Raises OSError that names the file.
     """
     data = content.encode() if isinstance(content, str) else content
-    beside = file.with_name(f".{file.name}-{os.getpid()}.tmp")
+    temporary = file.with_name(f".{file.name}-{os.getpid()}.tmp")
     try:
         through = file.is_symlink() or (file.exists() and not file.is_file())
         if through or not os.access(file.parent, os.W_OK):
             file.write_bytes(data)
             return
         try:
-            beside.write_bytes(data)
-            beside.replace(file)
+            temporary.write_bytes(data)
+            temporary.replace(file)
         except BaseException:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
         if error.strerror is not None:

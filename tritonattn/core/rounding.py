@@ -1,4 +1,4 @@
-"""8 bits beside a 16-bit result that say what it was before it was rounded.
+"""8 bits with a 16-bit result that say what it was before it was rounded.
 
 They are 256ths of the result's last place: the difference of two fp32 numbers' bits, since the bits of numbers of one
 sign grow as the numbers do. So no exponent is taken apart, and an exact result has 0. Restored numbers are off by at

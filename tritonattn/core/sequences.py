@@ -1,4 +1,4 @@
-"""Sequences of their own lengths, packed one after another along one axis."""
+"""Sequences of different lengths, packed one after another along one axis."""
 
 from __future__ import annotations
 

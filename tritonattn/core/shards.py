@@ -68,7 +68,7 @@ class SharesSequence:
     sequence_part: Any = None
 
     def _positions(self, tokens: int, device: torch.device) -> Tensor:
-        """The places in their sequence of the tokens that a call holds: int64 [tokens]."""
+        """The positions in their sequence of the tokens that a call holds: int64 [tokens]."""
         if self.sequence_part is None:
             return torch.arange(tokens, device=device)
         return self.sequence_part.positions(tokens, device)

@@ -1,4 +1,4 @@
-"""Key statistics: sums and maxima of key norms over the keys visible to each row.
+"""Key statistics: sums and maxima of key norms over the keys visible to each row, and their reciprocals.
 
     norm[j]            = ||k[j]||
     norm_sum[i]        = sum of norm[j]      over the keys j visible to row i
@@ -11,23 +11,33 @@ same quantities takes the place of this class by overriding its underscore metho
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import Function
 
 from . import ranges
-from .autograd import apply, runs_eagerly
+from .autograd import apply, first_order, runs_eagerly
 from .call import AttentionCall
-from .invariance import halving_sum
+from .norms import key_norms_of
 from .packing import PackedAxis
 from .ranges import argmax_over_ranges, prefix_sum
 from .visibility import Visibility
 
 Scan = Callable[[Tensor], Tensor]
 Argmax = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# Below it a statistic counts as zero: its reciprocal need not fit fp32.
+SMALLEST_STATISTIC = torch.finfo(torch.float32).tiny
+_LARGEST_ZERO = math.nextafter(SMALLEST_STATISTIC, 0)
+_LARGEST_ZERO_SQUARE = math.nextafter(SMALLEST_STATISTIC**2, 0)
+_LARGEST_ZERO_OF_FLOAT32 = SMALLEST_STATISTIC - 2.0**-149
 
 
 class Renamed:
@@ -174,7 +184,7 @@ def sum_over_keys(
     if visible.is_causal:  # a prefix sum a row, whose position the sizes tell
         if x.device.type == "cpu" and scan is prefix_sum:  # which says why not elsewhere
             return x.cumsum(-1, dtype=torch.float64)[..., visible.k_len - visible.q_len :].to(dtype)
-        return ranges.sum_over_prefixes(x, None, visible.q_len, scan, dtype)
+        return apply(_Sums, x, None, None, visible.q_len, True, scan, dtype)
     return _sum_over_ranges(x, visible, scan, dtype)
 
 
@@ -191,9 +201,49 @@ def _invariant_sum(x: Tensor, visible: Visibility, scan: Scan, dtype: torch.dtyp
 
 def _sum_over_ranges(x: Tensor, visible: Visibility, scan: Scan, dtype: torch.dtype) -> Tensor:
     if visible.begins_at_first:  # a prefix sum a row
-        return ranges.sum_over_prefixes(x, visible.ends()[:, None], visible.q_len, scan, dtype)
+        return apply(_Sums, x, None, visible.ends()[:, None], visible.q_len, True, scan, dtype)
     lo, hi = visible.bounds()  # a difference of two
-    return ranges.sum_over_ranges(x, lo[:, None], hi[:, None], visible.key_ranges is None, scan, dtype)
+    return apply(_Sums, x, lo[:, None], hi[:, None], visible.q_len, visible.key_ranges is None, scan, dtype)
+
+
+class _Sums(Function):
+    """Sums of x [B, H, Sk] over the ranges [lo, hi) of Sq rows, in fp64, rounded to a dtype: [B, H, Sq].
+
+    lo None is 0; hi None, with lo None, is hi[i] = i + 1 + Sk - Sq; sorted_bounds and scan as in `ranges.sum_of_rows`.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, lo, hi, q_len, sorted_bounds, scan, dtype) -> Tensor:
+        sums = scan(x)
+        ends = sums[..., x.shape[-1] - q_len + 1 :] if hi is None else ranges.gather(sums, hi)
+        return (ends if lo is None else ends - ranges.gather(sums, lo)).to(dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, lo, hi, ctx.q_len, ctx.sorted_bounds, ctx.scan, _ = inputs
+        ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
+        ctx.save_for_backward(lo, hi)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, g: Tensor):
+        lo, hi = saved
+        if hi is not None:  # the factor of a row without keys may have an infinite slope
+            g = torch.where(hi > (0 if lo is None else lo), g, 0)
+        if lo is not None:
+            d_x = ranges.sum_of_rows(g, lo, hi, ctx.k_len, ctx.sorted_bounds, ctx.scan)
+        else:
+            sums = ctx.scan(g)
+            if hi is not None:
+                ended = ranges.gather(sums, ranges.rows_begun(hi, ctx.k_len))
+            else:
+                ended = sums[..., :-1]
+                if ctx.k_len != ctx.q_len:
+                    ended = F.pad(ended, (ctx.k_len - ctx.q_len, 0))  # [..., Sk]
+            d_x = sums[..., -1:] - ended
+        return d_x.to(ctx.dtype), *[None] * 6
 
 
 def max_over_keys(
@@ -246,81 +296,53 @@ def _per_mask_head(x: Tensor, visible: Visibility) -> Tensor:
     return x.repeat_interleave(group, dim=1) if visible.per_query_head and group > 1 else x
 
 
-def key_norms_of(k: Tensor, seen: Tensor | None = None, invariant: bool = False) -> Tensor:
-    """Euclidean norms of k [..., D]: [...], fp32 (fp64 for fp64 k).
+def counts_of(visibility: Visibility) -> Tensor:
+    """`visibility.counts()`, read-only: where sizes alone decide they are kept for later calls.
 
-    seen, bool and broadcastable to [...], names the rows that count: the others have norm 0 and gradient 0
-    even where they hold NaN. Where a square would over- or underflow the largest component is factored out.
-    The gradient of ||k|| is k / ||k||, and 0 at k = 0. invariant: a norm's bits depend on its key alone.
+    Memory of a captured graph is the graph's, so that a capture neither keeps counts nor uses kept ones.
     """
-    return apply(_Norm, k, seen, invariant)
+    device = visibility.device
+    is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if is_captured or not (visibility.depends_on_sizes_only and runs_eagerly()):
+        return visibility.once("counts", visibility.counts)
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    sizes = (visibility.q_len, visibility.k_len, device, visibility.left, visibility.right)
+    return _counts_of_sizes(sizes, stream, torch.is_inference_mode_enabled())
 
 
-class _Norm(torch.autograd.Function):
-    generate_vmap_rule = True
+@functools.lru_cache(maxsize=8)
+def _counts_of_sizes(sizes: tuple, stream: Any, is_inference: bool) -> Tensor:
+    """Counts that belong to one stream, which orders its writes and reads, and to training or inference."""
+    return Visibility(1, 1, 1, *sizes).counts()
+
+
+def reciprocal(statistic: Tensor) -> Tensor:
+    """1 / s; 0, with gradient 0, where s is 0 or below fp32's normal range; NaN stays NaN.
+
+    fp64, or fp32 of fp32 s that is not traced.
+    """
+    if statistic.dtype == torch.float32 and runs_eagerly(statistic):
+        return apply(_Reciprocal, statistic)
+    return torch.threshold(statistic.double(), _LARGEST_ZERO, math.inf).reciprocal()
+
+
+class _Reciprocal(torch.autograd.Function):
+    """`reciprocal` of fp32 in fp32: half the operators that fp64 takes. Its slope -1 / s^2 leaves fp32's range."""
 
     @staticmethod
-    def forward(k: Tensor, seen: Tensor | None, invariant: bool) -> Tensor:
-        is_readable = runs_eagerly(k) and k.device.type == "cpu" and k.numel() > 0
-        if invariant:
-            norms = _by_pieces(lambda piece: _norms_of(piece, _invariant_norm), k)
-        else:
-            norms = _norms_on_cpu(k) if is_readable else _norms_of(k)
-        return norms if seen is None else torch.where(seen, norms, 0)
+    def forward(statistic: Tensor) -> Tensor:
+        return torch.threshold(statistic, _LARGEST_ZERO_OF_FLOAT32, math.inf).reciprocal()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(inputs[0], output)
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        k, norms = ctx.saved_tensors
-        counted = norms > 0
-        direction = k / torch.where(counted, norms, 1)[..., None]
-        return (direction * g[..., None]).masked_fill_(~counted[..., None], 0).to(k.dtype), None, None
+        (factor,) = ctx.saved_tensors
+        return (g * factor) * -factor
 
 
-# Keys that are widened at a time: a widened copy of all of k would be the peak of a call's memory.
-_ROWS = 1024
-
-
-def _norms_on_cpu(k: Tensor) -> Tensor:
-    """Compute `_norms_of` in one pass, and in full where the results show that a square over- or underflowed."""
-    norms = _norm(k) if k.dtype.itemsize > 2 else _by_pieces(_norm, k)
-    lowest, highest = torch.aminmax(norms)
-    is_safe = _is_safe(lowest.item()) and _is_safe(highest.item())  # neither where one is NaN
-    return norms if is_safe else _by_pieces(_norms_of, k)
-
-
-def _by_pieces(norms: Callable[[Tensor], Tensor], k: Tensor) -> Tensor:
-    if not runs_eagerly(k) or k.dim() < 2 or k.shape[-2] <= _ROWS:  # a trace would bind the number of keys
-        return norms(k)
-    return torch.cat([norms(piece) for piece in k.split(_ROWS, dim=-2)], dim=-1)
-
-
-def _norms_of(k: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Norms of k; each key by itself decides whether its largest component is factored out."""
-    norm = norm or _norm
-    norms = norm(k)
-    wide = k.to(norms.dtype)
-    largest = wide.abs().amax(-1)
-    largest = torch.where(largest > 0, largest, 1)
-    factored = largest * norm(wide / largest[..., None])
-    return torch.where(_is_safe(norms), norms, factored)
-
-
-def _is_safe(norms: Any) -> Any:
-    """Whether a norm, or each of a tensor, comes from squares that neither over- nor underflowed in fp32.
-
-    The bounds are literals: torch.compile(dynamic=True) would make inputs of globals, which two functions cannot share.
-    """
-    return (norms > 1e-15) & (norms < 1e15)
-
-
-def _invariant_norm(k: Tensor) -> Tensor:
-    wide = k.to(torch.promote_types(k.dtype, torch.float32))
-    return halving_sum(wide.square())[..., 0].sqrt()
-
-
-def _norm(k: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(k, dim=-1, dtype=torch.promote_types(k.dtype, torch.float32))
+def reciprocal_root(square: Tensor) -> Tensor:
+    """1 / sqrt(x) in fp64; 0, with gradient 0, where the root is 0 or below fp32's normal range; NaN stays NaN."""
+    return torch.threshold(square.double(), _LARGEST_ZERO_SQUARE, math.inf).rsqrt()

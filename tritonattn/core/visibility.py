@@ -148,15 +148,13 @@ class Visibility:
 
     def without_tensors(self) -> Visibility:
         """The record of the rest, of which `with_tensors` makes the whole again."""
-        return self if self.depends_on_sizes_only else self.with_tensors(None, None, None, None, None)
+        return self.with_tensors(None, None, None, None, None)
 
     def with_tensors(self, key_lengths: Any, key_ranges: Any, mask: Any, q_starts: Any, k_starts: Any) -> Visibility:
         """The record with other `tensors`."""
         of_rows = self.sequences
         if of_rows is not None:
             of_rows = Sequences(q_starts, k_starts, of_rows.longest_q, of_rows.longest_k)
-        elif key_lengths is None and key_ranges is None and mask is None and self.depends_on_sizes_only:
-            return self
         return replace(self, key_lengths=key_lengths, key_ranges=key_ranges, mask=mask, sequences=of_rows)
 
     @property

@@ -1,4 +1,4 @@
-"""Arguments that are the same on every rank, compared once for each new kind of call.
+"""Arguments that are the same on every rank, compared once for each new signature of a call.
 
 If sizes differ between ranks, torch.distributed aborts or waits. If byte counts are equal, as of [B, S, H, D] and
 [B, H, S, D], it raises nothing and the results are wrong.
@@ -31,34 +31,34 @@ _compared: WeakKeyDictionary[dist.ProcessGroup, set[tuple[Any, ...]]] = WeakKeyD
 
 
 def require_agreement(split: Split, function: str, **arguments: Any) -> None:
-    """Raise ValueError on every rank unless all call `function` with arguments of one kind.
+    """Raise ValueError on every rank unless all call `function` with arguments of one signature.
 
     arguments   one of them a tensor
 
-    A tensor's kind is its dtype and shape, a scaling's its class and settings; of anything else it is the value. Each
-    rank remembers the kinds of a group's calls, and communicates only for a new one. As long as ranks agree, it is new
-    on all of them. If it is new on some only, their comparison meets another collective of the others, at which
-    torch.distributed ends all. Its debug level DETAIL has every call compared. Calls that are traced or captured as a
-    graph are not compared.
+    A tensor's signature is its dtype and shape, a scaling's its class and settings; of anything else it is the value.
+    Each rank remembers the signatures of a group's calls, and communicates only for a new one. As long as ranks agree,
+    it is new on all of them. If it is new on some only, their comparison meets another collective of the others, at
+    which torch.distributed ends all. Its debug level DETAIL has every call compared. Calls that are traced or captured
+    as a graph are not compared.
     """
     if split.size == 1 or torch.compiler.is_compiling():
         return
     one = next(x for x in arguments.values() if isinstance(x, Tensor))
     if isinstance(one, FakeTensor) or (one.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    known, kind = _compared.setdefault(split.group, set()), (function, *map(_kind, arguments.values()))
-    if kind not in known or get_debug_level() == DebugLevel.DETAIL:
+    known, signature = _compared.setdefault(split.group, set()), (function, *map(_signature, arguments.values()))
+    if signature not in known or get_debug_level() == DebugLevel.DETAIL:
         _compare(split, one.device, {"function": function} | {name: _shown(x) for name, x in arguments.items()})
-        known.add(kind)
+        known.add(signature)
 
 
-def _kind(x: Any) -> Any:
+def _signature(x: Any) -> Any:
     if isinstance(x, Tensor):
         return x.dtype, x.shape
     if isinstance(x, Scaling):
         return type(x), *_settings(x)
     if isinstance(x, (list, tuple)):
-        return tuple(map(_kind, x))
+        return tuple(map(_signature, x))
     return x if x is None or isinstance(x, (Number, str, torch.dtype)) else type(x)
 
 
@@ -66,13 +66,13 @@ def _settings(scaling: Scaling) -> Iterator[Any]:
     """The fields of a dataclass, and what modules show of themselves; attributes of other classes may be a rank's."""
     if isinstance(scaling, nn.Module):
         return (part.extra_repr() for part in scaling.modules())
-    return map(_kind, vars(scaling).values() if is_dataclass(scaling) else ())
+    return map(_signature, vars(scaling).values() if is_dataclass(scaling) else ())
 
 
 def _shown(x: Any) -> str:
     if isinstance(x, Tensor):
         return kind_of(x)
-    return f"{type(x).__name__}({', '.join(map(str, _settings(x)))})" if isinstance(x, Scaling) else repr(_kind(x))
+    return f"{type(x).__name__}({', '.join(map(str, _settings(x)))})" if isinstance(x, Scaling) else repr(_signature(x))
 
 
 def _compare(split: Split, device: torch.device, shown: dict[str, str]) -> None:

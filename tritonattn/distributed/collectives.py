@@ -131,8 +131,3 @@ def _swapped(x: Tensor, split: Split, to_tokens: bool) -> Tensor:
     x = split.by_rank(x, 2)
     got = all_to_all(x.unflatten(2, (split.size, -1)).movedim(2, 0), split)
     return got.movedim(0, 1).flatten(1, 2)
-
-
-def totals(x: Tensor, split: Split) -> Tensor:
-    """x [..., chunks of this rank] of every rank, in the order of the sequence: [..., chunks]. Without a gradient."""
-    return gathered(x, split, -1)

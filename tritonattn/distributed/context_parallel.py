@@ -64,9 +64,9 @@ def context_parallel_attention(
         scaling: As in `attention`, parameters of all heads included; a tensor is that of this rank's rows.
         gain: As in `attention`, for this rank's rows.
         key_bias: As in `attention`, for this rank's keys; its gradient is whole, as that of k is.
-        causal, window: As in `attention`, of places in the whole sequence.
+        causal, window: As in `attention`, of positions in the whole sequence.
         cu_seqlens: int32 [N + 1]: where documents begin and end in the whole sequence, the same on every rank and for
-            every batch entry. A row sees its own document only. Documents may cross the parts of ranks.
+            every batch entry. A row attends to its document only. Documents may cross the parts of ranks.
         softcap, sinks, return_aux: As in `attention`.
         backend: "auto", "triton" or "sdpa", as in `attention`.
         reduce_dtype: The dtype in which gradients of keys and values are sent and added over ranks.
@@ -133,13 +133,7 @@ def context_parallel_attention(
 
 
 def _check(
-    q: Tensor,
-    k: Tensor,
-    split: Split,
-    method: Any,
-    cu_seqlens: Any,
-    reduce_dtype: Any,
-    head_group: Any,
+    q: Tensor, k: Tensor, split: Split, method: Any, cu_seqlens: Any, reduce_dtype: Any, head_group: Any
 ) -> None:
     if method not in _METHODS:
         raise ValueError(f"method: expected one of {', '.join(_METHODS)}, got {method!r}")

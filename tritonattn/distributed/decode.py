@@ -9,9 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import ops
 from ..calls.checks import check, check_integers, check_values
 from ..calls.decode_checks import cache_operands, cache_visibility, check_statistics
-from ..calls.dispatch import AttentionAux, choose_backend, refuse_gradients
+from ..calls.dispatch import AttentionAux, choose_backend, logits, refuse_gradients
 from ..calls.key_statistics import KeyStatistics
-from ..calls.logits import logits
 from ..calls.public import public
 from ..calls.sharded import head_parts
 from ..core.autograd import without_autocast
@@ -24,7 +23,7 @@ from ..scaling import Scaling
 from . import collectives
 from .agreement import require_agreement
 from .layout import Split, refuse_dtensors
-from .sequence import share_beside_sinks
+from .sequence import share_with_sinks
 
 
 @public()
@@ -46,7 +45,7 @@ def context_parallel_decode(
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """`attention_decode` over a KV cache whose P equal parts lie on the ranks of a mesh; no gradients.
 
-    Rank r holds the keys r * capacity <= j < (r + 1) * capacity of every sequence. Each rank attends to its own part;
+    Rank r holds the keys r * capacity <= j < (r + 1) * capacity of every sequence. Each rank attends to its part;
     outputs are merged by their lse, and what a scaling counts, sums or maximises is that of the whole sequence.
 
     Args:
@@ -121,7 +120,8 @@ def context_parallel_decode(
     of_logits = {"scaling": scaling, "gain": gain, "softcap": softcap, "sinks": sinks}
     alike = {"q": q, **of_cache, **of_logits, "return_aux": return_aux, "backend": backend}
     require_agreement(split, "context_parallel_decode", **alike)
-    whole = _whole(q, k, key_lengths, visible.left, split)
+    sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], split.size * capacity)
+    whole = Visibility.of_padded(sizes, q.device, key_lengths, left=visible.left)
     call.visibility = Visibility.of_part(whole, split.rank * capacity, capacity)
     with without_autocast(q):
         of_part = (ops.KernelStatistics if call.backend == "triton" else Statistics)(k, call.visibility)
@@ -134,14 +134,8 @@ def context_parallel_decode(
         part = AttentionCall(q, k, v, call.visibility, terms._replace(sinks=None), aux=True, backend=call.backend)
         out, aux = _merged(ops.attention(part), split)
         if terms.sinks is not None:
-            out = out * share_beside_sinks(aux.lse, terms.sinks)[..., None]
+            out = out * share_with_sinks(aux.lse, terms.sinks)[..., None]
     return (out.to(v.dtype), aux) if return_aux else out.to(v.dtype)
-
-
-def _whole(q: Tensor, k: Tensor, key_lengths: Tensor, left: int | None, split: Split) -> Visibility:
-    """The visible keys of each row in the cache of all ranks."""
-    sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], split.size * k.shape[2])
-    return Visibility.of_padded(sizes, q.device, key_lengths, left=left)
 
 
 class _SharedRows(Statistics):

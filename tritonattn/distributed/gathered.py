@@ -16,18 +16,11 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from ..core.autograd import first_order
-from ..core.call import AttentionCall, ForwardResult, Gradients, Logits, Needs
+from ..core.call import AttentionCall, ForwardResult, Gradients, Needs
 from ..core.visibility import Visibility
 from ..ops.attend import backward_pass, forward_pass
 from . import collectives
-from .sequence import Settings, SharedSequence, add_part
-
-
-class Piece(NamedTuple):
-    """Rows of this rank, and the span of keys outside of which they see nothing."""
-
-    rows: slice
-    keys: slice
+from .sequence import Piece, Settings, SharedSequence, add_part
 
 
 def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
@@ -36,23 +29,21 @@ def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
     return ForwardResult(*results[: 4 if settings.aux else 2])
 
 
-def pieces_of(sequence: SharedSequence) -> list[Piece]:
-    """Chunk by chunk, so that keys behind a causal chunk are left out; all at once where rows see any key."""
+def _pieces(sequence: SharedSequence, heads: _Heads) -> list[Piece]:
+    """Chunk by chunk, so that keys behind a causal chunk are left out; all at once where rows attend to any key."""
     split, whole = sequence.split, sequence.whole
     n = sequence.visibility.q_len // split.chunks_per_rank
-    if not sequence.ends_at_own:
-        return [Piece(slice(0, sequence.visibility.q_len), slice(0, sequence.length))]
     reach = whole.left if whole.sequences is None and whole.left is not None else sequence.length
-    return [
-        Piece(slice(i * n, (i + 1) * n), slice(max(0, chunk * n - reach), (chunk + 1) * n))
-        for i, chunk in enumerate(split.chunks())
-    ]
+    spans = [(i * n, (i + 1) * n, max(0, chunk * n - reach), (chunk + 1) * n) for i, chunk in enumerate(split.chunks())]
+    if not sequence.ends_at_own:
+        spans = [(0, sequence.visibility.q_len, 0, sequence.length)]
+    return [Piece(slice(a, b), slice(c, d), heads.of_rows, heads.of_keys) for a, b, c, d in spans]
 
 
 def _visible(q: Tensor, k: Tensor, ranges: Tensor | None, piece: Piece, sequence: SharedSequence) -> Visibility:
     if ranges is None:
         return Visibility.of(q, k)
-    if sequence.ends_at_own and sequence.whole.sequences is None:  # the last row's own key is the last of the span
+    if sequence.ends_at_own and sequence.whole.sequences is None:  # the span ends at the last row's position
         return Visibility.of(q, k, window=(sequence.whole.left, 0))
     own = (ranges[:, piece.rows] - piece.keys.start).clamp(0, k.shape[2])
     return Visibility.of(q, k, key_ranges=own.contiguous())
@@ -80,18 +71,8 @@ def _heads(tensors: Sequence[Any], settings: Settings) -> Iterator[_Heads]:
 def _call(
     tensors: Sequence[Tensor | None], ranges: Tensor | None, heads: _Heads, piece: Piece, settings: Settings
 ) -> AttentionCall:
-    q, _, _, query_scale, key_scale, key_bias, sinks = tensors
-    assert q is not None
-    own = q[:, heads.of_rows, piece.rows]
+    own, logits = piece.cut(tensors, settings)
     keys, values = heads.keys[:, :, piece.keys], heads.values[:, :, piece.keys]
-    logits = Logits(
-        settings.scale,
-        None if query_scale is None else query_scale[:, heads.of_rows, piece.rows],
-        None if key_scale is None else key_scale[:, heads.of_keys, piece.keys],
-        None if key_bias is None else key_bias[:, heads.of_keys, :, piece.keys],
-        settings.softcap,
-        None if sinks is None else sinks[heads.of_rows],
-    )
     visible = _visible(own, keys, ranges, piece, settings.sequence)
     return AttentionCall(own, keys, values, visible, logits, aux=settings.aux, backend=settings.backend)
 
@@ -104,7 +85,7 @@ class _Attend(Function):
         for heads in _heads(tensors, settings):
             parts = [
                 forward_pass(_call(tensors, ranges, heads, piece, settings), settings.keep_rounding)
-                for piece in pieces_of(settings.sequence)
+                for piece in _pieces(settings.sequence, heads)
             ]
             columns.append([_joined(x, 2) for x in zip(*parts, strict=True)])
         out, lse, max_logit, entropy, rounding = (_joined(x, 1) for x in zip(*columns, strict=True))
@@ -124,19 +105,15 @@ class _Attend(Function):
         sums = Gradients(*(x.new_zeros(x.shape) if need else None for x, need in zip(tensors, needs, strict=True)))
         for heads in _heads(tensors, settings):
             of_keys = _zeros(heads.keys, needs.k, settings), _zeros(heads.values, needs.v, settings)
-            for piece in pieces_of(settings.sequence):
-                rows, keys = (slice(None), heads.of_rows, piece.rows), (slice(None), heads.of_keys, piece.keys)
+            for piece in _pieces(settings.sequence, heads):
+                rows: Any = piece.indices.q
                 call = _call(tensors, ranges, heads, piece, settings)
                 results = out[rows], lse[rows], None if rounding is None else rounding[rows]
                 d_own, d_own_lse = (None if d is None else d[rows] for d in (d_out, d_lse))
                 got = backward_pass(call, results, d_own, d_own_lse, needs)
-                add_part(sums.q, rows, got.q)
-                add_part(of_keys[0], (..., piece.keys, slice(None)), got.k)
-                add_part(of_keys[1], (..., piece.keys, slice(None)), got.v)
-                add_part(sums.query_scale, rows, got.query_scale)
-                add_part(sums.key_scale, keys, got.key_scale)
-                add_part(sums.key_bias, (slice(None), heads.of_keys, slice(None), piece.keys), got.key_bias)
-                add_part(sums.sinks, heads.of_rows, got.sinks)
+                piece.add(sums, got)
+                for total, part in zip(of_keys, (got.k, got.v), strict=True):
+                    add_part(total, (..., piece.keys, slice(None)), part)
             for total, whole in ((sums.k, of_keys[0]), (sums.v, of_keys[1])):
                 if total is not None and whole is not None:
                     total[:, heads.of_keys] = collectives.scattered(whole, settings.sequence.split, 2).to(total.dtype)

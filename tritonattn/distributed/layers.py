@@ -11,12 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from ..core.invariance import refuse_over_ranks
-from ..core.ranges import prefix_sum
 from ..core.shards import SharesSequence
-from . import collectives
 from .agreement import require_agreement
 from .context_parallel import context_parallel_attention
 from .layout import Split
+from .statistics import running_sum
 
 
 class ContextParallel(ParallelStyle):
@@ -99,7 +98,7 @@ class SequencePart:
         return self.mesh.size()
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
-        """The places in the sequence of the `tokens` tokens that this rank holds: int64 [tokens]."""
+        """The positions in the sequence of the `tokens` tokens that this rank holds: int64 [tokens]."""
         self.split.check("x", tokens)
         return self.split.positions(tokens, device)
 
@@ -108,9 +107,7 @@ class SequencePart:
         split = self.split
         split.check("x", x.shape[-1])
         require_agreement(split, "ForgetGate", x=x)
-        sums = prefix_sum(x.unflatten(-1, (split.chunks_per_rank, -1)))  # [..., chunks of this rank, tokens + 1]
-        before = prefix_sum(collectives.gather(sums[..., -1], split, -1))[..., split.chunks()]
-        return (before[..., None] + sums[..., 1:]).flatten(-2)
+        return running_sum(x, split)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float, batch_invariant: bool | None, **options: Any

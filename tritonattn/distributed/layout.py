@@ -24,7 +24,7 @@ LAYOUTS = ("contiguous", "zigzag")
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The place of this process among those that share a sequence."""
+    """This process among those that share a sequence, and how they share it."""
 
     group: dist.ProcessGroup
     rank: int
@@ -67,26 +67,25 @@ class Split:
             )
 
     def positions(self, length: int, device: torch.device) -> Tensor:
-        """The places in the sequence of the `length` tokens that this rank holds: int64 [length]."""
+        """The positions in the sequence of the `length` tokens that this rank holds: int64 [length]."""
         n = length // self.chunks_per_rank
         return torch.cat([torch.arange(c * n, (c + 1) * n, device=device) for c in self.chunks()])
 
     def in_order(self, x: Tensor, dim: int) -> Tensor:
         """x, whose chunks stand rank by rank along an axis, with the chunks in the order of the sequence."""
-        return x if self.layout == "contiguous" else self._permuted(x, dim, self._places())
+        order = self._order()
+        return self._permuted(x, dim, [order.index(chunk) for chunk in range(self.chunk_count)])
 
     def by_rank(self, x: Tensor, dim: int) -> Tensor:
         """x, whose chunks stand in the order of the sequence along an axis, with the chunks rank by rank."""
-        return x if self.layout == "contiguous" else self._permuted(x, dim, self._order())
+        return self._permuted(x, dim, self._order())
 
     def _order(self) -> list[int]:
         return [chunk for rank in range(self.size) for chunk in self.chunks(rank)]
 
-    def _places(self) -> list[int]:
-        order = self._order()
-        return [order.index(chunk) for chunk in range(self.chunk_count)]
-
     def _permuted(self, x: Tensor, dim: int, order: list[int]) -> Tensor:
+        if self.layout == "contiguous":
+            return x
         parts = x.chunk(self.chunk_count, dim)
         return torch.cat([parts[chunk] for chunk in order], dim)
 

@@ -1,4 +1,4 @@
-"""Context parallel attention in a ring: parts of keys and values go round, and each rank merges what it sees of them.
+"""Context parallel attention in a ring: parts of keys and values go round, and each rank merges its results over them.
 
 At step s a rank holds the part of rank r - s, and passes it on while it computes. Rows are merged by their lse. In the
 backward the parts go round again, each with its gradient, to which every rank adds; probabilities come from the lse of
@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from ..core.autograd import first_order
-from ..core.call import AttentionCall, ForwardResult, Gradients, Logits, Needs
+from ..core.call import AttentionCall, ForwardResult, Gradients, Needs
 from ..core.rounding import before_rounding, lost_in_rounding
 from ..core.visibility import Visibility
 from ..ops.attend import backward_pass, forward_pass
 from . import collectives
 from .layout import Split
-from .sequence import Settings, SharedSequence, add_part, share_beside_sinks
+from .sequence import Piece, Settings, SharedSequence, add_part, share_with_sinks
 
 
 def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
@@ -34,29 +34,29 @@ def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
 
 
 class Pair(NamedTuple):
-    """Rows of this rank and keys of a part, one or both chunks of each: rows see all keys, unless it hides some.
+    """Rows of this rank and keys of a part, one or both chunks of each: rows attend to all keys, unless it hides some.
 
-    first   the place in the sequence of the first key
-    place   the keys among those of all ranks, part by part
+    first   the position in the sequence of the first key
+    whole   the keys among those of all ranks, part by part
     """
 
     rows: slice
     keys: slice
     first: int
-    place: slice
+    whole: slice
     is_diagonal: bool
     hides: bool
 
     @property
     def has_own_keys(self) -> bool:
-        """Whether the keys, of this rank's part, are also those of the rows' own tokens."""
+        """True where the keys, of this rank's part, are also those of the rows' tokens."""
         return self.keys.start <= self.rows.start and self.rows.stop <= self.keys.stop
 
 
 def pairs_of(sequence: SharedSequence, source: int) -> list[Pair]:
     """The chunks of rows, and the chunks of the part of rank `source`, that sizes alone do not rule out.
 
-    Two chunks that rows see to the end, or but for the last one's diagonal, are taken at once.
+    Two chunks that rows attend to up to the end, or but for the last one's diagonal, are taken at once.
     """
     split, whole = sequence.split, sequence.whole
     length = sequence.visibility.q_len
@@ -70,13 +70,13 @@ def pairs_of(sequence: SharedSequence, source: int) -> list[Pair]:
             behind = sequence.ends_at_own and key > row
             if behind or (left is not None and row * n - left >= (key + 1) * n):
                 continue
-            keys, place = (slice(start + j * n, start + (j + 1) * n) for start in (0, source * length))
+            keys, whole_keys = (slice(start + j * n, start + (j + 1) * n) for start in (0, source * length))
             hides = not (whole.is_full or (is_causal and key < row))
-            own.append(Pair(rows, keys, key * n, place, is_causal and key == row, hides))
+            own.append(Pair(rows, keys, key * n, whole_keys, is_causal and key == row, hides))
         if len(own) == 2 and not own[0].hides and (own[1].is_diagonal or not own[1].hides):
             first, last = own
-            keys, place = slice(first.keys.start, last.keys.stop), slice(first.place.start, last.place.stop)
-            own = [last._replace(keys=keys, place=place)]
+            keys, whole_keys = slice(first.keys.start, last.keys.stop), slice(first.whole.start, last.whole.stop)
+            own = [last._replace(keys=keys, whole=whole_keys)]
         found += own
     if len(found) == 2 and found[0].keys == found[1].keys and not (found[0].hides or found[1].hides):
         return [found[0]._replace(rows=slice(0, length))]
@@ -92,9 +92,8 @@ def _by_part(tensors: Sequence[Any], split: Split) -> tuple[Any, ...]:
 def _call(
     tensors: Sequence[Any], part: Sequence[Tensor], ranges: Tensor | None, pair: Pair, settings: Settings, sinks: bool
 ) -> AttentionCall:
-    q, _, _, query_scale, key_scale, key_bias, of_heads = tensors
-    own = q[:, :, pair.rows]
-    keys, values = part[0][:, :, pair.keys].to(q.dtype), part[1][:, :, pair.keys]
+    own, logits = Piece(pair.rows, pair.whole).cut(tensors, settings)
+    keys, values = part[0][:, :, pair.keys].to(own.dtype), part[1][:, :, pair.keys]
     if not pair.hides:
         visible = Visibility.of(own, keys)
     elif pair.is_diagonal:
@@ -103,14 +102,7 @@ def _call(
         assert ranges is not None
         seen = (ranges[:, pair.rows] - pair.first).clamp(0, keys.shape[2])
         visible = Visibility.of(own, keys, key_ranges=seen.contiguous())
-    logits = Logits(
-        settings.scale,
-        None if query_scale is None else query_scale[:, :, pair.rows],
-        None if key_scale is None else key_scale[..., pair.place],
-        None if key_bias is None else key_bias[..., pair.place],
-        settings.softcap,
-        of_heads if sinks else None,
-    )
+    logits = logits if sinks else logits._replace(sinks=None)
     own_options = {"aux": settings.aux, "backend": settings.backend}
     return AttentionCall(own, keys, values, visible, logits, is_part=True, **own_options)
 
@@ -126,7 +118,7 @@ def _round(part: list[Tensor], settings: Settings) -> Iterator[tuple[int, list[T
 
 
 class _Merged(NamedTuple):
-    """Rows over the keys seen so far: out [B, Hq, S / P, Dv] and lse, max_logit, mean_logit [B, Hq, S / P], wide."""
+    """Rows over the keys so far: out [B, Hq, S / P, Dv] and lse, max_logit, mean_logit [B, Hq, S / P], wide."""
 
     out: Tensor
     lse: Tensor
@@ -168,7 +160,7 @@ class _Attend(Function):
                 merged.add(pair.rows, forward_pass(call, keep_rounding), settings.aux)
         wide, lse = merged.out, merged.lse
         if sinks is not None:
-            wide = wide * share_beside_sinks(lse, sinks)[..., None]
+            wide = wide * share_with_sinks(lse, sinks)[..., None]
         out = wide.to(v.dtype)
         rounding = lost_in_rounding(wide, out) if settings.keep_rounding else None
         entropy = (lse - merged.mean_logit).masked_fill(lse == -torch.inf, 0).clamp(min=0)
@@ -197,14 +189,11 @@ class _Attend(Function):
                 results = out[rows], lse[:, :, pair.rows], None if rounding is None else rounding[rows]
                 of_rows = None if d_out is None else d_out[rows], None if d_lse is None else d_lse[:, :, pair.rows]
                 got = backward_pass(call, results, *of_rows, needs)
-                add_part(sums.q, rows, got.q)
                 add_part(of_part[0], keys, got.k)
                 add_part(of_part[1], keys, got.v)
-                add_part(sums.query_scale, (..., pair.rows), got.query_scale)
-                add_part(sums.key_scale, (..., pair.place), got.key_scale)
-                add_part(sums.key_bias, (..., pair.place), got.key_bias)
-                if source == split.rank and pair.has_own_keys:  # once a row
-                    add_part(sums.sinks, ..., got.sinks)
+                if not (source == split.rank and pair.has_own_keys):  # sinks count once a row
+                    got = got._replace(sinks=None)
+                Piece(pair.rows, pair.whole).add(sums, got)
             if moving is not None:
                 of_part = [own + theirs for own, theirs in zip(of_part, moving.wait(), strict=True)]
             moving = collectives.pass_on(of_part, split)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..calls.logits import logits
-from ..core.call import AttentionCall, Logits
+from ..calls.dispatch import logits
+from ..core.call import AttentionCall, Gradients, Logits
 from ..core.sequences import Sequences
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
@@ -20,9 +21,9 @@ from .statistics import SharedStatistics
 
 @dataclass(frozen=True, eq=False)
 class SharedSequence:
-    """A sequence of S tokens that the ranks of `split` hold parts of, and what this rank's rows see of it.
+    """A sequence of S tokens that the ranks of `split` hold parts of, and the part that this rank's rows attend to.
 
-    whole        of all S rows, as one process would see it
+    whole        of all S rows, as one process would compute it
     visibility   of this rank's rows among all S keys
     """
 
@@ -40,7 +41,7 @@ class SharedSequence:
         window: tuple[int | None, int | None] | None,
         cu_seqlens: Tensor | None,
     ) -> SharedSequence:
-        """From this rank's q [B, Hq, S / P, D] and k [B, Hkv, S / P, D], and the masks of the whole sequence."""
+        """The sequence of this rank's q [B, Hq, S / P, D] and k [B, Hkv, S / P, D], and the masks of the whole."""
         q_shape, k_shape = (torch.Size((*x.shape[:2], x.shape[2] * split.size, x.shape[3])) for x in (q, k))
         length = q_shape[2]
         documents = None
@@ -59,7 +60,7 @@ class SharedSequence:
 
     @property
     def ends_at_own(self) -> bool:
-        """Whether no row sees a key behind its own."""
+        """True where no row attends to a key behind its position."""
         return self.whole.right == 0
 
     def of_all_rows(self, q: Tensor, k: Tensor) -> Visibility:
@@ -85,10 +86,43 @@ class Settings(NamedTuple):
     keep_rounding: bool
 
 
+_ALL = slice(None)
+
+
+class Piece(NamedTuple):
+    """Rows of this rank and keys of all ranks that one call computes, for some heads of q and of k."""
+
+    rows: slice
+    keys: slice
+    q_heads: slice = _ALL
+    kv_heads: slice = _ALL
+
+    @property
+    def indices(self) -> Gradients:
+        """Indices of the piece in the tensors of a call; k and v differ by method."""
+        rows, keys = (_ALL, self.q_heads, self.rows), (_ALL, self.kv_heads, self.keys)
+        of_bias: Any = (_ALL, self.kv_heads, _ALL, self.keys)
+        return Gradients(rows, None, None, rows, keys, of_bias, self.q_heads)  # pyright: ignore[reportArgumentType]
+
+    def cut(self, tensors: Sequence[Tensor | None], settings: Settings) -> tuple[Tensor, Logits]:
+        """q and the terms of the logits of the piece."""
+        q, _, _, query, key, bias, sinks = (
+            None if x is None or index is None else x[index] for x, index in zip(tensors, self.indices, strict=True)
+        )
+        assert q is not None
+        return q, Logits(settings.scale, query, key, bias, settings.softcap, sinks)
+
+    def add(self, sums: Gradients, got: Gradients) -> None:
+        """Add the piece's gradients, but those of k and v, to the sums that are asked for."""
+        for total, index, gradient in zip(sums, self.indices, got, strict=True):
+            if index is not None:
+                add_part(total, index, gradient)
+
+
 def logits_of(call: AttentionCall, sequence: SharedSequence, reduce_dtype: torch.dtype) -> Logits:
     """The terms of a call's logits, those of rows of this rank, those of keys of all; differentiable.
 
-    key_bias, of this rank's keys, is gathered and added to the scaling's own bias. A scaling that reads keys itself
+    key_bias, of this rank's keys, is gathered and added to the scaling's bias. A scaling that reads keys itself
     (`Scaling.reads_keys`) gets all of them, gathered.
     """
     k, key_bias, split = call.k, call.logits.key_bias, sequence.split
@@ -107,12 +141,12 @@ def logits_of(call: AttentionCall, sequence: SharedSequence, reduce_dtype: torch
     return logits(call, statistics, whole)
 
 
-def add_part(total: Tensor | None, place: Any, gradient: Tensor | None) -> None:
+def add_part(total: Tensor | None, index: Any, gradient: Tensor | None) -> None:
     """Add the gradient of a part of a tensor to that of the whole, where both are asked for."""
     if total is not None and gradient is not None:
-        total[place] += gradient
+        total[index] += gradient
 
 
-def share_beside_sinks(lse: Tensor, sinks: Tensor) -> Tensor:
-    """The weight of keys beside a sink [Hq]: exp(lse) / (exp(lse) + exp(sink)), 0 for a row without keys."""
+def share_with_sinks(lse: Tensor, sinks: Tensor) -> Tensor:
+    """The weight of keys with a sink [Hq]: exp(lse) / (exp(lse) + exp(sink)), 0 for a row without keys."""
     return torch.sigmoid(lse - sinks[:, None]).masked_fill(lse == -torch.inf, 0)

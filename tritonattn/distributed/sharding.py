@@ -53,11 +53,11 @@ def pad(x: Tensor, *, mesh: DeviceMesh, layout: str = "contiguous", dim: int = 2
     Args:
         x: The same on every rank; axis `dim` of S tokens.
         mesh, layout, dim: As in `shard`.
-        value: What fills the new tokens: -100 in labels, so that no loss counts them.
+        value: Fills the new tokens: -100 in labels, so that no loss counts them.
 
     Returns:
-        x with the next number of tokens that P (2 P for "zigzag") divides. Rows of causal attention do not see later
-        tokens. Other rows do: make the padding a document of its own, by cu_seqlens = [0, S, the padded length]. After
+        x with the next number of tokens that P (2 P for "zigzag") divides. Rows of causal attention do not attend to
+        later tokens. Other rows do: make the padding a document, by cu_seqlens = [0, S, the padded length]. After
         `unshard` cut it off, as in x[:, :, :S].
 
     Raises:

@@ -1,7 +1,7 @@
 """tritonattn in transformers: `patch(model, scaling=...)`, or `model.set_attn_implementation("tritonattn")`.
 
-Importing it registers the attention implementation "tritonattn" and changes no class of transformers. The first model
-that is built or patched afterwards extends the methods that save and load models, so that a patch comes along.
+Importing it registers the attention implementation "tritonattn" and changes no class of transformers or PEFT. The first
+model that is built or patched extends the methods that save and load models and adapters, so that a patch comes along.
 """
 
 try:
@@ -21,8 +21,7 @@ from .settings import Settings
 
 register()
 register_observed()
-follow_adapters()
-at_first_use(follow_saved_settings, follow_continuous_batching)
+at_first_use(follow_saved_settings, follow_continuous_batching, follow_adapters)
 
 __all__ = [
     "NAME",

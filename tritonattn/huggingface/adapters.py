@@ -5,12 +5,10 @@ PEFT itself drops weights of modules that the model lacks, and the model compute
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
+from ..core.extension import extend
 from .settings import ATTRIBUTE
-
-_EXTENDED = "_extended_by_tritonattn"
 
 
 def follow_adapters() -> None:
@@ -19,12 +17,10 @@ def follow_adapters() -> None:
         from peft import PeftModel
     except Exception:  # none, or one that is broken in any way: it loads no adapters either
         return
-    wrapper: Any = PeftModel
-    original = wrapper.load_adapter
-    if getattr(original, _EXTENDED, False):
-        return
+    extend(PeftModel, "load_adapter", _refusing)
 
-    @functools.wraps(original)
+
+def _refusing(original: Any) -> Any:
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             result = original(self, *args, **kwargs)
@@ -36,8 +32,7 @@ def follow_adapters() -> None:
             raise _refusal(f"it has values of {layers} that the model has no place for")
         return result
 
-    setattr(load_adapter, _EXTENDED, True)
-    wrapper.load_adapter = load_adapter
+    return load_adapter
 
 
 def _layers(keys: Any) -> str:
@@ -49,5 +44,5 @@ def _layers(keys: Any) -> str:
 def _refusal(got: str) -> ValueError:
     return ValueError(
         f"adapter: expected learned scalings of the layers that the model has patched, but {got}: load the base model"
-        " anew, and patch it with the scaling and layers of the adapter's training before PEFT wraps it"
+        " again, and patch it with the scaling and layers of the adapter's training before PEFT wraps it"
     )

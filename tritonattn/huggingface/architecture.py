@@ -53,7 +53,7 @@ class AttentionModule:
 
     @property
     def keeps_output_attentions(self) -> bool:
-        """Whether the module takes output_attentions and does not pass it on."""
+        """True where the module takes output_attentions and does not pass it on."""
         passed = interface_keywords(type(self.module))
         taken = "output_attentions" in inspect.signature(self.module.forward).parameters
         return taken and passed is not None and "output_attentions" not in passed
@@ -89,7 +89,7 @@ def attention_modules(model: nn.Module) -> list[AttentionModule]:
     for name, module in model.named_modules():
         if name in calling:
             add(name, module, _obstacle(module))
-        elif not _is_attention(module) or (outer is not None and name.startswith(f"{outer}.")):
+        elif not re.search("Attention|SelfAttn", type(module).__name__) or (outer and _holds(outer, name)):
             continue
         elif not any(_holds(name, other) or _holds(other, name) for other in calling):
             outer = name
@@ -119,8 +119,8 @@ def interface_function(cls: type) -> Any:
     for base in cls.__mro__:
         if base is nn.Module or not issubclass(base, nn.Module):
             continue
-        for name, member in vars(base).items():
-            methods.setdefault(name, member)
+        for name, attribute in vars(base).items():
+            methods.setdefault(name, attribute)
     for method in methods.values():
         function = inspect.unwrap(method) if callable(method) else None
         code = getattr(function, "__code__", None)
@@ -158,10 +158,6 @@ def _obstacle(module: nn.Module) -> str | None:
     if getattr(module, "config", None) is None:
         return "has no config that names its attention implementation"
     return None
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return re.search(r"Attention|SelfAttn", type(module).__name__) is not None
 
 
 def _holds(outer: str, inner: str) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..calls.attention import attention
@@ -16,12 +18,12 @@ from ..calls.dispatch import AttentionAux
 from ..calls.varlen import attention_varlen
 from ..core.invariance import refuse_over_ranks
 from ..core.shards import context_parallel
-from ..scaling import Scaling, SqrtDim
+from ..scaling import SqrtDim
+from ..scaling.base import relative_gain
 from .architecture import query_heads
 from .masks import key_range_mask
 from .settings import Settings, layer_scaling
 from .visible import is_packed, packed_arguments, visible_arguments
-from .weights import attention_weights, wants_weights
 
 NAME = "tritonattn"
 _ULYSSES = "deepspeed.runtime.sequence_parallel.ulysses_sp"
@@ -38,6 +40,10 @@ _REFUSED = {
     "cache": "a paged cache that the attention function has to read (transformers before 5.24)",
 }
 
+_COSTLY = (
+    "output_attentions=True: no kernel of tritonattn forms attention weights, so the eager reference does, in O(Q K)"
+    " memory a layer"
+)
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -55,7 +61,7 @@ def attention_forward(
 
         logit = model_scaling * sqrt(D) * (gain * the mode's factor) * (q . k)
 
-    with the scaling and gain of `Settings.of(module)`. model_scaling is the model's own `scaling`, by default
+    with the scaling and gain of `Settings.of(module)`. model_scaling is the model's `scaling`, by default
     1 / sqrt(D). So "sqrt_dim" gives the model as it was, and factors beyond 1 / sqrt(D), or in q, are kept. A scaling
     that normalises q (cosine) replaces the model's.
 
@@ -69,11 +75,13 @@ def attention_forward(
     """
     _refuse_ulysses_of_others(module)
     observer, parallel = getattr(layer_scaling(module), "observer", None), context_parallel()
-    with_weights = wants_weights(module, kwargs)
+    with_weights = _wants_weights(module, kwargs)
     if is_packed(attention_mask, kwargs) and observer is None and not with_weights:
-        return _over_requests(module, query, key, value, scaling, dropout, kwargs), None
+        own = _arguments_but_visibility(module, query, scaling, dropout, **kwargs)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # packed requests: no mask of T_q x T_k
+        return cast(Tensor, attention_varlen(q, k, v, **packed_arguments(kwargs), **own))[None], None
     arguments = call_arguments(module, query, key, attention_mask, scaling, dropout, **kwargs)
-    weights = attention_weights(module, query, key, arguments) if with_weights else None
+    weights = _attention_weights(module, query, key, arguments) if with_weights else None
     options = arguments if observer is None else {**arguments, "return_aux": True}
     if parallel is None:
         result = attention(query, key, value, **options)
@@ -91,7 +99,7 @@ def attention_forward(
 
 
 def _refuse_ulysses_of_others(module: nn.Module) -> None:
-    """Raise where UlyssesSPAttentionHF stands in for another implementation: this layer would see this rank's part."""
+    """Raise where UlyssesSPAttentionHF stands in for another implementation: this layer would get this rank's part."""
     if sys.modules.get(_ULYSSES) is not None:
         others = [name for name, one in ALL_ATTENTION_FUNCTIONS.items() if getattr(one, "__module__", "") == _ULYSSES]
         if others and NAME not in others:
@@ -122,21 +130,6 @@ def call_arguments(
     return {**own, **visible_arguments(module, query, key, attention_mask, kwargs)}
 
 
-def _over_requests(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float | Tensor | None,
-    dropout: float,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """Attention [1, T_q, Hq, Dv] of packed requests, without a mask of T_q x T_k."""
-    own = _arguments_but_visibility(module, query, scaling, dropout, **kwargs)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return cast(Tensor, attention_varlen(q, k, v, **packed_arguments(kwargs), **own))[None]
-
-
 def _arguments_but_visibility(
     module: nn.Module,
     query: Tensor,
@@ -154,7 +147,12 @@ def _arguments_but_visibility(
                 " attn_implementation='eager'"
             )
     settings = Settings.of(module)
-    _refuse_a_part_of_the_gradient(module, query, settings.gain)
+    gain = settings.gain
+    if isinstance(gain, Tensor) and gain.numel() == 1 and gain.requires_grad and query.shape[1] < query_heads(module):
+        raise ValueError(  # its gradient would be that of this rank's heads, and be reduced by nobody
+            f"gain: expected a value a head, [Hq, 1], under tensor parallelism, which shards it as q, got"
+            f" {list(gain.shape)} in {type(module).__name__}"
+        )
     return {
         **scaling_arguments(settings, scaling, query.shape[-1]),
         "softcap": softcap,
@@ -163,15 +161,6 @@ def _arguments_but_visibility(
         "backend": settings.backend,
         "batch_invariant": settings.batch_invariant,
     }
-
-
-def _refuse_a_part_of_the_gradient(module: nn.Module, query: Tensor, gain: float | Tensor | None) -> None:
-    """Raise where the gradient of a gain for all heads would be that of this rank's heads, and be reduced by nobody."""
-    if isinstance(gain, Tensor) and gain.numel() == 1 and gain.requires_grad and query.shape[1] < query_heads(module):
-        raise ValueError(
-            f"gain: expected a value a head, [Hq, 1], under tensor parallelism, which shards it as q, got"
-            f" {list(gain.shape)} in {type(module).__name__}"
-        )
 
 
 def register(
@@ -201,9 +190,40 @@ def scaling_arguments(settings: Settings, own: float | Tensor | None, head_dim: 
         if isinstance(own, Tensor):
             return {"scaling": 1.0, "gain": own if gain is None else own * gain}
         return {"scaling": "sqrt_dim" if own is None else float(own), "gain": gain}
-    if own is None or (isinstance(scaling, Scaling) and scaling.normalises_query):
-        return {"scaling": scaling, "gain": gain}
-    relative = own * math.sqrt(head_dim)
-    if not isinstance(relative, Tensor) and math.isclose(relative, 1.0, rel_tol=1e-9):
-        return {"scaling": scaling, "gain": gain}
-    return {"scaling": scaling, "gain": relative if gain is None else gain * relative}
+    return {"scaling": scaling, "gain": relative_gain(scaling, own, head_dim, gain)}
+
+
+def note_wanted_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a patched module that does not pass output_attentions on: keep its value."""
+    arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    own = layer_scaling(module)
+    own.weights_wanted = bool(arguments.get("output_attentions"))
+
+
+def _wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """True where the model is asked for attention weights: by argument, by config, or by a recording hook."""
+    own = layer_scaling(module)
+    if kwargs.get("output_attentions") or getattr(own, "weights_wanted", False):
+        return True
+    for config in (getattr(module, "config", None), getattr(own, "shared", None)):
+        if getattr(config, "output_attentions", False):
+            return True
+    # transformers may drop the argument and record the modules' results instead: up to 4.57 by replacing their
+    # forward, later by hooks that write into a collector.
+    forward = module.__dict__.get("forward")
+    if getattr(getattr(forward, "__code__", None), "co_name", None) == "wrapped_forward":
+        return True
+    recorder = getattr(getattr(utils, "output_capturing", None), "_active_collector", None)
+    if recorder is None or torch.compiler.is_compiling():
+        return False
+    return any("attentions" in name for name in recorder.get() or ())
+
+
+def _attention_weights(module: nn.Module, query: Tensor, key: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Weights [B, Hq, Q, K] in query's dtype, before dropout: the reference's result for unit vectors as values."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"{type(module).__name__}: {_COSTLY}", stacklevel=3)
+    keys = key.shape[2]
+    unit = torch.eye(keys, dtype=key.dtype, device=key.device).expand(*key.shape[:2], keys, keys)
+    others = {"dropout_p": 0.0, "backend": "reference", "batch_invariant": False}
+    return cast(Tensor, attention(query, key, unit, **{**arguments, **others}))

@@ -35,7 +35,15 @@ def over_ranks(
             f"attention_mask: expected full causal attention without padding and cache under context_parallel, got"
             f" another mask in {kind}; leave the layer to attn_implementation='sdpa'"
         )
-    _check_positions(query, keywords.get("position_ids"), split, kind)
+    positions, expected = keywords.get("position_ids"), split.positions(query.shape[2], query.device)
+    if not isinstance(positions, Tensor):
+        raise NotImplementedError(f"position_ids: expected to reach {kind} under context_parallel, got none")
+    if positions.shape[-1] != query.shape[2] or not bool((positions == expected).all()):
+        raise ValueError(
+            f"position_ids: expected the positions in the sequence of this rank's tokens, {int(expected[0])} and so on,"
+            " got others: give the model position_ids of the whole sequence, one document long, and put them among the"
+            " buffers of context_parallel"
+        )
     rest = ("scaling", "gain", "softcap", "sinks", "backend", "return_aux")
     given = {name: arguments[name] for name in rest if name in arguments}
     return context_parallel_attention(query, key, value, mesh=context.mesh, layout=context.layout, causal=True, **given)
@@ -60,16 +68,3 @@ def _is_causal(
     first = row // (rows // split.chunks_per_rank) * (rows // split.chunks_per_rank)
     lo, hi = ranges.unbind(-1)
     return bool((((lo == 0) | (lo == first)) & (hi == row + 1)).all())
-
-
-def _check_positions(query: Tensor, positions: Any, split: Split, kind: str) -> None:
-    """Raise unless position_ids are the places in one sequence of the tokens that this rank holds."""
-    if not isinstance(positions, Tensor):
-        raise NotImplementedError(f"position_ids: expected to reach {kind} under context_parallel, got none")
-    places = split.positions(query.shape[2], query.device)
-    if positions.shape[-1] != query.shape[2] or not bool((positions == places).all()):
-        raise ValueError(
-            f"position_ids: expected the places in the sequence of this rank's tokens, {int(places[0])} and so on, got"
-            " others: give the model position_ids of the whole sequence, one document long, and put them among the"
-            " buffers of context_parallel"
-        )

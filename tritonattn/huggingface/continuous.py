@@ -11,7 +11,6 @@ refuse with 4.54, 4.57, 5.0, 5.8 and 5.19.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import transformers
@@ -20,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation import continuous_batching
 
+from ..core.extension import extend
 from .architecture import attention_modules, interface_keywords
 from .attention import NAME, register
 from .own_configs import IMPLEMENTATION
@@ -27,27 +27,21 @@ from .settings import layer_scaling
 
 PACKED = f"{NAME}_flash"
 _SINCE = "5.24"
-_EXTENDED = "_extended_by_tritonattn"
 _RENAMED = "_tritonattn_renamed"
 
 
 def follow_continuous_batching() -> None:
     """Let managers of continuous batching serve models with attention of tritonattn. Repeating it is harmless."""
     manager: Any = continuous_batching.ContinuousBatchingManager
-    if getattr(manager, _EXTENDED, False):
-        return
-    setattr(manager, _EXTENDED, True)
     if Version(transformers.__version__) < Version(_SINCE):
-        _refuse(manager)
+        extend(manager, "__init__", _refusing)
         return
     register(PACKED)
-    _rename_while_serving(manager)
+    extend(manager, "switch_to_cb_friendly_attn", _renaming)
+    extend(manager, "stop", _renaming_back)
 
 
-def _refuse(manager: Any) -> None:
-    original = manager.__init__
-
-    @functools.wraps(original)
+def _refusing(original: Any) -> Any:
     def init(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         if _uses_tritonattn(model):
             raise NotImplementedError(
@@ -56,25 +50,25 @@ def _refuse(manager: Any) -> None:
             )
         original(self, model, *args, **kwargs)
 
-    manager.__init__ = init
+    return init
 
 
-def _rename_while_serving(manager: Any) -> None:
-    switch_original, stop_original = manager.switch_to_cb_friendly_attn, manager.stop
-
-    @functools.wraps(switch_original)
+def _renaming(original: Any) -> Any:
     def switch(self: Any, model: Any, auto_switch_to_flash: bool = True) -> None:
         if _uses_tritonattn(model):
             auto_switch_to_flash = False  # layers that are not patched need masks, as these read them
             _refuse_flash(model.config._attn_implementation)
             _refuse_dropped_softcap(model)
             setattr(self, _RENAMED, _rename(model))
-        switch_original(self, model, auto_switch_to_flash)
+        original(self, model, auto_switch_to_flash)
 
-    @functools.wraps(stop_original)
+    return switch
+
+
+def _renaming_back(original: Any) -> Any:
     def stop(self: Any, *args: Any, keep_for_next_session: bool = False, **kwargs: Any) -> None:
         try:
-            stop_original(self, *args, keep_for_next_session=keep_for_next_session, **kwargs)
+            original(self, *args, keep_for_next_session=keep_for_next_session, **kwargs)
         finally:
             for config in self.__dict__.pop(_RENAMED, ()):
                 setattr(config, IMPLEMENTATION, NAME)
@@ -86,7 +80,7 @@ def _rename_while_serving(manager: Any) -> None:
                 f"continuous batching of a model with attention of tritonattn failed: {error}"
             ) from error
 
-    manager.switch_to_cb_friendly_attn, manager.stop = switch, stop
+    return stop
 
 
 def _uses_tritonattn(model: nn.Module) -> bool:

@@ -1,14 +1,17 @@
-"""Extensions of methods of transformers, which an import leaves alone: they wait for the first use in this process.
+"""Extensions of methods of transformers and PEFT, made at the first use in a process, not at an import.
 
-The first use is the first model of transformers that is built after the import, or the first layer that gets a scaling.
+The first use is the first model of transformers that is built or wrapped, or the first layer that gets a scaling. A
+model that lives at the import is one too: only extended methods refuse "tritonattn" for a model that cannot use it.
 """
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
@@ -22,17 +25,26 @@ def at_first_use(*calls: Callable[[], None]) -> None:
     if not _waiting:
         register_module_module_registration_hook(_note_model)
     _waiting.extend(calls)
+    if any(True for _ in living_models()):
+        note_use()
+
+
+def living_models() -> Iterator[PreTrainedModel]:
+    """The models of transformers in this process that have a config."""
+    for one in gc.get_objects():
+        if issubclass(type(one), PreTrainedModel) and "config" in vars(one):
+            yield one
 
 
 def is_waiting() -> bool:
-    """Whether no model was built since the import: one from before it takes tritonattn's masks unchecked."""
+    """True where there was no use since the import: an unpickled model takes tritonattn's masks unchecked."""
     return bool(_waiting)
 
 
 def note_use() -> None:
     """Make the calls that wait; they are made once."""
     if _waiting:
-        with _lock:
+        with _lock, torch.device("cpu"):  # PEFT's import makes tensors, and loaded models begin on meta
             for call in _waiting:
                 call()
             _waiting.clear()
@@ -40,5 +52,5 @@ def note_use() -> None:
 
 def _note_model(parent: nn.Module, name: str, child: Any) -> None:
     """A hook of torch, called with each module that gets a child: a model does so before its `post_init`."""
-    if _waiting and isinstance(parent, PreTrainedModel):
+    if _waiting and (isinstance(parent, PreTrainedModel) or isinstance(child, PreTrainedModel)):
         note_use()

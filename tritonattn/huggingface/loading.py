@@ -4,7 +4,7 @@
 `tritonattn.huggingface` refuses the checkpoint instead of computing something else, if its version of transformers
 reads that entry (5.8 does, 5.0 does not). For older versions and other programs `save_pretrained` adds a tensor, MARK,
 to the weights. Its name is unknown to them: they stop or warn. With tritonattn, every model applies the settings at the
-end of its construction, before its weights are read. Learned values that are missing among the weights start anew.
+end of its construction, before its weights are read. Learned values that are missing among the weights start again.
 
 A model that cannot use "tritonattn" raises: at set_attn_implementation, or at its first call if it was constructed so,
 since an outer model may still choose another implementation for it.
@@ -13,8 +13,6 @@ since an outer model may still choose another implementation for it.
 from __future__ import annotations
 
 import contextvars
-import functools
-import gc
 import importlib.util
 import inspect
 import re
@@ -26,14 +24,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..core.extension import extend
 from .architecture import AttentionModule, attention_modules, query_heads, refuse_unsupported
 from .attention import NAME
+from .first_use import living_models
 from .masks import STATED
 from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, state_masks
 from .patching import Patched, apply, patched
 from .settings import ATTRIBUTE, LAYERS, MARK, LayerScaling, Settings, layer_scaling, saved_layers
 
-_EXTENDED = "_extended_by_tritonattn"
 _ASKED = "_tritonattn_implementation_asked_for"
 _OF_VLLM = "vllm"  # in models that vLLM builds, whose attention is its own: its plugin reads the settings
 
@@ -41,29 +40,28 @@ _OF_VLLM = "vllm"  # in models that vLLM builds, whose attention is its own: its
 def restore(model: PreTrainedModel) -> Patched:
     """Apply the settings that a `patch` left in model.config to a model that was built without them.
 
-    from_pretrained does so by itself, and loads learned values; here they start anew. Raises ValueError if the config
+    from_pretrained does so by itself, and loads learned values; here they start again. Raises ValueError if the config
     has no settings, or names a module that the model lacks.
     """
     saved = _saved(model)
     if saved is None:
         raise ValueError(f"model: expected scalings of layers in config.{ATTRIBUTE}, got none")
     found = attention_modules(model)
-    places = _places(model, found, saved)
-    missing = [name for name in saved if name not in places]
+    chosen = _of_saved_names(model, found, saved)
+    missing = [name for name in saved if name not in chosen]
     if missing:
         raise ValueError(f"model: {type(model).__name__} has no {', '.join(missing)}, which config.{ATTRIBUTE} names")
-    return _apply(model, found, places, saved)
+    return _apply(model, found, chosen, saved)
 
 
 def follow_saved_settings() -> None:
     """Let every model save its settings, and apply those in its config when it is made. Repeating it is harmless."""
     _extend("post_init", then=_follow)
-    _extend("_initialize_missing_keys", then=_start_anew)
+    _extend("_initialize_missing_keys", then=_start_again)
     _extend("set_attn_implementation", then=_refuse)
     _extend("save_pretrained", within=_saved_as_patched)
-    for one in gc.get_objects():  # models from before may have chosen "tritonattn" unnoticed
-        if issubclass(type(one), PreTrainedModel) and "config" in vars(one):
-            state_masks(one)
+    for one in living_models():  # which may have chosen "tritonattn" unnoticed
+        state_masks(one)
 
 
 def _extend(
@@ -75,26 +73,26 @@ def _extend(
 
     arguments   the method's, by name, which the context may change
     """
-    original = getattr(PreTrainedModel, name, None)
-    if original is None or getattr(original, _EXTENDED, False):
-        return
-    signature, running = inspect.signature(original), contextvars.ContextVar(name, default=False)
+    running = contextvars.ContextVar(name, default=False)
 
-    @functools.wraps(original)
-    def extended(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if running.get():  # called by an outer model
-            return original(self, *args, **kwargs)
-        token, bound = running.set(True), signature.bind(self, *args, **kwargs)
-        try:
-            with within(self, bound.arguments):
-                result = original(*bound.args, **bound.kwargs)
-        finally:
-            running.reset(token)
-        then(self, bound.arguments)
-        return result
+    def extended(original: Any) -> Any:
+        signature = inspect.signature(original)
 
-    setattr(extended, _EXTENDED, True)
-    setattr(PreTrainedModel, name, extended)
+        def method(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+            if running.get():  # called by an outer model
+                return original(self, *args, **kwargs)
+            token, bound = running.set(True), signature.bind(self, *args, **kwargs)
+            try:
+                with within(self, bound.arguments):
+                    result = original(*bound.args, **bound.kwargs)
+            finally:
+                running.reset(token)
+            then(self, bound.arguments)
+            return result
+
+        return method
+
+    extend(PreTrainedModel, name, extended)
 
 
 def _saved(model: PreTrainedModel) -> dict[str, Any] | None:
@@ -155,17 +153,17 @@ def _follow(model: PreTrainedModel, _: dict[str, Any]) -> None:
         state_masks(model)
         return
     found = attention_modules(model)
-    places = _places(model, found, saved)
-    if len(places) < len(saved):  # the outer model will apply them; without one the first call raises
+    chosen = _of_saved_names(model, found, saved)
+    if len(chosen) < len(saved):  # the outer model will apply them; without one the first call raises
         vars(model.config).setdefault(_ASKED, model.config._attn_implementation)
         setattr(model.config, IMPLEMENTATION, NAME)
         setattr(model.config, ATTRIBUTE, {LAYERS: dict(saved)})  # of a copied config they were applied elsewhere
         return
-    # Inner models share the config and have applied it first: the outer model does it anew for all.
+    # Inner models share the config and have applied it first: the outer model does it again for all.
     for module in model.modules():
         if (inner := patched(module)) is not None:
             inner.undo()
-    _apply(model, found, places, saved)
+    _apply(model, found, chosen, saved)
 
 
 def _refuse(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
@@ -185,26 +183,26 @@ def _refuse_when_called(model: PreTrainedModel) -> None:
         model.register_forward_pre_hook(check)
 
 
-def _places(model: PreTrainedModel, found: list[AttentionModule], saved: dict[str, Any]) -> dict[str, AttentionModule]:
+def _of_saved_names(
+    model: PreTrainedModel, found: list[AttentionModule], saved: dict[str, Any]
+) -> dict[str, AttentionModule]:
     """The modules of saved names, which come from the model with or without its head.
 
     base_model_prefix need not be the name of the attribute that holds the model without its head (Llama 4).
     """
     prefix = f"{model.base_model_prefix}."
     by_name = {one.name: one for one in found if one.obstacle is None}
-    places = {}
+    chosen = {}
     for name in saved:
         inside = [one for one in by_name if one.endswith(f".{name}")]
         candidates = [name, name.removeprefix(prefix), prefix + name, *(inside if len(inside) == 1 else ())]
-        for candidate in candidates:
-            if candidate in by_name:
-                places[name] = by_name[candidate]
-                break
-    return places
+        if (match := next((one for one in candidates if one in by_name), None)) is not None:
+            chosen[name] = by_name[match]
+    return chosen
 
 
 def _apply(
-    model: PreTrainedModel, found: list[AttentionModule], places: dict[str, AttentionModule], saved: dict[str, Any]
+    model: PreTrainedModel, found: list[AttentionModule], chosen: dict[str, AttentionModule], saved: dict[str, Any]
 ) -> Patched:
     """Patch a model as if its config had no settings, so that `undo` leaves none."""
     config: Any = model.config
@@ -220,7 +218,7 @@ def _apply(
         dtypes[ATTRIBUTE] = torch.float32
     known: Any = model._keys_to_ignore_on_load_unexpected
     model._keys_to_ignore_on_load_unexpected = {*known, MARK} if isinstance(known, set) else [*(known or ()), MARK]
-    plans = {one.name: _layer_scaling(saved, name, one.module) for name, one in places.items()}
+    plans = {one.name: _layer_scaling(saved, name, one.module) for name, one in chosen.items()}
     result = apply(model, found, plans, copied=False)
     _shard_by_head(model, result)
     return result
@@ -248,7 +246,7 @@ def _layer_scaling(saved: dict[str, Any], name: str, module: nn.Module) -> Layer
 
 
 @torch.no_grad()
-def _start_anew(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+def _start_again(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     """Initialise learned values that have no weights, which transformers leaves undefined."""
     one = patched(model)
     # transformers marks the tensors that it has read; 4.54 passes their names instead.

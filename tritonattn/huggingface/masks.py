@@ -2,10 +2,10 @@
 
 transformers describes a mask by a closure over (batch, head, query, key) indices and a 2-D padding mask, once
 a forward pass and layer type. The closures that models use are ranges of keys for every query row, so the
-mask becomes int32 [B, 1, Q, 2]: row i sees the keys [lo, hi). That takes O(B Q) instead of O(B Q K) and gives
+mask becomes int32 [B, 1, Q, 2]: row i attends to the keys [lo, hi). That takes O(B Q) instead of O(B Q K) and gives
 the number of keys of each row. It has four axes, so transformers passes it on untouched, through generate(), a
 static cache and torch.compile alike. Other masks (an unknown closure, padding with holes; while compiling, any
-closure but plain causal and bidirectional) become transformers' own dense bool mask, [B, 1, Q, K].
+closure but plain causal and bidirectional) become transformers' dense bool mask, [B, 1, Q, K].
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import masking_utils
 
 from .first_use import is_waiting
 
+_FAR = 2**40  # beyond any key
 STATED = "_tritonattn_states_masks"  # entry of a config whose models' is_causal flags may be wrong
 
 _COMPILED_HOLES = (
@@ -29,25 +30,26 @@ _COMPILED_HOLES = (
 
 
 class Bounds(NamedTuple):
-    """Keys lo <= j < hi for every row, int64 [B or 1, Q]; None leaves that side open."""
+    """Keys lo <= j < hi for every row, int64 [B or 1, Q]."""
 
-    lo: Tensor | None = None
-    hi: Tensor | None = None
+    lo: Tensor
+    hi: Tensor
+
+    @classmethod
+    def open(cls, position: Tensor) -> Bounds:
+        """All keys, for rows at position [B or 1, Q]."""
+        return cls(torch.full_like(position, -_FAR), torch.full_like(position, _FAR))
 
     def within(self, other: Bounds) -> Bounds:
-        return Bounds(_joined(torch.maximum, self.lo, other.lo), _joined(torch.minimum, self.hi, other.hi))
-
-    def shifted(self, distance: Tensor) -> Bounds:
-        """Both sides moved by distance [B or 1, Q]."""
-        return Bounds(*(None if side is None else side + distance for side in self))
+        return Bounds(torch.maximum(self.lo, other.lo), torch.minimum(self.hi, other.hi))
 
 
 @dataclass(frozen=True)
 class MaskRequest:
     """The arguments of a mask function, by the names of transformers 4.57 and 5.24.
 
-    position     [Q], places of the queries in the text
-    key_offset   the place of the first key
+    position     [Q], positions of the queries in the text
+    key_offset   the position of the first key
     aligned      whether the last query is known, without reading a tensor, to stand at the last key
     """
 
@@ -96,8 +98,8 @@ class MaskRequest:
 def key_range_mask(**arguments: Any) -> Tensor | None:
     """The mask function for AttentionMaskInterface, with the arguments of transformers' `sdpa_mask`.
 
-    Returns None if causal=True, or no mask, describes the visible keys; int32 [B, 1, Q, 2] if every row sees a range
-    of keys; and transformers' dense bool [B, 1, Q, K] otherwise. While compiling, padding with holes fails an
+    Returns None if causal=True, or no mask, describes the visible keys; int32 [B, 1, Q, 2] if every row attends to a
+    range of keys; and transformers' dense bool [B, 1, Q, K] otherwise. While compiling, padding with holes fails an
     assertion.
     """
     request = MaskRequest.of(arguments)
@@ -113,7 +115,7 @@ def key_range_mask(**arguments: Any) -> Tensor | None:
 
 
 def _is_implied(request: MaskRequest) -> bool:
-    """Whether the module's is_causal flag alone describes the visible keys, bottom-right aligned."""
+    """True where the module's is_causal flag alone describes the visible keys, bottom-right aligned."""
     if request.stated or (request.local_size is not None and request.kv_length > request.local_size):
         return False
     kinds = _kinds(request.mask_function)
@@ -147,13 +149,7 @@ def _padding_state(request: MaskRequest) -> tuple[str, Bounds | None]:
 def _stacked(bounds: Bounds, request: MaskRequest) -> Tensor:
     """Bounds as int32 [B, 1, Q, 2], counted from the first key."""
     shape = (request.batch_size, request.q_length)
-    sides = []
-    for side, default in zip(bounds, (0, request.kv_length), strict=True):
-        if side is None:
-            side = torch.full(shape, default, device=request.position.device)
-        else:
-            side = (side - request.key_offset).clamp(0, request.kv_length).expand(shape)
-        sides.append(side)
+    sides = [(side - request.key_offset).clamp(0, request.kv_length).expand(shape) for side in bounds]
     return torch.stack(sides, dim=-1)[:, None].to(torch.int32)
 
 
@@ -162,12 +158,6 @@ def _dense(arguments: dict[str, Any]) -> Tensor:
     mask = masking_utils.sdpa_mask(**{**arguments, **skips})
     assert mask is not None  # it is None only by a skip
     return mask
-
-
-def _joined(join: Callable[[Tensor, Tensor], Tensor], a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return join(a, b)
 
 
 def _kind(function: Callable) -> str:
@@ -211,7 +201,7 @@ def _bounds(function: Callable, position: Tensor) -> Bounds | None:
         # Positions restart in every packed document, so remapped bounds hold only inside the row's own document.
         if "remapped" in kinds and "packed" not in kinds:
             return None
-        total = Bounds()
+        total = Bounds.open(position)
         for part in _captured(function)[0]:
             bounds = _remapped(part, position) if _kind(part) == "remapped" else _bounds(part, position)
             if bounds is None:
@@ -226,7 +216,7 @@ def _remapped(function: Callable, position: Tensor) -> Bounds | None:
     inner, position_ids = _captured(function)
     own = position_ids.gather(1, position.expand(position_ids.shape[0], -1))  # [B, Q], steps of 1 in a document
     bounds = _bounds(inner, own)
-    return None if bounds is None else bounds.shifted(position - own)
+    return None if bounds is None else Bounds(*(side + position - own for side in bounds))
 
 
 def _chunk(position: Tensor, chunk_size: int, left_padding: Tensor | None = None) -> Bounds:
@@ -242,9 +232,9 @@ def _packed(position: Tensor, documents: Tensor) -> Bounds:
 
 
 _RULES: dict[str, Callable[..., Bounds]] = {
-    "causal": lambda position: Bounds(None, position + 1),
-    "bidirectional": lambda position: Bounds(),
-    "window": lambda position, size: Bounds(position - size + 1, None),
+    "causal": lambda position: Bounds.open(position)._replace(hi=position + 1),
+    "bidirectional": Bounds.open,
+    "window": lambda position, size: Bounds.open(position)._replace(lo=position - size + 1),
     "bidirectional window": lambda position, size: Bounds(position - size, position + size + 1),
     "chunk": _chunk,
     "packed": _packed,

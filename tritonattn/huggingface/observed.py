@@ -75,7 +75,7 @@ def _implementation(one: AttentionModule) -> str:
 
 
 def _observed_forward(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -85,7 +85,12 @@ def _observed_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Call the module's own attention function, and notify observers."""
-    own = _own_function(module)
+    name = getattr(getattr(module, ATTRIBUTE).shared, IMPLEMENTATION, None) or "eager"
+    if name == "eager":
+        function = interface_function(type(module))  # it names its file's eager attention
+        own = next(function.__globals__[own] for own in function.__code__.co_names if own.endswith(_EAGER))
+    else:
+        own = AttentionInterface()[name]
     rest = dict(kwargs) if scaling is None else {**kwargs, "scaling": scaling}
     out, weights = own(module, query, key, value, attention_mask, dropout=dropout, **rest)
     if is_observed():
@@ -100,13 +105,3 @@ def _observed_forward(
 
         notify_observers(ObservedCall(query, key, out.transpose(1, 2), seen, arguments["softcap"], aux))
     return out, weights
-
-
-def _own_function(module: Any) -> Any:
-    """The function that the module calls while it is not observed."""
-    shared = getattr(module, ATTRIBUTE).shared
-    name = getattr(shared, IMPLEMENTATION, None) or "eager"
-    if name != "eager":
-        return AttentionInterface()[name]
-    function = interface_function(type(module))  # it names its file's eager attention
-    return next(function.__globals__[own] for own in function.__code__.co_names if own.endswith(_EAGER))

@@ -20,7 +20,7 @@ _WRITTEN = frozenset((IMPLEMENTATION, SAVED_IMPLEMENTATION, ATTRIBUTE, STATED))
 class OwnConfigs:
     """Configs that a patch may write to until `undo`.
 
-    copied   whether copies take their places all through the model, since other models may share them; a model that
+    copied   whether copies take their place all through the model, since other models may share them; a model that
              is being loaded writes to its own. Entries that are written to a copy meanwhile, such as use_cache or a
              new vocab_size, go to its original at `undo`
     """

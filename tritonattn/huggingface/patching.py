@@ -25,7 +25,7 @@ from .architecture import (
     query_heads,
     refuse_unsupported,
 )
-from .attention import NAME
+from .attention import NAME, note_wanted_weights
 from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, OwnConfigs, install, state_masks
 from .scalings import make_scaling, to_config
 from .settings import (
@@ -39,7 +39,6 @@ from .settings import (
     layer_scaling,
     remove_abandoned,
 )
-from .weights import note_wanted_weights
 
 _HANDLE = "_tritonattn_patched"
 _MASKS = ("eager", "sdpa", NAME)
@@ -89,7 +88,7 @@ class Patched:
         return {name: own for name, own in settings.items() if own is not None}
 
     def report(self) -> str:
-        """A table with a row for each attention module: kind, former implementation, and scaling or obstacle."""
+        """A table with a row for each attention module: layer type, former implementation, and scaling or obstacle."""
         layers = self.layers
         rows = []
         for entry in self._entries:
@@ -159,7 +158,8 @@ def patch(
         scaling: A name in `tritonattn.SCALINGS` or `tritonattn.nn.LEARNED`, a `Scaling`, a class of them, or a float.
             A learned name or a class of modules is made for every layer with its number of query heads; those of
             nn.LEARNED start at sqrt_dim, where the model is (learned_cosine cannot). An nn.Module is copied for every
-            layer with its own start. None keeps the model's.
+            layer with its start. The names llama4, ministral3, inkling and inkling2 take their settings from the
+            model's config, where it has them. None keeps the model's.
         layers: The modules to patch. None is all; a layer's number, from 0, or from the end, -1 being the last (in
             encoder-decoders both layers of that number); a name, the name of a module above, or a pattern of names as
             in the shell; several of these; or a dict from these to a scaling or to {"scaling": ..., "gain": ...,
@@ -174,7 +174,7 @@ def patch(
     keeps both, and from_pretrained applies them again where `tritonattn.huggingface` has been imported, and fails where
     it has not.
 
-    Layers that are left out keep their own implementation and masks. If all layers are patched, masks are ranges of
+    Layers that are left out keep their implementation and masks. If all layers are patched, masks are ranges of
     keys and O(Q); otherwise they are those of the model's own implementation, which must be "eager" or "sdpa".
 
     Returns:
@@ -313,7 +313,7 @@ def _matches(selector: Any, one: AttentionModule, lengths: dict[str, int]) -> bo
 
 
 def _settings(wish: dict[str, Any], module: nn.Module) -> Settings:
-    """The settings of one module, with its own copies of what is learned."""
+    """The settings of one module, with copies of what is learned."""
     unknown = set(wish) - {"scaling", "gain", "backend"}
     if unknown:
         raise ValueError(f"layers: expected 'scaling', 'gain' and 'backend', got {', '.join(map(repr, unknown))}")
@@ -328,7 +328,7 @@ def _settings(wish: dict[str, Any], module: nn.Module) -> Settings:
         gain = nn.Parameter(own.reshape(1) if own.dim() == 0 else own)  # FSDP takes no parameter without an axis
     elif gain is not None and (isinstance(gain, bool) or not isinstance(gain, (int, float))):
         raise TypeError(f"gain: expected a float or a tensor, got {type(gain).__name__}")
-    scaling = make_scaling(wish["scaling"], heads)
+    scaling = make_scaling(wish["scaling"], heads, module.config)
     to_config(scaling)  # refuse now, not at save_pretrained
     return Settings(scaling, gain, wish["backend"])
 
@@ -355,12 +355,12 @@ def _configs(model: nn.Module, found: list[AttentionModule], plans: dict[str, La
 
 
 def _all_patched(found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
-    """Whether all attention modules of a model are patched; False for a part of a model, whose rest is not known."""
+    """True where all attention modules of a model are patched; False for a part of a model, whose rest is not known."""
     return all(one.name in plans and one.own_name is not None for one in found)
 
 
 def _all_of_config_patched(config: Any, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
-    """Whether a config has attention modules, and all are patched."""
+    """True where a config has attention modules, and all are patched."""
     users = [one for one in found if one.config is config]
     return bool(users) and _all_patched(users, plans)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import inspect
 import math
 import reprlib
@@ -12,41 +11,80 @@ from typing import Any
 
 from torch import nn
 
-from ..calls.checks import refuse_scaling
 from ..nn import LEARNED, LearnedCosine, LearnedLogPower, PerHead, QueryAdaptiveSSMax, Scheduled, SSMax
 from ..nn.learned import Learned
-from ..nn.registry import named_at_sqrt_dim
+from ..nn.registry import scaling_of_layer
 from ..scaling import SCALINGS, Scaling
 
 _MODES = ("mode", "mode_a", "mode_b")  # arguments that are scalings themselves
 _DEPTH = 8  # scalings inside one another, at most
 _OF_THE_LAYER = {"heads", "device", "dtype"}  # arguments that no config gives
 
+# Settings of a mode by the entries of a model's config that hold them: a path through dicts.
+_INKLING = {"alpha": "log_scaling_alpha", "n_floor": "log_scaling_n_floor"}
+_FROM_MODEL = {
+    "llama4": {"scale": "attn_scale", "floor_scale": "floor_scale"},
+    "ministral3": {
+        "beta": "rope_parameters.llama_4_scaling_beta",
+        "original_length": "rope_parameters.original_max_position_embeddings",
+    },
+    "inkling": _INKLING,
+    "inkling2": {**_INKLING, "threshold": "qk_l2_clip_threshold"},
+}
+# Modes by which a model's own code has multiplied q, by the model's type.
+_IN_MODEL = {
+    "llama4_text": ("llama4",),
+    "ministral3": ("ministral3",),
+    "mistral4": ("ministral3",),
+    "inkling_text": ("inkling",),
+    "inkling2_text": ("inkling", "inkling2"),
+    "inkling2_loop_text": ("inkling", "inkling2"),
+    "beam": ("beam",),
+}
 
-def make_scaling(scaling: Any, heads: int) -> Any:
+
+def make_scaling(scaling: Any, heads: int, config: Any) -> Any:
     """The scaling of one attention module with that many query heads: a Scaling, a float or None.
 
     A learned one is a new module each time; by name or class of nn.LEARNED it starts at sqrt_dim, as the model was.
-    Raises TypeError or ValueError for anything else.
+    A mode by name takes its settings from the model's config, where that has all of them.
+    Raises TypeError or ValueError for anything else, ValueError for the name of a mode that is in the model's code.
     """
     if scaling is None:
         return None
+    if isinstance(scaling, str) and (settings := _settings_in(config, scaling)):
+        return SCALINGS[scaling](**settings)
     if isinstance(scaling, (int, float)) and not isinstance(scaling, bool):
         return float(scaling)
     if isinstance(scaling, type) and scaling in LEARNED.values():
         scaling = scaling.name
-    if isinstance(scaling, str):
-        return named_at_sqrt_dim(scaling, heads)
     if isinstance(scaling, type) and issubclass(scaling, Scaling):
         return scaling(heads=heads) if issubclass(scaling, nn.Module) else scaling()
-    if not isinstance(scaling, Scaling):
-        refuse_scaling(scaling)
-    if not isinstance(scaling, nn.Module):
-        return scaling
+    if not isinstance(scaling, Scaling) or not isinstance(scaling, nn.Module):
+        return scaling_of_layer(scaling, heads, trained=True)
     for part in scaling.modules():
         if isinstance(part, Learned) and part.heads != heads:
             raise ValueError(f"scaling: expected {type(part).__name__} of {heads} heads, got one of {part.heads}")
     return copy.deepcopy(scaling)
+
+
+def _settings_in(config: Any, mode: str) -> dict[str, Any]:
+    """The settings of a mode that a model's config names; none where an entry is missing."""
+    settings = {}
+    for setting, path in _FROM_MODEL.get(mode, {}).items():
+        value = config
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+        settings[setting] = value
+    if None in settings.values():
+        return {}
+    kind = getattr(config, "model_type", "")
+    if mode in _IN_MODEL.get(kind, ()) and getattr(config, "attn_temperature_tuning", True):
+        raise ValueError(
+            f"scaling: expected another mode than {mode!r} for a {kind}, whose own code has multiplied q by it:"
+            " 'sqrt_dim' is the model as it was"
+        )
+    return settings
 
 
 def to_config(scaling: Any, depth: int = 1) -> Any:
@@ -90,7 +128,7 @@ def from_config(saved: Any, heads: int | None, entry: str, depth: int = 1) -> An
     if not isinstance(name, str):
         raise ValueError(f"{entry}: expected a name, a dict with a name, a number or None, got {reprlib.repr(saved)}")
     cls = _class_of(name, heads, entry)
-    taken = _arguments_of(cls)
+    taken = inspect.signature(cls).parameters.keys()
     check_entries(entry, arguments, taken - _OF_THE_LAYER)
     for mode in arguments.keys() & set(_MODES):
         arguments[mode] = from_config(arguments[mode], heads, f"{entry}.{mode}", depth + 1)
@@ -118,11 +156,6 @@ def _class_of(name: str, heads: int | None, entry: str) -> Any:
     return cls
 
 
-@functools.cache
-def _arguments_of(cls: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(cls).parameters)
-
-
 def check_entries(entry: str, saved: Any, known: Any) -> None:
     """Raise ValueError unless saved is a dict with keys out of `known`."""
     wanted = f"expected a dict with keys out of {', '.join(sorted(known)) or 'none'}"
@@ -133,7 +166,7 @@ def check_entries(entry: str, saved: Any, known: Any) -> None:
 
 
 def is_finite(x: Any) -> bool:
-    """Whether x is a finite number, and no bool."""
+    """True for a finite number that is no bool."""
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 

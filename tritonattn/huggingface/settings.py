@@ -22,7 +22,7 @@ MARK = "needs_tritonattn"  # a tensor among saved weights, at which loaders with
 
 
 class AppliedLayers(dict[Any, Any]):
-    """Settings by layer in the config of a model that has them: its other layers have the model's own scaling."""
+    """Settings by layer in the config of a model that has them: its other layers have the model's scaling."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class Settings:
 
     @classmethod
     def from_config(cls, saved: Any, heads: int | None = None, entry: str = f"config.{ATTRIBUTE}") -> Settings:
-        """From an entry of a config: a layer's with `heads`, or without one that holds for all layers.
+        """Settings from an entry of a config: a layer's with `heads`, or without one that holds for all layers.
 
         Raises ValueError naming the entry, what was expected and what came.
         """
@@ -80,12 +80,12 @@ class Settings:
 
 
 class LayerScaling(nn.Module):
-    """The child `tritonattn` that `patch` adds to an attention module: it owns the learned parameters.
+    """The child `tritonattn` that `patch` adds to an attention module: it holds the learned parameters.
 
     shared           the config of the module's model, whose attention implementation says what masks arrive
-    observer         called with every computed attention, see `Patched.watch`
+    observer         called with every computed attention: `Patched.watch`
     weights_wanted   whether the running call of the module is to return attention weights
-    temporary        whether a Monitor added it, to see a layer that is not patched
+    temporary        whether a Monitor added it, to watch a layer that is not patched
     watched          whether that Monitor is going to remove it; a copy of the model keeps it until `remove_abandoned`
     """
 
@@ -100,10 +100,12 @@ class LayerScaling(nn.Module):
         self.weights_wanted = False
         self.temporary = self.watched = temporary
         self.observer: Callable[..., None] | None = None
-        self._start = _start_of(self.gain)
+        gain, self._start = self.gain, None
+        if isinstance(gain, Tensor):
+            self._start = torch.ones(gain.shape, device="cpu") if gain.is_meta else gain.detach().cpu().clone()
 
     def reset_parameters(self) -> None:
-        """Start a learned gain anew, from the values given; a learned scaling is a module that resets itself."""
+        """Start a learned gain again from the values given; a learned scaling is a module that resets itself."""
         if self._start is not None and isinstance(self.gain, Tensor):
             with torch.no_grad():
                 local(self.gain).copy_(own_rows(self.gain, self._start))
@@ -130,15 +132,8 @@ class LayerScaling(nn.Module):
         return f"{scaling}gain={gain}, backend={self.backend!r}"
 
 
-def _start_of(gain: float | Tensor | None) -> Tensor | None:
-    """A copy of a learned gain's first values, which are ones for a gain without memory."""
-    if not isinstance(gain, Tensor):
-        return None
-    return torch.ones(gain.shape, device="cpu") if gain.is_meta else gain.detach().cpu().clone()
-
-
 def is_gain_shape(shape: Any, heads: int) -> bool:
-    """Whether a learned gain of a module with that many query heads may have the shape."""
+    """True for shapes of a learned gain of a module with that many query heads."""
     return tuple(shape) in ((), (1,), (1, 1), (heads, 1))
 
 

@@ -37,7 +37,7 @@ def visible_arguments(
 
 
 def is_packed(mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
-    """Whether a call is one of continuous batching, its rows and keys packed request after request, without a mask."""
+    """True for a call of continuous batching: rows and keys are packed request after request, without a mask."""
     return mask is None and all(kwargs.get(name) is not None for name in ("read_index", "cu_seq_lens_q"))
 
 
@@ -76,7 +76,7 @@ def _implied(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, An
     """Visibility without a mask: from the module's is_causal flag, packed documents and the window."""
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-    source = _mask_source(module)
+    source = getattr(getattr(layer_scaling(module), "shared", None), "_attn_implementation", None)  # None: tritonattn
     if source == "eager":
         return {}  # eager attention hides nothing but by its mask
     window = _window(causal, query, key, kwargs)
@@ -84,20 +84,10 @@ def _implied(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, An
         ranges = _document_ranges(query.shape[2], kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], causal)
         return {"key_ranges": ranges.expand(query.shape[0], -1, -1), **window}
     if causal and source == "sdpa" and 1 < query.shape[2] < key.shape[2]:
-        return {"key_ranges": _top_left(query)}
+        # The prefill of an empty static cache: row i attends to the keys j <= i.
+        end = torch.arange(1, query.shape[2] + 1, device=query.device, dtype=torch.int32)
+        return {"key_ranges": torch.stack([torch.zeros_like(end), end], -1).expand(query.shape[0], -1, -1)}
     return {"causal": causal and query.shape[2] > 1, **window}
-
-
-def _mask_source(module: nn.Module) -> str | None:
-    """The attention implementation whose mask function makes the masks of a patched module; None is tritonattn's."""
-    shared = getattr(layer_scaling(module), "shared", None)
-    return getattr(shared, "_attn_implementation", None)
-
-
-def _top_left(query: Tensor) -> Tensor:
-    """int32 [B, Q, 2]: row i sees j <= i, the meaning of no mask to "sdpa" in the prefill of an empty static cache."""
-    end = torch.arange(1, query.shape[2] + 1, device=query.device, dtype=torch.int32)
-    return torch.stack([torch.zeros_like(end), end], dim=-1).expand(query.shape[0], -1, -1)
 
 
 def _window(causal: bool, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -114,10 +104,10 @@ def _window(causal: bool, query: Tensor, key: Tensor, kwargs: dict[str, Any]) ->
 
 
 def _document_ranges(q_length: int, q_ends: Tensor, k_ends: Tensor, causal: bool) -> Tensor:
-    """Key ranges of packed documents, int32 [1, Q, 2]: document d sees the keys [k_ends[d], k_ends[d + 1]).
+    """Key ranges of packed documents, int32 [1, Q, 2]: document d attends to [k_ends[d], k_ends[d + 1]).
 
     q_ends and k_ends int [documents + 1] start at 0 (`cu_seq_lens_q`, `cu_seq_lens_k`); causal is
-    bottom-right in every document; rows past the last document see nothing.
+    bottom-right in every document; rows past the last document attend to nothing.
     """
     row = torch.arange(q_length, device=q_ends.device)
     document = torch.searchsorted(q_ends.contiguous(), row, right=True) - 1

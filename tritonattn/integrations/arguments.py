@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..nn.learned import as_mode
-from ..nn.registry import named_at_sqrt_dim
+from ..nn.registry import scaling_of_layer
 from ..scaling import Scaling
 
 # An additive mask hides a key by a number at most this, whose exp is 0 in every dtype.
@@ -20,17 +18,10 @@ _BIAS = (
 )
 
 
-def scaling_for(scaling: str | Scaling, heads: int) -> Scaling:
+def scaling_for(scaling: str | Scaling, heads: int, device: torch.device | None = None) -> Scaling:
     """The Scaling of a layer that may be trained: by a learned name a new module at sqrt_dim, a `Scaling` as it is."""
-    return named_at_sqrt_dim(scaling, heads) if isinstance(scaling, str) else as_mode(scaling)
-
-
-def gain_for(scaling: Scaling, scale: float | None, head_dim: int) -> float | None:
-    """The gain that keeps a library's own scale beside the mode; None if it is 1 / sqrt(D), or the mode a cosine."""
-    if scale is None or scaling.name in ("cosine", "learned_cosine"):
-        return None
-    gain = scale * math.sqrt(head_dim)
-    return None if math.isclose(gain, 1.0, rel_tol=1e-6) else gain
+    own = scaling_of_layer(scaling, heads, trained=True)
+    return own.to(device) if isinstance(own, nn.Module) else own
 
 
 def visible_keys(name: str, mask: Tensor) -> Tensor:
@@ -52,8 +43,14 @@ def visible_keys(name: str, mask: Tensor) -> Tensor:
     return visible
 
 
-def top_left_causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """k, v and the arguments that let row i see the keys j <= i, as PyTorch's is_causal does."""
+def keys_and_masks(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """k, v and the masks of `tritonattn.attention` for those of F.scaled_dot_product_attention: causal is j <= i."""
+    if not is_causal:
+        return k, v, {} if attn_mask is None else {"mask": visible_keys("attn_mask", attn_mask)}
+    if attn_mask is not None:
+        raise ValueError("attn_mask: expected None with is_causal=True, got a tensor")
     q_len, k_len = q.shape[2], k.shape[2]
     if q_len > k_len:
         return k, v, {"window": (None, q_len - k_len)}

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..calls.attention import attention
 from ..nn.learned import as_mode
 from ..scaling import Scaling
-from .arguments import gain_for, top_left_causal, visible_keys
+from ..scaling.base import relative_gain
+from .arguments import keys_and_masks
 from .replacement import Replacement
 
 try:
@@ -50,9 +51,7 @@ def register(name: str = NAME, scaling: str | Scaling = "sqrt_dim", backend: str
 
 def unregister(name: str = NAME) -> None:
     """Undo `register`. Models that still use the name fail at their next call. Raises ValueError for other names."""
-    member = AttentionBackendName._value2member_map_.get(name)
-    if member not in _OURS:
-        raise ValueError(f"name: expected one that `register` made, got {name!r}")
+    member = _registered(name)
     _OURS.discard(member)
     for table in (
         _AttentionBackendRegistry._backends,
@@ -74,25 +73,20 @@ def use(model: nn.Module, name: str = NAME) -> Replacement:
     Raises:
         ValueError: A name that `register` did not make, or a model none of whose attention processors takes a backend.
     """
-    member = AttentionBackendName._value2member_map_.get(name)
-    if member not in _OURS:
-        raise ValueError(f"name: expected one that `register` made, got {name!r}")
-    changes, names = [], []
-    for layer_name, module in model.named_modules():
-        processor = getattr(module, "processor", None)
-        if hasattr(processor, "_attention_backend"):
-            changes.append((processor, "_attention_backend", cast(Any, processor)._attention_backend))
-            names.append(layer_name)
-    if not changes:
-        raise ValueError(
-            f"model: expected attention processors that take a backend, got {type(model).__name__} without one"
-        )
-    for processor, attribute, _ in changes:
-        setattr(processor, attribute, member)
-    return Replacement(changes, names)
+    member, backend = _registered(name), "_attention_backend"
+    processors = ((layer, getattr(module, "processor", None)) for layer, module in model.named_modules())
+    changes = [(layer, processor, backend, member) for layer, processor in processors if hasattr(processor, backend)]
+    return Replacement(model, "attention processors that take a backend", changes)
 
 
 _OURS: set[Any] = set()
+
+
+def _registered(name: str) -> Any:
+    member = AttentionBackendName._value2member_map_.get(name)
+    if member not in _OURS:
+        raise ValueError(f"name: expected one that `register` made, got {name!r}")
+    return member
 
 
 def _member(name: str) -> Any:
@@ -125,21 +119,15 @@ def _function(scaling: Scaling, backend: str) -> Any:
         if not enable_gqa and query.shape[2] != key.shape[2]:
             raise ValueError(f"key: expected query's {query.shape[2]} heads without enable_gqa, got {key.shape[2]}")
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        masks: dict[str, Any] = {}
-        if attn_mask is not None:
-            if is_causal:
-                raise ValueError("attn_mask: expected None beside is_causal=True, got a tensor")
-            if attn_mask.dim() == 2 and attn_mask.shape == (query.shape[0], key.shape[1]):
-                attn_mask = attn_mask[:, None, None]
-            masks = {"mask": visible_keys("attn_mask", attn_mask)}
-        elif is_causal:
-            k, v, masks = top_left_causal(q, k, v)
+        if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
+            attn_mask = attn_mask[:, None, None]
+        k, v, masks = keys_and_masks(q, k, v, attn_mask, is_causal)
         result = attention(
             q,
             k,
             v,
             scaling=scaling,
-            gain=gain_for(scaling, scale, q.shape[-1]),
+            gain=relative_gain(scaling, scale, q.shape[-1]),
             dropout_p=dropout_p,
             return_aux=return_lse,
             backend=backend,

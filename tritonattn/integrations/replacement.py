@@ -11,15 +11,24 @@ class Replacement:
     names   of the replaced modules in the model
     """
 
-    def __init__(self, changes: list[tuple[Any, str, Any]], names: list[str]) -> None:
-        self._changes = changes
-        self.names = names
+    def __init__(self, model: Any, wanted: str, changes: list[tuple[str, Any, str, Any]]) -> None:
+        """Make the changes: (a module's name, owner, attribute, new value). Raises ValueError where there are none."""
+        if not changes:
+            raise ValueError(f"model: expected {wanted}, got {type(model).__name__}")
+        self.names = [name for name, *_ in changes]
+        self._before: list[tuple[Any, str, Any]] = []
+        for _, owner, attribute, value in changes:
+            self.put(owner, attribute, value)
+
+    def put(self, owner: Any, attribute: str, value: Any) -> None:
+        self._before.append((owner, attribute, getattr(owner, attribute)))
+        setattr(owner, attribute, value)
 
     def undo(self) -> None:
         """Put the former modules back; parameters that they share keep what they have learned since."""
-        for owner, name, before in self._changes:
-            setattr(owner, name, before)
-        self._changes = []
+        for owner, attribute, before in reversed(self._before):  # layers may share a processor
+            setattr(owner, attribute, before)
+        self._before = []
 
     def __enter__(self) -> Replacement:
         return self

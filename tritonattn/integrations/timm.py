@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..calls.attention import attention
 from ..scaling import Scaling
-from .arguments import scaling_for, top_left_causal, visible_keys
+from .arguments import keys_and_masks, scaling_for
 
 try:
     from timm.layers.attention import Attention
@@ -42,22 +42,14 @@ def attention_layer(scaling: str | Scaling = "sqrt_dim", backend: str = "auto") 
     class ScaledAttention(Attention):
         def __init__(self, *arguments, **keywords) -> None:
             super().__init__(*arguments, **keywords)
-            self.scaling = scaling_for(scaling, self.num_heads)
-            if isinstance(self.scaling, nn.Module):
-                self.scaling.to(self.qkv.weight.device)
+            self.scaling = scaling_for(scaling, self.num_heads, self.qkv.weight.device)
 
         def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
             gate = self.gate(x).sigmoid() if self.gate is not None else None
             qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # [B, N, 3, H, D]
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
             q, k = self.q_norm(q), self.k_norm(k)
-            masks: dict[str, Any] = {}
-            if is_causal:
-                if attn_mask is not None:
-                    raise ValueError("attn_mask: expected None beside is_causal=True, got a tensor")
-                k, v, masks = top_left_causal(q, k, v)
-            elif attn_mask is not None:
-                masks = {"mask": visible_keys("attn_mask", attn_mask)}
+            k, v, masks = keys_and_masks(q, k, v, attn_mask, is_causal)
             dropout_p = self.attn_drop.p if self.training else 0.0
             out = cast(Tensor, attention(q, k, v, scaling=self.scaling, dropout_p=dropout_p, backend=backend, **masks))
             out = self.norm(out.transpose(1, 2).flatten(2))

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..calls.attention import attention
-from ..nn.learned import as_mode
-from ..nn.registry import named
+from ..nn.registry import scaling_of_layer
 from ..scaling import Scaling
 from .arguments import scaling_for, visible_keys
 from .replacement import Replacement
@@ -26,7 +25,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             `Scaling`.
         backend: As in `tritonattn.attention`.
 
-    With "sqrt_dim" it is torch's layer, except that rows that see no key give o_proj of 0 instead of NaN.
+    With "sqrt_dim" it is torch's layer, except that rows that attend to no key give o_proj of 0 instead of NaN.
     With need_weights=True, torch's default, the weights are formed, [B, H, L, S]: give need_weights=False, as
     TransformerEncoderLayer does. is_causal=True stands for the mask given with it, as torch's hint does. PyTorch's
     fused path for inference, which would leave the scaling out, is never taken.
@@ -73,7 +72,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             device=device,
             dtype=dtype,
         )
-        self._scaled(scaling, backend)
+        self._scaled(scaling_of_layer(scaling, num_heads), backend)
 
     @classmethod
     def of(
@@ -91,10 +90,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         made._scaled(scaling_for(scaling, made.num_heads), backend)
         return made
 
-    def _scaled(self, scaling: str | Scaling, backend: str) -> None:
-        self.scaling = named(scaling, self.num_heads) if isinstance(scaling, str) else as_mode(scaling)
-        if isinstance(self.scaling, nn.Module):
-            self.scaling.to(self.out_proj.weight.device)
+    def _scaled(self, scaling: Scaling, backend: str) -> None:
+        self.scaling = scaling_for(scaling, self.num_heads, self.out_proj.weight.device)
         self.backend = backend
         self._qkv_same_embed_dim = False  # torch's encoders check it before they bypass this layer's forward
 
@@ -112,7 +109,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As torch.nn.MultiheadAttention.forward."""
+        """Attention as by torch.nn.MultiheadAttention.forward."""
         if query.is_nested or key.is_nested or value.is_nested:
             raise NotImplementedError("query, key, value: nested tensors are not supported; pad them, with a mask")
         if is_causal and attn_mask is None:
@@ -126,14 +123,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         masks = self._masks(q, k, key_padding_mask, attn_mask, is_causal)
         weights = None
         if need_weights:
-            weights = self._weights(q, k, masks)
+            unit = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
+            weights = self._attend(q, k, unit, "reference", masks)  # [B, H, L, S], after dropout
             out = weights @ v
         else:
-            dropout_p = self.dropout if self.training else 0.0
-            out = cast(
-                Tensor,
-                attention(q, k, v, scaling=self.scaling, dropout_p=dropout_p, backend=self.backend, **masks),
-            )
+            out = self._attend(q, k, v, self.backend, masks)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
@@ -172,14 +166,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             visible = keys if visible is None else visible & keys
         return masks if visible is None else {**masks, "mask": visible}
 
-    def _weights(self, q: Tensor, k: Tensor, masks: dict[str, Any]) -> Tensor:
-        """The probabilities, after dropout: attention over the rows of the unit matrix. [B, H, L, S]"""
-        unit = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, backend: str, masks: dict[str, Any]) -> Tensor:
         dropout_p = self.dropout if self.training else 0.0
-        return cast(
-            Tensor,
-            attention(q, k, unit, scaling=self.scaling, dropout_p=dropout_p, backend="reference", **masks),
-        )
+        return cast(Tensor, attention(q, k, v, scaling=self.scaling, dropout_p=dropout_p, backend=backend, **masks))
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -225,30 +214,24 @@ def replace_multihead_attention(
     ['layers.0.self_attn', 'layers.1.self_attn'] torch.Size([2, 10, 64])
     """
     made: dict[nn.Module, nn.Module] = {}
-    changes: list[tuple[nn.Module, str, Any]] = []
-    names = []
+    changes = []
     for parent_name, parent in model.named_modules():
         for name, layer in parent.named_children():
             if not isinstance(layer, nn.MultiheadAttention):
                 continue
-            full = f"{parent_name}.{name}" if parent_name else name
+            full = f"{parent_name}.{name}".removeprefix(".")
             own = scaling(full, layer) if callable(scaling) and not isinstance(scaling, Scaling) else scaling
             if own is None:
                 continue
             if layer not in made:
                 made[layer] = MultiheadAttention.of(layer, cast("str | Scaling", own), backend)
-            changes.append((parent, name, layer))
-            names.append(full)
-    if not changes:
-        raise ValueError(f"model: expected one with a torch.nn.MultiheadAttention inside, got {type(model).__name__}")
-    for parent, name, layer in changes:
-        setattr(parent, name, made[layer])
+            changes.append((full, parent, name, made[layer]))
+    replaced = Replacement(model, "one with a torch.nn.MultiheadAttention inside", changes)
     # An encoder would turn padded batches into nested tensors for the fused path, in inference only.
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
-            changes.append((module, "use_nested_tensor", True))
-            module.use_nested_tensor = False
-    return Replacement(changes, names)
+            replaced.put(module, "use_nested_tensor", False)
+    return replaced
 
 
 def _visible(name: str, mask: Tensor) -> Tensor:

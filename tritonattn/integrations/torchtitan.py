@@ -1,6 +1,6 @@
 """An override of torchtitan's attention: `--override.imports tritonattn.integrations.torchtitan.varlen`.
 
-It takes the place of the attention backend "varlen" of language models, in which packed documents attend to themselves.
+It replaces the attention backend "varlen" of language models, in which packed documents attend to themselves.
 A scaling is its argument: 'tritonattn.integrations.torchtitan.varlen={"scaling": "key_norm_mean"}'.
 """
 
@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calls.checks import named_scaling
 from ..calls.varlen import attention_varlen
-from .arguments import gain_for
+from ..scaling.base import relative_gain
+from ..scaling.names import named_scaling
 
 try:
     from torchtitan.config import derive, override
@@ -30,7 +30,7 @@ class ScaledVarlenAttention(VarlenAttention):
     """torchtitan's inner attention, by a mode of `SCALINGS`: q [B, L, Hq, D], k and v [B, L, Hkv, D].
 
     Newer versions fold the batch: q [T, Hq, D], k and v [T, Hkv, D].
-    Learned scalings are refused: torchtitan initialises and shards only parameters that its own configs name.
+    Learned scalings are refused: torchtitan initialises and shards only parameters that its configs name.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -64,7 +64,7 @@ class ScaledVarlenAttention(VarlenAttention):
             attention_masks.max_q,
             attention_masks.max_k,
             scaling=self.mode,
-            gain=gain_for(self.mode, scale, q.shape[-1]),
+            gain=relative_gain(self.mode, scale, q.shape[-1]),
             window=self.window_size,
             return_aux=out_transform is not None,
         )
@@ -79,8 +79,8 @@ def varlen(config: VarlenAttention.Config, *, scaling: str = "sqrt_dim") -> Scal
     """Give a model's layers the attention of tritonattn.
 
     Args:
-        config: A layer's own, whose window stays.
-        scaling: A name in `tritonattn.SCALINGS`. A scale of the model's own multiplies it.
+        config: A layer's, whose window stays.
+        scaling: A name in `tritonattn.SCALINGS`. A scale of the model multiplies it.
 
     Raises:
         ValueError: An unknown name, or that of a learned scaling.

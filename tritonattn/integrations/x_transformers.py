@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..calls.attention import attention
 from ..scaling import Scaling
-from .arguments import gain_for, scaling_for
+from ..scaling.base import relative_gain
+from .arguments import scaling_for
 from .replacement import Replacement
 
 try:
@@ -44,8 +45,8 @@ _REFUSED_IN_CALLS = {
 class ScaledAttend(nn.Module):
     """An `Attend` whose logits are scaled by a mode.
 
-    It keeps causality, masks, grouped heads, softclamp, learned sinks and dropout. Attend's own scale, qk_norm's
-    included, stays a factor beside the mode. Its Intermediates are empty, as with Attend(flash=True): logits are never
+    It keeps causality, masks, grouped heads, softclamp, learned sinks and dropout. Attend's scale, qk_norm's
+    included, stays a factor with the mode. Its Intermediates are empty, as with Attend(flash=True): logits are never
     formed.
     """
 
@@ -70,7 +71,7 @@ class ScaledAttend(nn.Module):
         causal: bool | None = None,
         **others: Any,
     ) -> tuple[Tensor, Intermediates]:
-        """As Attend.forward; row_mask matters only to inverted attention."""
+        """Attention as by Attend.forward; row_mask matters only to inverted attention."""
         for name, meaning in _REFUSED_IN_CALLS.items():
             if others.get(name) is not None:
                 raise NotImplementedError(f"{name}: {meaning} is not supported by tritonattn")
@@ -83,7 +84,7 @@ class ScaledAttend(nn.Module):
             k,
             v,
             scaling=self.scaling,
-            gain=gain_for(self.scaling, self.scale, q.shape[-1]),
+            gain=relative_gain(self.scaling, self.scale, q.shape[-1]),
             causal=self.causal if causal is None else causal,
             mask=mask,
             softcap=self.softcap,
@@ -117,7 +118,7 @@ def replace_attend(model: nn.Module, scaling: str | Scaling = "sqrt_dim", backen
     ...     print(len(replaced.names), model(torch.randint(0, 9, (2, 10))).shape)
     2 torch.Size([2, 10, 9])
     """
-    changes, names, made = [], [], []
+    changes = []
     for name, module in model.named_modules():
         for flag in ("residual_attn", "cross_residual_attn"):
             if getattr(module, flag, False) is True:
@@ -125,14 +126,9 @@ def replace_attend(model: nn.Module, scaling: str | Scaling = "sqrt_dim", backen
         attend = getattr(module, "attend", None)
         if isinstance(attend, Attend):
             device = next(module.parameters()).device
-            made.append(ScaledAttend(attend, cast(int, module.heads), scaling, backend).to(device))
-            changes.append((module, "attend", attend))
-            names.append(f"{name}.attend" if name else "attend")
-    if not changes:
-        raise ValueError(f"model: expected one with an Attend of x-transformers, got {type(model).__name__}")
-    for (module, _, _), own in zip(changes, made, strict=True):
-        module.attend = own
-    return Replacement(changes, names)
+            own = ScaledAttend(attend, cast(int, module.heads), scaling, backend).to(device)
+            changes.append((f"{name}.attend".removeprefix("."), module, "attend", own))
+    return Replacement(model, "one with an Attend of x-transformers", changes)
 
 
 def _refuse(attend: Attend) -> None:

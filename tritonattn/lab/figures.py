@@ -67,7 +67,7 @@ def staggered(index: int, series: int, points: int) -> tuple[int, int]:
 
 
 def dodge(index: int, series: int, width: float) -> float:
-    """How far to the side one of several marks at one place stands; together they take `width`."""
+    """The shift of one of several marks at one position; together they take `width`."""
     return ((index + 0.5) / series - 0.5) * width
 
 
@@ -111,8 +111,8 @@ def foot(figure: Figure, source: str, looks: dict[str, dict[str, Any]] | None = 
     figure.text(0.5, height / 2, "\n".join(lines), fontsize=_SMALL, ha="center", va="center", **text)
     if looks is not None:
         handles = [Line2D([], [], **look) for look in looks.values()]
-        place = {"loc": "lower center", "bbox_to_anchor": (0.5, height), "borderaxespad": 0}
-        figure.legend(handles, list(looks), ncols=columns, fontsize=_LEGEND, handlelength=3, **place)
+        where = {"loc": "lower center", "bbox_to_anchor": (0.5, height), "borderaxespad": 0}
+        figure.legend(handles, list(looks), ncols=columns, fontsize=_LEGEND, handlelength=3, **where)
         height += _height(figure, math.ceil(len(looks) / columns), _LEGEND)
     engine = figure.get_layout_engine()
     assert isinstance(engine, ConstrainedLayoutEngine)

@@ -18,7 +18,6 @@ from ..calls.checks import (
     check_settings,
     check_tensor,
     kind_of,
-    refuse_scaling,
     shape_of,
 )
 from ..calls.decode import attention_decode
@@ -32,7 +31,7 @@ from ..core.visibility import window_sides
 from ..scaling import Scaling
 from .cache import KeyValueCache
 from .learned import describe
-from .registry import named
+from .registry import scaling_of_layer
 
 
 class ScaledAttention(SharesSequence, nn.Module):
@@ -124,19 +123,15 @@ class ScaledAttention(SharesSequence, nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start the sinks anew, from 0; projections, norms and the scaling are modules that reset their own."""
+        """Start the sinks again from 0; projections, norms and the scaling are modules that reset themselves."""
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
     def _own_scaling(
         self, scaling: str | Scaling | float, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> Scaling | float:
-        if isinstance(scaling, str):
-            return named(scaling, self.heads, device=device, dtype=dtype)
-        if isinstance(scaling, Scaling):
-            return scaling
-        if isinstance(scaling, type):
-            refuse_scaling(scaling)
+        if isinstance(scaling, (str, Scaling, type)):
+            return scaling_of_layer(scaling, self.heads, device=device, dtype=dtype)
         check_number("scaling", scaling)
         return scaling
 
@@ -184,8 +179,8 @@ class ScaledAttention(SharesSequence, nn.Module):
                 capacity.
             cu_seqlens, max_seqlen: Self attention of packed sequences: int32 [N + 1], sequence s is the rows
                 cu_seqlens[s] to cu_seqlens[s + 1]; and the longest one's length.
-            cache: A causal layer's: the new keys are appended to it, and x sees them and those before. For inference:
-                neither gradients nor dropout.
+            cache: A causal layer's: the new keys are appended to it, and x attends to them and those before. For
+                inference: neither gradients nor dropout.
             counts: With a cache, integers [B]: how many of the Sq tokens are those of sequence b, the first ones. The
                 others reach nothing, and their rows are o_proj of zeros.
 
@@ -202,15 +197,15 @@ class ScaledAttention(SharesSequence, nn.Module):
         masks = {"key_lengths": key_lengths, "key_ranges": key_ranges, "mask": mask}
         others = {"context": context, **masks}
         if self.sequence_part is not None:
-            _refuse_beside("ContextParallel", {**others, "cache": cache, "counts": counts})
+            _refuse_with("ContextParallel", {**others, "cache": cache, "counts": counts})
         if cache is not None:
-            _refuse_beside("cache", {**others, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen})
+            _refuse_with("cache", {**others, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen})
             return self._joined(self._cached(x, cache, counts, key_bias))
-        _refuse_beside("no cache", {"counts": counts})
+        _refuse_with("no cache", {"counts": counts})
         if cu_seqlens is not None:
-            _refuse_beside("cu_seqlens", others)
+            _refuse_with("cu_seqlens", others)
             return self._packed(x, cu_seqlens, max_seqlen, key_bias)
-        _refuse_beside("no cu_seqlens", {"max_seqlen": max_seqlen})
+        _refuse_with("no cu_seqlens", {"max_seqlen": max_seqlen})
         operands = self.operands(x, context)
         if self.sequence_part is not None:
             out = self.sequence_part.attention(*operands, **self._masked(key_bias))
@@ -301,7 +296,7 @@ class ScaledAttention(SharesSequence, nn.Module):
             return cast(Tensor, out)
         left, _ = window_sides(self.window)
         first = torch.zeros_like(own) if left is None else (own - left).clamp(min=0)
-        end = torch.where(own < cache.lengths[:, None], own + 1, 0)  # rows past counts see nothing
+        end = torch.where(own < cache.lengths[:, None], own + 1, 0)  # rows past counts attend to nothing
         key_ranges = torch.stack([torch.minimum(first, end), end], dim=-1)
         return cast(Tensor, attention(q, cache.k, cache.v, key_ranges=key_ranges, **settings))
 
@@ -325,8 +320,8 @@ def _check_features(name: str, x: Any, axes: str, width: int) -> None:
         raise ValueError(f"{name}: expected {axes}, got {shape_of(x)}")
 
 
-def _refuse_beside(what: str, others: dict[str, Any]) -> None:
+def _refuse_with(what: str, others: dict[str, Any]) -> None:
     for name, x in others.items():
         if x is not None:
             got = "a tensor" if isinstance(x, Tensor) else kind_of(x)
-            raise ValueError(f"{name}: expected None beside {what}, got {got}")
+            raise ValueError(f"{name}: expected None with {what}, got {got}")

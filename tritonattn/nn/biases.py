@@ -24,7 +24,7 @@ class ALiBi(SharesSequence, nn.Module):
         heads: Hq.
         device: The device of the bias; it moves with the module.
 
-    Calling it with a number of keys returns the bias, float32 [heads, keys]: pass it beside any scaling. In decoding
+    Calling it with a number of keys returns the bias, float32 [heads, keys]: pass it with any scaling. In decoding
     the number is the cache's capacity. Under `tritonattn.distributed.ContextParallel` the number is that of this rank's
     keys, and their bias counts positions in the whole sequence.
 
@@ -73,7 +73,7 @@ class ForgetGate(SharesSequence, nn.Module):
 
     The paper adds the sum of ln f over j < l <= i to the logit of row i and key j. That is c_i - c_j with
     c_i = sum of ln f over l <= i; c_i cancels in the softmax of row i, so that -c_j is enough; lse and max_logit shift
-    by c_i. For the same reason the sums of packed sequences need not begin anew.
+    by c_i. For the same reason the sums of packed sequences need not begin again.
 
     Args:
         width: Features of x.
@@ -83,7 +83,7 @@ class ForgetGate(SharesSequence, nn.Module):
 
     Calling it with x [B, S, width], or packed [T, width], returns float32 [B, heads, S] or [heads, T] (float64 of
     float64): pass it as `key_bias` to a causal call. In decoding `before` [B, heads] is the bias of the last token, and
-    the bias of all tokens stands in a buffer beside the cache.
+    the bias of all tokens stands in a buffer with the cache.
 
     Sums are float64, and their rounding to float32 puts logits off by at most 2^-23 of the sum. Under
     `tritonattn.distributed.ContextParallel` x holds this rank's tokens, and sums begin at the whole sequence's first.

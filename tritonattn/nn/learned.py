@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..calls.checks import check_bool, check_count, check_dtype, kind_of, named_scaling, refuse_scaling
-from ..calls.logits import scales_of
+from ..calls.checks import check_bool, check_count, check_dtype, kind_of, refuse_scaling
+from ..calls.dispatch import scales_of
 from ..core.shards import local
-from ..core.statistics import Statistics
+from ..core.statistics import Statistics, counts_of
 from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling, cosine
-from ..scaling.base import check_positive, counts_of
+from ..scaling.base import check_positive
+from ..scaling.names import named_scaling
 
 
 class Learned(nn.Module, Scaling):
@@ -27,10 +29,26 @@ class Learned(nn.Module, Scaling):
     heads   Hq, the heads of q; another number of heads in a call raises ValueError
     """
 
+    _starts: Mapping[str, float] = MappingProxyType({})
+
     def __init__(self, heads: int) -> None:
         super().__init__()
         check_count("heads", heads, 1)
         self.heads = heads
+
+    def _learn(self, device: torch.device | str | None, dtype: torch.dtype | None, **starts: float) -> None:
+        """Make parameters of these names, [heads] where there are none yet, and start each from its value."""
+        check_dtype(dtype)
+        self._starts = starts
+        for name in starts:
+            if name not in self._parameters:
+                self.register_parameter(name, nn.Parameter(torch.empty(self.heads, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start again, exactly from the mode or the values given."""
+        for name, start in self._starts.items():
+            nn.init.constant_(getattr(self, name), start)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}"
@@ -76,6 +94,7 @@ class PerHead(Learned):
     """
 
     name = "per_head"
+    theta: nn.Parameter
 
     def __init__(
         self,
@@ -86,14 +105,8 @@ class PerHead(Learned):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(heads)
-        check_dtype(dtype)
         self.mode = as_mode(mode)
-        self.theta = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start anew: exactly the mode."""
-        nn.init.zeros_(self.theta)
+        self._learn(device, dtype, theta=0.0)
 
     @property
     def reads_keys(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -172,7 +185,8 @@ class SSMax(Learned):
         device, dtype: The device and dtype of s and b.
 
     Source: Nakanishi 2025, "Scalable-Softmax is superior for attention", arXiv:2501.19399: s learned for every layer
-    and head; the bias is a variant that it compares.
+    and head; the bias is a variant that it compares. With it, the factor is that of Mistral Large 4, whose layers
+    have s and b as softmax_scaling.scale and .bias.
     Raises TypeError or ValueError for an invalid number of heads, mode or dtype, ValueError unless base is finite and
     above 1.
 
@@ -184,6 +198,8 @@ class SSMax(Learned):
 
     name = "ssmax"
     reads_keys = False
+    s: nn.Parameter
+    b: nn.Parameter | None
 
     def __init__(
         self,
@@ -198,21 +214,13 @@ class SSMax(Learned):
         super().__init__(heads)
         check_positive("base", base, above=1.0)
         check_bool("bias", bias)
-        check_dtype(dtype)
-        self.s: Tensor
-        self.b: Tensor | None
-        self._start = (0.0, 1.0) if starts_at_sqrt_dim(mode) else (1 / math.log(base), 0.0)
-        self.s = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
-        b = nn.Parameter(torch.empty(heads, device=device, dtype=dtype)) if bias or mode else None
-        self.register_parameter("b", b)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start anew: s from base and b from 0, or exactly the mode."""
-        s, b = self._start
-        nn.init.constant_(self.s, s)
-        if self.b is not None:
-            nn.init.constant_(self.b, b)
+        if starts_at_sqrt_dim(mode):
+            self._learn(device, dtype, s=0.0, b=1.0)
+        elif bias:
+            self._learn(device, dtype, s=1 / math.log(base), b=0.0)
+        else:
+            self._learn(device, dtype, s=1 / math.log(base))
+            self.register_parameter("b", None)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, bias={self.b is not None}"
@@ -274,5 +282,5 @@ def describe(mode: Scaling) -> str:
 
 
 def listed(*modes: Scaling) -> str:
-    """Modes at the head of a module's repr, without those that are modules and have lines of their own."""
+    """Modes at the head of a module's repr, without those that are modules, which have lines themselves."""
     return "".join(f"{describe(mode)}, " for mode in modes if not isinstance(mode, nn.Module))

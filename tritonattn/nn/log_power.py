@@ -11,10 +11,10 @@ from ..calls.checks import check_count, check_dtype
 from ..core.invariance import halving_sum
 from ..core.invariance import power as power_of
 from ..core.shards import local
-from ..core.statistics import Statistics
+from ..core.statistics import Statistics, counts_of
 from ..core.visibility import Visibility
 from ..scaling import Scales
-from ..scaling.base import check_positive, counts_of
+from ..scaling.base import check_positive
 from .learned import Learned, starts_at_sqrt_dim
 
 
@@ -46,6 +46,7 @@ class LearnedLogPower(Learned):
 
     name = "learned_log_power"
     reads_keys = False
+    p: nn.Parameter
 
     def __init__(
         self,
@@ -60,15 +61,8 @@ class LearnedLogPower(Learned):
         super().__init__(heads)
         check_positive("power", power)
         check_positive("base", base, above=1.0)
-        check_dtype(dtype)
         self.base = base
-        self._start = 0.0 if starts_at_sqrt_dim(mode) else power
-        self.p = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start anew: from the power given, or exactly the mode."""
-        nn.init.constant_(self.p, self._start)
+        self._learn(device, dtype, p=0.0 if starts_at_sqrt_dim(mode) else power)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, base={self.base:g}"
@@ -117,6 +111,8 @@ class QueryAdaptiveSSMax(Learned):
 
     name = "query_adaptive_ssmax"
     reads_keys = False
+    delta: nn.Parameter
+    gamma: nn.Parameter
 
     def __init__(
         self,
@@ -131,18 +127,9 @@ class QueryAdaptiveSSMax(Learned):
         check_count("head_dim", head_dim, 1)
         check_dtype(dtype)
         self.head_dim = head_dim
-        self._start = (1 - math.log(2), 0.0) if starts_at_sqrt_dim(mode) else (1.0, 1.0)
         self.w = nn.Parameter(torch.empty(heads, head_dim, device=device, dtype=dtype))
-        self.delta = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
-        self.gamma = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start anew: w from 0, delta and gamma from 1 or at the mode."""
-        delta, gamma = self._start
-        nn.init.zeros_(self.w)
-        nn.init.constant_(self.delta, delta)
-        nn.init.constant_(self.gamma, gamma)
+        delta, gamma = (1 - math.log(2), 0.0) if starts_at_sqrt_dim(mode) else (1.0, 1.0)
+        self._learn(device, dtype, w=0.0, delta=delta, gamma=gamma)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, head_dim={self.head_dim}"
@@ -152,7 +139,13 @@ class QueryAdaptiveSSMax(Learned):
         if not visibility.every_row_sees:
             q = torch.where(visibility.seeing_rows()[..., None], q, 0)  # NaN in a row without keys would reach w
         logarithm = _power_of_log(counts_of(visibility), gamma, math.e)
-        weight = self._weight(q, visibility.invariant)
+        self._check_head_dim(q)
+        if visibility.invariant:
+            product = halving_sum(q.double() * local(self.w).double()[:, None])[..., 0]
+            positive = torch.where(product > 0, product, 0)  # softplus rounds as `power` says of pow
+            weight = positive + (product - 2 * positive).exp().log1p()  # unlike -|x|, with its slope at 0
+        else:
+            weight = nn.functional.softplus((q.double() @ local(self.w).double()[..., None])[..., 0])  # [B, Hq, Sq]
         return Scales(q.shape[-1] ** -0.5, query=delta + weight * logarithm)
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
@@ -162,16 +155,6 @@ class QueryAdaptiveSSMax(Learned):
         self._check_head_dim(q)
         weight = (1 + (q.double() * local(self.w).double()[:, None]).sum(-1, keepdim=True).exp()).log()
         return (delta + weight * logarithm) / math.sqrt(k.shape[-1])
-
-    def _weight(self, q: Tensor, invariant: bool) -> Tensor:
-        """softplus(w_h . q[i]) in fp64, [B, Hq, Sq]."""
-        self._check_head_dim(q)
-        if invariant:
-            product = halving_sum(q.double() * local(self.w).double()[:, None])[..., 0]
-            positive = torch.where(product > 0, product, 0)  # softplus rounds as `power` says of pow
-            return positive + (product - 2 * positive).exp().log1p()  # unlike -|x|, with its slope at 0
-        product = (q.double() @ local(self.w).double()[..., None])[..., 0]
-        return nn.functional.softplus(product)
 
     def _check_head_dim(self, q: Tensor) -> None:
         if q.shape[-1] != self.head_dim:

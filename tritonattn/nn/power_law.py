@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..calls.checks import check_dtype
 from ..core.invariance import power
-from ..core.statistics import Statistics
+from ..core.statistics import SMALLEST_STATISTIC, Statistics, counts_of
 from ..core.visibility import Visibility
 from ..scaling import Scales
-from ..scaling.base import SMALLEST_STATISTIC, counts_of, dense_norms
+from ..scaling.base import dense_norms
 from .learned import Learned
 
 # a, b, c of the modes that are points of the law.
@@ -24,6 +23,7 @@ POINTS = {
     "key_norm_mean": (0.0, 0.0, -1.0),
 }
 
+_PARAMETERS = ("theta", "dim_exponent", "count_exponent", "length_exponent")  # the last three are a, b, c
 _LARGEST = 1 / SMALLEST_STATISTIC  # as of the modes that divide by a statistic
 
 
@@ -57,6 +57,10 @@ class PowerLaw(Learned):
 
     name = "power_law"
     reads_keys = False
+    theta: nn.Parameter
+    dim_exponent: nn.Parameter
+    count_exponent: nn.Parameter
+    length_exponent: nn.Parameter
 
     def __init__(
         self,
@@ -69,22 +73,11 @@ class PowerLaw(Learned):
         super().__init__(heads)
         if not isinstance(mode, str) or mode not in POINTS:
             raise ValueError(f"mode: expected one of {', '.join(POINTS)}, got {mode!r}")
-        check_dtype(dtype)
-        self._start = POINTS[mode]
-        theta, a, b, c = (nn.Parameter(torch.empty(heads, device=device, dtype=dtype)) for _ in range(4))
-        self.theta = theta
-        self.dim_exponent = a.requires_grad_(False)
-        self.count_exponent = b
-        self.length_exponent = c
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Reset to the mode exactly."""
-        for parameter, value in zip(self._parameters_in_order(), (0.0, *self._start), strict=True):
-            nn.init.constant_(parameter, value)
+        self._learn(device, dtype, **dict(zip(_PARAMETERS, (0.0, *POINTS[mode]), strict=True)))
+        self.dim_exponent.requires_grad_(False)
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        theta, a, b, c = (self.per_head(x, q) for x in self._parameters_in_order())
+        theta, a, b, c = (self.per_head(getattr(self, name), q) for name in _PARAMETERS)
         n = counts_of(visibility).clamp(min=1)  # [B or 1, 1 or Hq, Sq]
         rho = statistics.norm_sum / n  # [B, Hkv or Hq, Sq]
         rho = visibility.repeated(rho)
@@ -92,7 +85,7 @@ class PowerLaw(Learned):
         return Scales(1.0, query=_held(theta.exp() * power(dim, a) * power(n, b) * _norm_power(rho, c), q))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
-        theta, a, b, c = (self.per_head(x, q)[..., None] for x in self._parameters_in_order())  # [Hq, 1, 1]
+        theta, a, b, c = (self.per_head(getattr(self, name), q)[..., None] for name in _PARAMETERS)  # [Hq, 1, 1]
         norms = torch.where(visible, dense_norms(k, visible.any(-2))[..., None, :], 0)  # [B, Hq, Sq, Sk]
         n = visible.sum(-1, keepdim=True).double()
         n = torch.where(n > 0, n, 1)
@@ -102,9 +95,6 @@ class PowerLaw(Learned):
         dim = torch.full((), k.shape[-1], dtype=torch.float64, device=k.device)
         factor = _held(torch.exp(theta + a * dim.log() + b * n.log() + c * logarithm), q)
         return torch.where(usable | (c == 0), factor, 0)
-
-    def _parameters_in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.theta, self.dim_exponent, self.count_exponent, self.length_exponent
 
 
 def _held(factor: Tensor, q: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..calls.checks import named_scaling
 from ..scaling import Scaling
-from .learned import LearnedCosine, PerHead, SSMax
+from ..scaling.names import named_scaling
+from .learned import LearnedCosine, PerHead, SSMax, as_mode
 from .log_power import LearnedLogPower
 from .power_law import PowerLaw
 
@@ -20,11 +20,13 @@ LEARNED: dict[str, type[PerHead | SSMax | PowerLaw | LearnedLogPower]] = {
 }
 
 
-def named(name: str, heads: int, **options: Any) -> Scaling:
-    """The mode of a name in SCALINGS, or a new module of a name in LEARNED, made with the options."""
-    return LEARNED[name](heads=heads, **options) if name in LEARNED else named_scaling(name, LEARNED)
+def scaling_of_layer(scaling: Any, heads: int, *, trained: bool = False, **options: Any) -> Scaling:
+    """The Scaling of a layer: of a name in LEARNED a new module, made with the options; others as `as_mode` says.
 
-
-def named_at_sqrt_dim(name: str, heads: int) -> Scaling:
-    """As `named`, for a layer that was trained with sqrt_dim: a learned module starts there, but for a cosine."""
-    return named(name, heads) if name == LearnedCosine.name else named(name, heads, mode="sqrt_dim")
+    trained   with sqrt_dim: a learned module starts there, but for a cosine
+    """
+    if not isinstance(scaling, str) or scaling not in LEARNED:
+        return named_scaling(scaling, LEARNED) if isinstance(scaling, str) else as_mode(scaling)
+    if trained and scaling != LearnedCosine.name:
+        options["mode"] = "sqrt_dim"
+    return LEARNED[scaling](heads=heads, **options)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import check_count
-from ..calls.logits import scales_of
+from ..calls.dispatch import scales_of
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling
@@ -60,7 +60,7 @@ class Scheduled(nn.Module, Scaling):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def reset_parameters(self) -> None:
-        """Start anew at step 0."""
+        """Start again at step 0."""
         nn.init.zeros_(self.step)
 
     @property

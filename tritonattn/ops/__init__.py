@@ -6,7 +6,6 @@
 time of the dispatcher; compilers, transforms and dispatch modes see the operators.
 """
 
-from .attend import attention
-from .key_statistics import KernelStatistics
+from .attend import KernelStatistics, attention
 
 __all__ = ["KernelStatistics", "attention"]

@@ -1,4 +1,4 @@
-"""`tritonattn::forward` and `tritonattn::backward`: an attention call and its gradients as operators."""
+"""An attention call and the statistics of its keys, with their gradients, as autograd functions and operators."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.autograd.function import Function
 from ..backends import cpu as blockwise
 from ..backends import kernels
 from ..core.autograd import (
+    apply,
     apply_with_graph,
     first_order,
     is_transformed,
@@ -21,8 +22,9 @@ from ..core.autograd import (
     runs_eagerly,
     without_autocast,
 )
-from ..core.call import AttentionCall, ForwardResult, Gradients, Needs
-from .flat import ARGUMENTS, GRADIENTS, NAMES, TENSORS, call_of, flat
+from ..core.call import AttentionCall, ForwardResult, Gradients, Logits, Needs
+from ..core.statistics import Statistics
+from .flat import ARGUMENTS, GRADIENTS, NAMES, TENSORS, call_of, flat, with_values, without_repeats
 from .mapping import in_a_loop, in_one_batch
 from .schema import operator, schema_of
 
@@ -35,14 +37,15 @@ def attention(call: AttentionCall) -> ForwardResult:
     max_logit and entropy are None without aux.
     """
     terms = call.logits
-    given = (call.q, call.k, call.v, terms.query_scale, terms.key_scale, terms.key_bias, terms.sinks)
+    q, k = call.q if call.wide_q is None else call.wide_q, call.k if call.wide_k is None else call.wide_k
+    given = (q, k, call.v, terms.query_scale, terms.key_scale, terms.key_bias, terms.sinks)  # as call.tensors
     has_graph = needs_graph(*given)
     if not runs_eagerly(*given, call.visibility.key_lengths):
         keep_rounding = call.v.dtype.itemsize == 2 and (has_graph or is_transformed())
         run = _Transformed.apply if is_transformed() else _forward_operator
-        results = run(*flat(_without_repeats(_with_values(call))), keep_rounding)
+        results = run(*flat(without_repeats(with_values(call))), keep_rounding)
     elif has_graph:
-        results = apply_with_graph(_Attention, *call.tensors, call)
+        results = apply_with_graph(_Attention, *given, call)
     else:
         return _forward(call, has_graph=False)
     return ForwardResult(*results[: 4 if call.aux else 2])
@@ -63,7 +66,7 @@ def backward_pass(
     needs: Needs,
 ) -> Gradients:
     """Gradients of a call whose `forward_pass` returned `results`: out, lse, and rounding where it was kept."""
-    if runs_eagerly(*call.tensors, *call.visibility.tensors, d_out, d_lse):
+    if runs_eagerly(call.q, call.k, call.v, d_out, d_lse):
         return _backward(call, results, d_out, d_lse, needs)
     if call.wide_q is not None:
         call = replace(call, q=call.q.float())
@@ -71,44 +74,6 @@ def backward_pass(
         call = replace(call, k=call.k.float())
     filled = _backward_operator(*flat(call), *results, d_out, d_lse, list(needs))
     return Gradients(*(gradient if need else None for gradient, need in zip(filled, needs, strict=True)))
-
-
-def _with_values(call: AttentionCall) -> AttentionCall:
-    """The call with q and k in fp32 where their gradients are: what stands for them in the graph has no values."""
-    if call.wide_q is None and call.wide_k is None:
-        return call
-    q = call.q if call.wide_q is None else _Widened.apply(call.q.detach(), call.wide_q)
-    k = call.k if call.wide_k is None else _Widened.apply(call.k.detach(), call.wide_k)
-    return replace(call, q=q, k=k, wide_q=None, wide_k=None)
-
-
-class _Widened(Function):
-    """x in fp32, whose gradient goes to another tensor."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, wide):
-        return x.float()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx, g):
-        return None, g
-
-
-def _without_repeats(call: AttentionCall) -> AttentionCall:
-    """The call without a tensor that is two arguments: torch.compile refuses those in an autograd function."""
-    q, k, v, sequences = call.q, call.k, call.v, call.visibility.sequences
-    if sequences is not None and sequences.q_starts is sequences.k_starts:
-        apart = replace(sequences, k_starts=sequences.k_starts.view_as(sequences.k_starts))
-        call = replace(call, visibility=replace(call.visibility, sequences=apart))
-    if k is not q and v is not q and v is not k:
-        return call
-    return replace(call, k=k.view_as(k), v=v.view_as(v))
 
 
 def _forward(call: AttentionCall, rounding: Tensor | None = None, *, has_graph: bool) -> ForwardResult:
@@ -235,19 +200,29 @@ class _Attention(Function):
     def forward(ctx, *arguments):
         call: AttentionCall = arguments[-1]
         out, lse, *aux, rounding = _forward_kept(call, call.v.dtype.itemsize == 2)
-        tensors, ctx.call = call.split()
+        terms, visible = call.logits, call.visibility
+        # Autograd saves all tensors, so that writes to them are noticed and hooks can move them.
+        masks = () if visible.depends_on_sizes_only else visible.tensors
+        rest = visible.without_tensors() if masks else visible
+        ctx.rest = rest, terms.scale, terms.softcap, call.dropout, call.is_part, call.backend
         ctx.set_materialize_grads(False)
         if call.aux:
             ctx.mark_non_differentiable(*aux)
-        ctx.save_for_backward(*tensors, out, lse, rounding)
+        vectors = (terms.query_scale, terms.key_scale, terms.key_bias, terms.sinks)
+        wide = (call.wide_q, call.wide_k)
+        ctx.save_for_backward(out, lse, rounding, call.q, call.k, call.v, *vectors, *wide, *masks)
         return out, lse, *aux
 
     @staticmethod
     @first_order
     def backward(ctx, saved, d_out, d_lse, *none):
-        *tensors, out, lse, rounding = saved
+        out, lse, rounding, q, k, v, query_scale, key_scale, key_bias, sinks, wide_q, wide_k, *masks = saved
+        visible, scale, softcap, dropout, is_part, backend = ctx.rest
+        terms = Logits(scale, query_scale, key_scale, key_bias, softcap, sinks)
+        visible = visible.with_tensors(*masks) if masks else visible
+        call = AttentionCall(q, k, v, visible, terms, dropout, wide_q, wide_k, is_part=is_part, backend=backend)
         needs = Needs(*ctx.needs_input_grad[:GRADIENTS])
-        return (*backward_pass(ctx.call.joined(tensors), (out, lse, rounding), d_out, d_lse, needs), None)
+        return (*backward_pass(call, (out, lse, rounding), d_out, d_lse, needs), None)
 
 
 def _keep_arguments(ctx, inputs, output) -> None:
@@ -281,7 +256,7 @@ class _Transformed(Function):
 
 
 def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
-    """Map in one batch, except where dropout depends on the place in it, or an argument has no batch axis."""
+    """Map in one batch, except where dropout depends on the position in it, or an argument has no batch axis."""
     named = dict(zip(NAMES, arguments, strict=False))
     one_by_one = any(named[name] is not None for name in ("dropout_state", "sinks", "q_starts", "block_table"))
     return (in_a_loop if one_by_one else in_one_batch)(operator, info.batch_size, in_dims, arguments)
@@ -290,3 +265,142 @@ def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
 _forward_operator.register_autograd(_of_operator, setup_context=_keep_arguments)
 _forward_operator.register_vmap(functools.partial(_vmap, _forward_operator))
 _backward_operator.register_vmap(functools.partial(_vmap, _backward_operator))
+
+
+# ---- Statistics of keys
+
+
+def _operator_of(name: str, arguments: str, result: str, empty: Callable[..., Tensor]) -> Any:
+    """A pass of the "triton" backend, under its name there, as an operator. empty: its result without values."""
+
+    def run(*given: Tensor | None) -> Tensor:
+        return getattr(kernels(), name)(*given)
+
+    made = operator(name, arguments, f"Tensor {result}")(run)
+    made.register_fake(empty)
+    made.register_vmap(lambda info, dims, *given: in_one_batch(made, info.batch_size, dims, given))
+    return made
+
+
+_prefix_sums_operator = _operator_of(
+    "prefix_sums",
+    "Tensor x",
+    "sums",
+    lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] + 1), dtype=torch.float64),
+)
+_argmax_operator = _operator_of(
+    "argmax_over_ranges",
+    "Tensor x, Tensor lo, Tensor hi",
+    "keys",
+    lambda x, lo, hi: lo.new_empty((*x.shape[:-1], lo.shape[-1])),
+)
+_key_norms_operator = _operator_of(
+    "key_norms",
+    "Tensor k, Tensor? seen",
+    "norms",
+    lambda k, seen: k.new_empty(k.shape[:3], dtype=torch.float32),
+)
+_key_norms_backward_operator = _operator_of(
+    "key_norms_backward",
+    "Tensor k, Tensor? seen, Tensor norms, Tensor d_norms, Tensor? added",
+    "d_k",
+    lambda k, *_: k.new_empty(k.shape),
+)
+
+
+def _prefix_sums(x: Tensor) -> Tensor:
+    """`ranges.prefix_sum` of x [B, H, n]: one launch instead of dozens on a GPU."""
+    return kernels().prefix_sums(x) if runs_eagerly(x) else _prefix_sums_operator(x)
+
+
+def _argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """`ranges.argmax_over_ranges`: one launch instead of a dozen a power of two."""
+    run = kernels().argmax_over_ranges if runs_eagerly(x, lo, hi) else _argmax_operator
+    return run(x, lo, hi)
+
+
+def _key_norms(k: Tensor, seen: Tensor | None) -> Tensor:
+    return kernels().key_norms(k, seen) if runs_eagerly(k, seen) else _key_norms_operator(k, seen)
+
+
+class KernelStatistics(Statistics):
+    """Statistics whose norms, prefix sums and maxima come from kernels of the "triton" backend.
+
+    Norms take one pass over keys or queries, where torch's operators on a GPU take several over copies in fp32.
+    """
+
+    _scan = staticmethod(_prefix_sums)
+    _argmax = staticmethod(_argmax_over_ranges)
+
+    _has_values = False
+
+    def _counted_keys(self) -> Tensor | None:
+        visible = self.visibility
+        if visible.sees_every_key:
+            return None
+        if visible.invariant or not runs_eagerly(visible.key_lengths, visible.key_ranges):
+            return super()._counted_keys()
+        return kernels().seen_keys(visible)
+
+    def _norms_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
+        if not (needs_graph(x) or is_transformed()):
+            return _key_norms(x, seen)
+        self._has_values = x.dtype == torch.float32 or not runs_eagerly(x)
+        norms, wide = apply(_NormsAndInput, x, seen, self._has_values)
+        self.wide.append((x, wide))
+        return norms
+
+    def widened(self, call: AttentionCall) -> AttentionCall:
+        if not self.wide:
+            return call
+        q = k = None
+        for x, other in self.wide:
+            q, k = other if x is call.q else q, other if x is call.k else k
+        if not self._has_values:
+            return replace(call, wide_q=q, wide_k=k)
+        return replace(call, q=call.q if q is None else q, k=call.k if k is None else k)
+
+
+class _NormsAndInput(Function):
+    """Norms of x [B, H, S, D], fp32 [B, H, S], and fp32 of x's shape: gradients of both are added, and rounded once.
+
+    has_values   the second holds the values of x; else it has no memory, and only takes a gradient
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, seen, has_values):
+        if has_values:
+            wide = x.view_as(x) if x.dtype == torch.float32 else x.float()
+        else:
+            wide = x.new_empty((), dtype=torch.float32).expand(x.shape)
+        return _key_norms(x, seen), wide
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, seen, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, seen, output[0])
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, d_norms, d_wide):
+        x, seen, norms = saved
+        if d_norms is None:
+            return (None if d_wide is None else d_wide.to(x.dtype)), None, None
+        eager = runs_eagerly(*saved, d_norms, d_wide)
+        run = kernels().key_norms_backward if eager else _key_norms_backward_operator
+        return run(x, seen, norms, d_norms, d_wide), None, None
+
+
+def _keep_norms(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+@first_order
+def _of_norms(ctx, saved, d_norms):
+    return _key_norms_backward_operator(*saved, d_norms, None), None
+
+
+_key_norms_operator.register_autograd(_of_norms, setup_context=_keep_norms)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from torch import Tensor
+from torch.autograd.function import Function
 
 from ..core.call import AttentionCall, Gradients, Logits
 from ..core.dropout import Dropout
@@ -89,3 +91,41 @@ def call_of(values: Sequence[Any]) -> AttentionCall:
 def _record(kind: Any, fields: dict[str, Any]) -> Any:
     """The record of these fields, or None where all are missing."""
     return None if all(value is None for value in fields.values()) else kind(**fields)
+
+
+def with_values(call: AttentionCall) -> AttentionCall:
+    """The call with q and k in fp32 where their gradients are: what stands for them in the graph has no values."""
+    if call.wide_q is None and call.wide_k is None:
+        return call
+    q = call.q if call.wide_q is None else _Widened.apply(call.q.detach(), call.wide_q)
+    k = call.k if call.wide_k is None else _Widened.apply(call.k.detach(), call.wide_k)
+    return replace(call, q=q, k=k, wide_q=None, wide_k=None)
+
+
+class _Widened(Function):
+    """x in fp32, whose gradient goes to another tensor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, wide):
+        return x.float()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return None, g
+
+
+def without_repeats(call: AttentionCall) -> AttentionCall:
+    """The call without a tensor that is two arguments: torch.compile refuses those in an autograd function."""
+    q, k, v, sequences = call.q, call.k, call.v, call.visibility.sequences
+    if sequences is not None and sequences.q_starts is sequences.k_starts:
+        apart = replace(sequences, k_starts=sequences.k_starts.view_as(sequences.k_starts))
+        call = replace(call, visibility=replace(call.visibility, sequences=apart))
+    if k is not q and v is not q and v is not k:
+        return call
+    return replace(call, k=k.view_as(k), v=v.view_as(v))

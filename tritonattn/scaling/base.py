@@ -1,8 +1,7 @@
-"""The interface of scalings, its result, and a division that never gives NaN."""
+"""The interface of scalings, and its result."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,15 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core.autograd import apply, runs_eagerly
-from ..core.statistics import Statistics
+from ..core.autograd import runs_eagerly
+from ..core.statistics import Statistics, counts_of
 from ..core.visibility import Visibility
-
-# Below it a statistic counts as zero: its reciprocal need not fit fp32.
-SMALLEST_STATISTIC = torch.finfo(torch.float32).tiny
-_LARGEST_ZERO = math.nextafter(SMALLEST_STATISTIC, 0)
-_LARGEST_ZERO_SQUARE = math.nextafter(SMALLEST_STATISTIC**2, 0)
-_LARGEST_ZERO_OF_FLOAT32 = SMALLEST_STATISTIC - 2.0**-149
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +49,7 @@ class Scaling:
     reads_keys         False: `scales` takes from k only its shape, and everything else from `statistics`; decoding then
                        gathers no pages for it. Not inherited: True in a subclass that does not set it.
     normalises_query   True: the factor divides by ||q||. Logits are then the same whatever q was multiplied by, and a
-                       patched model's own factor does not apply.
+                       patched model's factor does not apply.
 
     >>> import tritonattn
     >>> class RootCount(tritonattn.Scaling):
@@ -92,7 +85,7 @@ class Scaling:
         """The factor of every pair, broadcastable to [B, Hq, Sq, Sk].
 
         q [B, Hq, Sq, D]; k [B, Hq, Sk, D], repeated to the query heads; visible bool, broadcastable to [B,
-        Hq, Sq, Sk]. A call hands it zeros in place of keys that no row attends to and of rows without keys. Values
+        Hq, Sq, Sk]. A call hands it zeros for keys that no row attends to and of rows without keys. Values
         at invisible pairs are ignored, but a key must not affect the factors of rows that do not attend to it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define multiplier(q, k, visible)")
@@ -102,8 +95,21 @@ class Scaling:
         return None
 
 
+def relative_gain(scaling: Any, own: float | Tensor | None, head_dim: int, gain: Any = None) -> Any:
+    """The gain that keeps a model's factor of q . k with a mode: own * sqrt(D) * gain.
+
+    gain   a float, a tensor or None, which is 1; returned where own is None or 1 / sqrt(D), or the mode a cosine
+    """
+    if own is None or getattr(scaling, "normalises_query", False):
+        return gain
+    relative = own * math.sqrt(head_dim)
+    if not isinstance(relative, Tensor) and math.isclose(relative, 1.0, rel_tol=1e-9):
+        return gain
+    return relative if gain is None else gain * relative
+
+
 def scales_of_count(visibility: Visibility, constant: float, factor: Callable[[Tensor], Tensor]) -> Scales:
-    """constant * factor(n), of fp64 counts n of any shape; one number where sizes show that all rows see all keys.
+    """constant * factor(n), of fp64 counts n of any shape; one number where all rows are known to attend to all keys.
 
     factor(0) is finite.
 
@@ -114,58 +120,6 @@ def scales_of_count(visibility: Visibility, constant: float, factor: Callable[[T
         n = torch.tensor(visibility.k_len, dtype=torch.float64, device="cpu")
         return Scales(constant * factor(n).item())
     return Scales(constant, query=factor(counts_of(visibility)), is_finite=True)
-
-
-def counts_of(visibility: Visibility) -> Tensor:
-    """`visibility.counts()`, read-only: where sizes alone decide they are kept for later calls.
-
-    Memory of a captured graph is the graph's, so that a capture neither keeps counts nor uses kept ones.
-    """
-    device = visibility.device
-    is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if is_captured or not (visibility.depends_on_sizes_only and runs_eagerly()):
-        return visibility.once("counts", visibility.counts)
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    sizes = (visibility.q_len, visibility.k_len, device, visibility.left, visibility.right)
-    return _counts_of_sizes(sizes, stream, torch.is_inference_mode_enabled())
-
-
-@functools.lru_cache(maxsize=8)
-def _counts_of_sizes(sizes: tuple, stream: Any, is_inference: bool) -> Tensor:
-    """Counts that belong to one stream, which orders its writes and reads, and to training or inference."""
-    return Visibility(1, 1, 1, *sizes).counts()
-
-
-def reciprocal(statistic: Tensor) -> Tensor:
-    """1 / s; 0, with gradient 0, where s is 0 or below fp32's normal range; NaN stays NaN.
-
-    fp64, or fp32 of fp32 s that is not traced.
-    """
-    if statistic.dtype == torch.float32 and runs_eagerly(statistic):
-        return apply(_Reciprocal, statistic)
-    return torch.threshold(statistic.double(), _LARGEST_ZERO, math.inf).reciprocal()
-
-
-class _Reciprocal(torch.autograd.Function):
-    """`reciprocal` of fp32 in fp32: half the operators that fp64 takes. Its slope -1 / s^2 leaves fp32's range."""
-
-    @staticmethod
-    def forward(statistic: Tensor) -> Tensor:
-        return torch.threshold(statistic, _LARGEST_ZERO_OF_FLOAT32, math.inf).reciprocal()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        (factor,) = ctx.saved_tensors
-        return (g * factor) * -factor
-
-
-def reciprocal_root(square: Tensor) -> Tensor:
-    """1 / sqrt(x) in fp64; 0, with gradient 0, where the root is 0 or below fp32's normal range; NaN stays NaN."""
-    return torch.threshold(square.double(), _LARGEST_ZERO_SQUARE, math.inf).rsqrt()
 
 
 def dense_norms(x: Tensor, counted: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..core.statistics import Statistics
+from ..core.statistics import Statistics, reciprocal
 from ..core.visibility import Visibility
-from .base import Scales, Scaling, check_positive, dense_norms, reciprocal
+from .base import Scales, Scaling, check_positive, dense_norms
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from ..core.invariance import power
-from ..core.statistics import Statistics
+from ..core.statistics import Statistics, reciprocal, reciprocal_root
 from ..core.visibility import Visibility
-from .base import Scales, Scaling, check_positive, reciprocal, reciprocal_root, scales_of_count
+from .base import Scales, Scaling, check_positive, scales_of_count
 
 
 class KeyCount(Scaling):
     """factor = 1 / n.
 
-    The logits shrink as n grows, so that long rows attend almost uniformly: see `KeyNormSum`.
+    The logits shrink as n grows, so that long rows attend almost uniformly, as with `KeyNormSum`.
     """
 
     name = "key_count"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core.statistics import Statistics
+from ..core.statistics import Statistics, counts_of, reciprocal, reciprocal_root
 from ..core.visibility import Visibility
-from .base import Scales, Scaling, counts_of, dense_norms, reciprocal, reciprocal_root
+from .base import Scales, Scaling, dense_norms
 
 
 class KeyNormSum(Scaling):

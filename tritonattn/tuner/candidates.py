@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 
-from ..tuning.config import REGISTERS, SHARES, Problem, Target, TileConfig, legal_reasons, may_use_descriptors
+from ..tuning.config import (
+    REGISTERS,
+    SHARES,
+    Problem,
+    Target,
+    TileConfig,
+    legal_reasons,
+    may_specialise,
+    may_use_descriptors,
+)
 from ..tuning.defaults import GLUON, default_config
+from ..tuning.lookup import config_for
 from ..tuning.table import EntryKey, Exact
 
 # By kernel: block_m (of decode by its packed rows), block_n, num_warps, num_stages; for head dims above 128, and for
@@ -25,23 +35,28 @@ _RANGES = {
 }
 _AMD_RANGES = {
     "forward": ((64, 128), (32, 64), (4, 8), (1, 2)),
-    "grad_query": ((32, 64), (16, 32, 64), (4, 8), (1,)),
-    "grad_key_value": ((16, 32), (32, 64), (4, 8), (1,)),
+    "grad_query": ((32, 64), (16, 32, 64), (4, 8), (1, 2)),
+    "grad_key_value": ((16, 32), (32, 64), (4, 8), (1, 2)),
     "decode": ((), (16, 32, 64), (2, 4), (1, 2)),
 }
+_WAVES_PER_EU = (0, 1, 2, 3)
 # Values of a config's SHARES that are timed, the default first.
 _L2_PERCENT = (100, 25, 50, 200, 400)
 _SPLIT_BLOCKS = (4, 8, 16, 32, 64)
 
 
 def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    """List legal configs, the default first, each once; with descriptors where the hardware has them."""
+    """List legal configs, the default first, each once; with descriptors and OPTIONS where the hardware has them."""
     of_width = _WIDE_RANGES if problem.width > 128 else _RANGES
     ranges = (of_width if target.backend == "cuda" else _AMD_RANGES)[kernel]
     if kernel == "decode":  # as many rows as a group fills
         ranges = (tuple(rows for rows in (16, 32, 64) if rows <= problem.packed_rows), *ranges[1:])
-    kinds = (True, False) if may_use_descriptors(kernel, problem, target) else (False,)
-    found = [TileConfig(*tiles, descriptors=kind) for kind in kinds for tiles in product(*ranges)]
+    loads = (True, False) if may_use_descriptors(kernel, problem, target) else (False,)
+    found = [TileConfig(*tiles, descriptors=described) for described in loads for tiles in product(*ranges)]
+    if target.backend == "hip":
+        found = [replace(one, waves_per_eu=waves) for waves in _WAVES_PER_EU for one in found]
+    if may_specialise(kernel, problem, target):
+        found += [replace(one, warp_specialize=True) for one in found if one.descriptors]
     default = default_config(kernel, problem, target)
     return [default, *(one for one in found if one != default and _is_sensible(kernel, one, problem, target))]
 
@@ -53,18 +68,15 @@ def in_gluon(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
     return [one for one in found if not legal_reasons(kernel, one, problem, target)]
 
 
-def few_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    """List the default, and a candidate of each tile: of those with descriptors, if there are, the nearest to 2 stages.
+def neighbours(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
+    """List the config in use, and the candidates that differ from it in one field, or in descriptors and stages."""
+    in_use = replace(config_for(kernel, problem, target), **SHARES)
 
-    Of decoding, which waits for memory, those with the default's stages.
-    """
-    first, *others = candidates(kernel, problem, target)
-    described = may_use_descriptors(kernel, problem, target)
-    of_tiles: dict[tuple[int, int, int], TileConfig] = {}
-    for one in sorted(others, key=lambda one: abs(one.num_stages - 2)):
-        if one.descriptors == described and (kernel != "decode" or one.num_stages == first.num_stages):
-            of_tiles.setdefault(tiles(one), one)
-    return [first, *of_tiles.values()]
+    def is_near(one: TileConfig) -> bool:
+        differing = {field.name for field in fields(one) if getattr(one, field.name) != getattr(in_use, field.name)}
+        return len(differing) == 1 or differing == {"descriptors", "num_stages"}
+
+    return [in_use, *filter(is_near, candidates(kernel, problem, target))]
 
 
 def shares(key: EntryKey, config: TileConfig) -> list[TileConfig]:
@@ -84,7 +96,7 @@ def tiles(config: TileConfig) -> tuple[int, int, int]:
 
 
 def _is_sensible(kernel: str, config: TileConfig, problem: Problem, target: Target) -> bool:
-    """Whether a config is legal, and its warps' registers (255 a thread) can hold its fp32 sums and logits.
+    """True for a legal config whose fp32 sums and logits its warps' registers (255 a thread) can hold.
 
     With wgmma, four warps multiply 64 rows: a config also needs rows for all its warps, which else repeat one another's
     work or leave wgmma to slower instructions. grad_key_value of wide heads has no registers for as many.

@@ -19,7 +19,7 @@ from ..tuning.calls import Size
 from ..tuning.config import Problem, Target, TileConfig, one_line
 from ..tuning.lookup import config_for
 from ..tuning.table import Entry, EntryKey, gluon_fingerprint
-from .candidates import candidates, few_candidates, in_gluon, shares
+from .candidates import candidates, in_gluon, neighbours, shares
 from .gate import Compiler, compiler_versions
 from .timing import Timing, card_state, median_ratio, take_turns
 from .workload import Workload
@@ -39,7 +39,7 @@ class Effort:
     compiled: Callable[[str, Problem, Target], list[TileConfig]] = candidates
 
 
-QUICK = Effort(first_rounds=3, timed=3, rounds=8, warm_up=0.05, compiled=few_candidates)
+QUICK = Effort(first_rounds=3, timed=3, rounds=8, warm_up=0.05, compiled=neighbours)
 
 
 class SearchError(Exception):
@@ -101,7 +101,9 @@ def _search(
         return Result(key, before, None, None, None, trial.wrong())
     taken = trial.times([before, *fastest], effort.rounds)
     best, *others = _sorted(taken)
-    details: dict[str, Any] = {"runners_up": [{**one.as_record(), **_milliseconds(taken[one])} for one in others[:3]]}
+    details: dict[str, Any] = {
+        "runners_up": [one.as_record() | {"milliseconds": _median(taken, one)} for one in others[:3]]
+    }
     if found := shares(key, best):
         taken = trial.times([before, best, *found], effort.rounds)
         best = _clearly_ahead([one for one in (*found, best) if one in taken], taken)
@@ -141,7 +143,6 @@ class _Trial:
 
 
 def _sorted(taken: dict[TileConfig, list[float]]) -> list[TileConfig]:
-    """List the configs, the fastest first."""
     return sorted(taken, key=lambda config: Timing.of(taken[config]).median)
 
 
@@ -152,8 +153,8 @@ def _clearly_ahead(configs: list[TileConfig], taken: dict[TileConfig, list[float
     return fastest if ratios[fastest] <= _CLEARLY_AHEAD else configs[0]
 
 
-def _milliseconds(taken: list[float]) -> dict[str, float]:
-    return {"milliseconds": round(Timing.of(taken).median, 4)}
+def _median(taken: dict[TileConfig, list[float]], config: TileConfig) -> float:
+    return round(Timing.of(taken[config]).median, 4)
 
 
 def passing(key: EntryKey, compiler: Compiler, effort: Effort) -> list[TileConfig]:
@@ -199,7 +200,7 @@ def _refuse_if_lost(what: str, device: torch.device, error: Exception) -> None:
 
 
 def _is_lost(device: torch.device) -> bool:
-    """Whether every call of a GPU fails from now on, as after an illegal address."""
+    """Find out if every call of a GPU fails from now on, as after an illegal address."""
     if device.type != "cuda":
         return False
     try:

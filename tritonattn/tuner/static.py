@@ -28,7 +28,7 @@ def static_table(
 ) -> Table:
     """Make the table of a GPU, with entries for the wanted keys for which some config passes.
 
-    It passes for the key's own call, and fits with every option that such a call may have.
+    It passes for the key's call, and fits with every option that such a call may have.
     """
     ranks = {key: ranked(gpu, compiler, key) for key in wanted}
     compiler.examine([one for key, configs in ranks.items() for one in _calls(key, configs[0])], progress)

@@ -46,7 +46,8 @@ def tune(options: Namespace) -> int:
     try:
         if options.static:
             return tune_static(options, _keys(options), end)
-        return _tune_here(options, _recorded(options) if options.calls else _typical(options), end)
+        typical: dict[EntryKey, Size] = {key: typical_size(key) for key in _keys(options)}
+        return _tune_here(options, _recorded(options) if options.calls else typical, end)
     except BrokenProcessPool as error:
         raise CommandError(
             "a process that compiles was ended from outside, perhaps for lack of memory: --workers takes fewer at once"
@@ -55,11 +56,6 @@ def tune(options: Namespace) -> int:
 
 def _keys(options: Namespace) -> list[Key]:
     return [key for key in keys(options.kernels, options.head_dims) if key.lengths in options.lengths]
-
-
-def _typical(options: Namespace) -> dict[EntryKey, Size]:
-    """The keys to search for, and the size that each is timed with."""
-    return {key: typical_size(key) for key in _keys(options)}
 
 
 def _recorded(options: Namespace) -> dict[EntryKey, Size]:
@@ -93,7 +89,7 @@ def tune_static(
     """Write tables of configs whose code, as `examine` finds it, passes; begin no architecture after `end`."""
     gpus = named_gpus("--static", options.static)
     for gpu in gpus:
-        _check_folder(_path(gpu.name, options.write), options.write)
+        _check_folder(_path(gpu.name, options.write))
     for target in dict.fromkeys(gpu.target for gpu in gpus):
         if time.monotonic() >= end:
             print(f"the budget of {options.budget:g} minutes is spent: nothing is compiled from {target.name} on")
@@ -105,11 +101,9 @@ def tune_static(
         for table in tables:
             path = _path(table.gpu, options.write)
             before = _entries(path, table.target)
-            kept = {
-                key: entry for key, entry in before.items() if entry.source == "measured" or key not in table.entries
-            }
-            joined = replace(table, entries=table.entries | kept)
-            _write(path, joined, options.write)
+            measured = {key: entry for key, entry in before.items() if entry.source == "measured"}
+            joined = replace(table, entries=before | table.entries | measured)
+            write_table(path, joined)
             print(f"\n{path}: {len(joined.entries)} entries\n\n{_static_summary(joined, before, wanted)}")
     return 0
 
@@ -134,26 +128,11 @@ def _entries(path: Path, target: Target) -> dict[EntryKey, Entry]:
         return {}
 
 
-def _check_folder(path: Path, shipped: bool) -> None:
-    """Refuse, before the work, a folder that could not be written after it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise _unwritable(path, error, shipped) from error
-
-
-def _write(path: Path, table: Table, shipped: bool) -> None:
-    try:
-        write_table(path, table)
-    except OSError as error:
-        raise _unwritable(path, error, shipped) from error
-
-
-def _unwritable(path: Path, error: OSError, shipped: bool) -> CommandError:
-    other = "without --write the user's folder is written" if shipped else "$TRITONATTN_CACHE_DIR names another folder"
-    return CommandError(f"cannot write {path}: {error.strerror or error}; {other}")
+def _check_folder(path: Path) -> None:
+    """Make the folder of a table before the work. Raises OSError where it could not be written after it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
 
 
 def _check_that_it_compiles(compiler: Compiler, key: Key) -> None:
@@ -191,7 +170,7 @@ def _tune_here(options: Namespace, wanted: dict[EntryKey, Size], end: float) -> 
             f"expected a GPU of sm_80 or later, got {target.name}, for whose tensor cores Triton has no code"
         )
     path = _path(table_name(target), options.write)
-    _check_folder(path, options.write)
+    _check_folder(path)
     effort = QUICK if options.quick else Effort()
     todo = pending(wanted, _entries(path, target), effort)
     if len(todo) < len(wanted):
@@ -206,7 +185,7 @@ def _tune_here(options: Namespace, wanted: dict[EntryKey, Size], end: float) -> 
                 progress.set_postfix_str(str(key))
                 results.append(_searched(key, wanted[key], effort, options, compiler, device))
                 if results[-1].entry is not None:
-                    _save(results, path, target, options.write)  # at once: Ctrl-C loses one search at most
+                    _save(results, path, target)  # at once: Ctrl-C loses one search at most
         status = 0
     except SearchError as error:
         raise CommandError(f"{error}. {len(results)} keys were searched before, see {path}") from error
@@ -227,23 +206,18 @@ def _searched(
     return search(key, configs, compiler.target, device, effort, size, dtypes)
 
 
-def _save(results: list[Result], path: Path, target: Target, shipped: bool) -> None:
-    """Write the results into the file, beside what others wrote there."""
+def _save(results: list[Result], path: Path, target: Target) -> None:
+    """Write the results into the file, with what others wrote there."""
     found = {result.key: result.entry for result in results if result.entry is not None}
-    table = Table(table_name(target), target, kernels_fingerprint(), _entries(path, target) | found)
-    _write(path, table, shipped)
+    write_table(path, Table(table_name(target), target, kernels_fingerprint(), _entries(path, target) | found))
     lookup.clear_cache()
 
 
 def _measured_summary(results: list[Result]) -> str:
-    rows = [
-        [
-            result.key,
-            shown(result.before),
-            "" if result.entry is None else shown(result.entry.config),
-            "" if result.timing is None else f"{result.timing.median:.4f}",
-            "" if result.gain is None else f"{result.gain:.3f}x",
-        ]
-        for result in results
-    ]
+    rows = []
+    for result in results:
+        now = "" if result.entry is None else shown(result.entry.config)
+        milliseconds = "" if result.timing is None else f"{result.timing.median:.4f}"
+        gain = "" if result.gain is None else f"{result.gain:.3f}x"
+        rows.append([result.key, shown(result.before), now, milliseconds, gain])
     return layout(rows, ["key", "before", "now", "ms", "gain"], left=None)

@@ -50,9 +50,9 @@ def checked_size(size: Size) -> Size:
     return replace(size, batch=batch, heads=heads, q_len=q_len, k_len=k_len, **totals)
 
 
-def _cut_total(total: int, longest: int, cut: int, members: int, left: int) -> int:
-    """The tokens of fewer and shorter members: of the longest, and of others of the share of it that they had."""
-    return cut + (total - longest) * cut * (left - 1) // (longest * max(members - 1, 1))
+def _cut_total(total: int, longest: int, cut: int, sequences: int, left: int) -> int:
+    """The tokens of fewer and shorter sequences: the longest, and others with the share of it that they had."""
+    return cut + (total - longest) * cut * (left - 1) // (longest * max(sequences - 1, 1))
 
 
 class Workload:
@@ -70,7 +70,7 @@ class Workload:
         """Say what is wrong with the results, or return None.
 
         No result may be NaN. A call of `checked_size` is compared with the reference, which drops the same
-        probabilities: dropout is a function of the place.
+        probabilities: dropout is a function of the position.
         """
         size = checked_size(self.size)
         checked = self if size == self.size else Workload(self.kernel, self.problem, size, self.device, copies=1)

@@ -1,4 +1,4 @@
-"""Folders of the shipped tables and of the user's own cache."""
+"""Folders of the shipped tables and of the user's cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def shipped_tables() -> Path:
-    """The folder of tuned tables: inside the package in a wheel, beside the package in a checkout.
+    """The folder of tuned tables: inside the package in a wheel, next to the package in a checkout.
 
     Raises FileNotFoundError where an installation lacks both.
     """

@@ -22,14 +22,14 @@ _LARGEST = 2**40  # of a number in a file
 class Size:
     """The sizes of a call, whose `Problem` says which of them count.
 
-    batch      batch entries, members of a packed batch, or sequences of a cache
+    batch      batch entries, or sequences of a packed batch or a cache
     heads      query heads, of which `group` share a key head
-    q_len      rows; of a packed batch, of its longest member
+    q_len      rows; of a packed batch, of its longest sequence
     k_len      keys likewise; of a cache, its capacity
-    q_total    rows of all members of a packed batch
+    q_total    rows of all sequences of a packed batch
     k_total    keys likewise
     page       keys of a page
-    left       keys of a window before a row's own
+    left       keys of a window before a row's position
     right      keys behind it
     """
 

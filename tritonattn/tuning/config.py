@@ -22,12 +22,13 @@ STREAMING_KERNELS = (
     "row_bounds",
     "keys_seen",
     "argmax_of_ranges",
-    "decode_combine",
+    "combine_splits",
+    "sum_of_splits",
 )
 
 # Row terms of a backward are padded to a multiple of this, so that every block of rows up to it divides them.
 ROW_TERMS_ALIGNMENT = 128
-# Blocks of keys in a split of decode: shorter ones would move more of their own results than of the cache.
+# Blocks of keys in a split of decode: shorter ones would move more of their results than of the cache.
 SHORTEST_SPLIT = 4
 
 # Largest shared memory of one block in bytes (CUDA C++ Programming Guide, table of compute capabilities; AMD LDS).
@@ -79,12 +80,12 @@ class Target(NamedTuple):
 
     @property
     def is_too_old(self) -> bool:
-        """Whether Triton makes no code for its tensor cores, as for NVIDIA's before sm_80."""
+        """True where Triton makes no code for its tensor cores, as for NVIDIA's before sm_80."""
         return self.backend == "cuda" and int(self.arch) < 80
 
     @property
     def has_tensor_memory(self) -> bool:
-        """Whether MMAs write to tensor memory. Threads then load whole rows, and fp32 instructions are packed."""
+        """True where MMAs write to tensor memory. Threads then load whole rows, and fp32 instructions are packed."""
         return self.backend == "cuda" and self.arch in ("100", "103")
 
 
@@ -104,16 +105,16 @@ class Problem:
     """The parts of a call that select code: sizes of the tiles' inner axes, dtype, and which tensors are there.
 
     aux          max_logit and entropy are asked for; of a backward: lse has a gradient
-    sequences    the batch is packed; of decode: sequences have their own numbers of new tokens
+    sequences    the batch is packed; of decode: sequences have different numbers of new tokens
     block_table  keys and values lie in pages
     aligned      every address and stride of q, k, v and the output's gradient is a multiple of 16 bytes
     packed_rows  the power of two, at least 16, that holds the heads of a group times the new tokens of a decode call
     rounding     a forward also returns what its output lost when it was rounded to 16 bits, and a backward takes it
     wide_q       a 16-bit backward returns q's gradient in fp32, for what is added to it
     wide_k       likewise k's
-    is_part      a backward of some of the keys that its rows see
+    is_part      a backward of some of the visible keys of its rows
     short        few rows and keys, so that a GPU may have more processors than programs: `is_short`
-    invariant    a row's bits do not depend on its company; then neither do its tiles: `defaults.default_config`
+    invariant    a row's bits, and so its tiles, do not depend on the rest of the batch: `defaults.default_config`
     """
 
     head_dim: int
@@ -151,7 +152,7 @@ class Problem:
 
 
 def is_short(q_len: int, k_len: int) -> bool:
-    """Whether a call has at most 1024 rows and keys: configs are chosen for short calls and for long ones."""
+    """True for at most 1024 rows and keys: configs are chosen for short calls and for long ones."""
     return max(q_len, k_len) <= 1024
 
 
@@ -174,15 +175,17 @@ def key_sum_columns(problem: Problem, config: TileConfig, target: Target) -> int
 
 
 def corrects_delta(problem: Problem) -> bool:
-    """Whether `grad_query` corrects delta, the largest error where nothing is rounded to 16 bits."""
+    """True where `grad_query` corrects delta, the largest error where nothing is rounded to 16 bits."""
     return problem.dtype == torch.float32 and not problem.is_part
 
 
 # The fields of a config that select no code, with their defaults: how a kernel's programs share out the work.
 SHARES = {"l2_percent": 100, "split_blocks": SHORTEST_SPLIT}
+# Those that select code on some architectures alone, with the defaults that are legal everywhere.
+OPTIONS: dict[str, Any] = {"waves_per_eu": 0, "warp_specialize": False}
 WRITTEN_IN = ("triton", "gluon")  # kernels
 # The fields that a file leaves out where they are the default.
-OPTIONAL_FIELDS: dict[str, int | str] = {**SHARES, "kernel": WRITTEN_IN[0]}
+OPTIONAL_FIELDS: dict[str, Any] = {**SHARES, **OPTIONS, "kernel": WRITTEN_IN[0]}
 # Of Gluon's forward, by block_m: registers of a thread at its start, which warpgroups then share out. Three warpgroups
 # of 64 rows have 160 each, two have 240, and the one that loads has 24.
 REGISTERS = {128: 168, 192: 128}
@@ -195,6 +198,8 @@ class TileConfig:
     descriptors    load the tiles that need no mask by the tensor memory accelerator (sm_90, sm_100)
     l2_percent     of the L2 cache, for the keys and values of the heads that run side by side: `tuning.order`
     split_blocks   blocks of keys of a split of decode: at least so many, where a cache is full
+    waves_per_eu   waves that a SIMD of an AMD GPU shall hold, which bounds their registers; 0: the compiler's choice
+    warp_specialize  divide the loop over tiles that need no mask among groups of warps (sm_100, sm_103)
     kernel         "gluon": the kernel that is written in Gluon, of num_warps for each 64 rows and as many that load
     """
 
@@ -205,6 +210,8 @@ class TileConfig:
     descriptors: bool = False
     l2_percent: int = SHARES["l2_percent"]
     split_blocks: int = SHARES["split_blocks"]
+    waves_per_eu: int = OPTIONS["waves_per_eu"]
+    warp_specialize: bool = OPTIONS["warp_specialize"]
     kernel: str = WRITTEN_IN[0]
 
     def as_record(self) -> dict[str, Any]:
@@ -226,7 +233,13 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
             reasons.append(f"{name} {size} is not a power of two of at least 16")
     if config.num_warps not in (1, 2, 4, 8, 16):
         reasons.append(f"num_warps {config.num_warps} is not a power of two up to 16")
-    for name, least in (("num_stages", 1), ("l2_percent", 1), ("split_blocks", SHORTEST_SPLIT)):
+    if config.num_warps == 2 and target.arch == "gfx950":
+        reasons.append("num_warps 2 gives other bits in every run on gfx950 (ROCm/triton issue 953)")
+    if config.waves_per_eu and target.backend != "hip":
+        reasons.append(f"waves_per_eu needs an AMD GPU, {target.name} is none")
+    if config.warp_specialize and not (config.descriptors and may_specialise(kernel, problem, target)):
+        reasons.append("warp_specialize needs descriptors, forward or gradients up to width 64, and sm_100")
+    for name, least in (("num_stages", 1), ("l2_percent", 1), ("split_blocks", SHORTEST_SPLIT), ("waves_per_eu", 0)):
         if getattr(config, name) < least:
             reasons.append(f"{name} {getattr(config, name)} is below {least}")
     if config.kernel == "gluon":
@@ -287,15 +300,25 @@ def shared_limit(target: Target) -> int:
 
 
 def may_use_descriptors(kernel: str, problem: Problem, target: Target) -> bool:
-    """Whether the tensor memory accelerator can load a kernel's tiles."""
+    """True where the tensor memory accelerator can load a kernel's tiles."""
     is_able = kernel in _DESCRIBED and target.backend == "cuda" and int(target.arch) >= 90
     return is_able and problem.aligned and not problem.block_table and problem.dtype.itemsize == 2
+
+
+def may_specialise(kernel: str, problem: Problem, target: Target) -> bool:
+    """True where Triton can divide a loop among groups of warps, one of them for the tensor memory accelerator.
+
+    Gradients of wider heads would take more tensor memory than there is in most tiles: their code is a trap.
+    """
+    is_able = target.has_tensor_memory and (kernel == "forward" or problem.width <= 64)
+    return is_able and may_use_descriptors(kernel, problem, target)
 
 
 def _shared_estimate(kernel: str, config: TileConfig, problem: Problem, target: Target) -> int:
     """Bytes of the tiles that pass through shared memory: the held ones once, the streamed ones per stage.
 
-    Where tensor instructions read shared memory themselves (wgmma, tcgen05), the stage in use is one more.
+    Where tensor instructions read shared memory themselves (wgmma, tcgen05), the stage in use is one more. Without a
+    pipeline, AMD's held tiles of 16 bits pass one after another, all before the first streamed one, into registers.
     """
     if kernel not in TILED_KERNELS:
         return 0
@@ -307,6 +330,9 @@ def _shared_estimate(kernel: str, config: TileConfig, problem: Problem, target: 
     reads_shared = kernel != "decode" and target.backend == "cuda" and target.arch in ("90", "100", "103")
     in_use = reads_shared and problem.dtype.itemsize == 2
     stages = max(config.num_stages - (not in_use), 1)
+    in_turn = target.backend == "hip" and kernel != "decode" and config.num_stages == 1 and problem.dtype.itemsize == 2
+    if in_turn:
+        return max(held * min(held_width, problem.width), streamed * rows) * problem.dtype.itemsize
     return (held * held_width + streamed * rows * stages) * problem.dtype.itemsize
 
 

@@ -24,7 +24,7 @@ from .config import (
 # By family, kernel and the wider of the padded head and value dims: block_m, block_n, num_warps, num_stages.
 _TILES = {
     "sm_80": {
-        "forward": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2), 512: (32, 32, 8, 1)},
+        "forward": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2), 512: (32, 64, 8, 1)},
         "grad_query": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2), 512: (32, 32, 8, 1)},
         "grad_key_value": {64: (64, 128, 8, 2), 128: (128, 64, 8, 2), 256: (32, 64, 8, 2), 512: (32, 16, 8, 1)},
     },
@@ -33,39 +33,35 @@ _TILES = {
         "grad_query": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1), 512: (16, 32, 8, 1)},
         "grad_key_value": {64: (64, 128, 8, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1), 512: (16, 16, 8, 1)},
     },
-    "sm_120": {
-        "forward": {64: (128, 64, 4, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2), 512: (16, 32, 8, 1)},
-        "grad_query": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1), 512: (16, 32, 8, 1)},
-        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1), 512: (16, 16, 8, 1)},
-    },
     "sm_90": {
         "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2), 512: (32, 32, 8, 1)},
-        "grad_query": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2), 512: (32, 32, 8, 2)},
-        "grad_key_value": {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1), 512: (32, 16, 8, 1)},
+        "grad_query": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2), 512: (32, 64, 8, 1)},
+        "grad_key_value": {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1), 512: (64, 16, 8, 1)},
     },
     "sm_100": {
         "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 1), 512: (32, 32, 8, 1)},
-        "grad_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2), 512: (32, 32, 8, 2)},
-        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 1), 512: (32, 16, 8, 1)},
+        "grad_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2), 512: (32, 64, 8, 1)},
+        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 1), 512: (64, 16, 8, 1)},
     },
     "amd": {
-        "forward": {64: (128, 64, 8, 1), 128: (128, 32, 8, 1), 256: (64, 32, 4, 1), 512: (32, 16, 4, 1)},
-        "grad_query": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1), 512: (16, 16, 4, 1)},
-        "grad_key_value": {64: (32, 64, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1), 512: (16, 16, 4, 1)},
+        "forward": {64: (128, 64, 8, 1), 128: (128, 32, 8, 1), 256: (64, 32, 4, 1), 512: (64, 16, 4, 1)},
+        "grad_query": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1), 512: (64, 16, 4, 1)},
+        "grad_key_value": {64: (32, 64, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1), 512: (16, 32, 4, 1)},
     },
 }
+_TILES["sm_120"] = {**_TILES["sm_86"], "grad_key_value": _TILES["sm_86"]["grad_key_value"] | {128: (64, 64, 8, 2)}}
 # The same where tiles are loaded by tensor descriptors, which cost no registers for addresses. sm_90's grad_key_value
 # of width 64 has fewer instructions with pointers.
 _DESCRIPTOR_TILES = {
     "sm_90": {
-        "forward": {64: (128, 128, 4, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+        "forward": {64: (128, 128, 4, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2), 512: (64, 32, 8, 2)},
         "grad_query": {64: (128, 64, 4, 2), 128: (128, 128, 8, 2), 256: (64, 32, 4, 2)},
-        "grad_key_value": {128: (64, 64, 4, 2), 512: (32, 16, 8, 1)},
+        "grad_key_value": {128: (64, 64, 4, 2)},
     },
     "sm_100": {
-        "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+        "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2), 512: (64, 32, 8, 2)},
         "grad_query": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (128, 64, 8, 1)},
-        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1), 512: (32, 16, 8, 1)},
+        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1)},
     },
 }
 # IEEE fp32 products run on NVIDIA's FMA units, from registers, and on AMD's matrix cores, where a thread of 4 warps has
@@ -78,24 +74,24 @@ _TILES_OF_FLOAT32 = {
 GLUON = TileConfig(128, 64, 4, 2, descriptors=True, kernel="gluon")
 # Decoding waits for memory: two blocks of keys on their way to every program, and several programs a multiprocessor.
 # By family and width: block_n, num_warps, num_stages.
+_DECODE_OF_SERVERS = {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3), 1024: (16, 4, 2)}
+_DECODE_OF_DESKTOPS = {64: (64, 4, 3), 128: (32, 4, 3), 256: (32, 4, 2), 512: (16, 4, 2), 1024: (16, 4, 2)}
 _DECODE_TILES = {
-    "sm_80": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3), 1024: (16, 4, 2)},
-    "sm_86": {64: (64, 4, 3), 128: (32, 4, 3), 256: (32, 4, 2), 512: (16, 4, 2), 1024: (16, 4, 2)},
-    "sm_120": {64: (64, 4, 3), 128: (32, 4, 3), 256: (32, 4, 2), 512: (16, 4, 2), 1024: (16, 4, 2)},
-    "sm_90": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3), 1024: (16, 4, 2)},
-    "sm_100": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3), 1024: (16, 4, 2)},
+    **dict.fromkeys(("sm_80", "sm_90", "sm_100"), _DECODE_OF_SERVERS),
+    **dict.fromkeys(("sm_86", "sm_120"), _DECODE_OF_DESKTOPS),
     "amd": {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1), 512: (16, 4, 1), 1024: (16, 4, 1)},
 }
 # Passes without a head dim. A program of prefix_sums goes through a whole row in few steps, each as wide as registers
-# allow. keys_seen tests block_m rows at once, and takes those that see a key of its block by block_n. argmax_of_ranges
-# holds a tile of rows and keys where rows differ, and a vector of block_n keys where they do not. append_to_pages takes
-# block_m heads, block_n keys at a time.
+# allow. keys_seen tests block_m rows at once, and takes those that attend to a key of its block by block_n.
+# argmax_of_ranges holds a tile of rows and keys where rows differ, and a vector of block_n keys where they do not.
+# append_to_pages takes block_m heads, block_n keys at a time.
 _STREAMING_TILES = {
     "append_to_pages": TileConfig(16, 64, 8, 1),
     "prefix_sums": TileConfig(4096, 4096, 8, 1),
     "row_bounds": TileConfig(1024, 1024, 4, 1),
     "keys_seen": TileConfig(1024, 64, 8, 1),
     "argmax_of_ranges": TileConfig(64, 128, 16, 1),
+    "sum_of_splits": TileConfig(1024, 1024, 4, 1),
 }
 _FAMILIES = {
     "80": "sm_80",
@@ -189,7 +185,7 @@ def _with_page_numbers(kernel: str, config: TileConfig, problem: Problem, target
 
 
 def _takes_many_registers(kernel: str, problem: Problem) -> bool:
-    """Whether a kernel holds a mask's tile, Philox's counters, or the sums for the gradient of a query scale.
+    """True where a kernel holds a mask's tile, Philox's counters, or the sums for the gradient of a query scale.
 
     Above width 256 the tiles leave room for those sums, but not for ranges of rows.
     """
@@ -221,7 +217,7 @@ def _lighter(kernel: str, problem: Problem, width: int, config: TileConfig) -> T
 def _decode_config(problem: Problem, width: int, family: str) -> TileConfig:
     """The decode config: as many rows as a group fills and registers hold, and one stage more for page numbers.
 
-    At width 1024 shared memory has no room for that stage. A bias beside page numbers, an element a row and key, takes
+    At width 1024 shared memory has no room for that stage. A bias with page numbers, an element a row and key, takes
     registers: there tiles of many rows have half as many keys.
     """
     if problem.dtype == torch.float32:

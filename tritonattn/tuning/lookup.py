@@ -35,7 +35,7 @@ class Found(NamedTuple):
 
     @property
     def is_of_another_triton(self) -> bool:
-        """Whether the entry was compiled by another version than will run it: then its code is held to a gate."""
+        """True where another version compiled the entry than will run it: then its code is held to a gate."""
         return self.path is not None and self.triton != triton.__version__
 
 

@@ -11,12 +11,12 @@ Source: the tile scheduler of FlashAttention-3 for causal calls (Shah et al. 202
 from __future__ import annotations
 
 import functools
-import math
+from typing import NamedTuple
 
 from .config import SHARES, Target
 
 # Bytes of the L2 cache: NVIDIA's architecture whitepapers, of the smallest card of a table; AMD's CDNA 2 to 4
-# whitepapers, of one die.
+# whitepapers, of one die, twice where an Infinity Cache is behind it.
 _L2_BYTES = {
     "80": 40 * 2**20,
     "86": 6 * 2**20,
@@ -25,8 +25,8 @@ _L2_BYTES = {
     "100": 126 * 2**20,
     "120": 96 * 2**20,
     "gfx90a": 8 * 2**20,
-    "gfx942": 4 * 2**20,
-    "gfx950": 4 * 2**20,
+    "gfx942": 8 * 2**20,
+    "gfx950": 8 * 2**20,
 }
 _SMALLEST = 4 * 2**20
 # Programs along the second and the third axis of a grid (CUDA C++ Programming Guide, table of compute capabilities).
@@ -40,23 +40,27 @@ def lanes(target: Target) -> int:
     return _LANES.get(target.arch, 1)
 
 
-@functools.lru_cache(maxsize=4096)
-def heads_of_section(heads: int, bytes_of_head: int, target: Target, l2_percent: int = SHARES["l2_percent"]) -> int:
-    """Number of heads that run side by side: the largest divisor of `heads` whose heads fit a share of a die's cache.
+class Sections(NamedTuple):
+    """Heads that run side by side, section after section.
 
-    A section of n heads puts n / gcd(n, dies) of them on each die. Up to twice as many as fit are taken, where the
-    divisors that fit leave half of that share empty. A grid's axis must hold the sections.
+    size    places of a section, a multiple of the dies
+    count   sections; the first has the heads that fill no section
+    """
+
+    size: int
+    count: int
+
+
+@functools.lru_cache(maxsize=4096)
+def sections(heads: int, bytes_of_head: int, target: Target, l2_percent: int = SHARES["l2_percent"]) -> Sections:
+    """Cut heads into sections that fill a share of a die's cache: as many as come nearest, at most 1.5 times as full.
 
     heads           those of all batch entries, or packed sequences
     bytes_of_head   that the programs of one head read, without those that heads of a group share
     l2_percent      the share, 100 unless a search on the card found another
     """
-    share = _L2_BYTES.get(target.arch, _SMALLEST) * l2_percent // 100
+    share, dies = _L2_BYTES.get(target.arch, _SMALLEST) * l2_percent // 100, lanes(target)
     fit = max(1, share // max(1, bytes_of_head))
-    dies, least = lanes(target), -(-heads // LONGEST_AXIS)
-    small = [one for one in range(1, math.isqrt(heads) + 1) if heads % one == 0] or [1]
-    on_a_die = {one: one // math.gcd(one, dies) for one in (*small, *(max(heads, 1) // one for one in small))}
-    section = max(one for one, count in on_a_die.items() if count <= fit)
-    if 2 * on_a_die[section] <= fit:
-        section = max(one for one, count in on_a_die.items() if count <= 2 * fit)
-    return max(section, min(one for one in on_a_die if one >= least))
+    nearest = max(1, round(heads / (fit * dies)))
+    size = dies * max(1, min(-(-heads // (nearest * dies)), fit + fit // 2))
+    return Sections(size, -(-heads // size))

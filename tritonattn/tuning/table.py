@@ -19,7 +19,17 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ..core import records
-from .config import OPTIONAL_FIELDS, TILED_KERNELS, WIDEST, WIDEST_KEYS, WRITTEN_IN, Problem, Target, TileConfig
+from .config import (
+    OPTIONAL_FIELDS,
+    OPTIONS,
+    TILED_KERNELS,
+    WIDEST,
+    WIDEST_KEYS,
+    WRITTEN_IN,
+    Problem,
+    Target,
+    TileConfig,
+)
 
 Content = TypeVar("Content")
 
@@ -41,7 +51,9 @@ GLUON_FILES = ("hopper_forward.py",)
 _LARGEST_FILE = 2**22
 _LONGEST_MESSAGE = 300
 _FIELDS = ("schema_version", "gpu", "target", "kernels", "entries")
-# Upper limits of a config's numbers (the lower is 1), so that no later arithmetic meets a hostile one.
+# Of a config's fields, those that are no int.
+_TYPES = {"descriptors": bool, "warp_specialize": bool, "kernel": str}
+# Upper limits of a config's numbers (the lower is 1, of OPTIONS 0), so that no later arithmetic meets a hostile one.
 _MOST = {
     "block_m": 1024,
     "block_n": 1024,
@@ -49,6 +61,7 @@ _MOST = {
     "num_stages": 16,
     "l2_percent": 10_000,
     "split_blocks": 1024,
+    "waves_per_eu": 8,
 }
 
 
@@ -106,7 +119,7 @@ def keys(kernels: tuple[str, ...] = TILED_KERNELS, head_dims: tuple[int, ...] = 
 
 
 class Exact(NamedTuple):
-    """The calls of one `Problem`, as a search finds them for a program's own calls; of 16 bits, not `invariant`."""
+    """The calls of one `Problem`, as a search finds them for a program's calls; of 16 bits, not `invariant`."""
 
     kernel: str
     problem: Problem
@@ -156,12 +169,12 @@ def _field(text: str) -> tuple[str, bool | int]:
 
 
 def is_searched(problem: Problem) -> bool:
-    """Whether tables may hold entries for a problem: of 16 bits, with tiles that its company may choose."""
+    """True where tables may hold entries for a problem: of 16 bits, not `invariant`."""
     return problem.dtype in _DTYPES.values() and not problem.invariant
 
 
 def keys_of(kernel: str, problem: Problem, target: Target) -> tuple[Key, ...]:
-    """The keys of the entries that serve a call, its own before that of its padded width; none: tables leave it out.
+    """The keys of the entries that serve a call, the padded width's last; none: tables leave it out.
 
     Tables leave out fp32, head dims above 256, memory-bound kernels, and calls that take more registers: a mask,
     dropout, and decoding with many rows or from pages. For a head dim that is no multiple of 16 an entry of the padded
@@ -180,7 +193,7 @@ def keys_of(kernel: str, problem: Problem, target: Target) -> tuple[Key, ...]:
 
 
 def _scales(kernel: str, problem: Problem) -> str:
-    """The kind of scales of a call; where several would do, the one with more scales and gradients."""
+    """The scales of a call as keys name them; where several would do, the one with more scales and gradients."""
     if kernel == "grad_query" and (problem.query_scale_grad or problem.key_scale):
         return SCALES[kernel][2 + problem.key_scale]
     return _SCALES[1 + problem.key_scale if problem.query_scale or problem.key_scale else 0]
@@ -263,7 +276,7 @@ def parsed_file(path: Path, parse: Callable[[Any], Content]) -> Content:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object without repeated names, of which a reader would see only one value."""
+    """An object without repeated names, of which a reader would get only one value."""
     if pairs:
         [(name, count)] = Counter(name for name, _ in pairs).most_common(1)
         if count > 1:
@@ -290,9 +303,9 @@ def _parse(record: Any) -> Table:
 
 
 def _key(text: str) -> EntryKey:
-    for kind in (Key, Exact):
+    for form in (Key, Exact):
         with suppress(ValueError):
-            return kind.parse(text)
+            return form.parse(text)
     forms = "kernel/head_dim/scales/lengths or kernel/head_dim/value_dim/dtype/options"
     raise ValueError(f"entries: expected {forms}, got {shown(text)}")
 
@@ -307,11 +320,11 @@ def _entry(key: str, record: Any) -> Entry:
     if set(config) | set(OPTIONAL_FIELDS) != names:
         raise ValueError(f"{key}: config: expected {', '.join(sorted(names))}, got {shown(sorted(config))}")
     for name, value in config.items():
-        wanted = {"descriptors": bool, "kernel": str}.get(name, int)
+        wanted, least = _TYPES.get(name, int), int(name not in OPTIONS)
         if type(value) is not wanted:
             raise ValueError(f"{key}: {name}: expected {wanted.__name__}, got {shown(value)}")
-        if wanted is int and not 1 <= value <= _MOST[name]:
-            raise ValueError(f"{key}: {name}: expected 1 to {_MOST[name]}, got {shown(value)}")
+        if wanted is int and not least <= value <= _MOST[name]:
+            raise ValueError(f"{key}: {name}: expected {least} to {_MOST[name]}, got {shown(value)}")
         if wanted is str and value not in WRITTEN_IN:
             raise ValueError(f"{key}: {name}: expected one of {', '.join(WRITTEN_IN)}, got {shown(value)}")
     return Entry(TileConfig(**config), record["source"], details)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-pytest.importorskip("triton")
 from tests.emulated import test_attention as attention
 from tests.emulated import test_decode as decode
 from tests.emulated import test_hopper as hopper

@@ -1,4 +1,4 @@
-"""Tiles of one shape, for calls in which the bits of a row must not depend on its company.
+"""Tiles of one shape, for calls in which the bits of a row must not depend on the rest of the batch.
 
 A product of matrices rounds otherwise where its shape is another. So tiles are padded to one shape and laid out in
 memory of their own, a head at a time; keys are cut from the first key of a sequence on, rows from its first row on. A

@@ -61,7 +61,7 @@ class Tiles:
         self.group = visible.q_heads // max(visible.kv_heads, 1)
         self.row_step = max(1, _ROWS // max(self.group, 1))
         self.readable = readable(visible.device)
-        self.members = self._members()
+        self.sequences = self._sequences()
         self.lo, self.hi = visible.ranges()  # [B or 1, Sq]
         self.first, self.last = self._host_bounds()
         self.unseen = None if visible.sees_every_key else ~visible.seen_keys()  # [B or 1, 1 or Hkv, Sk]
@@ -70,8 +70,8 @@ class Tiles:
     def heads(self) -> Iterator[Heads]:
         """All heads, as many at a time as `_PAIRS` allows."""
         visible, group = self.call.visibility, self.group
-        longest_q = max((rows.stop - rows.start for rows, _ in self.members), default=0)
-        longest_k = max((keys.stop - keys.start for _, keys in self.members), default=0)
+        longest_q = max((rows.stop - rows.start for rows, _ in self.sequences), default=0)
+        longest_k = max((keys.stop - keys.start for _, keys in self.sequences), default=0)
         pairs = min(self.row_step, longest_q) * group * min(KEYS, longest_k)
         fitting = max(1, _PAIRS // max(pairs, 1))
         head_step = max(1, min(fitting, visible.kv_heads))
@@ -84,7 +84,7 @@ class Tiles:
 
     def blocks(self, heads: Heads) -> Iterator[Block]:
         """All rows of some heads."""
-        for rows, keys in self.members:
+        for rows, keys in self.sequences:
             for part in _cut(rows, self.row_step):
                 yield Block(heads, part, keys)
 
@@ -187,7 +187,7 @@ class Tiles:
         shape = (batch.stop - batch.start, heads.stop - heads.start, self.group)
         return x.view(*shape, block.rows.stop - block.rows.start, x.shape[-1])
 
-    def _members(self) -> list[tuple[slice, slice]]:
+    def _sequences(self) -> list[tuple[slice, slice]]:
         """Rows, and the keys that they may see: one part, or one for every packed sequence; together all rows."""
         visible = self.call.visibility
         whole = (slice(0, visible.q_len), slice(0, visible.k_len))

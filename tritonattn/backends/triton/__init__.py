@@ -4,9 +4,10 @@ from .attention import are_few_rows, problem_of
 from .backward import backward
 from .decode import decode
 from .forward import forward
-from .key_statistics import append_keys, append_to_pages, key_norms, key_norms_backward
+from .key_norms import key_norms, key_norms_backward, prefix_sums
+from .key_records import append_keys, append_to_pages
 from .launch import KERNELS, VARIANTS, Variant
-from .ranges import argmax_over_ranges, prefix_sums, seen_keys
+from .ranges import argmax_over_ranges, seen_keys
 
 
 def _hopper_forward() -> Variant:

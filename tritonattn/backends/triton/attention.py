@@ -24,7 +24,8 @@ from ...tuning.config import (
     is_short,
     padded_dim,
 )
-from ...tuning.order import heads_of_section
+from ...tuning.order import sections
+from ...tuning.splits import splits_of_keys, splits_of_rows
 from ...tuning.table import Exact
 from .device import Grid
 from .launch import (
@@ -59,11 +60,16 @@ def are_few_rows(visible: Visibility, dropout: Dropout | None) -> bool:
 
 
 def launch_kernel(
-    kernel: str, kind: Kind, call: AttentionCall, available: Arguments, d_out: Tensor | None = None
+    kernel: str,
+    kind: Kind,
+    call: AttentionCall,
+    available: Arguments,
+    d_out: Tensor | None = None,
+    in_splits: Callable[[Plan, Grid, Arguments, Kind, AttentionCall], None] | None = None,
 ) -> None:
-    """A program for each block of rows, or of keys, of each head of each sequence."""
+    """A program for each block of rows, or of keys, of each head of each sequence; or several, `in_splits`."""
     if recorded.recorders and kernel in TILED_KERNELS:
-        recorded.note(Exact(kernel, kind.problem), _size_of(call))
+        recorded.note(Exact(kernel, kind.problem), size_of(call))
 
     device = call.q.device
     while True:
@@ -71,31 +77,60 @@ def launch_kernel(
         config = chosen.config
         try:
             of_config = _descriptors(chosen, call, d_out) if config.descriptors else dict.fromkeys(chosen.descriptors)
-            if kernel == "grad_key_value":
+            if call.visibility.key_ranges is not None and kernel == "grad_key_value":
                 of_config["row_bounds_ptr"] = rows_of_key_blocks(call.visibility, available, config.block_n)
-            grid = kind.grids.get(key := (kernel, config, chosen.target))
-            if grid is None:
-                grid = kind.grids[key] = _grid(kernel, chosen, call)
-            chosen.launch(grid, available | of_config, kind.wide, kind)
+            found = kind.grids.get(key := (kernel, config, chosen.target))
+            if found is None:
+                found = kind.grids[key] = _grid(kernel, chosen, call)
+            grid, of_grid = found
+            of_config.update(of_grid)
+            if in_splits is None or of_grid["splits"] is None:
+                chosen.launch(grid, available | of_config, kind.wide, kind)
+            else:
+                in_splits(chosen, grid, available | of_config, kind, call)
             return
         except (TritonError, RuntimeError) as error:
             drop_config(kernel, kind.problem, device, chosen, error)
 
 
-def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> Grid:
-    """(blocks, heads, sequences) of row terms, else (heads of a section, blocks, sections)."""
+def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> tuple[Grid, Arguments]:
+    """(blocks, heads, sequences) of row terms, else (size of a section, blocks, sections), and arguments with that.
+
+    first_head          of `block.program_in_section`
+    splits, part_rows   programs that share a block's work, which are as many blocks, and rows of each one's part; None
+                        where there is one
+    """
     visible, config, (sequences, rows, keys) = call.visibility, chosen.config, _sizes(call)
     if kernel == "row_terms":
-        return -(-aligned_rows(rows) // config.block_m), visible.q_heads, sequences
+        return (-(-aligned_rows(rows) // config.block_m), visible.q_heads, sequences), {}
     bytes_of_row = (call.k.shape[3] + call.v.shape[3]) * call.k.dtype.itemsize
     if kernel == "grad_key_value":
-        blocks, count = -(-keys // config.block_n), visible.kv_heads * sequences
+        blocks, heads = -(-keys // config.block_n), visible.kv_heads * sequences
         read = rows * bytes_of_row * (visible.q_heads // visible.kv_heads)
     else:
-        blocks, count = -(-rows // config.block_m), visible.q_heads * sequences
+        blocks, heads = -(-rows // config.block_m), visible.q_heads * sequences
         read = keys * bytes_of_row * visible.kv_heads // visible.q_heads
-    section = heads_of_section(count, read, chosen.target, config.l2_percent)
-    return section, blocks, count // section
+    size, count = sections(heads, read, chosen.target, config.l2_percent)
+    splits, arguments = _splits(kernel, chosen, call), {"first_head": heads - size * count, "splits": None}
+    if splits > 1:
+        arguments["splits"], operand = splits, call.q if kernel == "forward" else call.k
+        arguments["part_rows"] = operand.shape[:3].numel()
+    return (size, blocks * splits, count), {"part_rows": None, **arguments}
+
+
+def _splits(kernel: str, chosen: Plan, call: AttentionCall) -> int:
+    """Splits of a call. A window narrows the keys that a block of rows sees, or the rows that see a block of keys."""
+    if call.invariant or "splits" not in chosen.names:
+        return 1
+    visible, config, (_, rows, keys) = call.visibility, chosen.config, _sizes(call)
+    reach = rows + keys
+    if visible.left is not None and visible.right is not None:
+        reach = visible.left + visible.right + max(config.block_m, config.block_n)
+    if kernel == "forward":
+        return splits_of_keys(rows, min(keys, reach), config, chosen.target)
+    group = visible.q_heads // visible.kv_heads
+    causal = visible.right is not None and visible.left is None
+    return splits_of_rows(min(rows, reach), keys, causal, group, visible.kv_heads, config, chosen.target)
 
 
 def _sizes(call: AttentionCall) -> tuple[int, int, int]:
@@ -106,7 +141,7 @@ def _sizes(call: AttentionCall) -> tuple[int, int, int]:
     return len(sequences.q_starts) - 1, sequences.longest_q, sequences.longest_k
 
 
-def _size_of(call: AttentionCall) -> Size:
+def size_of(call: AttentionCall) -> Size:
     """The sizes of a call as `record` keeps them."""
     visible, (sequences, rows, keys) = call.visibility, _sizes(call)
     return Size(
@@ -147,10 +182,10 @@ def largest(x: Tensor) -> Tensor:
     return torch.where(largest < torch.finfo(x.dtype).tiny, 1.0, largest).contiguous()
 
 
-def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: bool) -> Problem:
-    """The `Problem` of a call: the parts that select code. `asked`: its fields that say which results are asked for."""
+def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -> Problem:
+    """The `Problem` of a call: the parts that select code. `asked`: its fields that the call itself does not tell."""
     visible = call.visibility
-    return Problem(
+    problem = Problem(
         head_dim=call.q.shape[-1],
         value_dim=call.v.shape[-1],
         dtype=call.q.dtype,
@@ -171,8 +206,8 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: bool) 
         aligned=_has_whole_vectors(call.q, call.v) if call.invariant else are_aligned(call.q, call.k, call.v, d_out),
         short=is_short(*_sizes(call)[1:]),
         invariant=call.invariant,
-        **asked,
     )
+    return replace(problem, **asked)
 
 
 def _descriptors(chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Arguments:

@@ -1,18 +1,139 @@
-"""The gradients of a call: terms of its rows, then a pass over rows and one over keys."""
+"""The gradients of a call: terms of its rows, which both passes need, then a pass over rows and one over keys."""
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...core.call import AttentionCall, Gradients, Needs
+from ...tuning.config import ROW_TERMS_ALIGNMENT as ALIGNMENT
 from ...tuning.config import corrects_delta
-from .attention import aligned_copy, call_arguments, new_results, of_kind, one_layout
-from .block import Results
+from .attention import aligned_copy, aligned_rows, call_arguments, launch_kernel, new_results, of_kind, one_layout
+from .block import (
+    LENGTHS,
+    LOG2_E,
+    ROW_TERMS_ALIGNMENT,
+    from_row,
+    joint_peak,
+    load_tile,
+    program_position,
+    sequence_bounds,
+    store_term,
+    terms_offset,
+    tile_offsets,
+    vector_from,
+)
 from .grad_key_value import grad_key_value
 from .grad_query import grad_query
-from .launch import strided
-from .row_terms import row_terms
+from .launch import KERNELS, Arguments, Kind, strided
+from .records import Results
+
+
+@triton.jit
+def before_rounding(rounded, lost):
+    """The fp32 that `rounded` was, from what it lost: `core.rounding`."""
+    SHIFT: tl.constexpr = 15 - rounded.dtype.fp_mantissa_width if rounded.dtype != tl.float32 else 0
+    bits = rounded.to(tl.float32).to(tl.int32, bitcast=True) + (lost.to(tl.int32) << SHIFT)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def attention_row_terms(
+    results,
+    d_out,
+    d_lse_ptr,
+    query_scale,
+    key_bias,
+    q_starts,
+    k_starts,
+    terms_ptr,
+    delta_ptr,
+    d_sinks_ptr,
+    scale,
+    sinks_ptr,
+    q_len,
+    terms_len,
+    q_heads,
+    first_y,
+    first_z,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    INVARIANT: tl.constexpr,
+):
+    """Row terms of the softmax's derivative, for BLOCK_M rows of one (batch or sequence, head).
+
+        total[i]   = exp(lse[i]) + exp(sinks[head])            without sinks, no second term
+        lse2[i]    = log2(total[i]), +inf for a row without keys, so that its probabilities come out as 0
+        delta[i]   = sum_c out[i, c] * d_out[i, c] - d_lse[i] * total[i] / exp(lse[i])
+        factor[i]  = scale * log2(e) * query_scale[i]          only with query_scale
+        d_sinks[i] = -exp(sinks[head]) / total[i] * sum_c out[i, c] * d_out[i, c]
+
+    where out is what it was before it was rounded: with 16 bits of it, delta's error times the mean key passes d_q
+    where keys and values have means (arXiv:2510.04212 traces training that diverges to such rounding).
+
+    Grid: (blocks of the longest Sq rounded up to ROW_TERMS_ALIGNMENT, Hq, sequences).
+    results     `Results` of the forward: out, rounding (int8, what out lost when it was rounded, or None) and lse
+    d_out       `Strided` [B, Hq, Sq, Dv]; d_lse and d_sinks fp32 [B, Hq, Sq], contiguous, or None
+    delta       fp32 [B, Hq, terms_len], contiguous; `terms_offset` says where a row stands. Rows between a
+                sequence's end and the next multiple are as rows without keys, so that no reader needs a bound
+    terms       [B, Hq, terms_len, 2], contiguous: what a fma adds to logits and to dP. -lse2 and -delta in fp32, or
+                with query_scale -lse2 and -delta * factor, each with factor in an int64: `load_term`. With
+                key_bias, of which only the presence counts, -delta stays without factor
+    """
+    block, head, sequence = program_position(first_y, first_z, LAST_FIRST=False)
+    packed_len = q_len
+    batch, first_row, _, q_len, _ = sequence_bounds(sequence, q_len, q_len, q_starts, k_starts)
+    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    keep_row = offs_m < q_len
+    memory_row = (first_row + block * BLOCK_M).to(tl.int64)
+    row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
+    row_offsets = row_base + tl.arange(0, BLOCK_M)
+    term_offsets = terms_offset(batch, head, sequence, first_row, q_heads, terms_len, q_starts) + offs_m
+    keep_term = offs_m < tl.cdiv(q_len, ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
+
+    lse = tl.load(results.lse + row_offsets, mask=keep_row, other=float("-inf"))
+    live = lse != float("-inf")
+    out_offsets = tile_offsets(BLOCK_M, BLOCK_DV, VALUE_DIM, 1, False)
+    out = load_tile(results.out + row_base * VALUE_DIM + out_offsets, live, VALUE_DIM)
+    if results.rounding is not None:
+        rounding_ptrs = results.rounding + row_base * VALUE_DIM + out_offsets
+        out = before_rounding(out, load_tile(rounding_ptrs, live, VALUE_DIM))
+    d_out = from_row(d_out, batch, head, memory_row, ALIGNED)
+    do = load_tile(d_out.ptr + tile_offsets(BLOCK_M, BLOCK_DV, d_out.s, d_out.d, WIDE), live, VALUE_DIM)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    lse2 = tl.where(live, lse * LOG2_E, 0.0)
+    total2 = lse2
+    if sinks_ptr is not None:
+        sink2 = tl.load(sinks_ptr + head) * LOG2_E
+        peak, weight, of_sink = joint_peak(lse2, sink2)
+        total2 = peak + tl.log2(weight + of_sink)
+        if d_sinks_ptr is not None:
+            d_sinks = tl.where(live, -of_sink / (weight + of_sink) * delta, 0.0)
+            tl.store(d_sinks_ptr + row_offsets, d_sinks, mask=keep_row)
+    if d_lse_ptr is not None:
+        d_lse = tl.load(d_lse_ptr + row_offsets, mask=live, other=0.0)
+        # Past 2^126 the keys' share is not a number of fp32, and neither is what d_lse brings to them.
+        gap = total2 - lse2
+        delta -= tl.where(gap == float("inf"), 0.0, d_lse * tl.exp2(tl.minimum(gap, 126.0)))
+    factor = None
+    gradient_term = -delta
+    tl.store(delta_ptr + term_offsets, delta, mask=keep_term)
+    if query_scale is not None:
+        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row + tl.arange(0, BLOCK_M))
+        factor = tl.load(scale_ptrs, mask=live, other=0.0) * (scale * LOG2_E)
+        if key_bias is None:
+            gradient_term *= factor
+    exponent_term = tl.where(live, -total2, float("-inf"))
+    store_term(terms_ptr + 2 * term_offsets, exponent_term, factor, keep_term)
+    store_term(terms_ptr + 2 * term_offsets + 1, gradient_term, factor, keep_term)
+
+
+KERNELS["row_terms"] = attention_row_terms
 
 
 def backward(
@@ -51,10 +172,22 @@ def backward(
     shared["d_sinks_ptr"] = d_sinks
     rounding = None if rounding is None else rounding.contiguous()
     results = Results(out.contiguous(), rounding, lse.contiguous(), None, None)
-    shared |= row_terms(kind, call, shared, results, d_out)
+    shared |= _row_terms(kind, call, shared, results, d_out)
     d_q, d_query_scale = grad_query(kind, call, shared, needs, d_out)
     of_keys = grad_key_value(kind, call, shared, needs, d_out)
     d_sinks = d_sinks.sum((0, 2)) if d_sinks is not None and needs.sinks else None
-    values = of_keys._replace(q=d_q, query_scale=d_query_scale, sinks=d_sinks)
-    needed = [value if need else None for value, need in zip(values, needs, strict=True)]
-    return Gradients(*needed)
+    d_q = d_q if needs.q else None
+    return Gradients(d_q, of_keys.k, of_keys.v, d_query_scale, of_keys.key_scale, of_keys.key_bias, d_sinks)
+
+
+def _row_terms(kind: Kind, call: AttentionCall, shared: Arguments, results: Results, d_out: Tensor) -> Arguments:
+    visible, sequences = call.visibility, call.visibility.sequences
+    terms_len = aligned_rows(visible.q_len)
+    if sequences is not None:
+        terms_len += ALIGNMENT * (len(sequences.q_starts) - 1)
+    shape = (*call.q.shape[:2], terms_len)
+    joined = torch.float32 if call.logits.query_scale is None else torch.int64
+    both, delta = call.q.new_empty((*shape, 2), dtype=joined), call.q.new_empty(shape, dtype=torch.float32)
+    terms = {"terms_ptr": both, "delta_ptr": delta, "terms_len": terms_len}
+    launch_kernel("row_terms", kind, call, shared | terms | {"results": results}, d_out)
+    return terms

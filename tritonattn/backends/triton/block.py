@@ -1,24 +1,17 @@
-"""Small pieces that attention kernels share: records, addresses, tiles, masks, the softmax's step, dropout.
+"""Small pieces that attention kernels share: addresses, tiles, masks, the softmax's step, dropout.
 
 Names: `offs_*` are vectors of indices, `*_ptr` pointers, CAPITALS constexprs. Logits live in base 2 inside a kernel:
 exp(x) = exp2(x * log2(e)). Every multiply-add is an explicit fma, so that results do not depend on Triton's fp-fusion
 default.
-
-Records are NamedTuples, which Triton takes apart. An optional tensor is its own flag: None where a call has no such
-tensor. Three rules suit all compilers since triton 3.4. A record's None member is a None argument of the kernel, or
-stands in the call that makes the record. It is no local variable, no function returns it, and a record with such
-members is never compared with None. Lengths, counts and constexprs stay outside of the records that kernels take,
-where Triton ignores `do_not_specialize`.
 """
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from ...tuning import config
+from .records import Strided
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -31,78 +24,8 @@ UNMASKED = tl.constexpr(1)
 # Arguments whose values change from call to call: compiled code does not depend on them.
 LENGTHS = (
     "q_len k_len terms_len addends_len bounds_len capacity key_block q_heads kv_heads left right keep_from "
-    "first_y first_z"
+    "first_head first_y first_z splits part_rows"
 ).split()
-
-
-# ---- Records
-
-
-class Strided(NamedTuple):
-    """A tensor [B, H, S, D]: a pointer to its first element, and its strides."""
-
-    ptr: Any
-    b: Any
-    h: Any
-    s: Any
-    d: Any
-
-
-class Scale(NamedTuple):
-    """fp32 [B, H, S] of rows or keys, or a bias [B, Hkv, group, S]: a pointer to its first element, and its strides.
-
-    Those of B, H and group (0 where there is no such axis) are stored times 16: Triton compiles other code for an
-    integer of 1, for multiples of 16 and for the rest. Times 16 all have one code.
-    """
-
-    ptr: Any
-    b: Any
-    h: Any
-    g: Any
-    s: Any
-
-
-class Pages(NamedTuple):
-    """Where keys in pages lie: key j of sequence n is in page table[n, j // size], at j % size.
-
-    table            int32 [sequences, length], contiguous; keys of pages outside [0, count) are zeros
-    size, count      keys of a page, at least 2, and pages
-    length           pages of a sequence
-    inverse, shift   j // size is the upper half of j * inverse, shifted right
-
-    All numbers are stored times 16, as the strides of `Scale`.
-    """
-
-    table: Any
-    size: Any
-    count: Any
-    length: Any
-    inverse: Any
-    shift: Any
-
-
-class Results(NamedTuple):
-    """out [B, Hq, Sq, Dv] in q's dtype, rounding like it in int8, and lse, max_logit and entropy fp32 [B, Hq, Sq].
-
-    All are contiguous. All but out and lse may be None. Splits of decode are an axis behind Sq.
-    """
-
-    out: Any
-    rounding: Any
-    lse: Any
-    max_logit: Any
-    entropy: Any
-
-
-class View(NamedTuple):
-    """Lengths of a sequence, made inside kernels, and its visibility; all but the lengths may be None: `key_range`."""
-
-    q_len: Any
-    k_len: Any
-    left: Any
-    right: Any
-    key_lengths: Any
-    key_ranges: Any
 
 
 # ---- Programs and addresses
@@ -121,23 +44,31 @@ def program_position(first_y, first_z, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
-def program_in_section(heads, first_y, first_z, LAST_FIRST: tl.constexpr, LANES: tl.constexpr):
-    """(block, head, sequence) of this program of the grid (heads of a section, blocks, sections): `tuning.order`.
+def program_in_section(heads, first_head, first_y, first_z, LAST_FIRST: tl.constexpr, LANES: tl.constexpr):
+    """(block, head, sequence) of this program of the grid (size of a section, blocks, sections): `tuning.order`.
 
     Programs start in the order of the grid's first axis, then the second: all heads of a section take their longest
-    block first, under a causal mask the last one. The sections cut the heads of all sequences, `heads` of each.
+    block first, under a causal mask the last one. The sections cut the heads of all sequences, `heads` of each. The
+    first has fewer where they do not divide: a program without a head gets the sequence -1.
 
+    first_head                     where the first section would begin if it were full, at most 0
     first_y, first_z, LAST_FIRST   as in `program_position`
-    LANES                          dies to which the hardware deals programs in turn: neighbouring heads stay on one
+    LANES                          dies to which the hardware deals programs in turn, a divisor of the section's size.
+                                   As many heads as LANES divides stay each on one die, neighbours on the same; blocks
+                                   of the others are dealt to the dies in turn
     """
-    count, slot = tl.num_programs(0), tl.program_id(0)
-    if LANES > 1:
-        slot = tl.where(count % LANES == 0, slot % LANES * (count // LANES) + slot // LANES, slot)
-    block = tl.program_id(1)
+    size, lane, slot = tl.num_programs(0), tl.program_id(0) % LANES, tl.program_id(0) // LANES
+    first, step = first_head + (first_z + tl.program_id(2)) * size, tl.program_id(1)
+    count = tl.minimum(first + size, size)  # of the section's heads
+    of_lane, shared = count // LANES, count % LANES
+    turn = (lane + step * shared) % LANES
+    has_head = (slot < of_lane) | ((slot == of_lane) & (turn < shared))
+    slot = tl.where(slot < of_lane, lane * of_lane + slot, LANES * of_lane + turn)
+    block = step
     if LAST_FIRST:
-        block = tl.num_programs(1) - 1 - block
-    index = (first_z + tl.program_id(2)) * count + slot
-    return first_y + block, index % heads, index // heads
+        block = tl.num_programs(1) - 1 - step
+    index = tl.maximum(first, 0) + slot
+    return first_y + block, index % heads, tl.where(has_head, index // heads, -1)
 
 
 @triton.jit
@@ -373,6 +304,21 @@ def dropout_keeps(dropout_ptr, keep_from, batch_head, offs_row, offs_key):
     return word.to(tl.int32, bitcast=True) ^ -2147483648 >= keep_from
 
 
+@triton.jit
+def lost_in_rounding(exact, rounded):
+    """exact - rounded in 256ths of the last place of `rounded`, bf16 or fp16, as int8: `core.rounding`.
+
+    Of fp32, which stands for bf16 in Triton's interpreter, nothing is lost.
+    """
+    SHIFT: tl.constexpr = 15 - rounded.dtype.fp_mantissa_width if rounded.dtype != tl.float32 else 0
+    HALF: tl.constexpr = (1 << SHIFT) >> 1
+    lost = exact.to(tl.int32, bitcast=True) - rounded.to(tl.float32).to(tl.int32, bitcast=True)
+    lost = tl.minimum(lost, (128 << SHIFT) - HALF - 1)
+    if SHIFT < 8:  # bf16 has fp32's exponents, so that only NaN loses more
+        lost = tl.maximum(lost, -(128 << SHIFT))
+    return ((lost + HALF) >> SHIFT).to(tl.int8)
+
+
 # ---- Softmax
 
 
@@ -515,7 +461,7 @@ def load_term(pointers, otherwise, SPLIT: tl.constexpr):
 
 @triton.jit
 def store_term(pointers, term, factor, keep):
-    """Store a term, and beside it the factor where pointers are to int64, as `load_term` loads them."""
+    """Store a term, and next to it the factor where pointers are to int64, as `load_term` loads them."""
     if pointers.dtype.element_ty == tl.int64:
         low = term.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
         term = (factor.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low

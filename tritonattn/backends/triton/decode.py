@@ -1,4 +1,4 @@
-"""Decode: a few query rows against a split of a KV cache."""
+"""Decode: a few query rows against a split of a KV cache, and the splits, joined."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from ...core.call import AttentionCall, ForwardResult
 from ...core.visibility import Visibility
 from ...tuning import calls as recorded
 from ...tuning import config
-from ...tuning.calls import Size
-from ...tuning.config import Problem, TileConfig, is_short, padded_dim
+from ...tuning.config import Problem, TileConfig, padded_dim
 from ...tuning.table import Exact
+from .attention import problem_of, size_of
 from .block import (
     LENGTHS,
     LOG2_E,
     TINY,
-    Results,
     finish_softmax,
     from_row,
     load_tile,
@@ -30,13 +29,12 @@ from .block import (
     tile_offsets,
     vector_from,
 )
-from .combine import combine
+from .combine import combine, parts_of
 from .launch import (
     KERNELS,
     Arguments,
     Kind,
     Plan,
-    are_aligned,
     bounded,
     drop_config,
     forms_of,
@@ -47,9 +45,10 @@ from .launch import (
     plan,
     strided,
 )
+from .records import Results
 
 SHORTEST_SPLIT = tl.constexpr(config.SHORTEST_SPLIT)
-_SIZES = ["group", "length_words", "splits"]
+_SIZES = ["group", "length_words"]
 
 
 @triton.jit
@@ -105,6 +104,7 @@ def attention_decode(
     capacity,
     length_words,
     splits,
+    part_rows,
     q_heads,
     group,
     first_y,
@@ -138,8 +138,8 @@ def attention_decode(
     query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale  fp32 [B, Hkv, capacity] or None = 1
     key_bias         fp32 [B, Hkv, group, capacity] or None = 0; a key with -inf has no weight
     sinks            fp32 [Hq] or None, with splits = 1 only
-    results          a `Results` without rounding, splits an axis behind Sq: out [B, Hq, Sq, splits, Dv], of several
-                     splits not written where a row sees no key of one; lse natural log, max_logit uncapped
+    results          a `Results` without rounding; of several splits their parts, of part_rows = B * Hq * Sq rows each,
+                     out not written where a row sees no key of one; lse natural log, max_logit uncapped
 
     Scales, sign and rounding as in `attention_forward`. Flash-Decoding: Dao et al. 2023,
     https://pytorch.org/blog/flash-decoding; pages: Kwon et al. 2023, arXiv:2309.06180.
@@ -218,7 +218,7 @@ def attention_decode(
         acc *= alpha[:, None]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
 
-    offsets = ((batch * q_heads + kv_head * group) * q_len + packed) * splits + split  # [BLOCK_M]
+    offsets = (batch * q_heads + kv_head * group) * q_len + packed + split.to(tl.int64) * part_rows  # [BLOCK_M]
     q_head = tl.minimum(head, q_heads - 1)
     l_i, weight, total = finish_softmax(
         m_i, l_i, spread, factor, softcap, sinks_ptr, q_head, results, offsets, keep_row
@@ -241,20 +241,13 @@ def decode(call: AttentionCall, aux: bool) -> ForwardResult:
     """
     kind = _kind(call, aux)
     if recorded.recorders:
-        recorded.note(Exact("decode", kind.problem), _size(call))
+        recorded.note(Exact("decode", kind.problem), size_of(call))
     while True:
         chosen = plan("decode", kind.problem, call.q.device)
         try:
             return _launch(call, aux, kind, chosen)
         except (TritonError, RuntimeError) as error:
             drop_config("decode", kind.problem, call.q.device, chosen, error)
-
-
-def _size(call: AttentionCall) -> Size:
-    visible = call.visibility
-    page = 0 if call.block_table is None else call.k.shape[2]
-    group, left = visible.q_heads // visible.kv_heads, min(visible.left or 0, visible.k_len)
-    return Size(visible.batch, visible.q_heads, visible.q_len, visible.k_len, group, page=page, left=left)
 
 
 def _kind(call: AttentionCall, aux: bool) -> Kind:
@@ -271,50 +264,39 @@ def _launch(call: AttentionCall, aux: bool, kind: Kind, chosen: Plan) -> Forward
     splits, group = _splits(visible, chosen.config), visible.q_heads // visible.kv_heads
     tiles = -(-group * visible.q_len // chosen.config.block_m)
     rows = visible.batch, visible.q_heads, visible.q_len
-    joined = _allocate(call, rows, call.q.dtype, aux)
-    parts = joined if splits == 1 else _allocate(call, (*rows, splits), torch.float32, aux)
+    joined = _allocate(call, rows, aux)
+    parts = joined if splits == 1 else parts_of(call, joined, splits)
     arguments = _arguments(call)
     arguments["results"], arguments["splits"], sinks = parts, splits, arguments["sinks_ptr"]
+    arguments["part_rows"] = joined.lse.numel()
     arguments["sinks_ptr"] = sinks if splits == 1 else None
     chosen.launch((splits * tiles, visible.kv_heads, visible.batch), arguments, kind.wide, kind)
     if splits > 1:
-        combine(parts, joined, sinks, splits, kind)
+        combine(kind, parts, joined, sinks)
     return ForwardResult(joined.out, joined.lse, joined.max_logit, joined.entropy)
 
 
 def _splits(visible: Visibility, config: TileConfig) -> int:
     """Programs that share the keys of a sequence. They depend on shapes and the window, never on lengths or batch."""
     longest = visible.k_len if visible.left is None else min(visible.k_len, visible.left + visible.q_len)
-    return min(-(-longest // (config.block_n * config.split_blocks)), _MOST_SPLITS)
+    return splits_of(longest, config)
+
+
+def splits_of(keys: int, config: TileConfig) -> int:
+    return min(-(-keys // (config.block_n * config.split_blocks)), _MOST_SPLITS)
 
 
 def _problem(call: AttentionCall, aux: bool) -> Problem:
-    visible, terms = call.visibility, call.logits
-    group = visible.q_heads // visible.kv_heads
-    return Problem(
-        head_dim=call.q.shape[3],
-        value_dim=call.v.shape[3],
-        dtype=call.q.dtype,
-        left=visible.left is not None,
-        key_ranges=visible.key_ranges is not None,
-        query_scale=terms.query_scale is not None,
-        key_scale=terms.key_scale is not None,
-        key_bias=terms.key_bias is not None,
-        grouped=group > 1,
-        softcap=terms.softcap is not None,
-        sinks=terms.sinks is not None,
-        aux=aux,
-        sequences=visible.row_counts is not None,
-        block_table=call.block_table is not None,
-        packed_rows=padded_dim(group * visible.q_len),
-        aligned=are_aligned(call.q, call.k, call.v),
-        short=is_short(visible.q_len, visible.k_len),
-    )
+    """That of other calls, but that no code depends on how the end of a cache is given."""
+    visible = call.visibility
+    rows = padded_dim(visible.q_heads // visible.kv_heads * visible.q_len)
+    new = visible.row_counts is not None
+    return problem_of(call, aux=aux, packed_rows=rows, sequences=new, right=False, key_lengths=False)
 
 
-def _allocate(call: AttentionCall, shape: tuple[int, ...], dtype: torch.dtype, aux: bool) -> Results:
-    """Uninitialised results of every entry of a shape: a row, or a split of a row."""
-    out = call.q.new_empty((*shape, call.v.shape[3]), dtype=dtype)
+def _allocate(call: AttentionCall, shape: tuple[int, ...], aux: bool) -> Results:
+    """Uninitialised results of rows."""
+    out = call.q.new_empty((*shape, call.v.shape[3]))
     lse = call.q.new_empty(shape, dtype=torch.float32)
     max_logit, entropy = (torch.empty_like(lse), torch.empty_like(lse)) if aux else (None, None)
     return Results(out, None, lse, max_logit, entropy)

@@ -1,4 +1,4 @@
-"""Launches on a GPU: Triton compiles a kernel where a call is the first of its kind; later calls launch that code."""
+"""Launches on a GPU: Triton compiles a kernel for the first call of a specialisation; later calls launch that code."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class Kind:
 
     wide    `launch.is_wide` of its tensors
     codes   by kernel, config, device and settings, code for arguments whose addresses are all multiples of 16
-    grids   by kernel, config and target
+    grids   by kernel, config and target, each with the arguments that go with it
     """
 
     problem: Problem
     wide: bool
     codes: dict[tuple, KeptCode] = field(default_factory=dict)
-    grids: dict[tuple, Grid] = field(default_factory=dict)
+    grids: dict[tuple, tuple[Grid, Arguments]] = field(default_factory=dict)
 
 
 class KeptCode(NamedTuple):
@@ -99,6 +99,8 @@ def compile_options(config: TileConfig, invariant: bool = False) -> dict[str, An
     INVARIANT kernels fuse none.
     """
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": not invariant}
+    if config.waves_per_eu:
+        options["waves_per_eu"] = config.waves_per_eu
     return options if config.kernel == "triton" else options | {"maxnreg": REGISTERS[config.block_m]}
 
 
@@ -204,7 +206,7 @@ def binder(kernel: Any, backend: Any) -> Callable:
 
 
 def _switches() -> tuple[Any, ...]:
-    """Settings of the process that select code beside arguments and config; older versions of Triton lack some."""
+    """Settings of the process that select code besides arguments and config; older versions of Triton lack some."""
     return (
         knobs.runtime.debug,
         getattr(knobs.runtime, "add_stages_inspection_hook", None),

@@ -14,7 +14,6 @@ from .block import (
     LENGTHS,
     LOG2_E,
     UNMASKED,
-    View,
     dropout_keeps,
     fma,
     from_row,
@@ -35,6 +34,7 @@ from .block import (
     visible,
 )
 from .launch import KERNELS, Arguments, Kind
+from .records import View
 
 # Few keys, over which a block of rows loops twice. Among more, some row's exact gradient is far larger than an error.
 FEW_KEYS = tl.constexpr(64)
@@ -78,6 +78,7 @@ def attention_grad_query(
     terms_len,
     q_heads,
     group,
+    first_head,
     first_y,
     first_z,
     HEAD_DIM: tl.constexpr,
@@ -93,6 +94,7 @@ def attention_grad_query(
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
     LANES: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     """Gradients of q and query_scale for BLOCK_M rows of one (batch or sequence, head), as `attention_forward`.
 
@@ -117,7 +119,9 @@ def attention_grad_query(
     computes d_q of few keys with the corrected delta: for a single key, dP - delta is nothing but their errors.
     IS_PART: rows see other keys too, so that nothing is known about these sums, and delta stays as it is.
     """
-    block, head, sequence = program_in_section(q_heads, first_y, first_z, right is not None, LANES)
+    block, head, sequence = program_in_section(q_heads, first_head, first_y, first_z, right is not None, LANES)
+    if sequence < 0:
+        return
     packed_len, kv_head = q_len, head // group
     batch, first_row, first_key, q_len, k_len = sequence_bounds(sequence, q_len, k_len, q_starts, k_starts)
     start_m = block * BLOCK_M
@@ -191,7 +195,9 @@ def attention_grad_query(
             )
             k_offsets = tile_offsets(step.shape[0], BLOCK_D, k.s, k.d, WIDE)  # [N, BLOCK_D]
             v_offsets = tile_offsets(step.shape[0], BLOCK_DV, v.s, v.d, WIDE)  # [N, BLOCK_DV]
-            for position in tl.range(loop_start, loop_end, step.shape[0]):
+            for position in tl.range(
+                loop_start, loop_end, step.shape[0], warp_specialize=WARP_SPECIALIZE and PASS == UNMASKED
+            ):
                 start_n = position
                 if PASS != UNMASKED:
                     start_n = tl.where(position >= gap_start, position + gap, position)

@@ -18,9 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import block as bl
-from .block import LENGTHS, View, key_range, partial_sums, vector_from
-from .forward import lost_in_rounding
+from .block import LENGTHS, key_range, lost_in_rounding, partial_sums, vector_from
 from .launch import Variant
+from .records import View
 
 ROWS = gl.constexpr(64)  # of a consumer
 SUM_COLUMNS = CLEARED_ROWS = gl.constexpr(8)  # none needs another lane's sum; a loader's thread has 24 registers
@@ -68,6 +68,7 @@ def attention_forward_hopper(
     k_len,
     q_heads,
     group,
+    first_head,
     first_y,
     first_z,
     VALUE_DIM: gl.constexpr,
@@ -84,7 +85,9 @@ def attention_forward_hopper(
     CONSUMERS: gl.constexpr = BLOCK_M // ROWS
     CLEARS: gl.constexpr = not (left is None and key_lengths is None and key_ranges is None and q_starts is None)
     LOADERS: gl.constexpr = 4 if CLEARS else 1  # warps
-    block, head, sequence = bl.program_in_section(q_heads, first_y, first_z, right is not None, LANES)
+    block, head, sequence = bl.program_in_section(q_heads, first_head, first_y, first_z, right is not None, LANES)
+    if sequence < 0:
+        return
     packed_rows, kv_head = q_len, head // group
     batch, first_row, first_key, q_len, k_len = bl.sequence_bounds(sequence, q_len, k_len, q_starts, k_starts)
     start = block * BLOCK_M

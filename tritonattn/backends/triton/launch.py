@@ -30,8 +30,8 @@ from ...tuning.config import (
 )
 from ...tuning.defaults import default_config
 from ...tuning.order import LONGEST_AXIS, lanes
-from .block import Pages, Scale, Strided
 from .device import Arguments, ArgumentsOfKind, Grid, Kind, NotCompiledError, launch_on
+from .records import Pages, Scale, Strided
 
 KERNELS: dict[str, Any] = {}  # by name: each file of kernels enters its own
 
@@ -164,7 +164,7 @@ class Plan(NamedTuple):
 
 
 def _parts(x: int, y: int, z: int) -> Iterable[tuple[Grid, int, int]]:
-    """The grids of a grid's launches, each with its first place on the second and the third axis."""
+    """The grids of a grid's launches, each with its first position on the second and the third axis."""
     most = MOST_PROGRAMS // max(x, 1)
     y_step = max(1, min(y, LONGEST_AXIS, most))
     z_step = max(1, min(z, LONGEST_AXIS, most // y_step))
@@ -281,6 +281,7 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
         "ALIGNED": problem.aligned and (problem.invariant or problem.head_dim % 16 or problem.value_dim % 16) > 0,
         "INVARIANT": problem.invariant,
         "LANES": lanes(target),
+        "WARP_SPECIALIZE": config.warp_specialize,
     }
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ...core.visibility import Visibility
 from ...tuning.config import Problem
-from .block import LENGTHS, View, key_range, pass_bounds, program_position, whole_blocks
-from .launch import KERNELS, Arguments, Plan, kept_kind, plan, range_arguments
+from .block import LENGTHS, key_range, pass_bounds, program_position, whole_blocks
+from .launch import KERNELS, Arguments, Plan, plan, range_arguments
+from .records import View
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -153,16 +154,6 @@ KERNELS |= {
 NO_HEADS = Problem(1, 1, torch.float32)
 
 
-def prefix_sums(addends: Tensor) -> Tensor:
-    """fp64 sums of addends [B, H, n], of any float dtype, over [0, j), j = 0 .. n: [B, H, n + 1]."""
-    batch, heads, count = addends.shape
-    sums = torch.empty((batch, heads, count + 1), dtype=torch.float64, device=addends.device)
-    arguments = {"addends_ptr": addends.contiguous(), "sums_ptr": sums, "addends_len": count, "q_heads": heads}
-    kind = kept_kind((addends.dtype,), lambda: (NO_HEADS, False))
-    _plan("prefix_sums", addends.device).launch((1, heads, batch), arguments, False, kind)
-    return sums
-
-
 def argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     """`ranges.argmax_over_ranges` of norms x, fp32 [B, H, Sk], at least 0 or NaN; lo and hi int64 [B or 1, 1, Sq]."""
     (batch, heads, k_len), q_len = x.shape, lo.shape[-1]
@@ -198,13 +189,11 @@ def seen_keys(visible: Visibility, arguments: Arguments | None = None) -> Tensor
     return seen.view(torch.bool)[:, None]
 
 
-def rows_of_key_blocks(visible: Visibility, arguments: Arguments, key_block: int) -> Tensor | None:
-    """First and one past the last row that a block of keys needs, int32 [B, key blocks, 2]; None without key_ranges.
+def rows_of_key_blocks(visible: Visibility, arguments: Arguments, key_block: int) -> Tensor:
+    """First and one past the last row that a block of keys needs under key_ranges, int32 [B, key blocks, 2].
 
     arguments   of `range_arguments`, and any others
     """
-    if visible.key_ranges is None:
-        return None
     blocks = -(-visible.k_len // key_block)
     bounds = torch.empty((visible.batch, blocks, 2), dtype=torch.int32, device=visible.device)
     arguments = arguments | {"bounds_ptr": bounds, "key_block": key_block}

@@ -13,4 +13,3 @@ backend    vLLM's interface: metadata of a step, cache writes, calls of tritonat
 """
 
 NAME = "TRITONATTN"
-EXTENDED = "_extended_by_tritonattn"  # marks functions of vLLM that the plugin has extended

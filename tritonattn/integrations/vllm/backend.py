@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar
 
 import torch
 import vllm.envs as envs
@@ -25,7 +25,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from ... import ops
-from ...calls.dispatch import by_formulas, choose_backend, with_logits
+from ...calls.dispatch import choose_backend, with_logits
+from ...calls.formulas import by_formulas
 from ...calls.page_checks import SMALLEST_PAGE
 from ...calls.paged_statistics import PagedKeyStatistics
 from ...calls.varlen_checks import Packing
@@ -92,31 +93,9 @@ class RecordingBackend(TritonattnBackend):
         return replace(spec, state_content_bytes=size)
 
 
-class Decodes(NamedTuple):
-    """Sequences of one new token each.
-
-    lengths       int32 [sequences], their keys, new ones included
-    block_table   int32 [sequences, pages]
-    """
-
-    lengths: Tensor
-    block_table: Tensor
-
-
-class Chunks(NamedTuple):
-    """Sequences of any number of new tokens.
-
-    packing   where each sequence's rows end, counted from the first chunk's, and the running sums of keys, old ones
-              included; bounds on one sequence's
-    """
-
-    packing: Packing
-    block_table: Tensor
-
-
 @dataclass(eq=False)
 class TritonattnMetadata:
-    """The rows of one step: first `sequences` of one new token each, then the others.
+    """The rows of one step: first sequences of one new token each, then the others.
 
     tokens        new tokens of all sequences
     slots         int64 [tokens], where their keys go in the cache; -1 of padding
@@ -124,7 +103,9 @@ class TritonattnMetadata:
     lengths       int32 [sequences], the sequences' keys, new ones included
     block_table   int32 [sequences, pages]
     passes        times that new keys are entered in the record of key norms
-    decodes, chunks   None where there are none
+    decodes       sequences of one new token
+    chunks        where the rows of the others end, counted from the first of them, and the running sums of their keys,
+                  old ones included; bounds on one sequence's; None where there are none
 
     Layers compute together what depends on the step alone: the first that needs it does, so that a CUDA graph captures
     that too.
@@ -136,19 +117,19 @@ class TritonattnMetadata:
     lengths: Tensor
     block_table: Tensor
     passes: int
-    decodes: Decodes | None
-    chunks: Chunks | None
+    decodes: int
+    chunks: Packing | None
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """compute(), which depends on the step and the key alone. Memory of a captured graph is the graph's own."""
+        """compute(), which depends on the step and the key alone. Memory of a captured graph is the graph's."""
         key = (key, self.slots.is_cuda and torch.cuda.is_current_stream_capturing())
         if key not in self._kept:
             self._kept[key] = compute()
         return self._kept[key]
 
-    def places(self, page: int) -> tuple[Tensor, Tensor]:
-        """Page of each new key, and its place there; padding is sent to vLLM's unused page 0."""
+    def positions(self, page: int) -> tuple[Tensor, Tensor]:
+        """Page of each new key, and its position there; padding is sent to vLLM's unused page 0."""
         slots = self.slots.clamp(min=0)
         return slots // page, slots % page
 
@@ -170,7 +151,7 @@ class TritonattnMetadataBuilder(AttentionMetadataBuilder[TritonattnMetadata]):
         if others:
             key_ends = torch.nn.functional.pad(lengths[count:].cumsum(0, dtype=torch.int32), (1, 0))
             ends = (m.query_start_loc[count:] - rows, key_ends)
-            chunks = Chunks(Packing(*ends, m.max_query_len, m.max_seq_len, table), table[count:])
+            chunks = Packing(*ends, m.max_query_len, m.max_seq_len, table[count:])
         return TritonattnMetadata(
             tokens=m.num_actual_tokens,
             slots=m.slot_mapping[: m.num_actual_tokens],
@@ -178,12 +159,12 @@ class TritonattnMetadataBuilder(AttentionMetadataBuilder[TritonattnMetadata]):
             lengths=lengths,
             block_table=table,
             passes=self._passes(m, others) if self._shares_pages else 1,
-            decodes=Decodes(lengths[:count], table[:count]) if count else None,
+            decodes=count,
             chunks=chunks,
         )
 
     def _passes(self, m: Any, chunks: int) -> int:
-        """From copies on the host, a bound on how many sequences go on from one another's new keys.
+        """A bound, from copies on the host, on how many sequences go on from one another's new keys.
 
         vLLM lets a sequence begin behind pages that another one fills in the same step. The record's entries of its
         keys go on from that one's last, which a pass before has to enter. The lengths on the host are exact for
@@ -193,8 +174,8 @@ class TritonattnMetadataBuilder(AttentionMetadataBuilder[TritonattnMetadata]):
             return 2  # launches depend on shapes alone
         new = itertools.pairwise(m.query_start_loc_cpu.tolist())
         spans = [(end - (b - a), end) for end, (a, b) in zip(m.seq_lens_cpu_upper_bound.tolist(), new, strict=True)]
-        places = {start for start, _ in spans if start > 0 and start % SMALLEST_PAGE == 0}
-        return 1 + sum(any(start < place <= end for start, end in spans) for place in places)
+        begins = {start for start, _ in spans if start > 0 and start % SMALLEST_PAGE == 0}
+        return 1 + sum(any(start < begin <= end for start, end in spans) for begin in begins)
 
 
 class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
@@ -284,29 +265,28 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         """Write the new keys and values, and attend with query [tokens, Hq, D] into output [tokens, Hq, D]."""
         if attn_metadata is None:  # vLLM measures its memory
             return output.fill_(0)
-        m, pages, first = attn_metadata, keys_and_values(kv_cache, self.head_size), 0
+        m, pages = attn_metadata, keys_and_values(kv_cache, self.head_size)
         self._write(key, value, pages, m)
         statistics = None
         if self._factor.reads_norms:
             statistics = key_statistics(kv_cache, self.head_size)
             statistics.enter(key[: m.tokens], m.new_ends, m.lengths, m.block_table, m.passes)
-        if m.decodes is not None:
-            first = m.decodes.lengths.shape[0]
+        if first := m.decodes:
             output[:first] = self._attend(self._decode_call(query[:first, :, None], pages, m, statistics))[:, :, 0]
         if m.chunks is not None:
-            call = self._chunk_call(query[first : m.tokens], pages, m, statistics)
+            call = self._chunk_call(query[first : m.tokens], pages, m, m.chunks, statistics)
             output[first : m.tokens] = self._attend(call)[0].transpose(0, 1)
         return output
 
     def _write(self, key: Tensor, value: Tensor, pages: tuple[Tensor, Tensor], m: TritonattnMetadata) -> None:
-        page, place = m.once(("places", size := pages[0].shape[1]), lambda: m.places(size))
+        page, position = m.once(("positions", size := pages[0].shape[1]), lambda: m.positions(size))
         for held, new in zip(pages, (key, value), strict=True):
-            held[page, place] = new[: m.tokens]
+            held[page, position] = new[: m.tokens]
 
     def _decode_call(
         self, q: Tensor, pages: tuple[Tensor, Tensor], m: TritonattnMetadata, record: PagedKeyStatistics | None
     ) -> AttentionCall:
-        lengths, table = cast(Decodes, m.decodes)
+        lengths, table = m.lengths[: m.decodes], m.block_table[: m.decodes]
         _, page, kv_heads, _ = pages[0].shape
         sizes = (q.shape[0], q.shape[1], kv_heads, 1, page * table.shape[1])
         left, invariant = window_sides(self._window)[0], is_invariant(self._invariant)
@@ -317,9 +297,13 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         return self._call(q, pages, m.once(("decodes", sizes, left, invariant), visible), table, record)
 
     def _chunk_call(
-        self, q: Tensor, pages: tuple[Tensor, Tensor], m: TritonattnMetadata, record: PagedKeyStatistics | None
+        self,
+        q: Tensor,
+        pages: tuple[Tensor, Tensor],
+        m: TritonattnMetadata,
+        packing: Packing,
+        record: PagedKeyStatistics | None,
     ) -> AttentionCall:
-        packing, table = cast(Chunks, m.chunks)
         invariant = is_invariant(self._invariant)
         sizes = ("chunks", q.shape[1], pages[0].shape[2], self._window, invariant)
 
@@ -327,14 +311,14 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
             keys = packing.keys(pages[0], None)
             return packing.visibility(q, pages[0], keys, causal=True, window=self._window, invariant=invariant)
 
-        return self._call(q.transpose(0, 1)[None], pages, m.once(sizes, visible), table, record)
+        return self._call(q.transpose(0, 1)[None], pages, m.once(sizes, visible), packing.block_table, record)
 
     def _call(
         self,
         q: Tensor,
         pages: tuple[Tensor, Tensor],
         visible: Visibility,
-        block_table: Tensor,
+        block_table: Tensor | None,
         record: PagedKeyStatistics | None,
     ) -> AttentionCall:
         k, v = (x.transpose(1, 2) for x in pages)

@@ -3,13 +3,13 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-import functools
 import logging
 import re
 from importlib.metadata import version
 from typing import Any
 
-from . import EXTENDED, NAME
+from ...core.extension import extend
+from . import NAME
 
 VERSIONS = ("0.33.0", "0.34")  # from the first on, below the second: those that the tests ran
 _BACKEND = f"{__package__}.backend.TritonattnBackend"
@@ -24,20 +24,18 @@ def register() -> None:
         from vllm.v1.attention import selector
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-        choose = selector._cached_get_attn_backend
+        _ = selector._cached_get_attn_backend
     except (ImportError, AttributeError):
-        message = "tritonattn: cannot see which models are patched, and serves none of them: %s"
+        message = "tritonattn: cannot tell which models are patched, and serves none of them: %s"
         logging.getLogger("vllm.tritonattn").warning(message, _expected_version())
         return
     if NAME not in AttentionBackendEnum.__members__:
         register_backend(NAME, _BACKEND)
-    if not hasattr(choose, EXTENDED):
-        # vLLM keeps its choice by arguments that do not tell a patched model from another.
-        selector._cached_get_attn_backend = _extended(choose)
+    # vLLM keeps its choice by arguments that do not tell a patched model from another.
+    extend(selector, "_cached_get_attn_backend", _extended)
 
 
 def _extended(choose: Any) -> Any:
-    @functools.wraps(choose)
     def chosen(backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.config import get_current_vllm_config
 
@@ -64,7 +62,6 @@ def _extended(choose: Any) -> Any:
             raise NotImplementedError(f"attention_backend {NAME}: {'; '.join(reasons)}: {attn_selector_config}")
         return TritonattnBackend
 
-    setattr(chosen, EXTENDED, True)
     return chosen
 
 

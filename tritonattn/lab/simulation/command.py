@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from functools import partial
 
 from ...core.progress import Progress
 from ...core.provenance import Environment, command_line
@@ -13,6 +14,7 @@ from .report import Findings
 from .verdict import CONDITIONS, OWN_CURVES, Batch, Condition, Curves, Reach, reach_of
 
 _SETS, _FEW_SETS = 64, 8  # sequences in a batch of the verdict
+_Bar = partial(Progress, leave=False)
 
 
 def run(options: Namespace) -> int:
@@ -20,24 +22,15 @@ def run(options: Namespace) -> int:
     points = points_of(options.counts, options.dims, options.keys) if "sweep" in options.parts else []
     conditions = CONDITIONS if "verdict" in options.parts else ()
     rows, panels = (ROWS, PANELS) if "paper" in options.parts else ((), ())
-    with Progress(
-        total=len(rows) + (len(points) + len(conditions)) * len(options.modes), leave=False, unit="case"
-    ) as progress:
-        paper = {}
-        for dim, mode in rows:
-            progress.set_description("the paper")
-            paper[dim, mode] = measures_of(dim, mode, options.seed, options.device)
-            progress.update()
-        sweep = _sweep(options, points, progress)
-        verdict = _verdict(options, conditions, progress)
+    drawn = options.seed, options.device
     findings = Findings(
         Environment.of(options.device),
         command_line(),
         options.seed,
-        paper,
-        [component(panel, options.seed, options.device) for panel in panels],
-        sweep,
-        verdict,
+        {(dim, mode): measures_of(dim, mode, *drawn) for dim, mode in _Bar(rows, desc="the paper")},
+        [component(panel, *drawn) for panel in panels],
+        _sweep(options, points),
+        _verdict(options, conditions),
     )
     print(findings.text())
     print(f"\n{findings.source()}")
@@ -51,29 +44,19 @@ def run(options: Namespace) -> int:
     return 0
 
 
-def _sweep(options: Namespace, points: list[Point], progress: Progress) -> dict[tuple[Point, str], Measures]:
+def _sweep(options: Namespace, points: list[Point]) -> dict[tuple[Point, str], Measures]:
     found = {}
-    for point in points:
-        progress.set_description(f"{point.count} {point.keys} keys, d = {point.dim}")
+    for point in _Bar(points, desc="the sweep"):
         sample = Sample.of(point, options.seed, options.device)
-        for mode in options.modes:
-            found[point, mode] = measure(sample, mode)
-            progress.update()
+        found |= {(point, mode): measure(sample, mode) for mode in options.modes}
     return found
 
 
-def _verdict(
-    options: Namespace, conditions: tuple[Condition, ...], progress: Progress
-) -> dict[tuple[Condition, str], Reach]:
+def _verdict(options: Namespace, conditions: tuple[Condition, ...]) -> dict[tuple[Condition, str], Reach]:
     found = {}
-    for condition in conditions:
-        progress.set_description(condition.name)
+    for condition in _Bar(conditions, desc="the verdict"):
         batch = Batch.of(condition, _FEW_SETS if options.quick else _SETS, options.seed, options.device)
-        curves: dict[str, Curves] = {}
+        curves = {name: Curves(batch, name) for name in {one if one in OWN_CURVES else "none" for one in options.modes}}
         for mode in options.modes:
-            kind = mode if mode in OWN_CURVES else "none"
-            if kind not in curves:
-                curves[kind] = Curves(batch, kind)
-            found[condition, mode] = reach_of(batch, mode, curves[kind])
-            progress.update()
+            found[condition, mode] = reach_of(batch, mode, curves[mode if mode in OWN_CURVES else "none"])
     return found

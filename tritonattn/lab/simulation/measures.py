@@ -11,9 +11,9 @@ from torch import Tensor
 from ...analysis.diagnosis import ONE_HOT, UNIFORM
 from ...analysis.row_statistics import RowStatistics, row_statistics
 from ...calls.attention import attention
-from ...calls.checks import named_scaling
 from ...core.call import AttentionCall, Logits
 from ...core.visibility import Visibility
+from ...scaling.names import named_scaling
 from .distributions import DISTRIBUTIONS
 
 _ROWS = 32  # queries of each set of keys
@@ -22,7 +22,7 @@ _MOST_SETS, _KEYS = 64, 1 << 13  # the most sets of keys, and the most keys in a
 
 @dataclass(frozen=True)
 class Point:
-    """A place of the sweep: the kind of keys, their number n, and the head dimension."""
+    """A point of the sweep: the kind of keys, their number n, and the head dimension."""
 
     keys: str
     count: int
@@ -33,7 +33,7 @@ class Point:
 class Sample:
     """Random operands: q [sets, 1, rows, D], k and v [sets, 1, n, D], fp64.
 
-    weights, the gradient of the output, has rows of length 1.
+    weights, the gradient of the output, has rows of norm 1.
     """
 
     q: Tensor
@@ -67,10 +67,10 @@ class Measures:
     gradient_norm      ||J||_F times the factor: what reaches q . k
     near_one_hot       share of the rows whose max probability is above 0.95
     near_uniform       share of the rows whose entropy / ln(n) is above 0.98
-    q_gradient         ||dL/dq|| of a row, where dL/dout of every row has length 1 and v is standard normal
+    q_gradient         ||dL/dq|| of a row, where dL/dout of every row has norm 1 and v is standard normal
     k_gradient         ||dL/dk|| over all keys of a set, divided by sqrt(rows): what one row adds
 
-    The last two go through v and through the factor's own dependence on q and k.
+    The last two go through v and through the factor's dependence on q and k.
     """
 
     logit_std: float
@@ -97,7 +97,7 @@ def statistics_of(
 
 
 def softmax_measures(rows: RowStatistics) -> dict[str, float]:
-    """Compute the measures that need no gradient, for rows that see at least two keys each."""
+    """Compute the measures that need no gradient, for rows of at least two visible keys."""
     means = {name: getattr(rows, name) for name in MEASURES[:6]} | {
         "near_one_hot": (rows.max_probability > ONE_HOT).double(),
         "near_uniform": (rows.relative_entropy > UNIFORM).double(),

@@ -5,7 +5,7 @@ were made with the author's R package, https://github.com/James-Bernhard/attnsim
 rows and columns: `apply(queries, 1, f)` gives a matrix [keys, queries], which `matrix(..., nrow = n_queries)` refills
 in R's column order. Its "column 1" is then all 32 values of queries 1 to 15 and 20 of query 16, not the value of key 1
 for 500 queries. Here a component is that of key 1 over the 500 queries, as the paper's text has it; the other reading
-is kept beside it.
+is kept, too.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ PANELS = (
     Panel(1, "c", "divided by sqrt(d), softmax", SMALL, "sqrt_dim"),
     Panel(2, "a", "unscaled, no softmax", LARGE, None),
     Panel(2, "b", "divided by sqrt(d), softmax", LARGE, "sqrt_dim"),
-    Panel(2, "c", "divided by the sum of the keys' lengths, softmax", LARGE, "key_norm_sum"),
+    Panel(2, "c", "divided by the sum of the keys' norms, softmax", LARGE, "key_norm_sum"),
 )
-# The modes that the figures compare, and two that they leave out: sums of lengths at d = 16, none at d = 256.
+# The modes that the figures compare, and two that they leave out: sums of norms at d = 16, none at d = 256.
 ROWS = tuple((dim, mode) for dim in (SMALL, LARGE) for mode in ("none", "sqrt_dim", "key_norm_sum"))
 
 

@@ -24,21 +24,19 @@ _OTHERS = "#D0D0D0"
 
 def draw_all(findings: Findings, folder: Path) -> list[Path]:
     """Draw every picture that has figures, and return the paths."""
-    figures: dict[str, Figure] = {}
-    for number in dict.fromkeys(part.panel.figure for part in findings.components):
-        figures[f"paper_figure_{number}"] = _paper(number, findings)
+    numbers = dict.fromkeys(part.panel.figure for part in findings.components)
+    figures = {f"paper_figure_{number}": _paper(number, findings) for number in numbers}
     if findings.sweep:
-        figures["by_count"] = _lines(findings, findings.by_count(), "count", "keys")
-        figures["by_dim"] = _lines(findings, findings.by_dim(), "dim", "head dimension")
+        figures["by_count"] = _lines(findings, "count", "keys")
+        figures["by_dim"] = _lines(findings, "dim", "head dimension")
         figures["by_keys"] = _by_keys(findings)
         figures["two_ways"] = two_ways(findings)
     if findings.verdict:
         figures["verdict"] = _verdict(findings)
-    written = []
-    for name, figure in figures.items():
-        written.append(folder / f"{name}.png")
-        save(figure, written[-1])
-    return written
+    written = {folder / f"{name}.png": figure for name, figure in figures.items()}
+    for file, figure in written.items():
+        save(figure, file)
+    return list(written)
 
 
 def density(values: Tensor, points: int = 512) -> tuple[Tensor, Tensor]:
@@ -69,16 +67,16 @@ def _paper(number: int, findings: Findings) -> Figure:
         axes.set(xlabel=label, ylabel="density")
         axes.set_title(textwrap.fill(f"({part.panel.letter}) {part.panel.title}", 36), fontsize=9)
     figure.suptitle(
-        f"Figure {number} of arXiv:2311.09406, simulated anew: d = {parts[0].panel.dim}, 32 keys", fontsize=10
+        f"Figure {number} of arXiv:2311.09406, simulated again: d = {parts[0].panel.dim}, 32 keys", fontsize=10
     )
     foot(figure, findings.source(), looks)
     return figure
 
 
-def _lines(findings: Findings, points: list[Point], axis: str, label: str) -> Figure:
+def _lines(findings: Findings, axis: str, label: str) -> Figure:
     """Draw a panel a measure over one axis of the points, and a line a mode or several that coincide."""
     figure = Figure(figsize=(10.5, 7.2), layout="constrained")
-    ordered = sorted(points, key=lambda point: getattr(point, axis))
+    ordered = sorted(findings.along(axis), key=lambda point: getattr(point, axis))
     xs = [getattr(point, axis) for point in ordered]
     groups = _coinciding(findings, ordered)
     looks = {", ".join(modes): style(index) for index, modes in enumerate(groups)}
@@ -121,7 +119,7 @@ def _coinciding(findings: Findings, points: list[Point]) -> list[list[str]]:
 
 
 def _by_keys(findings: Findings) -> Figure:
-    points = findings.by_keys()
+    points = findings.along("keys")
     figure = Figure(figsize=(10.5, 5.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     columns = [point.keys for point in points]
@@ -182,7 +180,7 @@ def _verdict(findings: Findings) -> Figure:
         reach = [[getattr(findings.verdict[x, mode], name) for x in findings.conditions] for mode in findings.modes]
         _heatmap(axes, reach, findings.modes, columns, 2, (0.0, 0.7))
         axes.set_title(title, fontsize=9)
-    figure.suptitle("Mean share of the largest gradient that a row could have at a temperature of its own", fontsize=10)
+    figure.suptitle("Mean share of the largest gradient that a row could have at any temperature", fontsize=10)
     foot(figure, findings.source())
     return figure
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ...core.provenance import Environment
 from ...core.records import for_json, write
 from ...core.tables import table
 from .measures import MEASURES, Measures, Point
-from .paper import PANELS, Component, component
+from .paper import Component
 from .verdict import Condition, Reach
 
 _REFERENCE = 1024  # dimensions and kinds of keys are compared at this number of keys, or the nearest
@@ -58,27 +56,6 @@ class Findings:
     sweep: dict[tuple[Point, str], Measures]
     verdict: dict[tuple[Condition, str], Reach]
 
-    @classmethod
-    def read_json(cls, file: Path) -> Findings:
-        """Read what `write_json` wrote; the panels' components, which it leaves out, are drawn anew from the seed."""
-        record = json.loads(file.read_text(encoding="utf-8"))
-        seed, paper = record["seed"], {(one.pop("dim"), one.pop("mode")): one for one in record["paper"]}
-        points = [(one.pop("modes"), Point(**one)) for one in record["sweep"]["points"]]
-        verdict = {}
-        for one in record["verdict"]:
-            condition = Condition(**{field.name: one.pop(field.name) for field in fields(Condition)})
-            mode = one.pop("mode")
-            verdict[condition, mode] = Reach(**one)
-        return cls(
-            Environment(**record["environment"]),
-            record["command"],
-            seed,
-            paper,
-            [component(panel, seed, torch.device("cpu")) for panel in PANELS] if paper else [],
-            {(point, mode): Measures(*values) for modes, point in points for mode, values in modes.items()},
-            verdict,
-        )
-
     def source(self) -> str:
         """Say where the figures come from."""
         return f"Simulated: {self.environment}, seed {self.seed}, `{self.command}`"
@@ -95,24 +72,19 @@ class Findings:
     def conditions(self) -> list[Condition]:
         return _unique(condition for condition, _ in self.verdict)
 
-    def by_count(self) -> list[Point]:
-        """Select the points that differ from the first in their number of keys only."""
-        first = self.points[0]
-        return [point for point in self.points if (point.keys, point.dim) == (first.keys, first.dim)]
+    def along(self, axis: str) -> list[Point]:
+        """Select the points that differ in "count", "dim" or "keys" only.
 
-    def by_dim(self) -> list[Point]:
-        return [point for point in self._at_reference() if point.keys == self.points[0].keys]
-
-    def by_keys(self) -> list[Point]:
-        return [point for point in self._at_reference() if point.dim == self.points[0].dim]
+        The others are those of the first point, but the count, for other axes, is the nearest to 1,024.
+        """
+        counts = _unique(point.count for point in self.points)
+        nearest = min(counts, key=lambda count: abs(math.log(count / _REFERENCE)))
+        fixed = {"keys": self.points[0].keys, "dim": self.points[0].dim, "count": nearest}
+        del fixed[axis]
+        return [point for point in self.points if all(getattr(point, name) == x for name, x in fixed.items())]
 
     def value(self, point: Point, mode: str, measure: str) -> float:
         return getattr(self.sweep[point, mode], measure)
-
-    def _at_reference(self) -> list[Point]:
-        counts = _unique(point.count for point in self.points)
-        nearest = min(counts, key=lambda count: abs(math.log(count / _REFERENCE)))
-        return [point for point in self.points if point.count == nearest]
 
     def text(self) -> str:
         """Write all tables."""
@@ -151,7 +123,7 @@ class Findings:
         names = list(next(iter(self.paper.values())))
         rows = [[dim, mode, *(values[name] for name in names)] for (dim, mode), values in self.paper.items()]
         title = f"The paper's simulation: 32 keys, 500 queries, standard normal components, seed {self.seed}"
-        return _table(title, ["d", "scaling", *map(_header, names)], rows, left=2)
+        return _table(title, ["d", "scaling", *(name.replace("_", "\n") for name in names)], rows, left=2)
 
     def _component_table(self) -> str:
         rows = [
@@ -164,48 +136,37 @@ class Findings:
             for part in self.components
         ]
         title = "Its figures: the value of key 1 over the queries, and in the published package's column 1"
-        return _table(
-            title, ["figure", "d", "values", "mean", "std", "mean as\npublished", "std as\npublished"], rows, left=3
-        )
+        headers = ["figure", "d", "values", "mean", "std", "mean as\npublished", "std as\npublished"]
+        return _table(title, headers, rows, left=3)
 
     def _sweep_tables(self) -> list[str]:
-        first = self.points[0]
-        axes: tuple[tuple[str, list[Point], Callable[[Point], Any], tuple[str, ...]], ...] = (
-            (f"by number of keys; {first.keys} keys, d = {first.dim}", self.by_count(), lambda x: x.count, BY_COUNT),
-            (f"by dimension; {first.keys} keys, n = {self.by_dim()[0].count}", self.by_dim(), lambda x: x.dim, BY_DIM),
-            (
-                f"by kind of keys; n = {self.by_keys()[0].count}, d = {first.dim}",
-                self.by_keys(),
-                lambda x: x.keys.replace(" ", "\n"),
-                BY_KEYS,
-            ),
-        )
+        first, dims, keys = self.points[0], self.along("dim"), self.along("keys")
+        axes = {
+            "count": (f"by number of keys; {first.keys} keys, d = {first.dim}", BY_COUNT),
+            "dim": (f"by dimension; {first.keys} keys, n = {dims[0].count}", BY_DIM if len(dims) > 1 else ()),
+            "keys": (f"by kind of keys; n = {keys[0].count}, d = {first.dim}", BY_KEYS if len(keys) > 1 else ()),
+        }
         tables = []
-        for title, points, name, measures in axes:
-            for measure in measures if measures is BY_COUNT or len(points) > 1 else ():
+        for axis, (title, measures) in axes.items():
+            points = self.along(axis)
+            headers = ["scaling", *(str(getattr(point, axis)).replace(" ", "\n") for point in points)]
+            for measure in measures:
                 rows = [[mode, *(self.value(point, mode, measure) for point in points)] for mode in self.modes]
-                tables.append(_table(f"{TITLES[measure]}, {title}", ["scaling", *map(name, points)], rows))
+                tables.append(_table(f"{TITLES[measure]}, {title}", headers, rows))
         return tables
 
     def _verdict_tables(self) -> list[str]:
+        headers = ["scaling", *(condition.name.replace(" ", "\n") for condition in self.conditions)]
         tables = []
         for name, title in VERDICT.items():
-            rows = [
-                [mode, *(getattr(self.verdict[condition, mode], name) for condition in self.conditions)]
-                for mode in self.modes
-            ]
-            headers = [condition.name.replace(" ", "\n") for condition in self.conditions]
-            tables.append(_table(title, ["scaling", *headers], rows))
+            rows = [[mode, *(getattr(self.verdict[one, mode], name) for one in self.conditions)] for mode in self.modes]
+            tables.append(_table(title, headers, rows))
         return tables
 
 
 def _table(title: str, headers: list[Any], rows: Iterable[Iterable[Any]], left: int = 1) -> str:
     cells = [[f"{x:.3g}" if isinstance(x, float) else x for x in row] for row in rows]
     return f"{title}\n\n{table(cells, headers, 'simple', left)}"
-
-
-def _header(name: str) -> str:
-    return name.replace("_", "\n")
 
 
 def _unique(items: Iterable[Any]) -> list[Any]:

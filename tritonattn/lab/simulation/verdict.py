@@ -1,9 +1,9 @@
-"""A test of the claim that dividing by the sum of the keys' lengths helps where their number or lengths vary.
+"""A test of the claim that dividing by the sum of the keys' norms helps where their number or norms vary.
 
 Scalings differ by constant factors that any model learns away (in W_q, or as a gain). So a mode is given one gain for
 a whole batch, the best one, and judged by how far one temperature serves all rows of the batch. A row's reach is
 
-    reach = ||dp / d(q . k)||_F / the largest that it could be at any gain of the row's own
+    reach = ||dp / d(q . k)||_F / the largest that it could be at any gain
 
 of `RowStatistics.gradient_norm`: 1 where most of a gradient passes at the row's temperature, near 0 where its softmax
 is one-hot or uniform. Without the gain it judges the mode as published.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .distributions import of_equal_length, of_log_normal_length
+from .distributions import of_equal_norm, of_log_normal_norm
 from .measures import softmax_measures, statistics_of
 
 KEYS = 256  # geometric mean of n
@@ -30,27 +30,27 @@ _GAINS = torch.arange(-24, 24 + _STEP, _STEP, dtype=torch.float64)
 
 @dataclass(frozen=True)
 class Condition:
-    """The variation in a batch of the number and the lengths of the keys.
+    """The variation in a batch of the number and the norms of the keys.
 
-    fold      the largest n over the smallest
-    lengths   vary "between" sequences or "within" each
+    fold    the largest n over the smallest
+    norms   vary "between" sequences or "within" each
     """
 
     name: str
     fold: int = 1
-    lengths: str | None = None
+    norms: str | None = None
 
 
 CONDITIONS = (
     Condition("homogeneous"),
     Condition("counts vary 2-fold", fold=2),
     Condition("counts vary 256-fold", fold=256),
-    Condition("lengths vary between sequences", lengths="between"),
-    Condition("lengths vary within a sequence", lengths="within"),
-    Condition("counts and lengths vary", fold=256, lengths="between"),
+    Condition("norms vary between sequences", norms="between"),
+    Condition("norms vary within a sequence", norms="within"),
+    Condition("counts and norms vary", fold=256, norms="between"),
 )
-# Modes that multiply keys by factors of their own: see `Curves`.
-OWN_CURVES = ("cosine",)
+# Modes that multiply each key by a factor: see `Curves`.
+OWN_CURVES = ("cosine", "inkling2")
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ class Batch:
 
     @classmethod
     def of(cls, condition: Condition, sets: int, seed: int, device: torch.device) -> Batch:
-        """Draw a batch: n around 256, even in its logarithm; lengths sqrt(D), or that times exp of a normal number."""
+        """Draw a batch: n around 256, even in its logarithm; norms sqrt(D), or that times exp of a normal number."""
         random = torch.Generator().manual_seed(seed)
         q = torch.randn(sets, 1, _ROWS, _DIM, generator=random, dtype=torch.float64)
-        place = torch.rand(sets, generator=random, dtype=torch.float64) - 0.5
-        counts = (KEYS * condition.fold**place).round().long()
+        exponent = torch.rand(sets, generator=random, dtype=torch.float64) - 0.5
+        counts = (KEYS * condition.fold**exponent).round().long()
         k = torch.randn(sets, 1, int(counts.max()), _DIM, generator=random, dtype=torch.float64)
-        k = of_log_normal_length(k, random) if condition.lengths == "within" else of_equal_length(k)
-        if condition.lengths == "between":
+        k = of_log_normal_norm(k, random) if condition.norms == "within" else of_equal_norm(k)
+        if condition.norms == "between":
             k = k * torch.randn(sets, 1, 1, 1, generator=random, dtype=torch.float64).exp()
         return cls(*(x.to(device) for x in (q, k, counts)))
 
@@ -101,7 +101,7 @@ class Curves:
     """The reach of every row of a batch by the standard deviation of its logits.
 
     Modes that multiply rows by a factor give a row the same probabilities wherever they give its logits the same
-    deviation; a mode with factors of keys has curves of its own.
+    deviation; a mode with factors of keys has other curves.
     """
 
     def __init__(self, batch: Batch, mode: str) -> None:
@@ -117,16 +117,16 @@ class Curves:
     def at(self, spread: Tensor) -> Tensor:
         """Interpolate the reach of every row where its logits have the deviations spread [rows]."""
         first, last = float(_SPREADS[0]), float(_SPREADS[-1])
-        place = ((spread.log2() - first) / _STEP).clamp(0, (last - first) / _STEP)
-        low = place.floor().clamp(max=self._reach.shape[1] - 2).long()[:, None]
-        part = place[:, None] - low
+        position = ((spread.log2() - first) / _STEP).clamp(0, (last - first) / _STEP)
+        low = position.floor().clamp(max=self._reach.shape[1] - 2).long()[:, None]
+        part = position[:, None] - low
         reach = self._reach.gather(1, low) * (1 - part) + self._reach.gather(1, low + 1) * part
         # Below the first deviation p is uniform, and the gradient falls as the factor does.
         return reach.squeeze(1) * (spread / 2**first).clamp(max=1)
 
 
 def reach_of(batch: Batch, mode: str, curves: Curves) -> Reach:
-    """Judge a mode on a batch, with the curves of its kind."""
+    """Judge a mode on a batch, with the curves of such modes."""
     rows = statistics_of(batch.q, batch.k, mode, key_lengths=batch.key_lengths)
     spread = rows.logit_std.flatten()
     means = torch.stack([curves.at(spread * 2**gain).mean() for gain in _GAINS])

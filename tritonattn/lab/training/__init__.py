@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from dataclasses import asdict
-from datetime import datetime, timezone
+from dataclasses import replace
 
 from ...core.errors import CommandError
 from ...core.progress import Progress
-from ...core.provenance import Environment, command_line
 from ...core.records import write
 from .modes import MODES, check_mode
-from .records import Recipe, Run, append, read
+from .records import Recipe, Run, append, planned, read
 from .report import best_recipes, comparison, exponents, grid, other_metrics
 from .tasks import TASKS
-from .trainer import Assignment, train
+from .trainer import train
 
 _QUICK_STEPS, _QUICK_SEEDS, _SEEDS, _GRID_SEEDS = 6, 2, 5, 2
 _GRID = {
@@ -30,7 +28,7 @@ def run(options: Namespace) -> int:
 
     Returns 0, or 1 where the data of two modes differed.
     """
-    runs = _recorded(options) if options.report else _trained(_assignments(options), options)
+    runs = _recorded(options) if options.report else _trained(_planned(options), options)
     text = _tables(runs, options)
     print(text)
     write(options.out / f"{_stem(options)}.md", text + "\n")
@@ -60,24 +58,22 @@ def checked_modes(options: Namespace) -> tuple[str, ...]:
     return modes
 
 
-def _assignments(options: Namespace) -> list[Assignment]:
-    """List the runs, seeds outermost: a comparison that is stopped has whole seeds of every mode."""
+def _planned(options: Namespace) -> list[Run]:
     seeds = options.seeds or (_QUICK_SEEDS if options.quick else _GRID_SEEDS if options.grid else _SEEDS)
     return [
-        Assignment(task, mode, seed, recipe, options.device, options.quick)
-        for task in (TASKS[name]() for name in dict.fromkeys(options.tasks))
-        for seed in range(seeds)
-        for recipe in _recipes(options, task.defaults)
-        for mode in options.modes
+        run
+        for task in dict.fromkeys(options.tasks)
+        for run in planned(task, options.modes, seeds, _recipes(options, task), options.device, options.quick)
     ]
 
 
-def _recipes(options: Namespace, defaults) -> list[Recipe]:
-    steps = options.steps or (_QUICK_STEPS if options.quick else defaults.steps)
+def _recipes(options: Namespace, task: str) -> list[Recipe]:
+    default = TASKS[task].recipe
+    steps = options.steps or (_QUICK_STEPS if options.quick else default.steps)
     if not options.grid:
-        return [defaults.recipe(steps)]
+        return [replace(default, steps=steps)]
     return [
-        Recipe(optimizer, rate, decay, steps, defaults.batch)
+        Recipe(optimizer, rate, decay, steps, default.batch)
         for optimizer, (rates, decays) in _GRID.items()
         for rate in rates
         for decay in decays
@@ -85,7 +81,6 @@ def _recipes(options: Namespace, defaults) -> list[Recipe]:
 
 
 def _recorded(options: Namespace) -> list[Run]:
-    """Read the folder's runs of the tasks and modes asked for."""
     files = [options.out / f"{_stem(options)}-{name}.jsonl" for name in options.tasks]
     runs = [run for file in files for run in read(file) if run.mode in options.modes]
     if not runs:
@@ -93,38 +88,19 @@ def _recorded(options: Namespace) -> list[Run]:
     return runs
 
 
-def _trained(assignments: list[Assignment], options: Namespace) -> list[Run]:
+def _trained(runs: list[Run], options: Namespace) -> list[Run]:
     """Train, and append each run to its task's file, unless the file has it."""
-    environment, command, runs = Environment.of(options.device), command_line(), []
     files = {name: options.out / f"{_stem(options)}-{name}.jsonl" for name in options.tasks}
     known = {run.key: run for file in files.values() for run in read(file)}
-    with Progress(total=sum(one.recipe.steps for one in assignments), unit="step", leave=False) as progress:
-        for one in assignments:
-            key = (one.task.name, one.mode, one.seed, one.recipe, one.quick, environment)
-            if key in known:
-                progress.update(one.recipe.steps)
-            else:
-                progress.set_description(f"{one.task.name} {one.mode}, seed {one.seed}")
-                known[key] = _run(one, environment, command, progress)
-                append(files[one.task.name], known[key])
-            runs.append(known[key])
-    return runs
-
-
-def _run(one: Assignment, environment: Environment, command: str, progress: Progress) -> Run:
-    trace = train(one, progress.update)
-    date = datetime.now(timezone.utc).date().isoformat()
-    return Run(
-        task=one.task.name,
-        mode=one.mode,
-        seed=one.seed,
-        recipe=one.recipe,
-        environment=environment,
-        command=command,
-        date=date,
-        quick=one.quick,
-        **asdict(trace),
-    )
+    with Progress(total=sum(run.recipe.steps for run in runs), unit="step", leave=False) as progress:
+        for run in runs:
+            if run.key in known:
+                progress.update(run.recipe.steps)
+                continue
+            progress.set_description(f"{run.task} {run.mode}, seed {run.seed}")
+            known[run.key] = train(run, options.device, progress.update)
+            append(files[run.task], run)
+    return [known[run.key] for run in runs]
 
 
 def _tables(runs: list[Run], options: Namespace) -> str:
@@ -143,7 +119,7 @@ def _tables(runs: list[Run], options: Namespace) -> str:
 
 
 def _same_data(runs: list[Run]) -> bool:
-    """Whether runs of a seed saw the same batches whatever their mode and optimiser; print the first that did not."""
+    """Compare the batches of a seed over modes and optimizers; print the first run that had others."""
     seen: dict[tuple, Run] = {}
     for run in runs:
         if run.status == "diverged":  # it stopped early

@@ -46,10 +46,10 @@ class Attentions:
     sizes: Sizes
 
     def __call__(self, keys: int, *, causal: bool = False, rotary: bool = False) -> ScaledAttention:
-        """Make a layer; `keys` is the most keys that a row sees in training."""
+        """Make a layer; `keys` is the most keys that a row attends to in training."""
         width, heads = self.sizes.width, self.sizes.heads
-        kind = Rotary if rotary else ScaledAttention
-        return kind(width, heads, scaling=build(self.mode, heads, width // heads, keys), causal=causal)
+        layer = Rotary if rotary else ScaledAttention
+        return layer(width, heads, scaling=build(self.mode, heads, width // heads, keys), causal=causal)
 
 
 class Block(nn.Module):
@@ -147,17 +147,17 @@ class EncoderDecoder(nn.Module):
 
 
 class Recaller(nn.Module):
-    """Values of asked keys [B, Q, places] among keys [B, n, places] with values [B, n], lengths [B]: [B, Q, values].
+    """Values of asked keys [B, Q, symbols] among keys [B, n, symbols] with values [B, n], lengths [B]: [B, Q, values].
 
     One layer of cross attention: the asked keys are its queries, the pairs its keys and values.
     """
 
-    def __init__(self, attentions: Attentions, symbols: int, places: int, values: int, pairs: int) -> None:
+    def __init__(self, attentions: Attentions, symbols: int, positions: int, values: int, pairs: int) -> None:
         super().__init__()
         width = attentions.sizes.width
-        self.symbols = nn.Embedding(places * symbols, width)
+        self.symbols = nn.Embedding(positions * symbols, width)
         self.values = nn.Embedding(values, width)
-        self.register_buffer("offsets", torch.arange(places) * symbols)
+        self.register_buffer("offsets", torch.arange(positions) * symbols)
         self.asked_norm, self.pair_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = attentions(pairs)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, values))

@@ -30,7 +30,7 @@ def build(name: str, heads: int, head_dim: int, keys: int) -> str | Scaling:
     """Make a scaling for one attention layer.
 
     name   one of `SCALINGS` or `LEARNED`, or a mode with a learned gain a head, "key_count+gain"
-    keys   the most keys that a row of the layer sees in training
+    keys   the most keys that a row of the layer attends to in training
 
     Modes with a base (log_key_count, qwen_logn, ssmax, ...) get `keys` for it: a row of that many keys starts as
     sqrt_dim's. A gain starts where a mode that divides by n or by its root does the same, and where one that divides by

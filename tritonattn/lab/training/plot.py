@@ -10,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..figures import dodge, foot, plain_numbers, save, staggered, styles, ticks_at, values_beside
-from .interval import Interval
 from .records import Run
-from .report import by_mode
+from .report import Interval, by_mode
 from .tasks import TASKS
 
 Looks = dict[str, dict[str, Any]]
@@ -21,8 +20,8 @@ Modes = dict[str, list[Run]]
 
 def draw(runs: Sequence[Run], file: Path) -> None:
     """Draw one task's runs: held-out loss, gradient norms and entropy over steps, gradients by layer, and measures."""
-    modes = {mode: [run for run in members if run.status == "trained"] for mode, members in by_mode(runs).items()}
-    modes = {mode: members for mode, members in modes.items() if members}
+    modes = {mode: [run for run in group if run.status == "trained"] for mode, group in by_mode(runs).items()}
+    modes = {mode: group for mode, group in modes.items() if group}
     looks, base = styles(modes), next(iter(modes))
     base_loss = {run.seed: run.held_out_loss for run in modes[base]}
     figure = Figure(figsize=(10.5, 7.6), layout="constrained")
@@ -72,7 +71,7 @@ def _by_layer(axes: Axes, modes: Modes, looks: Looks) -> None:
     for index, (mode, runs) in enumerate(modes.items()):
         means = [sum(sum(run.gradients[name]) / len(run.gradients[name]) for run in runs) / len(runs) for name in names]
         aside = dodge(index, len(modes), 0.3)
-        axes.plot([place + aside for place in range(len(names))], means, **looks[mode])
+        axes.plot([x + aside for x in range(len(names))], means, **looks[mode])
     labels = [name.removesuffix(" qk").replace(".attention", "\nself").replace(".cross", "\ncross") for name in names]
     axes.set_xticks(range(len(names)), labels)
     axes.set_xlim(-0.5, len(names) - 0.5)
@@ -87,9 +86,9 @@ def _measures(axes: Axes, modes: Modes, looks: Looks) -> None:
     if lengths:
         for index, (mode, runs) in enumerate(modes.items()):
             found = [Interval.of([run.metrics[name] for run in runs]) for name in lengths]
-            places = [n * 2 ** dodge(index, len(modes), 0.4) for n in lengths.values()]
+            xs = [n * 2 ** dodge(index, len(modes), 0.4) for n in lengths.values()]
             look = {**looks[mode], "capsize": 2, "elinewidth": 1}
-            axes.errorbar(places, [one.mean for one in found], [one.half for one in found], **look)
+            axes.errorbar(xs, [one.mean for one in found], [one.half for one in found], **look)
         axes.set(xscale="log", xlabel="length in testing", ylabel=stem.rstrip("_"))
         ticks_at(axes.xaxis, list(lengths.values()))
         return

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...core import records
-from ...core.provenance import Environment
+from ...core.provenance import Environment, command_line
 
 
 @dataclass(frozen=True)
@@ -27,16 +31,18 @@ class Recipe:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """One training run.
+    """One training run: what is to be trained, and what `trainer.train` found.
 
+    seed              sets the weights and the order of the data, neither of which depends on the mode
+    date              of the day on which the command began
     status            "trained", or "diverged" where a loss was not finite: then without metrics
     data              digest of all its training batches: the same for every mode of a seed
     steps             of the entries of the lists below
     train_loss        mean since the step before
     held_out_loss     at the step
-    gradients         norms by layer and part, at the step: see `observe.gradient_norms`
+    gradients         norms by layer and part, at the step: see `trainer.gradient_norms`
     entropy           entropy / ln n by layer, on the held-out batch
     steps_to_target   the first of `steps` with a held-out loss of at most the task's target
     scaling           by layer, the scaling's parameters at the end, a value a head
@@ -49,10 +55,10 @@ class Run:
     environment: Environment
     command: str
     date: str
-    status: str
-    quick: bool
-    data: str
-    seconds: float
+    status: str = "trained"
+    quick: bool = False
+    data: str = ""
+    seconds: float = 0.0
     steps: list[int] = field(default_factory=list)
     train_loss: list[float] = field(default_factory=list)
     held_out_loss: list[float] = field(default_factory=list)
@@ -65,6 +71,20 @@ class Run:
     @property
     def key(self) -> tuple:
         return self.task, self.mode, self.seed, self.recipe, self.quick, self.environment
+
+
+def planned(
+    task: str, modes: Sequence[str], seeds: int, recipes: Sequence[Recipe], device: torch.device, quick: bool
+) -> list[Run]:
+    """List the runs of a task that are to be trained, seeds outermost: a command that is stopped has whole seeds."""
+    date = datetime.now(timezone.utc).date().isoformat()
+    where = Environment.of(device), command_line(), date
+    return [
+        Run(task, mode, seed, recipe, *where, quick=quick)
+        for seed in range(seeds)
+        for recipe in recipes
+        for mode in modes
+    ]
 
 
 def append(file: Path, run: Run) -> None:

@@ -6,94 +6,87 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ...nn import scaling_parameters
+from ...analysis.row_statistics import relative_entropy
+from ...core.observation import ObservedCall, Observer
+from ...nn import ScaledAttention, scaling_parameters
 from .models import Attentions
-from .observe import attentions, entropies, gradient_norms
-from .records import Recipe
-from .tasks import Batch, Task, loss_of
+from .records import Recipe, Run
+from .tasks import TASKS, Batch, loss_of
 
+# Weights before the softmax's input, and those whose gradient bypasses it.
+_PARTS = {"qk": ("q_proj", "k_proj"), "vo": ("v_proj", "o_proj")}
 _WARM = 0.1  # share of the steps in which the learning rate rises
 _LAST = 0.1  # share of the learning rate at the end of the cosine
 
 
-@dataclass
-class Trace:
-    """The outcome of a run; lists as in `records.Run`."""
+def train(run: Run, device: torch.device, tick: Callable[[], object] = lambda: None, observations: int = 20) -> Run:
+    """Train the model of a run, fill in what it found, and return it; tick is called once a step.
 
-    status: str = "trained"
-    data: str = ""
-    seconds: float = 0.0
-    steps: list[int] = field(default_factory=list)
-    train_loss: list[float] = field(default_factory=list)
-    held_out_loss: list[float] = field(default_factory=list)
-    gradients: dict[str, list[float]] = field(default_factory=dict)
-    entropy: dict[str, list[float]] = field(default_factory=dict)
-    steps_to_target: int | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    scaling: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """A run to train. seed sets the weights and the order of the data, neither of which depends on the mode.
+    A run repeats itself, on a CPU to the bit.
 
     observations   number of times that losses, gradients and entropies are taken, the last step included
     """
-
-    task: Task
-    mode: str
-    seed: int
-    recipe: Recipe
-    device: torch.device
-    quick: bool = False
-    observations: int = 20
-
-
-def train(assignment: Assignment, tick: Callable[[], object] = lambda: None) -> Trace:
-    """Train a fresh model; tick is called once a step. An assignment repeats itself, on a CPU to the bit."""
-    task, recipe = assignment.task, assignment.recipe
-    start, trace = time.perf_counter(), Trace()
-    model = fresh_model(assignment)
+    start, task, recipe = time.perf_counter(), TASKS[run.task], run.recipe
+    model = fresh_model(run).to(device)
     optimizer = _optimizer(model, recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe.steps))
-    random = torch.Generator().manual_seed(assignment.seed)
-    held_out = task.held_out().to(assignment.device)
+    random = torch.Generator().manual_seed(run.seed)
+    held_out = task.held_out().to(device)
     digest, losses = hashlib.sha256(), []
-    every = max(1, recipe.steps // assignment.observations)
+    every = max(1, recipe.steps // observations)
     for step in range(1, recipe.steps + 1):
         batch = task.batch(recipe.batch, random)
-        _digest(digest, batch)
-        batch = batch.to(assignment.device)
+        for x in (*batch.inputs.values(), batch.target):
+            digest.update(x.contiguous().numpy().tobytes())
+        batch = batch.to(device)
         loss = loss_of(model(**batch.inputs), batch.target)
         optimizer.zero_grad()
         loss.backward()
         losses.append(loss.detach())
         observed = step % every == 0 or step == recipe.steps
         if observed:
-            _observe(trace, step, model, losses, held_out)
+            _observe(run, step, model, losses, held_out)
             losses = []
         optimizer.step()
         schedule.step()
         tick()
-        if observed and not (math.isfinite(trace.train_loss[-1]) and math.isfinite(trace.held_out_loss[-1])):
-            trace.status = "diverged"
+        if observed and not (math.isfinite(run.train_loss[-1]) and math.isfinite(run.held_out_loss[-1])):
+            run.status = "diverged"
             break
-    trace.data = digest.hexdigest()[:16]
-    _finish(trace, model, assignment)
-    trace.seconds = time.perf_counter() - start
-    return trace
+    run.data = digest.hexdigest()[:16]
+    _finish(run, model, device)
+    run.seconds = time.perf_counter() - start
+    return run
 
 
-def fresh_model(assignment: Assignment) -> nn.Module:
+def fresh_model(run: Run) -> nn.Module:
     """Make the untrained model of a seed: its weights are the same with every mode."""
-    torch.manual_seed(assignment.seed)
-    task = assignment.task
-    return task.model(Attentions(assignment.mode, task.sizes)).to(assignment.device)
+    torch.manual_seed(run.seed)
+    task = TASKS[run.task]
+    return task.model(Attentions(run.mode, task.sizes))
+
+
+def attentions(model: nn.Module) -> dict[str, ScaledAttention]:
+    """Find the attention layers by name, in the order in which they run."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ScaledAttention)}
+
+
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """Compute gradient norms by layer and part, such as "blocks.0.attention qk".
+
+    "qk" are the weights that make q and k, "vo" those of v and the output.
+    """
+    found = {}
+    for name, layer in attentions(model).items():
+        for part, projections in _PARTS.items():
+            gradients = [layer.get_submodule(one).weight.grad for one in projections]
+            squares = [g.double().square().sum() for g in gradients if isinstance(g, Tensor)]
+            found[f"{name} {part}"] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    return found
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -117,31 +110,37 @@ def _rate(step: int, steps: int) -> float:
     return _LAST + (1 - _LAST) * (1 + math.cos(math.pi * done)) / 2
 
 
-def _digest(digest, batch: Batch) -> None:
-    for x in (*batch.inputs.values(), batch.target):
-        digest.update(x.contiguous().numpy().tobytes())
-
-
 @torch.no_grad()
-def _observe(trace: Trace, step: int, model: nn.Module, losses: list[Tensor], held_out: Batch) -> None:
-    trace.steps.append(step)
-    trace.train_loss.append(float(torch.stack(losses).mean()))
+def _observe(run: Run, step: int, model: nn.Module, losses: list[Tensor], held_out: Batch) -> None:
+    run.steps.append(step)
+    run.train_loss.append(float(torch.stack(losses).mean()))
     for name, norm in gradient_norms(model).items():
-        trace.gradients.setdefault(name, []).append(norm)
-    model.eval()
-    with entropies(model) as found:
-        trace.held_out_loss.append(float(loss_of(model(**held_out.inputs), held_out.target)))
+        run.gradients.setdefault(name, []).append(norm)
+    calls: list[ObservedCall] = []
+    observer = Observer(calls.append)
+    observer.begin()
+    try:
+        run.held_out_loss.append(float(loss_of(model.eval()(**held_out.inputs), held_out.target)))
+    finally:
+        observer.close()
     model.train()
-    for name, entropy in found.items():
-        trace.entropy.setdefault(name, []).append(entropy)
+    for name, call in zip(attentions(model), calls, strict=True):
+        run.entropy.setdefault(name, []).append(_entropy(call))
+
+
+def _entropy(call: ObservedCall) -> float:
+    """Mean entropy / ln n over the rows of n > 1 visible keys: 1 is uniform attention, 0 a single key."""
+    entropy = call.aux().entropy  # [B, Hq, Sq]
+    counts = call.visibility.counts().expand_as(entropy)
+    return float(relative_entropy(entropy, counts)[counts > 1].mean())
 
 
 @torch.no_grad()
-def _finish(trace: Trace, model: nn.Module, assignment: Assignment) -> None:
-    reached = zip(trace.steps, trace.held_out_loss, strict=True)
-    trace.steps_to_target = next((step for step, loss in reached if loss <= assignment.task.target), None)
-    if trace.status == "trained":
-        trace.metrics = assignment.task.final(model.eval(), assignment.device, assignment.quick)
+def _finish(run: Run, model: nn.Module, device: torch.device) -> None:
+    task, reached = TASKS[run.task], zip(run.steps, run.held_out_loss, strict=True)
+    run.steps_to_target = next((step for step, loss in reached if loss <= task.target), None)
+    if run.status == "trained":
+        run.metrics = task.final(model.eval(), device, run.quick)
     for name, layer in attentions(model).items():
         if isinstance(layer.scaling, nn.Module):
-            trace.scaling[name] = {one: p.tolist() for one, p in layer.scaling.named_parameters()}
+            run.scaling[name] = {one: p.tolist() for one, p in layer.scaling.named_parameters()}

@@ -12,13 +12,9 @@ SUFFIXES = (".html", ".png")
 def run(options: Namespace) -> int:
     """Read options.file, draw it into options.output by its suffix, and say what was drawn. Returns 0."""
     watched = Watched.read(options.file)
-    if options.output.suffix == ".png":
-        from .picture import draw
+    from .picture import draw, write_page  # needs matplotlib
 
-        draw(watched, options.output)
-    else:
-        from .page import write
-
-        write(watched, options.output)
+    make = draw if options.output.suffix == ".png" else write_page
+    make(watched, options.output)
     print(f"{watched.summary()}\nplot: {options.output}")
     return 0

@@ -1,20 +1,36 @@
-"""A watched run as a picture."""
+"""A watched run as a picture, and as a page: one HTML file with the picture as inline SVG and nothing to fetch."""
 
 from __future__ import annotations
 
+import io
 import math
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ...core import records
 from ..figures import COLOURS, foot, ordered, plain_numbers, save, staggered, style, whole_numbers
-from .curves import Panel, Watched, short_names
+from .curves import MEASURES, Panel, Watched, short_names
 
 _ALARM = {"color": "black", "marker": "o", "markersize": 8, "markerfacecolor": "none", "linestyle": "none"}
 _LIMIT = {"color": "black", "linestyle": "--", "linewidth": 0.8}
 _COLUMNS = 3
+_FEW = 20  # alarms that are shown unasked
+_STYLE = """
+:root { color-scheme: light; }
+body { margin: 1rem auto; max-width: 100rem; padding: 0 1rem; font: 15px/1.4 sans-serif; }
+h1 { font-size: 1.3rem; }
+h2 { font-size: 1.1rem; margin-top: 1.5rem; }
+svg { display: block; width: 100%; height: auto; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.15rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+"""
 
 
 def draw(watched: Watched, file: Path) -> None:
@@ -67,9 +83,8 @@ def _some(layers: list[str]) -> list[str]:
 
 def _draw(axes: Axes, panel: Panel, looks: dict[str, dict[str, Any]]) -> None:
     for index, (name, points) in enumerate(panel.curves.items()):
-        steps, values = [step for step, _ in points], [math.nan if y is None else y for _, y in points]
-        look = looks.get(name, style(0))
-        axes.plot(steps, values, **look, markevery=staggered(index, len(panel.curves), len(points)))
+        marks = staggered(index, len(panel.curves), len(points))
+        axes.plot(*zip(*points, strict=True), **looks.get(name, style(0)), markevery=marks)
     for limit in panel.limits:
         axes.axhline(limit, **_LIMIT)
     axes.set_title(panel.title, fontsize=10)
@@ -77,7 +92,56 @@ def _draw(axes: Axes, panel: Panel, looks: dict[str, dict[str, Any]]) -> None:
     if panel.axis == "share":
         axes.set_ylim(-0.05, 1.05)
     for one in panel.alarms:
-        if one.value is None:  # at the upper edge
+        if math.isnan(one.value):  # at the upper edge
             axes.plot(one.step, 1, **_ALARM, transform=axes.get_xaxis_transform(), clip_on=False)
         else:
             axes.plot(one.step, one.value, **_ALARM)
+
+
+def write_page(watched: Watched, file: Path) -> None:
+    """Draw the picture, its alarms and latest values into an HTML file."""
+    records.write(
+        file,
+        f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(watched.name)}</title>
+<style>{_STYLE}</style>
+<h1>Attention while it trains</h1>
+{_picture(watched)}
+{_alarms(watched)}
+{_latest(watched)}
+</html>
+""",
+    )
+
+
+def _picture(watched: Watched) -> str:
+    drawn = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": watched.name}):
+        figure_of(watched).savefig(drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = drawn.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _alarms(watched: Watched) -> str:
+    alarms = watched.alarms
+    if not alarms:
+        return ""
+    items = "".join(f"<li>{escape(f'step {one.step}: {one}')}</li>" for one in alarms)
+    is_open = " open" if len(alarms) <= _FEW else ""
+    return f"<h2>Alarms</h2>\n<details{is_open}><summary>{len(alarms)}</summary>\n<ul>{items}</ul></details>"
+
+
+def _latest(watched: Watched) -> str:
+    layers = watched.latest()
+    if not layers:
+        return ""
+    measures = [name for name in MEASURES if any(name in values for values in layers.values())]
+    head = "".join(f"<th>{MEASURES[name][0]}</th>" for name in measures)
+    rows = ""
+    for layer, values in layers.items():
+        numbers = "".join(f"<td>{values.get(name, math.nan):.3g}</td>" for name in measures).replace("nan", "-")
+        rows += f"<tr><td>{escape(layer)}</td>{numbers}</tr>\n"
+    return f'<h2>The latest step</h2>\n<div class="table"><table><tr><th>layer</th>{head}</tr>\n{rows}</table></div>'

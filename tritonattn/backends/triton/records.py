@@ -1,0 +1,90 @@
+"""The records that kernels take.
+
+Records are NamedTuples, which Triton takes apart. An optional tensor is its own flag: None where a call has no such
+tensor. Three rules suit all compilers since triton 3.4. A record's None member is a None argument of the kernel, or
+stands in the call that makes the record. It is no local variable, no function returns it, and a record with such
+members is never compared with None. Lengths, counts and constexprs stay outside of the records that kernels take,
+where Triton ignores `do_not_specialize`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Strided(NamedTuple):
+    """A tensor [B, H, S, D]: a pointer to its first element, and its strides."""
+
+    ptr: Any
+    b: Any
+    h: Any
+    s: Any
+    d: Any
+
+
+class Scale(NamedTuple):
+    """fp32 [B, H, S] of rows or keys, or a bias [B, Hkv, group, S]: a pointer to its first element, and its strides.
+
+    Those of B, H and group (0 where there is no such axis) are stored times 16: Triton compiles other code for an
+    integer of 1, for multiples of 16 and for the rest. Times 16 all have one code.
+    """
+
+    ptr: Any
+    b: Any
+    h: Any
+    g: Any
+    s: Any
+
+
+class Pages(NamedTuple):
+    """Where keys in pages lie: key j of sequence n is in page table[n, j // size], at j % size.
+
+    table            int32 [sequences, length], contiguous; keys of pages outside [0, count) are zeros
+    size, count      keys of a page, at least 2, and pages
+    length           pages of a sequence
+    inverse, shift   j // size is the upper half of j * inverse, shifted right
+
+    All numbers are stored times 16, as the strides of `Scale`.
+    """
+
+    table: Any
+    size: Any
+    count: Any
+    length: Any
+    inverse: Any
+    shift: Any
+
+
+class Results(NamedTuple):
+    """out [B, Hq, Sq, Dv] in q's dtype, rounding like it in int8, and lse, max_logit and entropy fp32 [B, Hq, Sq].
+
+    All are contiguous. All but out and lse may be None. Splits of decode are an axis behind Sq.
+    """
+
+    out: Any
+    rounding: Any
+    lse: Any
+    max_logit: Any
+    entropy: Any
+
+
+class View(NamedTuple):
+    """Lengths of a sequence, made inside kernels, and its visibility; all but the lengths may be None: `key_range`."""
+
+    q_len: Any
+    k_len: Any
+    left: Any
+    right: Any
+    key_lengths: Any
+    key_ranges: Any
+
+
+class KeyBuffers(NamedTuple):
+    """The buffers of a `KeyStatistics`, or, as `Scale` and without counts, of a `PagedKeyStatistics`."""
+
+    counts: Any
+    counts_after: Any
+    norms: Any
+    norm_sums: Any
+    norm_square_sums: Any
+    norm_maxima: Any

@@ -1,0 +1,58 @@
+"""A checked call by the dense formulas of its scaling: the way to the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+from ..core.call import AttentionCall, ForwardResult, per_group
+from ..scaling import Scaling
+from .checks import FLOATS, broadcasts, check_number, scale_dtype, shape_of
+
+
+def by_formulas(call: AttentionCall) -> ForwardResult:
+    """The results of a checked call by the formulas of its scaling."""
+    call = call.gathered()
+    multiplier, bias = dense(call)
+    q, k, v, visible, terms = call.q, call.k, call.v, call.visibility, call.logits
+    extras = {"bias": bias, "softcap": terms.softcap, "sinks": terms.sinks, "dropout": call.dropout}
+    result = reference.attention(q, k, v, multiplier, visible, **extras)
+    return result._replace(out=result.out.to(v.dtype))
+
+
+def dense(call: AttentionCall, k: Tensor | None = None) -> tuple[Tensor | float, Tensor | None]:
+    """The factor and the bias of every pair of a checked call by its scaling's formulas, for the reference.
+
+    k   as in `logits`
+    """
+    q, scaling, visibility, gain = call.q, call.scaling, call.visibility, call.gain
+    group = visibility.q_heads // visibility.kv_heads
+    visible = visibility.dense()
+    seen, sees = visible.any(-2)[..., None], visible.any(-1)  # [B, Hq, Sk, 1], [B, Hq, Sq]
+    keys = torch.where(seen, (call.k if k is None else k).repeat_interleave(group, dim=1), 0)
+    queries, pairs = torch.where(sees[..., None], q, 0), (*visibility.rows, visibility.k_len)
+    factor, bias = scaling.multiplier(queries, keys, visible), scaling.addend(queries, keys, visible)
+    if isinstance(factor, Tensor):
+        _check_dense(scaling, "multiplier", factor, pairs)
+    else:
+        check_number(f"{type(scaling).__name__}.multiplier()", factor)
+    if bias is not None:
+        _check_dense(scaling, "addend", bias, pairs)
+    if call.logits.key_bias is not None:
+        given = per_group(call.logits.key_bias, visibility).flatten(1, 2)[:, :, None].to(scale_dtype(q))
+        bias = given if bias is None else bias + given
+    if gain is not None:
+        factor = factor * (torch.where(sees, gain, 0)[..., None] if isinstance(gain, Tensor) else gain)
+    return factor, bias
+
+
+def _check_dense(scaling: Scaling, method: str, factor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless a mode's dense formula `method` returned a floating tensor for every pair."""
+    name = f"{type(scaling).__name__}.{method}()"
+    if factor.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating dtype, got {factor.dtype}")
+    if not broadcasts(factor.shape, shape):
+        raise ValueError(
+            f"{name}: expected a shape broadcastable to [B, Hq, Sq, Sk] = {list(shape)}, got {shape_of(factor)}"
+        )

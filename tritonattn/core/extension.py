@@ -1,0 +1,18 @@
+"""Extension of functions of other libraries, once in a process."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+_EXTENDED = "_extended_by_tritonattn"
+
+
+def extend(owner: Any, name: str, extended: Callable[[Any], Any]) -> None:
+    """Put extended(function) in place of a function of a class or module; again, or where there is none, do nothing."""
+    original = getattr(owner, name, None)
+    if original is not None and not hasattr(original, _EXTENDED):
+        function = functools.wraps(original)(extended(original))
+        setattr(function, _EXTENDED, True)
+        setattr(owner, name, function)
