@@ -17,6 +17,10 @@ const MODES = {
   qwen_logn: ({ n, D }) => Math.max(1, Math.log(n) / Math.log(8192)) / Math.sqrt(D),
   llama4: ({ n, D }) => (1 + 0.1 * Math.log(Math.floor(n / 8192) + 1)) / Math.sqrt(D),
   ministral3: ({ n, D }) => (1 + 0.1 * Math.log(1 + Math.floor((n - 1) / 16384))) / Math.sqrt(D),
+  inkling: ({ n, D }) => (1 + 0.1 * Math.log(Math.max(n / 128000, 1))) / Math.sqrt(D),
+  inkling2: ({ n, D, queryLength }, length) =>
+    MODES.inkling({ n, D }) * Math.min(1, Math.sqrt(512) / queryLength) * Math.min(1, Math.sqrt(512) / length),
+  beam: ({ n, D }) => (1 + n / 2048) ** 0.1 / Math.sqrt(D),
   cosine: ({ D, queryLength }, length) => Math.sqrt(D) / (queryLength * length),
 };
 

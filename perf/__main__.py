@@ -28,6 +28,7 @@ COMMANDS = {
     "tables": "the shipped tables of tile configs, ranked by the replay",
     "stages": "two stages of a kernel's pipeline against three on a GPU, beside the replay",
     "ptxas": "every kernel's PTX by the ptxas of several CUDA releases, side by side",
+    "fill": "how full a card is under calls of few programs, unsplit and in splits: a model",
     "schedule": "when the tiles of a causal forward end, by the order of programs: a model",
     "correctness": "the kernels' tests, in several processes",
     "invariance": "random sequences alone and in company, under batch_invariant: whether their bits are the same",

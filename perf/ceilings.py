@@ -1,4 +1,4 @@
-"""Ceilings of the code generated for the default configs: bf16, unmasked loop, static counts."""
+"""Limits of the generated code, static counts in bf16: ceilings of the default configs' unmasked loops, and floors."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ NON_MMA_PER_LOGIT = {
     ("grad_query", "sm_90", 512): 51.0,
 }
 
+# The same of the forward in Gluon, sm_90, by head_dim; and the least share of the tensor rate that its replay may have.
+GLUON_NON_MMA_PER_LOGIT = {64: 6.4, 128: 7.1}
+GLUON_SHARE = {64: 0.66, 128: 0.88}
+
 # Instructions per logit that query_scale may add to a kernel without scales, in one config.
 QUERY_SCALE = {"forward": 0.05, "grad_query": 0.05, "grad_key_value": 0.3}
 # sm_100 loads terms of rows one by one, so that packed arithmetic finds them: the factor is one load more.
@@ -47,3 +51,12 @@ KEY_SCALE = {"forward": 1.6, "grad_query": 2.6, "grad_key_value": 1.6}
 # keys multiplies them by the row's factor only then.
 KEY_BIAS = {"forward": 2.1, "grad_query": 3.3, "grad_key_value": 3.7}
 KEY_BIAS_OF_TARGET = {("grad_key_value", "sm_100"): 3.8}
+
+# Floor of the instructions that copy from memory to LDS on gfx950, in the shipped configs: kernel, head_dim. Tiles that
+# two products read in two layouts, K of grad_query and both of grad_key_value, go through registers.
+DIRECT_LOADS = {
+    ("forward", 64): 8,
+    ("forward", 128): 8,
+    ("grad_query", 64): 4,
+    ("grad_query", 128): 4,
+}

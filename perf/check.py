@@ -87,7 +87,7 @@ def _attend(leaves: list[Tensor], rows: slice, scaling: str, causal: bool, round
     own = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + (k.shape[2] - q.shape[2])
     visible = torch.arange(k.shape[2], device=q.device)[None] <= (own if causal else k.shape[2])  # [rows or 1, Sk]
     differs_by_row = causal and q.shape[2] > 1
-    is_vector = scaling not in CONSTANTS and (differs_by_row or scaling.startswith(("key_norm", "cosine")))
+    is_vector = scaling not in CONSTANTS and (differs_by_row or scaling.startswith(("key_norm", "cosine", "inkling2")))
     q = q[:, :, rows]
     keys = k.expand(-1, q.shape[1], -1, -1)
     factor = tritonattn.SCALINGS[scaling]().multiplier(q, keys, visible[None, None]).to(wide)

@@ -185,7 +185,7 @@ class DecodeCase:
 
 def reads_keys(scaling: str) -> bool:
     """Whether a scaling's factor depends on the keys, not only on their number."""
-    return scaling.startswith("key_norm") or scaling == "cosine"
+    return scaling.startswith("key_norm") or scaling in ("cosine", "inkling2")
 
 
 def _contiguous(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Caches:

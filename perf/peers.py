@@ -21,6 +21,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+import tritonattn
+from tritonattn.backends.triton.launch import configured
+from tritonattn.tuning import config
+from tritonattn.tuning.defaults import gluon_config
+
 from .contest import Unavailable
 from .recipes import factor, prescaled, rows_of
 from .work import Shape
@@ -167,6 +172,22 @@ def _flash_attn(name: str) -> Callable[[Problem], Attend]:
     return build
 
 
+def _gluon(problem: Problem) -> Attend:
+    """Build ours with the forward in Gluon."""
+    require_gpu(problem.device)
+    shape = problem.shape
+    of_kernels = config.Problem(shape.head_dim, shape.head_dim, problem.dtype, right=shape.causal)
+    chosen = gluon_config(of_kernels, config.Target.of(problem.device))
+    if chosen is None:
+        raise Unavailable("takes fp16 and bf16 of head dims 33 to 256 on sm_90, with triton 3.6 or newer")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with configured("forward", chosen):
+            return tritonattn.attention(q, k, v, scaling=problem.scaling, causal=shape.causal, backend="triton")
+
+    return attend
+
+
 def _out(result: Tensor | tuple) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
@@ -217,6 +238,7 @@ SDPA_BACKENDS = {
     "sdpa-math": SDPBackend.MATH,
 }
 PEERS = {
+    "gluon": Peer(_gluon, "P", "ours with the forward in Gluon"),
     "sdpa": Peer(_sdpa(None), "operands", "F.scaled_dot_product_attention, q multiplied before"),
     **{
         name: Peer(_sdpa(backend), "operands", f"likewise, backend {backend.name}")

@@ -46,6 +46,8 @@ _ROWS: dict[str, Callable[[Keys], Tensor]] = {
     "qwen_logn": lambda keys: keys.n.clamp(min=8192).log() / math.log(8192) * keys.head_dim**-0.5,
     "llama4": lambda keys: (1 + 0.1 * ((keys.n / 8192).floor() + 1).log()) * keys.head_dim**-0.5,
     "ministral3": lambda keys: (1 + 0.1 * (1 + ((keys.n - 1) / 16384).floor()).log()) * keys.head_dim**-0.5,
+    "inkling": lambda keys: (1 + 0.1 * (keys.n / 128000).clamp(min=1).log()) * keys.head_dim**-0.5,
+    "beam": lambda keys: (1 + keys.n / 2048) ** 0.1 * keys.head_dim**-0.5,
     "key_norm_sum": lambda keys: 1 / keys.total(1),
     "key_norm_mean": lambda keys: keys.n / keys.total(1),
     "key_norm_rms": lambda keys: (keys.n / keys.total(2)).sqrt(),

@@ -11,6 +11,7 @@ from .calls.attention import attention, scaled_attention
 from .calls.check_scaling import check_scaling
 from .calls.decode import attention_decode
 from .calls.dispatch import AttentionAux
+from .calls.documents import document_ranges
 from .calls.key_statistics import KeyStatistics
 from .calls.paged_statistics import PagedKeyStatistics
 from .calls.varlen import attention_varlen
@@ -33,6 +34,7 @@ __all__ = [
     "attention_varlen",
     "batch_invariant",
     "check_scaling",
+    "document_ranges",
     "nn",
     "scaled_attention",
     "warmup",

@@ -20,12 +20,13 @@ from tritonattn.core.provenance import commit
 from tritonattn.core.tables import table
 from tritonattn.tuning import Problem, Target, compile_kernel
 from tritonattn.tuning.config import TILED_KERNELS, TileConfig, legal_reasons
+from tritonattn.tuning.defaults import gluon_config
 from tritonattn.tuning.lookup import config_for
 
 from ..static.machine_code import disassemble
 from ..static.model import RATES
 from .control import parse_with_controls
-from .kernel import ITERATIONS, WARM, Replay, replay
+from .kernel import EVERY_POLL, ITERATIONS, WARM, Replay, replay
 from .loops import loop_body, tensor_spans
 from .operations import operations
 from .parameters import PARAMETERS
@@ -35,15 +36,13 @@ from .times import clocks_of_triton_tutorial, error_of_flash_attention_3
 # Decoding waits for memory, which the replay does not model.
 KERNELS = tuple(kernel for kernel in TILED_KERNELS if kernel != "decode")
 
-# More polls than a replay has: their loads are there.
-_EVERY_POLL = 10**6
-
 HEADING = """# Loops of the kernels, replayed
 
 Modelled: the unmasked loop of each kernel in bf16 with a query_scale, compiled by triton {triton} at commit {commit},
 replayed by its own control codes; nothing ran. `{command}`.
 
-- The config is that of the shipped table, and the same with other stages of the pipeline.
+- The config is that of the shipped table, and the same with other stages of the pipeline. "in Gluon": the forward that
+  no table has, its loads taken to be there in time.
 - tensor rate: share of the processor's tensor rate while the loop runs. clocks: of an iteration of a program, while as
   many programs run as a processor holds. Waits: share of a warp's time, by reason.
 - "asks late": an iteration waits for what the one before it, or it itself, asked for. "serialised": more waits for
@@ -72,12 +71,14 @@ def _problem(head_dim: int) -> Problem:
 
 
 def cases(targets: list[str], head_dims: tuple[int, ...], stages: tuple[int, ...]) -> list[Case]:
-    """List every kernel's shipped config, and the same with other stages where that is legal."""
+    """List every kernel's shipped config, the same with other stages where that is legal, and Gluon's forward."""
     found = []
     for name, head_dim, kernel in product(targets, head_dims, KERNELS):
         target, problem = Target.parse(name), _problem(head_dim)
         shipped = config_for(kernel, problem, target)
         configs = dict.fromkeys([shipped, *(with_fields(shipped, num_stages=count) for count in stages)])
+        if kernel == "forward" and (in_gluon := gluon_config(problem, target)):
+            configs[in_gluon] = None
         legal = [config for config in configs if not legal_reasons(kernel, config, problem, target)]
         found += [Case(kernel, head_dim, target, config) for config in legal]
     return found
@@ -110,7 +111,7 @@ def replay_table(results: list[tuple[Case, Replay]]) -> str:
                 f"{found.share:.3f}",
                 f"{found.clocks:.0f}",
                 waits_text(found.waits),
-                ", ".join(_remarks(found)),
+                ", ".join(_remarks(config, found)),
             ]
         )
     return table(rows, headers, left=None)
@@ -121,8 +122,9 @@ def waits_text(waits: dict[str, float]) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in waits.items() if share >= 0.05)
 
 
-def _remarks(found: Replay) -> list[str]:
-    remarks = ["does not fit"] if found.programs == 0 else []
+def _remarks(config: TileConfig, found: Replay) -> list[str]:
+    remarks = ["in Gluon"] if config.kernel == "gluon" else []
+    remarks += ["does not fit"] if found.programs == 0 else []
     remarks += ["asks late"] if found.awaits_last else []
     return remarks + (["serialised"] if found.is_serialised else [])
 
@@ -142,7 +144,7 @@ def loops_of_binary(path: Path, function: str, warps: int) -> list[tuple[int, Ti
     found = []
     for span in tensor_spans(code):
         inside = operations(*loop_body(code, controls, span), parameters)
-        timeline = Scheduler(inside, Warps(1, max(1, warps // 4), ahead=_EVERY_POLL), parameters).run(ITERATIONS, WARM)
+        timeline = Scheduler(inside, Warps(1, max(1, warps // 4), ahead=EVERY_POLL), parameters).run(ITERATIONS, WARM)
         found.append((len(span.body), timeline))
     return found
 

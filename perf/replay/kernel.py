@@ -14,15 +14,18 @@ from triton.compiler import CompiledKernel
 from tritonattn.tuning import Target
 from tritonattn.tuning.config import TileConfig
 
+from ..static.machine_code import MachineCode
 from ..static.model import RATES, programs_per_sm
 from .exposed import bounded_clocks, flight
 from .loops import HotLoop, hot_loop
-from .operations import Operation, operations
+from .operations import Operation, of_consumer, operations
 from .parameters import PARAMETERS, Parameters
 from .scheduler import Scheduler, Timeline, Warps
 
 # Iterations that are replayed, and those of them that come before the figures.
 ITERATIONS, WARM = 16, 6
+# More polls than a replay has: their loads are there.
+EVERY_POLL = 10**6
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def replay(compiled: CompiledKernel, config: TileConfig, target: Target) -> Repl
     code, loop = hot_loop(compiled)
     rates, parameters = RATES[target.arch], PARAMETERS.get(target.arch, PARAMETERS["90"])
     path = operations(loop.body, loop.labels, parameters)
+    if config.kernel == "gluon":
+        return _replay_of_consumers(compiled, code, loop, path, config, parameters)
     warps = config.num_warps
     fitting = programs_per_sm(rates, code.registers, code.shared_bytes, code.tensor_memory, warps)
     programs = max(1, fitting)
@@ -98,6 +103,30 @@ def replay(compiled: CompiledKernel, config: TileConfig, target: Target) -> Repl
         ahead.groups,
         ahead.iterations <= 1,
     )
+
+
+def _replay_of_consumers(
+    compiled: CompiledKernel,
+    code: MachineCode,
+    loop: HotLoop,
+    path: list[Operation],
+    config: TileConfig,
+    parameters: Parameters,
+) -> Replay:
+    """Replay the warpgroups of a program that consume, all loads taken to be there in time; two of them take turns."""
+    consumers = config.block_m // 64
+    takes_turns = consumers == 2
+    path = of_consumer(path, takes_turns, parameters)
+    warps = Warps(1, consumers, EVERY_POLL) if takes_turns else Warps(consumers, 1, EVERY_POLL)
+    clocks, waits = Scheduler(path, warps, parameters).run(ITERATIONS, WARM)
+    all_warps = compiled.metadata.num_warps
+    flops = loop.work.flops * 4 * consumers / all_warps  # it was counted for the warps that load, too
+    rates = parameters.rates
+    programs = programs_per_sm(rates, code.registers, code.shared_bytes, code.tensor_memory, all_warps)
+    product_waits = sum(one.act == "product wait" for one in path)
+    share, tiles = flops / rates.tensor / clocks, loop.work.tiles
+    found = (share, clocks / tiles, waits, flops / tiles, code.registers, programs)
+    return Replay(*found, loop.products, product_waits, None, False)
 
 
 def _replayed(

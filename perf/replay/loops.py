@@ -37,7 +37,8 @@ def hot_loop(compiled: CompiledKernel) -> tuple[MachineCode, HotLoop]:
     listing, controls = parse_with_controls(disassemble(compiled.asm["cubin"]))
     number = code.mma_loops.index(work)
     body, labels = loop_body(listing, controls, tensor_spans(listing)[number])
-    source = ptx_loops(compiled.asm["ptx"])[number]
+    sources = ptx_loops(compiled.asm["ptx"])
+    source = sources[min(number, len(sources) - 1)]  # where ptxas copies code, all loops have as many products
     products = sum(one.opcode.startswith("wgmma.commit_group") for one in source)
     expected = (one.operands for one in source if one.opcode.startswith("mbarrier.arrive.expect_tx"))
     requested = sum(int(operands.rpartition(",")[2]) for operands in expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -88,6 +89,29 @@ def operations(
             found.append(Operation("BRA", body[index][1]))
             index = target
     return found
+
+
+def of_consumer(path: list[Operation], takes_turns: bool, parameters: Parameters) -> list[Operation]:
+    """Change the path of a warpgroup that consumes what others load, whose barriers are its own.
+
+    Where consumers take turns, the last wait for an mbarrier before the first product is that for a turn, and the first
+    arrival behind the last product passes it on.
+    """
+    release = math.ceil(parameters.barrier)
+    path = [
+        one._replace(act="", control=one.control._replace(stall=max(release, one.control.stall)))
+        if one.act == "barrier"
+        else one
+        for one in path
+    ]
+    if takes_turns:
+        products = [place for place, one in enumerate(path) if one.act == "product"]
+        turn = max(place for place, one in enumerate(path) if one.act == "poll" and place < products[0])
+        is_arrival = [one.name == "SYNCS" and one.act == "" for one in path]
+        path[turn] = path[turn]._replace(act="turn")
+        behind = is_arrival.index(True, products[-1])
+        path[behind] = path[behind]._replace(act="pass")
+    return path
 
 
 def _skips(instruction: Instruction, labels: dict[str, int]) -> int:

@@ -22,8 +22,10 @@ _L2_BYTES = 48
 _OF_A_SOFTCAP = 3
 # Approximate clocks until a load from memory arrives.
 _LATENCY = 600
-# FLOPs a clock of AMD's compute units, dense in 16 bits (CDNA 3 and 4 whitepapers).
+# Of AMD's compute units a clock (CDNA 3 and 4 whitepapers): FLOPs, dense in 16 bits, exponentials, and bytes of LDS.
 _AMD_TENSOR = {"gfx942": 2048, "gfx950": 4096}
+_AMD_EXP = {"gfx942": 16, "gfx950": 32}
+_AMD_LDS = {"gfx942": 128, "gfx950": 256}
 # Instructions that access local memory, as a share of a loop's: of fewer the price is in the model.
 _MOST_LOCAL = 0.02
 
@@ -110,6 +112,7 @@ def modelled_clocks(kernel: str, problem: Problem, candidate: Judged, gpu: GPU) 
     A processor holds some programs at once. Their units overlap as far as warps hide one another: an iteration takes
     its longest unit's time and, of the others' time, the share that one of a scheduler's warps leaves exposed; loads
     are exposed as far as the iterations between request and wait are shorter. A replay of the loop stands for all that.
+    AMD's loops are not read: their units follow from the tiles.
     Decoding has a model of its own, of memory.
     """
     config, code, target, processors = candidate.config, candidate.code, gpu.target, gpu.processors
@@ -117,21 +120,48 @@ def modelled_clocks(kernel: str, problem: Problem, candidate: Judged, gpu: GPU) 
     if kernel == "decode":
         return _clocks_of_decode(problem, config, code, gpu)
     programs, iterations = _work(kernel, problem, config)
-    rates, loop = RATES.get(target.arch), code.unmasked_loop
-    if rates is None or loop is None:
-        return _clocks_without_rates(kernel, problem, config, code, programs * iterations / processors)
-    resident = max(1, programs_per_sm(rates, code.registers, code.shared_bytes, code.tensor_memory, config.num_warps))
+    rates, loop, resident = RATES.get(target.arch), code.unmasked_loop, _resident(config, code, target)
     waves = -(-programs // (processors * resident))
     if candidate.latency is not None and candidate.latency.clocks is not None:
         return waves * iterations * candidate.latency.clocks
-    units = cycles(loop, rates, config.num_warps)
-    units["l2"] = loop.tiles * _streamed_bytes(kernel, problem, config) / _L2_BYTES
-    longest = max(units.values())
-    exposed = (units["tensor"] + units["exp"] + units["issue"] - longest) / max(1.0, resident * config.num_warps / 4)
+    of_l2 = _streamed_bytes(kernel, problem, config) / _L2_BYTES
+    if rates and loop:
+        tiles, units, in_turn = loop.tiles, cycles(loop, rates, config.num_warps), ("tensor", "exp", "issue")
+    else:
+        tiles, units, in_turn = 1, _amd_cycles(kernel, problem, config, target), ("tensor", "exp", "shared")
+    longest = max(*units.values(), tiles * of_l2)
+    exposed = (sum(units[name] for name in in_turn) - longest) / max(1.0, resident * config.num_warps / 4)
     ahead = max(0, config.num_stages - 1 - config.descriptors)  # the TMA is asked at an iteration's end
-    loads = loop.tiles * (_LATENCY + _streamed_bytes(kernel, problem, config) / _L2_BYTES)
-    waiting = max(0.0, loads - ahead * resident * longest) / resident
-    return waves * resident * iterations / loop.tiles * (longest + max(exposed, 0.0) + waiting)
+    waiting = max(0.0, tiles * (_LATENCY + of_l2) - ahead * resident * longest) / resident
+    return waves * resident * iterations / tiles * (longest + max(exposed, 0.0) + waiting)
+
+
+def _resident(config: TileConfig, code: MachineCode, target: Target) -> int:
+    """Count the programs that a processor holds at once; AMD's have four units of up to 8 waves, of 512 registers."""
+    if rates := RATES.get(target.arch):
+        fitting = programs_per_sm(rates, code.registers, code.shared_bytes, code.tensor_memory, config.num_warps)
+    else:
+        waves = 4 * min(8, 512 // max(code.registers, 1))
+        fitting = min(waves // config.num_warps, shared_limit(target) // max(code.shared_bytes, 1))
+    return max(1, fitting)
+
+
+def _amd_cycles(kernel: str, problem: Problem, config: TileConfig, target: Target) -> dict[str, float]:
+    """Count the clocks that a program's iteration occupies units of AMD, whose loops are not read.
+
+    Warps with less than 16 rows each, those of a matrix instruction, repeat one another's work. Each warp reads every
+    streamed tile from LDS, once for each product.
+    """
+    held, streamed = config.block_m, config.block_n
+    if kernel == "grad_key_value":
+        held, streamed = streamed, held
+    flops = flops_per_logit(kernel, problem)
+    logits = streamed * max(held, 16 * config.num_warps)
+    return {
+        "tensor": logits * flops / _AMD_TENSOR[target.arch],
+        "exp": logits / _AMD_EXP[target.arch],
+        "shared": config.num_warps * streamed * flops / 2 * problem.dtype.itemsize / _AMD_LDS[target.arch],
+    }
 
 
 def _clocks_of_decode(problem: Problem, config: TileConfig, code: MachineCode, gpu: GPU) -> float:
@@ -145,13 +175,8 @@ def _clocks_of_decode(problem: Problem, config: TileConfig, code: MachineCode, g
     rates, loop = RATES.get(gpu.target.arch), code.unmasked_loop
     tensor = rates.tensor if rates else _AMD_TENSOR.get(gpu.target.arch, 2048)
     of_memory = _streamed_bytes("decode", problem, config) * gpu.flops_per_byte / tensor
-    if rates:
-        resident = programs_per_sm(rates, code.registers, code.shared_bytes, code.tensor_memory, config.num_warps)
-    else:  # four units of up to 8 waves, of 512 registers
-        waves = 4 * min(8, 512 // max(code.registers, 1))
-        resident = min(waves // config.num_warps, shared_limit(gpu.target) // max(code.shared_bytes, 1))
     turns = -(-programs // gpu.processors)
-    resident = max(1, min(resident, turns))
+    resident = min(_resident(config, code, gpu.target), turns)
     units = cycles(loop, rates, config.num_warps).values() if rates and loop else ()
     busy = max(of_memory, *(unit / loop.tiles for unit in units)) if loop else of_memory
     load, ahead = _LATENCY + of_memory, config.num_stages - 1
@@ -176,11 +201,3 @@ def _work(kernel: str, problem: Problem, config: TileConfig) -> tuple[int, int]:
         splits = splits_of(length, config)
         return splits * 32 * 8 * -(-problem.packed_rows // held), -(-length // (splits * streamed))
     return 128 * -(-length // held), length // streamed
-
-
-def _clocks_without_rates(kernel: str, problem: Problem, config: TileConfig, code: MachineCode, tiles: float) -> float:
-    """Model AMD's clocks: matrix work, weighted for small tiles, which load more a product, and for lone waves."""
-    waves = max(1, 512 // max(code.registers, 1)) if code.registers <= 512 else 1
-    flops = flops_per_logit(kernel, problem) * config.block_m * config.block_n
-    loads = 1 + 16 * (1 / config.block_m + 1 / config.block_n)
-    return tiles * flops / 4096 * loads * (1 + 1 / (waves * max(1, config.num_warps // 4)))

@@ -77,6 +77,7 @@ class MachineCode:
                    AMD: of the whole kernel, as its compiler reports them
     mma_loops      None for AMD, whose loops are not read
     instructions   of the whole kernel; 0 for AMD
+    direct_loads   AMD: instructions that copy from memory to LDS, through no register
     """
 
     registers: int
@@ -86,6 +87,7 @@ class MachineCode:
     tensor_memory: int = 0
     mma_loops: tuple[MmaLoop, ...] | None = None
     instructions: int = 0
+    direct_loads: int = 0
 
     @property
     def unmasked_loop(self) -> MmaLoop | None:
@@ -97,8 +99,10 @@ def read_machine_code(compiled: CompiledKernel) -> MachineCode:
     """Read a kernel that was compiled for any target."""
     read = read_code(compiled)
     if "amdgcn" in compiled.asm:
-        scratch = number_behind(r"\.private_segment_fixed_size:?\s+", compiled.asm["amdgcn"])
-        return MachineCode(read.registers, scratch, read.shared_bytes, read.spill_bytes)
+        assembly = compiled.asm["amdgcn"]
+        scratch = number_behind(r"\.private_segment_fixed_size:?\s+", assembly)
+        direct = len(re.findall(r"^\s*(?:buffer|global)_load_.* lds\b|^\s*global_load_lds_", assembly, re.MULTILINE))
+        return MachineCode(read.registers, scratch, read.shared_bytes, read.spill_bytes, direct_loads=direct)
     code = parse(disassemble(compiled.asm["cubin"]))
     spans = loops(code)
     inside = {index for span in spans for index in span.indices}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tritonattn.tuner.candidates import candidates, tiles
 from tritonattn.tuner.gate import Compiler, Progress
 from tritonattn.tuner.static import fits, static_table
-from tritonattn.tuning.config import Problem, Target, TileConfig, may_use_descriptors, padded_dim
+from tritonattn.tuning.config import OPTIONS, Problem, Target, TileConfig, may_use_descriptors, padded_dim
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gpus import GPU
 from tritonattn.tuning.table import Key, Table
@@ -29,22 +30,24 @@ def ranked_table(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Prog
 
 
 def static_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    """List the candidates for a ranking by a model, the default first: those with descriptors, where there are some."""
+    """List the candidates for a ranking by a model, the default first: those with descriptors, where there are some.
+
+    OPTIONS are left to a card: they change how instructions are ordered or overlap, and a model counts them.
+    """
     default, *others = candidates(kernel, problem, target)
     described = may_use_descriptors(kernel, problem, target)
-    return [default, *(one for one in others if one.descriptors == described)]
+    return [default, *(one for one in others if one.descriptors == described and one == replace(one, **OPTIONS))]
 
 
 def _few_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    """List the default, and a candidate of each tile: of those with descriptors, if there are, the nearest to 2 stages.
+    """List the default, and of the static candidates of each tile the one nearest to 2 stages.
 
     Of decoding, which waits for memory, those with the default's stages.
     """
-    first, *others = candidates(kernel, problem, target)
-    described = may_use_descriptors(kernel, problem, target)
+    first, *others = static_candidates(kernel, problem, target)
     of_tiles: dict[tuple[int, int, int], TileConfig] = {}
     for one in sorted(others, key=lambda one: abs(one.num_stages - 2)):
-        if one.descriptors == described and (kernel != "decode" or one.num_stages == first.num_stages):
+        if kernel != "decode" or one.num_stages == first.num_stages:
             of_tiles.setdefault(tiles(one), one)
     return [first, *of_tiles.values()]
 

@@ -153,7 +153,8 @@ def refused(net, layer, match, heads=4):
 
 
 def test_others_are_refused_by_name():
-    refused(Net(scaling="cosine"), "attention", "scaling cosine")
+    for mode in ("cosine", "inkling2"):
+        refused(Net(scaling=mode), "attention", f"scaling {mode}")
     fresh = QueryAdaptiveSSMax(heads=4, head_dim=8)  # its weight of q is 0
     refused(Net(scaling=fresh), "attention", "scaling query_adaptive_ssmax")
     refused(nn.ModuleDict({"a": nn.Linear(3, 3), "b": Net()}), "a", "layout of Linear")

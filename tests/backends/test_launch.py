@@ -1,5 +1,6 @@
 """How launches are split, and which arguments they pass: what holds on every device. No kernel runs."""
 
+import operator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -24,7 +25,9 @@ def test_grids_of_more_programs_than_triton_counts_take_several_launches(grid, m
     seen = []
     monkeypatch.setattr(launch, "run", lambda kernel, part, arguments, config: seen.append((part, arguments)))
     names = ("first_y", "x", "first_z", "WIDE", "BLOCK_M")
-    launch.Plan.of(print, TILES, names, {"BLOCK_M": 64}, Target("cuda", "80")).launch(grid, {"x": 5, "y": 6}, True)
+    in_order = operator.itemgetter(*names)
+    made = launch.Plan(print, TILES, names, {"BLOCK_M": 64}, Target("cuda", "80"), in_order, (), None)
+    made.launch(grid, {"x": 5, "y": 6}, True)
     assert list(seen[0][1].items()) == list(zip(names, (0, 5, 0, True, 64), strict=True)), "in the kernel's order"
     x, y, z = grid
     covered = 0

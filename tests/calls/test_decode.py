@@ -10,12 +10,13 @@ from tests.support.calls import KINDS
 from tests.support.learned import LEARNED, learned
 from tests.support.pairs import pairwise
 from tritonattn import attention, attention_decode
-from tritonattn.scaling import SCALINGS, Llama4, Ministral3, QwenLogn
+from tritonattn.scaling import SCALINGS, Beam, Inkling, Inkling2, Llama4, Ministral3, QwenLogn
 
 BACKENDS = ("sdpa", "reference")
 WINDOWS = (None, (5, None), (0, 0), (40, 3), (1 << 40, 0))
 # With thresholds that short sequences reach.
 SMALL = {"qwen_logn": lambda: QwenLogn(3), "llama4": lambda: Llama4(0.5, 2), "ministral3": lambda: Ministral3(0.5, 2)}
+SMALL |= {"inkling": lambda: Inkling(0.5, 2), "inkling2": lambda: Inkling2(0.5, 2, 2.0), "beam": lambda: Beam(0.5, 2)}
 MODES = {**SCALINGS, **SMALL}
 EVERY = {**MODES, **{name: partial(learned, name) for name in LEARNED}}
 every_mode = pytest.mark.parametrize("mode", MODES)

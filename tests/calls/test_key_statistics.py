@@ -1,10 +1,11 @@
 """KeyStatistics: what it holds after any history, and what it costs."""
 
+import pickle
 import random
 
 import torch
 
-from tritonattn import KeyStatistics
+from tritonattn import KeyStatistics, PagedKeyStatistics
 
 B, H, D, CAPACITY = 3, 2, 5, 20
 
@@ -98,6 +99,18 @@ def test_the_last_keys_are_a_copy():
         one.append(more)
         _check(one, [torch.cat([old, new], dim=1) for old, new in zip(held, more, strict=True)])
     _check(statistics, [own[:, :count] for own, count in zip(keys, counts, strict=True)])
+
+
+def test_pickled_statistics_go_on():
+    """What is shown is a view of what `append` writes, in a copy too."""
+    k = torch.ones(2, 1, 4)  # 2 keys of norm 2
+    ends, table = torch.tensor([0, 2], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    one = pickle.loads(pickle.dumps(KeyStatistics(1, 1, 4)))
+    one.append(k.transpose(0, 1)[None])
+    pages = pickle.loads(pickle.dumps(PagedKeyStatistics(1, 16, 1)))
+    pages.append(k, ends, key_lengths=ends[1:], block_table=table)
+    assert one.norm_sums.flatten().tolist() == [0, 2, 4, 0, 0]
+    assert pages.norm_sums.flatten()[:3].tolist() == [2, 4, 0]
 
 
 def test_buffers_stay_where_they_are():

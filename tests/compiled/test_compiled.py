@@ -12,13 +12,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from perf import codegen
-from perf.ceilings import KEY_BIAS, KEY_BIAS_OF_TARGET, KEY_SCALE, NON_MMA_PER_LOGIT, QUERY_SCALE, QUERY_SCALE_OF_TARGET
+from perf.ceilings import (
+    DIRECT_LOADS,
+    KEY_BIAS,
+    KEY_BIAS_OF_TARGET,
+    KEY_SCALE,
+    NON_MMA_PER_LOGIT,
+    QUERY_SCALE,
+    QUERY_SCALE_OF_TARGET,
+)
 from perf.static.machine_code import flops_per_logit, read_machine_code
 from tests.support.tiles import quick_config
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends import triton as backend
 from tritonattn.backends.triton import KERNELS, launch
-from tritonattn.tuning import Problem, Target, compile_kernel, default_config
+from tritonattn.tuning import Problem, Target, cache_dir, compile_kernel, default_config
+from tritonattn.tuning.lookup import usable_table
+from tritonattn.tuning.table import Key
 
 from .facts import facts
 from .table import CASES, CEILINGS, QUICK, SCALES, TARGETS, Case, problem_of
@@ -79,6 +89,21 @@ def check_cost_of_scales(kernel: str, target: str) -> None:
     assert query - without <= QUERY_SCALE_OF_TARGET.get((kernel, target), QUERY_SCALE[kernel])
     assert key - query <= KEY_SCALE[kernel]
     assert bias - query <= KEY_BIAS_OF_TARGET.get((kernel, target), KEY_BIAS[kernel])
+
+
+@pytest.mark.skipif(OLDER_TRITON, reason="the tables are of another compiler's code")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_shipped_configs_of_gfx950_copy_from_memory_to_lds(head_dim):
+    check_direct_loads("forward", head_dim)
+
+
+def check_direct_loads(kernel: str, head_dim: int) -> None:
+    """Two stages of keys and values, of which no thread holds one in registers; and no spills."""
+    key, target = Key(kernel, head_dim, "query", "long"), Target.parse("gfx950")
+    config = usable_table(cache_dir.shipped_tables() / "mi350x.json", target).entries[key].config
+    code = facts(kernel, key.problem, target.name, config)
+    assert (config.num_warps, config.num_stages, code.spill_bytes) == (4, 2, 0)
+    assert code.direct_loads >= DIRECT_LOADS[kernel, head_dim]
 
 
 @pytest.mark.parametrize("kernel", ["row_bounds", "keys_seen", "argmax_of_ranges"])

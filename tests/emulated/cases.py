@@ -21,6 +21,12 @@ CPU = torch.device("cpu")
 WIDE_MASKS = MASKS | {
     "wide window": lambda *_: {"window": (130, 70)},
     "wide causal window": lambda *_: {"causal": True, "window": (150, None)},
+    "sides, lengths and ranges": lambda *sizes: {
+        "causal": True,
+        "window": (150, 0),
+        **MASKS["lengths"](*sizes),
+        **MASKS["ranges"](*sizes),
+    },
     "an entry without keys": lambda batch, _, __, k_len: {"key_lengths": torch.tensor([0, k_len])[:batch]},
 }
 
@@ -45,7 +51,7 @@ class Case:
     def __str__(self) -> str:
         return described(self)
 
-    def check(self) -> None:
+    def check(self, gradients: bool = True) -> None:
         """Hold the results and every gradient of backend "triton", which the emulator executes, to the bound."""
         (kv_heads, group), (q_len, k_len) = self.heads, self.lengths
         sizes = {"q_len": q_len, "k_len": k_len, "head_dim": self.dims[0], "value_dim": self.dims[1]}
@@ -56,7 +62,7 @@ class Case:
         if "mask" in arguments:
             arguments["mask"] = padded(arguments["mask"])
         attend = with_padded_gradient(tritonattn.scaled_attention)
-        harness.check(padded_operands(tensors), attend, scale=self.dims[0] ** -0.5, **arguments)
+        harness.check(padded_operands(tensors), attend, scale=self.dims[0] ** -0.5, gradients=gradients, **arguments)
 
 
 def with_padded_gradient(attend: Callable[..., Any]) -> Callable[..., Any]:

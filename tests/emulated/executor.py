@@ -49,7 +49,7 @@ class Executor:
     def __call__(self, launched: Launched) -> None:
         report = run(launched.kernel, launched.grid, launched.arguments, names=launched.names)
         self.reports.append(report)
-        assert not any(map(_is_ours, report.problems())), str(report)
+        assert not any(map(is_ours, report.problems())), str(report)
 
     @property
     def launched(self) -> list[str]:
@@ -60,7 +60,7 @@ class Executor:
         return sum(report.counts.get(kind, 0) for report in self.reports)
 
 
-def _is_ours(problem: dict) -> bool:
+def is_ours(problem: dict) -> bool:
     """Whether a finding is about the kernels, not about the compiler.
 
     Older compilers read undefined registers for results that nobody uses, and leave out fences before wgmma.

@@ -9,6 +9,8 @@ import torch
 
 import tritonattn
 from tests.support.pairs import all_pairs, in_turn, thinned
+from tritonattn.backends.triton import attention as kernels
+from tritonattn.backends.triton import launch
 from tritonattn.calls import key_statistics
 from tritonattn.tuning import TileConfig
 
@@ -63,6 +65,16 @@ def test_attention(gpu, case, emulate):
     assert of_ranges == (case.mask in ("ranges", "causal ranges", "everything"))
     assert of_keys == 2 * (case.mask in ("ranges", "causal ranges"))
     assert len(executor.launched) == 4 + of_ranges + of_keys  # forward, row terms, both backward kernels
+
+
+def test_parts_of_splits_are_joined(emulate, monkeypatch):
+    """Scales of either sign, whose rows go through the memory of parts; a dead split, and one that begins in a head."""
+    for name in ("splits_of_keys", "splits_of_rows"):
+        monkeypatch.setattr(kernels, name, lambda *sizes: 3)
+    monkeypatch.setattr(launch, "_kinds", {})  # which keep grids
+    executor = emulate(GPU(80), SMALL)
+    Case(HALF, tiles=SMALL, mask="causal", scales=BIAS, form="sinks", batch=1).check()
+    assert (executor.launched.count("combine_splits"), executor.launched.count("sum_of_splits")) == (1, 3)
 
 
 @in_turn(name=["q", "k", "gain"], softcap=[None, None, 2.0])

@@ -52,7 +52,7 @@ class Case:
     def __str__(self) -> str:
         return described(self)
 
-    def check(self) -> None:
+    def check(self, gradients: bool = True) -> None:
         """Hold the results and every gradient to the bound."""
         packed, arguments = PACKED[self.packed], harness.FORMS[self.form] | MASKS[self.mask]
         scales = ("gain",) if self.gain else ()
@@ -71,7 +71,8 @@ class Case:
         # fp32's band is below what rows of one key leave, and a chain of 256 products: logits of 10 are 40 eps off.
         cancelling = (12.0 if self.dims[0] == 256 else 1.0) if self.dtype == torch.float32 else 0.0
         attend = with_padded_gradient(partial(attention_varlen, **packed.arguments()))
-        harness.check(padded_operands(tensors), attend, summands=cancelling, scaling=self.scaling, **arguments)
+        arguments |= {"summands": cancelling, "scaling": self.scaling, "gradients": gradients}
+        harness.check(padded_operands(tensors), attend, **arguments)
 
 
 FAST = ((GPU(90), Case(torch.bfloat16, (16, 32), TileConfig(64, 16, 4, 2), mask="causal", form="aux")),)

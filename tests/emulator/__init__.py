@@ -6,8 +6,9 @@
     assert report.ok, report
 
 It runs the compiled kernel, not its source: layouts, swizzled shared memory, cp.async pipelines, ldmatrix, mma.sync,
-wgmma, tensor descriptors (TMA) and mbarriers, real bf16. Warp specialisation, clusters and tcgen05 are not supported;
-an unsupported instruction raises PTXError when it is executed.
+wgmma, tensor descriptors (TMA), mbarriers, partitions of specialised warps with named barriers and registers that they
+hand over, real bf16. Clusters and tcgen05 are not supported; an unsupported instruction raises PTXError when it is
+executed.
 
 Checked, from the order that the program demands and not from the timing of one run:
 
@@ -17,7 +18,8 @@ Checked, from the order that the program demands and not from the timing of one 
   global memory, one of them writing, only by atomics;
 - nobody touches what a cp.async or bulk copy writes before it has waited for it, nor what a wgmma or a bulk store
   reads, nor the registers of a wgmma, before the wait for its group;
-- mbarriers: initialised, no more arrivals than expected, no copy left in flight; a wait that never ends is a deadlock;
+- mbarriers: initialised, no more arrivals than expected, no copy left in flight;
+- a wait that never ends, for an mbarrier, a named barrier or registers, is a deadlock, reported with its places;
 - tensor maps: alignment, box, rank; proxy fences between generic writes and the asynchronous engine.
 
 A clean run does not prove: anything about ptxas or the hardware, other inputs, the order of lanes inside a warp,
@@ -27,6 +29,8 @@ exact as numpy's.
 
 How: each basic block becomes one Python function on numpy arrays with one element per thread; several CTAs run at once.
 `arithmetic_code` and `memory_code` translate instructions, `machine` holds the state, `scheduler` picks the next block.
+Where warps are specialised, `partitions` picks it, in any of several orders, and `vector_clocks` knows which accesses
+are ordered by mbarriers and named barriers: a missing edge shows in every order.
 """
 
 from .errors import PTXError, PTXFault

@@ -97,6 +97,6 @@ class AsyncCopies:
         width = copy.access.width
         self.shared_rows(u1, width)[copy.flat // width] = copy.data
         self.pending[copy.cells] = 0
-        self.shared_shadow.writer[copy.cells] = self.own[copy.lanes][:, None]
+        self.shared_shadow.own_write(copy.cells, self.shared_own[copy.lanes])
         self.shared_shadow.writer_instruction[copy.cells] = copy.access.index
         self.unfenced[copy.cells] = True

@@ -70,6 +70,7 @@ class BulkCopies:
         instruction = copy.instruction
         lanes, entries = self.barriers_at(instruction, barrier, mask)
         self.fruitless_waits = 0
+        self.events += 1
         if lanes is None:
             return
         issued = np.zeros(len(lanes), bool)
@@ -121,7 +122,7 @@ class BulkCopies:
             copy.done |= chosen
             np.subtract.at(self.bytes_missing, copy.barrier[chosen], copy.size)
             cells = copy.cells[chosen]
-            self.shared_shadow.writer[cells] = self.settled_key(copy.lanes[chosen])[:, None]
+            self.shared_shadow.settled_write(cells, self.shared_own[copy.lanes[chosen]])
             self.shared_shadow.writer_instruction[cells] = copy.instruction.index
         self.complete_phases(barriers)
 
@@ -214,7 +215,7 @@ class BulkCopies:
             if done.any():
                 finished = store.part(done)
                 np.subtract.at(self.busy, finished.cells.ravel(), BULK)
-                self.end_async_read(finished.lanes, finished.cells)
+                self.shared_shadow.end_async_read(finished.cells, self.shared_own[finished.lanes], warps=1)
             if not done.all():
                 left.append(store.part(~done))
         self.bulk_stores = left

@@ -6,7 +6,7 @@ import numpy as np
 
 from .errors import PTXFault
 from .instruction import Instruction
-from .shadow import ASYNC, CTA_BITS, WARP, WITHIN_EPOCH, Shadow
+from .shadow import Shadow
 from .shared_memory import cells_of
 
 BULK = 1 << 16  # what a bulk store's source adds to `busy`
@@ -61,8 +61,10 @@ class Checks:
         self.report.note(self.report.uninitialised, (*key, instruction.line), instruction, message, count)
 
     # ---- accesses
-    def owners(self, active, per_lane: int):
-        own = self.own if active is None else self.own[active]
+    def owners(self, space: str, active, per_lane: int):
+        """What the shadow of this space knows the active lanes by."""
+        own = self.own if space == "global" else self.shared_own
+        own = own if active is None else own[active]
         return own if per_lane == 1 else np.repeat(own, per_lane)
 
     def check_read(self, space: str, instruction: Instruction, flat, width: int, active) -> None:
@@ -71,6 +73,8 @@ class Checks:
         if space == "shared":
             fresh = shadow.writer[cells] == 0
             if fresh.any():
+                fresh &= np.tile(self._arrives_in_use(instruction, per_lane), len(cells) // per_lane)
+            if fresh.any():
                 at = int(np.flatnonzero(fresh)[0])
                 cta, thread = self.lane(active, at // per_lane)
                 offset = int(cells[at]) * cell % self.shared_stride
@@ -78,7 +82,7 @@ class Checks:
                 self.uninitialised(instruction, ("shared",), what, int(fresh.sum()))
             self.check_pending(instruction, cells, active, per_lane, "read")
             self.check_copies(instruction, cells, active, per_lane, "read")
-        bad = shadow.read(cells, self.owners(active, per_lane), instruction.index)
+        bad = shadow.read(cells, self.owners(space, active, per_lane), instruction.index)
         if bad is not None:
             other = int(shadow.writer_instruction[cells[np.argmax(bad)]])
             self.race(instruction, space, "read-after-write", bad, active, per_lane, cells, other)
@@ -94,7 +98,7 @@ class Checks:
             self.check_pending(instruction, cells, active, per_lane, "write")
             self.check_busy(instruction, cells, active, per_lane)
             self.check_copies(instruction, cells, active, per_lane, "write")
-        own = self.owners(active, per_lane)
+        own = self.owners(space, active, per_lane)
         with_write, with_read, within, earlier = shadow.write(cells, own, instruction.index, atomic)
         for kind, bad, before in (
             ("write-after-write", with_write, old),
@@ -112,6 +116,14 @@ class Checks:
             same_value = before is not None and bool((before[rows] == data[rows]).all())
             self.race(instruction, space, kind, bad, active, per_lane, cells, other, same_value)
 
+    def _arrives_in_use(self, instruction: Instruction, per_lane: int):
+        """Which of a lane's cells come to registers that some instruction uses: Triton loads padding beside values."""
+        loaded = instruction.written if instruction.base == "ld" else ()
+        if len(loaded) < 2:
+            return np.ones(per_lane, bool)
+        used = np.array([register in self.flow.used for register in loaded])
+        return np.repeat(used, max(1, per_lane // len(used))).reshape(per_lane, -1).any(1)
+
     def _shadow_of(self, space: str) -> tuple[Shadow, int]:
         if space == "global":
             return self.global_shadow, self.global_cell
@@ -119,15 +131,14 @@ class Checks:
 
     def check_async_write(self, instruction, cells, active, per_lane, data, name: str) -> None:
         """Races of a write by the asynchronous engine, at its issue; data: the rows that the lanes write."""
-        shadow, own = self.shared_shadow, self.owners(active, per_lane)
+        shadow, own = self.shared_shadow, self.owners("shared", active, per_lane)
         self.check_barriers(instruction, cells, active, per_lane)
         self.check_busy(instruction, cells, active, per_lane)
         self.check_copies(instruction, cells, active, per_lane, f"{name} write")
-        for kind, keys, instructions in (
-            ("write-after-read", shadow.reader, shadow.reader_instruction),
-            ("write-after-write", shadow.writer, shadow.writer_instruction),
+        for kind, bad, instructions in (
+            ("write-after-read", shadow.after_read(cells, own), shadow.reader_instruction),
+            ("write-after-write", shadow.after_write(cells, own), shadow.writer_instruction),
         ):
-            bad = shadow.conflicts(keys[cells], own)
             if bad is not None:
                 other = int(instructions[cells[np.argmax(bad)]])
                 self.race(instruction, "shared", f"{name} {kind}", bad, active, per_lane, cells, other)
@@ -205,23 +216,11 @@ class Checks:
             return
         cells = np.flatnonzero(self.unfenced)
         cta = cells * self.shared_cell // self.shared_stride
-        warp = self.shared_shadow.writer[cells] & WARP
+        warp = self.shared_shadow.writing_warp(cells)
         is_one = warp < self.threads // 32  # else several have written the cell, and all of them must fence
         by_all = mask.reshape(-1, self.threads).all(1)[cta]
         fenced = np.where(is_one, mask[cta * self.threads + np.where(is_one, warp, 0) * 32], by_all)
         self.unfenced[cells[fenced]] = False
-
-    def end_async_read(self, lanes, cells) -> None:
-        """An asynchronous read of these cells ends now: a later write needs a barrier behind this point."""
-        self.shared_shadow.reader[cells] = self.async_key(lanes)[:, None]
-
-    def async_key(self, lanes):
-        """The shadow key of the asynchronous engine that acts for these lanes."""
-        return (self.own[lanes] & ~WITHIN_EPOCH) | ASYNC
-
-    def settled_key(self, lanes):
-        """The key of a write in these lanes' CTAs that no later access conflicts with."""
-        return self.own[lanes] >> CTA_BITS << CTA_BITS
 
     # ---- registers
     def define(self, register: int, active) -> None:

@@ -13,6 +13,7 @@ from .errors import PTXError
 from .machine import Machine
 from .memory_code import PARAMETER_SYMBOL
 from .parse import Parameter, parse
+from .partitions import PartitionScheduler
 from .program import Program
 from .report import Report
 from .scheduler import Scheduler
@@ -31,6 +32,8 @@ def run(
     collect: bool = False,
     strict: bool = False,
     max_threads: int = DEFAULT_MAX_THREADS,
+    policy: str = "round-robin",
+    seed: int = 0,
     ptx: str | None = None,
 ) -> Report:
     """Execute one of Triton's compiled kernels on CPU tensors, which it modifies, and report.
@@ -41,6 +44,7 @@ def run(
     collect       note faults in the report and go on, with NaN for what was read, rather than raise PTXFault
     strict        raise PTXError at the first race or uninitialised read, rather than note it in the report
     max_threads   how many run in lock step: 2048 to 4096 are fastest
+    policy, seed  of the order of warps where they are specialised: `partitions.PartitionScheduler`
     ptx           another text of the same kernel, to be run in place of the compiled one
 
     Raises PTXFault at an access that is out of bounds or misaligned, PTXError for what the emulator does not support.
@@ -58,6 +62,8 @@ def run(
         collect=collect,
         strict=strict,
         max_threads=max_threads,
+        policy=policy,
+        seed=seed,
     )
 
 
@@ -74,6 +80,8 @@ def run_ptx(
     collect: bool = False,
     strict: bool = False,
     max_threads: int = DEFAULT_MAX_THREADS,
+    policy: str = "round-robin",
+    seed: int = 0,
 ) -> Report:
     """As `run`, from PTX text. shared: bytes of shared memory; scratch: bytes of global scratch per CTA (None: what the
     tensor maps need); descriptors: the layouts of the TensorDescriptors, Triton's `tensordesc_meta`."""
@@ -95,7 +103,10 @@ def run_ptx(
         with np.errstate(all="ignore"):
             for first in range(0, len(ctas), batch):
                 machine.start_batch(ctas[first : first + batch])
-                Scheduler(machine, program).run()
+                if machine.specialised:
+                    PartitionScheduler(machine, program, policy, seed).run()
+                else:
+                    Scheduler(machine, program).run()
                 machine.check_nothing_in_flight()
     finally:
         machine.write_back()

@@ -13,15 +13,15 @@ from .parse import Kernel
 class Block(NamedTuple):
     """Instructions [start, end) and how control leaves them.
 
-    exit     "fall", "barrier", "branch" or "return"
-    target   of a branch: number of a block
+    exit     "fall", "barrier", "branch", "switch" or "return"
+    target   of a branch: number of a block; of a switch: numbers, by index
     register, negated   of a conditional exit: its predicate; register is None where the exit is taken by all
     """
 
     start: int
     end: int
     exit: str
-    target: int | None
+    target: int | list[int] | None
     register: int | None
     negated: bool
 
@@ -39,10 +39,20 @@ class Flow:
         ends = [*starts[1:], len(self.instructions)]
         self.blocks = [self._block(start, end, block_of_label) for start, end in zip(starts, ends, strict=True)]
 
+    @cached_property
+    def specialised(self) -> bool:
+        """Whether warps run different code and meet at barriers of their own: all such kernels move registers."""
+        return any(one.base == "setmaxnreg" for one in self.instructions)
+
+    @cached_property
+    def used(self) -> frozenset[int]:
+        """Registers that some instruction reads."""
+        return frozenset(register for one in self.instructions for register in one.used)
+
     def body(self, number: int) -> list[Instruction]:
         """The instructions of a block, its branch or return left out."""
         block = self.blocks[number]
-        return self.instructions[block.start : block.end - (block.exit in ("branch", "return"))]
+        return self.instructions[block.start : block.end - (block.exit in ("branch", "switch", "return"))]
 
     @cached_property
     def doubtful(self) -> set[int]:
@@ -117,7 +127,11 @@ class Flow:
         for number, block in enumerate(self.blocks):
             if block.exit == "branch":
                 result[block.target].append(number)
-            if (block.exit in ("fall", "barrier") or block.register is not None) and number + 1 < len(self.blocks):
+            elif block.exit == "switch":
+                for target in set(block.target):
+                    result[target].append(number)
+            falls = block.exit in ("fall", "barrier") or (block.exit != "switch" and block.register is not None)
+            if falls and number + 1 < len(self.blocks):
                 result[number + 1].append(number)
         return result
 
@@ -133,8 +147,10 @@ class Flow:
         count = len(self.instructions)
         behind = {instruction.index + 1 for instruction in self.instructions if instruction.ends_block}
         named = {label for one in self.instructions if one.base == "bra" for label in one.target}
+        named |= {(1, label) for table in self.kernel.tables.values() for label in table}
         targets = {at for label, at in self.kernel.labels.items() if label in named}
-        return {0} | {at for at in targets | behind if at < count}
+        resized = {at for one in self.instructions if one.base == "setmaxnreg" for at in (one.index, one.index + 1)}
+        return {0} | {at for at in targets | behind | resized if at < count}
 
     def _block(self, start: int, end: int, block_of_label: dict) -> Block:
         last = self.instructions[end - 1]
@@ -142,6 +158,10 @@ class Flow:
         if last.base == "bra":
             label = next(label for label in last.target if label in block_of_label)
             kind, target = "branch", block_of_label[label]
+        elif last.base == "brx":
+            table = self.kernel.tables[last.operands[1].value]
+            targets = [block_of_label[1, label] for label in table]
+            return Block(start, end, "switch", targets, last.operands[0].value, False)
         elif last.base in ("ret", "exit"):
             kind = "return"
         elif last.is_barrier:

@@ -11,14 +11,14 @@ from .types import TYPES
 _NO_RESULT = {
     "st", "stmatrix", "red", "cp", "bar", "barrier", "bra", "ret", "exit", "fence", "membar", "trap", "prefetch",
     "discard", "call", "nanosleep", "brkpt", "griddepcontrol", "tensormap", "wgmma.fence", "wgmma.commit_group",
-    "wgmma.wait_group", "mbarrier.init", "mbarrier.inval", "mbarrier.expect_tx",
+    "wgmma.wait_group", "setmaxnreg", "brx", "mbarrier.init", "mbarrier.inval", "mbarrier.expect_tx",
 }  # fmt: skip
 _CLASSES = {
     "ldmatrix": "ldmatrix", "stmatrix": "stmatrix", "cvt": "cvt", "mov": "mov", "shfl": "shfl",
     "tensormap": "tensormap", "mbarrier": "mbarrier",
     **dict.fromkeys(("vote", "redux", "match", "activemask"), "vote/redux"),
     **dict.fromkeys(("bar", "barrier", "fence", "membar"), "bar"),
-    **dict.fromkeys(("bra", "ret", "exit", "call", "trap"), "branch"),
+    **dict.fromkeys(("bra", "brx", "ret", "exit", "call", "trap"), "branch"),
     **dict.fromkeys(("setp", "selp", "set", "slct"), "setp/selp"),
     **dict.fromkeys(("ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh"), "mufu"),
 }  # fmt: skip
@@ -26,7 +26,7 @@ _CLASS_OF_TYPE = {
     "pred": "setp/selp", "f64": "fp64", **dict.fromkeys(("f32", "f32x2"), "fp32"),
     **dict.fromkeys(("f16", "bf16", "f16x2", "bf16x2"), "fp16"),
 }  # fmt: skip
-_ENDS = ("ret", "exit", "bra", "trap")
+_ENDS = ("ret", "exit", "bra", "brx", "trap")
 
 
 class Operand(NamedTuple):

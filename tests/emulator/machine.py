@@ -25,6 +25,7 @@ from .report import Report
 from .shadow import CTA_BITS
 from .shared_memory import SharedMemory
 from .tensor_map import TensorMaps
+from .vector_clocks import Clocks
 from .warpgroup_products import WarpgroupProducts
 
 # Contents of a register before it is written, by its size: NaN in every float format.
@@ -44,6 +45,7 @@ class Machine(
     TensorMaps,
     BulkCopies,
     Checks,
+    Clocks,
 ):
     """One launch. Several CTAs run at once, a batch; lane = thread + threads * position of the CTA in the batch.
 
@@ -52,12 +54,13 @@ class Machine(
 
     threads, lanes, ctas, cta_count   per CTA; of the batch; coordinates of its CTAs, and how many
     epochs, own                       barriers that a CTA has passed; each lane's key for the race checks (`shadow`)
+    shared_own                        the same for shared memory; where warps are specialised, the lane's warp
     collect                           whether faults are noted in the report rather than raised
     """
 
     def __init__(self, flow: Flow, grid: tuple[int, int, int], threads: int, shared_bytes: int, collect: bool) -> None:
         self.kernel, self.grid, self.threads, self.collect = flow.kernel, grid, threads, collect
-        self.doubtful = flow.doubtful
+        self.flow, self.doubtful, self.specialised = flow, flow.doubtful, flow.specialised
         self.report = Report(flow.kernel.name, flow)
         self.shared_bytes = max(shared_bytes, flow.kernel.static_shared)
         self.shared_stride = _round_up(max(self.shared_bytes, 16), 16)
@@ -74,6 +77,7 @@ class Machine(
         """Fresh registers, shared and local memory for these CTAs."""
         self.ctas, self.cta_count = ctas, len(ctas)
         self.lanes = self.cta_count * self.threads
+        self.start_clocks()
         self.build_shared()
         local_size = self.kernel.local_size
         self.local = poisoned(self.lanes * self.local_stride) if local_size else None
@@ -100,6 +104,7 @@ class Machine(
 
     def update_keys(self) -> None:
         self.own = self.first_key + np.repeat(self.epochs << i8(8), self.threads)
+        self.shared_own = np.arange(self.lanes) // 32 if self.specialised else self.own
 
     def select(self, mask):
         """The indices of the active lanes; None for all."""

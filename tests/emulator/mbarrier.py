@@ -64,6 +64,8 @@ class MemoryBarriers:
         np.add.at(arrivals, position, count if np.ndim(count) == 0 else count[lanes])
         np.add.at(expected, position, size if np.ndim(size) == 0 else size[lanes])
         self._make_room(instruction, address, lanes, entries, barriers, arrivals, position)
+        if self.specialised:
+            self.release(lanes, entries)
         self.bytes_missing[barriers] += expected
         self.arrivals_missing[barriers] -= arrivals
         self.complete_phases(barriers)
@@ -87,6 +89,8 @@ class MemoryBarriers:
         missing = (self.arrivals_missing[barriers] != 0) | (self.bytes_missing[barriers] != 0)
         complete = barriers[~missing & self.barrier_live[barriers]]
         self.phase[complete] += 1
+        if self.specialised and len(complete):
+            self.complete_order(complete)
         self.arrivals_missing[complete] = self.arrivals_expected[complete]
 
     def wait_barrier(self, instruction: Instruction, address, parity, mask):
@@ -101,6 +105,8 @@ class MemoryBarriers:
             self.arrive_copies(np.unique(entries[~complete]))
             complete = (self.phase[entries] & 1) != parity
         self._count_wait(instruction, complete, mask)
+        if self.specialised and complete.any():
+            self.acquire(lanes[complete], entries[complete])
         if self.bulk_copies and complete.any():
             self._see_copies(lanes[complete], entries[complete])
         result[lanes] = complete

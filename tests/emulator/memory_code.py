@@ -254,10 +254,10 @@ class MemoryCode(Operands):
         """The scheduler does the rest; lanes of a warp run in step, so bar.warp.sync is nothing."""
         if "warp" in one.parts:
             return []
-        literal = all(operand.kind == "integer" for operand in one.operands)
+        literal = all(operand.kind == "integer" for operand in one.operands) or self.specialised
         if set(one.parts) & {"red", "arrive", "cluster"} or one.predicate is not None or not literal:
             raise NotImplementedError
-        if len(one.operands) > 1:
+        if len(one.operands) > 1 and not self.specialised:
             return [f"m.require_whole_cta({self.constant(one)},{one.operands[1].value})"]
         return []
 
@@ -271,4 +271,4 @@ class MemoryCode(Operands):
     def _nothing(self, one: Instruction, act: str | None) -> list[str]:
         return []
 
-    translate_membar = translate_prefetch = translate_nanosleep = translate_discard = _nothing
+    translate_setmaxnreg = translate_membar = translate_prefetch = translate_nanosleep = translate_discard = _nothing

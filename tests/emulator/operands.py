@@ -27,6 +27,7 @@ class Operands:
         for module in (types, arithmetic):
             self.names |= {name: value for name, value in vars(module).items() if not name.startswith("__")}
         self.constants = 0
+        self.specialised = any(one.base == "setmaxnreg" for one in kernel.instructions)
 
     def constant(self, value) -> str:
         self.constants += 1

@@ -60,6 +60,8 @@ class Kernel:
     local_size: int = 0
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     threads: int | None = None
+    max_registers: int | None = None
+    tables: dict[str, list[str]] = field(default_factory=dict)
 
     def where(self, instruction: Instruction) -> str:
         """An instruction's place in the PTX and in the source."""
@@ -116,6 +118,8 @@ def parse(ptx: str) -> Kernel:
         kernel.parameters.append(Parameter(parameter, type_name, size, ".ptr" in modifiers))
     if threads := _THREADS.search(head):
         kernel.threads = int(threads[1]) * int(threads[2] or 1) * int(threads[3] or 1)
+    if registers := re.search(r"\.maxnreg\s+(\d+)", head):
+        kernel.max_registers = int(registers[1])
     _Body(kernel, lines, body).parse()
     for variable, offset in kernel.shared.items():
         if offset is None:
@@ -139,6 +143,7 @@ class _Body:
         self.kernel, self.lines, self.start = kernel, lines, start
         self.scopes = [_Scope(0)]
         self.scope_count = 0
+        self.last_label = ""
 
     def parse(self) -> None:
         pending, line, loc, in_asm = "", 0, None, False
@@ -173,6 +178,7 @@ class _Body:
                     return ""
             elif label := re.match(r"([$\w]+)\s*:(?!:)", text):
                 self.kernel.labels[self.scopes[-1].number, label[1]] = len(self.kernel.instructions)
+                self.last_label = label[1]
                 text = text[label.end() :]
             elif (end := text.find(";")) >= 0:
                 self._statement(text[:end].strip(), line, loc)
@@ -186,6 +192,8 @@ class _Body:
             self._declare_registers(statement)
         elif statement.startswith((".local", ".shared")):
             self.kernel.declare(statement)
+        elif statement.startswith(".branchtargets"):
+            self.kernel.tables[self.last_label] = [one.strip() for one in statement[len(".branchtargets") :].split(",")]
         elif statement and statement[0] != ".":  # not .pragma, not .param of a call
             self._instruction(statement, line, loc)
 

@@ -9,7 +9,7 @@ from .flow import Block
 from .machine import Machine
 from .program import Program
 
-_FINISHED = 1 << 30  # a program counter behind every block
+FINISHED = 1 << 30  # a program counter behind every block
 _MOST_DIVERGENT_BLOCKS = 3_000_000
 _FAIRNESS = (4000, 3800)  # of so many divergent blocks those behind the second number go round among all counters
 
@@ -46,8 +46,8 @@ class Scheduler:
                 elif count == 0:
                     counter += 1
                 else:
-                    counter = self._run_diverged(np.where(taken, _destination(block), counter + 1))
-                    if counter == _FINISHED:
+                    counter = self._run_diverged(np.where(taken, destination(block), counter + 1))
+                    if counter == FINISHED:
                         return
 
     def _takes_exit(self, block: Block):
@@ -58,14 +58,14 @@ class Scheduler:
         return ~condition if block.negated else condition
 
     def _run_diverged(self, counters) -> int:
-        """From per-thread program counters to the block where all have met again, or _FINISHED."""
+        """From per-thread program counters to the block where all have met again, or FINISHED."""
         machine = self.machine
         waiting = np.zeros(machine.lanes, bool)
         steps, floor = 0, -1
         while True:
-            alive = counters != _FINISHED
+            alive = counters != FINISHED
             if not alive.any():
-                return _FINISHED
+                return FINISHED
             ready = alive & ~waiting
             if not waiting.any() and alive.all() and (counters == counters[0]).all():
                 return int(counters[0])
@@ -95,7 +95,7 @@ class Scheduler:
                 message = f"{what}\n    {machine.kernel.where(barrier)}"
                 machine.report.note(machine.report.notes, ("barrier", barrier.line), barrier, message)
         elif block.exit != "fall":
-            counters[mask & self._takes_exit(block)] = _destination(block)
+            counters[mask & self._takes_exit(block)] = destination(block)
             if block.exit == "return" and waiting.any():
                 self._release(counters, waiting)
 
@@ -103,7 +103,7 @@ class Scheduler:
         """Let the CTAs go on whose threads all wait, those that have returned left out; a mask of these CTAs."""
         machine = self.machine
         by_cta = (machine.cta_count, machine.threads)
-        waits, gone = waiting.reshape(by_cta), (counters == _FINISHED).reshape(by_cta)
+        waits, gone = waiting.reshape(by_cta), (counters == FINISHED).reshape(by_cta)
         released = (waits | gone).all(1) & waits.any(1)
         if released.any():
             machine.pass_barrier(released)
@@ -111,5 +111,5 @@ class Scheduler:
         return released
 
 
-def _destination(block: Block) -> int:
-    return _FINISHED if block.exit == "return" else block.target
+def destination(block: Block) -> int:
+    return FINISHED if block.exit == "return" else block.target

@@ -44,9 +44,17 @@ class Shadow:
             bad &= plain
         return bad if bad.any() else None
 
+    def after_write(self, cells, own):
+        """Which accesses conflict with the last write; None where none does."""
+        return self.conflicts(self.writer[cells], own)
+
+    def after_read(self, cells, own):
+        """Which accesses, of writers, conflict with the last reads; None where none does."""
+        return self.conflicts(self.reader[cells], own)
+
     def read(self, cells, own, instruction: int):
         """Note a read; conflicts with an earlier write."""
-        bad = self.conflicts(self.writer[cells], own)
+        bad = self.after_write(cells, own)
         last = self.reader[cells]
         if self.local:
             joined = (last >= (own & ~WITHIN_EPOCH)) & (last != own)
@@ -71,7 +79,7 @@ class Shadow:
         and the instructions of the earlier writes (None where there is no conflict with one)."""
         previous = self.writer[cells]
         with_write = self.conflicts(previous, own, atomic)
-        with_read = self.conflicts(self.reader[cells], own)
+        with_read = self.after_read(cells, own)
         earlier = self.writer_instruction[cells] if with_write is not None else None
         within = None
         if atomic:
@@ -101,3 +109,29 @@ class Shadow:
         if lost.any():  # several warps, or CTAs, in this one instruction
             several = np.where((kept[lost] ^ key[lost]) >> CTA_BITS != 0, SEVERAL_CTAS | SEVERAL_WARPS, SEVERAL_WARPS)
             self.writer[cells[lost]] = several | key[lost]
+
+    # ---- the asynchronous engine, in shared memory; own: of the warps that it acts for, or of the first of `warps`
+    def begin_async_read(self, cells, own, instruction: int, warps: int):
+        """Note a read by the engine; conflicts with an earlier write."""
+        return self.read(cells, _engine_of(own), instruction)
+
+    def end_async_read(self, cells, own, warps: int) -> None:
+        """A read of rows of cells ends now: a later write needs a barrier behind this point."""
+        self.reader[cells] = _engine_of(own)[:, None]
+
+    def own_write(self, cells, own) -> None:
+        """What the engine wrote counts as written by these warps now."""
+        self.writer[cells] = own[:, None]
+
+    def settled_write(self, cells, own) -> None:
+        """What the engine wrote conflicts with no later access of these warps' CTAs."""
+        self.writer[cells] = (own >> CTA_BITS << CTA_BITS)[:, None]
+
+    def writing_warp(self, cells):
+        """The warp, of its CTA, that wrote each cell last; a higher number where several did."""
+        return self.writer[cells] & WARP
+
+
+def _engine_of(own):
+    """The key of the asynchronous engine that acts for these warps."""
+    return (own & ~WITHIN_EPOCH) | ASYNC

@@ -9,6 +9,7 @@ from numpy import int64 as i8
 from .buffers import poisoned
 from .instruction import Instruction, access_width
 from .shadow import Shadow
+from .vector_clocks import VectorShadow
 
 _CLASSES = ("ld.shared", "st.shared", "atom.shared", "cp.async", "ldmatrix", "stmatrix", "tensormap", "mbarrier")
 _MEMO_LIMIT = 50_000
@@ -28,14 +29,15 @@ class SharedMemory:
         self.shared_views = {}
         self.shared_base = np.repeat(np.arange(self.cta_count), self.threads) * self.shared_stride
         cells = size // self.shared_cell
-        self.shared_shadow = Shadow(cells, local=True)
+        self.shared_shadow = VectorShadow(cells, self.clocks) if self.specialised else Shadow(cells, local=True)
         self.pending, self.last_lane, self.busy, self.copy_of = np.zeros((4, cells), i4)
         self.unfenced = np.zeros(cells, bool)
 
     def smallest_shared_access(self) -> int:
         instructions = self.kernel.instructions
         widths = [access_width(one) for one in instructions if one.counted_as in _CLASSES]
-        return min([width for width in widths if width] + [16])
+        least = 4 if self.specialised else 1  # a `VectorShadow` has as many clocks for a cell as there are warps
+        return max(min([width for width in widths if width] + [16]), least)
 
     def shared_rows(self, dtype, vector: int):
         """Shared memory as rows of `vector` elements."""

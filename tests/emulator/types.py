@@ -43,6 +43,8 @@ TYPES.update(
     f16x2=PTXType("u4", 4, "half pair"),
     bf16x2=PTXType("u4", 4, "bfloat pair"),
     f32x2=PTXType("u8", 8, "float pair"),
+    u16x2=PTXType("u2", 4, "integer pair"),
+    s16x2=PTXType("i2", 4, "integer pair"),
 )
 
 # Kind -> expression that reads a register as numbers, and one that makes raw bits of numbers.
@@ -56,6 +58,7 @@ CODECS = {
     "half pair": ("from_half_pair({value})", "to_half_pair({value})"),
     "bfloat pair": ("from_bfloat_pair({value})", "to_bfloat_pair({value})"),
     "float pair": ("from_float_pair({value})", "to_float_pair({value})"),
+    "integer pair": ("from_integer_pair({value},{dtype})", "to_integer_pair({value})"),
 }
 FLOAT_KINDS = ("float", "half", "bfloat", "half pair", "bfloat pair", "float pair")
 SIXTEEN_BIT_KINDS = ("half", "bfloat", "half pair", "bfloat pair")
@@ -75,6 +78,10 @@ def from_bfloat_pair(bits):
 
 def from_float_pair(bits):
     return np.ascontiguousarray(bits).view(f4).reshape(-1, 2)
+
+
+def from_integer_pair(bits, dtype):
+    return np.ascontiguousarray(bits).view(dtype).reshape((*bits.shape, 2))
 
 
 def to_half(x):
@@ -117,6 +124,10 @@ def to_half_pair(x):
 
 def to_bfloat_pair(x):
     return pack(to_bfloat(x[..., 0]), to_bfloat(x[..., 1]))
+
+
+def to_integer_pair(x):
+    return np.ascontiguousarray(x).view(u4).reshape(-1)
 
 
 def to_float_pair(x):

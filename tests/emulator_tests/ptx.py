@@ -13,8 +13,11 @@ _SIZES = {"b16": 2, "b32": 4, "b64": 8}
 THREADS = 32
 
 
-def module(body: str, pointers: int = 1, threads: int = THREADS, shared: bool = True) -> str:
+def module(
+    body: str, pointers: int = 1, threads: int = THREADS, shared: bool = True, most_registers: int | None = None
+) -> str:
     """A kernel with the pointers in %rd1, %rd2, ..., the thread in %r0, shared memory at 0, and `body`."""
+    limit = "" if most_registers is None else f".maxnreg {most_registers}"
     parameters = ",\n".join(f".param .u64 .ptr .global .align 16 p{i + 1}" for i in range(pointers))
     loads = "\n".join(f"ld.param.u64 %rd{i + 1}, [p{i + 1}];" for i in range(pointers))
     registers = "\n".join(f".reg .{kind} {name}<200>;" for kind, name in _REGISTERS.items())
@@ -28,6 +31,7 @@ def module(body: str, pointers: int = 1, threads: int = THREADS, shared: bool = 
 {parameters}
 )
 .reqntid {threads}
+{limit}
 {{
 {registers}
 {loads}
@@ -46,9 +50,10 @@ def execute(
     shared: int = 4096,
     pointers: int | None = None,
     collect: bool = False,
+    most_registers: int | None = None,
     **options,
 ) -> Report:
-    text = module(body, len(tensors) if pointers is None else pointers, threads)
+    text = module(body, len(tensors) if pointers is None else pointers, threads, most_registers=most_registers)
     return run_ptx(text, grid, tensors, num_warps=threads // 32, shared=shared, collect=collect, **options)
 
 

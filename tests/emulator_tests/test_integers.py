@@ -30,7 +30,17 @@ def clamp(x: int) -> int:
     return min(x & 0xFF if x < 1 << 31 else x, 255)
 
 
+def by_halves(function):
+    """Of the low and the high 16 bits of both, signed."""
+    return lambda a, b: (
+        (function(signed(a, 16), signed(b, 16)) & 0xFFFF) | (function(signed(a >> 16, 16), signed(b >> 16, 16)) << 16)
+    )
+
+
 TWO = {
+    "add.s16x2": by_halves(lambda a, b: a + b),
+    "min.s16x2": by_halves(min),
+    "max.s16x2": by_halves(max),
     "add.s32": lambda a, b: a + b,
     "sub.s32": lambda a, b: a - b,
     "mul.lo.s32": lambda a, b: a * b,

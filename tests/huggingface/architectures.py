@@ -72,8 +72,9 @@ class Architecture:
         config._attn_implementation = implementation
         network = getattr(transformers, self.model)(config).eval()
         for module in network.modules():
-            if isinstance(sinks := getattr(module, "sinks", None), nn.Parameter):
-                nn.init.normal_(sinks)
+            for name in ("sinks", "temp"):
+                if isinstance(own := getattr(module, name, None), nn.Parameter):
+                    nn.init.normal_(own)
         return network
 
     def inputs(self, padding: str = "none") -> dict[str, Tensor]:
@@ -124,6 +125,7 @@ _WHISPER = {
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens")),
 }
 _LAYERED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+_EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 1}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _decoder("Llama"),
@@ -156,6 +158,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         {**_SMALL, "head_dim": 8, "attention_chunk_size": 5, "no_rope_layers": [1, 0], "moe_layers": []}
         | {"intermediate_size_mlp": 48, "floor_scale": 4, "attn_scale": 0.5},
     ),
+    "beam": _decoder("Beam", **_LAYERED, **_EXPERTS, mlp_layer_types=["dense"] * 2, n_group=2, topk_group=1),
+    "zaya": _decoder("Zaya", head_dim=8, router_hidden_size=8, intermediate_size=NotImplemented, **_EXPERTS),
     "bert": Architecture("BertForMaskedLM", "BertConfig", _ENCODER, "encoder", since=(5, 0)),
     "roberta": Architecture("RobertaForMaskedLM", "RobertaConfig", _ENCODER, "encoder", since=(5, 0)),
     "vit": Architecture("ViTModel", "ViTConfig", _VISION, "image"),

@@ -68,6 +68,14 @@ def test_a_model_that_is_wrapped_is_a_use(uses):
     assert uses == ["wrapped"]
 
 
+def test_imports_at_the_first_use_make_no_tensor_on_meta(monkeypatch):
+    devices: list[str] = []
+    monkeypatch.setattr(first_use, "_waiting", [lambda: devices.append(torch.tensor(1).device.type)])
+    with torch.device("meta"):  # as from_pretrained builds
+        LLAMA.build()
+    assert devices == ["cpu"]
+
+
 def test_a_model_that_lives_at_the_import_is_refused_early(monkeypatch):
     monkeypatch.setattr(first_use, "_waiting", [])
     monkeypatch.setattr(first_use, "register_module_module_registration_hook", lambda hook: None)

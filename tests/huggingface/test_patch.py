@@ -1,5 +1,7 @@
 """`patch`: its changes, the layers that it leaves alone, its report and its undo."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -10,6 +12,7 @@ from tests.support.pairs import in_turn, pairwise
 from tests.support.refusals import refuses
 from tritonattn.huggingface import NAME, patch, patched, restore
 from tritonattn.nn import PerHead, QueryAdaptiveSSMax, SSMax
+from tritonattn.scaling import Inkling, Inkling2, Llama4, Ministral3
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 LLAMA = ARCHITECTURES["llama"]
@@ -120,6 +123,41 @@ def test_the_last_layer_is_that_of_each_stack_and_of_a_part():
     long = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA.arguments | {"num_hidden_layers": 11}))
     with patch(long, layers="model.layers.1") as one:
         assert list(one.layers) == [SECOND]
+
+
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 8}
+INKLING = {"log_scaling_alpha": 0.2, "log_scaling_n_floor": 4}
+NAMED = [
+    ({"attn_scale": 0.4, "floor_scale": 16}, Llama4(0.4, 16)),
+    ({"rope_parameters": ROPE}, Ministral3(0.3, 8)),
+    (INKLING, Inkling(0.2, 4)),
+    ({**INKLING, "qk_l2_clip_threshold": 3.0}, Inkling2(0.2, 4, 3.0)),
+    ({"log_scaling_alpha": 0.2, "log_scaling_n_floor": None}, Inkling()),
+]
+
+
+@pytest.mark.parametrize(("entries", "made"), NAMED, ids=str)
+def test_a_mode_by_name_takes_the_settings_of_the_model_s_config(entries, made):
+    network = LLAMA.build()
+    for name, value in entries.items():
+        setattr(network.config, name, value)
+    with patch(network, scaling=made.name) as one:
+        assert [own.scaling for own in one.layers.values()] == [made, made]
+        assert one.layers[FIRST].to_config()["scaling"] == {"name": made.name, **dataclasses.asdict(made)}
+
+
+def test_a_temperature_by_name_is_the_model_s_own():
+    """In Llama 4, with its own temperature turned off; with it a second one is refused."""
+    architecture = ARCHITECTURES["llama4"]
+    inputs, network = architecture.inputs("none"), architecture.build()
+    wanted = logits(network, **inputs)
+    refuses("ValueError: scaling ~ 'llama4' ~ llama4_text ~ 'sqrt_dim'", patch, network, "llama4", layers=[1])
+    network.config.attn_temperature_tuning = network.model.layers[1].self_attn.attn_temperature_tuning = False
+    plain = logits(network, **inputs)
+    with patch(network, scaling="llama4", layers=[1]) as one:  # the layer without rotary embedding
+        assert next(iter(one.layers.values())).scaling == Llama4(0.5, 4)
+        torch.testing.assert_close(logits(network, **inputs), wanted, atol=1e-3, rtol=1e-3)
+    assert (plain - wanted).abs().max() > 1e-1
 
 
 STARTS = ["per_head", "ssmax", "power_law", "learned_log_power", SSMax, QueryAdaptiveSSMax(4, 8, mode="sqrt_dim")]

@@ -153,6 +153,14 @@ def test_a_cosine_replaces_the_librarys_scale(registered, mode):
     assert torch.equal(*found)
 
 
+def test_undo_where_layers_share_a_processor(registered):
+    model = flux()
+    one = next(iter(model.attn_processors.values()))
+    model.set_attn_processor(one)
+    ours.use(model, registered()).undo()
+    assert one._attention_backend is None
+
+
 def test_refusals(registered):
     q, k, v = operands()
     member = AttentionBackendName(registered())

@@ -153,18 +153,22 @@ def ours_exact_eager(
     return run(tensors, d_out, attend, backend=backend, batch_invariant=batch_invariant, **arguments), exact, eager
 
 
-def run(tensors: Tensors, d_out: Tensor, attend: Callable[..., Any], **arguments: Any) -> Tensors:
+def run(
+    tensors: Tensors, d_out: Tensor, attend: Callable[..., Any], gradients: bool = True, **arguments: Any
+) -> Tensors:
     """out, aux where asked for, and the gradients of a call under gradients of out and lse; always one dropout mask."""
     torch.manual_seed(4)
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    leaves = {name: tensor.detach().requires_grad_(gradients) for name, tensor in tensors.items()}
     result = attend(**leaves, **arguments)
     out, *aux = (result[0], *result[1]) if isinstance(result, tuple) else (result,)
     results, directions = {"out": out}, [d_out.to(out.dtype)]
     if aux:
         results |= dict(zip(tritonattn.AttentionAux._fields, aux, strict=True))
         directions.append(torch.linspace(-1, 1, aux[0].numel()).reshape(aux[0].shape).to(aux[0]))
-    gradients = torch.autograd.grad([out, *aux[:1]], list(leaves.values()), directions)
-    return {name: x.detach() for name, x in results.items()} | dict(zip(leaves, gradients, strict=True))
+    if not gradients:
+        return results
+    of_leaves = torch.autograd.grad([out, *aux[:1]], list(leaves.values()), directions)
+    return {name: x.detach() for name, x in results.items()} | dict(zip(leaves, of_leaves, strict=True))
 
 
 def by_kernels(

@@ -14,7 +14,7 @@ from tritonattn.lab import training
 from tritonattn.lab.training import plot, trainer
 from tritonattn.lab.training.modes import MODES
 from tritonattn.lab.training.records import Recipe, Run, planned, read
-from tritonattn.lab.training.report import Interval
+from tritonattn.lab.training.report import Interval, other_metrics
 from tritonattn.lab.training.tasks import TASKS
 from tritonattn.lab.training.trainer import fresh_model, train
 
@@ -135,3 +135,11 @@ def test_the_interval_is_students():
     assert Interval.of([2.0]).text() == "2.000 ± ?"
     assert not Interval.of([-1.0, 3.0]).excludes_zero
     assert Interval.of([2.9, 3.0]).excludes_zero
+    assert Interval.of([float("nan"), 3.0]).text() == "nan ± nan"
+    assert Interval.of([float("inf"), 3.0]).text() == "inf ± nan"
+
+
+def test_a_mode_that_always_diverged_keeps_its_row():
+    good, lost = (planned_run("spell", mode) for mode in ("sqrt_dim", "none"))
+    good.metrics, lost.status = {"exact": 0.5, "words": 0.75}, "diverged"
+    assert "none" in other_metrics([good, lost])

@@ -13,7 +13,7 @@ from tritonattn.tuning.config import Problem, TileConfig
 from tritonattn.tuning.gpus import GPUS
 
 A100 = next(gpu for gpu in GPUS if gpu.name == "a100")
-MI300X = next(gpu for gpu in GPUS if gpu.name == "mi300x")
+MI300X, MI350X = (next(gpu for gpu in GPUS if gpu.name == name) for name in ("mi300x", "mi350x"))
 PROBLEM = Problem(64, 64, torch.bfloat16, right=True)
 CONFIG = TileConfig(128, 64, 8, 2)
 # On an A100 with 8 warps: tensor 1000 clocks, exp 800, integer 600, issue 600.
@@ -47,6 +47,27 @@ def test_clocks_of_a_call():
     assert clocks(LOOP, latency=replayed) == 38 * 128 * 1500, "of a program while another runs beside it"
     stores = replace(LOOP, shared_bytes=5000 * 128)
     assert clocks(stores) == pytest.approx(38 * 2 * 128 * 5000)
+
+
+def of_amd(config, kernel="forward", registers=154, shared=33728):
+    code = MachineCode(registers, 0, shared, 0)
+    return modelled_clocks(kernel, PROBLEM, Judged(config, code, ()), MI350X)
+
+
+def test_clocks_of_an_amd_call():
+    """8,192 programs of 4 waves, 3 to a compute unit: 11 turns of 128 iterations, 512 clocks of products each."""
+    config = TileConfig(128, 64, 4, 2)
+    products, exponentials, lds = 64 * 128 * 256 / 4096, 64 * 128 / 32, 4 * 64 * 256 / 256
+    iteration = products + (exponentials + lds) / 3
+    assert of_amd(config) == pytest.approx(11 * 3 * 128 * iteration)
+    loads = 600 + 64 * 128 * 2 / 48
+    assert of_amd(replace(config, num_stages=1)) == pytest.approx(11 * 3 * 128 * (iteration + loads / 3))
+    assert of_amd(config, shared=163840) == pytest.approx(
+        32 * 128 * (products + exponentials + lds + loads - products)
+    ), "alone, less of a load is hidden"
+    short = TileConfig(64, 64, 8, 2)  # 8 rows a warp, of 16: twice the work, and of LDS reads
+    assert of_amd(short, registers=256) == pytest.approx(64 * 128 * (512 + (256 + 512) / 2 + loads - 512))
+    assert of_amd(config, "grad_key_value") > of_amd(config, "grad_query") > of_amd(config)
 
 
 def of_decode(config, gpu=A100, loop=None, shared=49152, packed_rows=16):

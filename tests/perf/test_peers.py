@@ -19,7 +19,7 @@ ONCE = Effort(1, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("scaling", [name for name in tritonattn.SCALINGS if name != "cosine"])
+@pytest.mark.parametrize("scaling", [name for name in tritonattn.SCALINGS if name not in ("cosine", "inkling2")])
 def test_recipes_follow_the_formulas(scaling, causal):
     random = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 4, 5, 8, generator=random), torch.randn(2, 2, 9, 8, generator=random)

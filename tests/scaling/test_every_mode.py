@@ -11,7 +11,14 @@ from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS, Scaling
 
 B, HQ, SQ, SK, D = 2, 4, 6, 9, 5
-SMALL_PRESETS = {"qwen_logn": {"train_length": 3}, "llama4": {"floor_scale": 2}, "ministral3": {"original_length": 2}}
+SMALL_PRESETS = {
+    "qwen_logn": {"train_length": 3},
+    "llama4": {"floor_scale": 2},
+    "ministral3": {"original_length": 2},
+    "inkling": {"n_floor": 2},
+    "inkling2": {"n_floor": 2, "threshold": 2.0},
+    "beam": {"length": 2},
+}
 NORM_MODES = ["key_norm_sum", "key_norm_mean", "key_norm_rms", "key_norm_max", "key_norm_l2", "cosine"]
 PADDINGS = {
     "right": {"key_lengths": torch.tensor([4, 7])},

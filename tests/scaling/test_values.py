@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 import pytest
 import torch
@@ -9,7 +10,20 @@ import torch
 from tritonattn import attention
 from tritonattn.core.statistics import SMALLEST_STATISTIC, Statistics, counts_of, reciprocal, reciprocal_root
 from tritonattn.core.visibility import Visibility
-from tritonattn.scaling import SCALINGS, Cosine, KeyNormMax, Llama4, LogKeyCount, Ministral3, QwenLogn, Scales
+from tritonattn.nn import SSMax
+from tritonattn.scaling import (
+    SCALINGS,
+    Beam,
+    Cosine,
+    Inkling,
+    Inkling2,
+    KeyNormMax,
+    Llama4,
+    LogKeyCount,
+    Ministral3,
+    QwenLogn,
+    Scales,
+)
 
 
 def scales_of(scaling, q, k=None, **masks) -> Scales:
@@ -43,7 +57,10 @@ def test_counts():
     assert factors(LogKeyCount(base=5.0))[4] == pytest.approx(1 / 4), "as sqrt_dim at the base"
 
 
-@pytest.mark.parametrize("name", ["key_count", "sqrt_key_count", "log_key_count", "qwen_logn", "llama4", "ministral3"])
+TEMPERATURES = ("llama4", "ministral3", "inkling", "beam")
+
+
+@pytest.mark.parametrize("name", ["key_count", "sqrt_key_count", "log_key_count", "qwen_logn", *TEMPERATURES])
 @pytest.mark.parametrize("keys", [0, 1, 7, 20000])
 def test_where_all_rows_see_all_keys_the_factor_is_a_number(name, keys):
     """The number is the factor of a causal mask's last row."""
@@ -109,6 +126,104 @@ def test_ministral3_is_its_models_function():
     assert factors(Ministral3(beta=0.2, original_length=16), 200) == pytest.approx(model.tolist(), rel=1e-6)
 
 
+def modeling(model):
+    return pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
+
+
+def test_beam_is_its_models_function():
+    model = modeling("beam").compute_attention_scaling(torch.arange(5000)[None]).flatten() / 4
+    assert factors(Beam(), 5000) == pytest.approx(model.tolist(), rel=1e-6)
+
+
+def log_scale(rows):
+    """The temperature of `Inkling` with alpha 0.3 and n_floor 16, by the code of Inkling 2."""
+    config = types.SimpleNamespace(log_scaling_alpha=0.3, log_scaling_n_floor=16)
+    return modeling("inkling2").Inkling2LogScale(config)(torch.ones(1, rows, 1, 1), torch.arange(rows)[None])
+
+
+def test_inkling_is_its_models_function(monkeypatch):
+    """A layer without a window, its position bias at 0: with the temperature, and q, k, v of the layer without it."""
+    inkling, eager, seen = modeling("inkling"), modeling("inkling").eager_attention_forward, []
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    config = inkling.InklingTextConfig(**sizes, layer_types=["hybrid"], log_scaling_alpha=0.3)
+    config._attn_implementation = "eager"
+    layer = inkling.InklingAttention(config, 0).requires_grad_(False)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    torch.nn.init.zeros_(layer.rel_logits_proj.proj)
+
+    def noted(module, *tensors, **arguments):
+        seen.append((*tensors[:3], eager(module, *tensors, **arguments)[0]))
+        return seen[-1][-1], None
+
+    monkeypatch.setattr(inkling, "eager_attention_forward", noted)
+    x, mask = torch.randn(1, 40, 16), torch.full((40, 40), -torch.inf).triu(1)[None, None]
+    layer(x, mask)
+    config.log_scaling_n_floor = 16
+    layer(x, mask)
+    (q, k, v, plain), (_, _, _, wanted) = seen
+    assert (wanted - plain).abs().max() > 1e-2
+    ours = attention(q, k, v, scaling=Inkling(0.3, 16), gain=8**-0.5, causal=True).transpose(1, 2)
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_inkling2_clips_as_its_model():
+    q, k, v = (torch.randn(1, 2, 40, 16) * torch.logspace(-1, 1, 40)[:, None] for _ in range(3))
+    clip = modeling("inkling2").Inkling2L2Clip(3.0)
+    clipped, keys = clip(q) * log_scale(40)[..., 0], clip(k)
+    assert (clipped != q).any()
+    assert (keys == k).any()
+    wanted = torch.nn.functional.scaled_dot_product_attention(clipped, keys, v, is_causal=True)
+    for backend in ("sdpa", "reference"):
+        ours = attention(q, k, v, scaling=Inkling2(0.3, 16, 3.0), causal=True, backend=backend)
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_mistral_large4_is_ssmax_with_a_bias():
+    model, (q, k, v) = modeling("mistral_large4").MistralLarge4TextSoftmaxScaling(4), torch.randn(3, 1, 4, 30, 16)
+    with torch.no_grad():
+        model.scale.normal_()
+        model.bias.normal_()
+    scaling = SSMax(heads=4, bias=True)
+    scaling.load_state_dict({"s": model.scale, "b": model.bias})
+    scaled = model(q, torch.arange(30)[None], head_dim_first=True)
+    wanted = torch.nn.functional.scaled_dot_product_attention(scaled, k, v, is_causal=True)
+    torch.testing.assert_close(attention(q, k, v, scaling=scaling, causal=True), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_zaya_is_cosine_with_a_gain_of_each_key_head():
+    model = modeling("zaya").ZayaQKNorm(types.SimpleNamespace(head_dim=16, num_key_value_heads=2))
+    temperature = torch.tensor([1.5, -0.7])
+    results = []
+    for parameter in (model.temp, temperature.requires_grad_()):
+        with torch.no_grad():
+            parameter.copy_(temperature)
+        torch.manual_seed(0)
+        q, k, v = torch.randn(1, 4, 30, 16), *torch.randn(2, 1, 2, 30, 16)
+        if parameter is model.temp:
+            normal, keys = (x.transpose(1, 2) for x in model(q.transpose(1, 2), k.transpose(1, 2)))
+            out = torch.nn.functional.scaled_dot_product_attention(normal, keys, v, is_causal=True, enable_gqa=True)
+        else:
+            gain = parameter.repeat_interleave(2)[:, None]  # [Hq, 1]
+            out = attention(q, k, v, scaling="cosine", gain=gain, causal=True)
+        results.append((out, *torch.autograd.grad(out.square().sum(), parameter)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_a_name_of_no_mode_suggests_one():
+    for name, hint in (("logn", "did you mean 'qwen_logn'"), ("ssmax", r"tritonattn\.nn\.SSMax\(heads=Hq\)")):
+        with pytest.raises(KeyError, match=hint):
+            SCALINGS[name]
+    assert "logn" not in SCALINGS
+    assert SCALINGS.get("logn") is None
+
+
 def test_defaults_leave_short_sequences_alone():
     rows = 16385
     for scaling, last, after in (
@@ -126,6 +241,8 @@ def test_bad_parameters_are_refused():
     above_1 += [(QwenLogn, "train_length", 1), (QwenLogn, "train_length", math.nan)]
     above_0 = [(Cosine, "tau", value) for value in (0, -1.0, math.nan, math.inf, "1")]
     above_0 += [(Llama4, "scale", 0.0), (Llama4, "floor_scale", None), (Llama4, "floor_scale", -8192)]
+    above_0 += [(Inkling, "alpha", 0.0), (Inkling2, "n_floor", -1), (Inkling2, "threshold", math.nan)]
+    above_0 += [(Beam, "power", 0), (Beam, "length", math.inf)]
     above_0 += [(Ministral3, "beta", math.inf), (Ministral3, "original_length", "16384")]
     for least, refused in enumerate((above_0, above_1)):
         for mode, argument, value in refused:

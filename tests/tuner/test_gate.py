@@ -8,18 +8,20 @@ from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 from perf.static.ranking import static_candidates
+from tests.support.versions import OLDER_TRITON
 from tritonattn.backends.triton import launch
 from tritonattn.tuner import gate
 from tritonattn.tuner.candidates import candidates
 from tritonattn.tuner.gate import Code, Compiler, examine, memory_reasons
-from tritonattn.tuning import cache_dir
-from tritonattn.tuning.config import Problem, Target, TileConfig, legal_reasons
+from tritonattn.tuning import cache_dir, compile_kernel
+from tritonattn.tuning.config import OPTIONS, Problem, Target, TileConfig, legal_reasons
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gpus import GPUS
 from tritonattn.tuning.lookup import usable_table
@@ -29,6 +31,7 @@ SM_80, SM_90, SM_100 = Target("cuda", "80"), Target("cuda", "90"), Target("cuda"
 GFX950 = Target("hip", "gfx950")
 PROBLEM = Problem(64, 64, torch.bfloat16, right=True, query_scale=True)
 CONFIG = TileConfig(128, 64, 4, 2)
+DIVIDED = TileConfig(128, 128, 8, 2, descriptors=True, warp_specialize=True)
 compiled = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
 
@@ -83,6 +86,45 @@ def test_candidates(gpu):
         assert len(set(found)) == len(found)
         assert set(static_candidates(key.kernel, key.problem, gpu.target)) <= set(found)
         assert all(not legal_reasons(key.kernel, config, key.problem, gpu.target) for config in found)
+
+
+def test_options_are_searched_where_the_hardware_has_them():
+    """By the search on a card alone: a model that ranks tables sees no order of instructions, and no overlap."""
+    for target, options in ((GFX950, {"waves_per_eu": {0, 1, 2, 3}}), (SM_100, {"warp_specialize": {False, True}})):
+        found = candidates("forward", PROBLEM, target)
+        of_default = {name: {getattr(one, name) for one in found} for name in OPTIONS}
+        assert of_default == {name: {value} for name, value in OPTIONS.items()} | options
+        ranked = static_candidates("forward", PROBLEM, target)
+        assert ranked == [replace(one, **OPTIONS) for one in ranked]
+    assert {one.num_stages for one in candidates("grad_query", PROBLEM, GFX950)} == {1, 2}
+    assert {one.num_warps for one in candidates("decode", PROBLEM, GFX950)} == {4}
+
+
+@compiled
+def test_waves_per_eu_reach_the_compiler():
+    config = TileConfig(16, 16, 4, 1, waves_per_eu=3)
+    assert '"amdgpu-waves-per-eu"="3,3"' in compile_kernel("decode", PROBLEM, config, GFX950).asm["llir"]
+
+
+@compiled
+@pytest.mark.skipif(OLDER_TRITON, reason="divides other loops")
+def test_a_specialised_loop_is_divided_among_warps():
+    assert examine("forward", PROBLEM, DIVIDED, SM_100).reasons == ()
+
+
+def test_code_that_is_not_divided_among_warps_is_refused():
+    def reasons(ttgir: str, code: Code) -> list[str]:
+        return gate._unspecialised_reasons(SimpleNamespace(asm={"ttgir": ttgir}), gate.Candidate(CONFIG, code, ()))
+
+    partitions = ["  default {", "  partition0(%a: i32) num_warps(4) {", "  partition1(%a: i32) num_warps(1) {"]
+    assert reasons("\n".join(partitions), Code(168, 0, 0)) == []
+    assert reasons("\n".join(partitions[:2]), Code(168, 0, 0)) == [
+        "has 1 partitions: its loop is not divided among warps"
+    ]
+    assert reasons("\n".join(partitions), Code(168, 8, 0)) == [
+        "spills 8 bytes a thread where partitions share out the registers"
+    ]
+    assert reasons("\n".join(partitions), Code(4, 0, 0)) == ["has 4 registers: its code is a trap"]
 
 
 # 208 fp32 sums a thread, of 64 lanes a wave on AMD; in tensor memory sums take none. wgmma takes 64 rows for 4 warps.

@@ -146,7 +146,7 @@ def test_a_quick_search_starts_from_the_table(monkeypatch):
     assert first == entry == lookup.config_for(key.kernel, key.problem, target)
     assert {replace(entry, num_stages=2), replace(entry, descriptors=False)} <= set(others)
     assert default_config(key.kernel, key.problem, target) not in others
-    assert len(others) < 12
+    assert len([one for one in others if one.kernel == "triton"]) < 12
 
 
 def test_a_machine_that_compiles_nothing_is_not_searched_on(monkeypatch):

@@ -148,6 +148,12 @@ def largest() -> None:
     tritonattn.attention(q, k, v, scaling="key_norm_max", causal=True, backend="triton").sum().backward()
 
 
+def few_key_heads() -> None:
+    """Of so many rows that they are split."""
+    q, k, v = tensor(1, 8, 2048, 64, dtype=HALF), *(tensor(1, 1, 64, 64, dtype=HALF) for _ in range(2))
+    tritonattn.attention(q, k, v, backend="triton").sum().backward()
+
+
 def everything() -> None:
     mask = torch.ones(2, 4, 64, 64, dtype=torch.bool)
     attend(FULL, 4, softcap=1.0, sinks=tensor(4), dropout_p=0.5, mask=mask, return_aux=True)
@@ -177,10 +183,11 @@ CALLS: dict[str, tuple[Callable[[], None], dict[Problem, str]]] = {
         },
     ),
     "packed": (pack, {problem("right sequences rounding"): BACKWARD}),
+    "few key heads": (few_key_heads, {problem("grouped"): "sum_of_splits"}),
     "inference": (lambda: infer("sqrt_dim"), {problem("right left grouped", BFLOAT): "forward"}),
     "largest": (largest, {problem("", FULL): "key_statistics key_statistics_grad", STREAMING: "argmax_of_ranges"}),
     "sums": (lambda: infer("key_norm_mean"), {STREAMING: "prefix_sums"}),
-    "decode": (lambda: decode(None), {problem("query_scale grouped"): "decode decode_combine"}),
+    "decode": (lambda: decode(None), {problem("query_scale grouped"): "decode combine_splits"}),
     "append in pages": (append_in_pages, {STREAMING: "append_to_pages"}),
     "append": (append, {problem(""): "append_keys"}),
     "pages": (lambda: decode(16), {problem("query_scale grouped block_table"): "decode"}),

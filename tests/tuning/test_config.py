@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tritonattn.tuning import config
-from tritonattn.tuning.config import Problem, Target, TileConfig, is_short, legal_reasons
+from tritonattn.tuning.config import TILED_KERNELS, Problem, Target, TileConfig, is_short, legal_reasons
 from tritonattn.tuning.defaults import default_config, obstacle
 
 HALF, FULL = torch.float16, torch.float32
@@ -53,6 +53,28 @@ def test_tiles_may_fill_the_memory_there_is():
     assert reasons(described, SM_90) == reasons(described, Target.parse("sm_120")) == []
     for target, dtype in ((SM_80, HALF), (Target.parse("sm_89"), HALF), (SM_90, FULL), (GFX942, HALF)):
         assert "descriptors need" in reasons(described, target, dtype=dtype)[0]
+
+
+def test_options_are_legal_where_the_hardware_has_them():
+    waves = TileConfig(64, 32, 4, 2, waves_per_eu=2)
+    assert reasons(waves, GFX942) == []
+    assert reasons(waves, SM_90) == ["waves_per_eu needs an AMD GPU, sm_90 is none"]
+    assert reasons(replace(waves, waves_per_eu=-1), GFX942) == ["waves_per_eu -1 is below 0"]
+    divided = TileConfig(64, 32, 4, 2, descriptors=True, warp_specialize=True)
+    assert reasons(divided, SM_100) == reasons(divided, Target.parse("sm_103")) == []
+    for kernel in ("grad_query", "grad_key_value"):
+        assert reasons(divided, SM_100, kernel, dim=64) == []
+        assert "warp_specialize needs" in "; ".join(reasons(divided, SM_100, kernel, dim=80))
+    for target in (SM_90, Target.parse("sm_120")):
+        assert "warp_specialize needs" in "; ".join(reasons(divided, target))
+    assert "warp_specialize needs" in "; ".join(reasons(replace(divided, descriptors=False), SM_100))
+
+
+@pytest.mark.parametrize("kernel", TILED_KERNELS)
+def test_two_warps_are_not_legal_where_results_do_not_repeat(kernel):
+    pair = TileConfig(16, 32, 2, 1)
+    assert reasons(pair, GFX942, kernel) == reasons(replace(pair, num_warps=4), Target.parse("gfx950"), kernel) == []
+    assert "num_warps 2 gives other bits in every run" in "; ".join(reasons(pair, Target.parse("gfx950"), kernel))
 
 
 TARGETS = [Target.parse(name) for name in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")]

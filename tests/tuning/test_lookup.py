@@ -7,16 +7,21 @@ import pytest
 import torch
 import triton
 
-from tritonattn.tuning import cache_dir, lookup
+from tests.support.versions import TRITON
+from tritonattn.tuning import cache_dir, config, lookup
 from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gpus import GPUS, table_name
-from tritonattn.tuning.table import Entry, Key, Table, kernels_fingerprint, write_table
+from tritonattn.tuning.table import Entry, Key, Table, gluon_fingerprint, kernels_fingerprint, write_table
 
 H100, H200 = Target("cuda", "90", "NVIDIA H100 80GB HBM3"), Target("cuda", "90", "NVIDIA H200")
 PROBLEM = Problem(64, 64, torch.bfloat16)
 KEY = Key("forward", 64, "none", "long")
+NEEDS_GLUON = pytest.mark.skipif(TRITON < (3, 6), reason="Gluon needs triton 3.6")
 SHIPPED = {gpu.name for gpu in GPUS}
+
+
+GLUON = {"num_warps": 4, "num_stages": 2, "descriptors": True, "kernel": "gluon"}
 
 
 @pytest.fixture
@@ -180,3 +185,54 @@ def test_an_illegal_entry_never_runs(folders):
     write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), {KEY: entry}))
     lookup.clear_cache()
     assert found() == 32, "too much shared memory"
+
+
+def in_use(problem: Problem = PROBLEM, target: Target = H100) -> str:
+    return lookup.config_for("forward", problem, target).kernel
+
+
+def put_gluon(path, fingerprint: str | None = None) -> None:
+    details = {"triton": triton.__version__, "gluon": fingerprint or gluon_fingerprint()}
+    entry = Entry(TileConfig(192, 128, **GLUON), "measured", details)
+    write_table(path, Table(path.stem, H100, kernels_fingerprint(), {KEY: entry}))
+    lookup.clear_cache()
+
+
+@NEEDS_GLUON
+def test_a_table_may_name_the_kernel_in_gluon(folders):
+    """Of another such kernel its entry is stale, and no other entry of the table."""
+    put_gluon(folders[0] / "h100.json")
+    assert in_use() == "gluon"
+    put_gluon(folders[0] / "h100.json", "0123456789abcdef")
+    with pytest.warns(UserWarning, match="Gluon's is asked for: .*forward/64/none/long: of another such kernel"):
+        assert in_use() == "triton"
+
+
+@NEEDS_GLUON
+def test_the_kernel_in_gluon_is_forced_where_it_is_legal(folders, monkeypatch):
+    monkeypatch.setenv("TRITONATTN_GLUON", "1")
+    assert in_use() == "gluon"
+    assert lookup.config_for("grad_query", PROBLEM, H100).kernel == "triton"
+    assert in_use(replace(PROBLEM, invariant=True)) == "triton"
+    for problem, target, reason in (
+        (replace(PROBLEM, mask=True), H100, "no mask"),
+        (PROBLEM, Target.parse("sm_100"), "sm_90"),
+        (replace(PROBLEM, head_dim=32, value_dim=32), H100, "64, 128 and 256"),
+    ):
+        with pytest.warns(UserWarning, match=reason):
+            assert in_use(problem, target) == "triton"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert in_use(problem, target) == "triton"
+    monkeypatch.setattr(config, "triton_version", lambda: (3, 5))
+    with pytest.warns(UserWarning, match="gluon needs triton 3.6"):
+        assert in_use() == "triton"
+
+
+@NEEDS_GLUON
+def test_the_kernel_in_gluon_that_is_refused_makes_way(folders, monkeypatch):
+    monkeypatch.setenv("TRITONATTN_GLUON", "1")
+    chosen = lookup.config_for("forward", PROBLEM, H100)
+    with pytest.warns(UserWarning, match="TRITONATTN_GLUON: forward: .*no such name"):
+        assert lookup.reject_config("forward", PROBLEM, H100, chosen, AttributeError("no such name"))
+    assert in_use() == "triton"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tritonattn.tuning import table
-from tritonattn.tuning.config import Problem, Target, TileConfig
+from tritonattn.tuning.config import OPTIONS, SHARES, Problem, Target, TileConfig
 from tritonattn.tuning.table import Entry, Key, Table, TableError, keys, read_table, write_table
 
 CONFIG = TileConfig(128, 64, 8, 2)
@@ -30,9 +30,10 @@ def test_a_written_table_is_read_back(tmp_path):
     assert read_table(path) == example(3)
     assert list(path.parent.iterdir()) == [path]
     assert path.stat().st_mode & 0o777 == 0o644, "others may read it"
-    assert "l2_percent" not in example(3).text()
-    shared = replace(CONFIG, l2_percent=200), replace(CONFIG, split_blocks=16)
-    entries = {key: Entry(one, "measured", {}) for key, one in zip(example(3).entries, shared, strict=False)}
+    assert not any(name in example(3).text() for name in (*SHARES, *OPTIONS))
+    shared = [replace(CONFIG, **one) for one in ({"l2_percent": 200}, {"split_blocks": 16}, {"waves_per_eu": 2})]
+    shared.append(replace(CONFIG, descriptors=True, warp_specialize=True))
+    entries = {key: Entry(one, "measured", {}) for key, one in zip(keys(), shared, strict=False)}
     write_table(path, replace(example(3), entries=entries))
     assert read_table(path).entries == entries
     assert replace(example(3), entries=dict(reversed(example(3).entries.items()))).text() == example(3).text()
@@ -82,6 +83,9 @@ CONFIGS = [
     {"l2_percent": 0},
     {"l2_percent": 10_001},
     {"split_blocks": 8.0},
+    {"waves_per_eu": -1},
+    {"waves_per_eu": 9},
+    {"warp_specialize": 1},
 ]
 
 

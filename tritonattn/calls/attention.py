@@ -49,6 +49,7 @@ def attention(
         window: (left, right): row i attends to i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: no limit.
         key_lengths: Integers [B]: keys at and after it are invisible.
         key_ranges: Integers [B, Sq, 2] or [B, 1, Sq, 2]: row i attends to lo <= j < hi of its pair (lo, hi).
+            `document_ranges` makes them of document ids.
         mask: bool, broadcastable to [B, Hq, Sq, Sk], True is visible: for masks with holes; slower.
         key_bias: Floating, broadcastable to [B, Hq, Sk] or [B, Hkv, Sk]: added to the logits of key j before the
             softcap; gets a gradient. A key with -inf has no weight, with softcap too, and a row of only such keys is as

@@ -77,8 +77,10 @@ class KeyStatistics(KeyRecord):
         self.counts = torch.zeros(batch, dtype=torch.int64, device=device)
         # Each has one more entry at its end, for keys that are dropped.
         norms, prefix = (batch, kv_heads, capacity + 1), (batch, kv_heads, capacity + 2)
-        memory = zeros((norms, prefix, prefix, prefix), dtype, device)
-        self._hold(memory, tuple(x[..., :-1] for x in memory))
+        self._memory = zeros((norms, prefix, prefix, prefix), dtype, device)
+
+    def _shown(self, x: Tensor) -> Tensor:
+        return x[..., :-1]
 
     def find(self, key: Tensor, table: PageTable | None) -> Tensor:
         return key
@@ -199,8 +201,8 @@ class KeyStatistics(KeyRecord):
         check_count("capacity", capacity, self.capacity)
         other = self._like(len(self.counts), capacity)
         other.counts.copy_(self.counts)
-        for mine, its in zip(self.buffers, other.buffers, strict=True):
-            its[..., : mine.shape[-1]].copy_(mine)
+        for mine, its in zip(self._memory, other._memory, strict=True):
+            its[..., : mine.shape[-1] - 1].copy_(mine[..., :-1])
         return other
 
     @torch.no_grad()

@@ -69,9 +69,8 @@ class PagedKeyStatistics(KeyRecord):
     ) -> None:
         for name, size, least in (("pages", pages, 0), ("page", page, SMALLEST_PAGE), ("kv_heads", kv_heads, 0)):
             check_count(name, size, least)
-        memory = zeros(((pages + 1, page, kv_heads),) * 4, dtype, device)
-        self._hold(memory, tuple(x[:-1] for x in memory))
-        self._spare = pages
+        self.pages, self._spare = pages, pages
+        self._memory = zeros(((pages + 1, page, kv_heads),) * 4, dtype, device)
 
     @classmethod
     def inside(cls, memory: tuple[Tensor, ...], spare: int) -> PagedKeyStatistics:
@@ -81,17 +80,19 @@ class PagedKeyStatistics(KeyRecord):
         spare    a page that no sequence has: keys without a page may be entered there
         """
         record = cls.__new__(cls)
-        record._hold(memory, memory)
-        record._spare = spare
+        record.pages, record._spare, record._memory = memory[0].shape[0], spare, memory
         return record
 
     @property
-    def pages(self) -> int:
-        return self.norms.shape[0]
+    def page(self) -> int:
+        return self._memory[0].shape[1]
 
     @property
-    def page(self) -> int:
-        return self.norms.shape[1]
+    def buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.norms, self.norm_sums, self.norm_square_sums, self.norm_maxima
+
+    def _shown(self, x: Tensor) -> Tensor:
+        return x[: self.pages]
 
     def find(self, key: Tensor, table: PageTable | None) -> Found:
         assert table is not None

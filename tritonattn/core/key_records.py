@@ -50,12 +50,27 @@ class KeyRecord(Renamed):
         "square_sums": "norm_square_sums",
         "length_maxima": "norm_maxima",
     }
-    norms: Tensor
+    _memory: tuple[Tensor, ...]  # norms and `TOTALS`, with entries for keys that are dropped
 
-    def _hold(self, memory: tuple[Tensor, ...], buffers: tuple[Tensor, ...]) -> None:
-        """Keep the norms and `TOTALS`, buffers; memory: with entries for keys that are dropped."""
-        self._memory, self.buffers = memory, buffers
-        self.norms, self.norm_sums, self.norm_square_sums, self.norm_maxima = buffers
+    @property
+    def norms(self) -> Tensor:
+        return self._shown(self._memory[0])
+
+    @property
+    def norm_sums(self) -> Tensor:
+        return self._shown(self._memory[1])
+
+    @property
+    def norm_square_sums(self) -> Tensor:
+        return self._shown(self._memory[2])
+
+    @property
+    def norm_maxima(self) -> Tensor:
+        return self._shown(self._memory[3])
+
+    def _shown(self, x: Tensor) -> Tensor:
+        """One of `_memory` without the entries for dropped keys. A view made now: pickled views share no memory."""
+        raise NotImplementedError
 
     def find(self, key: Tensor, table: PageTable | None) -> Any:
         """Where the entries of `key` are, int64 [B or 1, n], by its number along the axis of the call's keys.

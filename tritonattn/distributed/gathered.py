@@ -43,9 +43,7 @@ def _pieces(sequence: SharedSequence, heads: _Heads) -> list[Piece]:
 def _visible(q: Tensor, k: Tensor, ranges: Tensor | None, piece: Piece, sequence: SharedSequence) -> Visibility:
     if ranges is None:
         return Visibility.of(q, k)
-    if (
-        sequence.ends_at_own and sequence.whole.sequences is None
-    ):  # the last row's position is that of the last key of the span
+    if sequence.ends_at_own and sequence.whole.sequences is None:  # the span ends at the last row's position
         return Visibility.of(q, k, window=(sequence.whole.left, 0))
     own = (ranges[:, piece.rows] - piece.keys.start).clamp(0, k.shape[2])
     return Visibility.of(q, k, key_ranges=own.contiguous())

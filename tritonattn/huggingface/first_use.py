@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
@@ -43,7 +44,7 @@ def is_waiting() -> bool:
 def note_use() -> None:
     """Make the calls that wait; they are made once."""
     if _waiting:
-        with _lock:
+        with _lock, torch.device("cpu"):  # PEFT's import makes tensors, and loaded models begin on meta
             for call in _waiting:
                 call()
             _waiting.clear()

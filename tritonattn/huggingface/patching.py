@@ -158,7 +158,8 @@ def patch(
         scaling: A name in `tritonattn.SCALINGS` or `tritonattn.nn.LEARNED`, a `Scaling`, a class of them, or a float.
             A learned name or a class of modules is made for every layer with its number of query heads; those of
             nn.LEARNED start at sqrt_dim, where the model is (learned_cosine cannot). An nn.Module is copied for every
-            layer with its start. None keeps the model's.
+            layer with its start. The names llama4, ministral3, inkling and inkling2 take their settings from the
+            model's config, where it has them. None keeps the model's.
         layers: The modules to patch. None is all; a layer's number, from 0, or from the end, -1 being the last (in
             encoder-decoders both layers of that number); a name, the name of a module above, or a pattern of names as
             in the shell; several of these; or a dict from these to a scaling or to {"scaling": ..., "gain": ...,
@@ -327,7 +328,7 @@ def _settings(wish: dict[str, Any], module: nn.Module) -> Settings:
         gain = nn.Parameter(own.reshape(1) if own.dim() == 0 else own)  # FSDP takes no parameter without an axis
     elif gain is not None and (isinstance(gain, bool) or not isinstance(gain, (int, float))):
         raise TypeError(f"gain: expected a float or a tensor, got {type(gain).__name__}")
-    scaling = make_scaling(wish["scaling"], heads)
+    scaling = make_scaling(wish["scaling"], heads, module.config)
     to_config(scaling)  # refuse now, not at save_pretrained
     return Settings(scaling, gain, wish["backend"])
 

@@ -20,15 +20,40 @@ _MODES = ("mode", "mode_a", "mode_b")  # arguments that are scalings themselves
 _DEPTH = 8  # scalings inside one another, at most
 _OF_THE_LAYER = {"heads", "device", "dtype"}  # arguments that no config gives
 
+# Settings of a mode by the entries of a model's config that hold them: a path through dicts.
+_INKLING = {"alpha": "log_scaling_alpha", "n_floor": "log_scaling_n_floor"}
+_FROM_MODEL = {
+    "llama4": {"scale": "attn_scale", "floor_scale": "floor_scale"},
+    "ministral3": {
+        "beta": "rope_parameters.llama_4_scaling_beta",
+        "original_length": "rope_parameters.original_max_position_embeddings",
+    },
+    "inkling": _INKLING,
+    "inkling2": {**_INKLING, "threshold": "qk_l2_clip_threshold"},
+}
+# Modes by which a model's own code has multiplied q, by the model's type.
+_IN_MODEL = {
+    "llama4_text": ("llama4",),
+    "ministral3": ("ministral3",),
+    "mistral4": ("ministral3",),
+    "inkling_text": ("inkling",),
+    "inkling2_text": ("inkling", "inkling2"),
+    "inkling2_loop_text": ("inkling", "inkling2"),
+    "beam": ("beam",),
+}
 
-def make_scaling(scaling: Any, heads: int) -> Any:
+
+def make_scaling(scaling: Any, heads: int, config: Any) -> Any:
     """The scaling of one attention module with that many query heads: a Scaling, a float or None.
 
     A learned one is a new module each time; by name or class of nn.LEARNED it starts at sqrt_dim, as the model was.
-    Raises TypeError or ValueError for anything else.
+    A mode by name takes its settings from the model's config, where that has all of them.
+    Raises TypeError or ValueError for anything else, ValueError for the name of a mode that is in the model's code.
     """
     if scaling is None:
         return None
+    if isinstance(scaling, str) and (settings := _settings_in(config, scaling)):
+        return SCALINGS[scaling](**settings)
     if isinstance(scaling, (int, float)) and not isinstance(scaling, bool):
         return float(scaling)
     if isinstance(scaling, type) and scaling in LEARNED.values():
@@ -41,6 +66,25 @@ def make_scaling(scaling: Any, heads: int) -> Any:
         if isinstance(part, Learned) and part.heads != heads:
             raise ValueError(f"scaling: expected {type(part).__name__} of {heads} heads, got one of {part.heads}")
     return copy.deepcopy(scaling)
+
+
+def _settings_in(config: Any, mode: str) -> dict[str, Any]:
+    """The settings of a mode that a model's config names; none where an entry is missing."""
+    settings = {}
+    for setting, path in _FROM_MODEL.get(mode, {}).items():
+        value = config
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+        settings[setting] = value
+    if None in settings.values():
+        return {}
+    kind = getattr(config, "model_type", "")
+    if mode in _IN_MODEL.get(kind, ()) and getattr(config, "attn_temperature_tuning", True):
+        raise ValueError(
+            f"scaling: expected another mode than {mode!r} for a {kind}, whose own code has multiplied q by it:"
+            " 'sqrt_dim' is the model as it was"
+        )
+    return settings
 
 
 def to_config(scaling: Any, depth: int = 1) -> Any:

@@ -26,7 +26,7 @@ class Replacement:
 
     def undo(self) -> None:
         """Put the former modules back; parameters that they share keep what they have learned since."""
-        for owner, attribute, before in self._before:
+        for owner, attribute, before in reversed(self._before):  # layers may share a processor
             setattr(owner, attribute, before)
         self._before = []
 

@@ -185,7 +185,8 @@ class SSMax(Learned):
         device, dtype: The device and dtype of s and b.
 
     Source: Nakanishi 2025, "Scalable-Softmax is superior for attention", arXiv:2501.19399: s learned for every layer
-    and head; the bias is a variant that it compares.
+    and head; the bias is a variant that it compares. With it, the factor is that of Mistral Large 4, whose layers
+    have s and b as softmax_scaling.scale and .bias.
     Raises TypeError or ValueError for an invalid number of heads, mode or dtype, ValueError unless base is finite and
     above 1.
 

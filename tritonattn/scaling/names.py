@@ -1,11 +1,17 @@
-"""The mode that a name selects, and the error for other names."""
+"""The modes by name, and the error for other names."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any, NoReturn
 
-from . import SCALINGS, Scaling
+from .base import Scaling
+from .constants import Dim, SqrtDim, Unscaled
+from .cosine import Cosine
+from .counts import KeyCount, LogKeyCount, LogPower, SqrtKeyCount
+from .key_norms import KeyNormL2, KeyNormMax, KeyNormMean, KeyNormRms, KeyNormSum
+from .positional import Beam, Inkling, Inkling2, Llama4, Ministral3, QwenLogn
 
 # Modes that are modules, and the expression that makes one for q of Hq heads.
 _LEARNED = {
@@ -19,16 +25,52 @@ _LEARNED = {
 }
 
 
+class _Modes(dict[str, type[Scaling]]):
+    """Classes of modes by name. Another name raises KeyError with the nearest one."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise KeyError(_unknown(name, self))
+
+
+SCALINGS: dict[str, type[Scaling]] = _Modes(
+    {
+        "sqrt_dim": SqrtDim,
+        "dim": Dim,
+        "none": Unscaled,
+        "key_count": KeyCount,
+        "sqrt_key_count": SqrtKeyCount,
+        "key_norm_sum": KeyNormSum,
+        "key_norm_mean": KeyNormMean,
+        "key_norm_rms": KeyNormRms,
+        "key_norm_max": KeyNormMax,
+        "key_norm_l2": KeyNormL2,
+        "log_key_count": LogKeyCount,
+        "log_power": LogPower,
+        "qwen_logn": QwenLogn,
+        "llama4": Llama4,
+        "ministral3": Ministral3,
+        "inkling": Inkling,
+        "inkling2": Inkling2,
+        "beam": Beam,
+        "cosine": Cosine,
+    }
+)
+
+
 def named_scaling(name: str, learned: Iterable[str] = ()) -> Scaling:
     """The mode of a name in SCALINGS, with its defaults; a caller makes those that are `learned` itself."""
     if name in SCALINGS:
         return SCALINGS[name]()
+    raise ValueError(_unknown(name, [*SCALINGS, *learned]))
+
+
+def _unknown(name: Any, known: Iterable[str]) -> str:
+    """The message for a name that selects no mode."""
     if name in _LEARNED:
-        raise ValueError(
+        return (
             f"scaling: expected a mode without a state of its own, got {name!r}, which is a module: make it once, keep"
             f" it with the model, and pass it, scaling=tritonattn.nn.{_LEARNED[name]}"
         )
-    known = [*SCALINGS, *learned]
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(str(name), known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"scaling: expected one of {', '.join(known)}, got {name!r}{hint}")
+    return f"scaling: expected one of {', '.join(known)}, got {name!r}{hint}"

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.statistics import Statistics
+from ..core.invariance import power
+from ..core.statistics import Statistics, reciprocal
 from ..core.visibility import Visibility
-from .base import Scales, Scaling, check_positive, scales_of_count
+from .base import Scales, Scaling, check_positive, dense_norms, scales_of_count
 
 
 @dataclass(frozen=True)
@@ -122,3 +123,109 @@ class Ministral3(Scaling):
         position = visible.sum(-1, keepdim=True).double() - 1
         steps = torch.floor(torch.where(position < 0, 0, position) / self.original_length)
         return (1 + self.beta * torch.log1p(steps)) / math.sqrt(k.shape[-1])
+
+
+@dataclass(frozen=True)
+class Inkling(Scaling):
+    """factor = (1 + alpha * ln(max(n / n_floor, 1))) / sqrt(D).
+
+    The model normalises q and k and divides by D, not by sqrt(D): give gain=D**-0.5 for its logits.
+
+    alpha, n_floor   `log_scaling_alpha` and `log_scaling_n_floor` of the model's configuration
+
+    Source: InklingAttention.forward in transformers/models/inkling/modeling_inkling.py (transformers 5.24):
+    1 + alpha * log(max((position + 1) / n_floor, 1)), in layers without a window only. The model multiplies its
+    bias of relative positions by it, too. There the position counts padding; here padding is not counted.
+    Raises ValueError unless both are finite and above 0.
+    """
+
+    alpha: float = 0.1
+    n_floor: float = 128000
+
+    name = "inkling"
+    reads_keys = False
+
+    def __post_init__(self) -> None:
+        check_positive("alpha", self.alpha)
+        check_positive("n_floor", self.n_floor)
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        def temperature(n: Tensor) -> Tensor:
+            return 1 + self.alpha * (n / self.n_floor).clamp(min=1).log()
+
+        return scales_of_count(visibility, q.shape[-1] ** -0.5, temperature)
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        n = visible.sum(-1, keepdim=True).double()
+        excess = torch.where(n > self.n_floor, n, self.n_floor).log2() - math.log2(self.n_floor)
+        return (1 + self.alpha * math.log(2) * excess) / math.sqrt(k.shape[-1])
+
+
+@dataclass(frozen=True)
+class Inkling2(Inkling):
+    """factor = min(1, threshold / ||q||) * min(1, threshold / ||k||) * (the factor of `Inkling`).
+
+    Vectors longer than the threshold are cut to it, so that no logit exceeds threshold^2 times the factor of
+    `Inkling`; shorter ones stay.
+
+    threshold        `qk_l2_clip_threshold` of the model's configuration, sqrt(512)
+    alpha, n_floor   as in `Inkling`. n stays below n_floor in layers with a window, which have the clip alone, as in
+                     the model.
+
+    Source: Inkling2L2Clip and Inkling2LogScale in transformers/models/inkling2/modeling_inkling2.py (transformers
+    5.24). The model adds 1e-6 to the norms, and multiplies q by a learned vector [Hq, D] before the clip.
+    Raises ValueError unless all are finite and above 0.
+    """
+
+    threshold: float = 512**0.5
+
+    name = "inkling2"
+    reads_keys = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("threshold", self.threshold)
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        rows = super().scales(q, k, visibility, statistics)
+        query, key = (
+            self.threshold / x.clamp(min=self.threshold) for x in (statistics.query_norms(q), statistics.norms)
+        )
+        return Scales(rows.constant, query=query if rows.query is None else rows.query * query, key=key, is_finite=True)
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        def clip(norms: Tensor) -> Tensor:
+            return torch.where(norms > self.threshold, self.threshold * reciprocal(norms), 1)
+
+        clip_of_q = clip(dense_norms(q, visible.any(-1)))[..., None]  # [B, Hq, Sq, 1]
+        clip_of_k = clip(dense_norms(k, visible.any(-2)))[..., None, :]  # [B, Hq, 1, Sk]
+        return super().multiplier(q, k, visible) * clip_of_q * clip_of_k
+
+
+@dataclass(frozen=True)
+class Beam(Scaling):
+    """factor = (1 + n / length)^power / sqrt(D).
+
+    power, length   constants of the model's code
+
+    Source: compute_attention_scaling in transformers/models/beam/modeling_beam.py (transformers 5.24):
+    (1 + (position + 1) / 2048)^0.1, in layers without rotary embedding only.
+    Raises ValueError unless both are finite and above 0.
+    """
+
+    power: float = 0.1
+    length: float = 2048
+
+    name = "beam"
+    reads_keys = False
+
+    def __post_init__(self) -> None:
+        check_positive("power", self.power)
+        check_positive("length", self.length)
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        return scales_of_count(visibility, q.shape[-1] ** -0.5, lambda n: power(1 + n / self.length, self.power))
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        position = visible.sum(-1, keepdim=True).double() - 1
+        return torch.exp(self.power * torch.log1p((position + 1) / self.length)) / math.sqrt(k.shape[-1])

@@ -5,8 +5,17 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from itertools import product
 
-from ..tuning.config import SHARES, Problem, Target, TileConfig, legal_reasons, may_use_descriptors
-from ..tuning.defaults import default_config
+from ..tuning.config import (
+    REGISTERS,
+    SHARES,
+    Problem,
+    Target,
+    TileConfig,
+    legal_reasons,
+    may_specialise,
+    may_use_descriptors,
+)
+from ..tuning.defaults import GLUON, default_config
 from ..tuning.lookup import config_for
 from ..tuning.table import EntryKey, Exact
 
@@ -26,25 +35,37 @@ _RANGES = {
 }
 _AMD_RANGES = {
     "forward": ((64, 128), (32, 64), (4, 8), (1, 2)),
-    "grad_query": ((32, 64), (16, 32, 64), (4, 8), (1,)),
-    "grad_key_value": ((16, 32), (32, 64), (4, 8), (1,)),
+    "grad_query": ((32, 64), (16, 32, 64), (4, 8), (1, 2)),
+    "grad_key_value": ((16, 32), (32, 64), (4, 8), (1, 2)),
     "decode": ((), (16, 32, 64), (2, 4), (1, 2)),
 }
+_WAVES_PER_EU = (0, 1, 2, 3)
 # Values of a config's SHARES that are timed, the default first.
 _L2_PERCENT = (100, 25, 50, 200, 400)
 _SPLIT_BLOCKS = (4, 8, 16, 32, 64)
 
 
 def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    """List legal configs, the default first, each once; with descriptors where the hardware has them."""
+    """List legal configs, the default first, each once; with descriptors and OPTIONS where the hardware has them."""
     of_width = _WIDE_RANGES if problem.width > 128 else _RANGES
     ranges = (of_width if target.backend == "cuda" else _AMD_RANGES)[kernel]
     if kernel == "decode":  # as many rows as a group fills
         ranges = (tuple(rows for rows in (16, 32, 64) if rows <= problem.packed_rows), *ranges[1:])
     loads = (True, False) if may_use_descriptors(kernel, problem, target) else (False,)
     found = [TileConfig(*tiles, descriptors=described) for described in loads for tiles in product(*ranges)]
+    if target.backend == "hip":
+        found = [replace(one, waves_per_eu=waves) for waves in _WAVES_PER_EU for one in found]
+    if may_specialise(kernel, problem, target):
+        found += [replace(one, warp_specialize=True) for one in found if one.descriptors]
     default = default_config(kernel, problem, target)
     return [default, *(one for one in found if one != default and _is_sensible(kernel, one, problem, target))]
+
+
+def in_gluon(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
+    """List the legal configs of the kernel in Gluon, which only times of a card may choose."""
+    tiles = product(REGISTERS, (64, 128), (2, 3))
+    found = [replace(GLUON, block_m=m, block_n=n, num_stages=stages) for m, n, stages in tiles]
+    return [one for one in found if not legal_reasons(kernel, one, problem, target)]
 
 
 def neighbours(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:

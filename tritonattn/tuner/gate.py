@@ -34,6 +34,7 @@ _TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
 # Bytes a thread, half of its registers: code outside of loops may spill (that of shipped configs up to 472), and a
 # search times what is left.
 _MOST_SPILLED = 512
+_REGISTERS_OF_A_TRAP = 4
 
 Progress = Callable[[int], object]
 
@@ -82,9 +83,29 @@ def compiled_candidate(
     if reasons := legal_reasons(kernel, config, problem, target):
         return Candidate(config, None, tuple(reasons))
     try:
-        return read(compile_kernel(kernel, problem, config, target))
+        compiled = compile_kernel(kernel, problem, config, target)
+        found = read(compiled)
     except Exception as error:  # a compiler may raise anything; the config is refused
         return Candidate(config, None, (f"does not compile: {one_line(error)}",))
+    unspecialised = _unspecialised_reasons(compiled, found) if config.warp_specialize else []
+    return replace(found, reasons=(*found.reasons, *unspecialised))
+
+
+def _unspecialised_reasons(compiled: CompiledKernel, found: Candidate) -> list[str]:
+    """List what keeps code from being that of a loop divided among warps.
+
+    Triton makes two or three partitions, or leaves the loop as it was. Where it needs more tensor memory than there is,
+    the code is a trap, of 4 registers.
+    """
+    reasons = []
+    partitions = len(re.findall(r"^\s*partition\d+\(", compiled.asm["ttgir"], re.MULTILINE))
+    if partitions < 2:
+        reasons.append(f"has {partitions} partitions: its loop is not divided among warps")
+    if found.code.registers <= _REGISTERS_OF_A_TRAP:
+        reasons.append(f"has {found.code.registers} registers: its code is a trap")
+    if found.code.spill_bytes:
+        reasons.append(f"spills {found.code.spill_bytes} bytes a thread where partitions share out the registers")
+    return reasons
 
 
 def memory_reasons(code: Any, target: Target) -> list[str]:

@@ -14,7 +14,7 @@ from ..backends.triton import launch
 from ..core.errors import CommandError
 from ..core.tables import table
 from ..tuning import cache_dir, lookup
-from ..tuning.config import SHARES, Target, TileConfig
+from ..tuning.config import OPTIONS, SHARES, Target, TileConfig
 from ..tuning.gpus import GPU, GPUS
 from ..tuning.ptxas import ptxas_of, suspicion
 from ..tuning.table import Entry, EntryKey, TableError, kernels_fingerprint, keys, read_table
@@ -104,8 +104,8 @@ def named_gpus(option: str, names: tuple[str, ...], everything: tuple[str, ...] 
 def shown(config: TileConfig) -> str:
     """Write a config on one line."""
     loads = " descriptors" if config.descriptors else ""
-    shares = "".join(f", {name} {value}" for name, value in config.as_record().items() if name in SHARES)
-    return f"{config.block_m} x {config.block_n}, {config.num_warps} warps, {config.num_stages} stages{loads}{shares}"
+    others = "".join(f", {name} {value}" for name, value in config.as_record().items() if name in SHARES | OPTIONS)
+    return f"{config.block_m} x {config.block_n}, {config.num_warps} warps, {config.num_stages} stages{loads}{others}"
 
 
 def _named_target(name: str) -> Target:

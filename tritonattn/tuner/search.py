@@ -18,8 +18,8 @@ from ..backends.triton import launch
 from ..tuning.calls import Size
 from ..tuning.config import Problem, Target, TileConfig, one_line
 from ..tuning.lookup import config_for
-from ..tuning.table import Entry, EntryKey
-from .candidates import candidates, neighbours, shares
+from ..tuning.table import Entry, EntryKey, gluon_fingerprint
+from .candidates import candidates, in_gluon, neighbours, shares
 from .gate import Compiler, compiler_versions
 from .timing import Timing, card_state, median_ratio, take_turns
 from .workload import Workload
@@ -101,12 +101,16 @@ def _search(
         return Result(key, before, None, None, None, trial.wrong())
     taken = trial.times([before, *fastest], effort.rounds)
     best, *others = _sorted(taken)
-    details = {"runners_up": [one.as_record() | {"milliseconds": _median(taken, one)} for one in others[:3]]}
+    details: dict[str, Any] = {
+        "runners_up": [one.as_record() | {"milliseconds": _median(taken, one)} for one in others[:3]]
+    }
     if found := shares(key, best):
         taken = trial.times([before, best, *found], effort.rounds)
         best = _clearly_ahead([one for one in (*found, best) if one in taken], taken)
     timing = Timing.of(taken[best])
     before_timing = Timing.of(taken[before]) if before in taken else None
+    if best.kernel == "gluon":
+        details["gluon"] = gluon_fingerprint()
     entry = Entry(best, "measured", _details(workloads, device, timing) | details)
     return Result(key, before, before_timing, entry, timing, trial.wrong())
 
@@ -155,7 +159,8 @@ def _median(taken: dict[TileConfig, list[float]], config: TileConfig) -> float:
 
 def passing(key: EntryKey, compiler: Compiler, effort: Effort) -> list[TileConfig]:
     """List the configs that pass the gate. Raises SearchError if none compiles."""
-    configs = effort.compiled(key.kernel, key.problem, compiler.target)
+    asked = (key.kernel, key.problem, compiler.target)
+    configs = [*effort.compiled(*asked), *in_gluon(*asked)]
     examined = compiler.examine([(key.kernel, key.problem, config) for config in configs])
     if all(one.code is None for one in examined):
         raise SearchError(f"{key}: no config compiles; {examined[0].config}: {'; '.join(examined[0].reasons)}")

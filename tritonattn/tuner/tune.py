@@ -46,7 +46,7 @@ def tune(options: Namespace) -> int:
     try:
         if options.static:
             return tune_static(options, _keys(options), end)
-        typical = {key: typical_size(key) for key in _keys(options)}
+        typical: dict[EntryKey, Size] = {key: typical_size(key) for key in _keys(options)}
         return _tune_here(options, _recorded(options) if options.calls else typical, end)
     except BrokenProcessPool as error:
         raise CommandError(

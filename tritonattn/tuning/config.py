@@ -22,7 +22,8 @@ STREAMING_KERNELS = (
     "row_bounds",
     "keys_seen",
     "argmax_of_ranges",
-    "decode_combine",
+    "combine_splits",
+    "sum_of_splits",
 )
 
 # Row terms of a backward are padded to a multiple of this, so that every block of rows up to it divides them.
@@ -180,6 +181,14 @@ def corrects_delta(problem: Problem) -> bool:
 
 # The fields of a config that select no code, with their defaults: how a kernel's programs share out the work.
 SHARES = {"l2_percent": 100, "split_blocks": SHORTEST_SPLIT}
+# Those that select code on some architectures alone, with the defaults that are legal everywhere.
+OPTIONS: dict[str, Any] = {"waves_per_eu": 0, "warp_specialize": False}
+WRITTEN_IN = ("triton", "gluon")  # kernels
+# The fields that a file leaves out where they are the default.
+OPTIONAL_FIELDS: dict[str, Any] = {**SHARES, **OPTIONS, "kernel": WRITTEN_IN[0]}
+# Of Gluon's forward, by block_m: registers of a thread at its start, which warpgroups then share out. Three warpgroups
+# of 64 rows have 160 each, two have 240, and the one that loads has 24.
+REGISTERS = {128: 168, 192: 128}
 
 
 @dataclass(frozen=True)
@@ -189,6 +198,9 @@ class TileConfig:
     descriptors    load the tiles that need no mask by the tensor memory accelerator (sm_90, sm_100)
     l2_percent     of the L2 cache, for the keys and values of the heads that run side by side: `tuning.order`
     split_blocks   blocks of keys of a split of decode: at least so many, where a cache is full
+    waves_per_eu   waves that a SIMD of an AMD GPU shall hold, which bounds their registers; 0: the compiler's choice
+    warp_specialize  divide the loop over tiles that need no mask among groups of warps (sm_100, sm_103)
+    kernel         "gluon": the kernel that is written in Gluon, of num_warps for each 64 rows and as many that load
     """
 
     block_m: int
@@ -198,10 +210,13 @@ class TileConfig:
     descriptors: bool = False
     l2_percent: int = SHARES["l2_percent"]
     split_blocks: int = SHARES["split_blocks"]
+    waves_per_eu: int = OPTIONS["waves_per_eu"]
+    warp_specialize: bool = OPTIONS["warp_specialize"]
+    kernel: str = WRITTEN_IN[0]
 
     def as_record(self) -> dict[str, Any]:
-        """The fields for a file, without SHARES that are the default."""
-        return {name: value for name, value in asdict(self).items() if value != SHARES.get(name)}
+        """The fields for a file, without OPTIONAL_FIELDS that are the default."""
+        return {name: value for name, value in asdict(self).items() if value != OPTIONAL_FIELDS.get(name)}
 
 
 def padded_dim(dim: int) -> int:
@@ -212,16 +227,24 @@ def padded_dim(dim: int) -> int:
 def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Target) -> list[str]:
     """Reasons why a config may not be compiled; empty if it may. The one statement of the constraints."""
     reasons = []
-    for name in ("block_m", "block_n"):
+    for name in ("block_m", "block_n")[config.kernel == "gluon" :]:  # in Gluon, block_m is of whole warpgroups
         size = getattr(config, name)
         if size < 16 or size & (size - 1):
             reasons.append(f"{name} {size} is not a power of two of at least 16")
     if config.num_warps not in (1, 2, 4, 8, 16):
         reasons.append(f"num_warps {config.num_warps} is not a power of two up to 16")
-    for name, least in (("num_stages", 1), ("l2_percent", 1), ("split_blocks", SHORTEST_SPLIT)):
+    if config.num_warps == 2 and target.arch == "gfx950":
+        reasons.append("num_warps 2 gives other bits in every run on gfx950 (ROCm/triton issue 953)")
+    if config.waves_per_eu and target.backend != "hip":
+        reasons.append(f"waves_per_eu needs an AMD GPU, {target.name} is none")
+    if config.warp_specialize and not (config.descriptors and may_specialise(kernel, problem, target)):
+        reasons.append("warp_specialize needs descriptors, forward or gradients up to width 64, and sm_100")
+    for name, least in (("num_stages", 1), ("l2_percent", 1), ("split_blocks", SHORTEST_SPLIT), ("waves_per_eu", 0)):
         if getattr(config, name) < least:
             reasons.append(f"{name} {getattr(config, name)} is below {least}")
-    if kernel in TILED_KERNELS and ROW_TERMS_ALIGNMENT % max(config.block_m, 1):
+    if config.kernel == "gluon":
+        reasons += _gluon_reasons(kernel, config, problem, target)
+    elif kernel in TILED_KERNELS and ROW_TERMS_ALIGNMENT % max(config.block_m, 1):
         reasons.append(f"block_m {config.block_m} does not divide the row terms' alignment {ROW_TERMS_ALIGNMENT}")
     if config.descriptors and not may_use_descriptors(kernel, problem, target):
         reasons.append(f"descriptors need {', '.join(_DESCRIBED)} on sm_90 or later, 16 bits and aligned tensors")
@@ -232,6 +255,38 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
     if columns > TENSOR_MEMORY_COLUMNS:
         reasons.append(f"tiles need {columns} columns of tensor memory, {target.name} has {TENSOR_MEMORY_COLUMNS}")
     return reasons
+
+
+def _gluon_reasons(kernel: str, config: TileConfig, problem: Problem, target: Target) -> list[str]:
+    """Reasons why the kernel in Gluon may not be compiled: LLVM aborts the process for targets without wgmma."""
+    reasons = []
+    if kernel != "forward" or target.backend != "cuda" or target.arch != "90":
+        reasons.append("gluon needs forward on sm_90")
+    if triton_version() < (3, 6):
+        reasons.append("gluon needs triton 3.6")
+    is_other = problem.mask or problem.dropout or problem.block_table or problem.invariant
+    if is_other or problem.dtype.itemsize != 2 or not problem.aligned:
+        reasons.append("gluon needs 16 bits and aligned tensors, no mask, dropout, pages or batch_invariant")
+    if padded_dim(problem.head_dim) != padded_dim(problem.value_dim) or not 64 <= problem.width <= 256:
+        reasons.append("gluon needs head and value dims that pad to the same of 64, 128 and 256")
+    of_masks = problem.key_ranges or problem.left or (problem.right and (problem.key_scale or problem.key_bias))
+    holds_more = of_masks or problem.softcap or problem.aux  # than the 160 registers of a thread of three warpgroups
+    most = {64: (128 if holds_more else 192, 128), 128: (128, 64 if problem.softcap else 128)}
+    most_rows, most_keys = most.get(problem.width, (128, 64))
+    if config.block_m not in REGISTERS or config.block_m > most_rows or config.block_n > most_keys:
+        reasons.append(f"gluon needs block_m 128 or 192, up to {most_rows}, and block_n up to {most_keys}")
+    if config.num_warps != 4 or not config.descriptors:
+        reasons.append("gluon needs num_warps 4 and descriptors")
+    return reasons
+
+
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    """(major, minor)"""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def one_line(error: Exception) -> str:
@@ -248,6 +303,15 @@ def may_use_descriptors(kernel: str, problem: Problem, target: Target) -> bool:
     """True where the tensor memory accelerator can load a kernel's tiles."""
     is_able = kernel in _DESCRIBED and target.backend == "cuda" and int(target.arch) >= 90
     return is_able and problem.aligned and not problem.block_table and problem.dtype.itemsize == 2
+
+
+def may_specialise(kernel: str, problem: Problem, target: Target) -> bool:
+    """True where Triton can divide a loop among groups of warps, one of them for the tensor memory accelerator.
+
+    Gradients of wider heads would take more tensor memory than there is in most tiles: their code is a trap.
+    """
+    is_able = target.has_tensor_memory and (kernel == "forward" or problem.width <= 64)
+    return is_able and may_use_descriptors(kernel, problem, target)
 
 
 def _shared_estimate(kernel: str, config: TileConfig, problem: Problem, target: Target) -> int:

@@ -70,6 +70,8 @@ _TILES_OF_FLOAT32 = {
     "cuda": {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 2), 512: (16, 16, 8, 1)},
     "hip": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1), 512: (16, 16, 4, 1)},
 }
+# The forward in Gluon, which no default takes, in the tile that most calls may have.
+GLUON = TileConfig(128, 64, 4, 2, descriptors=True, kernel="gluon")
 # Decoding waits for memory: two blocks of keys on their way to every program, and several programs a multiprocessor.
 # By family and width: block_n, num_warps, num_stages.
 _DECODE_OF_SERVERS = {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3), 1024: (16, 4, 2)}
@@ -89,6 +91,7 @@ _STREAMING_TILES = {
     "row_bounds": TileConfig(1024, 1024, 4, 1),
     "keys_seen": TileConfig(1024, 64, 8, 1),
     "argmax_of_ranges": TileConfig(64, 128, 16, 1),
+    "sum_of_splits": TileConfig(1024, 1024, 4, 1),
 }
 _FAMILIES = {
     "80": "sm_80",
@@ -121,6 +124,15 @@ def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
     if problem.block_table:
         return _with_page_numbers(kernel, config, problem, target)
     return _lighter(kernel, problem, width, config) if _takes_many_registers(kernel, problem) else config
+
+
+def gluon_config(problem: Problem, target: Target) -> TileConfig | None:
+    """The config of the forward in Gluon, which no default takes; None where it does not solve the problem."""
+    for rows, keys in ((192, 128), (128, 128), (128, 64)):
+        config = replace(GLUON, block_m=rows, block_n=keys)
+        if not legal_reasons("forward", config, problem, target):
+            return config
+    return None
 
 
 @functools.cache

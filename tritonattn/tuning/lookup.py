@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -12,16 +14,19 @@ import triton
 
 from . import cache_dir
 from .config import Problem, Target, TileConfig, legal_reasons, one_line
-from .defaults import default_config
+from .defaults import GLUON, default_config, gluon_config
 from .gpus import nearest, table_name
 from .table import EntryKey, Exact, Table, TableError, kernels_fingerprint, keys_of, read_table
+
+# Asks for the forward in Gluon wherever it is legal, with 1; read where a kind of call is new.
+FORCE_GLUON = "TRITONATTN_GLUON"
 
 # Configs that a compiler or a card refused although they are legal by the estimates.
 _rejected: set[tuple[str, Problem, Target, TileConfig]] = set()
 
 
 class Found(NamedTuple):
-    """A config, and the file, key and Triton that it comes from; None is the built-in default."""
+    """A config, and the file, key and Triton that it comes from; None is the built-in default, or FORCE_GLUON's."""
 
     config: TileConfig
     path: Path | None
@@ -41,22 +46,40 @@ def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
 
 def find(kernel: str, problem: Problem, target: Target) -> Found:
     """`config_for`, and where it was found. Files are read once a process and target."""
+    for found in _found(kernel, problem, target):
+        if (kernel, problem, target, found.config) in _rejected:
+            continue
+        reasons = legal_reasons(kernel, found.config, problem, target)
+        if not reasons:
+            return found
+        if found.config.kernel == "gluon":
+            _warn_of_gluon("; ".join(reasons))
+    return Found(default_config(kernel, problem, target), None, None)
+
+
+def _found(kernel: str, problem: Problem, target: Target) -> Iterator[Found]:
+    """What asks for a config for a call, legal or not."""
+    if kernel == "forward" and os.environ.get(FORCE_GLUON) == "1" and not problem.invariant:
+        yield Found(gluon_config(problem, target) or GLUON, None, None)
     keys = () if problem.invariant else (Exact(kernel, problem), *keys_of(kernel, problem, target))
     for key in keys:
-        for found in _entries(target).get(key, ()):
-            is_rejected = (kernel, problem, target, found.config) in _rejected
-            if not is_rejected and not legal_reasons(kernel, found.config, problem, target):
-                return found
-    return Found(default_config(kernel, problem, target), None, None)
+        yield from _entries(target).get(key, ())
+
+
+@functools.cache
+def _warn_of_gluon(reasons: str) -> None:
+    """Say once why a kernel in Gluon that was asked for does not run."""
+    warnings.warn(f"tritonattn runs its other forward where Gluon's is asked for: {reasons}", stacklevel=2)
 
 
 def reject_config(kernel: str, problem: Problem, target: Target, config: TileConfig, why: Exception) -> bool:
     """Skip a table's config from now on, with a warning; return False if the config in use comes from no table."""
     found = find(kernel, problem, target)
-    if found.path is None or found.config != config:
+    is_default = found.path is None and config.kernel == "triton"
+    if is_default or found.config != config:
         return False
     _rejected.add((kernel, problem, target, config))
-    what = f"{found.path}: {found.key}: {config}: {one_line(why)}"
+    what = f"{found.path or FORCE_GLUON}: {found.key or kernel}: {config}: {one_line(why)}"
     warnings.warn(f"tritonattn skips a tuned config: {what}", stacklevel=2)
     return True
 
@@ -82,6 +105,7 @@ def refuse_spills(kernel: str, problem: Problem, target: Target, config: TileCon
 def clear_cache() -> None:
     """Read the files again at the next lookup; the plans of `launch` keep what they were made with."""
     _entries.cache_clear()
+    _warn_of_gluon.cache_clear()
     _rejected.clear()
 
 
@@ -134,5 +158,8 @@ def _entries(target: Target) -> dict[EntryKey, tuple[Found, ...]]:
             warnings.warn(f"tritonattn skips a table of tuned configs: {error}", stacklevel=2)
             continue
         for key, entry in table.entries.items():
+            if not entry.is_of_these_kernels:
+                _warn_of_gluon(f"{path}: {key}: of another such kernel, tune again")
+                continue
             merged[key] = (*merged.get(key, ()), Found(entry.config, path, key, entry.triton))
     return merged

@@ -19,7 +19,17 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ..core import records
-from .config import SHARES, TILED_KERNELS, WIDEST, WIDEST_KEYS, Problem, Target, TileConfig
+from .config import (
+    OPTIONAL_FIELDS,
+    OPTIONS,
+    TILED_KERNELS,
+    WIDEST,
+    WIDEST_KEYS,
+    WRITTEN_IN,
+    Problem,
+    Target,
+    TileConfig,
+)
 
 Content = TypeVar("Content")
 
@@ -36,10 +46,14 @@ SCALES: dict[str, tuple[str, ...]] = {
 }
 LENGTHS = ("short", "long")
 SOURCES = ("static", "measured")
+_FOLDER = Path(__file__).parent.parent / "backends" / "triton"
+GLUON_FILES = ("hopper_forward.py",)
 _LARGEST_FILE = 2**22
 _LONGEST_MESSAGE = 300
 _FIELDS = ("schema_version", "gpu", "target", "kernels", "entries")
-# Upper limits of a config's numbers (the lower is 1), so that no later arithmetic meets a hostile one.
+# Of a config's fields, those that are no int.
+_TYPES = {"descriptors": bool, "warp_specialize": bool, "kernel": str}
+# Upper limits of a config's numbers (the lower is 1, of OPTIONS 0), so that no later arithmetic meets a hostile one.
 _MOST = {
     "block_m": 1024,
     "block_n": 1024,
@@ -47,6 +61,7 @@ _MOST = {
     "num_stages": 16,
     "l2_percent": 10_000,
     "split_blocks": 1024,
+    "waves_per_eu": 8,
 }
 
 
@@ -201,6 +216,11 @@ class Entry:
         """The version that compiled it."""
         return str(self.details.get("triton", "unknown"))[:40]
 
+    @property
+    def is_of_these_kernels(self) -> bool:
+        """Whether the kernel that its config names is as it was; the table's fingerprint says so of the others."""
+        return self.config.kernel == "triton" or self.details.get("gluon") == gluon_fingerprint()
+
     def as_record(self) -> dict[str, Any]:
         return {"config": self.config.as_record(), "source": self.source, **self.details}
 
@@ -297,14 +317,16 @@ def _entry(key: str, record: Any) -> Entry:
     if record.get("source") not in SOURCES:
         raise ValueError(f"{key}: source: expected one of {', '.join(SOURCES)}, got {shown(record.get('source'))}")
     config, names = record["config"], {field.name for field in fields(TileConfig)}
-    if set(config) | set(SHARES) != names:
+    if set(config) | set(OPTIONAL_FIELDS) != names:
         raise ValueError(f"{key}: config: expected {', '.join(sorted(names))}, got {shown(sorted(config))}")
     for name, value in config.items():
-        wanted = bool if name == "descriptors" else int
+        wanted, least = _TYPES.get(name, int), int(name not in OPTIONS)
         if type(value) is not wanted:
             raise ValueError(f"{key}: {name}: expected {wanted.__name__}, got {shown(value)}")
-        if wanted is int and not 1 <= value <= _MOST[name]:
-            raise ValueError(f"{key}: {name}: expected 1 to {_MOST[name]}, got {shown(value)}")
+        if wanted is int and not least <= value <= _MOST[name]:
+            raise ValueError(f"{key}: {name}: expected {least} to {_MOST[name]}, got {shown(value)}")
+        if wanted is str and value not in WRITTEN_IN:
+            raise ValueError(f"{key}: {name}: expected one of {', '.join(WRITTEN_IN)}, got {shown(value)}")
     return Entry(TileConfig(**config), record["source"], details)
 
 
@@ -322,22 +344,35 @@ def write_table(path: Path, table: Table) -> None:
 
 @functools.cache
 def kernels_fingerprint() -> str:
-    """16 hex digits of the kernels' code without comments, docstrings and layout: a table belongs to one such code."""
-    paths = sorted((Path(__file__).parent.parent / "backends" / "triton").glob("*.py"))
-    return hashlib.sha256(device_code([path.read_text(encoding="utf-8") for path in paths]).encode()).hexdigest()[:16]
+    """16 hex digits of the kernels' code without comments, docstrings and layout: a table belongs to one such code.
+
+    That of GLUON_FILES is left out: a change there makes no other entry stale. `gluon_fingerprint` is its own.
+    """
+    return _fingerprint([path for path in _FOLDER.glob("*.py") if path.name not in GLUON_FILES], "triton.jit")
 
 
-def device_code(sources: list[str]) -> str:
-    """All that Triton compiles: functions under `triton.jit`, and what they name: constants, and records."""
+@functools.cache
+def gluon_fingerprint() -> str:
+    """16 hex digits of the code in GLUON_FILES: an entry whose config names such a kernel belongs to one."""
+    return _fingerprint([_FOLDER / name for name in GLUON_FILES], "gluon.")
+
+
+def _fingerprint(paths: list[Path], mark: str) -> str:
+    sources = [path.read_text(encoding="utf-8") for path in sorted(paths)]
+    return hashlib.sha256(device_code(sources, mark).encode()).hexdigest()[:16]
+
+
+def device_code(sources: list[str], mark: str = "triton.jit") -> str:
+    """All that Triton compiles: functions under the mark, and what they name: constants, and records."""
     nodes = [(node, source) for source in sources for node in ast.parse(source).body]
-    kernels = [(node, source) for node, source in nodes if _is_compiled(node)]
+    kernels = [(node, source) for node, source in nodes if _is_compiled(node, mark)]
     named = {name.id for node, _ in kernels for name in ast.walk(node) if isinstance(name, ast.Name)}
     named_nodes = [one for one in nodes if _names_bound(one[0]) & named]
     return "\0".join(sorted(_code(_text(*one)) for one in kernels + named_nodes))
 
 
-def _is_compiled(node: ast.stmt) -> bool:
-    return any("triton.jit" in ast.unparse(decorator) for decorator in getattr(node, "decorator_list", ()))
+def _is_compiled(node: ast.stmt, mark: str) -> bool:
+    return any(mark in ast.unparse(decorator) for decorator in getattr(node, "decorator_list", ()))
 
 
 def _names_bound(node: ast.stmt) -> set[str]:

@@ -5,6 +5,7 @@ import torch
 
 from tests.emulated import test_attention as attention
 from tests.emulated import test_decode as decode
+from tests.emulated import test_hopper as hopper
 from tests.emulated import test_key_statistics as key_statistics
 from tests.emulated import test_synchronisation as synchronisation
 from tests.emulated import test_varlen as varlen
@@ -55,3 +56,21 @@ def test_no_synchronisation_can_be_left_out(gpu, emulate):
             assert missed[kind] >= count, (
                 f"{kernel}, {kind}: expected at least {count} to be missed, got {missed[kind]}"
             )
+
+
+@pytest.mark.parametrize("case", [*hopper.EVERYTHING, *hopper.OF_PACKED], ids=str)
+def test_hopper(case, emulate):
+    hopper.check(case, emulate)
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
+def test_gradients_behind_hopper(dims, emulate):
+    """The backward takes what the forward kept of its output's rounding."""
+    hopper.check(hopper.Case(torch.float16, dims, mask="lengths", scales=hopper.QUERY), emulate, gradients=True)
+
+
+def test_no_synchronisation_of_hopper_can_be_left_out(emulate):
+    found, implied = hopper.missed(hopper.check(hopper.CALL, emulate).launches[0], each=True)
+    assert implied == {place: count for place, (count, _) in hopper.IMPLIED.items()}
+    assert found["mbarrier.try_wait"] >= 10
+    assert found["mbarrier.arrive"] >= 15

@@ -6,8 +6,17 @@ from .decode import decode
 from .forward import forward
 from .key_norms import key_norms, key_norms_backward, prefix_sums
 from .key_records import append_keys, append_to_pages
-from .launch import KERNELS
+from .launch import KERNELS, VARIANTS, Variant
 from .ranges import argmax_over_ranges, seen_keys
+
+
+def _hopper_forward() -> Variant:
+    from .hopper_forward import VARIANT
+
+    return VARIANT
+
+
+VARIANTS["forward", "gluon"] = _hopper_forward
 
 __all__ = [
     "KERNELS",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from ...tuning.config import (
     padded_dim,
 )
 from ...tuning.order import sections
+from ...tuning.splits import splits_of_keys, splits_of_rows
 from ...tuning.table import Exact
 from .device import Grid
 from .launch import (
@@ -58,9 +60,14 @@ def are_few_rows(visible: Visibility, dropout: Dropout | None) -> bool:
 
 
 def launch_kernel(
-    kernel: str, kind: Kind, call: AttentionCall, available: Arguments, d_out: Tensor | None = None
+    kernel: str,
+    kind: Kind,
+    call: AttentionCall,
+    available: Arguments,
+    d_out: Tensor | None = None,
+    in_splits: Callable[[Plan, Grid, Arguments, Kind, AttentionCall], None] | None = None,
 ) -> None:
-    """A program for each block of rows, or of keys, of each head of each sequence."""
+    """A program for each block of rows, or of keys, of each head of each sequence; or several, `in_splits`."""
     if recorded.recorders and kernel in TILED_KERNELS:
         recorded.note(Exact(kernel, kind.problem), size_of(call))
 
@@ -75,18 +82,27 @@ def launch_kernel(
             found = kind.grids.get(key := (kernel, config, chosen.target))
             if found is None:
                 found = kind.grids[key] = _grid(kernel, chosen, call)
-            grid, of_config["first_head"] = found
-            chosen.launch(grid, available | of_config, kind.wide, kind)
+            grid, of_grid = found
+            of_config.update(of_grid)
+            if in_splits is None or of_grid["splits"] is None:
+                chosen.launch(grid, available | of_config, kind.wide, kind)
+            else:
+                in_splits(chosen, grid, available | of_config, kind, call)
             return
         except (TritonError, RuntimeError) as error:
             drop_config(kernel, kind.problem, device, chosen, error)
 
 
-def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> tuple[Grid, int]:
-    """(blocks, heads, sequences) of row terms and 0, else (size of a section, blocks, sections) and `first_head`."""
+def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> tuple[Grid, Arguments]:
+    """(blocks, heads, sequences) of row terms, else (size of a section, blocks, sections), and arguments with that.
+
+    first_head          of `block.program_in_section`
+    splits, part_rows   programs that share a block's work, which are as many blocks, and rows of each one's part; None
+                        where there is one
+    """
     visible, config, (sequences, rows, keys) = call.visibility, chosen.config, _sizes(call)
     if kernel == "row_terms":
-        return (-(-aligned_rows(rows) // config.block_m), visible.q_heads, sequences), 0
+        return (-(-aligned_rows(rows) // config.block_m), visible.q_heads, sequences), {}
     bytes_of_row = (call.k.shape[3] + call.v.shape[3]) * call.k.dtype.itemsize
     if kernel == "grad_key_value":
         blocks, heads = -(-keys // config.block_n), visible.kv_heads * sequences
@@ -95,7 +111,26 @@ def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> tuple[Grid, int]:
         blocks, heads = -(-rows // config.block_m), visible.q_heads * sequences
         read = keys * bytes_of_row * visible.kv_heads // visible.q_heads
     size, count = sections(heads, read, chosen.target, config.l2_percent)
-    return (size, blocks, count), heads - size * count
+    splits, arguments = _splits(kernel, chosen, call), {"first_head": heads - size * count, "splits": None}
+    if splits > 1:
+        arguments["splits"], operand = splits, call.q if kernel == "forward" else call.k
+        arguments["part_rows"] = operand.shape[:3].numel()
+    return (size, blocks * splits, count), {"part_rows": None, **arguments}
+
+
+def _splits(kernel: str, chosen: Plan, call: AttentionCall) -> int:
+    """Splits of a call. A window narrows the keys that a block of rows sees, or the rows that see a block of keys."""
+    if call.invariant or "splits" not in chosen.names:
+        return 1
+    visible, config, (_, rows, keys) = call.visibility, chosen.config, _sizes(call)
+    reach = rows + keys
+    if visible.left is not None and visible.right is not None:
+        reach = visible.left + visible.right + max(config.block_m, config.block_n)
+    if kernel == "forward":
+        return splits_of_keys(rows, min(keys, reach), config, chosen.target)
+    group = visible.q_heads // visible.kv_heads
+    causal = visible.right is not None and visible.left is None
+    return splits_of_rows(min(rows, reach), keys, causal, group, visible.kv_heads, config, chosen.target)
 
 
 def _sizes(call: AttentionCall) -> tuple[int, int, int]:
@@ -177,14 +212,15 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -
 
 def _descriptors(chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Arguments:
     """The descriptors that a kernel takes."""
-    config = chosen.config
+    config, variant = chosen.config, chosen.variant
     tiles = {
-        "q_descriptor": (call.q, config.block_m),
+        "q_descriptor": (call.q, config.block_m if variant is None else variant.rows),
         "k_descriptor": (call.k, config.block_n),
         "v_descriptor": (call.v, config.block_n),
         "d_out_descriptor": (d_out, config.block_m),
     }
-    return {name: _descriptor(*tiles[name]) for name in chosen.descriptors}
+    make: Callable[..., Any] = _Descriptor if variant is None else variant.described
+    return {name: _descriptor(make, *tiles[name]) for name in chosen.descriptors}
 
 
 def of_kind(
@@ -264,9 +300,9 @@ class _Descriptor(TensorDescriptor):
         pass
 
 
-def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
+def _descriptor(make: Callable[..., Any], tensor: Tensor, rows: int) -> Any:
     """A descriptor of tiles of `rows` rows of one (batch, head); an axis of one entry gets a legal stride."""
-    return _Descriptor(tensor, *_described(tensor.shape, tensor.stride(), tensor.dtype.itemsize, rows))
+    return make(tensor, *_described(tensor.shape, tensor.stride(), tensor.dtype.itemsize, rows))
 
 
 @functools.lru_cache(maxsize=4096)

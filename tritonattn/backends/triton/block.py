@@ -24,7 +24,7 @@ UNMASKED = tl.constexpr(1)
 # Arguments whose values change from call to call: compiled code does not depend on them.
 LENGTHS = (
     "q_len k_len terms_len addends_len bounds_len capacity key_block q_heads kv_heads left right keep_from "
-    "first_head first_y first_z"
+    "first_head first_y first_z splits part_rows"
 ).split()
 
 
@@ -274,11 +274,10 @@ def soft_cap(x, softcap):
     limit = softcap * LOG2_E
     x = x * (1.0 / limit)
     square = x * x
-    series = tl.full(x.shape, -0.005883233156055212, tl.float32)
-    series = tl.fma(series, square, tl.full(x.shape, 0.020785147324204445, tl.float32))
-    series = tl.fma(series, square, tl.full(x.shape, -0.05378039926290512, tl.float32))
-    series = tl.fma(series, square, tl.full(x.shape, 0.13331879675388336, tl.float32))
-    series = tl.fma(series, square, tl.full(x.shape, -0.33333295583724976, tl.float32))
+    series = tl.fma(square, -0.005883233156055212, 0.020785147324204445)
+    series = tl.fma(series, square, -0.05378039926290512)
+    series = tl.fma(series, square, 0.13331879675388336)
+    series = tl.fma(series, square, -0.33333295583724976)
     small = tl.fma(x * square, series, x)
     magnitude = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2_E)) + 1.0)
     return tl.where(tl.abs(x) < 0.6, small, tl.where(x < 0.0, -magnitude, magnitude)) * limit
@@ -305,47 +304,82 @@ def dropout_keeps(dropout_ptr, keep_from, batch_head, offs_row, offs_key):
     return word.to(tl.int32, bitcast=True) ^ -2147483648 >= keep_from
 
 
+@triton.jit
+def lost_in_rounding(exact, rounded):
+    """exact - rounded in 256ths of the last place of `rounded`, bf16 or fp16, as int8: `core.rounding`.
+
+    Of fp32, which stands for bf16 in Triton's interpreter, nothing is lost.
+    """
+    SHIFT: tl.constexpr = 15 - rounded.dtype.fp_mantissa_width if rounded.dtype != tl.float32 else 0
+    HALF: tl.constexpr = (1 << SHIFT) >> 1
+    lost = exact.to(tl.int32, bitcast=True) - rounded.to(tl.float32).to(tl.int32, bitcast=True)
+    lost = tl.minimum(lost, (128 << SHIFT) - HALF - 1)
+    if SHIFT < 8:  # bf16 has fp32's exponents, so that only NaN loses more
+        lost = tl.maximum(lost, -(128 << SHIFT))
+    return ((lost + HALF) >> SHIFT).to(tl.int8)
+
+
 # ---- Softmax
 
 
 @triton.jit
-def online_softmax(s, bias, keep, factor, softcap, m_i, l_i, spread, MASKED: tl.constexpr, ENTROPY: tl.constexpr):
-    """One step: (p, alpha, m_i, l_i, spread), all relative to the new maximum m_i [BLOCK_M]; sums move by alpha.
+def probabilities(s, bias, keep, factor, softcap, m_i, MASKED: tl.constexpr, ENTROPY: tl.constexpr):
+    """One step of the online softmax, relative to the new maximum m_i [BLOCK_M]: (p, weighted, alpha, moved, m_i).
 
     s [BLOCK_M, BLOCK_N] without factor >= 0; bias, in base 2, broadcasts to it or is None; keep says what is visible
-    where MASKED. m_i is the maximum of the uncapped logits; the capped one, the shift, is subtracted. l_i is the sum of
-    p, spread that of exp(z_j - shift) (z_j - shift); both are `partial_sums`, [BLOCK_M, columns].
+    where MASKED. m_i is the maximum of the uncapped logits; the capped one, the shift, is subtracted. It has `moved` by
+    so much, and earlier sums by alpha = exp(moved). weighted is p (z_j - shift) where ENTROPY.
     """
-    COLUMNS: tl.constexpr = l_i.shape[1]
     if bias is not None:
         s = fma(s, factor[:, None], bias)
-        factor = tl.full(factor.shape, 1.0, tl.float32)
     if MASKED:
         s = tl.where(keep, s, float("-inf"))
-    m_new = tl.maximum(m_i, tl.max(s, 1) * factor)
+    m_new = tl.max(s, 1)
+    if bias is None:
+        m_new *= factor
+    m_new = tl.maximum(m_i, m_new)
     if softcap is None:
         previous, shift = m_i, m_new
         if MASKED or bias is not None:
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        exponent = fma(s, factor[:, None], (-shift)[:, None])
+        if bias is None:
+            exponent = fma(s, factor[:, None], (-shift)[:, None])
+        else:
+            exponent = s - shift[:, None]
     else:
         previous, shift = soft_cap(m_i, softcap), soft_cap(m_new, softcap)
-        exponent = soft_cap(s * factor[:, None], softcap) - shift[:, None]
+        if bias is None:
+            s *= factor[:, None]
+        exponent = soft_cap(s, softcap) - shift[:, None]
         if MASKED:
             exponent = tl.where(keep, exponent, float("-inf"))
         if bias is not None:
             exponent = tl.where(bias == float("-inf"), float("-inf"), exponent)
     p = tl.exp2(exponent)
-    alpha = tl.exp2(previous - shift)
-    alphas = tl.broadcast_to(alpha[:, None], l_i.shape)
+    moved = previous - shift
+    alpha = tl.exp2(moved)
+    weighted = p
     if ENTROPY:
         if bias is not None:
             exponent = tl.where(exponent == float("-inf"), 0.0, exponent)
         elif MASKED:
             exponent = tl.where(keep, exponent, 0.0)
-        moved = tl.where(l_i > 0.0, (previous - shift)[:, None], 0.0)
-        spread = tl.fma(tl.fma(moved, l_i, spread), alphas, partial_sums(p * exponent, COLUMNS))
-    return p, alpha, m_new, tl.fma(l_i, alphas, partial_sums(p, COLUMNS)), spread
+        weighted = p * exponent
+    return p, weighted, alpha, moved, m_new
+
+
+@triton.jit
+def moved_sums(p, weighted, alpha, moved, l_i, spread, ENTROPY: tl.constexpr):
+    """(l_i, spread) with what a step of `probabilities` adds, in its sums' layout.
+
+    l_i is the sum of p, spread that of exp(z_j - shift) (z_j - shift); both are `partial_sums`, [BLOCK_M, columns].
+    """
+    COLUMNS: tl.constexpr = l_i.shape[1]
+    alphas = tl.broadcast_to(alpha[:, None], l_i.shape)
+    if ENTROPY:
+        before = tl.where(l_i > 0.0, moved[:, None], 0.0)
+        spread = tl.fma(tl.fma(before, l_i, spread), alphas, partial_sums(weighted, COLUMNS))
+    return tl.fma(l_i, alphas, partial_sums(p, COLUMNS)), spread
 
 
 @triton.jit

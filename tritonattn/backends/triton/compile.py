@@ -18,12 +18,13 @@ from ...tuning.calls import Size
 from ...tuning.config import WIDEST, WIDEST_KEYS, Problem, Target, TileConfig, legal_reasons
 from ...tuning.defaults import default_config
 from .backward import backward
+from .combine import add_splits
 from .decode import decode
-from .device import binder, compile_options
+from .device import Kind, binder, compile_options
 from .forward import forward
 from .key_norms import key_norms, key_norms_backward, prefix_sums
 from .key_records import append_keys, append_to_pages
-from .launch import KERNELS, Launch, overriding, recording
+from .launch import KERNELS, Launch, Plan, overriding, recording
 from .operands import Operands
 from .ranges import argmax_over_ranges, range_arguments, rows_of_key_blocks, seen_keys
 
@@ -70,7 +71,8 @@ def launch_of(kernel: str, problem: Problem, config: TileConfig, target: Target)
     """The launch of a kernel in a call of the problem, whose tensors are meta tensors."""
     with recording(target, overriding(kernel, config, default_config)) as launches:
         _LAUNCHERS[kernel](problem)
-    return next(launch for launch in launches if launch.kernel is KERNELS[kernel])
+    function = Plan.of(kernel, config, {}, target).kernel
+    return next(launch for launch in launches if launch.kernel is function)
 
 
 def compile_launch(launch: Launch, target: Target) -> CompiledKernel:
@@ -98,7 +100,10 @@ def specialised(
         constants = {path: get_iterable_path(values, path) for path in paths}
         paths = find_paths_if(notes, lambda _, note: isinstance(note, str))
         attributes = {path: backend.parse_attr(get_iterable_path(notes, path)) for path in paths}
-    return ASTSource(function, types, constants, attributes)
+    source = ASTSource
+    if getattr(function, "is_gluon", bool)():
+        from triton.experimental.gluon._runtime import GluonASTSource as source
+    return source(function, types, constants, attributes)
 
 
 # ---- The call of a problem, on tensors without memory
@@ -139,6 +144,8 @@ def _forward(problem: Problem) -> None:
 
 def _backward(problem: Problem) -> None:
     operands = _operands(problem)
+    size = replace(operands.size, heads=16 * operands.size.heads)  # so many that their rows are not split
+    operands = Operands(problem, size, operands.device)
     call = operands.attention()
     out, rounding, lse = _results(problem, call)
     needs = Needs(True, True, True, problem.query_scale_grad, problem.key_scale, problem.key_bias, problem.sinks)
@@ -151,6 +158,11 @@ def _decode(problem: Problem) -> None:
     group, rows = (problem.packed_rows, 1) if problem.grouped else (1, problem.packed_rows)
     size = replace(operands.size, heads=2 * group, q_len=rows, group=group)
     decode(Operands(problem, size, operands.device).decode(), problem.aux)
+
+
+def _sum_of_splits(problem: Problem) -> None:
+    kind, result = Kind(problem, wide=False), _tensor(2, 2, 1024, problem.head_dim, dtype=problem.dtype)
+    add_splits(kind, _tensor(4, *result.shape), result)
 
 
 def _keys(problem: Problem) -> tuple[Tensor, Tensor | None]:
@@ -215,7 +227,8 @@ _LAUNCHERS: dict[str, Callable[[Problem], object]] = {
     "grad_query": _backward,
     "grad_key_value": _backward,
     "decode": _decode,
-    "decode_combine": _decode,
+    "combine_splits": _decode,
+    "sum_of_splits": _sum_of_splits,
     "key_statistics": _key_norms,
     "prefix_sums": _prefix_sums,
     "key_statistics_grad": _key_norms_backward,

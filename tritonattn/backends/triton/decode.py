@@ -16,19 +16,20 @@ from ...tuning.table import Exact
 from .attention import problem_of, size_of
 from .block import (
     LENGTHS,
-    LN_2,
     LOG2_E,
     TINY,
     finish_softmax,
     from_row,
     load_tile,
-    online_softmax,
+    moved_sums,
     page_slots,
     page_tile,
+    probabilities,
     program_position,
     tile_offsets,
     vector_from,
 )
+from .combine import combine, parts_of
 from .launch import (
     KERNELS,
     Arguments,
@@ -47,7 +48,7 @@ from .launch import (
 from .records import Results
 
 SHORTEST_SPLIT = tl.constexpr(config.SHORTEST_SPLIT)
-_SIZES = ["group", "length_words", "splits"]
+_SIZES = ["group", "length_words"]
 
 
 @triton.jit
@@ -103,6 +104,7 @@ def attention_decode(
     capacity,
     length_words,
     splits,
+    part_rows,
     q_heads,
     group,
     first_y,
@@ -136,8 +138,8 @@ def attention_decode(
     query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale  fp32 [B, Hkv, capacity] or None = 1
     key_bias         fp32 [B, Hkv, group, capacity] or None = 0; a key with -inf has no weight
     sinks            fp32 [Hq] or None, with splits = 1 only
-    results          a `Results` without rounding, splits an axis behind Sq: out [B, Hq, Sq, splits, Dv], of several
-                     splits not written where a row sees no key of one; lse natural log, max_logit uncapped
+    results          a `Results` without rounding; of several splits their parts, of part_rows = B * Hq * Sq rows each,
+                     out not written where a row sees no key of one; lse natural log, max_logit uncapped
 
     Scales, sign and rounding as in `attention_forward`. Flash-Decoding: Dao et al. 2023,
     https://pytorch.org/blog/flash-decoding; pages: Kwon et al. 2023, arXiv:2309.06180.
@@ -205,9 +207,10 @@ def attention_decode(
         keep = keep_key[None, :] & (offs_n[None, :] < hi[:, None])  # [BLOCK_M, BLOCK_N]
         if left is not None:
             keep = keep & (offs_n[None, :] >= lo[:, None])
-        p, alpha, m_i, l_i, spread = online_softmax(
-            s, bias, keep, factor, softcap, m_i, l_i, spread, True, results.entropy is not None
+        p, weighted, alpha, moved, m_i = probabilities(
+            s, bias, keep, factor, softcap, m_i, True, results.entropy is not None
         )
+        l_i, spread = moved_sums(p, weighted, alpha, moved, l_i, spread, results.entropy is not None)
         if pages is None:
             v_tile = load_tile(v.ptr + (tl.cast(start_n, tl.int64) * v.s + v_offsets), keep_key, VALUE_DIM)
         else:
@@ -215,7 +218,7 @@ def attention_decode(
         acc *= alpha[:, None]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
 
-    offsets = ((batch * q_heads + kv_head * group) * q_len + packed) * splits + split  # [BLOCK_M]
+    offsets = (batch * q_heads + kv_head * group) * q_len + packed + split.to(tl.int64) * part_rows  # [BLOCK_M]
     q_head = tl.minimum(head, q_heads - 1)
     l_i, weight, total = finish_softmax(
         m_i, l_i, spread, factor, softcap, sinks_ptr, q_head, results, offsets, keep_row
@@ -227,84 +230,7 @@ def attention_decode(
     tl.store(results.out + offsets[:, None] * VALUE_DIM + offs_value[None, :], out, mask=keep_out)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "splits"])
-def combine_splits(
-    parts,
-    results,
-    sinks_ptr,
-    q_len,
-    splits,
-    q_heads,
-    first_y,
-    first_z,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One row of a call from what `attention_decode` found in every split of its keys.
-
-        lse        = ln sum_s exp(lse[s]),  w[s] = exp(lse[s] - lse)
-        out        = sum_s w[s] * out[s]                 times exp(lse) / (exp(lse) + exp(sink)) with a sink
-        entropy    = sum_s w[s] * (entropy[s] - ln w[s])
-        max_logit  = max_s max_logit[s]
-
-    Grid: (Sq, Hq, B). parts, results: `Results` without rounding, the parts in fp32 with splits as an axis behind Sq;
-    max_logit and entropy are None in both or in neither. Splits are added in one order. A row without keys gives out 0,
-    lse = max_logit = -inf, entropy 0.
-    """
-    token, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
-    row = (batch.to(tl.int64) * q_heads + head) * q_len + token
-    first = row * splits
-    offs_value = tl.arange(0, BLOCK_DV)
-    highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    max_logit = highest
-    for start in tl.range(0, splits, BLOCK_N):
-        offs_split = start + tl.arange(0, BLOCK_N)
-        keep = offs_split < splits
-        highest = tl.maximum(highest, tl.load(parts.lse + first + offs_split, mask=keep, other=float("-inf")))
-        if parts.max_logit is not None:
-            part = tl.load(parts.max_logit + first + offs_split, mask=keep, other=float("-inf"))
-            max_logit = tl.maximum(max_logit, part)
-    shift = tl.max(highest, 0)
-    shift = tl.where(shift == float("-inf"), 0.0, shift)
-
-    weight_sum = tl.zeros([BLOCK_N], tl.float32)
-    entropy_sum = weight_sum
-    accumulator = tl.zeros([BLOCK_DV], tl.float32)
-    for start in tl.range(0, splits, BLOCK_N):
-        offs_split = start + tl.arange(0, BLOCK_N)
-        keep = offs_split < splits
-        lse = tl.load(parts.lse + first + offs_split, mask=keep, other=float("-inf"))
-        keep = lse != float("-inf")
-        log_weight = tl.where(keep, lse - shift, 0.0)
-        weight = tl.where(keep, tl.exp2(log_weight * LOG2_E), 0.0)
-        weight_sum += weight
-        if parts.entropy is not None:
-            part = tl.load(parts.entropy + first + offs_split, mask=keep, other=0.0)
-            entropy_sum += weight * (part - log_weight)
-        out_ptrs = parts.out + (first + offs_split)[:, None] * VALUE_DIM + offs_value[None, :]
-        part = tl.load(out_ptrs, mask=keep[:, None] & (offs_value[None, :] < VALUE_DIM), other=0.0)
-        accumulator += tl.sum(part * weight[:, None], 0)
-
-    total = tl.sum(weight_sum, 0)
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    log_total = tl.log2(total) * LN_2
-    tl.store(results.lse + row, tl.where(empty, float("-inf"), shift + log_total))
-    if results.max_logit is not None:
-        # tl.max ignores NaN; the sum keeps it.
-        tl.store(results.max_logit + row, tl.where(total == total, tl.max(max_logit, 0), total))
-    if results.entropy is not None:
-        entropy = tl.sum(entropy_sum, 0) / total + log_total
-        tl.store(results.entropy + row, tl.where(entropy < 0.0, 0.0, entropy))
-    if sinks_ptr is not None:
-        with_sink = total + tl.exp2((tl.load(sinks_ptr + head) - shift) * LOG2_E)
-        total = tl.where(empty, total, with_sink)
-    out = (accumulator / total).to(results.out.dtype.element_ty)
-    tl.store(results.out + row * VALUE_DIM + offs_value, out, mask=offs_value < VALUE_DIM)
-
-
-KERNELS |= {"decode": attention_decode, "decode_combine": combine_splits}
+KERNELS["decode"] = attention_decode
 _MOST_SPLITS = 64
 
 
@@ -338,17 +264,15 @@ def _launch(call: AttentionCall, aux: bool, kind: Kind, chosen: Plan) -> Forward
     splits, group = _splits(visible, chosen.config), visible.q_heads // visible.kv_heads
     tiles = -(-group * visible.q_len // chosen.config.block_m)
     rows = visible.batch, visible.q_heads, visible.q_len
-    joined = _allocate(call, rows, call.q.dtype, aux)
-    parts = joined if splits == 1 else _allocate(call, (*rows, splits), torch.float32, aux)
+    joined = _allocate(call, rows, aux)
+    parts = joined if splits == 1 else parts_of(call, joined, splits)
     arguments = _arguments(call)
     arguments["results"], arguments["splits"], sinks = parts, splits, arguments["sinks_ptr"]
+    arguments["part_rows"] = joined.lse.numel()
     arguments["sinks_ptr"] = sinks if splits == 1 else None
     chosen.launch((splits * tiles, visible.kv_heads, visible.batch), arguments, kind.wide, kind)
     if splits > 1:
-        batch, q_heads, q_len = rows
-        arguments = {"parts": parts, "results": joined, "sinks_ptr": sinks}
-        arguments |= {"q_len": q_len, "splits": splits, "q_heads": q_heads}
-        plan("decode_combine", kind.problem, call.q.device).launch((q_len, q_heads, batch), arguments, False, kind)
+        combine(kind, parts, joined, sinks)
     return ForwardResult(joined.out, joined.lse, joined.max_logit, joined.entropy)
 
 
@@ -370,9 +294,9 @@ def _problem(call: AttentionCall, aux: bool) -> Problem:
     return problem_of(call, aux=aux, packed_rows=rows, sequences=new, right=False, key_lengths=False)
 
 
-def _allocate(call: AttentionCall, shape: tuple[int, ...], dtype: torch.dtype, aux: bool) -> Results:
-    """Uninitialised results of every entry of a shape: a row, or a split of a row."""
-    out = call.q.new_empty((*shape, call.v.shape[3]), dtype=dtype)
+def _allocate(call: AttentionCall, shape: tuple[int, ...], aux: bool) -> Results:
+    """Uninitialised results of rows."""
+    out = call.q.new_empty((*shape, call.v.shape[3]))
     lse = call.q.new_empty(shape, dtype=torch.float32)
     max_logit, entropy = (torch.empty_like(lse), torch.empty_like(lse)) if aux else (None, None)
     return Results(out, None, lse, max_logit, entropy)

@@ -15,7 +15,7 @@ from triton.compiler import CompiledKernel, make_backend
 from triton.runtime import driver
 from triton.runtime.jit import create_function_from_signature
 
-from ...tuning.config import Problem, TileConfig
+from ...tuning.config import REGISTERS, Problem, TileConfig
 
 Arguments = dict[str, Any]
 Grid = tuple[int, int, int]
@@ -57,13 +57,13 @@ class Kind:
 
     wide    `launch.is_wide` of its tensors
     codes   by kernel, config, device and settings, code for arguments whose addresses are all multiples of 16
-    grids   by kernel, config and target, each with its `first_head` (`block.program_in_section`)
+    grids   by kernel, config and target, each with the arguments that go with it
     """
 
     problem: Problem
     wide: bool
     codes: dict[tuple, KeptCode] = field(default_factory=dict)
-    grids: dict[tuple, tuple[Grid, int]] = field(default_factory=dict)
+    grids: dict[tuple, tuple[Grid, Arguments]] = field(default_factory=dict)
 
 
 class KeptCode(NamedTuple):
@@ -98,7 +98,10 @@ def compile_options(config: TileConfig, invariant: bool = False) -> dict[str, An
     option is not given. Other products and sums may be fused in the code of one mask and not in that of another:
     INVARIANT kernels fuse none.
     """
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": not invariant}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": not invariant}
+    if config.waves_per_eu:
+        options["waves_per_eu"] = config.waves_per_eu
+    return options if config.kernel == "triton" else options | {"maxnreg": REGISTERS[config.block_m]}
 
 
 class _Thread(threading.local):

@@ -20,33 +20,23 @@ from .block import (
     key_bounds,
     key_range,
     load_tile,
-    online_softmax,
+    lost_in_rounding,
+    moved_sums,
     page_slots,
     page_tile,
     pass_bounds,
+    probabilities,
     program_in_section,
     sequence_bounds,
     tile_offsets,
     vector_from,
     visible,
+    whole_blocks,
 )
-from .launch import KERNELS
+from .combine import combine, parts_of
+from .device import Grid
+from .launch import KERNELS, Arguments, Kind, Plan
 from .records import Results, View
-
-
-@triton.jit
-def lost_in_rounding(exact, rounded):
-    """exact - rounded in 256ths of the last place of `rounded`, bf16 or fp16, as int8: `core.rounding`.
-
-    Of fp32, which stands for bf16 in Triton's interpreter, nothing is lost.
-    """
-    SHIFT: tl.constexpr = 15 - rounded.dtype.fp_mantissa_width if rounded.dtype != tl.float32 else 0
-    HALF: tl.constexpr = (1 << SHIFT) >> 1
-    lost = exact.to(tl.int32, bitcast=True) - rounded.to(tl.float32).to(tl.int32, bitcast=True)
-    lost = tl.minimum(lost, (128 << SHIFT) - HALF - 1)
-    if SHIFT < 8:  # bf16 has fp32's exponents, so that only NaN loses more
-        lost = tl.maximum(lost, -(128 << SHIFT))
-    return ((lost + HALF) >> SHIFT).to(tl.int8)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "group"])
@@ -77,6 +67,8 @@ def attention_forward(
     right,
     q_len,
     k_len,
+    splits,
+    part_rows,
     q_heads,
     group,
     first_head,
@@ -93,6 +85,7 @@ def attention_forward(
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
     LANES: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     """Attention output and statistics of the softmax for BLOCK_M query rows of one (batch or sequence, head).
 
@@ -103,8 +96,8 @@ def attention_forward(
         entropy[i]   = lse[i] - sum_j exp(z[i, j] - lse[i]) * z[i, j]
         out[i]       = sum_j keep[i, j] * keep_scale * exp(z[i, j]) * v[j] / (exp(lse[i]) + exp(sinks[head]))
 
-    Grid: (size of a section, blocks of the longest Sq, sections), see `program_in_section`; each program writes its
-    rows of the results, all of them, once.
+    Grid: (size of a section, blocks of the longest Sq times splits, sections), see `program_in_section`; each program
+    writes its rows of the results, all of them, once.
 
     q, k, v          `Strided` [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv] of fp16, bf16 or fp32; group = Hq/Hkv
     pages            `Pages` of the sequences or None; then k, v are [N, Hkv, page, D or Dv], and what else has keys is
@@ -120,6 +113,8 @@ def attention_forward(
                      never multiplied
     dropout          of `dropout_keeps`, or None
     results          `Results`, lse in natural log; rounding is what out lost when it was rounded: `lost_in_rounding`
+    splits           None, or the number of programs that share the keys of a row: the results, without rounding and in
+                     fp32, are then parts for `combine_splits`, each of part_rows = B * Hq * Sq rows
     BLOCK_D, BLOCK_DV  powers of two >= 16 that hold HEAD_DIM and VALUE_DIM
     INVARIANT        take all blocks of keys in ascending order, in steps of one width: a row's bits then do not depend
                      on the blocks that other rows look at, nor on the position of its tile
@@ -131,6 +126,8 @@ def attention_forward(
     block, head, sequence = program_in_section(q_heads, first_head, first_y, first_z, right is not None, LANES)
     if sequence < 0:
         return
+    if splits is not None:
+        split, block = block % splits, block // splits
     packed_len, kv_head = q_len, head // group
     batch, first_row, first_key, q_len, k_len = sequence_bounds(sequence, q_len, k_len, q_starts, k_starts)
     start_m = block * BLOCK_M
@@ -143,6 +140,8 @@ def attention_forward(
     lo, hi = key_range(offs_m, batch, view)  # [BLOCK_M]
     memory_row = (first_row + start_m).to(tl.int64)
     row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
+    if splits is not None:
+        row_base += split.to(tl.int64) * part_rows
 
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
     if query_scale is not None:
@@ -153,7 +152,9 @@ def attention_forward(
     if VALUE_DIM >= HEAD_DIM:
         # A changed sign goes through memory, the program's own rows of out. From registers, the loop has 12 % more
         # instructions on sm_80 at D 128, and spills 20 bytes (static, triton 3.9).
-        scratch_ptrs = results.out + row_base * VALUE_DIM + tile_offsets(BLOCK_M, BLOCK_D, VALUE_DIM, 1, False)
+        BITS: tl.constexpr = q.ptr.dtype.element_ty.primitive_bitwidth
+        PITCH: tl.constexpr = VALUE_DIM * results.out.dtype.element_ty.primitive_bitwidth // BITS
+        scratch_ptrs = results.out.to(q.ptr.dtype) + row_base * PITCH + tile_offsets(BLOCK_M, BLOCK_D, PITCH, 1, False)
         if tl.min(factor, 0) < 0.0:
             flipped = load_tile(q_ptrs, keep_row, HEAD_DIM)
             flipped = tl.where((factor < 0)[:, None], -flipped, flipped)
@@ -182,6 +183,13 @@ def attention_forward(
     kv_start, kv_end, full_start, full_end = key_bounds(
         start_m, tl.minimum(start_m + BLOCK_M, q_len) - 1, lo, hi, batch, view, BLOCK_N, mask is not None
     )
+    if splits is not None:
+        first_block = kv_start // BLOCK_N
+        share = tl.cdiv(tl.maximum(tl.cdiv(kv_end, BLOCK_N) - first_block, 0), splits)
+        begin, end = (first_block + split * share) * BLOCK_N, (first_block + (split + 1) * share) * BLOCK_N
+        kv_start, kv_end = tl.maximum(kv_start, begin), tl.minimum(kv_end, end)
+        full_lo, full_hi = tl.maximum(full_start, begin), tl.minimum(full_end, end)
+        full_start, full_end = whole_blocks(kv_start, full_lo, full_hi, BLOCK_N, False)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -200,7 +208,9 @@ def attention_forward(
             )
             k_offsets = tile_offsets(step.shape[0], BLOCK_D, k.s, k.d, WIDE)  # [N, BLOCK_D]
             v_offsets = tile_offsets(step.shape[0], BLOCK_DV, v.s, v.d, WIDE)  # [N, BLOCK_DV]
-            for position in tl.range(loop_start, loop_end, step.shape[0]):
+            for position in tl.range(
+                loop_start, loop_end, step.shape[0], warp_specialize=WARP_SPECIALIZE and PASS == UNMASKED
+            ):
                 start_n = position
                 if PASS != UNMASKED:
                     start_n = tl.where(position >= gap_start, position + gap, position)
@@ -230,9 +240,10 @@ def attention_forward(
                     bias = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]
                 if PASS != UNMASKED:
                     keep = visible(offs_m, offs_n, lo, hi, batch, head, view, mask)  # [BLOCK_M, N]
-                p, alpha, m_i, l_i, spread = online_softmax(
-                    s, bias, keep, factor, softcap, m_i, l_i, spread, PASS != UNMASKED, results.entropy is not None
+                p, weighted, alpha, moved, m_i = probabilities(
+                    s, bias, keep, factor, softcap, m_i, PASS != UNMASKED, results.entropy is not None
                 )
+                l_i, spread = moved_sums(p, weighted, alpha, moved, l_i, spread, results.entropy is not None)
                 if dropout_ptr is not None:
                     rows, keys = (first_row + offs_m)[:, None], (first_key + offs_n)[None, :]
                     p = tl.where(dropout_keeps(dropout_ptr, keep_from, batch * q_heads + head, rows, keys), p, 0.0)
@@ -273,5 +284,12 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
         entropy = new_results(call, q.shape[:3], torch.float32)
     arguments = call_arguments(call)
     arguments["results"] = Results(out, rounding, lse, max_logit, entropy)
-    launch_kernel("forward", kind, call, arguments)
+    launch_kernel("forward", kind, call, arguments, in_splits=_in_splits)
     return ForwardResult(out, lse, max_logit, entropy)
+
+
+def _in_splits(chosen: Plan, grid: Grid, arguments: Arguments, kind: Kind, call: AttentionCall) -> None:
+    """Launch with the keys of each row shared out among splits, and join their parts."""
+    results, parts = arguments["results"], parts_of(call, arguments["results"], arguments["splits"])
+    chosen.launch(grid, arguments | {"results": parts, "sinks_ptr": None}, kind.wide, kind)
+    combine(kind, parts, results, arguments["sinks_ptr"])

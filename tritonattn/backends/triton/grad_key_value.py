@@ -30,7 +30,9 @@ from .block import (
     vector_from,
     whole_blocks,
 )
-from .launch import KERNELS, Arguments, Kind
+from .combine import add_splits
+from .device import Grid
+from .launch import KERNELS, Arguments, Kind, Plan
 from .records import View
 
 
@@ -135,6 +137,8 @@ def attention_grad_key_value(
     q_len,
     k_len,
     terms_len,
+    splits,
+    part_rows,
     q_heads,
     group,
     first_head,
@@ -152,6 +156,7 @@ def attention_grad_key_value(
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
     LANES: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     """Gradients of k, v, key_scale and key_bias for BLOCK_N keys of one (batch or sequence, kv head); names as in
     `attention_grad_query`.
@@ -162,8 +167,8 @@ def attention_grad_key_value(
         d_key_scale[j] = k[j] . raw[j]                                       never divided by key_scale, which may be 0
         d_key_bias[j]  = sum_i dX[i, j]                                      over the rows of one head of the group
 
-    Grid: (size of a section, blocks of the longest Sk, sections), see `program_in_section`. Sums run in one fixed
-    order inside a program: bitwise repeatable.
+    Grid: (size of a section, blocks of the longest Sk times splits, sections), see `program_in_section`. Sums run in
+    one fixed order inside a program: bitwise repeatable.
 
     *_descriptor     tensor descriptors of q and d_out with blocks [1, 1, BLOCK_M, BLOCK_D or BLOCK_DV], or None
     terms            of `attention_row_terms`: with query_scale, dS * factor is one fma, and log2(e) is taken out once
@@ -173,11 +178,15 @@ def attention_grad_key_value(
     row_bounds_ptr   int32 [B, cdiv(Sk, BLOCK_N), 2] with key_ranges: `row_bounds`
     d_k, d_v         [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv] contiguous; d_key_scale fp32 [B, Hkv, Sk] and d_key_bias
                      fp32 [B, Hkv, group, Sk] contiguous or None
+    splits           None, or the number of programs that share the rows of a group's heads: results are then parts for
+                     `add_splits`, all fp32, each of part_rows = B * Hkv * Sk keys; d_key_bias holds zeros before
     """
     kv_heads = q_heads // group
     block, kv_head, sequence = program_in_section(kv_heads, first_head, first_y, first_z, False, LANES)
     if sequence < 0:
         return
+    if splits is not None:
+        split, block = block % splits, block // splits
     packed_len = k_len
     batch, first_row, first_key, q_len, k_len = sequence_bounds(sequence, q_len, k_len, q_starts, k_starts)
     start_n = block * BLOCK_N
@@ -212,7 +221,21 @@ def attention_grad_key_value(
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     FIRST: tl.constexpr = 1 if INVARIANT and right is None else 0
     MASKED_M: tl.constexpr = BLOCK_M // 2 if BLOCK_M >= 64 and not INVARIANT else BLOCK_M  # see `attention_forward`
-    for index in range(0, group):
+    first, last = 0, group  # of the heads of a group
+    if splits is not None:
+        first_block = m_start // BLOCK_M
+        blocks = tl.maximum(tl.cdiv(m_end, BLOCK_M) - first_block, 1)  # of rows, one head after another
+        share = tl.cdiv(group * blocks, splits)
+        share_end = tl.minimum((split + 1) * share, group * blocks)
+        first, last = split * share // blocks, tl.cdiv(share_end, blocks)
+    for index in range(first, last):
+        row_start, row_end, whole_start, whole_end = m_start, m_end, full_start, full_end
+        if splits is not None:
+            begin = (first_block + split * share - index * blocks) * BLOCK_M
+            end = (first_block + share_end - index * blocks) * BLOCK_M
+            row_start, row_end = tl.maximum(m_start, begin), tl.minimum(m_end, end)
+            full_lo, full_hi = tl.maximum(full_start, begin), tl.minimum(full_end, end)
+            whole_start, whole_end = whole_blocks(row_start, full_lo, full_hi, BLOCK_M, False)
         head = kv_head * group + index
         batch_head = batch * q_heads + head
         q_head = from_row(q, batch, head, first_row, ALIGNED)
@@ -226,13 +249,15 @@ def attention_grad_key_value(
             if PASS != UNMASKED or (mask is None and key_ranges is None):
                 step = tl.arange(0, BLOCK_M if PASS == UNMASKED else MASKED_M)  # [M]
                 _, _, loop_start, loop_end, gap_start, gap = pass_bounds(
-                    m_start, m_end, full_start, full_end, step.shape[0], PASS, INVARIANT
+                    row_start, row_end, whole_start, whole_end, step.shape[0], PASS, INVARIANT
                 )
                 q_offsets = tile_offsets(step.shape[0], BLOCK_D, q_head.s, q_head.d, WIDE)  # [M, BLOCK_D]
                 do_offsets = tile_offsets(step.shape[0], BLOCK_DV, do_head.s, do_head.d, WIDE)  # [M, BLOCK_DV]
                 one = tl.full(step.shape, 1.0, tl.float32)
                 next_terms = term_ptr + 2 * (loop_start + step)  # carried along: 4 % fewer instructions, sm_80 at D 128
-                for position in tl.range(loop_start, loop_end, step.shape[0]):
+                for position in tl.range(
+                    loop_start, loop_end, step.shape[0], warp_specialize=WARP_SPECIALIZE and PASS == UNMASKED
+                ):
                     start_m = position
                     if PASS != UNMASKED:
                         start_m = tl.where(position >= gap_start, position + gap, position)
@@ -293,6 +318,8 @@ def attention_grad_key_value(
                     next_terms += 2 * step.shape[0]
         if d_key_bias_ptr is not None:
             head_base = batch_head.to(tl.int64) * packed_len + memory_key
+            if splits is not None:
+                head_base += split.to(tl.int64) * part_rows * group
             tl.store(d_key_bias_ptr + head_base + tl.arange(0, BLOCK_N), tl.sum(d_bias, 1), mask=keep_key)
 
     if terms_ptr.dtype.element_ty == tl.float32:
@@ -304,6 +331,8 @@ def attention_grad_key_value(
     if dropout_ptr is not None:
         dv *= keep_scale
     key_base = (batch.to(tl.int64) * kv_heads + kv_head) * packed_len + memory_key
+    if splits is not None:
+        key_base += split.to(tl.int64) * part_rows
     if key_scale is not None:
         if d_key_scale_ptr is not None:
             # Keys are loaded again, under a policy of its own, lest the compiler take both loads for one: held through
@@ -339,6 +368,19 @@ def grad_key_value(kind: Kind, call: AttentionCall, shared: Arguments, needs: Ne
     if query_scale is not None and call.q.dtype == torch.float16:
         factor = (query_scale * (scale * LOG2_E.value)).unflatten(1, (visible.kv_heads, -1)).flatten(2)
         results["factor_size"] = largest(factor)
-    launch_kernel("grad_key_value", kind, call, shared | results, d_out)
+    launch_kernel("grad_key_value", kind, call, shared | results, d_out, _in_splits)
     d_k, d_v = d_k if needs.k else None, d_v if needs.v else None
     return Gradients(k=d_k, v=d_v, key_scale=d_key_scale, key_bias=d_key_bias)
+
+
+def _in_splits(chosen: Plan, grid: Grid, arguments: Arguments, kind: Kind, call: AttentionCall) -> None:
+    """Launch with the rows of each key shared out among splits, and add their parts up."""
+    names = ("d_k_ptr", "d_v_ptr", "d_key_scale_ptr", "d_key_bias_ptr")
+    results = {name: arguments[name] for name in names if arguments[name] is not None}
+    splits = arguments["splits"]
+    parts = {name: new_results(call, (splits, *x.shape), torch.float32) for name, x in results.items()}
+    if "d_key_bias_ptr" in parts:
+        parts["d_key_bias_ptr"].zero_()  # a split writes the heads that it has rows of
+    chosen.launch(grid, arguments | parts, kind.wide, kind)
+    for name, result in results.items():
+        add_splits(kind, parts[name], result)

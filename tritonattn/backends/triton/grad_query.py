@@ -94,6 +94,7 @@ def attention_grad_query(
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
     LANES: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     """Gradients of q and query_scale for BLOCK_M rows of one (batch or sequence, head), as `attention_forward`.
 
@@ -194,7 +195,9 @@ def attention_grad_query(
             )
             k_offsets = tile_offsets(step.shape[0], BLOCK_D, k.s, k.d, WIDE)  # [N, BLOCK_D]
             v_offsets = tile_offsets(step.shape[0], BLOCK_DV, v.s, v.d, WIDE)  # [N, BLOCK_DV]
-            for position in tl.range(loop_start, loop_end, step.shape[0]):
+            for position in tl.range(
+                loop_start, loop_end, step.shape[0], warp_specialize=WARP_SPECIALIZE and PASS == UNMASKED
+            ):
                 start_n = position
                 if PASS != UNMASKED:
                     start_n = tl.where(position >= gap_start, position + gap, position)

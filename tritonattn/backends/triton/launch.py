@@ -30,10 +30,26 @@ from ...tuning.config import (
 )
 from ...tuning.defaults import default_config
 from ...tuning.order import LONGEST_AXIS, lanes
-from .device import Arguments, ArgumentsOfKind, Grid, Kind, launch_on
+from .device import Arguments, ArgumentsOfKind, Grid, Kind, NotCompiledError, launch_on
 from .records import Pages, Scale, Strided
 
 KERNELS: dict[str, Any] = {}  # by name: each file of kernels enters its own
+
+
+class Variant(NamedTuple):
+    """A kernel that stands in for another where a config asks for it: `TileConfig.kernel`.
+
+    described   its descriptor of a tensor: from the tensor, its shape, its strides and the shape of a block
+    rows        of the blocks of q, where its tiles have several
+    """
+
+    kernel: Any
+    described: Callable[[Tensor, list[int], list[int], list[int]], Any]
+    rows: int
+
+
+# By name and `TileConfig.kernel`: functions that import a variant, which other versions of Triton may not have.
+VARIANTS: dict[tuple[str, str], Callable[[], Variant]] = {}
 ConfigFor = Callable[[str, Problem, Target], TileConfig]
 
 
@@ -47,7 +63,8 @@ def run_on_device(kernel: Any, grid: Grid, arguments: Mapping[str, Any], config:
 
 def _hold_to_gate(kernel: Any, problem: Problem, device: torch.device, config: TileConfig, spills: int) -> None:
     """Take another config from the next call on, where this one comes from another Triton and its code spills."""
-    name = next((name for name, function in KERNELS.items() if function is kernel), "")
+    names = KERNELS | {name: kernel for name, language in VARIANTS if language == config.kernel}
+    name = next((name for name, function in names.items() if function is kernel), "")
     if lookup.refuse_spills(name, problem, Target.of(device), config, spills):
         _plan.cache_clear()
 
@@ -111,6 +128,7 @@ class Plan(NamedTuple):
     """A kernel with its config and constexprs for one problem and target, and the names of its arguments.
 
     in_order   picks the arguments from all that are available
+    variant    the one that the kernel is of, or None
     """
 
     kernel: Callable
@@ -120,13 +138,15 @@ class Plan(NamedTuple):
     target: Target
     in_order: Callable[[Arguments], tuple[Any, ...]]
     descriptors: tuple[str, ...]
+    variant: Variant | None
 
     @classmethod
-    def of(
-        cls, kernel: Callable, config: TileConfig, names: tuple[str, ...], constexprs: Arguments, target: Target
-    ) -> Plan:
+    def of(cls, kernel: str, config: TileConfig, constexprs: Arguments, target: Target) -> Plan:
+        variant = None if config.kernel == "triton" else VARIANTS[kernel, config.kernel]()
+        function = KERNELS[kernel] if variant is None else variant.kernel
+        names = tuple(function.arg_names)
         descriptors = tuple(name for name in names if name.endswith("_descriptor"))
-        return cls(kernel, config, names, constexprs, target, operator.itemgetter(*names), descriptors)
+        return cls(function, config, names, constexprs, target, operator.itemgetter(*names), descriptors, variant)
 
     def launch(self, grid: Grid, available: Arguments, wide: bool, kind: Kind | None = None) -> None:
         """Run with the kernel's own arguments out of those available, in its order; kind: of the call, where kept.
@@ -221,8 +241,12 @@ def _target(of: Callable[[torch.device], Target], device: torch.device) -> Targe
 
 
 def drop_config(kernel: str, problem: Problem, device: torch.device, chosen: Plan, error: Exception) -> None:
-    """Drop a tuned config that fails here, with a warning, so that the next plan has another; raise other errors."""
+    """Drop a tuned config that fails here, with a warning, so that the next plan has another; raise other errors.
+
+    Of a variant all errors count, but for a graph's capture that would have to compile it.
+    """
     is_refusal = isinstance(error, TritonError) or "PassManager" in str(error)
+    is_refusal |= chosen.variant is not None and not isinstance(error, NotCompiledError)
     if not is_refusal or not lookup.reject_config(kernel, problem, Target.of(device), chosen.config, error):
         raise error
     _plan.cache_clear()
@@ -230,8 +254,13 @@ def drop_config(kernel: str, problem: Problem, device: torch.device, chosen: Pla
 
 @functools.lru_cache(maxsize=4096)
 def _plan(kernel: str, problem: Problem, target: Target, config_of: ConfigFor) -> Plan:
-    function, config = KERNELS[kernel], config_of(kernel, problem, target)
-    return Plan.of(function, config, tuple(function.arg_names), constexpr_values(problem, config, target), target)
+    config = config_of(kernel, problem, target)
+    try:
+        return Plan.of(kernel, config, constexpr_values(problem, config, target), target)
+    except (ImportError, AttributeError) as error:  # a Triton that has renamed what a variant takes
+        if config.kernel == "triton" or not lookup.reject_config(kernel, problem, target, config, error):
+            raise
+    return _plan(kernel, problem, target, config_of)
 
 
 def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Arguments:
@@ -243,6 +272,7 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
         "BLOCK_DV": padded_dim(problem.value_dim),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "STAGES": config.num_stages,
         "SUM_COLUMNS": sum_columns(problem, target),
         "KEY_SUM_COLUMNS": key_sum_columns(problem, config, target),
         "CORRECT_DELTA": corrects_delta(problem),
@@ -251,6 +281,7 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
         "ALIGNED": problem.aligned and (problem.invariant or problem.head_dim % 16 or problem.value_dim % 16) > 0,
         "INVARIANT": problem.invariant,
         "LANES": lanes(target),
+        "WARP_SPECIALIZE": config.warp_specialize,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 
 from ...core.tables import table
 from ...nn.power_law import POINTS
@@ -37,7 +37,8 @@ class Interval:
         n, mean = len(values), fmean(values)
         if n == 1:
             return cls(mean, math.inf)
-        return cls(mean, float(stats.t.ppf((1 + confidence) / 2, n - 1)) * stdev(values) / math.sqrt(n))
+        deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1))  # NaN where a value is
+        return cls(mean, float(stats.t.ppf((1 + confidence) / 2, n - 1)) * deviation / math.sqrt(n))
 
     @property
     def excludes_zero(self) -> bool:
@@ -88,8 +89,10 @@ def other_metrics(runs: Sequence[Run]) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
     if names in ([], [task.metric]):
         return ""
-    modes = by_mode(_trained(runs)).items()
-    rows = [(mode, *(_mean(same, lambda run, name=name: run.metrics[name]) for name in names)) for mode, same in modes]
+    rows = []
+    for mode, group in by_mode(runs).items():
+        good = _trained(group)
+        rows.append((mode, *(_mean(good, lambda run, name=name: run.metrics[name]) for name in names)))
     return table(rows, ("mode", *names))
 
 

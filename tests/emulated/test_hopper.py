@@ -1,0 +1,214 @@
+"""The forward in Gluon for sm_90, whose warps run different code: every form, in several orders of its warps."""
+
+from __future__ import annotations
+
+import linecache
+from collections import Counter
+from dataclasses import dataclass
+from itertools import combinations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import tritonattn
+from tests.emulator import run
+from tests.emulator.instruction import Instruction
+from tests.emulator.parse import parse
+from tests.emulator.synchronisation import kind_of, without
+from tests.stub import Launched
+from tests.support.pairs import all_pairs, thinned
+from tests.support.versions import OLDER_TRITON, TRITON
+from tritonattn.backends.triton import VARIANTS, launch
+from tritonattn.tuning import TileConfig, lookup
+from tritonattn.tuning.config import Problem, Target
+from tritonattn.tuning.defaults import gluon_config
+
+from .cases import Case
+from .executor import GPU, Executor, is_ours
+from .recorder import Launch, copied
+from .test_varlen import MASKS, PACKED
+from .test_varlen import Case as Varlen
+
+pytestmark = pytest.mark.skipif(TRITON < (3, 6), reason="Gluon needs triton 3.6")
+
+HALF, BFLOAT = torch.float16, torch.bfloat16
+NAME = "attention_forward_hopper"
+ORDERS = (("random", 1), ("last-warp", 0), ("round-robin", 0))
+QUERY = ("query_scale",)
+TERMS = ("query_scale", "key_scale", "key_bias", "sinks")
+
+# A fast selection: three consumers and two, every term of a logit, keys that no row sees.
+FAST = (
+    Case(BFLOAT, (64, 64), None, "causal", QUERY, "plain", (1, 1), (150, 300), 1),
+    Case(HALF, (64, 64), None, "sides, lengths and ranges", TERMS, "softcap aux", (1, 1), (100, 300), 1),
+)
+
+CHOICES = {
+    "dims": [(64, 64), (128, 128)],
+    "dtype": [BFLOAT, HALF],
+    "mask": [
+        *("full", "causal", "wide window", "wide causal window", "lengths", "causal lengths", "ranges"),
+        *("causal ranges", "sides, lengths and ranges", "an entry without keys"),
+    ],
+    "form": ["plain", "softcap", "sinks", "aux", "softcap aux"],
+    "scales": [(), QUERY, ("query_scale", "key_scale"), ("query_scale", "key_bias"), TERMS[:3]],
+    "heads": [(1, 2), (2, 1)],
+    "lengths": [(130, 300), (200, 140), (70, 420)],
+    "batch": [1],
+}
+FREE = [pair for pair in combinations(CHOICES, 2) if {*pair} != {"dims", "mask"}]
+PADDED = {  # those of other dims, each with a form of its own
+    (80, 80): {"mask": "causal", "scales": QUERY},
+    (96, 112): {"mask": "wide causal window", "form": "aux"},
+    (192, 192): {"mask": "full", "scales": ("query_scale", "key_scale")},
+    (256, 256): {"mask": "causal ranges", "form": "softcap", "dtype": HALF},
+}
+EVERYTHING = [
+    *(Case(**row) for row in thinned(all_pairs(CHOICES), FREE)),
+    *(Case(dims=dims, lengths=(130, 300), batch=1, heads=(1, 1), **form) for dims, form in PADDED.items()),
+]
+OF_PACKED = [
+    Varlen(dtype, dims, packed=packed, mask=mask, form=form)
+    for dims, dtype in (((64, 64), BFLOAT), ((128, 128), HALF))
+    for packed, mask, form in (("long", "causal", "plain"), ("many", "full", "aux"), ("long", "window", "sinks"))
+]
+assert {one.mask for one in OF_PACKED} < MASKS.keys()
+assert {one.packed for one in OF_PACKED} < PACKED.keys()
+
+
+@dataclass(frozen=True)
+class Hopper(GPU):
+    """sm_90 with the forward in Gluon wherever it is legal."""
+
+    def config(self, tiles: TileConfig | None):
+        others = super().config(tiles)
+
+        def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
+            in_gluon = gluon_config(problem, target) if kernel == "forward" else None
+            return in_gluon or others(kernel, problem, target)
+
+        return config_for
+
+
+HOPPER = Hopper(90, descriptors=True)
+
+
+class InOrders(Executor):
+    """Runs launches of the kernel in several orders of its warps, which all give the same bits, and keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+
+    def __call__(self, launched: Launched) -> None:
+        if launched.name != NAME:
+            super().__call__(launched)
+            return
+        kernel, grid, arguments, names = launched
+        before, found = copied(arguments), []
+        for policy, seed in ORDERS:
+            own = copied(before)
+            report = run(kernel, grid, own, names=names, policy=policy, seed=seed)
+            assert not any(map(is_ours, report.problems())), f"{policy}: {report}"
+            found.append([one for one in own if isinstance(one, torch.Tensor)])
+        for other in found[1:]:
+            for x, y in zip(other, found[0], strict=True):
+                assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+        for result, own in zip(filter(torch.is_tensor, arguments), found[0], strict=True):
+            result.copy_(own)
+        self.reports.append(report)
+        self.launches.append(Launch(launched, before, report))
+
+
+def check(case: Case | Varlen, emulate, gradients: bool = False) -> InOrders:
+    """Hold the results of a case, and its gradients where asked for, to the bound of all backends."""
+    executor = emulate(HOPPER, kind=InOrders)
+    case.check(gradients)
+    assert NAME in executor.launched
+    return executor
+
+
+@pytest.mark.parametrize("case", FAST, ids=str)
+def test_forward(case, emulate):
+    check(case, emulate)
+
+
+# Synchronising instructions that no run misses, by kind and function: how many in the code of CALL, and the reason.
+CALL = Case(BFLOAT, (128, 128), None, "causal", QUERY, "plain", (1, 1), (200, 650), 1)
+IMPLIED = {
+    ("fence.proxy", "_shared"): (1, "the emulator has no proxy of mbarriers: the fence must stay"),
+    ("mbarrier.try_wait", "_step"): (4, "turns only order the issue of products"),
+    ("bar.sync", "_step"): (4, "turns only order the issue of products"),
+    ("mbarrier.try_wait", "_take"): (4, "the other consumer waited for the tile before it passed the turn"),
+    ("mbarrier.try_wait", "_fill"): (1, "a ring's stages are empty at the start"),
+    ("bar.sync", "attention_forward_hopper"): (2, "warps without a partition wait for the end"),
+}
+
+
+def function_of(one: Instruction, file: str) -> str:
+    """The function of the kernel's file that an instruction comes from."""
+    line = one.loc[1]
+    while not linecache.getline(file, line).startswith("def "):
+        line -= 1
+    return linecache.getline(file, line)[4:].partition("(")[0]
+
+
+def missed(launch: Launch, each: bool) -> tuple[Counter, Counter]:
+    """How many synchronising instructions a run misses, each or the first of a kind; and (kind, function) of others."""
+    kernel, found, implied = parse(launch.ptx), Counter(), Counter()
+    file = VARIANTS["forward", "gluon"]().kernel.fn.__code__.co_filename
+    for one in kernel.instructions:
+        kind = kind_of(one)
+        if kind is None or (found[kind] and not each):
+            continue
+        if launch.is_clean(without(launch.ptx, kernel, one)):
+            implied[kind, function_of(one, file)] += 1
+        else:
+            found[kind] += 1
+    return found, implied
+
+
+@pytest.mark.skipif(OLDER_TRITON, reason="older compilers leave out fences")
+def test_one_of_each_kind_is_missed(emulate):
+    found, implied = missed(check(FAST[0], emulate).launches[0], each=False)
+    of_mbarriers, of_products = ("arrive", "init", "try_wait"), ("commit_group", "fence", "wait_group")
+    expected = {*(f"mbarrier.{one}" for one in of_mbarriers), *(f"wgmma.{one}" for one in of_products)}
+    assert found.keys() == expected | {"bar.sync", "fence.proxy"}
+    assert implied.keys() <= IMPLIED.keys()
+
+
+@pytest.fixture
+def asked_by_environment(monkeypatch):
+    monkeypatch.setenv(lookup.FORCE_GLUON, "1")
+    for clear in (lookup.clear_cache, launch._plan.cache_clear):
+        clear()
+    yield
+    for clear in (lookup.clear_cache, launch._plan.cache_clear):
+        clear()
+
+
+@pytest.mark.usefixtures("asked_by_environment")
+@pytest.mark.parametrize("broken", ["import", "driver"])
+def test_a_refusal_runs_the_other_forward(broken, emulate, monkeypatch):
+    """With one warning; the driver's error comes at the launch."""
+    executor = emulate(HOPPER)
+    monkeypatch.setattr(launch, "config_for", lookup.config_for)
+    run_on_device = launch.run
+
+    def refusing(kernel, grid, arguments, config):
+        if config.kernel == "gluon":
+            raise RuntimeError("Triton Error [CUDA]: invalid argument")
+        run_on_device(kernel, grid, arguments, config)
+
+    def missing():
+        raise ImportError("no such module")
+
+    if broken == "import":
+        monkeypatch.setitem(VARIANTS, ("forward", "gluon"), missing)
+    else:
+        monkeypatch.setattr(launch, "run", refusing)
+    q, k, v = torch.randn(3, 1, 1, 20, 64, dtype=BFLOAT).unbind(0)
+    with pytest.warns(UserWarning, match="TRITONATTN_GLUON: forward: .*(no such module|invalid argument)"):
+        tritonattn.attention(q, k, v, backend="triton")
+    assert executor.launched == ["attention_forward"]
