@@ -26,6 +26,7 @@ class PartitionScheduler(Scheduler):
     barrier     by lane, the named barrier at which it waits, else -1; expected: for how many threads, 0 for all
     failed      by lane, machine.events at its last fruitless wait for an mbarrier
     held        by warp, registers of a thread: setmaxnreg.inc waits until the CTA's pool has enough
+    in_step     by block, whether all lanes of a warp have to run it together
     """
 
     def __init__(self, machine: Machine, program: Program, policy: str = "round-robin", seed: int = 0) -> None:
@@ -34,6 +35,7 @@ class PartitionScheduler(Scheduler):
         bodies = [program.flow.instructions[block.start : block.end] for block in self.blocks]
         self.waits = [any("try_wait" in one.parts for one in body) for body in bodies]
         self.whole = [any(one.base == "wgmma" for one in body) for body in bodies]
+        self.in_step = [any("sync" in one.parts for one in body) for body in bodies]
         self.registers = [body[0].operands[0].value if body[0].base == "setmaxnreg" else None for body in bodies]
         self.warps = machine.threads // 32
         self.registers_at_start = machine.kernel.max_registers or _MOST_REGISTERS
@@ -58,6 +60,9 @@ class PartitionScheduler(Scheduler):
     def _able(self, counter: int, ready):
         """Which of the lanes that are ready can run a block."""
         mask = ready & (self.counters == counter)
+        if self.in_step[counter]:  # lanes that left the warp at a branch come first: the join may stand before them
+            elsewhere = (self.counters != counter) & (self.counters != FINISHED)
+            mask &= ~np.repeat(elsewhere.reshape(-1, 32).any(1), 32)
         if self.whole[counter]:
             mask &= np.repeat(mask.reshape(-1, WARPGROUP).all(1), WARPGROUP)
         wanted = self.registers[counter]

@@ -100,3 +100,31 @@ def test_padding_that_nobody_uses_may_be_loaded(used, problems):
     assert len(report.uninitialised) == problems
     if not problems:
         assert out.tolist() == list(range(128))
+
+
+# Lanes from 7 on leave at a branch; the join, where the warp shuffles, stands before the block that they go to.
+JOIN_FIRST = """
+shl.b32 %r1, %r0, 2;
+setmaxnreg.dec.sync.aligned.u32 24;
+setp.gt.u32 %p1, %r0, 6;
+mov.b32 %r2, 1;
+@%p1 bra FAR;
+JOIN:
+shfl.sync.bfly.b32 %r3, %r2, 16, 31, -1;
+mul.wide.u32 %rd2, %r0, 4;
+add.s64 %rd3, %rd1, %rd2;
+st.global.b32 [%rd3], %r3;
+ret;
+FAR:
+mov.b32 %r2, 2;
+bra JOIN;
+"""
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_warp_meets_at_a_join_before_it_goes_on(policy):
+    out = torch.zeros(32, dtype=torch.int32)
+    report = execute(JOIN_FIRST, out, most_registers=64, policy=policy)
+    assert report.ok, str(report)
+    values = [1 if lane <= 6 else 2 for lane in range(32)]
+    assert out.tolist() == [values[lane ^ 16] for lane in range(32)]

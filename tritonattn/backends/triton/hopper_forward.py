@@ -77,11 +77,8 @@ def attention_forward_hopper(
     STAGES: gl.constexpr,
     LANES: gl.constexpr,
 ):
-    """`forward.attention_forward`, which states the formulas, the arguments and the grid; BLOCK_M / ROWS consumers.
-
-    *_descriptor   Gluon's descriptors, with blocks [1, 1, ROWS, D] of q and [1, 1, BLOCK_N, D] of k and v
-    STAGES         tiles of k, and as many of v, in shared memory
-    """
+    """`forward.attention_forward`, which states formulas, arguments and grid, by BLOCK_M / ROWS consumers. Gluon's
+    descriptors have blocks [1, 1, ROWS, D] of q and [1, 1, BLOCK_N, D] of k and v; there is room for STAGES of each."""
     CONSUMERS: gl.constexpr = BLOCK_M // ROWS
     CLEARS: gl.constexpr = not (left is None and key_lengths is None and key_ranges is None and q_starts is None)
     LOADERS: gl.constexpr = 4 if CLEARS else 1  # warps
