@@ -54,6 +54,7 @@ def cases_of(make, rows, free) -> list:
 EVERYTHING = [
     *cases_of(Case, all_pairs(CHOICES, [{"on": on, "dims": dims} for on in ON for dims in DIMS]), FREE),
     (GPU(80), Case(BFLOAT, (512, 384), mask="causal", scales=QUERY, heads=(1, 1), lengths=(20, 40), batch=1)),
+    (GPU(90, True), Case(BFLOAT, (512, 384), mask="causal", scales=QUERY, heads=(1, 1), lengths=(70, 90), batch=1)),
 ]
 
 
