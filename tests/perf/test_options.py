@@ -20,7 +20,7 @@ WHOLE = "expected a whole number from 1 up, got '0'"
         ("codegen --head-dims 64,600", "expected numbers from 1 to 512, got '64,600'"),
         ("codegen --targets h100", "expected sm_<number from 70> or gfx<name>, got 'h100'"),
         ("sweep --suite forwards", "--suite: expected some of forward, .*got 'forwards'"),
-        ("sweep --peers sdp", "--peers: expected some of sdpa, .*got 'sdp'"),
+        ("sweep --peers sdp", "--peers: expected some of .*sdpa, .*got 'sdp'"),
         ("sweep --dtypes fp8", "--dtypes: expected some of fp32, .*got 'fp8'"),
         ("sweep --scalings dims", "--scalings: expected some of sqrt_dim, .*got 'dims'"),
         ("sweep --lengths 16,0", "--lengths: expected a whole number from 1 up, got '0'"),
