@@ -63,7 +63,7 @@ def joined(totals: dict[str, Totals], device: torch.device) -> dict[str, tuple[T
     result = {}
     for index, (name, shape) in enumerate(shapes.items()):
         of_q, of_k = squares[index].split([shape.parts * shape.q_heads, shape.parts * shape.k_heads])
-        rows = dict(zip(SUMS, sums[index], strict=True))
+        rows: dict[str, Tensor] = dict(zip(SUMS, sums[index], strict=True))
         of_q, of_k = of_q if shape.has_q else None, of_k if shape.k_heads else None
         total = Totals(shape.calls, rows, largest[index], means[index], deviations[index], of_q, of_k)
         result[name] = total, max(1, len(seen[name]) // shape.parts)
@@ -83,7 +83,8 @@ class _Shape(NamedTuple):
     @classmethod
     def of(cls, totals: Totals) -> _Shape:
         k_heads = 0 if totals.k_squares is None else totals.k_squares.shape[0]
-        return cls(totals.head_part[1], totals.calls, *totals.mean.shape, totals.q_squares is not None, k_heads)
+        q_heads, features = totals.mean.shape
+        return cls(totals.head_part[1], totals.calls, q_heads, features, totals.q_squares is not None, k_heads)
 
 
 def _placed(own: Totals | None, shape: _Shape) -> Any:

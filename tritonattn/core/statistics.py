@@ -232,7 +232,7 @@ class _Sums(Function):
         lo, hi = saved
         if hi is not None:  # the factor of a row without keys may have an infinite slope
             g = torch.where(hi > (0 if lo is None else lo), g, 0)
-        if lo is not None:
+        if lo is not None and hi is not None:
             d_x = ranges.sum_of_rows(g, lo, hi, ctx.k_len, ctx.sorted_bounds, ctx.scan)
         else:
             sums = ctx.scan(g)
