@@ -71,6 +71,22 @@ out = tritonattn.attention(q, k, v, scaling="key_norm_mean", causal=True)
 Its functions are those of the Python package tritonattn, without what needs transformers. It needs torch and triton.
 """
 
+# Older versions of `kernels` look for the package in a folder of its name: the same module, under another name.
+_ONE_FOLDER_DOWN = '''\
+"""The package one folder up, where older versions of `kernels` look for it."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+_file = Path(__file__).resolve().parent.parent / "__init__.py"
+_spec = importlib.util.spec_from_file_location("{identity}_nested", _file)
+_module = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = _module
+_spec.loader.exec_module(_module)
+globals().update({{name: value for name, value in vars(_module).items() if name in (*_module.__all__, "__all__")}})
+'''
+
 
 def write(folder: Path, repo_id: str, version: int = 1) -> list[str]:
     """Write a kernel repository into a new or empty folder, and return the names of its built variants.
@@ -120,21 +136,22 @@ def _fill(folder: Path, repo_id: str, version: int) -> list[str]:
     _write(folder / "build.toml", _BUILD.format(name=NAME, version=version, backends=names, repo_id=repo_id))
     _write(folder / "flake.nix", _FLAKE)
     _write(folder / "CARD.md", _CARD.format(repo_id=repo_id, version=version))
+    _copy(files, folder / "torch-ext" / NAME)
     digest = hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()[:8]
     variants = [f"torch-{backend}" for backend in BACKENDS]
     for backend, variant in zip(BACKENDS, variants, strict=True):
+        built, identity = folder / "build" / variant, f"_{NAME}_{backend}_{digest}"
         metadata = {
             "name": NAME,
-            "id": f"_{NAME}_{backend}_{digest}",
+            "id": identity,
             "version": version,
             "license": "MIT",
             "python-depends": [],
             "backend": {"type": backend},
         }
-        _write(folder / "build" / variant / "metadata.json", json.dumps(metadata, indent=2) + "\n")
-    for copy in (folder / "torch-ext" / NAME, *(folder / "build" / variant for variant in variants)):
-        for name, text in files.items():
-            _write(copy / name, text)
+        _copy(files, built)
+        _write(built / "metadata.json", json.dumps(metadata, indent=2) + "\n")
+        _write(built / NAME / "__init__.py", _ONE_FOLDER_DOWN.format(identity=identity))
     return variants
 
 
@@ -149,6 +166,11 @@ def _sources() -> dict[str, str]:
         if path.suffix in (".json", ".md"):
             files[f"autotune_cache/{path.name}"] = path.read_text(encoding="utf-8")
     return files
+
+
+def _copy(files: dict[str, str], folder: Path) -> None:
+    for name, text in files.items():
+        _write(folder / name, text)
 
 
 def _write(path: Path, text: str) -> None:
