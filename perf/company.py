@@ -37,7 +37,7 @@ class Case:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether gradients are compared: those of fp16 with scales are refused in kernels."""
+        """True where gradients are compared: those of fp16 with scales are refused in kernels."""
         return self.company not in ("decode", "paged") and (self.dtype != "fp16" or self.scaling == "sqrt_dim")
 
 

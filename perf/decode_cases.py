@@ -184,7 +184,7 @@ class DecodeCase:
 
 
 def reads_keys(scaling: str) -> bool:
-    """Whether a scaling's factor depends on the keys, not only on their number."""
+    """True where a scaling's factor depends on the keys, not only on their number."""
     return scaling.startswith("key_norm") or scaling in ("cosine", "inkling2")
 
 

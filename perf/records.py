@@ -73,7 +73,7 @@ class Record:
 
     @property
     def is_bad(self) -> bool:
-        """Whether it makes a run fail."""
+        """True where it makes a run fail."""
         return self.status in ("wrong", "failed")
 
 

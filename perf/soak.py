@@ -91,7 +91,7 @@ def _next_seed(file: Path | None) -> int:
 
 
 def _passes(trial: Trial, arguments: argparse.Namespace) -> bool:
-    """Whether a call is right. The soak ends where a call raises anything else, as after an illegal access."""
+    """True where a call is right. The soak ends where a call raises anything else, as after an illegal access."""
     described = str(trial)  # before the call: after an illegal access no tensor can be read
     try:
         trial.check()

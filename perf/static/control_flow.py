@@ -146,7 +146,7 @@ def _blocks(listing: Listing) -> tuple[dict[int, int], dict[int, set[int]]]:
 
 
 def _leaves(instruction: Instruction) -> bool:
-    """Whether the next instruction in order never runs next."""
+    """True where the next instruction in order never runs next."""
     if instruction.predicate:
         return False
     if instruction.name in _JUMPS:

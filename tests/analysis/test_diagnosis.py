@@ -90,7 +90,7 @@ def operands(law, length=LENGTH, heads=HEADS):
 
 @pytest.mark.parametrize("law", LAWS)
 def test_known_laws(law):
-    """Whatever the present scaling is, negative factors included."""
+    """The present scaling may be any, negative factors included."""
     q, k = operands(law)
     found = diagnose(-q, k, causal=True, scaling="key_count", gain=-3.0)
     power, error = layer_power(found.count_power, found.count_power_error)

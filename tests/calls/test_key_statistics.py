@@ -102,7 +102,7 @@ def test_the_last_keys_are_a_copy():
 
 
 def test_pickled_statistics_go_on():
-    """What is shown is a view of what `append` writes, in a copy too."""
+    """The public tensors are views of the memory that `append` writes, in a copy too."""
     k = torch.ones(2, 1, 4)  # 2 keys of norm 2
     ends, table = torch.tensor([0, 2], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
     one = pickle.loads(pickle.dumps(KeyStatistics(1, 1, 4)))

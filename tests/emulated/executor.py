@@ -61,7 +61,7 @@ class Executor:
 
 
 def is_ours(problem: dict) -> bool:
-    """Whether a finding is about the kernels, not about the compiler.
+    """True where a finding is about the kernels, not about the compiler.
 
     Older compilers read undefined registers for results that nobody uses, and leave out fences before wgmma.
     """

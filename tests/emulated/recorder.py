@@ -37,7 +37,7 @@ class Launch:
         return {index for block in blocks for index in range(block.start, block.end)}
 
     def is_clean(self, ptx: str) -> bool:
-        """Whether nothing is reported when another text of the kernel runs."""
+        """True where nothing is reported when another text of the kernel runs."""
         kernel, grid, _, names = self.launched
         try:
             run(kernel, grid, copied(self.arguments), names=names, ptx=ptx, strict=True)

@@ -62,7 +62,7 @@ class Checks:
 
     # ---- accesses
     def owners(self, space: str, active, per_lane: int):
-        """What the shadow of this space knows the active lanes by."""
+        """The names by which the shadow of this space knows the active lanes."""
         own = self.own if space == "global" else self.shared_own
         own = own if active is None else own[active]
         return own if per_lane == 1 else np.repeat(own, per_lane)

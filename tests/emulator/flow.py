@@ -41,7 +41,7 @@ class Flow:
 
     @cached_property
     def specialised(self) -> bool:
-        """Whether warps run different code and meet at barriers of their own: all such kernels move registers."""
+        """True where warps run different code and meet at barriers of their own: all such kernels move registers."""
         return any(one.base == "setmaxnreg" for one in self.instructions)
 
     @cached_property

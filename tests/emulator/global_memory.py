@@ -131,7 +131,7 @@ class GlobalMemory:
 
 
 def stores_tensor(instruction: Instruction) -> bool:
-    """Whether this is a bulk tensor store."""
+    """True where this is a bulk tensor store."""
     return instruction.counted_as == "tma" and instruction.operands[0].kind == "tensor"
 
 

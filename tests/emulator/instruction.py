@@ -87,11 +87,11 @@ class Instruction:
 
     @property
     def falls_through(self) -> bool:
-        """Whether control may go on behind it."""
+        """True where control may go on behind it."""
         return self.base not in _ENDS or self.predicate is not None
 
     def names(self, space: str) -> bool:
-        """Whether the opcode names this state space, as in ld.shared::cta."""
+        """True where the opcode names this state space, as in ld.shared::cta."""
         return any(part == space or part.startswith(space + "::") for part in self.parts)
 
     def one_of(self, *names: str) -> str:

@@ -46,12 +46,12 @@ class ProductGroup:
         self._products: list[_Product] = []
 
     def takes(self, instruction: Instruction, kind: tuple) -> bool:
-        """Whether another mma may join: no factor of either is a result of the other."""
+        """True where another mma may join: no factor of either is a result of the other."""
         factors = {register for operand in instruction.operands[1:3] for register in _registers(operand)}
         return kind == self.kind and not self.written & factors and not self._factors & set(instruction.written)
 
     def separates(self, instruction: Instruction) -> bool:
-        """Whether an instruction touches registers of the group, so that the group must run before it."""
+        """True where an instruction touches registers of the group, so that the group must run before it."""
         touched = set(instruction.used) | set(instruction.written)
         return bool(self.written & touched or self.used & set(instruction.written))
 

@@ -94,7 +94,7 @@ class MemoryBarriers:
         self.arrivals_missing[complete] = self.arrivals_expected[complete]
 
     def wait_barrier(self, instruction: Instruction, address, parity, mask):
-        """Whether the phase of this parity is complete. Copies arrive as late as possible: when somebody waits."""
+        """True where the phase of this parity is complete. Copies arrive as late as possible: when somebody waits."""
         result = np.zeros(self.lanes, bool)
         lanes, entries = self.barriers_at(instruction, address, mask)
         if lanes is None:

@@ -120,11 +120,11 @@ class Shadow:
         self.reader[cells] = _engine_of(own)[:, None]
 
     def own_write(self, cells, own) -> None:
-        """What the engine wrote counts as written by these warps now."""
+        """Writes of the engine count as written by these warps now."""
         self.writer[cells] = own[:, None]
 
     def settled_write(self, cells, own) -> None:
-        """What the engine wrote conflicts with no later access of these warps' CTAs."""
+        """Writes of the engine conflict with no later access of these warps' CTAs."""
         self.writer[cells] = (own >> CTA_BITS << CTA_BITS)[:, None]
 
     def writing_warp(self, cells):

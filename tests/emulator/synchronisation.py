@@ -116,7 +116,7 @@ def _touched(passed: list[Instruction], by: list[Instruction]) -> frozenset[int]
 
 
 def _of_groups(other: Instruction, one: Instruction) -> bool:
-    """Whether both are commits or waits of groups of the same engine."""
+    """True where both are commits or waits of groups of the same engine."""
     kind = kind_of(other) or ""
     of_engine = kind.split(".")[0] == one.base and ("bulk" in other.parts) == ("bulk" in one.parts)
     return kind.endswith("_group") and of_engine
@@ -127,19 +127,19 @@ def _is_product(one: Instruction) -> bool:
 
 
 def _starts(other: Instruction, wait: Instruction) -> bool:
-    """Whether this begins something that the wait could be for."""
+    """True where this begins something that the wait could be for."""
     if wait.base == "wgmma":
         return _is_product(other)
     return other.base == "cp" and kind_of(other) is None and ("bulk" in other.parts) == ("bulk" in wait.parts)
 
 
 def _writes_shared(one: Instruction) -> bool:
-    """Whether threads write to shared memory, at once or by a cp.async that arrives here."""
+    """True where threads write to shared memory, at once or by a cp.async that arrives here."""
     if one.base in ("st", "atom", "red", "stmatrix"):
         return one.names("shared")
     return one.base == "cp" and "bulk" not in one.parts
 
 
 def _copies_in_bulk(one: Instruction) -> bool:
-    """Whether this belongs to a bulk copy to or from shared memory."""
+    """True where this belongs to a bulk copy to or from shared memory."""
     return one.base == "mbarrier" or (one.base == "cp" and "bulk" in one.parts)

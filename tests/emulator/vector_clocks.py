@@ -77,7 +77,7 @@ class VectorShadow:
         return (self.writer[cells] & 255) - 1
 
     def _key(self, own):
-        """What `writer` holds after a write by these warps now."""
+        """The value of `writer` after a write by these warps now."""
         warp = own % self.warps
         return self.clocks[own, warp] << 8 | (warp + 1)
 

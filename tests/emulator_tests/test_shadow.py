@@ -32,7 +32,7 @@ class Access(NamedTuple):
 
 
 def _found(shadow: Shadow, together: list[Access]) -> bool:
-    """Whether the shadow reports a conflict of accesses of one kind, made by one instruction."""
+    """True where the shadow reports a conflict of accesses of one kind, made by one instruction."""
     own, cells = np.array([one.key for one in together]), np.zeros(len(together), np.int64)
     if together[0].kind == "read":
         return shadow.read(cells, own, 0) is not None

@@ -50,7 +50,7 @@ class Architecture:
 
     @property
     def exists(self) -> bool:
-        """Whether the installed transformers has it."""
+        """True where the installed transformers has it."""
         return hasattr(transformers, self.config)
 
     @property

@@ -29,7 +29,7 @@ class Mutant(NamedTuple):
 
     @property
     def is_interpreted(self) -> bool:
-        """Whether its test runs kernels in Triton's interpreter."""
+        """True where its test runs kernels in Triton's interpreter."""
         return self.test.startswith("tests/kernels/")
 
     def applied(self, source: str) -> str:

@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def fault_is_seen(results: Path) -> bool:
-    """Whether more than half of the tests of every model fail. Those in bfloat16 see no wrong scale."""
+    """True where more than half of the tests of every model fail. Those in bfloat16 see no wrong scale."""
     run_of, failed = Counter(), Counter()
     for case in ElementTree.parse(results).iter("testcase"):
         model = case.get("classname", "").rpartition(".")[2]

@@ -21,7 +21,7 @@ H100 = Target.parse("sm_90")
 
 
 def _arguments(q_len, k_len, heads=6, group=3, **given):
-    """What a launch says of its masks."""
+    """Facts of a launch about its masks."""
     names = "left right key_lengths key_ranges q_starts k_starts".split()
     sizes = {"q_len": q_len, "k_len": k_len, "q_heads": heads, "group": group, "first_head": 0}
     q = SimpleNamespace(ptr=torch.empty(1, heads, q_len, 64, device="meta"))

@@ -342,7 +342,7 @@ def check_values(name: str, x: Tensor, highest: int, meaning: str = "Sk = ") -> 
 
 
 def values_are_read(*tensors: Tensor) -> bool:
-    """Whether values of tensors can be checked: on a CPU, unless a compiler or a transform stands between."""
+    """True where values of tensors can be checked: on a CPU, unless a compiler or a transform stands between."""
     for x in tensors:  # no generator: every decode step asks
         if x.device.type != "cpu" or x.numel() == 0:
             return False

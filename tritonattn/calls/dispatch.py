@@ -289,7 +289,7 @@ def _refuse_scaled_halves(call: AttentionCall) -> None:
 
 
 def kernels_take(x: Tensor) -> bool:
-    """Whether "auto" runs kernels on x [B, H, S, D]."""
+    """True where "auto" runs kernels on x [B, H, S, D]."""
     return x.device.type == "cuda" and _HAS_TRITON and _kernel_obstacle(x, x) is None
 
 

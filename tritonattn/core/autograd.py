@@ -17,7 +17,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def runs_eagerly(*tensors: Tensor | None) -> bool:
-    """Whether these are real tensors outside of any compiler, transform, dispatch mode or subclass.
+    """True where these are real tensors outside of any compiler, transform, dispatch mode or subclass.
 
     An implementation can then be called directly, and values of CPU tensors can be read. Otherwise a call must go
     through an operator that torch can see. A tensor whose memory holds the negatives of its values is not real either,
@@ -34,12 +34,12 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a call runs under torch.func (vmap, grad ...), not counting what a compiler traces."""
+    """True where a call runs under torch.func (vmap, grad ...), not counting what a compiler traces."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def needs_graph(*tensors: Tensor | None) -> bool:
-    """Whether a result of these must carry a derivative: backward, or forward mode, which is refused."""
+    """True where a result of these must carry a derivative: backward, or forward mode, which is refused."""
     if forward_ad._current_level >= 0:
         return True
     if torch.is_grad_enabled():
@@ -50,7 +50,7 @@ def needs_graph(*tensors: Tensor | None) -> bool:
 
 
 def autocast_is_on(tensor: Tensor) -> bool:
-    """Whether torch.autocast acts on operators of this tensor's device; it knows no meta device."""
+    """True where torch.autocast acts on operators of this tensor's device; it knows no meta device."""
     device = tensor.device.type
     is_known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
     return is_known and torch.is_autocast_enabled(device)

@@ -85,7 +85,7 @@ class AttentionCall:
 
     @property
     def invariant(self) -> bool:
-        """Whether the bits of a row do not depend on the rest of the batch."""
+        """True where the bits of a row do not depend on the rest of the batch."""
         return self.visibility.invariant
 
     @property

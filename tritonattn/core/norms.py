@@ -76,7 +76,7 @@ def _norms_of(k: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tens
 
 
 def _is_safe(norms: Any) -> Any:
-    """Whether a norm, or each of a tensor, comes from squares that neither over- nor underflowed in fp32.
+    """True where a norm, or each of a tensor, comes from squares that neither over- nor underflowed in fp32.
 
     The bounds are literals: torch.compile(dynamic=True) would make inputs of globals, which two functions cannot share.
     """

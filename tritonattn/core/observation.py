@@ -66,7 +66,7 @@ def _open_observers() -> tuple[Observer, ...]:
 
 
 def is_observed() -> bool:
-    """Whether a call made now has an observer. A compiler reads no state here."""
+    """True where a call made now has an observer. A compiler reads no state here."""
     return not torch.compiler.is_compiling() and bool(_open_observers()) and not is_transformed()
 
 

@@ -88,7 +88,7 @@ def commit() -> str:
 
 
 def differs(root: Path) -> bool:
-    """Whether the code in a checkout differs from its commit."""
+    """True where the code in a checkout differs from its commit."""
     changed = _git(root, "diff", "--quiet", "HEAD", "--", *(f":(glob){pattern}" for pattern in _CODE))
     return changed is None or changed.returncode != 0
 

@@ -75,7 +75,7 @@ class SharesSequence:
 
 
 def is_dtensor(*values: Any) -> bool:
-    """Whether one of the values is a DTensor."""
+    """True where one of the values is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
     if module is None:
         return False

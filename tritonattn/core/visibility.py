@@ -159,13 +159,13 @@ class Visibility:
 
     @property
     def depends_on_sizes_only(self) -> bool:
-        """Whether sizes, causal and window alone decide which keys are visible."""
+        """True where sizes, causal and window alone decide which keys are visible."""
         only_sizes = self.key_lengths is None and self.key_ranges is None
         return only_sizes and self.mask is None and self.sequences is None
 
     @property
     def is_full(self) -> bool:
-        """Whether sizes alone show that every row sees every key, as of a lone causal query or a window that holds all.
+        """True where sizes alone show that every row sees every key, as of a lone causal query or a window of all.
 
         Lengths that a trace leaves free tell nothing: an answer would bind them.
         """
@@ -176,7 +176,7 @@ class Visibility:
 
     @property
     def sees_every_key(self) -> bool:
-        """Whether sizes alone show that some row sees every key: the windows of neighbouring rows overlap or touch."""
+        """True where sizes alone show that some row sees every key: windows of neighbours overlap or touch."""
         if not self.depends_on_sizes_only or self.q_len == 0:
             return False
         reaches_first = self.left is None or self.left >= self.k_len - self.q_len
@@ -184,37 +184,37 @@ class Visibility:
 
     @property
     def is_causal(self) -> bool:
-        """Whether Sq <= Sk and row i sees exactly the keys j <= i + Sk - Sq."""
+        """True where Sq <= Sk and row i sees exactly the keys j <= i + Sk - Sq."""
         return self.left is None and self.right == 0 and self.q_len <= self.k_len and self.depends_on_sizes_only
 
     @property
     def is_square_causal(self) -> bool:
-        """Whether the visible keys are the lower triangle of a square, and nothing else."""
+        """True where the visible keys are the lower triangle of a square, and nothing else."""
         return self.q_len == self.k_len and self.is_causal
 
     @property
     def begins_at_first(self) -> bool:
-        """Whether the range of every row begins at the first key."""
+        """True where the range of every row begins at the first key."""
         return self.is_prefix_or_empty and self.row_counts is None
 
     @property
     def is_prefix_or_empty(self) -> bool:
-        """Whether the range of every row that sees a key begins at the first one."""
+        """True where the range of every row that sees a key begins at the first one."""
         return self.left is None and self.key_ranges is None and self.sequences is None
 
     @property
     def every_row_sees(self) -> bool:
-        """Whether sizes, causal and window alone show that every row sees a key."""
+        """True where sizes, causal and window alone show that every row sees a key."""
         return self.q_len <= self.k_len and self.k_len > 0 and self.depends_on_sizes_only
 
     @property
     def is_bottom_right(self) -> bool:
-        """Whether the last row stands at key Sk - 1, and the others before it: left and right count from there."""
+        """True where the last row stands at key Sk - 1, and the others before it: left and right count from there."""
         return self.sequences is None and not self.at_lengths
 
     @property
     def per_query_head(self) -> bool:
-        """Whether the query heads of one key head may see different keys (a mask with a head axis)."""
+        """True where the query heads of one key head may see different keys (a mask with a head axis)."""
         return self.mask is not None and self.mask.shape[1] > 1
 
     def ranges(self) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ def find(kernel: str, problem: Problem, target: Target) -> Found:
 
 
 def _found(kernel: str, problem: Problem, target: Target) -> Iterator[Found]:
-    """What asks for a config for a call, legal or not."""
+    """Configs that are asked for in turn, some perhaps illegal for the call."""
     if kernel == "forward" and os.environ.get(FORCE_GLUON) == "1" and not problem.invariant:
         yield Found(gluon_config(problem, target) or GLUON, None, None)
     keys = () if problem.invariant else (Exact(kernel, problem), *keys_of(kernel, problem, target))

@@ -218,7 +218,7 @@ class Entry:
 
     @property
     def is_of_these_kernels(self) -> bool:
-        """Whether the kernel that its config names is as it was; the table's fingerprint says so of the others."""
+        """True where the kernel that its config names is as it was; the table's fingerprint says so of the others."""
         return self.config.kernel == "triton" or self.details.get("gluon") == gluon_fingerprint()
 
     def as_record(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ _LARGEST_LOGIT = 1e38
 
 
 def supports(call: AttentionCall) -> bool:
-    """Whether `attention` computes this call: all keys or a square's lower triangle seen, and no extras."""
+    """True where `attention` computes this call: all keys or a square's lower triangle seen, and no extras."""
     _, _, _, bias, softcap, sinks = call.logits
     visible = call.visibility
     if bias is not None or softcap is not None or sinks is not None or call.dropout is not None:
@@ -41,7 +41,7 @@ def supports(call: AttentionCall) -> bool:
 
 
 def _hides_nan(call: AttentionCall) -> bool:
-    """Whether PyTorch's kernel may take a row of NaN for one without keys, and return 0 or uninitialised memory.
+    """True where PyTorch's kernel may take a row of NaN for one without keys, and return 0 or uninitialised memory.
 
     Its maximum ignores NaN in a remainder of keys that fills no vector; fewer keys than a vector are all remainder.
     The product of all norms bounds every logit and every sum on the way to it, so no logit is NaN while it fits fp32.
@@ -91,7 +91,7 @@ def attention(call: AttentionCall) -> Tensor:
 
 
 def _needs_fp32(call: AttentionCall) -> bool:
-    """Whether PyTorch's kernel in the call's own 16 bits would be off by more than rounding its operands.
+    """True where PyTorch's kernel in the call's own 16 bits would be off by more than rounding its operands.
 
     A scaled q can leave the range of fp16: 1 / n of a long sequence is subnormal. Gradients lose more: the kernel takes
     delta = out . d_out from a rounded output, an error that d_q has times the mean key and d_query_scale times the mean

@@ -257,7 +257,7 @@ def exp_(x: Tensor) -> Tensor:
 
 
 def readable(device: torch.device) -> bool:
-    """Whether values are read to skip tiles. On other devices reading would wait, so only shapes decide."""
+    """True where values are read to skip tiles. On other devices reading would wait, so only shapes decide."""
     return device.type == "cpu"
 
 

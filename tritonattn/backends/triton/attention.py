@@ -48,7 +48,7 @@ from .ranges import rows_of_key_blocks, seen_bytes, seen_keys
 
 
 def are_few_rows(visible: Visibility, dropout: Dropout | None) -> bool:
-    """Whether the decode kernel, whose programs share a row's keys, runs such a call, or the forward kernel.
+    """True where the decode kernel, whose programs share a row's keys, runs such a call instead of the forward kernel.
 
     Rows must stand at the end of the keys: causal rows do, and a lone row that sees all keys.
     """
@@ -286,7 +286,7 @@ def _has_one_layout(tensor: Tensor) -> bool:
 
 
 def _has_whole_vectors(*tensors: Tensor) -> bool:
-    """Whether rows of tensors [B, H, S, D] are multiples of 16 bytes."""
+    """True where rows of tensors [B, H, S, D] are multiples of 16 bytes."""
     for x in tensors:  # no generator: a call asks of all its tensors
         if x.shape[3] * x.dtype.itemsize % 16:
             return False

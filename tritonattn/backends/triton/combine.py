@@ -1,4 +1,4 @@
-"""What splits of a call leave, joined: rows by their weights, gradients of keys by their sums."""
+"""Parts of a call's splits, joined: rows by their weights, gradients of keys by their sums."""
 
 from __future__ import annotations
 

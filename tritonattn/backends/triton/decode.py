@@ -287,7 +287,7 @@ def splits_of(keys: int, config: TileConfig) -> int:
 
 
 def _problem(call: AttentionCall, aux: bool) -> Problem:
-    """That of other calls, but that no code depends on how the end of a cache is given."""
+    """The problem as of other calls, but that no code depends on how the end of a cache is given."""
     visible = call.visibility
     rows = padded_dim(visible.q_heads // visible.kv_heads * visible.q_len)
     new = visible.row_counts is not None

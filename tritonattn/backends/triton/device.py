@@ -75,7 +75,7 @@ class KeptCode(NamedTuple):
     kernel: Any
 
     def takes(self, values: tuple[Any, ...]) -> bool:
-        """Whether all addresses are multiples of 16 bytes."""
+        """True where all addresses are multiples of 16 bytes."""
         address = 0
         for i in self.tensors:
             address |= values[i].data_ptr()

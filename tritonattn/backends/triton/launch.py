@@ -120,7 +120,7 @@ MOST_PROGRAMS = 2**31 - 1
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether kernels can be run on tensors of this device: a GPU, or any where the executor is not the GPU's own."""
+    """True where kernels can be run on tensors of this device: a GPU, or any where another executor stands in."""
     return device.type == "cuda" or run is not run_on_device
 
 
@@ -357,7 +357,7 @@ def kept_kind(key: tuple[Any, ...], found: Callable[[], tuple[Problem, bool]]) -
 
 
 def is_wide(*tensors: Tensor | None, page: int = 0) -> bool:
-    """Whether offsets inside one tile, or a page, can pass 2^31: no tile has more than 1024 rows."""
+    """True where offsets inside one tile, or a page, can pass 2^31: no tile has more than 1024 rows."""
     rows = max(1024, page)
     for x in tensors:  # no generator: every launch asks
         if x is not None and rows * x.stride(2) + x.shape[3] * x.stride(3) >= 2**31:
@@ -366,7 +366,7 @@ def is_wide(*tensors: Tensor | None, page: int = 0) -> bool:
 
 
 def are_aligned(*tensors: Tensor | None) -> bool:
-    """Whether tensors [B, H, S, D] stand at multiples of 16 bytes, their last axis dense, as wide loads want them."""
+    """True where tensors [B, H, S, D] stand at multiples of 16 bytes, their last axis dense, as wide loads want."""
     return all(map(is_aligned, tensors))
 
 
