@@ -58,7 +58,7 @@ def operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) -> tuple
     """
     if isinstance(q, Tensor) and autocast_is_on(q):
         q, k, v = _in_autocast(q, k, v)
-    for name, x, axes in zip(layout.names, (q, k, v), layout[:3], strict=True):
+    for name, x, axes in zip(layout.names, (q, k, v), (layout.q, layout.k, layout.v), strict=True):
         check_tensor(name, x, axes)
         if x.dim() != (count := axes.count(",") + 1):
             raise ValueError(f"{name}: expected {count} axes {axes}, got {x.dim()} in {shape_of(x)}")

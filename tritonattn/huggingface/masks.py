@@ -232,9 +232,9 @@ def _packed(position: Tensor, documents: Tensor) -> Bounds:
 
 
 _RULES: dict[str, Callable[..., Bounds]] = {
-    "causal": lambda position: Bounds.open(position)._replace(hi=position + 1),
+    "causal": lambda position: Bounds(Bounds.open(position).lo, position + 1),  # torch 2.8 traces no `_replace`
     "bidirectional": Bounds.open,
-    "window": lambda position, size: Bounds.open(position)._replace(lo=position - size + 1),
+    "window": lambda position, size: Bounds(position - size + 1, Bounds.open(position).hi),
     "bidirectional window": lambda position, size: Bounds(position - size, position + size + 1),
     "chunk": _chunk,
     "packed": _packed,

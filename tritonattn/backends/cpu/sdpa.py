@@ -46,7 +46,7 @@ def _hides_nan(call: AttentionCall) -> bool:
     Its maximum ignores NaN in a remainder of keys that fills no vector; fewer keys than a vector are all remainder.
     The product of all norms bounds every logit and every sum on the way to it, so no logit is NaN while it fits fp32.
     """
-    operands = [x for x in (call.q, call.k, *call.logits[1:3]) if x is not None]
+    operands = [x for x in (call.q, call.k, call.logits.query_scale, call.logits.key_scale) if x is not None]
     if call.k.device.type != "cpu" or not runs_eagerly(*operands):
         return False
     return not max(1.0, abs(call.logits.scale)) * math.prod(map(_norm, operands)) < _LARGEST_LOGIT
@@ -65,7 +65,7 @@ def attention(call: AttentionCall) -> Tensor:
     dtype, is_full = call.v.dtype, call.visibility.is_full
     if dtype.itemsize == 2 and _needs_fp32(call):
         call = replace(call, q=call.q.float(), k=call.k.float(), v=call.v.float())
-    scale, query_scale, key_scale = call.logits[:3]
+    scale, query_scale, key_scale, *_ = call.logits
     has_lone_keys = call.k.shape[2] == 1 or not is_full
     if has_lone_keys and needs_graph(call.q, call.k, query_scale, key_scale):
         query_scale = _without_lone_keys(query_scale, call)
