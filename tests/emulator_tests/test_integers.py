@@ -31,7 +31,7 @@ def clamp(x: int) -> int:
 
 
 def by_halves(function):
-    """Of the low and the high 16 bits of both, signed."""
+    """The two halves of a register, 16 bits each, are computed apart and signed."""
     return lambda a, b: (
         (function(signed(a, 16), signed(b, 16)) & 0xFFFF) | (function(signed(a >> 16, 16), signed(b >> 16, 16)) << 16)
     )

@@ -36,10 +36,10 @@ def document_ranges(documents: Tensor) -> Tensor:
     if documents.dim() != 2:
         raise ValueError(f"documents: expected shape [B, S], got {shape_of(documents)}")
     batch, length = documents.shape
-    place = torch.arange(length, device=documents.device, dtype=torch.int32)
+    position = torch.arange(length, device=documents.device, dtype=torch.int32)
     edge = torch.ones(batch, 1, dtype=torch.bool, device=documents.device)
     change = documents[:, 1:] != documents[:, :-1]  # [B, S - 1]
     begins, ends = (torch.cat(parts, -1)[:, :length] for parts in ([edge, change], [change, edge]))
-    lo = torch.where(begins, place, 0).cummax(-1).values
-    hi = torch.where(ends, place + 1, length).flip(-1).cummin(-1).values.flip(-1)
+    lo = torch.where(begins, position, 0).cummax(-1).values
+    hi = torch.where(ends, position + 1, length).flip(-1).cummin(-1).values.flip(-1)
     return torch.stack([lo, torch.where(documents < 0, lo, hi)], dim=-1).int()

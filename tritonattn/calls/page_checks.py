@@ -62,8 +62,8 @@ def check_new_keys(k_new: Any, axes: str, sizes: tuple[int | None, ...], like: T
     if k_new.dtype not in FLOATS:
         raise TypeError(f"k_new: expected a floating dtype, got {k_new.dtype}")
     shape = tuple(k_new.shape)
-    wanted_shape = tuple(x if one is None else one for one, x in zip(sizes, shape[:-1], strict=False))
-    if len(shape) != len(sizes) + 1 or wanted_shape != shape[:-1]:
+    allowed = tuple(x if one is None else one for one, x in zip(sizes, shape[:-1], strict=False))
+    if len(shape) != len(sizes) + 1 or allowed != shape[:-1]:
         names = axes.strip("[]").split(", ")
         wanted = [name if one is None else str(one) for name, one in zip(names, (*sizes, None), strict=True)]
         raise ValueError(f"k_new: expected {axes} = [{', '.join(wanted)}], got {shape_of(k_new)}")

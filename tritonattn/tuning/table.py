@@ -51,7 +51,7 @@ GLUON_FILES = ("hopper_forward.py",)
 _LARGEST_FILE = 2**22
 _LONGEST_MESSAGE = 300
 _FIELDS = ("schema_version", "gpu", "target", "kernels", "entries")
-# Of a config's fields, those that are no int.
+# The fields of a config that are no int.
 _TYPES = {"descriptors": bool, "warp_specialize": bool, "kernel": str}
 # Upper limits of a config's numbers (the lower is 1, of OPTIONS 0), so that no later arithmetic meets a hostile one.
 _MOST = {
