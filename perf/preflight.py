@@ -15,15 +15,16 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 import tritonattn
 from tests.kernels import harness
-from tritonattn.backends.triton import KERNELS, append_keys, append_to_pages, launch
+from tritonattn.backends.triton import KERNELS, append_keys, append_to_pages, attention, launch
 from tritonattn.tuning.config import Target, legal_reasons
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.ptxas import ptxas_version, suspicion
@@ -94,6 +95,7 @@ def check_every_kernel(device: torch.device) -> str:
     """Each kernel launches, in calls whose results are held to float64."""
     with _watched(None) as launches:
         attempt("every form", lambda: _every_form(device))
+        attempt("splits", lambda: _splits(device))
         attempt("decoding", lambda: _decode(device))
         attempt("pages", lambda: _pages(device))
     missing = set(KERNELS.values()) - {kernel for kernel, _ in launches}
@@ -112,6 +114,15 @@ def _every_form(device: torch.device) -> None:
             return tritonattn.attention(q, k, v, sinks=sinks, scaling=scaling, **named)
 
         harness.check(tensors, attend, **options)
+
+
+def _splits(device: torch.device) -> None:
+    """Keys and rows in two parts each, which larger calls take by themselves, with every gradient."""
+    tensors = harness.inputs(torch.bfloat16, device, q_len=200, k_len=150, head_dim=64, value_dim=64)
+    with ExitStack() as patches:
+        for name in ("splits_of_keys", "splits_of_rows"):
+            patches.enter_context(mock.patch.object(attention, name, return_value=2))
+        harness.check(tensors, causal=True)
 
 
 def check_invariance(device: torch.device) -> str:
