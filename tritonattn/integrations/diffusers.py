@@ -32,8 +32,8 @@ def register(name: str = NAME, scaling: str | Scaling = "sqrt_dim", backend: str
             parameters are yours to train and keep.
         backend: As in `tritonattn.attention`.
 
-    Masks are bool, True for visible, or additive with 0 and at most -1e4; a bias raises NotImplementedError, and so
-    does context parallelism. diffusers has no public registry: this adds a member to its enumeration of backends.
+    Masks are bool, True for visible, or additive: entries of at most -1e4 hide, and others are a bias. Context
+    parallelism raises NotImplementedError. diffusers has no public registry: this adds a member to its enumeration of backends.
 
     Raises:
         TypeError, ValueError: An invalid scaling; a name that is not lower case, or one of diffusers' own.

@@ -35,7 +35,6 @@ _REFUSED = (
     "flash_pack_seq",
 )
 _REFUSED_IN_CALLS = {
-    "attn_bias": "a bias on the logits (alibi, relative positions)",
     "prev_attn": "logits of the layer before (residual_attn)",
     "attn_delta": "a change of the probabilities",
     "flash_pack_seq_kwargs": "packed sequences",
@@ -45,7 +44,7 @@ _REFUSED_IN_CALLS = {
 class ScaledAttend(nn.Module):
     """An `Attend` whose logits are scaled by a mode.
 
-    It keeps causality, masks, grouped heads, softclamp, learned sinks and dropout. Attend's scale, qk_norm's
+    It keeps causality, masks, biases of pairs (alibi, relative positions), grouped heads, softclamp, learned sinks and dropout. Attend's scale, qk_norm's
     included, stays a factor with the mode. Its Intermediates are empty, as with Attend(flash=True): logits are never
     formed.
     """
@@ -87,6 +86,7 @@ class ScaledAttend(nn.Module):
             gain=relative_gain(self.scaling, self.scale, q.shape[-1]),
             causal=self.causal if causal is None else causal,
             mask=mask,
+            bias=others.get("attn_bias"),
             softcap=self.softcap,
             sinks=self.head_attn_sink,
             dropout_p=self.dropout if self.training else 0.0,
