@@ -129,8 +129,8 @@ def context_parallel_decode(
             width = None if visible.left is None else visible.left + 1
             of_part = RecordedStatistics(of_part, statistics, None, width)
         terms = logits(call, _SharedRows(of_part, split))
-        if terms.key_bias is not None:
-            raise NotImplementedError("scaling: expected one without a bias a key, which does not know the whole cache")
+        if not (terms.key_bias is None and terms.relative_bias is None):
+            raise NotImplementedError("scaling: expected one without a bias, which does not know the whole cache")
         part = AttentionCall(q, k, v, call.visibility, terms._replace(sinks=None), aux=True, backend=call.backend)
         out, aux = _merged(ops.attention(part), split)
         if terms.sinks is not None:

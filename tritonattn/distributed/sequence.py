@@ -138,7 +138,12 @@ def logits_of(call: AttentionCall, sequence: SharedSequence, reduce_dtype: torch
         own = key_bias.expand((*key_bias.shape[:-1], k.shape[2]))
         key_bias = collectives.gather(own, split, -1, torch.promote_types(reduce_dtype, own.dtype))
         call.logits = Logits(key_bias=key_bias, softcap=call.logits.softcap, sinks=call.logits.sinks)
-    return logits(call, statistics, whole)
+    terms = logits(call, statistics, whole)
+    if terms.relative_bias is not None:
+        raise NotImplementedError(
+            "scaling: expected one without a relative bias over ranks, which have parts of the rows"
+        )
+    return terms
 
 
 def add_part(total: Tensor | None, index: Any, gradient: Tensor | None) -> None:
