@@ -60,7 +60,8 @@ def test_results_and_gradients_are_those_of_one_process(rank: int, placed: str, 
     torch.manual_seed(0)
     named = {"q": _random(B, HQ, S, D), "k": _random(B, HKV, S, D), "v": _random(B, HKV, S, D + 4)}
     named |= {"gain": torch.rand(HQ, 1, dtype=torch.float64) + 0.5, "sinks": _random(HQ)}
-    fixed: dict[str, Any] = {"causal": True, "softcap": 20.0, "return_aux": True}
+    named |= {"bias": _random(HQ, 1, S), "relative_bias": _random(B, 1, S, 4)}
+    fixed: dict[str, Any] = {"causal": True, "softcap": 20.0, "relative_right": 1, "return_aux": True}
     fixed |= {"key_lengths": torch.tensor([S, 3, 5, 7]), "mask": torch.rand(1, HQ, S, S) > 0.2}
     module = nn.LEARNED[scaling](heads=HQ).double() if scaling in nn.LEARNED else scaling
     parameters = [p for p in module.parameters() if p.requires_grad] if scaling in nn.LEARNED else []
@@ -72,7 +73,8 @@ def test_results_and_gradients_are_those_of_one_process(rank: int, placed: str, 
 
     out, aux, gradients = results({name: x.clone().requires_grad_() for name, x in named.items()})
     own = {name: distribute_tensor(x, mesh, placements).requires_grad_() for name, x in named.items() if name in "qkv"}
-    own |= {name: named[name].clone().requires_grad_() for name in ("gain", "sinks")}  # the same on all ranks
+    alike = [name for name in named if name not in own]  # on all ranks
+    own |= {name: named[name].clone().requires_grad_() for name in alike}
     got, got_aux, of_ranks = results(own)
     assert got.placements == placements
     pairs = [(got, out), (got_aux.entropy, aux.entropy), *zip(of_ranks, gradients, strict=True)]
@@ -102,8 +104,16 @@ def others(rank: int) -> dict[str, float]:
     ends = torch.tensor([0, 5, S], dtype=torch.int32)
     heads = dict.fromkeys(packed, (Replicate(), Shard(1)))
     given = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": 7, "max_seqlen_k": 7}
-    given["scaling"] = "key_norm_mean"
-    compared("varlen", tritonattn.attention_varlen, packed, heads, **given, sinks=_random(HQ), gain=torch.rand(HQ, 1))
+    given["scaling"], table = "key_norm_mean", _random(HQ, 1, 3)
+    compared(
+        "varlen",
+        tritonattn.attention_varlen,
+        packed,
+        heads,
+        **given,
+        sinks=_random(HQ),
+        relative_bias=_random(HQ, 1, 3),
+    )
 
     cache = {"q": operands["q"][:, :, :2], "k_cache": operands["k"], "v_cache": operands["v"]}
     both = dict.fromkeys(cache, (Shard(0), Shard(1)))

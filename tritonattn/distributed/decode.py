@@ -23,7 +23,7 @@ from ..scaling import Scaling
 from . import collectives
 from .agreement import require_agreement
 from .layout import Split, refuse_dtensors
-from .sequence import share_with_sinks
+from .sequence import refuse_relative_bias, share_with_sinks
 
 
 @public()
@@ -108,6 +108,7 @@ def context_parallel_decode(
         cached="context_parallel_decode",
     )
     check(call)
+    refuse_relative_bias(call)
     if call.scaling.reads_keys:
         raise NotImplementedError(
             f"scaling: expected one that reads no keys itself (reads_keys = False), got {type(call.scaling).__name__}"
@@ -129,8 +130,8 @@ def context_parallel_decode(
             width = None if visible.left is None else visible.left + 1
             of_part = RecordedStatistics(of_part, statistics, None, width)
         terms = logits(call, _SharedRows(of_part, split))
-        if not (terms.key_bias is None and terms.relative_bias is None):
-            raise NotImplementedError("scaling: expected one without a bias, which does not know the whole cache")
+        if terms.key_bias is not None:
+            raise NotImplementedError("scaling: expected one without a bias a key, which does not know the whole cache")
         part = AttentionCall(q, k, v, call.visibility, terms._replace(sinks=None), aux=True, backend=call.backend)
         out, aux = _merged(ops.attention(part), split)
         if terms.sinks is not None:
