@@ -103,17 +103,9 @@ def others(rank: int) -> dict[str, float]:
     packed = {name: x[0].transpose(0, 1).contiguous() for name, x in operands.items()}
     ends = torch.tensor([0, 5, S], dtype=torch.int32)
     heads = dict.fromkeys(packed, (Replicate(), Shard(1)))
-    given = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": 7, "max_seqlen_k": 7}
-    given["scaling"], table = "key_norm_mean", _random(HQ, 1, 3)
-    compared(
-        "varlen",
-        tritonattn.attention_varlen,
-        packed,
-        heads,
-        **given,
-        sinks=_random(HQ),
-        relative_bias=_random(HQ, 1, 3),
-    )
+    given: dict[str, Any] = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": 7, "max_seqlen_k": 7}
+    given |= {"scaling": "key_norm_mean", "relative_bias": _random(HQ, 1, 3)}
+    compared("varlen", tritonattn.attention_varlen, packed, heads, **given, sinks=_random(HQ), gain=torch.rand(HQ, 1))
 
     cache = {"q": operands["q"][:, :, :2], "k_cache": operands["k"], "v_cache": operands["v"]}
     both = dict.fromkeys(cache, (Shard(0), Shard(1)))
@@ -123,7 +115,7 @@ def others(rank: int) -> dict[str, float]:
     table = torch.arange(B, dtype=torch.int32)[:, None]
     paged = {"q": cache["q"], **pages}
     placed = {"q": (Shard(0), Shard(1)), **dict.fromkeys(pages, (Replicate(), Shard(2)))}
-    rows = {"key_lengths": lengths, "query_lengths": torch.tensor([2, 1, 0, 2])}
+    rows = {"key_lengths": lengths, "query_lengths": torch.tensor([2, 1, 0, 2]), "relative_bias": _random(B, HQ, 1, 3)}
     compared("paged", tritonattn.attention_decode, paged, placed, **rows, block_table=table)
     ragged = {"q": packed["q"], "k": pages["k_cache"], "v": pages["v_cache"]}
     placed = {"q": (Replicate(), Shard(1)), **dict.fromkeys("kv", (Replicate(), Shard(2)))}
