@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.huggingface.architectures import ARCHITECTURES, VERSION
+from tests.huggingface.architectures import ARCHITECTURES
 from tests.support.pairs import in_turn, pairwise
 from tests.support.refusals import refuses
 from tritonattn.huggingface import NAME, patch, patched, restore

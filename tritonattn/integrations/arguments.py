@@ -21,7 +21,7 @@ def scaling_for(scaling: str | Scaling, heads: int, device: torch.device | None 
 def keys_and_masks(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """k, v, and the masks and bias of `tritonattn.attention` for those of F.scaled_dot_product_attention: causal is j <= i."""
+    """k, v, and masks and bias of `attention`, for those of F.scaled_dot_product_attention: causal is j <= i."""
     if not is_causal:
         return k, v, mask_arguments("attn_mask", attn_mask)
     if attn_mask is not None:

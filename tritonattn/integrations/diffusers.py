@@ -33,7 +33,8 @@ def register(name: str = NAME, scaling: str | Scaling = "sqrt_dim", backend: str
         backend: As in `tritonattn.attention`.
 
     Masks are bool, True for visible, or additive: entries of at most -1e4 hide, and others are a bias. Context
-    parallelism raises NotImplementedError. diffusers has no public registry: this adds a member to its enumeration of backends.
+    parallelism raises NotImplementedError. diffusers has no public registry: this adds a member to its enumeration of
+    backends.
 
     Raises:
         TypeError, ValueError: An invalid scaling; a name that is not lower case, or one of diffusers' own.
