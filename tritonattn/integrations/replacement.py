@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 _ADDED = object()  # stands for an attribute that the owner itself did not have
 
 
@@ -24,7 +23,7 @@ class Replacement:
             self.put(owner, attribute, value)
 
     def put(self, owner: Any, attribute: str, value: Any) -> None:
-        is_added = attribute not in vars(owner) and hasattr(type(owner), attribute) or not hasattr(owner, attribute)
+        is_added = (attribute not in vars(owner) and hasattr(type(owner), attribute)) or not hasattr(owner, attribute)
         self._before.append((owner, attribute, _ADDED if is_added else getattr(owner, attribute)))
         setattr(owner, attribute, value)
 

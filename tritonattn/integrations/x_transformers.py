@@ -44,9 +44,9 @@ _REFUSED_IN_CALLS = {
 class ScaledAttend(nn.Module):
     """An `Attend` whose logits are scaled by a mode.
 
-    It keeps causality, masks, biases of pairs (alibi, relative positions), grouped heads, softclamp, learned sinks and dropout. Attend's scale, qk_norm's
-    included, stays a factor with the mode. Its Intermediates are empty, as with Attend(flash=True): logits are never
-    formed.
+    It keeps causality, masks, biases of pairs (alibi, relative positions), grouped heads, softclamp, learned sinks and
+    dropout. Attend's scale, qk_norm's included, stays a factor with the mode. Its Intermediates are empty, as with
+    Attend(flash=True): logits are never formed.
     """
 
     def __init__(self, attend: Attend, heads: int, scaling: str | Scaling = "sqrt_dim", backend: str = "auto") -> None:
