@@ -45,6 +45,7 @@ opcheck_reads_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a
 WHOLE = {
     "plain": {"scales": False},
     "dense": {**CALLS["mask sinks"], **CALLS["window lengths"], "bias": True, "softcap": 2.0, "dropout": True},
+    "pairs": CALLS["biases after softcap"],
     "packed": CALLS["packed sinks dropout"],
 }
 
