@@ -85,7 +85,7 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
 def with_logits(call: AttentionCall) -> AttentionCall:
     """The call with the terms of its logits, for the kernels or the CPU."""
     keys = call.keys if call.cached else call.k
-    statistics = (ops.KernelStatistics if call.backend == "triton" else Statistics)(keys, call.visibility)
+    statistics = ops.STATISTICS[call.backend](keys, call.visibility)
     if call.cached:
         statistics = statistics if call.record is None else _recorded(call, statistics)
         call.logits = terms = logits(call, statistics, _keys_for_scaling(call))

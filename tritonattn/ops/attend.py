@@ -364,6 +364,10 @@ class KernelStatistics(Statistics):
         return replace(call, q=call.q if q is None else q, k=call.k if k is None else k)
 
 
+# By backend.
+STATISTICS: dict[str, type[Statistics]] = {"triton": KernelStatistics, "sdpa": Statistics}
+
+
 class _NormsAndInput(Function):
     """Norms of x [B, H, S, D], fp32 [B, H, S], and fp32 of x's shape: gradients of both are added, and rounded once.
 
