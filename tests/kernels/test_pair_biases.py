@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,17 @@ from torch import Tensor
 from tests.kernels import harness
 from tests.support.bound import assert_within_bound
 from tests.support.masks import MASKS, visible_pairs
+from tests.support.packed import Packed, packed_operands
+from tests.support.paged_calls import paged_call
 from tests.support.pair_biases import Tensors, by_formula
 from tests.support.pairs import in_turn
 from tritonattn.backends import triton as backend
+from tritonattn.backends.triton import attention, launch
 from tritonattn.core.call import AttentionCall, ForwardResult, Gradients, Logits, Needs
+from tritonattn.core.sequences import Sequences
 from tritonattn.core.visibility import Visibility
+from tritonattn.tuning import Problem, Target
+from tritonattn.tuning.defaults import gluon_config
 
 HALF, SINGLE = torch.float16, torch.float32
 
@@ -121,3 +128,171 @@ def test_every_mask(mask, form, dtype, softcap, scales, heads, device):
     if softcap is not None:
         options |= dict(zip(("softcap", "bias_after_softcap"), softcap, strict=True))
     check(tensors, *of_mask(mask, device, sizes, kv_heads), **options)
+
+
+SIZES = (2, 2, 21, 35)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("relative", [(1, 2, 1, 1), (2, 1, 21, 3), (1, 1, 1, 60)], ids=str)
+@pytest.mark.parametrize("right", [0, 2, 40])
+def test_extents_shorter_and_longer_than_the_keys(relative, right, device):
+    tensors = with_biases(harness.inputs(SINGLE, device), SINGLE, None, relative)
+    check(tensors, *of_mask("full", device, SIZES, 1), relative_right=right)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("mask", ["causal", "ranges", "mask of heads"])
+def test_what_hidden_pairs_hold_is_not_read(mask, after, device):
+    """NaN in place of any number there leaves all bits of results and gradients."""
+    visibility, pairs, own = of_mask(mask, device, SIZES, 1)
+    tensors = with_biases(harness.inputs(SINGLE, device), SINGLE, SIZES, (2, 2, 21, 55))
+    options = {"softcap": 1.5, "bias_after_softcap": after, "relative_right": 20}
+    d_out = torch.ones_like(tensors["q"])
+    found = []
+    for hidden in (0.0, torch.nan):
+        dense = tensors["bias"].masked_fill(~pairs, hidden)
+        entry = own[..., None] - torch.arange(35, device=device) + 20  # [1, 21, 35], all inside
+        of_pairs = torch.zeros(2, 2, 21, 55, dtype=torch.bool, device=device).scatter(3, entry.expand(SIZES), pairs)
+        table = tensors["relative_bias"].masked_fill(~of_pairs, hidden)
+        call = call_of(tensors | {"bias": dense, "relative_bias": table}, visibility, **options)
+        found.append([x for one in results(call, d_out, d_out[..., 0]) for x in one])
+    assert all(x is y or torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's, of NaN
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["bias", "relative_bias"])
+@pytest.mark.parametrize("softcap", [{}, {"softcap": 1.5, "bias_after_softcap": True}], ids=str)
+def test_nan_and_infinity_are_in_the_rows_that_see_them(name, value, softcap, device):
+    visibility, *_ = of_mask("causal", device, SIZES, 1)
+    tensors = with_biases(harness.inputs(SINGLE, device), SINGLE, SIZES, (2, 2, 21, 35))
+    tensors[name][1, 0, 7, 9] = value
+    found = backend.forward(call_of(tensors, visibility, **softcap), True)
+    nan = torch.zeros(2, 2, 21, dtype=torch.bool)
+    nan[1, 0, 7] = True
+    for result in found:
+        assert torch.equal(result.isnan().cpu(), nan[..., None].expand(result.shape) if result.dim() > 3 else nan)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_packed_sequences(mask, after, device):
+    """A row's distances are those of its own sequence; tables of rows lie in the packed axis."""
+    packed = Packed((3, 18, 5, 1, 0), (20, 18, 2, 6, 3), q_tail=2, k_tail=3)
+    arguments = {name: x for name, x in packed.arguments(device).items() if name.startswith("cu")}
+    starts = [x.int() for x in arguments.values()]
+    tensors = {
+        name: x.detach().transpose(0, 1)[None].to(device).nan_to_num(0.0)
+        for name, x in packed_operands(packed, SINGLE, (4, 2), (16, 16)).items()
+    }
+    tensors = with_biases(tensors, SINGLE, None, (1, 4, packed.q_len, 9))
+    sequences = Sequences.of(*starts, packed.q_len, packed.k_len, 18, 20)
+    visibility = Visibility.of(tensors["q"], tensors["k"], sequences=sequences, causal=mask == "causal")
+    own = torch.zeros(packed.q_len, dtype=torch.int64)
+    for rows, keys in packed.members():
+        own[rows] = torch.arange(rows.start, rows.stop) - rows.stop + keys.stop
+    pairs = packed.visible(causal=mask == "causal").to(device)
+    options = {"relative_right": 4, "softcap": 1.5, "bias_after_softcap": after}
+    check(tensors, visibility, pairs, own[None].to(device), **options)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_pages(device):
+    """The bits of the same call over packed keys."""
+    rows = Packed((1, 18, 0, 3), (20, 18, 5, 40), q_tail=2, k_tail=3)
+    table = torch.randn(1, 2, rows.q_len, 30, generator=torch.Generator().manual_seed(2)).to(device)
+    calls = paged_call(rows, SINGLE, 16, causal=True, device=device)
+    found, expected = (
+        backend.forward(replace(call, logits=call.logits._replace(relative_bias=table, relative_right=3)), aux=True)
+        for call in calls
+    )
+    assert all(map(torch.equal, found, expected))
+
+
+@in_turn(
+    lengths=[(60, 150), (5, 150), (171, 16)],
+    counts=[None, (2, 3), (0, 1)],
+    left=[None, 70, 20],
+    softcap=[{}, {"softcap": 1.5}, {"softcap": 1.5, "bias_after_softcap": True}],
+    tables=[(2, 4, 3, 200), (1, 4, 1, 40), (1, 1, 3, 171)],
+    dtype=[SINGLE, HALF, SINGLE],
+)
+def test_decode(lengths, counts, left, softcap, tables, dtype, device):
+    """Caches of several splits, in one piece and in pages: distances count from the end of each sequence's keys."""
+    rows, keys = 3, 176
+    tensors = harness.inputs(dtype, device, kv_heads=2, group=2, q_len=rows, k_len=keys, scales=("query_scale",))
+    tensors = with_biases(tensors, dtype, None, tables)
+    key_lengths = torch.tensor(lengths, device=device)
+    row_counts = torch.tensor(counts or (rows, rows), device=device)
+    sizes = (2, 4, 2, rows, keys)
+    given = None if counts is None else row_counts
+    visibility = Visibility.of_padded(sizes, device, key_lengths, given, left=left)
+    row, key = torch.arange(rows, device=device), torch.arange(keys, device=device)
+    own = row + (key_lengths - row_counts)[:, None]  # [2, 3]
+    pairs = (key <= own[..., None]) & (row < row_counts[:, None])[..., None] & (key >= own[..., None] - (left or keys))
+    call = call_of(tensors, visibility, **softcap)
+    found = backend.decode(call, aux=True)
+    nothing = torch.zeros(())
+    exact, eager = (
+        expected(tensors, to, nothing, nothing, pairs[:, None], own, **softcap) for to in (torch.float64, dtype)
+    )
+    for name, result in found._asdict().items():
+        hidden = exact[name].isneginf()
+        assert torch.equal(result.isneginf(), hidden), name
+        assert_within_bound(*(x.masked_fill(hidden, 0) for x in (result, exact[name], eager[name])), dtype, name=name)
+    order = torch.randperm(22, generator=torch.Generator().manual_seed(0)).to(device)
+    k, v = (torch.empty_like(x.reshape(2, 2, 11, 16, 16).transpose(1, 2).flatten(0, 1)) for x in (call.k, call.v))
+    for pages, x in ((k, call.k), (v, call.v)):
+        pages[order] = x.reshape(2, 2, 11, 16, 16).transpose(1, 2).flatten(0, 1)
+    paged = backend.decode(replace(call, k=k, v=v, block_table=order.view(2, 11).int()), aux=True)
+    assert all(map(torch.equal, paged, found))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@in_turn(q_len=[1, 3, 1], mask=["full", "causal", "lengths"], dense=[True, True, False])
+def test_few_rows(q_len, mask, dense, device, launched):
+    """The decode kernel runs them, but not where a relative bias counts from other keys than the last one seen."""
+    sizes = (2, 2, q_len, 150)
+    tensors = harness.inputs(SINGLE, device, q_len=q_len, k_len=150)
+    tensors = with_biases(tensors, SINGLE, sizes if dense else None, (1, 2, 1, 30))
+    visibility, pairs, own = of_mask(mask, device, sizes, 1)
+    call = call_of(tensors, visibility)
+    assert backend.are_few_rows(call) == (mask != "lengths")
+    found = (backend.decode if backend.are_few_rows(call) else backend.forward)(call, True)
+    nothing = torch.zeros(())
+    exact, eager = (expected(tensors, to, nothing, nothing, pairs, own) for to in (torch.float64, SINGLE))
+    for name, result in found._asdict().items():
+        assert_within_bound(result, exact[name], eager[name], SINGLE, name=name)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("mask", ["causal", "window", "full"])
+def test_splits(mask, device, monkeypatch):
+    """Every pair has one writer where rows or keys are shared out among programs, too."""
+    for name in ("splits_of_keys", "splits_of_rows"):
+        monkeypatch.setattr(attention, name, lambda *sizes: 3)
+    monkeypatch.setattr(launch, "_kinds", {})  # which keep grids
+    sizes = (1, 2, 37, 60)
+    tensors = harness.inputs(SINGLE, device, batch=1, q_len=37, k_len=60)
+    tensors = with_biases(tensors, SINGLE, (1, 2, 37, 60), (1, 2, 37, 20))
+    check(tensors, *of_mask(mask, device, sizes, 1), relative_right=5)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@in_turn(mask=["causal", "window", "lengths", "mask"], after=[False, True])
+def test_batch_invariant_rows(mask, after, device):
+    tensors = with_biases(harness.inputs(SINGLE, device, scales=("query_scale",)), SINGLE, SIZES, (1, 2, 1, 30))
+    visibility, pairs, own = of_mask(mask, device, SIZES, 1)
+    options = {"softcap": 1.5, "bias_after_softcap": after, "relative_right": 5}
+    check(tensors, replace(visibility, invariant=True), pairs, own, **options)
+
+
+def test_the_kernel_in_gluon_takes_no_biases_of_pairs():
+    plain, target = Problem(64, 64, torch.bfloat16, softcap=True, key_bias=True), Target.parse("sm_90")
+    assert gluon_config(plain, target) is not None
+    for field in ("bias", "relative_bias", "bias_after_softcap"):
+        assert gluon_config(replace(plain, **{field: True}), target) is None, field

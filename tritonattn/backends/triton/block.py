@@ -248,10 +248,9 @@ def pair_biases(bias, relative_bias, extent, batch, head, row, key, shift, keep)
         x = from_row(bias, batch, head, row, False)
         total = tl.load(x.ptr + key.to(tl.int64) * x.d, mask=keep, other=0.0).to(tl.float32)
     if relative_bias is not None:
-        x, first = from_row(relative_bias, batch, head, row, False), row + shift
-        keep = keep & ((first - key).to(tl.uint32) < tl.cast(extent, tl.uint32))
-        pointers = (x.ptr + first.to(tl.int64) * x.d) - key.to(tl.int64) * x.d
-        by_distance = tl.load(pointers, mask=keep, other=0.0).to(tl.float32)
+        x, entry = from_row(relative_bias, batch, head, row, False), row + shift - key
+        keep = keep & (entry.to(tl.uint32) < tl.cast(extent, tl.uint32))  # 0 <= entry < extent
+        by_distance = tl.load(x.ptr + entry.to(tl.int64) * x.d, mask=keep, other=0.0).to(tl.float32)
         total = by_distance if bias is None else total + by_distance
     return total * LOG2_E
 

@@ -352,8 +352,8 @@ def attention_grad_key_value(
                         d_row = from_row(d_bias, batch, head, rows, False)
                         tl.store(d_row.ptr + keys.to(tl.int64) * d_row.d, d_biases, mask=is_read)
                     if d_relative_bias is not None:
-                        d_row, entry = from_row(d_relative_bias, batch, head, rows, False), rows - keys + shift
-                        is_read = is_read & (entry >= 0) & (entry < extent)
+                        d_row, entry = from_row(d_relative_bias, batch, head, rows, False), rows + shift - keys
+                        is_read = is_read & (entry.to(tl.uint32) < tl.cast(extent, tl.uint32))
                         tl.store(d_row.ptr + entry.to(tl.int64) * d_row.d, d_biases, mask=is_read)
                     if HAS_BIAS:
                         ds *= gradient_factor[None, :]

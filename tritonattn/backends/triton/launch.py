@@ -114,7 +114,7 @@ config_for: ConfigFor = lookup.config_for
 interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
 run: Callable[[Any, Grid, Mapping[str, Any], TileConfig], None] = run_interpreted if interpreting else run_on_device
 
-_READ_ONLY = ("q", "k", "v", "d_out")
+_READ_ONLY = ("q", "k", "v", "d_out", "bias", "relative_bias")
 # Programs of a grid: the launcher of Triton multiplies its axes in 32 bits, and skips a launch with a negative product.
 MOST_PROGRAMS = 2**31 - 1
 
