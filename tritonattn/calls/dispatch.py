@@ -19,10 +19,11 @@ from ..core.dropout import Dropout
 from ..core.key_records import RecordedStatistics
 from ..core.observation import ObservedCall, notify_observers, observers, unobserved
 from ..core.pages import PageTable
+from ..core.relative import sum_of_tables
 from ..core.statistics import DoubleStatistics, Statistics
 from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Scales, Scaling
-from .checks import check_factor, check_key_bias, check_number, scale_dtype
+from .checks import check_factor, check_key_bias, check_number, relative_bias_of, scale_dtype
 from .formulas import by_formulas
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -90,7 +91,7 @@ def with_logits(call: AttentionCall) -> AttentionCall:
         statistics = statistics if call.record is None else _recorded(call, statistics)
         call.logits = terms = logits(call, statistics, _keys_for_scaling(call))
         of_scaling = {"scaling": terms.query_scale, "key_scale": terms.key_scale, "key_bias": terms.key_bias}
-        refuse_gradients(call.cached, **of_scaling)
+        refuse_gradients(call.cached, **of_scaling, relative_bias=terms.relative_bias)
         return call
     call.logits = logits(call, statistics)
     if call.visibility.invariant and call.backend == "triton":
@@ -140,13 +141,25 @@ def logits(call: AttentionCall, statistics: Statistics, k: Tensor | None = None)
         own = per_group(scales.key_bias.to(scale_dtype(q)), call.visibility)
         bias = own if bias is None else own + bias
     vectors = (scales.query, scales.key, bias)
-    if given.bias is None and given.relative_bias is None:
+    if given.bias is None and given.relative_bias is None and scales.relative_bias is None:
         return Logits(scales.constant, *vectors, given.softcap, given.sinks, None, None, 0, given.bias_after_softcap)
-    pairs = given.bias if given.bias is None else _per_entry(given.bias, call.visibility, call.visibility.k_len)
-    table = given.relative_bias
-    table = table if table is None else _per_entry(table, call.visibility, table.shape[3])
-    rest = (pairs, table, given.relative_right, given.bias_after_softcap)
+    if call.backend == "triton":
+        raise NotImplementedError("relative_bias: backend 'triton' does not support it; backend 'sdpa' does")
+    rest = (*_pairs(given, scales, call.visibility), given.bias_after_softcap)
     return Logits(scales.constant, *vectors, given.softcap, given.sinks, *rest)
+
+
+def _pairs(given: Logits, scales: Scales, visible: Visibility) -> tuple[Tensor | None, Tensor | None, int]:
+    """bias, relative_bias and relative_right of a call and its scaling."""
+    table, right = given.relative_bias, given.relative_right
+    if scales.relative_bias is not None:
+        own, own_right = scales.relative_bias, scales.relative_right
+        table, right = (own, own_right) if table is None else sum_of_tables(table, right, own, own_right)
+    if table is not None:
+        if visible.invariant and visible.key_ranges is not None:
+            raise NotImplementedError("relative_bias: not supported with key_ranges under batch_invariant")
+        table = _per_entry(table, visible, table.shape[3])
+    return None if given.bias is None else _per_entry(given.bias, visible, visible.k_len), table, right
 
 
 def _per_entry(bias: Tensor, visibility: Visibility, width: int) -> Tensor:
@@ -202,12 +215,15 @@ def scales_of(
         check_factor(f"{name}.key", key, q, visibility.keys, "[B, Hkv, Sk]")
     if scales.key_bias is not None:
         check_key_bias(f"{name}.key_bias", scales.key_bias, q, visibility.keys, "[B, Hq or Hkv, Sk]")
-    if query is None and key is None and gain is None:
+    table = scales.relative_bias
+    if table is not None:
+        table = relative_bias_of(f"{name}.", table, scales.relative_right, q, rows, "[B, Hq, Sq]")
+    if query is None and key is None and gain is None and table is None:
         return scales
     if not exact:
         query = query if query is None else _expanded(query, q, rows)
         key = key if key is None else _expanded(key, q, visibility.keys)
-    return Scales(constant, query, key, key_bias=scales.key_bias)
+    return Scales(constant, query, key, False, scales.key_bias, table, scales.relative_right)
 
 
 def _expanded(scale: Tensor, q: Tensor, shape: tuple[int, ...]) -> Tensor:
