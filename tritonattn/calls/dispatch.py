@@ -282,10 +282,7 @@ def choose_backend(call: AttentionCall) -> str:
     q, v, backend = call.q, call.v, call.backend
     # The decode kernel takes wider keys.
     decodes = call.cached != "" and call.visibility.sequences is None and not call.visibility.invariant
-    terms = call.logits
-    is_plain = terms.bias is None and terms.relative_bias is None and not terms.bias_after_softcap
-    bias = None if is_plain else _bias_obstacle(terms)
-    if backend == "triton" and (obstacle := bias or _kernel_obstacle(q, v, decodes)):
+    if backend == "triton" and (obstacle := _kernel_obstacle(q, v, decodes)):
         raise NotImplementedError(
             f"{obstacle}: backend 'triton' does not support it; backends 'sdpa' and 'reference' do"
         )
@@ -294,7 +291,7 @@ def choose_backend(call: AttentionCall) -> str:
     elif backend == "auto":
         backend = "sdpa"
         if q.device.type == "cuda":
-            obstacle = bias or _kernel_obstacle(q, v, decodes) or (not _HAS_TRITON and "triton is not installed")
+            obstacle = _kernel_obstacle(q, v, decodes) or (not _HAS_TRITON and "triton is not installed")
             if obstacle:
                 _warn_once(f"tritonattn: backend 'sdpa' instead of 'triton': {obstacle}")
             else:
@@ -351,15 +348,6 @@ def _kernel_obstacle(q: Tensor, v: Tensor, decodes: bool = False) -> str | None:
     if q.device.type == "cuda" and _HAS_TRITON:
         return _obstacle_of_memory(head_dim, value_dim, q.dtype, q.device, decodes)
     return None
-
-
-def _bias_obstacle(terms: Logits) -> str | None:
-    """Name the bias that kernels cannot add, or None."""
-    if terms.bias is not None:
-        return "bias"
-    if terms.relative_bias is not None:
-        return "relative_bias"
-    return "bias_after_softcap" if terms.bias_after_softcap and terms.key_bias is not None else None
 
 
 def _obstacle_of_card(device: torch.device) -> str | None:

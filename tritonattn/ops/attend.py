@@ -95,7 +95,7 @@ def _forward(call: AttentionCall, rounding: Tensor | None = None, *, has_graph: 
         with without_autocast(call.q):
             return blockwise.forward(call, aux, rounding)
     # With a graph, forward and backward must multiply in the same tiles.
-    if not (has_graph or visible.invariant) and kernels().are_few_rows(visible, call.dropout):
+    if not (has_graph or visible.invariant) and kernels().are_few_rows(call):
         return kernels().decode(call, aux)
     return kernels().forward(call, aux, rounding)
 
