@@ -18,7 +18,7 @@ ALONE = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 INTERPRETED = TRITON_INTERPRET=$$($(VENV)/bin/python -c 'import torch; print(int(not torch.cuda.is_available()))')
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-peers test-oldest test-sample test-vllm mutants docs lint clean
+.PHONY: demo test test-slow test-peers test-oldest test-sample test-vllm wheel mutants docs lint clean
 
 demo: $(VENV)/.demo  ## what each scaling does to a real model: make demo ARGS="--plot demo.png"
 	$(VENV)/bin/tritonattn demo $(ARGS)
@@ -46,6 +46,12 @@ test-sample: $(VENV)/.test
 test-vllm:  ## the vLLM plugin in vLLM's engine on a CPU, in a venv of its own of 3.4 GB
 	$(MAKE) $(VENV)-vllm/.vllm VENV=$(VENV)-vllm
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/serving -o filterwarnings= -W ignore $(ARGS)
+
+wheel: $(VENV)/.dev $(VENV)/.demo  ## sdist and wheel in dist/; README's Python and some commands run from the wheel in a new venv
+	rm -rf dist
+	$(VENV)/bin/python -m build --outdir dist
+	$(VENV)/bin/twine check --strict dist/*
+	$(VENV)/bin/python -m tests.release.installed dist/*.whl
 
 mutants: $(VENV)/.test  ## every deliberate fault of tests/mutants/table.txt is caught by its test: make mutants ARGS=decode
 	$(VENV)/bin/python -m tests.mutants --jobs $(WORKERS) $(ARGS)

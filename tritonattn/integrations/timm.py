@@ -7,13 +7,14 @@ from typing import cast
 from torch import Tensor
 
 from ..calls.attention import attention
+from ..core.errors import install
 from ..scaling import Scaling
 from .arguments import keys_and_masks, scaling_for
 
 try:
     from timm.layers.attention import Attention
 except ImportError as error:
-    raise ImportError("tritonattn.integrations.timm needs timm: pip install 'tritonattn[integrations]'") from error
+    raise ImportError(f"tritonattn.integrations.timm needs timm: {install('integrations')}") from error
 
 
 def attention_layer(scaling: str | Scaling = "sqrt_dim", backend: str = "auto") -> type[Attention]:
