@@ -32,7 +32,7 @@ def main() -> int:
         programs += [(f"README.md, {i}", [str(python), "-c", code]) for i, code in enumerate(snippets("README.md"))]
         programs += [(" ".join(words), [str(python.with_name("tritonattn")), *words]) for words in COMMANDS]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            passed = list(pool.map(lambda program: run(*program, empty), programs))
+            passed = list(pool.map(lambda program: run(program[0], program[1], empty), programs))
         left = [path.name for path in empty.iterdir()]
         print(f"files left in the folder: {left}" * bool(left), end="")
     return int(bool(left) or not all(passed))
@@ -40,7 +40,7 @@ def main() -> int:
 
 def installed(wheel: Path, folder: Path) -> Path:
     """Make a venv that has the wheel; its python."""
-    venv.create(folder)
+    venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
     subprocess.run(pip, check=True)
