@@ -383,8 +383,8 @@ _obstacle_of_memory._dynamo_marked_constant = True  # pyright: ignore[reportFunc
 def _check_kernels_run_on(device: torch.device) -> None:
     if not _HAS_TRITON:
         raise ImportError(
-            "backend: 'triton' needs the package triton, which is not installed: pip install 'triton>=3.4'"
-            " (Linux); backends 'sdpa' and 'reference' do without"
+            "backend: 'triton' needs the package triton, which is not installed: pip install \"triton>=3.4\""
+            " (Linux) or triton-windows; backends 'sdpa' and 'reference' do without"
         )
     if device.type == "cuda":
         return

@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..calls.attention import attention
+from ..core.errors import install
 from ..nn.learned import as_mode
 from ..scaling import Scaling
 from ..scaling.base import relative_gain
@@ -16,9 +17,7 @@ from .replacement import Replacement
 try:
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 except ImportError as error:
-    raise ImportError(
-        "tritonattn.integrations.diffusers needs diffusers: pip install 'tritonattn[integrations]'"
-    ) from error
+    raise ImportError(f"tritonattn.integrations.diffusers needs diffusers: {install('integrations')}") from error
 
 NAME = "tritonattn"
 

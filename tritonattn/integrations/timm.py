@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from ..calls.attention import attention
+from ..core.errors import install
 from ..scaling import Scaling
 from ..scaling.base import relative_gain
 from .arguments import keys_and_masks, scaling_for
@@ -18,7 +19,7 @@ from .replacement import Replacement
 try:
     from timm.layers.attention import Attention
 except ImportError as error:
-    raise ImportError("tritonattn.integrations.timm needs timm: pip install 'tritonattn[integrations]'") from error
+    raise ImportError(f"tritonattn.integrations.timm needs timm: {install('integrations')}") from error
 
 
 def attention_layer(scaling: str | Scaling = "sqrt_dim", backend: str = "auto") -> type[Attention]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.attention import attention
+from ..core.errors import install
 from ..scaling import Scaling
 from ..scaling.base import relative_gain
 from .arguments import scaling_for
@@ -18,7 +19,7 @@ try:
     from x_transformers.attend import Attend, Intermediates
 except ImportError as error:
     raise ImportError(
-        "tritonattn.integrations.x_transformers needs x-transformers: pip install 'tritonattn[integrations]'"
+        f"tritonattn.integrations.x_transformers needs x-transformers: {install('integrations')}"
     ) from error
 
 # Options of Attend that change logits or probabilities and are no scaling; None and False turn them off.
