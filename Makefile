@@ -9,7 +9,8 @@ OLDEST = torch==2.8.0 triton==3.4.0 'numpy<2.4'
 # A sample of every layer, for other versions: in Triton's interpreter, and without.
 SAMPLED_KERNELS = tests/kernels/test_ranges.py tests/kernels/test_key_statistics.py tests/kernels/test_few_rows.py
 SAMPLED = tests/core tests/scaling tests/backends tests/emulated/test_attention.py tests/emulated/test_decode.py \
-	tests/stub_tests/test_refusals.py tests/nn/test_formulas.py tests/huggingface/test_masks.py
+	tests/stub_tests/test_refusals.py tests/nn/test_formulas.py tests/huggingface/test_masks.py \
+	tests/calls/test_compile.py tests/ops/test_decode.py
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 # One thread a worker: more would take the cores from one another. Neighbours share fixtures: they stay on one worker.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
