@@ -103,6 +103,10 @@ SHARED: list[Case] = [
 OF_DENSE: list[Case] = [
     ({"v": ones(1, B, HKV, SK, D)}, "ValueError: v: ~ 4 axes ~ 5"),
     ({"k": ones(B, HKV, SK, D).int()}, "TypeError: k: ~ float32 ~ torch.int32"),
+    (
+        {"q": ones(B, SQ, HQ, D), "k": ones(B, SK, HKV, D), "v": ones(B, SK, HKV, D)},
+        "ValueError: k: ~ divides q's 3, got 5: they look like [B, S, H, D]; pass q, k and v each as x.transpose(1, 2)",
+    ),
     ({"v": ones(B, HKV, SK, D).half()}, "TypeError: q, k, v: ~ one dtype ~ torch.float16"),
     ({"v": NESTED}, "TypeError: v: ~ dense tensor [B, Hkv, Sk, Dv] ~ nested tensor"),
     ({"q": ones(B, HQ, SQ, D).to_sparse()}, "TypeError: q: ~ dense ~ sparse"),

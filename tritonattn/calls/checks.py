@@ -228,7 +228,9 @@ def _check_sizes(q: torch.Size, k: torch.Size, v: torch.Size, layout: Layout) ->
     if kv_heads != v[heads]:
         raise ValueError(f"v: expected k's {kv_heads} heads, got {v[heads]}")
     if q_heads != kv_heads and (kv_heads == 0 or q_heads % kv_heads != 0):
-        raise ValueError(f"k: expected a number of heads that divides q's {q_heads}, got {kv_heads}")
+        turned = layout is BATCHED and k[2] > 0 and q[2] % k[2] == 0
+        hint = ": they look like [B, S, H, D]; pass q, k and v each as x.transpose(1, 2)" if turned else ""
+        raise ValueError(f"k: expected a number of heads that divides q's {q_heads}, got {kv_heads}{hint}")
     if k[sequence] != v[sequence]:
         raise ValueError(f"v: expected k's length {k[sequence]}, got {v[sequence]}")
     if k[-1] != head_dim:
