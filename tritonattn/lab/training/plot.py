@@ -41,7 +41,7 @@ def draw(runs: Sequence[Run], file: Path) -> None:
     for axes in (loss, gradients, moved, layers):
         plain_numbers(axes.yaxis)
     first, seeds = runs[0], len({run.seed for run in runs})
-    figure.suptitle(f"{first.task}: {first.recipe}; mean of {seeds} seeds, bands and bars 95% intervals")
+    figure.suptitle(f"{first.subject}: {first.recipe}; mean of {seeds} seeds, bands and bars 95% intervals")
     foot(figure, f"Measured: {first.environment}, {first.date}, `{first.command}`", looks)
     save(figure, file)
 
