@@ -32,6 +32,12 @@ Q = torch.ones(1, 2, 3, 4)
         ("attention", {"is_causal": True}, "attention: expected causal= (bottom-right, where PyTorch's is top-left)"),
         ("attention", {"scale": 0.1}, "attention: expected scaling= (a float is the factor itself), got scale="),
         ("attention", {"attn_mask": Q}, "attention: expected mask= (bool, True is visible"),
+        (
+            "attention",
+            {"attn_bias": Q},
+            "attention: expected bias= (a number a pair, [B, H, Sq, Sk]; for a mask, mask=",
+        ),
+        ("attention_varlen", {"attn_bias": Q}, "attention_varlen: expected key_bias= (a number a key"),
         ("attention", {"dropout_p": 0.0, "enable_gqa": True}, "attention: expected no enable_gqa=: k may have fewer"),
         ("attention", {"softmax_scale": 0.1}, "attention: expected scaling="),
         ("attention", {"window_size": (3, 0)}, "attention: expected window= ((left, right)), got window_size="),

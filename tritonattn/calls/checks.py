@@ -337,7 +337,8 @@ def _check_key_ranges(key_ranges: Any, q: Tensor, k: Tensor) -> None:
 def _check_mask(mask: Any, q: Tensor, k: Tensor) -> None:
     check_tensor("mask", mask, "[B, Hq, Sq, Sk]")
     if mask.dtype != torch.bool:
-        raise TypeError(f"mask: expected dtype torch.bool, True for visible, got {mask.dtype}")
+        hint = "; of 0 and -inf give mask == 0, other numbers are attention's bias=" if mask.dtype in FLOATS else ""
+        raise TypeError(f"mask: expected dtype torch.bool, True for visible, got {mask.dtype}{hint}")
     check_device("mask", mask, q)
     shape = (*q.shape[:3], k.shape[2])
     if not broadcasts(mask.shape, shape):

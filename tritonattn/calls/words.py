@@ -16,9 +16,9 @@ from ..core.hints import hint_for_keyword
 _HINTS = {
     "is_causal": ("causal", "bottom-right, where PyTorch's is top-left"),
     "causal": ("", "a row sees the keys up to its own"),
-    "attn_mask": ("mask", "bool, True is visible; key_lengths and key_ranges cost less"),
+    "attn_mask": ("mask", "bool, True is visible, or bias= of a floating one; key_lengths and key_ranges cost less"),
     "mask": ("key_lengths", "[B]: the number of keys of each sequence"),
-    "attn_bias": ("key_bias", "a number a key, [B, H, Sk]; for a mask of pairs, mask= (bool, True is visible)"),
+    "attn_bias": ("bias", "a number a pair, [B, H, Sq, Sk]; for a mask, mask= (bool, True is visible)"),
     "bias": ("key_bias", "a number a key, [B, H, Sk], added to logits"),
     "alibi_slopes": ("key_bias", "tritonattn.nn.ALiBi(heads)(Sk), in causal attention"),
     "scale": ("scaling", "a float is the factor itself"),
