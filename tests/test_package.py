@@ -152,5 +152,5 @@ def test_a_name_that_is_elsewhere_is_pointed_at():
 
 def test_a_module_that_is_not_imported_yet_is_named(monkeypatch):
     monkeypatch.delattr(tritonattn, "cli")
-    with pytest.raises(AttributeError, match="'cli'; before its use: import tritonattn.cli$"):
+    with pytest.raises(AttributeError, match=r"'cli'; before its use: import tritonattn\.cli$"):
         _ = tritonattn.cli
