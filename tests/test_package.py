@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import tritonattn
 from tritonattn.cli.main import COMMANDS
 from tritonattn.tuning import cache_dir
 
@@ -175,3 +176,17 @@ def test_dir_shows_what_is_public():
     public = {"diffusers", "hub_kernel", "timm", "torch_modules", "torchtitan", "vllm", "x_transformers"}
     assert "torch_modules" in dir(tritonattn.integrations)
     assert set(dir(tritonattn.integrations)) <= public
+
+
+def test_a_name_that_is_elsewhere_is_pointed_at():
+    for name, place in (("SSMax", "; there is tritonattn.nn.SSMax"), ("attenton", ""), ("_private", "")):
+        with pytest.raises(AttributeError, match=f"^module 'tritonattn' has no attribute '{name}'{place}$") as caught:
+            getattr(tritonattn, name)
+        assert caught.value.name == name  # by which Python names the nearest one
+    assert not hasattr(tritonattn, "none_of_ours")
+
+
+def test_a_module_that_is_not_imported_yet_is_named(monkeypatch):
+    monkeypatch.delattr(tritonattn, "cli")
+    with pytest.raises(AttributeError, match=r"'cli'; before its use: import tritonattn\.cli$"):
+        _ = tritonattn.cli

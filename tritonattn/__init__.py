@@ -6,6 +6,10 @@ from .core.errors import guard_imports
 
 guard_imports()  # before torch, whose import takes seconds
 
+import sys
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
 from . import nn
 from .calls.attention import attention, scaled_attention
 from .calls.check_scaling import check_scaling
@@ -39,6 +43,20 @@ __all__ = [
     "scaled_attention",
     "warmup",
 ]
+
+
+if not TYPE_CHECKING:  # a checker would take every name for one of ours
+
+    def __getattr__(name: str) -> None:
+        """Raise AttributeError, which says where the name is instead; Python adds the nearest one."""
+        hint = ""
+        if name in nn.__all__:
+            hint = f"; there is tritonattn.nn.{name}"
+        elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+            hint = f"; before its use: import tritonattn.{name}"
+        raise AttributeError(
+            f"module 'tritonattn' has no attribute {name!r}{hint}", name=name, obj=sys.modules[__name__]
+        )
 
 
 def __dir__() -> list[str]:

@@ -103,6 +103,10 @@ SHARED: list[Case] = [
 OF_DENSE: list[Case] = [
     ({"v": ones(1, B, HKV, SK, D)}, "ValueError: v: ~ 4 axes ~ 5"),
     ({"k": ones(B, HKV, SK, D).int()}, "TypeError: k: ~ float32 ~ torch.int32"),
+    (
+        {"q": ones(B, SQ, HQ, D), "k": ones(B, SK, HKV, D), "v": ones(B, SK, HKV, D)},
+        "ValueError: k: ~ divides q's 3, got 5: they look like [B, S, H, D]; pass q, k and v each as x.transpose(1, 2)",
+    ),
     ({"v": ones(B, HKV, SK, D).half()}, "TypeError: q, k, v: ~ one dtype ~ torch.float16"),
     ({"v": NESTED}, "TypeError: v: ~ dense tensor [B, Hkv, Sk, Dv] ~ nested tensor"),
     ({"q": ones(B, HQ, SQ, D).to_sparse()}, "TypeError: q: ~ dense ~ sparse"),
@@ -121,7 +125,11 @@ OF_DENSE: list[Case] = [
     ({"key_ranges": torch.zeros(B, SQ).int()}, "ValueError: key_ranges: ~ [2, 3, 2] ~ [2, 3]"),
     ({"key_ranges": torch.zeros(B, SQ, 2)}, "TypeError: key_ranges: ~ integer ~ float32"),
     ({"key_ranges": torch.full((B, SQ, 2), 9)}, "ValueError: key_ranges: ~ [0, Sk = 5] ~ 9"),
-    ({"mask": torch.zeros(SQ, SK)}, "TypeError: mask: ~ torch.bool ~ torch.float32"),
+    (
+        {"mask": torch.zeros(SQ, SK)},
+        "TypeError: mask: ~ torch.bool ~ got torch.float32; of 0 and -inf give mask == 0, other",
+    ),
+    ({"mask": torch.zeros(SQ, SK).int()}, "TypeError: mask: ~ torch.bool, True for visible, got torch.int32"),
     ({"mask": ones(B, SK).bool()}, "ValueError: mask: ~ [2, 4, 3, 5] ~ [B, 1, 1, Sk]"),
     ({"mask": ones(B, HKV, SQ, SK).bool()}, "ValueError: mask: ~ [2, 2, 3, 5]"),
     ({"mask": ones(SQ, SK, device=META).bool()}, "ValueError: mask: ~ cpu ~ meta"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tritonattn
+from tritonattn.analysis import Thresholds
 from tritonattn.calls import dispatch
 from tritonattn.calls.words import _HINTS
 from tritonattn.distributed import context_parallel_attention, context_parallel_decode
@@ -51,6 +52,8 @@ Q = torch.ones(1, 2, 3, 4)
         ("attention_decode", {"is_causal": True}, "attention_decode: expected no is_causal=: a row sees the keys up"),
         ("attention_decode", {"attn_mask": Q}, "attention_decode: expected key_lengths= ([B]: the number of keys"),
         ("attention_varlen", {"attn_mask": Q}, "attention_varlen() got an unexpected keyword argument 'attn_mask'"),
+        ("attention", {"casual": True}, "attention: expected causal=, got casual="),
+        (partial(LAYER, 8), {"head": 2}, "ScaledAttention: expected heads=, got head="),
         ("attention", {"of_none": 1}, "attention() got an unexpected keyword argument 'of_none'"),
         ("attention", {"scaling": [1]}, "scaling: expected a name, a Scaling, a float or a tensor, got list"),
         (partial(LAYER, 8, 2), {"is_causal": True}, "ScaledAttention: expected causal="),
@@ -62,6 +65,45 @@ Q = torch.ones(1, 2, 3, 4)
 def test_a_word_of_another_library_is_answered_with_ours(function, keywords, message):
     with pytest.raises(TypeError, match="^" + re.escape(message)):
         (function if callable(function) else partial(getattr(tritonattn, function), Q, Q, Q))(**keywords)
+
+
+@pytest.mark.parametrize(
+    ("function", "more", "message"),
+    [
+        ("attention", [True], "attention: expected at most 3 positional arguments (q, k, v), got 4; name the rest, such"
+         " as causal=True"),
+        ("attention", [Q > 0, 0.0], "(q, k, v), got 5; name the rest, such as mask=..."),
+        ("attention", ["dim"], "such as scaling='dim'"),
+        ("attention", [None], "(q, k, v), got 4; name the rest"),
+        (partial(LAYER, 8, 2), [1], "ScaledAttention: expected at most 2 positional arguments (width, heads), got 3"),
+    ],
+)  # fmt: skip
+def test_an_argument_without_its_name_is_given_one(function, more, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        (function if callable(function) else partial(getattr(tritonattn, function), Q, Q, Q))(*more)
+
+
+@pytest.mark.parametrize(
+    ("make", "keywords", "message"),
+    [
+        (tritonattn.SCALINGS["log_key_count"], {"length": 5}, "LogKeyCount: expected base=, got length="),
+        (tritonattn.SCALINGS["llama4"], {"floor": 5}, "Llama4: expected one of scale=, floor_scale=, got floor= (did"),
+        (partial(tritonattn.nn.SSMax, 4), {"length": 5}, "SSMax: expected one of heads=, base=, bias=, mode="),
+        (Thresholds, {"max_logits": 3}, "got max_logits= (did you mean max_logit=?)"),
+        (tritonattn.nn.Scheduled, {"mode_a": "dim"}, "Scheduled.__init__() missing 2 required positional arguments"),
+    ],
+)
+def test_a_class_names_the_arguments_that_it_has(make, keywords, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        make(**keywords)
+
+
+def test_every_mode_with_arguments_has_hints():
+    modes = [*tritonattn.SCALINGS.values(), *tritonattn.nn.LEARNED.values(), tritonattn.nn.QueryAdaptiveSSMax]
+    for mode in modes:
+        if inspect.signature(mode).parameters:
+            with pytest.raises(TypeError, match=f"^{mode.__name__}: expected .*, got of_none="):
+                mode(of_none=1)
 
 
 def test_every_hint_names_an_argument():

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.hints import hinted
+
 LOSS = "loss"
 
 
+@hinted
 @dataclass(frozen=True)
 class Thresholds:
     """Limits beyond which a layer raises an alarm; None is no limit.

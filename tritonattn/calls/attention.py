@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, overload
+
 from torch import Tensor
 
 from ..core.call import AttentionCall, Logits
@@ -11,7 +13,24 @@ from .dispatch import AttentionAux, run
 from .public import public
 from .sharded import BATCHED
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    from .options import Options, ScaledOptions
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_aux: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_aux: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, AttentionAux]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_aux: bool, **options: Unpack[Options]
+) -> Tensor | tuple[Tensor, AttentionAux]: ...
 @public(BATCHED)
 def attention(
     q: Tensor,
@@ -115,6 +134,39 @@ def attention(
     return run(check(call))
 
 
+@overload
+def scaled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_scale: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    *,
+    return_aux: Literal[False] = False,
+    **options: Unpack[ScaledOptions],
+) -> Tensor: ...
+@overload
+def scaled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_scale: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    *,
+    return_aux: Literal[True],
+    **options: Unpack[ScaledOptions],
+) -> tuple[Tensor, AttentionAux]: ...
+@overload
+def scaled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_scale: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    *,
+    return_aux: bool,
+    **options: Unpack[ScaledOptions],
+) -> Tensor | tuple[Tensor, AttentionAux]: ...
 @public(BATCHED)
 def scaled_attention(
     q: Tensor,

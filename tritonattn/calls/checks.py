@@ -277,7 +277,9 @@ def _check_sizes(q: torch.Size, k: torch.Size, v: torch.Size, layout: Layout) ->
     if kv_heads != v[heads]:
         raise ValueError(f"v: expected k's {kv_heads} heads, got {v[heads]}")
     if q_heads != kv_heads and (kv_heads == 0 or q_heads % kv_heads != 0):
-        raise ValueError(f"k: expected a number of heads that divides q's {q_heads}, got {kv_heads}")
+        turned = layout is BATCHED and k[2] > 0 and q[2] % k[2] == 0
+        hint = ": they look like [B, S, H, D]; pass q, k and v each as x.transpose(1, 2)" if turned else ""
+        raise ValueError(f"k: expected a number of heads that divides q's {q_heads}, got {kv_heads}{hint}")
     if k[sequence] != v[sequence]:
         raise ValueError(f"v: expected k's length {k[sequence]}, got {v[sequence]}")
     if k[-1] != head_dim:
@@ -342,7 +344,8 @@ def _check_key_ranges(key_ranges: Any, q: Tensor, k: Tensor) -> None:
 def _check_mask(mask: Any, q: Tensor, k: Tensor) -> None:
     check_tensor("mask", mask, "[B, Hq, Sq, Sk]")
     if mask.dtype != torch.bool:
-        raise TypeError(f"mask: expected dtype torch.bool, True for visible, got {mask.dtype}")
+        hint = "; of 0 and -inf give mask == 0, other numbers are attention's bias=" if mask.dtype in FLOATS else ""
+        raise TypeError(f"mask: expected dtype torch.bool, True for visible, got {mask.dtype}{hint}")
     check_device("mask", mask, q)
     shape = (*q.shape[:3], k.shape[2])
     if not broadcasts(mask.shape, shape):

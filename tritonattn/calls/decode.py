@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, overload
+
 from torch import Tensor
 
 from ..core.call import AttentionCall, Logits
@@ -14,7 +16,42 @@ from .paged_statistics import PagedKeyStatistics
 from .public import public
 from .sharded import CACHED, CACHED_PAGES
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    from .options import DecodeOptions
+
+
+@overload
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    key_lengths: Tensor,
+    return_aux: Literal[False] = False,
+    **options: Unpack[DecodeOptions],
+) -> Tensor: ...
+@overload
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    key_lengths: Tensor,
+    return_aux: Literal[True],
+    **options: Unpack[DecodeOptions],
+) -> tuple[Tensor, AttentionAux]: ...
+@overload
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    key_lengths: Tensor,
+    return_aux: bool,
+    **options: Unpack[DecodeOptions],
+) -> Tensor | tuple[Tensor, AttentionAux]: ...
 @public(CACHED, CACHED_PAGES)
 def attention_decode(
     q: Tensor,

@@ -24,7 +24,7 @@ _TORCHS_OWN = torch._C._nn.scaled_dot_product_attention  # pyright: ignore[repor
 def public(
     axes: Mapping[str, Axes] | None = None, paged: Mapping[str, Axes] | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator: a keyword of another library raises a TypeError that names ours; the signature stays.
+    """Decorator: an argument that the function does not take raises a TypeError with a hint; the signature stays.
 
     axes, paged   the axes of batch and heads in the arguments, and where there is a block table: DTensors then become
                   this rank's parts, and the results DTensors placed as q is; under torch's context_parallel the
@@ -47,7 +47,7 @@ def public(
                                 return call_of_parts(function, signature, axes, paged, arguments, keywords)
                 return function(*arguments, **keywords)
             except TypeError:
-                hint = hint_for(keywords, signature.parameters)
+                hint = hint_for(arguments, keywords, signature.parameters)
                 if hint is None:
                     raise
             raise TypeError(f"{function.__qualname__.removesuffix('.__init__')}: {hint}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, overload
+
 from torch import Tensor
 
 from ..core.call import AttentionCall, Logits
@@ -13,7 +15,51 @@ from .public import public
 from .sharded import PACKED, PACKED_PAGES
 from .varlen_checks import Packing, packed_visibility
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    from .options import VarlenOptions
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_aux: Literal[False] = False,
+    **options: Unpack[VarlenOptions],
+) -> Tensor: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_aux: Literal[True],
+    **options: Unpack[VarlenOptions],
+) -> tuple[Tensor, AttentionAux]: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_aux: bool,
+    **options: Unpack[VarlenOptions],
+) -> Tensor | tuple[Tensor, AttentionAux]: ...
 @public(PACKED, PACKED_PAGES)
 def attention_varlen(
     q: Tensor,

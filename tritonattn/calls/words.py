@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from inspect import Parameter
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.hints import hint_for_keyword
 
 # Words of F.scaled_dot_product_attention, flash-attn, xformers and FlexAttention: the argument that stands for each (""
 # if none is needed), and what it takes. A function without that argument has the hint of the argument's own name.
@@ -38,10 +44,15 @@ _HINTS = {
     "score_mod": ("scaling", "a Scaling, or factors; what it adds: key_bias=, relative_bias= or bias="),
 }
 
+# The argument that a value without a name is for, by its type; of a tensor, by whether it is a mask.
+_BY_TYPE = {bool: "causal", str: "scaling", True: "mask", False: "bias"}
 
-def hint_for(keywords: Iterable[str], known: Any) -> str | None:
-    """The hint for the first keyword that another library has and `known` has not, or None."""
-    return next(filter(None, (_hint(word, known) for word in keywords)), None)
+
+def hint_for(arguments: Sequence[Any], keywords: Iterable[str], known: Mapping[str, Parameter]) -> str | None:
+    """The hint for arguments that a function does not take, `known` being its own; None where it takes all."""
+    unknown = [word for word in keywords if word not in known]
+    hints = (_hint(word, known) or hint_for_keyword(word, known) for word in unknown)
+    return next(filter(None, hints), None) or _hint_for_order(arguments, known)
 
 
 def _hint(word: str, known: Any) -> str | None:
@@ -53,3 +64,17 @@ def _hint(word: str, known: Any) -> str | None:
             return None
         ours, note = _HINTS[ours]
     return f"expected {ours}= ({note}), got {word}=" if ours else f"expected no {word}=: {note}"
+
+
+def _hint_for_order(arguments: Sequence[Any], known: Mapping[str, Parameter]) -> str | None:
+    """The hint for arguments without a name beyond those that may come so, or None."""
+    ordered = [name for name, one in known.items() if one.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    if len(arguments) <= len(ordered):
+        return None
+    first = arguments[len(ordered)]
+    name = _BY_TYPE.get(first.dtype == torch.bool if isinstance(first, Tensor) else type(first), "")
+    value = "..." if isinstance(first, Tensor) else repr(first)
+    example = f", such as {name}={value}" if name in known else ""
+    names = [name for name in ordered if name != "self"]
+    got = len(arguments) - len(ordered) + len(names)
+    return f"expected at most {len(names)} positional arguments ({', '.join(names)}), got {got}; name the rest{example}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -22,9 +22,48 @@ from .agreement import require_agreement
 from .layout import Split, refuse_dtensors
 from .sequence import Settings, SharedSequence, logits_of, refuse_relative_bias
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _METHODS = {"allgather": gathered.attention, "alltoall": by_heads.attention, "ring": ring.attention}
 
 
+class ParallelOptions(TypedDict, total=False):
+    """The keyword arguments of `context_parallel_attention` but for mesh, which it needs, and return_aux."""
+
+    method: str
+    layout: str
+    scaling: str | Scaling | float | Tensor
+    gain: float | Tensor | None
+    key_bias: Tensor | None
+    causal: bool
+    window: tuple[int | None, int | None] | None
+    cu_seqlens: Tensor | None
+    softcap: float | None
+    sinks: Tensor | None
+    backend: str
+    reduce_dtype: torch.dtype
+    head_group: int | None
+
+
+@overload
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mesh: DeviceMesh,
+    return_aux: Literal[False] = False,
+    **options: Unpack[ParallelOptions],
+) -> Tensor: ...
+@overload
+def context_parallel_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mesh: DeviceMesh, return_aux: Literal[True], **options: Unpack[ParallelOptions]
+) -> tuple[Tensor, AttentionAux]: ...
+@overload
+def context_parallel_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mesh: DeviceMesh, return_aux: bool, **options: Unpack[ParallelOptions]
+) -> Tensor | tuple[Tensor, AttentionAux]: ...
 @public()
 def context_parallel_attention(
     q: Tensor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,7 +27,55 @@ from .agreement import require_agreement
 from .layout import Split, refuse_dtensors
 from .sequence import refuse_relative_bias, share_with_sinks
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+class ParallelDecodeOptions(TypedDict, total=False):
+    """The keyword arguments of `context_parallel_decode` but for those that it needs, and return_aux."""
+
+    scaling: str | Scaling | float | Tensor
+    gain: float | Tensor | None
+    statistics: KeyStatistics | None
+    window: tuple[int | None, int | None] | None
+    softcap: float | None
+    sinks: Tensor | None
+    backend: str
+
+
+@overload
+def context_parallel_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    mesh: DeviceMesh,
+    key_lengths: Tensor,
+    return_aux: Literal[False] = False,
+    **options: Unpack[ParallelDecodeOptions],
+) -> Tensor: ...
+@overload
+def context_parallel_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    mesh: DeviceMesh,
+    key_lengths: Tensor,
+    return_aux: Literal[True],
+    **options: Unpack[ParallelDecodeOptions],
+) -> tuple[Tensor, AttentionAux]: ...
+@overload
+def context_parallel_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    mesh: DeviceMesh,
+    key_lengths: Tensor,
+    return_aux: bool,
+    **options: Unpack[ParallelDecodeOptions],
+) -> Tensor | tuple[Tensor, AttentionAux]: ...
 @public()
 def context_parallel_decode(
     q: Tensor,

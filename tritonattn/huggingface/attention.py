@@ -80,7 +80,7 @@ def attention_forward(
             _refuse("position_bias", "a bias of pairs of packed requests", module)
         own = _arguments_but_visibility(module, query, scaling, dropout, **kwargs)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # packed requests: no mask of T_q x T_k
-        return cast(Tensor, attention_varlen(q, k, v, **packed_arguments(kwargs), **own))[None], None
+        return attention_varlen(q, k, v, **packed_arguments(kwargs), **own)[None], None
     arguments = call_arguments(module, query, key, attention_mask, scaling, dropout, **kwargs)
     weights = _attention_weights(module, query, key, arguments) if with_weights else None
     options = arguments if observer is None else {**arguments, "return_aux": True}
@@ -236,4 +236,4 @@ def _attention_weights(module: nn.Module, query: Tensor, key: Tensor, arguments:
     keys = key.shape[2]
     unit = torch.eye(keys, dtype=key.dtype, device=key.device).expand(*key.shape[:2], keys, keys)
     others = {"dropout_p": 0.0, "backend": "reference", "batch_invariant": False}
-    return cast(Tensor, attention(query, key, unit, **{**arguments, **others}))
+    return attention(query, key, unit, **{**arguments, **others})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ def _observed_forward(
         def aux() -> AttentionAux:
             with unobserved(), torch.no_grad():
                 narrow = key.detach()[..., :1]
-                return cast(tuple[Tensor, AttentionAux], attention(query, key, narrow, **arguments, return_aux=True))[1]
+                return attention(query, key, narrow, **arguments, return_aux=True)[1]
 
         notify_observers(ObservedCall(query, key, out.transpose(1, 2), seen, arguments["softcap"], aux))
     return out, weights

@@ -57,7 +57,7 @@ def attention_layer(scaling: str | Scaling = "sqrt_dim", backend: str = "auto") 
             q, k = self.q_norm(q), self.k_norm(k)
             k, v, masks = keys_and_masks(q, k, v, attn_mask, is_causal)
             dropout_p = self.attn_drop.p if self.training else 0.0
-            out = cast(Tensor, attention(q, k, v, scaling=self.scaling, dropout_p=dropout_p, backend=backend, **masks))
+            out = attention(q, k, v, scaling=self.scaling, dropout_p=dropout_p, backend=backend, **masks)
             out = self.norm(out.transpose(1, 2).flatten(2))
             if gate is not None:
                 out = out * gate

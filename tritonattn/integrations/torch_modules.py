@@ -167,7 +167,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, backend: str, masks: dict[str, Any]) -> Tensor:
         dropout_p = self.dropout if self.training else 0.0
-        return cast(Tensor, attention(q, k, v, scaling=self.scaling, dropout_p=dropout_p, backend=backend, **masks))
+        return attention(q, k, v, scaling=self.scaling, dropout_p=dropout_p, backend=backend, **masks)
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):

@@ -93,7 +93,7 @@ class ScaledAttend(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.backend,
         )
-        return cast(Tensor, out), Intermediates()
+        return out, Intermediates()
 
 
 def replace_attend(model: nn.Module, scaling: str | Scaling = "sqrt_dim", backend: str = "auto") -> Replacement:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -225,7 +225,7 @@ class ScaledAttention(SharesSequence, nn.Module):
             out = self.sequence_part.attention(*operands, **self._masked(biases))
         else:
             out = attention(*operands, **masks, bias=bias, **self._masked(biases))
-        return self._joined(cast(Tensor, out))
+        return self._joined(out)
 
     def operands(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Project and normalise the operands of a call without a cache: q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D]."""
@@ -282,7 +282,7 @@ class ScaledAttention(SharesSequence, nn.Module):
             return self._joined(self.sequence_part.attention(q, k, v, cu_seqlens=cu_seqlens, **options))[0]
         q, k, v = (z[0].transpose(0, 1) for z in (q, k, v))  # [T, H, D]
         out = attention_varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
-        return self.o_proj(cast(Tensor, out).flatten(1))
+        return self.o_proj(out.flatten(1))
 
     def _cached(self, x: Tensor, cache: KeyValueCache, counts: Tensor | None, biases: dict[str, Any]) -> Tensor:
         """[B, Hq, Sq, D]"""
@@ -298,7 +298,7 @@ class ScaledAttention(SharesSequence, nn.Module):
         cache.append(k, v, counts)
         settings = self._settings(biases)
         if counts is None and x.shape[1] <= LONGEST_QUERY:
-            out = attention_decode(
+            return attention_decode(
                 q,
                 cache.k,
                 cache.v,
@@ -307,7 +307,6 @@ class ScaledAttention(SharesSequence, nn.Module):
                 window=self.window,
                 **settings,
             )
-            return cast(Tensor, out)
         if isinstance(self.scaling, Scaling) and has_relative_bias(self.scaling, q):
             raise NotImplementedError(
                 f"scaling: expected one without a relative bias for a prompt of more than {LONGEST_QUERY} tokens, or"
@@ -321,7 +320,7 @@ class ScaledAttention(SharesSequence, nn.Module):
         first = torch.zeros_like(own) if left is None else (own - left).clamp(min=0)
         end = torch.where(own < cache.lengths[:, None], own + 1, 0)  # rows past counts attend to nothing
         key_ranges = torch.stack([torch.minimum(first, end), end], dim=-1)
-        return cast(Tensor, attention(q, cache.k, cache.v, key_ranges=key_ranges, **settings))
+        return attention(q, cache.k, cache.v, key_ranges=key_ranges, **settings)
 
 
 def _check_sizes(width: Any, heads: Any, kv_heads: Any, head_dim: Any, context_width: Any) -> None:

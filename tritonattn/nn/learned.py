@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..calls.checks import check_bool, check_count, check_dtype, kind_of, refuse_scaling
 from ..calls.dispatch import scales_of
+from ..core.hints import hinted
 from ..core.shards import local
 from ..core.statistics import Statistics, counts_of
 from ..core.visibility import Visibility
@@ -74,6 +75,7 @@ class Learned(nn.Module, Scaling):
         return parameter.double()[:, None]
 
 
+@hinted
 class PerHead(Learned):
     """factor = exp(theta_h) * (the factor of a mode): a learned temperature for every head.
 
@@ -134,6 +136,7 @@ class PerHead(Learned):
         return self.mode.relative_addend(q, k, distance)
 
 
+@hinted
 class LearnedCosine(PerHead):
     """factor = tau_h / (||q|| * ||k||), tau_h = tau * exp(theta_h): cosine attention with a learned temperature.
 
@@ -173,6 +176,7 @@ class LearnedCosine(PerHead):
 Cosine = LearnedCosine  # its former name, which programs and pickles have
 
 
+@hinted
 class SSMax(Learned):
     """factor = (s_h * ln(n) + b_h) / sqrt(D), n = the number of visible keys: Scalable-Softmax.
 

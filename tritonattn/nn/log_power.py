@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import check_count, check_dtype
+from ..core.hints import hinted
 from ..core.invariance import halving_sum
 from ..core.invariance import power as power_of
 from ..core.shards import local
@@ -18,6 +19,7 @@ from ..scaling.base import check_positive
 from .learned import Learned, starts_at_sqrt_dim
 
 
+@hinted
 class LearnedLogPower(Learned):
     """factor = (ln(n) / ln(base))^p_h / sqrt(D), n = the number of visible keys, p learned for every head.
 
@@ -81,6 +83,7 @@ class LearnedLogPower(Learned):
 LogPower = LearnedLogPower  # its former name, which programs and pickles have
 
 
+@hinted
 class QueryAdaptiveSSMax(Learned):
     """factor = (delta_h + softplus(w_h . q[i]) * ln(n)^gamma_h) / sqrt(D): every query says how much ln(n) counts.
 

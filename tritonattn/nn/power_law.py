@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..core.hints import hinted
 from ..core.invariance import power
 from ..core.statistics import SMALLEST_STATISTIC, Statistics, counts_of
 from ..core.visibility import Visibility
@@ -27,6 +28,7 @@ _PARAMETERS = ("theta", "dim_exponent", "count_exponent", "length_exponent")  # 
 _LARGEST = 1 / SMALLEST_STATISTIC  # as of the modes that divide by a statistic
 
 
+@hinted
 class PowerLaw(Learned):
     """factor = exp(theta_h) * D^a_h * n^b_h * rho^c_h: named modes are points of it, and training moves between them.
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..calls.checks import check_count
 from ..calls.dispatch import scales_of
+from ..core.hints import hinted
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling
@@ -15,6 +16,7 @@ from .learned import as_mode, listed
 _BLENDS = ("linear", "geometric")
 
 
+@hinted
 class Scheduled(nn.Module, Scaling):
     """A factor that goes from mode_a's to mode_b's in a number of steps.
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..core.hints import hinted
 from ..core.statistics import Statistics, reciprocal
 from ..core.visibility import Visibility
 from .base import Scales, Scaling, check_positive, dense_norms
 
 
+@hinted
 @dataclass(frozen=True)
 class Cosine(Scaling):
     """factor = tau / (||q|| * ||k||): logit = tau * cos(q, k). A q or k of norm 0 has the factor 0.

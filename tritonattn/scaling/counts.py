@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.hints import hinted
 from ..core.invariance import power
 from ..core.statistics import Statistics, reciprocal, reciprocal_root
 from ..core.visibility import Visibility
@@ -43,6 +44,7 @@ class SqrtKeyCount(Scaling):
         return reciprocal(visible.sum(-1, keepdim=True)).sqrt()
 
 
+@hinted
 @dataclass(frozen=True)
 class LogKeyCount(Scaling):
     """factor = ln(n) / ln(base) / sqrt(D): keeps attention from spreading out as n grows.
@@ -74,6 +76,7 @@ class LogKeyCount(Scaling):
         return logarithm / math.sqrt(k.shape[-1])
 
 
+@hinted
 @dataclass(frozen=True)
 class LogPower(Scaling):
     """factor = (ln(n) / ln(base))^power / sqrt(D).

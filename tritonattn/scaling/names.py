@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from .base import Scaling
 from .constants import Dim, SqrtDim, Unscaled
@@ -25,6 +25,33 @@ _LEARNED = {
 }
 
 
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict
+
+    class Modes(TypedDict, extra_items=type[Scaling]):
+        """Classes by name, with the arguments of each; a `Scaling` of a user's own may be put there too."""
+
+        sqrt_dim: type[SqrtDim]
+        dim: type[Dim]
+        none: type[Unscaled]
+        key_count: type[KeyCount]
+        sqrt_key_count: type[SqrtKeyCount]
+        key_norm_sum: type[KeyNormSum]
+        key_norm_mean: type[KeyNormMean]
+        key_norm_rms: type[KeyNormRms]
+        key_norm_max: type[KeyNormMax]
+        key_norm_l2: type[KeyNormL2]
+        log_key_count: type[LogKeyCount]
+        log_power: type[LogPower]
+        qwen_logn: type[QwenLogn]
+        llama4: type[Llama4]
+        ministral3: type[Ministral3]
+        inkling: type[Inkling]
+        inkling2: type[Inkling2]
+        beam: type[Beam]
+        cosine: type[Cosine]
+
+
 class _Modes(dict[str, type[Scaling]]):
     """Classes of modes by name. Another name raises KeyError with the nearest one."""
 
@@ -32,29 +59,28 @@ class _Modes(dict[str, type[Scaling]]):
         raise KeyError(_unknown(name, self))
 
 
-SCALINGS: dict[str, type[Scaling]] = _Modes(
-    {
-        "sqrt_dim": SqrtDim,
-        "dim": Dim,
-        "none": Unscaled,
-        "key_count": KeyCount,
-        "sqrt_key_count": SqrtKeyCount,
-        "key_norm_sum": KeyNormSum,
-        "key_norm_mean": KeyNormMean,
-        "key_norm_rms": KeyNormRms,
-        "key_norm_max": KeyNormMax,
-        "key_norm_l2": KeyNormL2,
-        "log_key_count": LogKeyCount,
-        "log_power": LogPower,
-        "qwen_logn": QwenLogn,
-        "llama4": Llama4,
-        "ministral3": Ministral3,
-        "inkling": Inkling,
-        "inkling2": Inkling2,
-        "beam": Beam,
-        "cosine": Cosine,
-    }
-)
+_NAMED: Modes = {
+    "sqrt_dim": SqrtDim,
+    "dim": Dim,
+    "none": Unscaled,
+    "key_count": KeyCount,
+    "sqrt_key_count": SqrtKeyCount,
+    "key_norm_sum": KeyNormSum,
+    "key_norm_mean": KeyNormMean,
+    "key_norm_rms": KeyNormRms,
+    "key_norm_max": KeyNormMax,
+    "key_norm_l2": KeyNormL2,
+    "log_key_count": LogKeyCount,
+    "log_power": LogPower,
+    "qwen_logn": QwenLogn,
+    "llama4": Llama4,
+    "ministral3": Ministral3,
+    "inkling": Inkling,
+    "inkling2": Inkling2,
+    "beam": Beam,
+    "cosine": Cosine,
+}
+SCALINGS: Modes = cast("Modes", _Modes(_NAMED.items()))
 
 
 def named_scaling(name: str, learned: Iterable[str] = ()) -> Scaling:

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.hints import hinted
 from ..core.invariance import power
 from ..core.statistics import Statistics, reciprocal
 from ..core.visibility import Visibility
 from .base import Scales, Scaling, check_positive, dense_norms, scales_of_count
 
 
+@hinted
 @dataclass(frozen=True)
 class QwenLogn(Scaling):
     """factor = max(1, ln(n) / ln(train_length)) / sqrt(D).
@@ -55,6 +57,7 @@ class QwenLogn(Scaling):
         return torch.where(n > self.train_length, logarithm, 1) / math.sqrt(k.shape[-1])
 
 
+@hinted
 @dataclass(frozen=True)
 class Llama4(Scaling):
     """factor = (1 + scale * ln(1 + floor(n / floor_scale))) / sqrt(D).
@@ -89,6 +92,7 @@ class Llama4(Scaling):
         return temperature / math.sqrt(k.shape[-1])
 
 
+@hinted
 @dataclass(frozen=True)
 class Ministral3(Scaling):
     """factor = (1 + beta * ln(1 + floor((n - 1) / original_length))) / sqrt(D).
@@ -125,6 +129,7 @@ class Ministral3(Scaling):
         return (1 + self.beta * torch.log1p(steps)) / math.sqrt(k.shape[-1])
 
 
+@hinted
 @dataclass(frozen=True)
 class Inkling(Scaling):
     """factor = (1 + alpha * ln(max(n / n_floor, 1))) / sqrt(D).
@@ -161,6 +166,7 @@ class Inkling(Scaling):
         return (1 + self.alpha * math.log(2) * excess) / math.sqrt(k.shape[-1])
 
 
+@hinted
 @dataclass(frozen=True)
 class Inkling2(Inkling):
     """factor = min(1, threshold / ||q||) * min(1, threshold / ||k||) * (the factor of `Inkling`).
@@ -202,6 +208,7 @@ class Inkling2(Inkling):
         return super().multiplier(q, k, visible) * clip_of_q * clip_of_k
 
 
+@hinted
 @dataclass(frozen=True)
 class Beam(Scaling):
     """factor = (1 + n / length)^power / sqrt(D).

@@ -14,7 +14,6 @@ from ...core.visibility import Visibility
 from ...tuning.calls import Size
 from ...tuning.config import Problem
 
-
 _EXTENT = 1024  # of a relative bias
 
 

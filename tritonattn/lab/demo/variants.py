@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from ...core.errors import CommandError
 from ...scaling import Scaling
-from ..training.modes import GAIN, build, check_mode
+from ..training.modes import build, check_mode
 
 # NAME(BASE) is how `Advice.mode` writes a mode whose first argument is its base.
 _WRITTEN = re.compile(r"(?P<mode>[\w+]+)(:(?P<base>\w+))?(\*(?P<gain>[\d.]+))?")
 _ADVISED = re.compile(r"(log_key_count|qwen_logn)\((\w+)\)")
+_GAIN = "+gain"  # a learned gain, which starts where a row of `keys` keys asks for
 _BASED = ("log_key_count", "log_power", "qwen_logn", "ssmax", "learned_log_power")
 BASELINE = "sqrt_dim"
 
@@ -53,10 +54,10 @@ def variant(text: str, context: int | None) -> Variant:
         raise CommandError(f"--modes: expected NAME[:BASE][*GAIN], got {text!r}")
     mode, base, gain = parts.group("mode", "base", "gain")
     check_mode(mode)
-    if mode.removesuffix(GAIN) in _BASED or mode.endswith(GAIN):
+    if mode.removesuffix(_GAIN) in _BASED or mode.endswith(_GAIN):
         base = _trained(text, context) if base in (None, "CONTEXT") else base
     elif base is not None:
-        raise CommandError(f"--modes: expected a base after {', '.join(_BASED)} or {GAIN} only, got {text!r}")
+        raise CommandError(f"--modes: expected a base after {', '.join(_BASED)} or {_GAIN} only, got {text!r}")
     name = f"{mode}{f':{base}' if base else ''}{f'*{gain}' if gain else ''}"
     try:
         one = Variant(name, mode, int(base or 2), None if gain is None else float(gain))

@@ -1,0 +1,30 @@
+"""The overloads of the public functions have every argument, of the same type, whatever return_aux is."""
+
+import inspect
+import typing
+
+import pytest
+
+import tritonattn
+from tritonattn.calls import options
+from tritonattn.distributed import context_parallel, context_parallel_attention, context_parallel_decode, decode
+
+FUNCTIONS = {
+    tritonattn.attention: options.Options,
+    tritonattn.scaled_attention: options.ScaledOptions,
+    tritonattn.attention_varlen: options.VarlenOptions,
+    tritonattn.attention_decode: options.DecodeOptions,
+    context_parallel_attention: context_parallel.ParallelOptions,
+    context_parallel_decode: decode.ParallelDecodeOptions,
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_options_are_the_arguments_that_a_call_may_leave_out(function):
+    optional = [
+        name
+        for name, one in inspect.signature(function).parameters.items()
+        if one.kind is one.KEYWORD_ONLY and one.default is not one.empty and name != "return_aux"
+    ]
+    hints = typing.get_type_hints(function)
+    assert typing.get_type_hints(FUNCTIONS[function]) == {name: hints[name] for name in optional}

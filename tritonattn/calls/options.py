@@ -1,0 +1,72 @@
+"""The keyword arguments of the public functions as types: those of their overloads, which differ in return_aux."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from torch import Tensor
+
+from ..scaling import Scaling
+from .key_statistics import KeyStatistics
+from .paged_statistics import PagedKeyStatistics
+
+
+class Terms(TypedDict, total=False):
+    """Of every function."""
+
+    window: tuple[int | None, int | None] | None
+    key_bias: Tensor | None
+    relative_bias: Tensor | None
+    relative_right: int
+    bias_after_softcap: bool
+    softcap: float | None
+    sinks: Tensor | None
+    backend: str
+    batch_invariant: bool | None
+
+
+class ScaledOptions(Terms, total=False):
+    """Of `scaled_attention`."""
+
+    scale: float | None
+    causal: bool
+    key_lengths: Tensor | None
+    key_ranges: Tensor | None
+    mask: Tensor | None
+    bias: Tensor | None
+    dropout_p: float
+
+
+class Factors(TypedDict, total=False):
+    """Of every function but `scaled_attention`."""
+
+    scaling: str | Scaling | float | Tensor
+    gain: float | Tensor | None
+
+
+class Options(Factors, Terms, total=False):
+    """Of `attention`."""
+
+    causal: bool
+    key_lengths: Tensor | None
+    key_ranges: Tensor | None
+    mask: Tensor | None
+    bias: Tensor | None
+    dropout_p: float
+
+
+class VarlenOptions(Factors, Terms, total=False):
+    """Of `attention_varlen`."""
+
+    block_table: Tensor | None
+    statistics: PagedKeyStatistics | None
+    causal: bool
+    dropout_p: float
+
+
+class DecodeOptions(Factors, Terms, total=False):
+    """Of `attention_decode`, but for key_lengths, which it needs."""
+
+    statistics: KeyStatistics | PagedKeyStatistics | None
+    block_table: Tensor | None
+    query_lengths: Tensor | None

@@ -1,0 +1,46 @@
+"""Hints for keyword arguments that a function or a class does not have."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_LISTED = 8  # arguments at most that a hint lists
+
+
+def hint_for_keyword(word: str, known: Iterable[str]) -> str | None:
+    """Name the arguments that there are, or of many the nearest one; None where none of many is near."""
+    names = [name for name in known if name != "self"]
+    close = difflib.get_close_matches(word, names, n=1)
+    if len(names) > _LISTED:
+        names = close
+    if len(names) < 2:
+        return f"expected {names[0]}=, got {word}=" if names else None
+    hint = f" (did you mean {close[0]}=?)" if close else ""
+    return f"expected one of {', '.join(f'{name}=' for name in names)}, got {word}={hint}"
+
+
+def hinted(cls: type[T]) -> type[T]:
+    """Class decorator: a keyword that the class does not have raises a TypeError that names those that it has."""
+    plain: Any = cls.__init__
+
+    @functools.wraps(plain)
+    def init(self: Any, *arguments: Any, **keywords: Any) -> None:
+        try:
+            plain(self, *arguments, **keywords)
+            return
+        except TypeError:
+            known = inspect.signature(plain).parameters
+            unknown = [word for word in keywords if word not in known]
+            hint = hint_for_keyword(unknown[0], known) if unknown else None
+            if hint is None:
+                raise
+        raise TypeError(f"{type(self).__name__}: {hint}")
+
+    cls.__init__ = init
+    return cls
