@@ -127,6 +127,10 @@ def test_bounded_logits_are_recognised_and_fade_as_the_formula_says():
 
     q, k = standing_out(5.0, 63, 3)
     assert advise(q, k, scaling=1.0).findings[0].rule.name == "healthy"
+    assert "149" in advise(q, k, scaling=1.0).table()
+    local = advise(q, k, scaling=1.0, softcap=50.0, window=(63, 63))
+    assert local.findings[0].rule.name == "healthy"
+    assert "window" in local.table()
     advice = advise(q, k, scaling=1.0, softcap=50.0)
     assert advice.keeps
     for part in ("softcap 50 bounds", "0.70 at 64 keys and 0.50 at 149", "train with ssmax"):
@@ -214,6 +218,7 @@ HEALTHY = Reading(
         ("varied counts", {"key_count_variation": 0.26, "causal": True}, {"key_count_variation": 0.26}),
         ("will fade", {"gap": 6.0}, {"gap": 6.0, "bounded": "QK-norm"}),
         ("will fade", {"gap": 4.1, "bounded": "QK-norm"}, {"gap": 4.2, "bounded": "QK-norm"}),  # ln 63 = 4.14
+        ("will fade", {"gap": 6.0, "bounded": "QK-norm", "windowed": True}, {"gap": 6.0, "bounded": "QK-norm"}),
         ("will fade", {"gap": 8.4, "bounded": "QK-norm"}, {"gap": 8.3, "bounded": "QK-norm"}),  # ln 4095 = 8.32
     ],
 )

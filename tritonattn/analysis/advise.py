@@ -17,9 +17,10 @@ from ..calls.checks import batch_visibility, operands
 from ..core.norms import key_norms_of
 from ..core.records import for_json
 from ..core.tables import table
-from ..core.visibility import Visibility
+from ..core.visibility import Visibility, window_sides
 from ..scaling import SCALINGS, Scaling
 from .diagnosis import Diagnosis, diagnose
+from .fading import half_at
 from .gaps import layer_power, power_of
 from .rules import Reading, Rule, rule_for
 from .tally import counted_rows
@@ -76,8 +77,12 @@ class Advice:
         return all(finding.mode is None for finding in self.findings)
 
     def table(self) -> str:
-        """A line for each layer: its figures, its rule, and its figures with the mode to try."""
-        headers = ("layer", "one-hot", "uniform", "entropy/ln n", "max logit", "Jacobian", "gradient", "rule", "try")
+        """A line for each layer: its figures, its rule, and its figures with the mode to try.
+
+        "half at n" is the number of keys at which the sharpest head gives its largest key 1/2, see `analysis.fading`.
+        """
+        figures = ("one-hot", "uniform", "entropy/ln n", "max logit", "Jacobian", "gradient", "half at n")
+        headers = ("layer", *figures, "rule", "try")
         rows = [
             (one.layer, *_figures(one.reading), one.rule.name, _tried(one.mode, one.after)) for one in self.findings
         ]
@@ -143,6 +148,7 @@ class _Layer:
             context=self.context,
             power=power_of(*layer_power(found.count_power, found.count_power_error)),
             bounded=self._bounded(scaling),
+            windowed=window_sides(self.visible.get("window"))[0] is not None,
         )
 
     def _bounded(self, scaling: Any) -> str:
@@ -355,6 +361,7 @@ def _figures(one: Reading) -> tuple[str, ...]:
         f"{one.max_logit:.4g}",
         f"{one.jacobian_norm:.2g}",
         f"{one.gradient_norm:.2g}",
+        "window" if one.windowed else f"{half_at(one.gap):.3g}",
     )
 
 

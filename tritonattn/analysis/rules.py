@@ -28,7 +28,9 @@ class Reading:
     power      p of the factor (ln n)^p that the gaps of the largest logits ask for; None if they do not tell
     context    the length of the model's training in tokens; None if it is not known
     bounded    what bounds the logits: "QK-norm", "cosine", "softcap 50"; "" if nothing does
+    windowed   True where a window limits the keys of a row, so that n does not grow with the context
     gap        of the sharpest head, see `analysis.fading`
+    logit_bound   the largest logit that q and k of these norms can have
     """
 
     layer: str
@@ -50,7 +52,9 @@ class Reading:
     context: int | None = None
     power: float | None = None
     bounded: str = ""
+    windowed: bool = False
     gap: float = math.nan
+    logit_bound: float = math.nan
 
     @property
     def trained(self) -> int:
@@ -117,7 +121,9 @@ def _past_context(one: Reading) -> bool:
 
 
 def _will_fade(one: Reading) -> bool:
-    return bool(one.bounded) and mass(one.gap, one.trained) > 0.5 > mass(one.gap, FAR * one.trained)
+    return (
+        bool(one.bounded) and not one.windowed and mass(one.gap, one.trained) > 0.5 > mass(one.gap, FAR * one.trained)
+    )
 
 
 RULES: tuple[Rule, ...] = (
