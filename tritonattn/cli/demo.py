@@ -15,7 +15,7 @@ DESCRIPTION = (
     "keys than it was trained on, before and after. Then run a text through a pretrained language model once with each "
     "scaling of the attention logits, and print what that does to its loss and its attention. Needs no GPU."
 )
-MODES = "sqrt_dim,key_norm_mean,sqrt_key_count,key_count,key_norm_sum,log_key_count:CONTEXT,none"
+MODES = "sqrt_dim,key_norm_mean,sqrt_key_count,key_count,key_norm_sum,log_key_count,none"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
