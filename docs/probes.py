@@ -119,6 +119,10 @@ def second_order(backend: str) -> None:
     torch.autograd.grad(first.sum(), q)
 
 
+def pairs(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
 def ranges() -> Tensor:
     return torch.tensor([[0, 2], [1, 3], [0, 6], [2, 2], [3, 6], [0, 1]], dtype=torch.int32)[None]
 
@@ -136,6 +140,11 @@ ROWS: dict[str, list[Probe]] = {
         agrees(causal=True, window=(2, 1), key_lengths=torch.tensor([4])),
         agrees(key_ranges=ranges()),
         agrees(mask=torch.tensor([1, 0, 1, 1, 0, 1]).bool().expand(1, 1, 6, 6)),
+    ],
+    "`bias`, `relative_bias`, `bias_after_softcap`": [
+        agrees(bias=pairs(2, 1, 6), causal=True),
+        agrees(relative_bias=pairs(1, 2, 1, 4), relative_right=2),
+        agrees(key_bias=pairs(2, 6), softcap=2.0, bias_after_softcap=True),
     ],
     "`key_bias`, `softcap`, `sinks`, `dropout_p`, `return_aux`": [
         agrees(
