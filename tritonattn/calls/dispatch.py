@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..backends import flash
 from ..backends.cpu import sdpa
 from ..core.autograd import autocast_is_on, needs_graph
 from ..core.call import AttentionCall, ForwardResult, Logits, per_group
@@ -58,6 +59,8 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
         with torch.autocast(call.q.device.type, enabled=False):
             return run(call)
     is_compiled, is_transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
+    if is_compiled and call.backend == "flash":
+        return torch._dynamo.disable(run)(call)  # its libraries are no operators that a compiler sees
     if is_compiled and is_transformed:
         # Dynamo's own rules for autograd functions in torch.func.grad gave wrong gradients. Raising leaves the call
         # uncompiled; fullgraph=True hands the error on.
@@ -67,7 +70,7 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
     call.backend = choose_backend(call)
     if call.dropout_p > 0:
         call.dropout = Dropout.draw(call.dropout_p, call.q.device)
-    if call.backend != "triton" and call.q.dtype.itemsize == 2 and not call.cached:
+    if call.backend != "triton" and not _has_kernels(call) and call.q.dtype.itemsize == 2 and not call.cached:
         if is_transformed or needs_graph(call.q, call.k):  # gradients of logits and of norms are added, then rounded
             call.q, call.k = call.q.float(), call.k.float()
     result = by_formulas(call) if call.backend == "reference" else None
@@ -75,17 +78,24 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
         call = with_logits(call)
         # torch maps its own attention in a loop under vmap; our operators fold the mapped axis into the batch.
         folds = call.backend == "sdpa" and not is_transformed and sdpa.supports(call)
-        result = None if folds else ops.attention(call)
+        attend = flash.attention if call.backend == "flash" else ops.attention
+        result = None if folds else attend(call)
     out = sdpa.attention(call) if result is None else result.out
     if observed is not None:
         _notify(observed, out)
     return out if result is None or not call.aux else (out, aux_of(result))
 
 
+def _has_kernels(call: AttentionCall) -> bool:
+    """True where "flash" takes the statistics of keys from kernels: on a GPU that runs them."""
+    return call.backend == "flash" and kernels_take(call.k)
+
+
 def with_logits(call: AttentionCall) -> AttentionCall:
     """The call with the terms of its logits, for the kernels or the CPU."""
     keys = call.keys if call.cached else call.k
-    statistics = (ops.KernelStatistics if call.backend == "triton" else Statistics)(keys, call.visibility)
+    runs_kernels = call.backend == "triton" or _has_kernels(call)
+    statistics = (ops.KernelStatistics if runs_kernels else Statistics)(keys, call.visibility)
     if call.cached:
         statistics = statistics if call.record is None else _recorded(call, statistics)
         call.logits = terms = logits(call, statistics, _keys_for_scaling(call))
@@ -218,7 +228,8 @@ def _notify(call: AttentionCall, out: Tensor) -> None:
 
     def aux() -> AttentionAux:
         narrow = call.k.detach()[..., :1]  # stands for v; its values reach nothing that is read
-        again, terms = replace(call, v=narrow, aux=True, dropout_p=0.0), call.logits
+        backend = "auto" if call.backend == "flash" else call.backend  # a library has no entropy
+        again, terms = replace(call, v=narrow, aux=True, dropout_p=0.0, backend=backend), call.logits
         with unobserved(), torch.no_grad():
             found = cast(tuple[Tensor, AttentionAux], run(replace(again)))[1]
             if terms.key_bias is None:
@@ -231,11 +242,28 @@ def _notify(call: AttentionCall, out: Tensor) -> None:
     notify_observers(ObservedCall(call.q, call.k, out, call.visibility, call.logits.softcap, aux))
 
 
+class LseAlone(AttentionAux):
+    """The `AttentionAux` of backend "flash": max_logit and entropy raise NotImplementedError; as a tuple, None."""
+
+    __slots__ = ()
+
+    @property
+    def max_logit(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        raise _lse_alone("max_logit")
+
+    @property
+    def entropy(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        raise _lse_alone("entropy")
+
+
+def _lse_alone(name: str) -> NotImplementedError:
+    return NotImplementedError(f"{name}: backend 'flash' gives lse alone; backends 'triton', 'sdpa' and 'reference' do")
+
+
 def aux_of(result: ForwardResult) -> AttentionAux:
     """The `AttentionAux` of a result that was computed with aux."""
-    assert result.max_logit is not None
-    assert result.entropy is not None
-    return AttentionAux(result.lse, result.max_logit, result.entropy)
+    kind = AttentionAux if result.entropy is not None else LseAlone
+    return kind(result.lse, cast(Tensor, result.max_logit), cast(Tensor, result.entropy))
 
 
 def choose_backend(call: AttentionCall) -> str:
@@ -259,6 +287,8 @@ def choose_backend(call: AttentionCall) -> str:
                 backend = "triton"
     elif backend == "triton":
         _check_kernels_run_on(q.device)
+    elif backend == "flash":
+        flash.refuse_unsupported(call)
     if call.visibility.invariant:
         _refuse_dependence(q, backend, call.dropout_p)
     return backend

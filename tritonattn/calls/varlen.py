@@ -126,7 +126,7 @@ def attention_varlen(
     if not isinstance(result, tuple):
         return _packed(result)
     out, aux = result
-    return _packed(out), AttentionAux(*(x[0] for x in aux))
+    return _packed(out), type(aux)(*(x if x is None else x[0] for x in aux))
 
 
 def _packed(out: Tensor) -> Tensor:

@@ -112,8 +112,8 @@ def context_parallel_attention(
     split = Split.of(mesh, layout)
     _check(q, k, split, method, cu_seqlens, reduce_dtype, head_group)
     call.backend = choose_backend(call)
-    if call.backend == "reference":
-        raise NotImplementedError("backend: expected 'auto', 'triton' or 'sdpa' over ranks, got 'reference'")
+    if call.backend in ("flash", "reference"):
+        raise NotImplementedError(f"backend: expected 'auto', 'triton' or 'sdpa' over ranks, got {call.backend!r}")
     of_ranks = {"method": method, "layout": layout, "reduce_dtype": reduce_dtype, "head_group": head_group}
     of_masks = {"causal": causal, "window": window, "cu_seqlens": cu_seqlens}
     of_logits = {"scaling": scaling, "gain": gain, "key_bias": key_bias, "softcap": softcap, "sinks": sinks}

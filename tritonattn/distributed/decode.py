@@ -114,8 +114,8 @@ def context_parallel_decode(
         )
     refuse_gradients(call.cached, q=q, k_cache=k, v_cache=v, scaling=scaling, gain=gain, sinks=sinks)
     call.backend = choose_backend(call)
-    if call.backend == "reference":
-        raise NotImplementedError("backend: expected 'auto', 'triton' or 'sdpa' over ranks, got 'reference'")
+    if call.backend in ("flash", "reference"):
+        raise NotImplementedError(f"backend: expected 'auto', 'triton' or 'sdpa' over ranks, got {call.backend!r}")
     of_cache = {"k_cache": k, "v_cache": v, "key_lengths": key_lengths, "window": window}
     of_logits = {"scaling": scaling, "gain": gain, "softcap": softcap, "sinks": sinks}
     alike = {"q": q, **of_cache, **of_logits, "return_aux": return_aux, "backend": backend}
