@@ -16,6 +16,7 @@ from tests.support.packed import RAGGED, offsets
 from tests.support.pairs import in_turn
 from tests.support.refusals import refuses
 from tritonattn.backends.flash import libraries
+from tritonattn.backends.flash.fold import folded
 from tritonattn.calls import dispatch
 from tritonattn.core.observation import Observer
 from tritonattn.ops import attend
@@ -107,7 +108,7 @@ def test_what_a_library_is_given(version, monkeypatch):
         ({"window": (4, None)}, False, (4, none)),
         ({"window": (None, 3)}, False, (none, 3)),
         ({"window": (6, 0)}, True, (6, none)),
-        ({"window": (19, 2**40), "causal": True}, True, (19, none)),
+        ({"window": (19, 2**40)}, False, (19, none)),
         ({"window": (20, None)}, False, (none, none)),
     ):
         factor = torch.full((2, 20), 1.5)
@@ -200,10 +201,27 @@ def test_gradients_of_keys_are_added_before_they_are_rounded(version, monkeypatc
     with pytest.raises(AssertionError):  # the library's own gradient of keys, in fp16, is infinite
         assert_gradients_of_keys_add_up("flash")
     tensors = harness.inputs(torch.bfloat16, CPU, scales=("gain",))
-    monkeypatch.setattr(attend, "kernels", torch_kernels)
+    used = []
+    monkeypatch.setattr(attend, "kernels", lambda: used.append(version) or torch_kernels())
     monkeypatch.setattr(dispatch, "kernels_take", lambda x: True)
     for scaling in ("key_norm_mean", "cosine"):
         assert_close(tensors, tritonattn.attention, scaling=scaling, causal=True)
+    assert used
+
+
+def test_gradients_of_a_fold():
+    """Of a 16-bit gradient: fp32 products and sums, rounded once to what takes them."""
+    x, d = torch.randn(2, 1, 2, 5, 16).bfloat16()
+    scale, seen = torch.randn(1, 2, 5, requires_grad=True), torch.tensor([True, True, False, True, True])
+    products = torch.where(seen[:, None], d, 0).float() * x.float()
+    d_x = torch.where(seen[:, None], d, 0).float() * scale.detach()[..., None]
+    for wide in (None, torch.zeros((), dtype=torch.float32).expand(x.shape).clone().requires_grad_()):
+        leaf = x.clone().requires_grad_(wide is None)
+        y = folded(leaf, wide, scale, seen.expand(1, 1, 5), torch.bfloat16)
+        assert torch.equal(y, (x.float() * scale[..., None]).bfloat16())
+        found = torch.autograd.grad(y, (leaf if wide is None else wide, scale), d)
+        assert torch.equal(found[0], d_x if wide is not None else d_x.bfloat16())
+        assert torch.equal(found[1], products.sum(-1))
 
 
 REFUSED = {
@@ -284,7 +302,7 @@ def test_nothing_installed(monkeypatch):
         **tensors,
         backend="flash",
     )
-    flash.install(monkeypatch, card=9)
+    flash.install(monkeypatch, "flash-attn-2 2.5.8", card=9)  # too old
     commands = ("flash-attn-4", "'flash-attn>=2.6'", "./hopper")
     error = " ~ ".join(["ImportError: backend: 'flash'", *(f"pip install {one}" for one in commands)])
     refuses(error, tritonattn.attention, **tensors, backend="flash")

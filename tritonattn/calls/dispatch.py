@@ -60,7 +60,8 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
             return run(call)
     is_compiled, is_transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
     if is_compiled and call.backend == "flash":
-        return torch._dynamo.disable(run)(call)  # its libraries are no operators that a compiler sees
+        uncompiled: Any = torch._dynamo.disable(run)  # its libraries are no operators that a compiler sees
+        return uncompiled(call)
     if is_compiled and is_transformed:
         # Dynamo's own rules for autograd functions in torch.func.grad gave wrong gradients. Raising leaves the call
         # uncompiled; fullgraph=True hands the error on.
