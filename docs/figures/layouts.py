@@ -10,7 +10,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from tritonattn.distributed.layout import LAYOUTS, Split
-from tritonattn.lab.figures import COLOURS, save
+from tritonattn.lab.figures import COLOURS, save_themes
 
 RANKS, TOKENS = 4, 32
 
@@ -56,6 +56,4 @@ def _panel(axes: Axes, layout: str) -> None:
 
 
 if __name__ == "__main__":
-    file = Path(__file__).parent / "layouts.png"
-    save(draw(), file, dpi=132)
-    print(file)
+    print(*save_themes(draw(), Path(__file__).with_suffix(".png"), dpi=132), sep="\n")

@@ -10,7 +10,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 import tritonattn
-from tritonattn.lab.figures import COLOURS, save
+from tritonattn.lab.figures import COLOURS, save_themes
 
 TOKENS = 8
 _HOLES = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
@@ -55,6 +55,4 @@ def _panel(axes: Axes, seen: torch.Tensor, title: str) -> None:
 
 
 if __name__ == "__main__":
-    file = Path(__file__).parent / "masks.png"
-    save(draw(), file, dpi=132)
-    print(file)
+    print(*save_themes(draw(), Path(__file__).with_suffix(".png"), dpi=132), sep="\n")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from tritonattn.core.provenance import Environment
-from tritonattn.lab.length.report import draw as draw_length
+from tritonattn.lab.figures import save_themes
+from tritonattn.lab.length.report import figure_of as length
 from tritonattn.lab.simulation.measures import Measures, Point
 from tritonattn.lab.simulation.paper import PANELS, component
-from tritonattn.lab.simulation.plot import draw_all
+from tritonattn.lab.simulation.plot import figures_of as simulation
 from tritonattn.lab.simulation.report import Findings
 from tritonattn.lab.simulation.verdict import Condition, Reach
 from tritonattn.lab.training.modes import MODES
-from tritonattn.lab.training.plot import draw as draw_training
+from tritonattn.lab.training.plot import figure_of as training
 from tritonattn.lab.training.records import read
 
 FIGURES = Path(__file__).resolve().parent
@@ -24,15 +27,14 @@ DATA = FIGURES.parent / "data"
 TASKS = ("recall", "digits", "spell", "text")
 
 
-def draw(folder: Path) -> list[Path]:
-    """Draw every picture into a folder, and return the paths."""
+def figures() -> Iterator[tuple[str, Figure]]:
+    """Draw every picture, and yield it with its place in this folder."""
     for task in TASKS:
         runs = [run for run in read(DATA / f"training/runs-{task}.jsonl") if run.mode in MODES]
-        draw_training(runs, folder / f"training-{task}.png")
-    draw_length(json.loads((DATA / "length.json").read_text(encoding="utf-8")), folder / "length.png")
-    (folder / "simulation").mkdir(exist_ok=True)
-    pictures = draw_all(simulated(DATA / "simulation.json"), folder / "simulation")
-    return [*(folder / f"training-{task}.png" for task in TASKS), folder / "length.png", *pictures]
+        yield f"training-{task}.png", training(runs)
+    yield "length.png", length(json.loads((DATA / "length.json").read_text(encoding="utf-8")))
+    for name, figure in simulation(simulated(DATA / "simulation.json")).items():
+        yield f"simulation/{name}.png", figure
 
 
 def simulated(file: Path) -> Findings:
@@ -57,5 +59,5 @@ def simulated(file: Path) -> Findings:
 
 
 if __name__ == "__main__":
-    for file in draw(FIGURES):
-        print(file)
+    for name, drawn in figures():
+        print(*save_themes(drawn, FIGURES / name), sep="\n")

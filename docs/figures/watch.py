@@ -13,9 +13,10 @@ from torch import nn
 
 import tritonattn
 from tritonattn.analysis import Monitor, Thresholds, qk_clip
+from tritonattn.lab.figures import save_themes
 from tritonattn.lab.texts import WONDERLAND
 from tritonattn.lab.watch.curves import Watched
-from tritonattn.lab.watch.picture import draw
+from tritonattn.lab.watch.picture import figure_of
 
 FIGURE = Path(__file__).with_name("watch.png")
 RECORDS = Path(__file__).parents[1] / "data/watch.jsonl"
@@ -69,5 +70,4 @@ if __name__ == "__main__":
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of alarms, which the picture shows
         train(RECORDS)
-    draw(Watched.read(RECORDS), FIGURE)
-    print(FIGURE)
+    print(*save_themes(figure_of(Watched.read(RECORDS)), FIGURE), sep="\n")

@@ -1,8 +1,10 @@
 """`make docs` builds the site: every page, with no warning and no dead link."""
 
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import metadata
 
 import pytest
 
@@ -21,7 +23,17 @@ def test_it_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     for page in (ROOT / "docs").glob("*.md"):
         assert (tmp_path / f"{page.stem}.html").is_file()
-    api = (tmp_path / "api.html").read_text(encoding="utf-8")
+    for page in tmp_path.glob("*.html"):
+        shown = page.read_text(encoding="utf-8")
+        for picture in re.findall(r'src="([^"]+)\.png#only-light"', shown):
+            dark = picture.removesuffix("-light") + "-dark.png"
+            assert f'src="{dark}#only-dark"' in shown
+            assert (tmp_path / dark).is_file()
+    shown = (tmp_path / "concepts.html").read_text(encoding="utf-8")
+    assert f"tritonattn {metadata('tritonattn')['Version']}" in shown
+    assert all(f'rel="{way}"' in shown for way in ("prev", "next"))
+    assert "masks.png#only-light" in shown
+    api = "".join(page.read_text(encoding="utf-8") for page in tmp_path.glob("api*.html"))
     public = {"tritonattn.analysis.Monitor"} | {
         f"{module.__name__}.{name}"
         for module in (tritonattn, tritonattn.nn, tritonattn.distributed)

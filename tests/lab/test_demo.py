@@ -4,17 +4,21 @@ import json
 
 import pytest
 import torch
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 
+import tritonattn
 from tests.support.llama import llama
 from tritonattn.cli import main as cli
+from tritonattn.core.errors import CommandError
 from tritonattn.huggingface import patched
 from tritonattn.lab import demo
 from tritonattn.lab.demo import measurement as measuring
 from tritonattn.lab.demo import plot
 from tritonattn.lab.demo.measurement import Layer, Measurement, Subject
 from tritonattn.lab.demo.variants import variant
-from tritonattn.lab.figures import COLOURS, foot, styles
+from tritonattn.lab.figures import COLOURS, darken, foot, styles
+from tritonattn.scaling import Cosine, LogKeyCount, LogPower, SqrtDim
 
 MODES = "sqrt_dim,key_norm_mean,key_count,key_norm_sum,none"
 
@@ -83,6 +87,37 @@ def test_compare_from_end_to_end(small, tmp_path, capsys, monkeypatch):
     assert patched(small.model) is None
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "like"),
+    [
+        ("ssmax", "ssmax:64", LogKeyCount(64)),  # the trained length
+        ("ssmax:9*2", "ssmax:9*2", LogKeyCount(9)),
+        ("log_key_count", "log_key_count:64", LogKeyCount(64)),
+        ("log_key_count(9)", "log_key_count:9", LogKeyCount(9)),  # as `advise` writes it
+        ("log_power", "log_power:64", LogPower(base=64)),
+        ("learned_log_power", "learned_log_power:64", LogPower(base=64)),
+        ("key_norm_sum+gain:9", "key_norm_sum+gain:9", None),
+        ("power_law", "power_law", SqrtDim()),
+        ("learned_cosine", "learned_cosine", Cosine()),
+    ],
+)
+def test_a_written_mode_is_the_scaling_as_training_would_begin(text, name, like, small):
+    one = variant(text, small.context)
+    assert (one.name, one.gain) == (name, 2.0 if "*" in text else None)
+    q, k, v = torch.randn(3, 1, 4, 9, 8, dtype=torch.float64).unbind(0)
+    wanted = {"scaling": "key_norm_sum", "gain": 9.0} if like is None else {"scaling": like}
+    got = tritonattn.attention(q, k, v, scaling=one.scaling(4, 8), causal=True)
+    torch.testing.assert_close(got, tritonattn.attention(q, k, v, **wanted, causal=True), rtol=1e-6, atol=1e-6)
+    with measuring.patched_with(small, one) as patch:
+        assert len(patch.layers) == 2
+
+
+def test_a_mode_that_needs_a_trained_length_asks_for_it():
+    with pytest.raises(CommandError, match=r"--modes: expected a base in 'ssmax\*2', .*: ssmax:BASE"):
+        variant("ssmax*2", None)
+    assert variant("ssmax:9", None).name == "ssmax:9"
+
+
 PROVENANCE = "Measured: Some(R) Long Processor (1 thread), torch 2.13, `python -m tritonattn " + "--option value " * 30
 
 
@@ -105,6 +140,28 @@ def test_the_source_is_whole_and_covers_nothing(legend, tmp_path):
     others = [figure.axes[0].get_tightbbox(), *(one.get_window_extent() for one in figure.legends)]
     assert all(box.y1 <= other.y0 for other in others)
     assert not figure.legends or figure.legends[0].get_window_extent().y1 <= others[0].y0
+
+
+def test_a_dark_figure_has_the_same_marks_on_dark_paper():
+    figure = drawn()
+    (axes,) = figure.axes
+    axes.fill_between([1, 2], [1, 2], color=COLOURS[1], alpha=0.25)
+    axes.imshow([[0, 1]], cmap=ListedColormap(["#F2F2F2", COLOURS[2]]))
+    axes.lines[0].set(color=COLOURS[0], marker="o", markerfacecolor="none")
+    points = axes.lines[0].get_xydata().copy()
+    darken(figure)
+    line, band, image = axes.lines[0], axes.collections[0], axes.images[0]
+    inks = [line, axes.xaxis.label, axes.get_xticklabels()[0], axes.spines["left"]]
+    assert all(luminance(ink.get_color() if hasattr(ink, "get_color") else ink.get_edgecolor()) > 0.8 for ink in inks)
+    assert all(luminance(paper.get_facecolor()) < 0.1 for paper in (figure, axes))
+    assert line.get_markerfacecolor() == "none"
+    assert band.get_facecolor()[0][3] == 0.25
+    assert [luminance(colour) < 0.2 for colour in image.cmap.colors] == [True, False]
+    assert (line.get_xydata() == points).all()
+
+
+def luminance(colour) -> float:
+    return sum(map(float.__mul__, (0.2126, 0.7152, 0.0722), to_rgb(colour)))
 
 
 @pytest.mark.parametrize(

@@ -64,12 +64,12 @@ class Library:
 
     def obstacle(self, call: AttentionCall) -> str | None:
         """Name what a call asks for and this library lacks, or None."""
-        visible, (*_, softcap, sinks), keywords = call.visibility, call.logits, self.keywords
+        visible, terms, keywords = call.visibility, call.logits, self.keywords
         has_window = visible.left is not None or visible.right not in (None, 0)
         for name, is_asked, keyword in (
             ("window", has_window, "window_size"),
-            ("softcap", softcap is not None, "softcap"),
-            ("sinks", sinks is not None, "learnable_sink"),
+            ("softcap", terms.softcap is not None, "softcap"),
+            ("sinks", terms.sinks is not None, "learnable_sink"),
         ):
             if is_asked and keyword not in keywords:
                 return name

@@ -83,6 +83,8 @@ def _obstacle(call: AttentionCall) -> str | None:
         ("key_ranges", visible.key_ranges),
         ("mask", visible.mask),
         ("key_bias", call.logits.key_bias),
+        ("bias", call.logits.bias),
+        ("relative_bias", call.logits.relative_bias),
         ("dropout_p", call.dropout_p or None),
         ("batch_invariant", visible.invariant or None),
         ("return_aux with sinks", call.logits.sinks if call.aux else None),

@@ -123,6 +123,10 @@ def difference(values: Tensor) -> str:
 
 
 def draw(record: dict[str, Any], file: Path) -> None:
+    save(figure_of(record), file)
+
+
+def figure_of(record: dict[str, Any]) -> Figure:
     """Draw the loss by position, and its difference from the baseline's, from `Study.record()`."""
     figure = Figure(figsize=(10.5, 5.6), layout="constrained")
     loss, moved = figure.subplots(1, 2, sharex=True)
@@ -142,16 +146,32 @@ def draw(record: dict[str, Any], file: Path) -> None:
     moved.plot(xs, _less(alone["by_bin"], [base[index] for index in later]), **looks[without])
     for axes in (loss, moved):
         axes.axvline(record["context"], color="grey", linewidth=0.8)
-        axes.set_xlabel(f"position (grey: the trained context, {record['context']:,})")
+        axes.set_xlabel(f"position (line: end of the trained context, {record['context']:,})")
         axes.xaxis.set_major_formatter("{x:,.0f}")
-    loss.set_ylabel("loss per token (nats)")
-    moved.set_ylabel(f"loss less {next(iter(losses))}'s (nats)")
+        axes.set_ylabel("nats a token")
+    loss.set_title("Loss by position", fontsize=10)
+    moved.set_title(f"The same, less {next(iter(losses))}'s", fontsize=10)
     moved.set_yscale("symlog", linthresh=_LINEAR)
     moved.set_ylim(bottom=min(-1.5 * _LINEAR, 1.5 * moved.dataLim.y0))
     plain_numbers(moved.yaxis)
-    figure.suptitle(f"{record['model']}: loss by position, {record['tokens']:,} tokens of {record['text']}")
-    foot(figure, f"Measured: {Environment(**record['environment'])}, `{record['command']}`", looks, columns=4)
-    save(figure, file)
+    figure.suptitle(_message(record), fontsize=12)
+    about = f"{record['tokens']:,} tokens of {record['text']}"
+    foot(figure, f"Measured: {about}. {Environment(**record['environment'])}, `{record['command']}`", looks, columns=4)
+    return figure
+
+
+def _message(record: dict[str, Any]) -> str:
+    """The scaling with the lowest mean loss beyond the trained context, or else in all of the text."""
+    losses, bins = record["loss"], record["bins"]
+    beyond = [index for index, (lo, _) in enumerate(bins) if lo >= record["context"]]
+    where = "beyond the trained context" if beyond else "within the trained context"
+    means = {
+        name: math.fsum(values[index] * (bins[index][1] - bins[index][0]) for index in beyond or range(len(bins)))
+        for name, values in losses.items()
+    }
+    best, base = min(means, key=means.__getitem__), next(iter(means))
+    found = f"no scaling lowers {base}'s loss" if best == base else f"{best} has the lowest loss"
+    return f"{record['model']}: {found} {where}"
 
 
 def _less(values: list[float], base: list[float]) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from matplotlib.axes import Axes
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.mlab import GaussianKDE
 from torch import Tensor
 
+from ...analysis.diagnosis import ONE_HOT, UNIFORM
 from ..figures import COLOURS, foot, save, staggered, style, ticks_at
 from .measures import Point
 from .report import BY_COUNT, TITLES, Findings
@@ -19,11 +21,22 @@ from .report import BY_COUNT, TITLES, Findings
 _FLOOR = 1e-20  # the lowest value on a logarithmic axis
 _LINEAR = ("relative_entropy",)
 _TOGETHER = 1.1  # lines that differ by less at every point are drawn as one
+_FADED = 0.1  # a largest probability that has faded
+_MOVED = 0.04  # a change of entropy / ln n to speak of
 _OTHERS = "#D0D0D0"
+_ON_LIGHT, _ON_DARK = "#111111", "#EEEEEE"  # text in cells, whose colours no theme changes
 
 
 def draw_all(findings: Findings, folder: Path) -> list[Path]:
-    """Draw every picture that has figures, and return the paths."""
+    """Write every picture that has figures, and return the paths."""
+    written = {folder / f"{name}.png": figure for name, figure in figures_of(findings).items()}
+    for file, figure in written.items():
+        save(figure, file)
+    return list(written)
+
+
+def figures_of(findings: Findings) -> dict[str, Figure]:
+    """Draw every picture that has figures, by its name."""
     numbers = dict.fromkeys(part.panel.figure for part in findings.components)
     figures = {f"paper_figure_{number}": _paper(number, findings) for number in numbers}
     if findings.sweep:
@@ -33,10 +46,7 @@ def draw_all(findings: Findings, folder: Path) -> list[Path]:
         figures["two_ways"] = two_ways(findings)
     if findings.verdict:
         figures["verdict"] = _verdict(findings)
-    written = {folder / f"{name}.png": figure for name, figure in figures.items()}
-    for file, figure in written.items():
-        save(figure, file)
-    return list(written)
+    return figures
 
 
 def density(values: Tensor, points: int = 512) -> tuple[Tensor, Tensor]:
@@ -93,11 +103,26 @@ def _lines(findings: Findings, axis: str, label: str) -> Figure:
         axes.grid(alpha=0.3)
     first = ordered[0]
     fixed = f"d = {first.dim}" if axis == "count" else f"n = {first.count:,}"
-    figure.suptitle(
-        f"{first.keys} keys, {fixed}; modes within {_TOGETHER - 1:.0%} of each other share a line", fontsize=10
-    )
-    foot(figure, findings.source(), looks, columns=3)
+    figure.suptitle(_fading(findings, ordered) if axis == "count" else _moving(findings, ordered), fontsize=11)
+    about = f"{first.keys} keys, {fixed}; modes within {_TOGETHER - 1:.0%} of each other share a line"
+    foot(figure, f"{findings.source()}; {about}", looks, columns=3)
     return figure
+
+
+def _fading(findings: Findings, points: list[Point]) -> str:
+    last = points[-1]
+    kept = [f'"{mode}"' for mode in findings.modes if findings.value(last, mode, "max_probability") > _FADED]
+    modes = f"all modes but {', '.join(kept)}" if kept else "all modes"
+    return f"Attention fades with {modes}: max probability below {_FADED} at {last.count:,} keys"
+
+
+def _moving(findings: Findings, points: list[Point]) -> str:
+    moved = []
+    for mode in findings.modes:
+        values = [findings.value(point, mode, "relative_entropy") for point in points]
+        if max(values) - min(values) > _MOVED:
+            moved.append(f'"{mode}"')
+    return f"The head dimension moves entropy / ln n by more than {_MOVED} in {', '.join(moved) or 'no mode'}"
 
 
 def _coinciding(findings: Findings, points: list[Point]) -> list[list[str]]:
@@ -131,7 +156,7 @@ def _by_keys(findings: Findings) -> Figure:
     ]
     _heatmap(right, torch.tensor(gradient).log10().tolist(), findings.modes, columns, 1, None)
     right.set_title("log10 of the gradient that reaches a row of q", fontsize=9)
-    figure.suptitle(f"n = {points[0].count:,}, d = {points[0].dim}", fontsize=10)
+    figure.suptitle(f"By kind of keys, n = {points[0].count:,}, d = {points[0].dim}", fontsize=11)
     foot(figure, findings.source())
     return figure
 
@@ -142,14 +167,17 @@ def two_ways(findings: Findings) -> Figure:
     A gradient that vanishes at the left is uniform, at the right one-hot.
     """
     low = 1e-10
-    xs, ys = {}, {}
+    xs, ys, uniform, one_hot = {}, {}, {}, {}
     for mode in findings.modes:
         found = [findings.sweep[point, mode] for point in findings.points]
         xs[mode] = _shown([x.logit_std for x in found], "logit_std")
         ys[mode] = [max(x.logit_std * x.jacobian_norm, low) for x in found]
-    rows = math.ceil(len(findings.modes) / 5)
+        uniform[mode], one_hot[mode] = fmean(x.near_uniform for x in found), fmean(x.near_one_hot for x in found)
+    count = len(findings.modes)
+    columns = min(count, min((5, 4, 6), key=lambda columns: -count % columns))  # few places left empty
+    rows = math.ceil(count / columns)
     figure = Figure(figsize=(10.5, 2.2 * rows + 1), layout="constrained")
-    panels = figure.subplots(rows, min(5, len(findings.modes)), sharex=True, sharey=True, squeeze=False)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes in panels.flat[len(findings.modes) :]:
         axes.set_axis_off()
     everywhere = [x for one in xs.values() for x in one], [y for one in ys.values() for y in one]
@@ -157,15 +185,17 @@ def two_ways(findings: Findings) -> Figure:
         axes.plot(*everywhere, ".", color=_OTHERS, markersize=2)
         axes.plot(xs[mode], ys[mode], "o", color=COLOURS[2], markersize=3)
         axes.set(xscale="log", yscale="log", ylim=(low / 3, 3 * max(everywhere[1])))
-        axes.set_title(mode, fontsize=9)
+        axes.set_title(f"{mode}\n{uniform[mode]:.0%} uniform, {one_hot[mode]:.0%} one-hot", fontsize=9)
         axes.grid(alpha=0.3)
     for axes in panels.flat[max(0, len(findings.modes) - panels.shape[1]) : len(findings.modes)]:  # lowest of a column
         axes.set_xlabel("deviation of the logits", fontsize=9)
         axes.tick_params(labelbottom=True)
     figure.supylabel(f"Jacobian's norm times that deviation; {low:g}: that or less", fontsize=10)
-    title = "Two ways for a gradient to vanish: uniform (left) and one-hot (right); every number and kind of keys"
-    figure.suptitle(title, fontsize=10)
-    foot(figure, findings.source())
+    least = min(findings.modes, key=lambda mode: uniform[mode] + one_hot[mode])
+    title = f"Gradients vanish where rows are uniform (left) or one-hot (right): least often with {least}"
+    figure.suptitle(title, fontsize=11)
+    rows_of = f"a point is a number and kind of keys; rows are uniform from entropy / ln n {UNIFORM}"
+    foot(figure, f"{findings.source()}; {rows_of}, one-hot from max probability {ONE_HOT}")
     return figure
 
 
@@ -201,7 +231,7 @@ def _heatmap(
     for y, line in enumerate(values):
         for x, value in enumerate(line):
             text = f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no -0.0
-            colour = "black" if value > (low + high) / 2 else "white"
+            colour = _ON_LIGHT if value > (low + high) / 2 else _ON_DARK
             axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -19,6 +20,10 @@ Modes = dict[str, list[Run]]
 
 
 def draw(runs: Sequence[Run], file: Path) -> None:
+    save(figure_of(runs), file)
+
+
+def figure_of(runs: Sequence[Run]) -> Figure:
     """Draw one task's runs: held-out loss, gradient norms and entropy over steps, gradients by layer, and measures."""
     modes = {mode: [run for run in group if run.status == "trained"] for mode, group in by_mode(runs).items()}
     modes = {mode: group for mode, group in modes.items() if group}
@@ -32,18 +37,36 @@ def draw(runs: Sequence[Run], file: Path) -> None:
     _curves(entropy, modes, looks, lambda run: _mean_over_layers(run.entropy))
     _by_layer(layers, modes, looks)
     _measures(final, modes, looks)
-    loss.set(ylabel="held-out loss (nats)", yscale="log")
-    moved.set_ylabel(f"held-out loss less {base}'s\nof the same seed (nats)")
+    loss.set(title="Held-out loss", ylabel="nats", yscale="log")
+    moved.set(title=f"Held-out loss less {base}'s, same seed", ylabel="nats")
     moved.set_yscale("symlog", linthresh=0.1)
-    gradients.set(ylabel="gradient norm of W_q, W_k", yscale="log")
-    entropy.set(ylabel="entropy / ln n", ylim=(0, 1.05))
-    layers.set(ylabel="gradient norm of W_q, W_k\nmean over steps", yscale="log")
+    gradients.set(title="Gradients of W_q and W_k", ylabel="norm", yscale="log")
+    entropy.set(title="Entropy of attention: 1 is uniform", ylabel="entropy / ln n", ylim=(0, 1.05))
+    layers.set(title="Gradients of W_q and W_k by layer", ylabel="norm, mean over steps", yscale="log")
     for axes in (loss, gradients, moved, layers):
         plain_numbers(axes.yaxis)
+    for axes in figure.axes:
+        axes.title.set_fontsize(10)
     first, seeds = runs[0], len({run.seed for run in runs})
-    figure.suptitle(f"{first.task}: {first.recipe}; mean of {seeds} seeds, bands and bars 95% intervals")
-    foot(figure, f"Measured: {first.environment}, {first.date}, `{first.command}`", looks)
-    save(figure, file)
+    figure.suptitle(_message(modes), fontsize=12)
+    about = f'{first.subject}: {first.recipe}; means of {seeds} seeds; bands, bars and "better" are of 95% intervals'
+    foot(figure, f"Measured: {about}. {first.environment}, {first.date}, `{first.command}`", looks)
+    return figure
+
+
+def _message(modes: Modes) -> str:
+    """The task's measure of the first mode, and of those whose difference from it excludes 0, over the same seeds."""
+    base, *others = modes
+    task = TASKS[modes[base][0].task]
+    measured = {mode: {run.seed: run.metrics[task.metric] for run in runs} for mode, runs in modes.items()}
+    better = []
+    for mode in others:
+        pairs = [(value, measured[base][seed]) for seed, value in measured[mode].items() if seed in measured[base]]
+        moved = Interval.of([value - other for value, other in pairs]) if pairs else None
+        if moved and moved.excludes_zero and (moved.mean > 0) is task.higher_is_better:
+            better.append(f"{mode} {fmean(measured[mode].values()):.3f}")
+    found = ", ".join(better) or "no mode"
+    return f"{task.name}: {task.metric} {fmean(measured[base].values()):.3f} with {base}; better: {found}"
 
 
 def _curves(axes: Axes, modes: Modes, looks: Looks, curve: Callable[[Run], Sequence[float]]) -> None:
@@ -89,7 +112,7 @@ def _measures(axes: Axes, modes: Modes, looks: Looks) -> None:
             xs = [n * 2 ** dodge(index, len(modes), 0.4) for n in lengths.values()]
             look = {**looks[mode], "capsize": 2, "elinewidth": 1}
             axes.errorbar(xs, [one.mean for one in found], [one.half for one in found], **look)
-        axes.set(xscale="log", xlabel="length in testing", ylabel=stem.rstrip("_"))
+        axes.set(title=f"{stem.rstrip('_').capitalize()} by length in testing", xscale="log", xlabel="length")
         ticks_at(axes.xaxis, list(lengths.values()))
         return
     found = [Interval.of([run.metrics[metric] for run in runs]) for runs in modes.values()]
@@ -98,7 +121,7 @@ def _measures(axes: Axes, modes: Modes, looks: Looks) -> None:
     values_beside(axes, [f"{one.mean:.3f}" for one in found])
     axes.set_yticks(range(len(modes)), list(modes), fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel(metric)
+    axes.set(title="On held-out data, at the end", xlabel=metric)
 
 
 def _mean_over_layers(lists: dict[str, list[float]], ending: str = "") -> list[float]:

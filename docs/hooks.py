@@ -1,0 +1,25 @@
+"""Hooks of the site: its version and repository from the package's metadata, and the dark look of pictures."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import metadata
+
+from mkdocs.config.defaults import MkDocsConfig
+
+_PICTURE = re.compile(r"!\[([^\]]*)\]\((figures/[\w/-]+)\.png\)")
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """The version stands beside the name; the link is `Repository` of [project.urls], where there is one."""
+    about = metadata("tritonattn")
+    config.site_name = f"{config.site_name} {about['Version']}"
+    urls = dict(line.split(", ", 1) for line in about.get_all("Project-URL") or ())
+    config.repo_url = urls.get("Repository")
+    if config.repo_url:
+        config.repo_name = "/".join(config.repo_url.rstrip("/").split("/")[-2:])
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """A picture is followed by its dark look, NAME-dark.png; the site shows one of the two."""
+    return _PICTURE.sub(r"![\1](\2.png#only-light)\n![\1](\2-dark.png#only-dark)", markdown)
