@@ -230,7 +230,7 @@ REFUSED = {
     "mask": {"mask": torch.ones(21, 35, dtype=torch.bool)},
     "key_bias": {"key_bias": torch.zeros(2, 35)},
     "bias": {"bias": torch.zeros(21, 35)},
-    "relative_bias": {"relative_bias": torch.zeros(2, 41)},
+    "relative_bias": {"relative_bias": torch.zeros(1, 2, 1, 41)},
     "dropout_p": {"dropout_p": 0.1},
     "batch_invariant": {"batch_invariant": True},
     "return_aux with sinks": {"return_aux": True, "sinks": torch.zeros(2)},

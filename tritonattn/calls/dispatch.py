@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import warnings
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,32 +25,12 @@ from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Scales, Scaling
 from .checks import check_factor, check_key_bias, check_number, scale_dtype
 from .formulas import by_formulas
+from .results import AttentionAux, aux_of
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LARGEST_KERNEL_DIM = 512
 _LARGEST_KEY_OF_DECODE = 1024
 _DIM_OF_EVERY_GPU = 256
-
-
-class AttentionAux(NamedTuple):
-    """The softmax of each row before dropout and sinks: [B, Hq, Sq], fp32 (fp64 for fp64 q), natural log.
-
-    lse         ln sum_j exp(logit[i, j]) over the visible keys, after softcap; differentiable
-    max_logit   max_j logit[i, j], before softcap (but with the biases if they are added after it); not differentiable
-    entropy     -sum_j p[i, j] ln p[i, j], after softcap; not differentiable
-
-    A row without keys has lse = max_logit = -inf and entropy 0.
-
-    >>> import torch, tritonattn
-    >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
-    >>> out, aux = tritonattn.attention(q, k, v, causal=True, return_aux=True)
-    >>> aux.entropy[0, :, 0].tolist()  # the first row attends to one key
-    [0.0, 0.0, 0.0, 0.0]
-    """
-
-    lse: Tensor
-    max_logit: Tensor
-    entropy: Tensor
 
 
 def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
@@ -264,30 +244,6 @@ def _notify(call: AttentionCall, out: Tensor) -> None:
             return found._replace(max_logit=without.max_logit)
 
     notify_observers(ObservedCall(call.q, call.k, out, call.visibility, call.logits.softcap, aux))
-
-
-class LseAlone(AttentionAux):
-    """The `AttentionAux` of backend "flash": max_logit and entropy raise NotImplementedError; as a tuple, None."""
-
-    __slots__ = ()
-
-    @property
-    def max_logit(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        raise _lse_alone("max_logit")
-
-    @property
-    def entropy(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        raise _lse_alone("entropy")
-
-
-def _lse_alone(name: str) -> NotImplementedError:
-    return NotImplementedError(f"{name}: backend 'flash' gives lse alone; backends 'triton', 'sdpa' and 'reference' do")
-
-
-def aux_of(result: ForwardResult) -> AttentionAux:
-    """The `AttentionAux` of a result that was computed with aux."""
-    kind = AttentionAux if result.entropy is not None else LseAlone
-    return kind(result.lse, cast(Tensor, result.max_logit), cast(Tensor, result.entropy))
 
 
 def choose_backend(call: AttentionCall) -> str:

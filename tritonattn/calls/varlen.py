@@ -7,9 +7,10 @@ from torch import Tensor
 from ..core.call import AttentionCall, Logits
 from ..scaling import Scaling
 from .checks import check, operands
-from .dispatch import AttentionAux, refuse_gradients, run
+from .dispatch import refuse_gradients, run
 from .paged_statistics import PagedKeyStatistics, check_paged_statistics
 from .public import public
+from .results import AttentionAux
 from .sharded import PACKED, PACKED_PAGES
 from .varlen_checks import Packing, packed_visibility
 

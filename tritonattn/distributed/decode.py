@@ -9,9 +9,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import ops
 from ..calls.checks import check, check_integers, check_values
 from ..calls.decode_checks import cache_operands, cache_visibility, check_statistics
-from ..calls.dispatch import AttentionAux, choose_backend, logits, refuse_gradients
+from ..calls.dispatch import choose_backend, logits, refuse_gradients
 from ..calls.key_statistics import KeyStatistics
 from ..calls.public import public
+from ..calls.results import AttentionAux
 from ..calls.sharded import head_parts
 from ..core.autograd import without_autocast
 from ..core.call import AttentionCall, ForwardResult, Logits
