@@ -15,7 +15,7 @@ from .. import ops
 from ..backends import flash
 from ..backends.cpu import sdpa
 from ..core.autograd import autocast_is_on, is_transformed, needs_graph
-from ..core.call import AttentionCall, ForwardResult, Logits, per_group
+from ..core.call import AttentionCall, Logits, per_group
 from ..core.dropout import Dropout
 from ..core.key_records import RecordedStatistics
 from ..core.observation import ObservedCall, notify_observers, observers, unobserved
@@ -48,7 +48,9 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
         raise RuntimeError("tritonattn: a torch.func transform of attention is not compiled")
     # A compiler reads no state here.
     observed = None if is_compiled or is_transformed or call.cached or not observers.get() else replace(call)
-    call.backend = choose_backend(call)
+    asked, call.backend = call.backend, choose_backend(call)
+    if asked == "auto" and call.backend == "triton" and not is_compiled and _flash_is_faster(call):
+        call.backend = "flash"
     if call.dropout_p > 0:
         call.dropout = Dropout.draw(call.dropout_p, call.q.device)
     if call.backend != "triton" and not _has_kernels(call) and call.q.dtype.itemsize == 2 and not call.cached:
@@ -65,6 +67,20 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
     if observed is not None:
         _notify(observed, out)
     return out if result is None or not call.aux else (out, aux_of(result))
+
+
+def _flash_is_faster(call: AttentionCall) -> bool:
+    """True where a table measured on this card names a library for "auto", and it takes the call."""
+    library = _faster_library(call.q.device)
+    return library != "" and not call.aux and flash.takes(call, library)
+
+
+@functools.cache
+def _faster_library(device: torch.device) -> str:
+    from ..tuning.config import Target
+    from ..tuning.lookup import faster_library
+
+    return faster_library(Target.of(device)) if device.type == "cuda" else ""
 
 
 def _has_kernels(call: AttentionCall) -> bool:

@@ -11,6 +11,6 @@ libraries' gradients d_q' and d_k', of 16 bits,
 and autograd carries d_query_scale on into key norms and learned parameters.
 """
 
-from .run import attention, refuse_unsupported
+from .run import attention, refuse_unsupported, takes
 
-__all__ = ["attention", "refuse_unsupported"]
+__all__ = ["attention", "refuse_unsupported", "takes"]

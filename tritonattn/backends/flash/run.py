@@ -23,6 +23,14 @@ def refuse_unsupported(call: AttentionCall) -> None:
     _library_for(call)
 
 
+def takes(call: AttentionCall, name: str) -> bool:
+    """True where it is this library that runs a call on a GPU."""
+    try:
+        return _library_for(call).name == name
+    except (NotImplementedError, ImportError):
+        return False
+
+
 def attention(call: AttentionCall) -> ForwardResult:
     """out [B, Hq, Sq, Dv], and with aux lse, of a call with the terms of its logits; max_logit and entropy are None."""
     library, terms, visible = _library_for(call), call.logits, call.visibility
@@ -110,10 +118,10 @@ def _lse(lse: Tensor | None, rows: Tensor | None, call: AttentionCall, library: 
     """lse as [B, Hq, Sq], -inf in rows without keys, of [B, Hq, Sq] or [Hq, T_q]."""
     if lse is None:
         return None
-    lse = lse.reshape(call.visibility.rows)
+    found = lse.reshape(call.visibility.rows)
     if not library.has_gradient_of_lse:
-        lse = apply(_WithoutGradient, lse, library.name)
-    return lse if rows is None else lse.masked_fill(~rows, -math.inf)
+        found = apply(_WithoutGradient, found, library.name)
+    return found if rows is None else found.masked_fill(~rows, -math.inf)
 
 
 class _WithoutGradient(Function):
