@@ -3,6 +3,9 @@
 Causal bf16 with the vector of log_key_count, 8,192 tokens of 16 heads, forward and backward. With --write the user's
 table of this card names the library where it is at least 5 % faster at every head dim; "auto" then runs it in each call
 that it takes. Else the table names none.
+
+--errors needs no GPU: errors of folded factors, on a stand-in for FlashAttention that computes eagerly, beside those of
+factors that act in fp32, as in the kernels.
 """
 
 from __future__ import annotations
@@ -11,9 +14,12 @@ import argparse
 import sys
 from dataclasses import replace
 
+import pytest
 import torch
 
 import tritonattn
+from tests.kernels import harness
+from tests.support import flash as stand_in
 from tritonattn.backends.flash.libraries import card_of, libraries
 from tritonattn.core.provenance import commit
 from tritonattn.core.tables import table as layout
@@ -56,6 +62,26 @@ def gains(ours: str, head_dims: tuple[int, ...], tokens: int, device: torch.devi
     return found
 
 
+def errors(scaling: str, tokens: int, head_dim: int) -> list[list]:
+    """The largest error over the largest exact value, of causal bf16 with a gain: folded, and with factors in fp32."""
+    sizes = {"batch": 1, "kv_heads": 2, "group": 1, "q_len": tokens, "k_len": tokens}
+    tensors = harness.inputs(
+        torch.bfloat16, torch.device("cpu"), **sizes, head_dim=head_dim, value_dim=head_dim, scales=("gain",)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in.install(patch, "flash-attn-4 4.0.0b36")
+        found = harness.ours_exact_eager(tensors, tritonattn.attention, backend="flash", scaling=scaling, causal=True)
+    folded, exact, in_fp32 = found
+    rows = []
+    for name, right in exact.items():
+        largest = right.abs().max()
+        of_both = (((x[name].double() - right).abs().max() / largest).item() for x in (folded, in_fp32))
+        rows.append(
+            [scaling, head_dim, name if name == "out" else f"gradient of {name}", *map("{:.4f}".format, of_both)]
+        )
+    return rows
+
+
 def write(library: str, target: Target) -> str:
     """Name a library in the user's table of a card, or none by ""; return the file."""
     path = lookup.user_table(target)
@@ -70,11 +96,17 @@ def write(library: str, target: Target) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cuda", "emulate"), default="cuda", help="emulate: nothing to time")
+    parser.add_argument("--errors", action="store_true", help="errors of folded factors; needs no GPU")
     parser.add_argument("--write", action="store_true", help="let the table of this card name the library or none")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.errors:
+        rows = [row for scaling in ("log_key_count", "key_norm_mean") for row in errors(scaling, 1024, 64)]
+        print(f"measured on a CPU, torch {torch.__version__}, commit {commit()}\n")
+        print(layout(rows, ["scaling", "D", "result", "folded into q", "in fp32"], left=None))
+        return
     if reason := obstacle(options.device):
         sys.exit(f"flash: {reason}")
     device = torch.device("cuda", torch.cuda.current_device())
