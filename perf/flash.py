@@ -31,7 +31,12 @@ from tritonattn.tuning.table import Table, TableError, kernels_fingerprint, writ
 
 HEAD_DIMS = (64, 128)
 LEAST_GAIN = 1.05
-_TOKENS, _HEADS, _ROUNDS = 8192, 16, 20
+_TOKENS, _HEADS, _ROUNDS, _TOKENS_OF_ERRORS = 8192, 16, 20, 2048
+SCALINGS = {
+    "log_key_count, base e": tritonattn.SCALINGS["log_key_count"](),
+    "log_key_count, base 64": tritonattn.SCALINGS["log_key_count"](base=64),
+    "key_norm_mean": tritonattn.SCALINGS["key_norm_mean"](),
+}
 
 
 def obstacle(device: str) -> str | None:
@@ -62,23 +67,23 @@ def gains(ours: str, head_dims: tuple[int, ...], tokens: int, device: torch.devi
     return found
 
 
-def errors(scaling: str, tokens: int, head_dim: int) -> list[list]:
-    """The largest error over the largest exact value, of causal bf16 with a gain: folded, and with factors in fp32."""
+def errors(name: str, scaling: tritonattn.Scaling, tokens: int, head_dim: int) -> list[list]:
+    """The largest error over the largest exact value, of causal bf16 with a gain of 1: folded, and factors in fp32."""
     sizes = {"batch": 1, "kv_heads": 2, "group": 1, "q_len": tokens, "k_len": tokens}
     tensors = harness.inputs(
         torch.bfloat16, torch.device("cpu"), **sizes, head_dim=head_dim, value_dim=head_dim, scales=("gain",)
     )
+    tensors["gain"] = torch.ones_like(tensors["gain"])
     with pytest.MonkeyPatch.context() as patch:
         stand_in.install(patch, "flash-attn-4 4.0.0b36")
         found = harness.ours_exact_eager(tensors, tritonattn.attention, backend="flash", scaling=scaling, causal=True)
     folded, exact, in_fp32 = found
     rows = []
-    for name, right in exact.items():
+    for result, right in exact.items():
         largest = right.abs().max()
-        of_both = (((x[name].double() - right).abs().max() / largest).item() for x in (folded, in_fp32))
-        rows.append(
-            [scaling, head_dim, name if name == "out" else f"gradient of {name}", *map("{:.4f}".format, of_both)]
-        )
+        of_both = (((x[result].double() - right).abs().max() / largest).item() for x in (folded, in_fp32))
+        shown = result if result == "out" else f"gradient of {result}"
+        rows.append([name, head_dim, shown, *(f"{error:.4f}" for error in of_both)])
     return rows
 
 
@@ -103,8 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     if options.errors:
-        rows = [row for scaling in ("log_key_count", "key_norm_mean") for row in errors(scaling, 1024, 64)]
-        print(f"measured on a CPU, torch {torch.__version__}, commit {commit()}\n")
+        rows = [row for name, scaling in SCALINGS.items() for row in errors(name, scaling, _TOKENS_OF_ERRORS, 64)]
+        print(f"{_TOKENS_OF_ERRORS:,} tokens, measured on a CPU, torch {torch.__version__}, commit {commit()}\n")
         print(layout(rows, ["scaling", "D", "result", "folded into q", "in fp32"], left=None))
         return
     if reason := obstacle(options.device):
