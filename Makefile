@@ -9,7 +9,8 @@ OLDEST = torch==2.8.0 triton==3.4.0 'numpy<2.4'
 # A sample of every layer, for other versions: in Triton's interpreter, and without.
 SAMPLED_KERNELS = tests/kernels/test_ranges.py tests/kernels/test_key_statistics.py tests/kernels/test_few_rows.py
 SAMPLED = tests/core tests/scaling tests/backends tests/emulated/test_attention.py tests/emulated/test_decode.py \
-	tests/stub_tests/test_refusals.py tests/nn/test_formulas.py tests/huggingface/test_masks.py
+	tests/stub_tests/test_refusals.py tests/nn/test_formulas.py tests/huggingface/test_masks.py \
+	tests/calls/test_compile.py tests/ops/test_decode.py
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 # One thread a worker: more would take the cores from one another. Neighbours share fixtures: they stay on one worker.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
@@ -18,7 +19,7 @@ ALONE = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 INTERPRETED = TRITON_INTERPRET=$$($(VENV)/bin/python -c 'import torch; print(int(not torch.cuda.is_available()))')
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-peers test-oldest test-sample test-vllm mutants docs lint clean
+.PHONY: demo test test-slow test-peers test-oldest test-sample test-vllm wheel mutants docs lint clean
 
 demo: $(VENV)/.demo  ## what each scaling does to a real model: make demo ARGS="--plot demo.png"
 	$(VENV)/bin/tritonattn demo $(ARGS)
@@ -47,6 +48,12 @@ test-vllm:  ## the vLLM plugin in vLLM's engine on a CPU, in a venv of its own o
 	$(MAKE) $(VENV)-vllm/.vllm VENV=$(VENV)-vllm
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/serving -o filterwarnings= -W ignore $(ARGS)
 
+wheel: $(VENV)/.dev $(VENV)/.demo  ## sdist and wheel in dist/; README's Python and some commands run from the wheel in a new venv
+	rm -rf dist
+	$(VENV)/bin/python -m build --outdir dist
+	$(VENV)/bin/twine check --strict dist/*
+	$(VENV)/bin/python -m tests.release.installed dist/*.whl
+
 mutants: $(VENV)/.test  ## every deliberate fault of tests/mutants/table.txt is caught by its test: make mutants ARGS=decode
 	$(VENV)/bin/python -m tests.mutants --jobs $(WORKERS) $(ARGS)
 
@@ -56,6 +63,9 @@ docs: $(VENV)/.docs  ## the documents as a site, in site/; it fails on a dead li
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 clean:
 	rm -rf $(VENV)

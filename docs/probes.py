@@ -140,6 +140,10 @@ def second_order(backend: str) -> None:
     torch.autograd.grad(first.sum(), q)
 
 
+def pairs(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
 def ranges() -> Tensor:
     return torch.tensor([[0, 2], [1, 3], [0, 6], [2, 2], [3, 6], [0, 1]], dtype=torch.int32)[None]
 
@@ -164,6 +168,11 @@ ROWS: dict[str, list[Probe]] = {
     "`sinks` (`flash`: FlashAttention 4 alone)": [agrees(sinks=torch.zeros(2, requires_grad=True))],
     "`key_bias`, `dropout_p`": [
         agrees(key_bias=torch.linspace(-1, 1, 12).view(2, 6).requires_grad_(), softcap=2.0, dropout_p=0.3),
+    ],
+    "`bias`, `relative_bias`, `bias_after_softcap`": [
+        agrees(bias=pairs(2, 1, 6), causal=True),
+        agrees(relative_bias=pairs(1, 2, 1, 4), relative_right=2),
+        agrees(key_bias=pairs(2, 6), softcap=2.0, bias_after_softcap=True),
     ],
     "`return_aux`: lse": [lse],
     "`return_aux`: largest logit, entropy": [

@@ -111,5 +111,11 @@ def test_only_its_users_import_an_optional_package():
             assert "triton" not in outside(path), path
 
 
+def test_nothing_needs_the_checkout():
+    """A wheel has none of these folders."""
+    for path in FILES:
+        assert not {"docs", "perf", "tests"} & outside(path), path
+
+
 def test_pieces_of_kernels_know_no_torch():
     assert outside(PACKAGE / "backends" / "triton" / "block.py") <= {"triton", "typing", "__future__"}

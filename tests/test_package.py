@@ -1,9 +1,12 @@
 """The package as users get it: a wheel, an editable checkout, a bare interpreter."""
 
 import json
+import re
+import runpy
 import subprocess
 import sys
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,39 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     for wanted in ("py.typed", "autotune_cache/README.md", *texts, "backends/triton/block.py"):
         assert f"tritonattn/{wanted}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_page_of_an_index(wheel):
+    """PyPI shows no <picture>, and its links are relative to its own page."""
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = (name for name in archive.namelist() if name.endswith("dist-info/METADATA"))
+        metadata = message_from_bytes(archive.read(name))
+    readme, page = (ROOT / "README.md").read_text(encoding="utf-8"), metadata.get_payload()
+    code = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
+    assert code.findall(page) == code.findall(readme)
+    prose = code.sub("", page)
+    links = re.findall(r'(?:\]\(|href="|src=")([^)"]*)', prose)
+    assert len(links) > 9
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert not re.search("<picture|<source|srcset", prose)
+    urls = dict(url.split(", ") for url in metadata.get_all("Project-URL", []))
+    tag = f"{urls['Repository']}/%s/v{metadata['Version']}/"
+    assert tag % "blob" + "docs/quickstart.md" in "\n".join(links)
+    assert all(link.startswith(tag % "raw") for link in re.findall(r'(?:!\[[^]]*\]\(|<img [^>]*src=")([^)"]*)', prose))
+    assert all(one.startswith(urls["Repository"]) for name, one in urls.items() if name != "Documentation")
+    owner, project = urls["Repository"].split("/")[-2:]
+    assert urls["Documentation"] == f"https://{owner}.github.io/{project}/"
+
+
+def test_pictures_and_links_of_an_index():
+    source = (
+        '<picture>\n<source srcset="docs/dark.png">\n<img alt="A" src="docs/light.png">\n</picture>\n'
+        "![B](docs/b.png) [C](docs/c.md#d) [`E`](#e) [F](https://f.org) `G[0](h)`"
+    )
+    assert runpy.run_path(str(ROOT / "hatch_build.py"))["described"](source, "https://r", "v1") == (
+        '<img alt="A" src="https://r/raw/v1/docs/light.png">\n![B](https://r/raw/v1/docs/b.png) '
+        "[C](https://r/blob/v1/docs/c.md#d) [`E`](https://r/blob/v1/README.md#e) [F](https://f.org) `G[0](h)`"
+    )
 
 
 # In one process, as the import of torch takes most of its time.

@@ -19,7 +19,7 @@ from .calls.warmup import warmup
 from .core.invariance import batch_invariant
 from .scaling import SCALINGS, Scales, Scaling
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "SCALINGS",

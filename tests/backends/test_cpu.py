@@ -43,6 +43,30 @@ def of_form(form, dtype=torch.float64, mask="full", kv_heads=2, scales=ALL):
     return tensors, {"scale": 0.3, **arguments, **MASKS[mask](2, 4, *SIZES.values())}
 
 
+SHAPES = {"every pair": (2, 4, 21, 29), "keys of heads": (1, 4, 1, 29), "rows": (2, 1, 21, 1)}
+EXTENTS = {"both sides": (1, 4, 1, 49, 28), "of rows": (2, 4, 21, 6, 2), "longer than keys": (2, 1, 21, 60, 30)}
+
+
+@pairwise(
+    dense=SHAPES,
+    table=EXTENTS,
+    mask=["full", "causal window", "ranges", "mask of heads", "everything"],
+    form=["plain", "everything", "after softcap"],
+    dtype=[torch.float64, torch.bfloat16],
+    values=["read", "not read"],
+)
+@pytest.mark.usefixtures("small_tiles")
+def test_biases_of_pairs(dense, table, mask, form, dtype, values, monkeypatch):
+    if values == "not read":
+        monkeypatch.setattr(tiles, "readable", lambda device: False)
+    tensors, arguments = of_form("everything" if form == "after softcap" else form, dtype, mask)
+    random, (*shape, right) = torch.Generator().manual_seed(2), EXTENTS[table]
+    for name, size in (("bias", SHAPES[dense]), ("relative_bias", shape)):
+        tensors[name] = torch.randn(size, generator=random, dtype=torch.float64).to(dtype)
+    arguments |= {"relative_right": right, "bias_after_softcap": form == "after softcap", "return_aux": True}
+    check(tensors, **arguments)
+
+
 def direction(tensors):
     """A random gradient of out."""
     q, v = tensors["q"], tensors["v"]

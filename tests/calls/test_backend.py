@@ -23,7 +23,7 @@ def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
 
 def test_triton_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
-    with pytest.raises(ImportError, match=r"backend: 'triton' needs .* pip install 'triton>=3.4'"):
+    with pytest.raises(ImportError, match=r"backend: 'triton' needs .* pip install \"triton>=3.4\""):
         tritonattn.attention(*operands(torch.float32).values(), backend="triton")
     tritonattn.attention(*operands(torch.float32).values())
 

@@ -12,7 +12,7 @@ from tests.support.calls import operands
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.packed import Packed, packed_operands
 from tests.support.pairs import pairwise
-from tritonattn import attention
+from tritonattn import Scales, Scaling, attention, check_scaling
 
 BACKENDS = ("sdpa", "reference")
 B, HQ, HKV, SQ, SK = SIZES = 2, 4, 2, 5, 7
@@ -313,3 +313,56 @@ def test_a_batch_invariant_row_is_as_alone():
         lone = {name: x[1:] for name, x in tensors.items()}
         own = {"key_ranges": ranges[1:]} if "key_ranges" in options else options
         assert torch.equal(out[1:], attention(**lone, bias=bias, batch_invariant=True, **own))
+
+
+class Distant(Scaling):
+    """logit = q . k / sqrt(D) - slope_h |t| + 1 / (1 + ||q||) for t from -2 to 3: a bias of each distance."""
+
+    name = "distant"
+
+    def slopes(self, q):
+        return torch.arange(1, HQ + 1, dtype=q.dtype)[:, None, None]
+
+    def scales(self, q, k, visibility, statistics):
+        table = -self.slopes(q) * torch.arange(-2, 4, dtype=q.dtype).abs()  # [Hq, 1, 6]
+        table = table + 1 / (1 + statistics.query_norms(q)[..., None])
+        return Scales(q.shape[-1] ** -0.5, relative_bias=table, relative_right=2)
+
+    def multiplier(self, q, k, visible):
+        return torch.tensor(q.shape[-1] ** -0.5)
+
+    def relative_addend(self, q, k, distance):
+        bias = 1 / (1 + q.norm(dim=-1, keepdim=True)) - self.slopes(q) * distance.abs()
+        return torch.where((distance >= -2) & (distance < 4), bias, 0)
+
+
+class Wrong(Distant):
+    def relative_addend(self, q, k, distance):
+        return super().relative_addend(q, k, distance + 1)
+
+
+def test_a_scaling_may_return_a_relative_bias():
+    assert max(check_scaling(Distant()).values()) < 1e-6
+    with pytest.raises(ValueError, match=r"mask 'full', .*addend\(\)"):
+        check_scaling(Wrong())
+    tensors, table = operands(), random(B, 1, SQ, 9)
+    scaling = tritonattn.nn.PerHead(Distant(), heads=HQ)
+    for right in (0, 5):
+        ours, theirs = (
+            attention(**tensors, scaling=scaling, relative_bias=table, relative_right=right, backend=backend)
+            for backend in BACKENDS
+        )
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(ours, attention(**tensors, scaling=scaling))
+    with pytest.raises(ValueError, match="mode_b: expected modes without a bias"):
+        attention(**tensors, scaling=tritonattn.nn.Scheduled("sqrt_dim", Distant(), steps=3))
+
+
+class OfWrongShape(Distant):
+    def scales(self, q, k, visibility, statistics):
+        return Scales(1.0, relative_bias=torch.zeros(1, 3, 1, 4))
+
+
+def test_a_scaling_s_relative_bias_is_checked():
+    with pytest.raises(ValueError, match=r"distant.scales\(\).relative_bias: expected a shape broadcastable"):
+        attention(**operands(), scaling=OfWrongShape())

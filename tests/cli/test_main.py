@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import tritonattn
 from tritonattn.cli import env, options, threads
 from tritonattn.cli import main as cli
 from tritonattn.cli.options import at_least
-from tritonattn.core.errors import CommandError
+from tritonattn.core import errors
+from tritonattn.core.errors import CommandError, install
 from tritonattn.core.progress import Progress
 from tritonattn.lab import length, training
 
@@ -28,6 +30,13 @@ def test_no_command_is_refused(capsys):
     for name, module in cli.COMMANDS.items():
         assert f"\n    {name}" in text
         assert " ".join(module.HELP.split()) in " ".join(text.split())
+
+
+def test_env_names_the_version_that_runs(monkeypatch, capsys):
+    """An editable install keeps the version that it had when it was made."""
+    monkeypatch.setattr(env, "version", lambda *packages: "of packages")
+    assert cli.main(["env"]) == 0
+    assert capsys.readouterr().out.startswith(f"tritonattn: {tritonattn.__version__}\n")
 
 
 @pytest.mark.parametrize("least", [0, 1, 16])
@@ -190,12 +199,18 @@ def test_an_unknown_model_without_network(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("command", "parts"),
     [
-        ("demo", ["transformers", "pip install 'tritonattn[demo]'"]),
-        ("simulate --plot x", ["simulate needs tqdm, matplotlib; to mend it: pip install 'tritonattn[lab]'"]),
-        ("watch run.jsonl", ["watch needs matplotlib; to mend it: pip install 'tritonattn[monitor]'"]),
-        ("train-compare", ["sklearn", "to mend it: pip install 'tritonattn[lab]'"]),
+        ("demo", ["transformers", install("demo")]),
+        ("simulate --plot x", [f"simulate needs tqdm, matplotlib; to mend it: {install('lab')}"]),
+        ("watch run.jsonl", [f"watch needs matplotlib; to mend it: {install('monitor')}"]),
+        ("train-compare", ["sklearn", f"to mend it: {install('lab')}"]),
     ],
 )
 def test_a_missing_extra_is_named(command, parts, monkeypatch, capsys):
     monkeypatch.setattr(options, "find_spec", lambda name: None)
     assert_refused(capsys, command, parts)
+
+
+def test_an_extra_comes_from_the_checkout_or_to_the_installed_package(monkeypatch, tmp_path):
+    assert install("hf") == f'pip install -e "{Path(__file__).resolve().parents[2]}[hf]"'
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "tritonattn" / "core" / "errors.py"))
+    assert install("hf") == 'pip install "tritonattn[hf]"'

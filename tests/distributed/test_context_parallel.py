@@ -172,14 +172,21 @@ def test_shard_and_unshard_are_inverse_and_say_what_cannot_be_divided(rank: int)
         shard(x[..., :12], mesh=mesh, layout="zigzag")
 
 
+class Near(Scaling):
+    """A user's own mode with a bias of distances."""
+
+    def relative_addend(self, q, k, distance):
+        return 1 / (1 + distance.abs())
+
+
 @on_every_rank
 def test_every_rank_refuses(rank: int) -> None:
     """Every rank refuses before it sends anything."""
     mesh = mesh_of(dist.get_world_size())
     q, k, v = (shard(x, mesh=mesh) for x in operands(torch.float32)[:3])
 
-    def decoded(q, k):
-        return context_parallel_decode(q, k, v, mesh=mesh, key_lengths=torch.tensor([1]))
+    def decoded(q, k, **options):
+        return context_parallel_decode(q, k, v, mesh=mesh, key_lengths=torch.tensor([1, 1]), **options)
 
     for offsets, message in (([0, 9, 3], "that do not fall, got 3 after 9"), ([0, 999], "of at most S = 48, got 999")):
         with pytest.raises(ValueError, match=f"cu_seqlens: expected offsets {message}"):
@@ -198,6 +205,14 @@ def test_every_rank_refuses(rank: int) -> None:
             call()
     with pytest.raises(TypeError, match=r"got ProcessGroup; DeviceMesh.from_group\(group, device_type\) makes one"):
         shard(q, mesh=mesh.get_group())
+    for call in (
+        lambda: context_parallel_attention(q, k, v, mesh=mesh, scaling=Near()),
+        lambda: decoded(q[:, :, :1], k, scaling=Near()),
+    ):
+        with pytest.raises(
+            NotImplementedError, match="scaling: expected one without a relative bias over ranks, got N"
+        ):
+            call()
     refuses("TypeError: q: expected a tensor [B, Hq, Sq, D], got NoneType", decoded, None, k)
     refuses("ValueError: k_cache: expected 4 axes [B, Hkv, capacity, D], got 3", decoded, q[:, :, :1], k[0])
 

@@ -60,7 +60,8 @@ def test_results_and_gradients_are_those_of_one_process(rank: int, placed: str, 
     torch.manual_seed(0)
     named = {"q": _random(B, HQ, S, D), "k": _random(B, HKV, S, D), "v": _random(B, HKV, S, D + 4)}
     named |= {"gain": torch.rand(HQ, 1, dtype=torch.float64) + 0.5, "sinks": _random(HQ)}
-    fixed: dict[str, Any] = {"causal": True, "softcap": 20.0, "return_aux": True}
+    named |= {"bias": _random(HQ, 1, S), "relative_bias": _random(B, 1, S, 4)}
+    fixed: dict[str, Any] = {"causal": True, "softcap": 20.0, "relative_right": 1, "return_aux": True}
     fixed |= {"key_lengths": torch.tensor([S, 3, 5, 7]), "mask": torch.rand(1, HQ, S, S) > 0.2}
     module = nn.LEARNED[scaling](heads=HQ).double() if scaling in nn.LEARNED else scaling
     parameters = [p for p in module.parameters() if p.requires_grad] if scaling in nn.LEARNED else []
@@ -72,7 +73,8 @@ def test_results_and_gradients_are_those_of_one_process(rank: int, placed: str, 
 
     out, aux, gradients = results({name: x.clone().requires_grad_() for name, x in named.items()})
     own = {name: distribute_tensor(x, mesh, placements).requires_grad_() for name, x in named.items() if name in "qkv"}
-    own |= {name: named[name].clone().requires_grad_() for name in ("gain", "sinks")}  # the same on all ranks
+    alike = [name for name in named if name not in own]  # on all ranks
+    own |= {name: named[name].clone().requires_grad_() for name in alike}
     got, got_aux, of_ranks = results(own)
     assert got.placements == placements
     pairs = [(got, out), (got_aux.entropy, aux.entropy), *zip(of_ranks, gradients, strict=True)]
@@ -101,8 +103,8 @@ def others(rank: int) -> dict[str, float]:
     packed = {name: x[0].transpose(0, 1).contiguous() for name, x in operands.items()}
     ends = torch.tensor([0, 5, S], dtype=torch.int32)
     heads = dict.fromkeys(packed, (Replicate(), Shard(1)))
-    given = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": 7, "max_seqlen_k": 7}
-    given["scaling"] = "key_norm_mean"
+    given: dict[str, Any] = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": 7, "max_seqlen_k": 7}
+    given |= {"scaling": "key_norm_mean", "relative_bias": _random(HQ, 1, 3)}
     compared("varlen", tritonattn.attention_varlen, packed, heads, **given, sinks=_random(HQ), gain=torch.rand(HQ, 1))
 
     cache = {"q": operands["q"][:, :, :2], "k_cache": operands["k"], "v_cache": operands["v"]}
@@ -113,7 +115,7 @@ def others(rank: int) -> dict[str, float]:
     table = torch.arange(B, dtype=torch.int32)[:, None]
     paged = {"q": cache["q"], **pages}
     placed = {"q": (Shard(0), Shard(1)), **dict.fromkeys(pages, (Replicate(), Shard(2)))}
-    rows = {"key_lengths": lengths, "query_lengths": torch.tensor([2, 1, 0, 2])}
+    rows = {"key_lengths": lengths, "query_lengths": torch.tensor([2, 1, 0, 2]), "relative_bias": _random(B, HQ, 1, 3)}
     compared("paged", tritonattn.attention_decode, paged, placed, **rows, block_table=table)
     ragged = {"q": packed["q"], "k": pages["k_cache"], "v": pages["v_cache"]}
     placed = {"q": (Replicate(), Shard(1)), **dict.fromkeys("kv", (Replicate(), Shard(2)))}

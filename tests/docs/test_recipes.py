@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.support.snippets import run, snippets
+from tritonattn import attention
 from tritonattn.nn import LearnedCosine, PerHead, SSMax
 
 PAGE = "docs/recipes.md"
@@ -125,3 +126,54 @@ def test_mla_with_ssmax(form):
     wanted = softmax(factor[..., None] * z / math.sqrt(D + rope), of_v)
     ours = recipe(form)(q, latent, k_rope, w_k, w_v, scaling, causal=True)
     same(ours, wanted, [q, latent, k_rope, w_k, w_v, scaling.s, scaling.b])
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_t5_s_relative_positions(bidirectional):
+    t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
+    config = t5.T5Config(num_heads=H, d_kv=D, is_decoder=not bidirectional)
+    layer = t5.T5Attention(config, has_relative_attention_bias=True, layer_idx=0).double()
+    table, keys = layer.relative_attention_bias.weight, 200
+    nn.init.normal_(table)
+    q, k, v = normal(1, H, 3, D), normal(1, H, keys, D), normal(1, H, keys, D)  # the last rows, as in decoding
+    arguments = {"scaling": 1.0, "causal": not bidirectional, **recipe("t5_bias")(table, keys, bidirectional)}
+    bias = layer.compute_bias(3, keys, past_seen_tokens=keys - 3)
+    visible = True if bidirectional else torch.ones(3, keys).tril(keys - 3).bool()
+    wanted = softmax(q @ k.mT + bias, v, torch.as_tensor(visible))
+    same(attention(q, k, v, **arguments), wanted, [q, k, v, table])
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "hybrid_sliding"])
+def test_relative_positions_from_the_hidden_state(kind):
+    inkling = pytest.importorskip("transformers.models.inkling.modeling_inkling")
+    sizes = {"num_attention_heads": H, "num_key_value_heads": HKV, "head_dim": D}
+    config = inkling.InklingTextConfig(
+        hidden_size=24,
+        num_hidden_layers=1,
+        layer_types=[kind],
+        sliding_window_size=6,
+        d_rel=5,
+        rel_extent=9,
+        log_scaling_n_floor=4,
+        attn_implementation="eager",
+        **sizes,
+        **{f"swa_{name}": size for name, size in sizes.items()},
+    )
+    layer, x = inkling.InklingAttention(config, 0), torch.randn(B, S, 24, requires_grad=True)
+    nn.init.normal_(layer.rel_logits_proj.proj)
+    window = None if kind == "hybrid" else (5, 0)
+    visible = CAUSAL if window is None else CAUSAL & ~torch.ones(S, S).tril(-6).bool()
+    mask = torch.zeros(S, S).masked_fill(~visible, -torch.inf)[None, None]
+    wanted, _ = layer(x, mask)
+    projected = layer.q_proj(x), layer.k_sconv(layer.k_proj(x)), layer.v_sconv(layer.v_proj(x))
+    q, k, v = (y.unflatten(-1, (-1, D)) for y in projected)
+    q, k, v = (y.transpose(1, 2) for y in (layer.q_norm(q), layer.k_norm(k), v))
+    r, tau = layer.r_proj(x).unflatten(-1, (H, -1)), 1.0
+    if window is None:
+        tau = 1 + config.log_scaling_alpha * (torch.arange(1, S + 1) / 4).clamp(min=1).log()
+    out = recipe("relative_attention")(q, k, v, r, layer.rel_logits_proj.proj, tau, window=window)
+    ours = layer.o_proj(out.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+    leaves = [x, *layer.parameters()]
+    gradients = [torch.autograd.grad(y.square().sum(), leaves) for y in (ours, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)

@@ -127,6 +127,27 @@ _WHISPER = {
 _LAYERED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
 _EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 1}
 
+_T5 = {
+    **_TOKENS,
+    **{"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0},
+    **{"eos_token_id": 2, "decoder_start_token_id": 1, "initializer_factor": 3.0},
+}
+
+
+def _t5(name: str, **changes: Any) -> Architecture:
+    """Biases of pairs, by a table of distances."""
+    return Architecture(
+        f"{name}ForConditionalGeneration", f"{name}Config", {**_T5, **changes}, "seq2seq", since=(5, 24)
+    )
+
+
+_INKLING = {
+    **_SMALL,
+    **{"head_dim": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8},
+    **{"layer_types": ["hybrid_sliding", "hybrid"], "sliding_window_size": 5, "rel_extent": 7, "d_rel": 4},
+    **{"mlp_layer_types": ["dense", "dense"], "n_routed_experts": 4, "num_experts_per_tok": 1},
+}
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _decoder("Llama"),
     "llama_yarn": _decoder(
@@ -184,4 +205,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         {**_SEQ2SEQ, "num_experts": 2, "encoder_sparse_step": 0, "decoder_sparse_step": 0},
         "seq2seq",
     ),
+    "t5": _t5("T5"),
+    "umt5": _t5("UMT5"),
+    "longt5": _t5("LongT5", encoder_attention_type="local", local_radius=4),
+    # The bias of a pair from the query's hidden state, for the nearest keys.
+    "inkling": Architecture("InklingForCausalLM", "InklingTextConfig", _INKLING, since=(5, 24)),
 }

@@ -2,12 +2,14 @@
 
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
 import tritonattn
+from tests.support.refusals import refuses
 from tritonattn.huggingface import attention_forward, register, unregister
 
 
@@ -38,7 +40,7 @@ def test_a_scaling_that_the_model_learns_gets_its_gradient():
 
 
 @pytest.mark.parametrize(
-    "name", "position_bias relative_position_bias block_table cache indices block_indices sinks head_mask".split()
+    "name", "relative_position_bias block_table cache indices block_indices sinks head_mask".split()
 )
 def test_unsupported_arguments_are_refused_by_name(name):
     q, module = torch.randn(1, 2, 3, 4), SimpleNamespace(is_causal=True)
@@ -54,9 +56,36 @@ def test_additive_masks_of_zero_and_very_negative_numbers_are_bool_masks():
     for low in (-torch.inf, torch.finfo(q.dtype).min, -1e4):
         additive = torch.zeros(1, 1, 3, 3).masked_fill(~visible, low)
         torch.testing.assert_close(attention_forward(module, q, q, q, additive, scaling=0.5)[0], wanted)
-    for bias in (-1.5, -9e3):
-        with pytest.raises(NotImplementedError, match=r"attention_mask: expected a mask, .* are a bias"):
-            attention_forward(module, q, q, q, torch.full((1, 1, 3, 3), bias), scaling=0.5)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_other_numbers_of_an_additive_mask_are_a_bias(compiling, monkeypatch):
+    """With a position_bias they are added; keys behind the mask stay invisible, and are not counted."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    q, k, v = torch.randn(3, 1, 2, 3, 4)
+    visible = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    bias, position_bias = torch.randn(1, 1, 3, 3), torch.randn(1, 2, 3, 5).requires_grad_()
+    module = module_with(scaling="key_count")
+    additive = bias.masked_fill(~visible, torch.finfo(q.dtype).min)
+    out, _ = attention_forward(module, q, k, v, additive, scaling=0.5, position_bias=position_bias)
+    (gradient,) = torch.autograd.grad(out.square().sum(), position_bias)
+    count = visible.sum(-1, keepdim=True)
+    logits = q @ k.mT / count + bias + position_bias[..., :3]
+    wanted = logits.masked_fill(~visible, -torch.inf).softmax(-1) @ v
+    (expected,) = torch.autograd.grad(wanted.transpose(1, 2).square().sum(), position_bias)
+    torch.testing.assert_close(out, wanted.transpose(1, 2))
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_a_bias_of_packed_requests_is_refused_by_name():
+    q = torch.randn(1, 2, 3, 4)
+    packed = {"read_index": torch.arange(3), "cu_seq_lens_q": torch.tensor([0, 3]).int()}
+    refuses(
+        "NotImplementedError: position_bias: a bias of pairs of packed requests is not supported",
+        *(attention_forward, SimpleNamespace(), q, q, q, None, 0.5),
+        **packed,
+        position_bias=torch.zeros(1, 2, 3, 3),
+    )
 
 
 def test_a_mask_of_more_keys_than_there_are_is_cut():
@@ -66,6 +95,16 @@ def test_a_mask_of_more_keys_than_there_are_is_cut():
     wanted = attention_forward(module, q, q, q, visible[..., :3], scaling=0.5)[0]
     for mask in (visible, torch.zeros(1, 1, 3, 5).masked_fill(~visible, -torch.inf)):
         assert torch.equal(attention_forward(module, q, q, q, mask, scaling=0.5)[0], wanted)
+
+
+def test_a_bias_under_context_parallel_is_refused_by_name():
+    from tritonattn.huggingface.context_parallel import over_ranks
+
+    q = torch.randn(1, 2, 3, 4)
+    arguments = {"dropout_p": 0.0, "bias": torch.zeros(1, 2, 3, 3)}
+    context: Any = None  # of no ranks: it is not reached
+    message = "NotImplementedError: position_bias: expected none under context_parallel"
+    refuses(message, over_ranks, torch.nn.Identity(), q, q, q, arguments, {}, context)
 
 
 @pytest.mark.parametrize("causal", [True, False])

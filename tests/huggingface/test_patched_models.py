@@ -15,12 +15,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 
 # The models' own factors of q . k, without scales that are part of q; all others have 1 / sqrt(8).
-MODEL_SCALINGS = {"gemma2": 3**-0.5, "gemma3": 3**-0.5, "granite": 0.3, "opt": 1.0, "whisper": 1.0}
+MODEL_SCALINGS = {"gemma2": 3**-0.5, "gemma3": 3**-0.5, "granite": 0.3, "opt": 1.0, "whisper": 1.0, "t5": 1.0}
 RULE_CASES = [
     *(("llama", mode) for mode in ("key_count", "cosine", 0.05, None)),
     *(("gemma2", "key_norm_mean"), ("gemma3", "key_count"), ("granite", None), ("opt", "cosine")),
     *(("whisper", "key_count"), ("whisper", "cosine"), ("bart", "key_norm_mean"), ("gpt2_inverse_layer", None)),
     *(("clip", "cosine"), ("llama4", "key_norm_mean"), ("gpt_oss", "key_count"), ("vit", "key_norm_mean")),
+    *(("t5", "key_norm_mean"), ("t5", None)),
 ]
 
 
@@ -29,7 +30,7 @@ RULE_CASES = [
     [(name, mode) for name, mode in RULE_CASES if ARCHITECTURES[name].exists and ARCHITECTURES[name].supported],
 )
 def test_the_one_rule(name, scaling):
-    """logit = model_scaling * sqrt(D) * factor * (q . k), computed densely; cosine replaces the model's scaling."""
+    """logit = model_scaling * sqrt(D) * factor * (q . k) + bias, densely; cosine replaces the model's scaling."""
     architecture, models_own = ARCHITECTURES[name], MODEL_SCALINGS.get(name, 8**-0.5)
     network, inputs = architecture.build(), architecture.inputs()
     checked = []
@@ -49,7 +50,9 @@ def test_the_one_rule(name, scaling):
             0.05: own * math.sqrt(dim) * 0.05,
             None: own,
         }[scaling]
-        wanted = ((q @ k.mT) * factor).masked_fill(~visible, -math.inf).amax(-1)
+        bias = arguments.get("bias")
+        assert (bias is None) == (name != "t5")
+        wanted = ((q @ k.mT) * factor + (0 if bias is None else bias)).masked_fill(~visible, -math.inf).amax(-1)
         torch.testing.assert_close(aux.max_logit.double(), wanted, atol=1e-3, rtol=1e-4)
         checked.append(module)
 

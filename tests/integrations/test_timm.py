@@ -1,5 +1,7 @@
 """timm's attention with a scaling, inside timm's own models."""
 
+import copy
+
 import pytest
 import torch
 
@@ -55,13 +57,66 @@ def test_every_option_of_the_layer(options, fused):
     x = 4 * torch.randn(2, 6, 16, dtype=torch.float64)
     hidden = torch.ones(6, 6).bool().triu(1)
     floats = torch.zeros(6, 6, dtype=torch.float64).masked_fill(hidden, -torch.inf)
-    for masks in ({}, {"attn_mask": ~hidden}, {"attn_mask": floats}, {"is_causal": True}):
+    bias = floats + torch.randn(4, 6, 6, dtype=torch.float64)
+    for masks in ({}, {"attn_mask": ~hidden}, {"attn_mask": floats}, {"attn_mask": bias}, {"is_causal": True}):
         torch.testing.assert_close(layer(x, **masks), theirs(x, **masks))
+
+
+BIASED = {
+    "relative positions": (
+        "vit_relpos_base_patch16_224",
+        {"rel_pos_type": "bias", "init_values": None, **SMALL},
+    ),
+    "beit": ("beit_base_patch16_224", {"init_values": None, **SMALL}),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 32, "embed_dim": 12, "depths": (2,), "num_heads": (3,), "window_size": 4, "num_classes": 5},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", BIASED)
+def test_a_model_with_a_bias_of_pairs_keeps_it(family):
+    """Tables of relative positions, and the masks of shifted windows."""
+    name, sizes = BIASED[family]
+    torch.manual_seed(0)
+    made = timm.create_model(name, **sizes).double().eval()
+    with torch.no_grad():
+        for key, parameter in made.named_parameters():
+            if "bias_table" in key:
+                parameter.normal_()
+            elif parameter.dim() == 2:  # of a size that makes the softmax matter
+                parameter.normal_(0, 0.3)
+    before = set(made.state_dict())
+
+    def run():
+        out = made(images())
+        return out, torch.autograd.grad(out.square().sum(), [p for p in made.parameters() if p.requires_grad])
+
+    (wanted, expected), plain = run(), copy.deepcopy(made)
+    with ours.replace_attention(made) as replaced:
+        assert len(replaced.names) == 2
+        out, gradients = run()
+        torch.testing.assert_close(out, wanted)
+        torch.testing.assert_close(gradients, expected)
+    with ours.replace_attention(made, "ssmax"):
+        assert set(made.state_dict()) - before == {
+            f"{layer}.logit_scaling.{parameter}" for layer in replaced.names for parameter in ("s", "b")
+        }
+        copied = copy.deepcopy(made)
+        with torch.no_grad():
+            for key, parameter in copied.named_parameters():
+                if "logit_scaling" in key:
+                    parameter.mul_(3)
+        torch.testing.assert_close(made(images()), wanted)
+        assert (copied(images()) - wanted).abs().max() > 1e-6
+    assert set(made.state_dict()) == before
+    assert torch.equal(made(images()), plain(images()))
 
 
 def test_refusals():
     layer, x = ours.attention_layer()(16, 4), torch.randn(2, 6, 16)
-    refuses("NotImplementedError: attn_mask: expected a mask", layer, x, attn_mask=torch.randn(6, 6))
     with pytest.raises(ValueError, match="attn_mask: expected None with is_causal=True"):
         layer(x, attn_mask=torch.ones(6, 6).bool(), is_causal=True)
     refuses("ValueError: scaling: expected one of", ours.attention_layer, "squirt_dim")
+    refuses("ValueError: model: expected one with attention layers of timm", ours.replace_attention, torch.nn.ReLU())

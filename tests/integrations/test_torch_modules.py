@@ -11,7 +11,6 @@ from tests.support.pairs import in_turn
 from tests.support.refusals import refuses
 from tritonattn import SCALINGS, attention
 from tritonattn import nn as learned
-from tritonattn.core.masks import visible_keys
 from tritonattn.integrations.torch_modules import MultiheadAttention, replace_multihead_attention
 
 E, H, N, L, S = 16, 4, 3, 6, 6
@@ -40,12 +39,19 @@ PADDING = torch.arange(S) >= torch.tensor([6, 2, 4])[:, None]
 PER_HEAD = (torch.rand(N * H, L, S, generator=torch.Generator().manual_seed(1)) < 0.4).index_fill(
     2, torch.tensor([0]), False
 )
+BIAS = torch.randn(L, S, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 CALLS = {
     "plain": {},
     "causal": {"attn_mask": CAUSAL},
     "causal hint": {"attn_mask": CAUSAL, "is_causal": True},
     "causal floats": {"attn_mask": additive(CAUSAL)},
     "large floats": {"attn_mask": additive(CAUSAL, -1e9)},
+    "a bias of pairs": {"attn_mask": additive(CAUSAL) + BIAS},
+    "a bias of pairs, and padding floats": {"attn_mask": BIAS, "key_padding_mask": additive(PADDING)},
+    "biases of heads and keys": {
+        "attn_mask": torch.stack([BIAS * head for head in range(N * H)]),
+        "key_padding_mask": additive(PADDING, -3.0),
+    },
     "padding": {"key_padding_mask": PADDING},
     "padding floats": {"key_padding_mask": additive(PADDING)},
     "causal hint and padding": {"attn_mask": CAUSAL, "is_causal": True, "key_padding_mask": PADDING},
@@ -154,18 +160,9 @@ def test_replacing_shares_parameters_and_takes_functions():
     assert {name: id(x) for name, x in model.named_parameters()} == before
 
 
-def test_refusals(monkeypatch):
+def test_refusals():
     _, ours = pair(batch_first=True)
     x = tokens(N, L, E)
-    bias = additive(CAUSAL)
-    bias[0, 0] = 0.5
-    with pytest.raises(NotImplementedError, match=r"attn_mask: expected a mask, .* other numbers are a bias"):
-        ours(x, x, x, attn_mask=bias)
-    with monkeypatch.context() as compiling:
-        compiling.setattr(torch.compiler, "is_compiling", lambda: True)
-        refuses("RuntimeError: attn_mask: expected a mask", visible_keys, "attn_mask", bias)
-    with pytest.raises(NotImplementedError, match="key_padding_mask: expected a mask"):
-        ours(x, x, x, key_padding_mask=additive(PADDING, -3.0))
     with pytest.raises(TypeError, match=r"attn_mask: expected a bool or floating mask, got torch.int64"):
         ours(x, x, x, attn_mask=CAUSAL.long())
     refuses("ValueError: is_causal: expected attn_mask with it", ours, x, x, x, is_causal=True)

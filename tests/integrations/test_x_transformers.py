@@ -29,6 +29,9 @@ OPTIONS = {
     "softclamp": {"attn_softclamp_logits": True, "attn_logit_softclamp_value": 2.0},
     "sinks": {"attn_head_learned_sink": True},
     "memory": {"attn_num_mem_kv": 3},
+    "relative positions": {"rel_pos_bias": True},
+    "alibi": {"alibi_pos_bias": True, "alibi_num_heads": 2},
+    "alibi and softclamp": {"alibi_pos_bias": True, "attn_softclamp_logits": True, "attn_logit_softclamp_value": 2.0},
 }
 
 

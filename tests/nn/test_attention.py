@@ -7,7 +7,7 @@ from torch.nn.functional import linear, rms_norm
 from tests.support.layers import assert_same
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import in_turn, pairwise
-from tritonattn import attention, nn
+from tritonattn import Scales, attention, nn
 from tritonattn.scaling import LogKeyCount
 
 WIDTH, HEADS, KV, D = 24, 4, 2, 6
@@ -213,3 +213,49 @@ def test_beams_and_guesses():
     torch.testing.assert_close(made(x[:, 8:10], cache=cache), made(story)[:, 6:])
     cache.reset()
     torch.testing.assert_close(made(x[:, :3], cache=cache), made(x[:, :3]))
+
+
+@torch.no_grad()
+def test_a_bias_of_distances_is_the_same_in_every_form():
+    """One pass, with it as a bias of pairs, packed, and over a cache by a prompt and steps."""
+    made, x = layer("ssmax", causal=True, window=(9, 0)), tokens(2, 22)
+    table = torch.randn(1, HEADS, 1, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    whole, given = made(x, relative_bias=table, relative_right=1), {"relative_right": 1}
+    place = torch.arange(22)
+    entry = place[:, None] - place + 1
+    pairs = torch.where((entry >= 0) & (entry < 7), table[0, :, 0][:, entry.clamp(0, 6)], 0)
+    torch.testing.assert_close(made(x, bias=pairs), whole)
+    assert not torch.allclose(made(x), whole)
+    ends = torch.tensor([0, 22, 44], dtype=torch.int32)
+    packed = made(x.flatten(0, 1), cu_seqlens=ends, max_seqlen=22, relative_bias=table[0], **given)
+    torch.testing.assert_close(packed.view_as(whole), whole)
+    cache, counts, steps = made.cache(2, 30), torch.tensor([18, 20]), []
+    prompt = made(x[:, :20], cache=cache, counts=counts, relative_bias=table, **given)
+    for b, count in enumerate(counts.tolist()):
+        torch.testing.assert_close(prompt[b, :count], whole[b, :count])
+    for at in range(2):
+        new = torch.stack([x[b, count + at] for b, count in enumerate(counts.tolist())])[:, None]
+        steps.append(made(new, cache=cache, relative_bias=table, **given))
+    for b, count in enumerate(counts.tolist()):
+        torch.testing.assert_close(torch.cat(steps, 1)[b], whole[b, count : count + 2])
+    for refused in ({"cache": cache}, {"cu_seqlens": ends, "max_seqlen": 22}):
+        with pytest.raises(ValueError, match="bias: expected None with"):
+            made(x, bias=pairs, **refused)
+
+
+class Near(LogKeyCount):
+    def scales(self, q, k, visibility, statistics):
+        return Scales(0.4, relative_bias=torch.ones(1, 1, 1, 2, dtype=q.dtype))
+
+    def relative_addend(self, q, k, distance):
+        return torch.where((distance >= 0) & (distance < 2), 1.0, 0.0)
+
+
+@torch.no_grad()
+def test_a_scaling_with_a_relative_bias_over_a_cache():
+    made, x = layer(Near(), causal=True), tokens(2, 20)
+    cache, whole = made.cache(2, 30), made(x)
+    steps = [made(part, cache=cache) for part in x.split([16, 1, 3], 1)]
+    torch.testing.assert_close(torch.cat(steps, 1), whole)
+    with pytest.raises(NotImplementedError, match="scaling: expected one without a relative bias for a prompt"):
+        made(x, cache=made.cache(2, 30))

@@ -36,6 +36,25 @@ def test_alibi(heads, slopes):
     torch.testing.assert_close(step, softmax_attention(q, k, v, pairs)[:, :, -2:])
 
 
+@pytest.mark.parametrize("lengths", [(S, S), (5, S)])
+def test_alibi_on_both_sides(lengths):
+    q, k, v = sequences(heads=(H, H), length=S)
+    q = q[:, :, -lengths[0] :]
+    place = torch.arange(S)
+    distance = (place[-lengths[0] :, None] - place).abs()
+    pairs = -torch.tensor([2**-2, 2**-4, 2**-6, 2**-8]).double()[:, None, None] * distance
+    alibi = nn.ALiBi(H, bidirectional=True)
+    wanted = (q @ k.mT / q.shape[-1] ** 0.5 + pairs).softmax(-1) @ v
+    for backend in ("sdpa", "reference"):
+        out = attention(q, k, v, relative_bias=alibi(S), relative_right=S - 1, backend=backend)
+        torch.testing.assert_close(out, wanted)
+    with pytest.raises(ValueError, match="keys: expected at least 1, got 0"):
+        alibi(0)
+    alibi.sequence_part = object()
+    with pytest.raises(NotImplementedError, match="bidirectional=False under ContextParallel"):
+        alibi(S)
+
+
 def forgetting(gate, x):
     """D[i, j] = sum of ln f over j < l <= i, from the paper's equation; [B, H, S, S]."""
     log_f = torch.sigmoid(x @ gate.proj.weight.T + gate.proj.bias).log().mT

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import batch_visibility, operands
+from ..core.errors import install
 from ..core.norms import key_norms_of
 from ..core.records import for_json
 from ..core.tables import table
@@ -204,7 +205,7 @@ def _findings_of_model(model: nn.Module, tokens: Any, context: int | None) -> li
     try:
         from ..huggingface import patch, patched
     except ImportError as error:
-        raise ImportError("advise needs transformers for a model: pip install 'tritonattn[hf]'") from error
+        raise ImportError(f"advise needs transformers for a model: {install('hf')}") from error
     inputs = dict(tokens) if isinstance(tokens, Mapping) else {"input_ids": tokens}
     if context is None:
         context = getattr(getattr(model, "config", None), "max_position_embeddings", None)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import check_bool
+from ..core.errors import install
 from ..core.records import append
 from .alarms import Alarm, Alarms, Thresholds, layer_value
 from .over_ranks import joined, joined_losses, rank_and_size
@@ -383,5 +384,5 @@ def _writer(folder: str | os.PathLike[str]) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError("tensorboard: it is not installed; to mend it: pip install 'tritonattn[monitor]'") from error
+        raise ImportError(f"tensorboard: it is not installed; to mend it: {install('monitor')}") from error
     return SummaryWriter(str(folder))

@@ -18,6 +18,7 @@ from ..core.shards import is_dtensor, local, own_rows, twin, whole
 from ..integrations.torch_modules import MultiheadAttention
 from ..nn import ScaledAttention
 from ..scaling import Scaling
+from ..scaling.base import has_relative_bias
 from .alarms import Alarm
 from .over_ranks import gathered, rank_and_size
 
@@ -272,7 +273,7 @@ def _degree_in_keys(found: Projections, name: str) -> int:
         one = factor(q.requires_grad_(), k)
         by_q = torch.autograd.grad(one.sum(), q, allow_unused=True)[0] if one.requires_grad else None
     other_q, other_k = factor(2 * q, k), factor(q, 2 * k)
-    is_biased = scaling.addend(q, k, visible) is not None
+    is_biased = scaling.addend(q, k, visible) is not None or has_relative_bias(scaling, q)
     if by_q is None and not is_biased and torch.allclose(other_q, one, rtol=1e-4):  # a weight of q may still be 0
         if torch.allclose(other_k, one, rtol=1e-4):
             return 1

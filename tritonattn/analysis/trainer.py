@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..core.errors import install
+
 try:
     from transformers import TrainerCallback
 except ImportError as error:
-    raise ImportError("Monitor.callback needs transformers: pip install 'tritonattn[hf]'") from error
+    raise ImportError(f"Monitor.callback needs transformers: {install('hf')}") from error
 
 
 class MonitorCallback(TrainerCallback):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.call import AttentionCall, Logits
+from ..core.relative import relative_pairs
 from ..core.sequences import Sequences
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
@@ -26,7 +27,7 @@ _TOLERANCE = 1e-4  # of the larger one: parameters may be fp32
 def check_scaling(
     scaling: str | Scaling, *, heads: int | None = None, kv_heads: int | None = None, head_dim: int = 8
 ) -> dict[str, float]:
-    """Check a scaling of your own: `scales` against `multiplier` and `addend`, under every mask.
+    """Check a scaling of your own: `scales` against `multiplier`, `addend`, `relative_addend`, under every mask.
 
     On random q and k in float64, without a mask and under causal, window, padding, range, packed and dense masks:
 
@@ -158,7 +159,8 @@ class _Case:
                 entry = int(lengths.argmin())
                 cut = _Case(self.name, self.scaling, self.q[entry, None], self.k[entry, None, :, :shortest], {})
                 about = "factors [b, h, i, j] change with the number of keys that padding hides"
-                for one, alone in zip(before, cut._scales(cut.k), strict=True):
+                padded_keys = self._scales(self.k, distances=False)  # distances count from the last key, hidden or not
+                for one, alone in zip(padded_keys, cut._scales(cut.k, distances=False), strict=True):
                     padded = one[entry, None, :, :, :shortest]
                     self._compare(about, padded, alone, _relative(padded, alone))
 
@@ -173,8 +175,11 @@ class _Case:
     def _call(self) -> AttentionCall:
         return AttentionCall(self.q, self.k, self.k, self.visibility, Logits(), scaling=self.scaling)
 
-    def _scales(self, k: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The factor and the bias of every visible pair from `scales`, [B, Hq, Sq, Sk]; 0 elsewhere."""
+    def _scales(self, k: Tensor, given: Tensor | None = None, distances: bool = True) -> tuple[Tensor, Tensor]:
+        """The factor and the bias of every visible pair from `scales`, [B, Hq, Sq, Sk]; 0 elsewhere.
+
+        distances   add the relative bias, too
+        """
         statistics = Statistics(k, self.visibility)
         terms = logits(self._call(), statistics, k if given is None else given)
         check_number("constant", terms.scale)
@@ -186,6 +191,8 @@ class _Case:
         bias = torch.zeros_like(factor)
         if terms.key_bias is not None:
             bias = bias + terms.key_bias.flatten(1, 2)[:, :, None]
+        if terms.relative_bias is not None and distances:
+            bias = bias + relative_pairs(terms.relative_bias, terms.relative_right, self.visibility)
         return torch.where(self.visible, factor, 0), torch.where(self.visible, bias, 0).clamp(min=_LEAST)
 
     def _compare(self, about: str, got: Tensor, expected: Tensor, relative: Tensor) -> float:

@@ -214,28 +214,35 @@ def _with_pairs(terms: Logits, call: AttentionCall, rows: str) -> Logits:
     """
     q, visible, bias, table, right = call.q, call.visibility, terms.bias, terms.relative_bias, terms.relative_right
     if bias is not None:
+        check_tensor("bias", bias, "[B, Hq, Sq, Sk]")
+        bias = bias[(None,) * (4 - bias.dim())]
         check_factor("bias", bias, q, (*visible.rows, visible.k_len), "[B, Hq, Sq, Sk]")
-        bias = _in_own_dtype(bias[(None,) * (4 - bias.dim())], q)
+        bias = _in_own_dtype(bias, q)
     check_count("relative_right", right)
-    if table is None:
-        if right:
-            raise ValueError(f"relative_right: expected 0 without relative_bias, got {right}")
-        return terms._replace(bias=bias)
-    axes = rows.removesuffix("]") + ", extent]"
-    check_tensor("relative_bias", table, axes)
-    if table.dim() != axes.count(",") + 1:
-        raise ValueError(
-            f"relative_bias: expected {axes}, each axis but the last of full size or 1, got {shape_of(table)}"
-        )
-    check_factor("relative_bias", table, q, (*_last(visible.rows, rows), table.shape[-1]), axes)
-    if table.shape[-1] == 0:
-        raise ValueError("relative_bias: expected an extent of at least 1, got 0")
-    if not right < table.shape[-1]:
-        raise ValueError(f"relative_right: expected less than the extent, {table.shape[-1]}, got {right}")
-    if visible.invariant and visible.key_ranges is not None:
-        raise NotImplementedError("relative_bias: not supported with key_ranges under batch_invariant, which move keys")
-    table = _in_own_dtype(table if table.dim() == 4 else table[None], q)
+    if table is not None:
+        table = relative_bias_of("", table, right, q, _last(visible.rows, rows), rows)
+    elif right:
+        raise ValueError(f"relative_right: expected 0 without relative_bias, got {right}")
     return terms._replace(bias=bias, relative_bias=table)
+
+
+def relative_bias_of(owner: str, table: Any, right: Any, q: Tensor, rows: tuple[int, ...], axes: str) -> Tensor:
+    """A relative bias as backends take it, of four axes. Raises unless it is one of rows of these axes.
+
+    owner   what its names begin with, in errors
+    """
+    name, axes = f"{owner}relative_bias", axes.removesuffix("]") + ", extent]"
+    check_tensor(name, table, axes)
+    if table.dim() != axes.count(",") + 1:
+        raise ValueError(f"{name}: expected {axes}, each axis but the last of full size or 1, got {shape_of(table)}")
+    extent = table.shape[-1]
+    check_factor(name, table, q, (*rows, extent), axes)
+    if extent == 0:
+        raise ValueError(f"{name}: expected an extent of at least 1, got 0")
+    check_count(f"{owner}relative_right", right)
+    if not right < extent:
+        raise ValueError(f"{owner}relative_right: expected less than the extent, {extent}, got {right}")
+    return _in_own_dtype(table if table.dim() == 4 else table[None], q)
 
 
 def _in_own_dtype(bias: Tensor, q: Tensor) -> Tensor:

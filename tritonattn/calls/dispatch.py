@@ -20,10 +20,11 @@ from ..core.dropout import Dropout
 from ..core.key_records import RecordedStatistics
 from ..core.observation import ObservedCall, notify_observers, observers, unobserved
 from ..core.pages import PageTable
+from ..core.relative import sum_of_tables
 from ..core.statistics import DoubleStatistics, Statistics
 from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Scales, Scaling
-from .checks import check_factor, check_key_bias, check_number, scale_dtype
+from .checks import check_factor, check_key_bias, check_number, relative_bias_of, scale_dtype
 from .formulas import by_formulas
 from .results import AttentionAux, aux_of
 
@@ -97,7 +98,7 @@ def with_logits(call: AttentionCall) -> AttentionCall:
         statistics = statistics if call.record is None else _recorded(call, statistics)
         call.logits = terms = logits(call, statistics, _keys_for_scaling(call))
         of_scaling = {"scaling": terms.query_scale, "key_scale": terms.key_scale, "key_bias": terms.key_bias}
-        refuse_gradients(call.cached, **of_scaling)
+        refuse_gradients(call.cached, **of_scaling, relative_bias=terms.relative_bias)
         return call
     call.logits = logits(call, statistics)
     if call.visibility.invariant and call.backend == "triton":
@@ -147,13 +148,25 @@ def logits(call: AttentionCall, statistics: Statistics, k: Tensor | None = None)
         own = per_group(scales.key_bias.to(scale_dtype(q)), call.visibility)
         bias = own if bias is None else own + bias
     vectors = (scales.query, scales.key, bias)
-    if given.bias is None and given.relative_bias is None:
+    if given.bias is None and given.relative_bias is None and scales.relative_bias is None:
         return Logits(scales.constant, *vectors, given.softcap, given.sinks, None, None, 0, given.bias_after_softcap)
-    pairs = given.bias if given.bias is None else _per_entry(given.bias, call.visibility, call.visibility.k_len)
-    table = given.relative_bias
-    table = table if table is None else _per_entry(table, call.visibility, table.shape[3])
-    rest = (pairs, table, given.relative_right, given.bias_after_softcap)
+    if call.backend == "triton":
+        raise NotImplementedError("relative_bias: backend 'triton' does not support it; backend 'sdpa' does")
+    rest = (*_pairs(given, scales, call.visibility), given.bias_after_softcap)
     return Logits(scales.constant, *vectors, given.softcap, given.sinks, *rest)
+
+
+def _pairs(given: Logits, scales: Scales, visible: Visibility) -> tuple[Tensor | None, Tensor | None, int]:
+    """bias, relative_bias and relative_right of a call and its scaling."""
+    table, right = given.relative_bias, given.relative_right
+    if scales.relative_bias is not None:
+        own, own_right = scales.relative_bias, scales.relative_right
+        table, right = (own, own_right) if table is None else sum_of_tables(table, right, own, own_right)
+    if table is not None:
+        if visible.invariant and visible.key_ranges is not None:
+            raise NotImplementedError("relative_bias: not supported with key_ranges under batch_invariant")
+        table = _per_entry(table, visible, table.shape[3])
+    return None if given.bias is None else _per_entry(given.bias, visible, visible.k_len), table, right
 
 
 def _per_entry(bias: Tensor, visibility: Visibility, width: int) -> Tensor:
@@ -209,12 +222,15 @@ def scales_of(
         check_factor(f"{name}.key", key, q, visibility.keys, "[B, Hkv, Sk]")
     if scales.key_bias is not None:
         check_key_bias(f"{name}.key_bias", scales.key_bias, q, visibility.keys, "[B, Hq or Hkv, Sk]")
-    if query is None and key is None and gain is None:
+    table = scales.relative_bias
+    if table is not None:
+        table = relative_bias_of(f"{name}.", table, scales.relative_right, q, rows, "[B, Hq, Sq]")
+    if query is None and key is None and gain is None and table is None:
         return scales
     if not exact:
         query = query if query is None else _expanded(query, q, rows)
         key = key if key is None else _expanded(key, q, visibility.keys)
-    return Scales(constant, query, key, key_bias=scales.key_bias)
+    return Scales(constant, query, key, False, scales.key_bias, table, scales.relative_right)
 
 
 def _expanded(scale: Tensor, q: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -267,10 +283,7 @@ def choose_backend(call: AttentionCall) -> str:
     q, v, backend = call.q, call.v, call.backend
     # The decode kernel takes wider keys.
     decodes = call.cached != "" and call.visibility.sequences is None and not call.visibility.invariant
-    terms = call.logits
-    is_plain = terms.bias is None and terms.relative_bias is None and not terms.bias_after_softcap
-    bias = None if is_plain else _bias_obstacle(terms)
-    if backend == "triton" and (obstacle := bias or _kernel_obstacle(q, v, decodes)):
+    if backend == "triton" and (obstacle := _kernel_obstacle(q, v, decodes)):
         raise NotImplementedError(
             f"{obstacle}: backend 'triton' does not support it; backends 'sdpa' and 'reference' do"
         )
@@ -279,7 +292,7 @@ def choose_backend(call: AttentionCall) -> str:
     elif backend == "auto":
         backend = "sdpa"
         if q.device.type == "cuda":
-            obstacle = bias or _kernel_obstacle(q, v, decodes) or (not _HAS_TRITON and "triton is not installed")
+            obstacle = _kernel_obstacle(q, v, decodes) or (not _HAS_TRITON and "triton is not installed")
             if obstacle:
                 _warn_once(f"tritonattn: backend 'sdpa' instead of 'triton': {obstacle}")
             else:
@@ -340,15 +353,6 @@ def _kernel_obstacle(q: Tensor, v: Tensor, decodes: bool = False) -> str | None:
     return None
 
 
-def _bias_obstacle(terms: Logits) -> str | None:
-    """Name the bias that kernels cannot add, or None."""
-    if terms.bias is not None:
-        return "bias"
-    if terms.relative_bias is not None:
-        return "relative_bias"
-    return "bias_after_softcap" if terms.bias_after_softcap and terms.key_bias is not None else None
-
-
 def _obstacle_of_card(device: torch.device) -> str | None:
     """Say that Triton has no code for a device's tensor cores, or None."""
     return _kept_obstacle_of_card(device)
@@ -382,8 +386,8 @@ _obstacle_of_memory._dynamo_marked_constant = True  # pyright: ignore[reportFunc
 def _check_kernels_run_on(device: torch.device) -> None:
     if not _HAS_TRITON:
         raise ImportError(
-            "backend: 'triton' needs the package triton, which is not installed: pip install 'triton>=3.4'"
-            " (Linux); backends 'sdpa' and 'reference' do without"
+            "backend: 'triton' needs the package triton, which is not installed: pip install \"triton>=3.4\""
+            " (Linux) or triton-windows; backends 'sdpa' and 'reference' do without"
         )
     if device.type == "cuda":
         return

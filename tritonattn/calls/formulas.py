@@ -41,6 +41,11 @@ def dense(call: AttentionCall, k: Tensor | None = None) -> tuple[Tensor | float,
         check_number(f"{type(scaling).__name__}.multiplier()", factor)
     if bias is not None:
         _check_dense(scaling, "addend", bias, pairs)
+    distance = visibility.positions()[:, None, :, None] - torch.arange(visibility.k_len, device=q.device)
+    of_distance = scaling.relative_addend(queries, keys, distance)
+    if of_distance is not None:
+        _check_dense(scaling, "relative_addend", of_distance, pairs)
+        bias = of_distance if bias is None else bias + of_distance
     terms = call.logits
     if terms.key_bias is not None:
         bias = _sum(bias, per_group(terms.key_bias, visibility).flatten(1, 2)[:, :, None], q)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ from .checks import (
 from .page_checks import check_block_table, check_page_numbers, check_page_size
 
 
-class Packing(NamedTuple):
+@dataclass(frozen=True, eq=False)  # Dynamo of torch 2.8 takes no property of a NamedTuple
+class Packing:
     """The arguments that say where the sequences lie."""
 
     cu_seqlens_q: Tensor

@@ -10,11 +10,14 @@ from typing import Any
 _HINTS = {
     "is_causal": ("causal", "bottom-right, where PyTorch's is top-left"),
     "causal": ("", "a row sees the keys up to its own"),
-    "attn_mask": ("mask", "bool, True is visible; key_lengths and key_ranges cost less"),
+    "attn_mask": ("mask", "bool, True is visible; key_lengths and key_ranges cost less; of floats, bias="),
     "mask": ("key_lengths", "[B]: the number of keys of each sequence"),
-    "attn_bias": ("key_bias", "a number a key, [B, H, Sk]; for a mask of pairs, mask= (bool, True is visible)"),
-    "bias": ("key_bias", "a number a key, [B, H, Sk], added to logits"),
-    "alibi_slopes": ("key_bias", "tritonattn.nn.ALiBi(heads)(Sk), in causal attention"),
+    "attn_bias": ("bias", "a number a pair, broadcastable to [B, Hq, Sq, Sk]; key_bias= and relative_bias= cost less"),
+    "position_bias": ("relative_bias", "a number a distance, [B, Hq, Sq, extent]; or bias=, a number a pair"),
+    "rel_pos": ("relative_bias", "a number a distance, [B, Hq, Sq, extent]"),
+    "bias": ("relative_bias", "a number a distance; key_bias= takes a number a key"),
+    "relative_bias": ("key_bias", "a number a key, [B, H, Sk], added to logits"),
+    "alibi_slopes": ("key_bias", "tritonattn.nn.ALiBi(heads)(Sk), in causal attention; in others relative_bias="),
     "scale": ("scaling", "a float is the factor itself"),
     "softmax_scale": ("scaling", "a float is the factor itself"),
     "scaling": ("scale", "a float"),
@@ -32,7 +35,7 @@ _HINTS = {
     "return_attn_probs": ("return_aux", "lse, largest logit and entropy"),
     "return_lse": ("return_aux", "lse, largest logit and entropy"),
     "block_mask": ("key_ranges", "[lo, hi) of every row; or mask"),
-    "score_mod": ("scaling", "a Scaling, or a tensor of factors"),
+    "score_mod": ("scaling", "a Scaling, or factors; what it adds: key_bias=, relative_bias= or bias="),
 }
 
 

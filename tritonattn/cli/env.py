@@ -8,7 +8,8 @@ from importlib.util import find_spec
 
 import torch
 
-from ..core.provenance import version
+from .. import __version__
+from ..core.provenance import TRITON, version
 
 HELP = "print versions, GPU, and the tables in use: for a report"
 DESCRIPTION = "Print versions, GPU, driver, compilers and the tables in use: paste it into a bug report."
@@ -21,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the versions, then how kernels run; triton may be missing."""
     facts = {
-        "tritonattn": version("tritonattn"),
+        "tritonattn": __version__,
         "torch": torch.__version__,
-        "triton": version("triton"),
+        "triton": version(*TRITON),
         "transformers": version("transformers"),
         "python": platform.python_version(),
         "platform": platform.platform(),

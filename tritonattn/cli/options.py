@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from ..core.errors import CommandError
+from ..core.errors import CommandError, install
 
 
 def require(command: str, modules: list[str], extra: str) -> None:
     """Raise CommandError naming the missing modules and the pip command that installs them."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        raise CommandError(f"{command} needs {', '.join(missing)}; to mend it: pip install 'tritonattn[{extra}]'")
+        raise CommandError(f"{command} needs {', '.join(missing)}; to mend it: {install(extra)}")
 
 
 def names(text: str) -> tuple[str, ...]:

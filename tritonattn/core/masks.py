@@ -1,4 +1,4 @@
-"""Masks as other libraries have them, bool or added to logits, as masks of visible keys."""
+"""Masks as other libraries have them, bool or added to logits, as masks of visible keys and biases of pairs."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ from torch import Tensor
 
 # An additive mask hides a key by a number at most this, whose exp is 0 in every dtype.
 _HIDDEN = -1e4
-_BIAS = "{}: expected a mask, bool or floats that are 0 or at most -1e4; other numbers are a bias on the logits"
 
 
-def visible_keys(name: str, mask: Tensor) -> Tensor:
-    """Turn a mask, additive or bool with True for visible, into bool with True for visible.
+def mask_arguments(name: str, mask: Tensor | None) -> dict[str, Tensor]:
+    """The arguments mask and bias of `tritonattn.attention` for a mask, additive or bool with True for visible.
 
-    Raises NotImplementedError for an additive mask that is a bias. Its values are read on the host; while compiling, a
-    bias fails an assertion instead.
+    An additive mask that takes no gradient is read on the host: one that only hides keys is no bias. While compiling
+    every additive mask is one. Raises TypeError for integers.
     """
+    if mask is None:
+        return {}
     if mask.dtype == torch.bool:
-        return mask
+        return {"mask": mask}
     if not mask.is_floating_point():
         raise TypeError(f"{name}: expected a bool or floating mask, got {mask.dtype}")
-    visible = mask == 0
-    is_mask = (visible | (mask <= _HIDDEN)).all()
-    if torch.compiler.is_compiling():
-        torch._assert_async(is_mask, _BIAS.format(name))  # pyright: ignore[reportPrivateImportUsage]
-    elif not is_mask:
-        raise NotImplementedError(_BIAS.format(name))
-    return visible
+    hidden = mask <= _HIDDEN
+    if not (mask.requires_grad or torch.compiler.is_compiling()) and bool((hidden | (mask == 0)).all()):
+        return {"mask": ~hidden}
+    return {"mask": ~hidden, "bias": mask}

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib import import_module, metadata
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+TRITON = ("triton", "triton-windows")  # packages that bring the module
 # The code that figures depend on, in a checkout; results lie with it, and a run may append to them.
 _CODE = ("tritonattn/**/*.py", "perf/*.py", "autotune_cache/*.json")
 
@@ -53,7 +55,7 @@ class Environment:
             torch=torch.__version__,
             tritonattn=import_module(__name__.partition(".")[0]).__version__,
             commit=commit(),
-            triton=version("triton"),
+            triton=version(*TRITON),
             ptxas=ptxas,
             command=command,
             peers=", ".join(f"{name} {found}" for name, found in installed.items() if found != _MISSING),
@@ -112,12 +114,12 @@ def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str] | None
 _MISSING = "not installed"
 
 
-def version(package: str) -> str:
-    """Return the installed version, or "not installed"."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return _MISSING
+def version(*packages: str) -> str:
+    """Return the version of the first of the packages that is installed, or "not installed"."""
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(package)
+    return _MISSING
 
 
 def processor() -> str:

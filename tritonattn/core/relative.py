@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .visibility import Visibility
 
@@ -11,6 +12,17 @@ from .visibility import Visibility
 def relative_pairs(table: Tensor, right: int, visibility: Visibility) -> Tensor:
     """A `Logits.relative_bias` as a bias of all pairs, in its dtype: [B or 1, Hq or 1, Sq, Sk]."""
     return reflected(table, visibility.positions() + right, slice(0, visibility.k_len))
+
+
+def sum_of_tables(a: Tensor, a_right: int, b: Tensor, b_right: int) -> tuple[Tensor, int]:
+    """The relative bias that two of them are together, and its `relative_right`."""
+    right = max(a_right, b_right)
+    extent = right + max(a.shape[3] - a_right, b.shape[3] - b_right)
+
+    def whole(x: Tensor, own: int) -> Tensor:
+        return pad(x, (right - own, extent - x.shape[3] - (right - own)))
+
+    return whole(a, a_right) + whole(b, b_right), right
 
 
 def reflected(x: Tensor, offset: Tensor, columns: slice, start: int = 0) -> Tensor:

@@ -21,7 +21,7 @@ from ..scaling import Scaling
 from . import by_heads, gathered, ring
 from .agreement import require_agreement
 from .layout import Split, refuse_dtensors
-from .sequence import Settings, SharedSequence, logits_of
+from .sequence import Settings, SharedSequence, logits_of, refuse_relative_bias
 
 _METHODS = {"allgather": gathered.attention, "alltoall": by_heads.attention, "ring": ring.attention}
 
@@ -110,6 +110,7 @@ def context_parallel_attention(
     terms = Logits(key_bias=key_bias, softcap=softcap, sinks=sinks)
     call = AttentionCall(q, k, v, own, terms, scaling=scaling, gain=gain, aux=return_aux, backend=backend)
     check(call, "[B, Hq, S / P]")
+    refuse_relative_bias(call)
     split = Split.of(mesh, layout)
     _check(q, k, split, method, cu_seqlens, reduce_dtype, head_group)
     call.backend = choose_backend(call)

@@ -24,7 +24,7 @@ from ..scaling import Scaling
 from . import collectives
 from .agreement import require_agreement
 from .layout import Split, refuse_dtensors
-from .sequence import share_with_sinks
+from .sequence import refuse_relative_bias, share_with_sinks
 
 
 @public()
@@ -109,6 +109,7 @@ def context_parallel_decode(
         cached="context_parallel_decode",
     )
     check(call)
+    refuse_relative_bias(call)
     if call.scaling.reads_keys:
         raise NotImplementedError(
             f"scaling: expected one that reads no keys itself (reads_keys = False), got {type(call.scaling).__name__}"

@@ -14,6 +14,7 @@ from ..core.call import AttentionCall, Gradients, Logits
 from ..core.sequences import Sequences
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
+from ..scaling.base import has_relative_bias
 from . import collectives
 from .layout import Split
 from .statistics import SharedStatistics
@@ -139,6 +140,13 @@ def logits_of(call: AttentionCall, sequence: SharedSequence, reduce_dtype: torch
         key_bias = collectives.gather(own, split, -1, torch.promote_types(reduce_dtype, own.dtype))
         call.logits = Logits(key_bias=key_bias, softcap=call.logits.softcap, sinks=call.logits.sinks)
     return logits(call, statistics, whole)
+
+
+def refuse_relative_bias(call: AttentionCall) -> None:
+    """Raise for a checked call whose scaling adds a bias of distances: ranks have rows from anywhere."""
+    if has_relative_bias(call.scaling, call.q):
+        name = type(call.scaling).__name__
+        raise NotImplementedError(f"scaling: expected one without a relative bias over ranks, got {name}")
 
 
 def add_part(total: Tensor | None, index: Any, gradient: Tensor | None) -> None:

@@ -4,10 +4,12 @@ Importing it registers the attention implementation "tritonattn" and changes no 
 model that is built or patched extends the methods that save and load models and adapters, so that a patch comes along.
 """
 
+from ..core.errors import install
+
 try:
     import transformers  # noqa: F401
 except ImportError as error:
-    raise ImportError("tritonattn.huggingface needs transformers: pip install 'tritonattn[hf]'") from error
+    raise ImportError(f"tritonattn.huggingface needs transformers: {install('hf')}") from error
 
 from .adapters import follow_adapters
 from .attention import NAME, attention_forward, call_arguments, register, unregister

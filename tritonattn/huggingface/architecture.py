@@ -14,7 +14,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-_BIASES = ("position_bias", "relative_position_bias")
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,9 +145,6 @@ def _keywords_in(function: Any) -> frozenset[str]:
 
 def _obstacle(module: nn.Module) -> str | None:
     passed = interface_keywords(type(module)) or frozenset()
-    for name in _BIASES:
-        if name in passed:
-            return f"{name}: a bias on the logits is not supported"
     # GPT-2 up to transformers 4: only its own eager attention reads these.
     if passed and "scaling" not in passed:
         if getattr(module, "scale_attn_by_inverse_layer_idx", False) or not getattr(module, "scale_attn_weights", True):

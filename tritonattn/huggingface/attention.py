@@ -6,7 +6,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,7 @@ _ULYSSES = "deepspeed.runtime.sequence_parallel.ulysses_sp"
 
 # Keyword arguments that change the result and are not supported.
 _REFUSED = {
-    "position_bias": "a bias on the logits",
-    "relative_position_bias": "a bias on the logits",
+    "relative_position_bias": "a bias under this name",
     "indices": "sparse key indices",
     "block_indices": "sparse block indices",
     "sinks": "sink keys",
@@ -59,15 +58,15 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The function for AttentionInterface: [B, Hq, Q, D], [B, Hkv, K, D], [B, Hkv, K, Dv] to [B, Q, Hq, Dv].
 
-        logit = model_scaling * sqrt(D) * (gain * the mode's factor) * (q . k)
+        logit = model_scaling * sqrt(D) * (gain * the mode's factor) * (q . k) + position_bias
 
     with the scaling and gain of `Settings.of(module)`. model_scaling is the model's `scaling`, by default
     1 / sqrt(D). So "sqrt_dim" gives the model as it was, and factors beyond 1 / sqrt(D), or in q, are kept. A scaling
     that normalises q (cosine) replaces the model's.
 
     With output_attentions the weights [B, Hq, Q, K] are returned too, from the reference and with a warning.
-    Raises NotImplementedError naming an argument that changes the result and is not supported (a bias on the logits,
-    sparse indices).
+    Raises NotImplementedError naming an argument that changes the result and is not supported (sparse indices,
+    a paged cache).
 
     Under torch's context_parallel query, key and value are this rank's part of a sequence: a full causal layer attends
     to all of it, and another one raises. A layer also raises where DeepSpeed's Ulysses has cut sequences for another
@@ -77,6 +76,8 @@ def attention_forward(
     observer, parallel = getattr(layer_scaling(module), "observer", None), context_parallel()
     with_weights = _wants_weights(module, kwargs)
     if is_packed(attention_mask, kwargs) and observer is None and not with_weights:
+        if kwargs.get("position_bias") is not None:
+            _refuse("position_bias", "a bias of pairs of packed requests", module)
         own = _arguments_but_visibility(module, query, scaling, dropout, **kwargs)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # packed requests: no mask of T_q x T_k
         return cast(Tensor, attention_varlen(q, k, v, **packed_arguments(kwargs), **own))[None], None
@@ -117,6 +118,7 @@ def call_arguments(
     attention_mask: Tensor | None,
     scaling: float | Tensor | None = None,
     dropout: float = 0.0,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """Translate a call of transformers into keyword arguments of `tritonattn.attention`."""
@@ -127,7 +129,11 @@ def call_arguments(
             f" return attention weights, got such a {type(module).__name__}: call"
             " model.set_attn_implementation('sdpa') after patching"
         )
-    return {**own, **visible_arguments(module, query, key, attention_mask, kwargs)}
+    arguments = {**own, **visible_arguments(module, query, key, attention_mask, kwargs)}
+    if position_bias is not None:
+        bias = position_bias[..., : key.shape[2]]
+        arguments["bias"] = bias if arguments.get("bias") is None else arguments["bias"] + bias
+    return arguments
 
 
 def _arguments_but_visibility(
@@ -142,10 +148,7 @@ def _arguments_but_visibility(
 ) -> dict[str, Any]:
     for name, meaning in _REFUSED.items():
         if kwargs.get(name) is not None:
-            raise NotImplementedError(
-                f"{name}: {meaning} is not supported by tritonattn in {type(module).__name__}; leave the module to"
-                " attn_implementation='eager'"
-            )
+            _refuse(name, meaning, module)
     settings = Settings.of(module)
     gain = settings.gain
     if isinstance(gain, Tensor) and gain.numel() == 1 and gain.requires_grad and query.shape[1] < query_heads(module):
@@ -161,6 +164,13 @@ def _arguments_but_visibility(
         "backend": settings.backend,
         "batch_invariant": settings.batch_invariant,
     }
+
+
+def _refuse(name: str, meaning: str, module: nn.Module) -> NoReturn:
+    raise NotImplementedError(
+        f"{name}: {meaning} is not supported by tritonattn in {type(module).__name__}; leave the module to"
+        " attn_implementation='eager'"
+    )
 
 
 def register(

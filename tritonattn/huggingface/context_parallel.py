@@ -29,6 +29,11 @@ def over_ranks(
     kind = type(module).__name__
     if arguments["dropout_p"] > 0:
         raise NotImplementedError(f"dropout: expected 0 under context_parallel, got {arguments['dropout_p']} in {kind}")
+    if arguments.get("bias") is not None:
+        raise NotImplementedError(
+            f"position_bias: expected none under context_parallel, whose ranks know its entries for their own tokens"
+            f" alone, got one in {kind}; leave the layer to attn_implementation='eager'"
+        )
     split = Split.of(context.mesh, context.layout)
     if not _is_causal(module, query, key, arguments, keywords, split):
         raise NotImplementedError(

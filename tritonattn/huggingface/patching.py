@@ -183,7 +183,7 @@ def patch(
     Raises:
         TypeError, ValueError: A model without attention that can be patched, one that is patched already, or, for
             learned values, one that is wrapped or sharded already; a layer that does not exist; an argument.
-        NotImplementedError: A chosen layer that cannot be patched (T5's: position_bias), and why.
+        NotImplementedError: A chosen layer that cannot be patched (Bloom's takes no attention function), and why.
 
     >>> import torch, transformers, tritonattn.huggingface
     >>> config = transformers.LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,

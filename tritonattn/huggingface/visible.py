@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.masks import visible_keys
+from ..core.masks import mask_arguments
 from .settings import layer_scaling
 
 
 def visible_arguments(
     module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """The arguments causal, window, key_ranges and mask of `tritonattn.attention`.
+    """The arguments causal, window, key_ranges, mask and bias of `tritonattn.attention`.
 
     mask is int32 [B, 1, Q, 2] from tritonattn's mask function. If only some layers of a model are patched, it is the
-    4-D mask of "sdpa" (bool) or "eager" (0 and very negative).
+    4-D mask of "sdpa" (bool) or "eager" (0 and very negative; other numbers are a bias).
 
-    Raises ValueError or TypeError for any other mask, NotImplementedError for one that holds a bias.
+    Raises ValueError or TypeError for any other mask.
     """
     if mask is None:
         return _implied(module, query, key, kwargs)
@@ -33,7 +33,7 @@ def visible_arguments(
         if mask.shape[-1] != 2:
             raise ValueError(f"attention_mask: expected key ranges [B, 1, Q, 2], got int32 {list(mask.shape)}")
         return {"key_ranges": mask.expand(query.shape[0], -1, -1, -1)}
-    return {"mask": visible_keys("attention_mask", mask[..., : key.shape[-2]])}
+    return mask_arguments("attention_mask", mask[..., : key.shape[-2]])
 
 
 def is_packed(mask: Tensor | None, kwargs: dict[str, Any]) -> bool:

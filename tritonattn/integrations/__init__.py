@@ -11,7 +11,7 @@ hub_kernel       the package as a kernel of the HuggingFace hub, for the library
 transformers has `tritonattn.huggingface`.
 
 A library's scale stays a factor with the mode: logit = scale * sqrt(D) * factor * (q . k), which for "sqrt_dim"
-is the library's logit. Cosine modes replace it. A bias on the logits is refused by name, never dropped.
+is the library's logit. Cosine modes replace it. A bias on the logits is `attention`'s bias.
 
 torch.nn.attention.register_flash_attention_impl is not used: it exchanges the CUDA kernels under every
 F.scaled_dot_product_attention of the process, which has no scaling but a number.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.masks import visible_keys
+from ..core.masks import mask_arguments
 from ..nn.registry import scaling_of_layer
 from ..scaling import Scaling
 
@@ -21,9 +21,9 @@ def scaling_for(scaling: str | Scaling, heads: int, device: torch.device | None 
 def keys_and_masks(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """k, v and the masks of `tritonattn.attention` for those of F.scaled_dot_product_attention: causal is j <= i."""
+    """k, v, and masks and bias of `attention`, for those of F.scaled_dot_product_attention: causal is j <= i."""
     if not is_causal:
-        return k, v, {} if attn_mask is None else {"mask": visible_keys("attn_mask", attn_mask)}
+        return k, v, mask_arguments("attn_mask", attn_mask)
     if attn_mask is not None:
         raise ValueError("attn_mask: expected None with is_causal=True, got a tensor")
     q_len, k_len = q.shape[2], k.shape[2]

@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..calls.attention import attention
+from ..core.errors import install
 from ..nn.learned import as_mode
 from ..scaling import Scaling
 from ..scaling.base import relative_gain
@@ -16,9 +17,7 @@ from .replacement import Replacement
 try:
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 except ImportError as error:
-    raise ImportError(
-        "tritonattn.integrations.diffusers needs diffusers: pip install 'tritonattn[integrations]'"
-    ) from error
+    raise ImportError(f"tritonattn.integrations.diffusers needs diffusers: {install('integrations')}") from error
 
 NAME = "tritonattn"
 
@@ -32,8 +31,9 @@ def register(name: str = NAME, scaling: str | Scaling = "sqrt_dim", backend: str
             parameters are yours to train and keep.
         backend: As in `tritonattn.attention`.
 
-    Masks are bool, True for visible, or additive with 0 and at most -1e4; a bias raises NotImplementedError, and so
-    does context parallelism. diffusers has no public registry: this adds a member to its enumeration of backends.
+    Masks are bool, True for visible, or additive: entries of at most -1e4 hide, and others are a bias. Context
+    parallelism raises NotImplementedError. diffusers has no public registry: this adds a member to its enumeration of
+    backends.
 
     Raises:
         TypeError, ValueError: An invalid scaling; a name that is not lower case, or one of diffusers' own.

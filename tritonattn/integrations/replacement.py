@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+_ADDED = object()  # stands for an attribute that the owner itself did not have
+
 
 class Replacement:
     """A replacement of modules inside a model: a context manager that undoes it.
@@ -21,13 +23,17 @@ class Replacement:
             self.put(owner, attribute, value)
 
     def put(self, owner: Any, attribute: str, value: Any) -> None:
-        self._before.append((owner, attribute, getattr(owner, attribute)))
+        is_added = (attribute not in vars(owner) and hasattr(type(owner), attribute)) or not hasattr(owner, attribute)
+        self._before.append((owner, attribute, _ADDED if is_added else getattr(owner, attribute)))
         setattr(owner, attribute, value)
 
     def undo(self) -> None:
         """Put the former modules back; parameters that they share keep what they have learned since."""
         for owner, attribute, before in reversed(self._before):  # layers may share a processor
-            setattr(owner, attribute, before)
+            if before is _ADDED:
+                delattr(owner, attribute)
+            else:
+                setattr(owner, attribute, before)
         self._before = []
 
     def __enter__(self) -> Replacement:

@@ -1,19 +1,25 @@
-"""timm's vision transformers with a scaling, through `create_model(..., attn_layer=)`."""
+"""timm's models with a scaling: through `create_model(..., attn_layer=)`, or in the layers of one that is made."""
 
 from __future__ import annotations
 
-from typing import cast
+from types import MethodType
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from ..calls.attention import attention
+from ..core.errors import install
 from ..scaling import Scaling
+from ..scaling.base import relative_gain
 from .arguments import keys_and_masks, scaling_for
+from .replacement import Replacement
 
 try:
     from timm.layers.attention import Attention
 except ImportError as error:
-    raise ImportError("tritonattn.integrations.timm needs timm: pip install 'tritonattn[integrations]'") from error
+    raise ImportError(f"tritonattn.integrations.timm needs timm: {install('integrations')}") from error
 
 
 def attention_layer(scaling: str | Scaling = "sqrt_dim", backend: str = "auto") -> type[Attention]:
@@ -24,8 +30,8 @@ def attention_layer(scaling: str | Scaling = "sqrt_dim", backend: str = "auto") 
             module that starts at sqrt_dim, as pretrained weights want; or a `Scaling`, which all layers share.
         backend: As in `tritonattn.attention`.
 
-    Pretrained weights load as into timm's own layer. attn_mask is bool, True for visible, or additive with 0 and -inf;
-    a bias raises NotImplementedError. Models that do not take `attn_layer` say so themselves, by a TypeError.
+    Pretrained weights load as into timm's own layer. attn_mask is bool, True for visible, or additive. Models that do
+    not take `attn_layer` say so themselves, by a TypeError: `replace_attention` reaches their layers.
 
     Raises:
         TypeError, ValueError: An invalid scaling.
@@ -58,3 +64,78 @@ def attention_layer(scaling: str | Scaling = "sqrt_dim", backend: str = "auto") 
             return self.proj_drop(self.proj(out))
 
     return ScaledAttention
+
+
+def replace_attention(model: nn.Module, scaling: str | Scaling = "sqrt_dim", backend: str = "auto") -> Replacement:
+    """Give every attention layer of a timm model a scaling: BEiT, Swin, MaxViT, relative positions, EVA, ...
+
+    Args:
+        model: One whose layers call `F.scaled_dot_product_attention`; other calls of theirs stay. Biases of pairs
+            (relative positions, the masks of shifted windows) are added to the scaled logits, with gradient.
+        scaling: As in `attention_layer`; a learned name makes each layer a module `logit_scaling`: give its parameters
+            to the optimiser.
+        backend: As in `tritonattn.attention`.
+
+    Raises:
+        ValueError: A model without such a layer, or an invalid scaling.
+
+    >>> import timm, torch
+    >>> from tritonattn.integrations.timm import replace_attention
+    >>> model = timm.create_model("test_vit_relpos", img_size=32, num_classes=3)
+    >>> with replace_attention(model, "log_key_count") as replaced:
+    ...     print(len(replaced.names), model(torch.randn(2, 3, 32, 32)).shape)
+    9 torch.Size([2, 3])
+    """
+    changes: list[tuple[str, Any, str, Any]] = []
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "fused_attn", None), bool):
+            own = scaling_for(scaling, getattr(module, "num_heads", 1), next(module.parameters()).device)
+            changes.append((name, module, "forward", MethodType(_forward_with(backend), module)))
+            changes += [(name, module, "logit_scaling", own), (name, module, "fused_attn", True)]
+    replaced = Replacement(model, "one with attention layers of timm", changes)
+    replaced.names = list(dict.fromkeys(replaced.names))
+    return replaced
+
+
+def _forward_with(backend: str) -> Any:
+    """A layer's forward, whose calls of scaled_dot_product_attention are `attention` with its scaling."""
+
+    def forward(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        with _Scaled(self.logit_scaling, backend):
+            return type(self).forward(self, *arguments, **keywords)
+
+    return forward
+
+
+class _Scaled(TorchFunctionMode):
+    def __init__(self, scaling: Scaling, backend: str) -> None:
+        super().__init__()
+        self.scaling, self.backend = scaling, backend
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        keywords = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **keywords)
+        return self._attention(*args, **keywords)
+
+    def _attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """[..., H, S, D] each: leading axes are one batch."""
+        batch = q.shape[:-3]
+        if attn_mask is not None and attn_mask.dim() > 4:
+            attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)
+        q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
+        k, v, masks = keys_and_masks(q, k, v, attn_mask, is_causal)
+        gain = relative_gain(self.scaling, scale, q.shape[-1])
+        options = {"scaling": self.scaling, "gain": gain, "dropout_p": dropout_p, "backend": self.backend}
+        return cast(Tensor, attention(q, k, v, **options, **masks)).unflatten(0, batch)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..calls.attention import attention
-from ..core.masks import visible_keys
+from ..core.masks import mask_arguments
 from ..nn.registry import scaling_of_layer
 from ..scaling import Scaling
 from .arguments import scaling_for
@@ -152,20 +152,18 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _masks(
         self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
     ) -> dict[str, Any]:
-        """torch's masks, True for hidden, as arguments of `attention`."""
-        masks: dict[str, Any] = {}
-        visible = None
-        if is_causal and q.shape[2] == k.shape[2]:
-            masks["causal"] = True
-        elif attn_mask is not None:
-            visible = _visible("attn_mask", attn_mask)
-            if visible.dim() == 3:
-                visible = visible.unflatten(0, (-1, self.num_heads))  # [B, H, L, S]
+        """torch's masks, True for hidden or added to the logits, as arguments of `attention`."""
+        is_causal = is_causal and q.shape[2] == k.shape[2]
+        masks: dict[str, Any] = {"causal": True} if is_causal else {}
+        if attn_mask is not None and not is_causal:
+            pairs = attn_mask.unflatten(0, (-1, self.num_heads)) if attn_mask.dim() == 3 else attn_mask  # [B, H, L, S]
+            masks |= _mask_arguments("attn_mask", pairs)
         if key_padding_mask is not None:
-            keys = _visible("key_padding_mask", key_padding_mask)
-            keys = keys[None, None, None] if keys.dim() == 1 else keys[:, None, None]  # [B, 1, 1, S]
-            visible = keys if visible is None else visible & keys
-        return masks if visible is None else {**masks, "mask": visible}
+            keys = key_padding_mask if key_padding_mask.dim() == 1 else key_padding_mask[:, None, None]  # [B, 1, 1, S]
+            for name, x in _mask_arguments("key_padding_mask", keys).items():
+                before = masks.get(name)
+                masks[name] = x if before is None else before & x if name == "mask" else before + x
+        return masks
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, backend: str, masks: dict[str, Any]) -> Tensor:
         dropout_p = self.dropout if self.training else 0.0
@@ -235,9 +233,9 @@ def replace_multihead_attention(
     return replaced
 
 
-def _visible(name: str, mask: Tensor) -> Tensor:
-    """torch's mask, bool with True for hidden or additive, as bool with True for visible."""
-    return ~mask if mask.dtype == torch.bool else visible_keys(name, mask)
+def _mask_arguments(name: str, mask: Tensor) -> dict[str, Tensor]:
+    """`mask_arguments` of torch's mask, bool with True for hidden, or additive."""
+    return mask_arguments(name, ~mask if mask.dtype == torch.bool else mask)
 
 
 def _refuse_added_keys(bias: bool, zero: bool) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.attention import attention
+from ..core.errors import install
 from ..scaling import Scaling
 from ..scaling.base import relative_gain
 from .arguments import scaling_for
@@ -18,7 +19,7 @@ try:
     from x_transformers.attend import Attend, Intermediates
 except ImportError as error:
     raise ImportError(
-        "tritonattn.integrations.x_transformers needs x-transformers: pip install 'tritonattn[integrations]'"
+        f"tritonattn.integrations.x_transformers needs x-transformers: {install('integrations')}"
     ) from error
 
 # Options of Attend that change logits or probabilities and are no scaling; None and False turn them off.
@@ -35,7 +36,6 @@ _REFUSED = (
     "flash_pack_seq",
 )
 _REFUSED_IN_CALLS = {
-    "attn_bias": "a bias on the logits (alibi, relative positions)",
     "prev_attn": "logits of the layer before (residual_attn)",
     "attn_delta": "a change of the probabilities",
     "flash_pack_seq_kwargs": "packed sequences",
@@ -45,9 +45,9 @@ _REFUSED_IN_CALLS = {
 class ScaledAttend(nn.Module):
     """An `Attend` whose logits are scaled by a mode.
 
-    It keeps causality, masks, grouped heads, softclamp, learned sinks and dropout. Attend's scale, qk_norm's
-    included, stays a factor with the mode. Its Intermediates are empty, as with Attend(flash=True): logits are never
-    formed.
+    It keeps causality, masks, biases of pairs (alibi, relative positions), grouped heads, softclamp, learned sinks and
+    dropout. Attend's scale, qk_norm's included, stays a factor with the mode. Its Intermediates are empty, as with
+    Attend(flash=True): logits are never formed.
     """
 
     def __init__(self, attend: Attend, heads: int, scaling: str | Scaling = "sqrt_dim", backend: str = "auto") -> None:
@@ -87,6 +87,7 @@ class ScaledAttend(nn.Module):
             gain=relative_gain(self.scaling, self.scale, q.shape[-1]),
             causal=self.causal if causal is None else causal,
             mask=mask,
+            bias=others.get("attn_bias"),
             softcap=self.softcap,
             sinks=self.head_attn_sink,
             dropout_p=self.dropout if self.training else 0.0,

@@ -18,6 +18,7 @@ from ..calls.checks import (
     check_settings,
     check_tensor,
     kind_of,
+    relative_bias_of,
     shape_of,
 )
 from ..calls.decode import attention_decode
@@ -26,9 +27,11 @@ from ..calls.varlen import attention_varlen
 from ..calls.varlen_checks import check_offsets
 from ..core.autograd import needs_graph
 from ..core.call import LONGEST_QUERY
+from ..core.relative import reflected
 from ..core.shards import SharesSequence
 from ..core.visibility import window_sides
 from ..scaling import Scaling
+from ..scaling.base import has_relative_bias
 from .cache import KeyValueCache
 from .learned import describe
 from .registry import scaling_of_layer
@@ -164,6 +167,9 @@ class ScaledAttention(SharesSequence, nn.Module):
         key_ranges: Tensor | None = None,
         mask: Tensor | None = None,
         key_bias: Tensor | None = None,
+        bias: Tensor | None = None,
+        relative_bias: Tensor | None = None,
+        relative_right: int = 0,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: KeyValueCache | None = None,
@@ -177,6 +183,8 @@ class ScaledAttention(SharesSequence, nn.Module):
             key_lengths, key_ranges, mask: As in `tritonattn.attention`.
             key_bias: As in `tritonattn.attention`, `attention_varlen` or `attention_decode`: with a cache of all its
                 capacity.
+            bias, relative_bias, relative_right: Likewise; with cu_seqlens or a cache no bias. A prompt of more than 16
+                tokens in a cache makes a bias of pairs of the relative one.
             cu_seqlens, max_seqlen: Self attention of packed sequences: int32 [N + 1], sequence s is the rows
                 cu_seqlens[s] to cu_seqlens[s + 1]; and the longest one's length.
             cache: A causal layer's: the new keys are appended to it, and x attends to them and those before. For
@@ -192,25 +200,31 @@ class ScaledAttention(SharesSequence, nn.Module):
 
         Raises:
             TypeError, ValueError: As in `tritonattn.attention`; arguments that exclude one another.
-            NotImplementedError: A gradient through a cache; dropout over ranks.
+            NotImplementedError: A gradient through a cache; dropout over ranks; a scaling with a relative bias and a
+                prompt of more than 16 tokens in a cache.
         """
         masks = {"key_lengths": key_lengths, "key_ranges": key_ranges, "mask": mask}
-        others = {"context": context, **masks}
+        others = {"context": context, **masks, "bias": bias}
+        biases: dict[str, Any] = {"key_bias": key_bias}
+        if not (relative_bias is None and relative_right == 0):
+            biases |= {"relative_bias": relative_bias, "relative_right": relative_right}
         if self.sequence_part is not None:
-            _refuse_with("ContextParallel", {**others, "cache": cache, "counts": counts})
+            _refuse_with(
+                "ContextParallel", {**others, "relative_bias": relative_bias, "cache": cache, "counts": counts}
+            )
         if cache is not None:
             _refuse_with("cache", {**others, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen})
-            return self._joined(self._cached(x, cache, counts, key_bias))
+            return self._joined(self._cached(x, cache, counts, biases))
         _refuse_with("no cache", {"counts": counts})
         if cu_seqlens is not None:
             _refuse_with("cu_seqlens", others)
-            return self._packed(x, cu_seqlens, max_seqlen, key_bias)
+            return self._packed(x, cu_seqlens, max_seqlen, biases)
         _refuse_with("no cu_seqlens", {"max_seqlen": max_seqlen})
         operands = self.operands(x, context)
         if self.sequence_part is not None:
-            out = self.sequence_part.attention(*operands, **self._masked(key_bias))
+            out = self.sequence_part.attention(*operands, **self._masked(biases))
         else:
-            out = attention(*operands, **masks, **self._masked(key_bias))
+            out = attention(*operands, **masks, bias=bias, **self._masked(biases))
         return self._joined(cast(Tensor, out))
 
     def operands(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,21 +234,21 @@ class ScaledAttention(SharesSequence, nn.Module):
             q, k = self.positioned(q, k, self._positions(x.shape[1], x.device)[None])
         return q, k, v
 
-    def _settings(self, key_bias: Tensor | None) -> dict[str, Any]:
+    def _settings(self, biases: dict[str, Any]) -> dict[str, Any]:
         """The arguments of every form of attention."""
         return {
+            **biases,
             "scaling": self.scaling,
-            "key_bias": key_bias,
             "softcap": self.softcap,
             "sinks": self.sinks,
             "backend": self.backend,
             "batch_invariant": self.batch_invariant,
         }
 
-    def _masked(self, key_bias: Tensor | None) -> dict[str, Any]:
+    def _masked(self, biases: dict[str, Any]) -> dict[str, Any]:
         """The arguments of attention without a cache."""
         dropout_p = self.dropout_p if self.training else 0.0
-        return {"causal": self.causal, "window": self.window, "dropout_p": dropout_p, **self._settings(key_bias)}
+        return {"causal": self.causal, "window": self.window, "dropout_p": dropout_p, **self._settings(biases)}
 
     def _projected(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D]."""
@@ -255,7 +269,7 @@ class ScaledAttention(SharesSequence, nn.Module):
         """[B, Hq, Sq, D] through the last projection."""
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def _packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: Any, key_bias: Tensor | None) -> Tensor:
+    def _packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: Any, biases: dict[str, Any]) -> Tensor:
         _check_features("x", x, f"[T, width = {self.width}]", self.width)
         check_offsets("cu_seqlens", cu_seqlens, x)
         check_count("max_seqlen", max_seqlen)
@@ -263,14 +277,14 @@ class ScaledAttention(SharesSequence, nn.Module):
         row = self._positions(x.shape[0], x.device).to(cu_seqlens.dtype)
         sequence = torch.searchsorted(cu_seqlens, row, right=True).clamp(max=cu_seqlens.shape[0] - 1) - 1
         q, k = self.positioned(q, k, (row - cu_seqlens[sequence])[None])
-        options = self._masked(key_bias)
+        options = self._masked(biases)
         if self.sequence_part is not None:
             return self._joined(self.sequence_part.attention(q, k, v, cu_seqlens=cu_seqlens, **options))[0]
         q, k, v = (z[0].transpose(0, 1) for z in (q, k, v))  # [T, H, D]
         out = attention_varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
         return self.o_proj(cast(Tensor, out).flatten(1))
 
-    def _cached(self, x: Tensor, cache: KeyValueCache, counts: Tensor | None, key_bias: Tensor | None) -> Tensor:
+    def _cached(self, x: Tensor, cache: KeyValueCache, counts: Tensor | None, biases: dict[str, Any]) -> Tensor:
         """[B, Hq, Sq, D]"""
         if not self.causal:
             raise ValueError("cache: expected a causal layer, got causal=False")
@@ -282,7 +296,7 @@ class ScaledAttention(SharesSequence, nn.Module):
         own = cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)  # [B, Sq]
         q, k = self.positioned(q, k, own)
         cache.append(k, v, counts)
-        settings = self._settings(key_bias)
+        settings = self._settings(biases)
         if counts is None and x.shape[1] <= LONGEST_QUERY:
             out = attention_decode(
                 q,
@@ -294,6 +308,15 @@ class ScaledAttention(SharesSequence, nn.Module):
                 **settings,
             )
             return cast(Tensor, out)
+        if isinstance(self.scaling, Scaling) and has_relative_bias(self.scaling, q):
+            raise NotImplementedError(
+                f"scaling: expected one without a relative bias for a prompt of more than {LONGEST_QUERY} tokens, or"
+                f" with counts, in a cache, got {type(self.scaling).__name__}"
+            )
+        if settings.get("relative_bias") is not None:
+            table, right = settings.pop("relative_bias"), settings.pop("relative_right")
+            table = relative_bias_of("", table, right, q, q.shape[:3], "[B, Hq, Sq]")
+            settings["bias"] = reflected(table, own + right, slice(0, cache.k.shape[2]))
         left, _ = window_sides(self.window)
         first = torch.zeros_like(own) if left is None else (own - left).clamp(min=0)
         end = torch.where(own < cache.lengths[:, None], own + 1, 0)  # rows past counts attend to nothing

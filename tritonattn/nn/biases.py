@@ -1,4 +1,4 @@
-"""Biases of keys, for `key_bias=`: ALiBi and forget gates."""
+"""Biases for `key_bias=` and `relative_bias=`: ALiBi and forget gates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..core.shards import SharesSequence, refuse_context_parallel
 
 
 class ALiBi(SharesSequence, nn.Module):
-    """bias[h, j] = m_h * (j - (keys - 1)): attention with linear biases, for causal attention.
+    """bias[h, j] = m_h * (j - (keys - 1)): attention with linear biases.
 
     The paper adds m_h * (j - i) to the logit of row i and key j. A term of the row alone cancels in the softmax, so
     that one number a key is enough; lse and max_logit shift by it. The slopes m_h are 2^(-8 h / n) for h = 1 .. n where
@@ -20,34 +20,44 @@ class ALiBi(SharesSequence, nn.Module):
     Numbers near -m_h * keys are rounded to float32: differences of logits are off by at most m_h * keys * 2^-23, 0.002
     for the steepest slope among 2^15 keys.
 
+    Where rows see keys on both sides, the paper's term becomes -m_h * |i - j|, a bias of the distance:
+    relative[h, t] = -m_h * |t| for the key t positions before the row.
+
     Args:
         heads: Hq.
+        bidirectional: Return the bias of distances.
         device: The device of the bias; it moves with the module.
 
     Calling it with a number of keys returns the bias, float32 [heads, keys]: pass it with any scaling. In decoding
     the number is the cache's capacity. Under `tritonattn.distributed.ContextParallel` the number is that of this rank's
-    keys, and their bias counts positions in the whole sequence.
+    keys, and their bias counts positions in the whole sequence. A bidirectional one returns float32
+    [1, heads, 1, 2 * keys - 1]: pass it as `relative_bias`, with `relative_right=keys - 1`.
 
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
     >>> alibi = tritonattn.nn.ALiBi(heads=4)
     >>> tritonattn.attention(q, k, v, causal=True, key_bias=alibi(16), scaling="key_norm_mean").shape
     torch.Size([1, 4, 16, 8])
+    >>> alibi = tritonattn.nn.ALiBi(heads=4, bidirectional=True)
+    >>> tritonattn.attention(q, k, v, relative_bias=alibi(16), relative_right=15).shape
+    torch.Size([1, 4, 16, 8])
 
     Source: Press et al. 2022, "Train short, test long", arXiv:2108.12409. Raises TypeError or ValueError for an
-    invalid number of heads or keys, NotImplementedError under torch's context_parallel.
+    invalid number of heads or keys, NotImplementedError under torch's context_parallel, and for a bidirectional one
+    under `ContextParallel`.
     """
 
     _place: Tensor  # of no entries; it moves with the module
 
-    def __init__(self, heads: int, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, heads: int, *, bidirectional: bool = False, device: torch.device | str | None = None) -> None:
         super().__init__()
         check_count("heads", heads, 1)
-        self.heads = heads
+        check_bool("bidirectional", bidirectional)
+        self.heads, self.bidirectional = heads, bidirectional
         self.register_buffer("_place", torch.empty(0, device=device), persistent=False)
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}"
+        return f"heads={self.heads}, bidirectional={self.bidirectional}"
 
     @property
     def slopes(self) -> Tensor:
@@ -55,11 +65,19 @@ class ALiBi(SharesSequence, nn.Module):
         return self._exact_slopes().float()
 
     def forward(self, keys: int) -> Tensor:
-        check_count("keys", keys)
+        check_count("keys", keys, int(self.bidirectional))
         refuse_context_parallel("ALiBi")
+        if self.bidirectional:
+            return self._of_distances(keys)
         ranks = 1 if self.sequence_part is None else self.sequence_part.ranks
         distance = self._positions(keys, self._place.device).double() - (keys * ranks - 1)
         return (self._exact_slopes()[:, None] * distance).float()
+
+    def _of_distances(self, keys: int) -> Tensor:
+        if self.sequence_part is not None:
+            raise NotImplementedError("ALiBi: expected bidirectional=False under ContextParallel, got True")
+        distance = torch.arange(1 - keys, keys, dtype=torch.float64, device=self._place.device).abs()
+        return (-self._exact_slopes()[:, None] * distance).float()[None, :, None]
 
     def _exact_slopes(self) -> Tensor:
         """Computed at each use: values in a buffer would be rounded by `to(torch.bfloat16)` and lost by `to_empty`."""

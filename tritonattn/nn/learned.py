@@ -130,6 +130,9 @@ class PerHead(Learned):
     def addend(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor | None:
         return self.mode.addend(q, k, visible)
 
+    def relative_addend(self, q: Tensor, k: Tensor, distance: Tensor) -> Tensor | None:
+        return self.mode.relative_addend(q, k, distance)
+
 
 class LearnedCosine(PerHead):
     """factor = tau_h / (||q|| * ||k||), tau_h = tau * exp(theta_h): cosine attention with a learned temperature.

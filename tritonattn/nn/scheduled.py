@@ -88,9 +88,9 @@ class Scheduled(nn.Module, Scaling):
         t = self.progress().to(q.device)
         given = q, k, visibility, statistics
         parts = [scales_of(mode, None, *given, exact=True) for mode in (self.mode_a, self.mode_b)]
-        if any(part.key_bias is not None for part in parts):
+        if not all(part.key_bias is None and part.relative_bias is None for part in parts):
             raise ValueError(
-                "mode_a, mode_b: expected modes without a bias a key; pass it as key_bias=, times a weight"
+                "mode_a, mode_b: expected modes without a bias; pass it as key_bias= or relative_bias=, times a weight"
             )
         a, b = (x.constant if x.query is None else x.constant * x.query.double() for x in parts)
         key_a, key_b = (part.key for part in parts)

@@ -95,7 +95,7 @@ def _forward(call: AttentionCall, rounding: Tensor | None = None, *, has_graph: 
         with without_autocast(call.q):
             return blockwise.forward(call, aux, rounding)
     # With a graph, forward and backward must multiply in the same tiles.
-    if not (has_graph or visible.invariant) and kernels().are_few_rows(visible, call.dropout):
+    if not (has_graph or visible.invariant) and kernels().are_few_rows(call):
         return kernels().decode(call, aux)
     return kernels().forward(call, aux, rounding)
 
@@ -211,8 +211,9 @@ class _Attention(Function):
         if call.aux:
             ctx.mark_non_differentiable(*aux)
         vectors = (terms.query_scale, terms.key_scale, terms.key_bias, terms.sinks)
-        rest = (terms.bias, terms.relative_bias, call.wide_q, call.wide_k)
-        ctx.save_for_backward(out, lse, rounding, call.q, call.k, call.v, *vectors, *rest, *masks)
+        of_pairs = (terms.bias, terms.relative_bias)
+        wide = (call.wide_q, call.wide_k)
+        ctx.save_for_backward(out, lse, rounding, call.q, call.k, call.v, *vectors, *of_pairs, *wide, *masks)
         return out, lse, *aux
 
     @staticmethod

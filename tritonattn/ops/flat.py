@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple, get_args, get_type_hints
+from dataclasses import dataclass, replace
+from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
 from torch.autograd.function import Function
@@ -22,7 +22,8 @@ _NO_ARGUMENTS = {("visibility", name) for name in (*_SIZES, "counted")}
 _NO_ARGUMENTS |= {("gain",), ("dropout_p",), ("wide_q",), ("wide_k",)}
 
 
-class Argument(NamedTuple):
+@dataclass(frozen=True)  # Dynamo of torch 2.8 takes no property of a NamedTuple
+class Argument:
     """A leaf of the record, by its path and type: one of its types, where it can have several.
 
     The type has None too where a record on the path may be missing.

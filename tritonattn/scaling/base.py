@@ -19,12 +19,13 @@ from ..core.visibility import Visibility
 class Scales:
     """The factor of every logit as a number and vectors, the result of `Scaling.scales`.
 
-        logit[i, j] = constant * (q[i] . k[j]) * query[i] * key[j] + key_bias[j]
+        logit[i, j] = constant * (q[i] . k[j]) * query[i] * key[j] + key_bias[j] + relative[i, j]
 
     query       broadcastable to [B, Hq, Sq], or one row a key head, [B, Hkv, Sq]; any float dtype; None is 1
     key         broadcastable to [B, Hkv, Sk]; any float dtype; None is 1
     is_finite   query is finite in rows without keys too; a call puts 0 there otherwise
     key_bias    broadcastable to [B, Hq, Sk] or [B, Hkv, Sk]; any float dtype; None is 0; a key with -inf has no weight
+    relative_bias, relative_right   as of `attention`, of a packed batch [1, Hq or 1, T_q or 1, extent]; None is 0
 
     A call raises ValueError for another shape, and TypeError for another type.
     """
@@ -34,14 +35,17 @@ class Scales:
     key: Tensor | None = None
     is_finite: bool = False
     key_bias: Tensor | None = None
+    relative_bias: Tensor | None = None
+    relative_right: int = 0
 
 
 class Scaling:
-    """A logit scaling: logit[i, j] = (q[i] . k[j]) * factor[i, j], plus a bias of the key where a mode has one.
+    """A logit scaling: logit[i, j] = (q[i] . k[j]) * factor[i, j], plus a bias of the key or distance where one has it.
 
     A mode states its factor twice, so that a mistake in one of them shows. `scales` gives kernels a number and vectors.
     `multiplier` is the formula as its paper writes it, for the reference alone, and uses neither `scales` nor the
-    methods of `visibility` and `statistics`; a mode with a bias states that a second time in `addend`. All are
+    methods of `visibility` and `statistics`; a mode with a bias states that a second time in `addend`, or in
+    `relative_addend`. All are
     differentiable with respect to q and k. A factor, and a bias, may depend on the keys that the row attends to, and
     on no others.
 
@@ -93,6 +97,19 @@ class Scaling:
     def addend(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor | None:
         """The bias of every pair, of arguments and shape as of `multiplier`; None, where a mode has none, is 0."""
         return None
+
+    def relative_addend(self, q: Tensor, k: Tensor, distance: Tensor) -> Tensor | None:
+        """The bias of every pair by its distance, of shape as of `multiplier`; None, where a mode has none, is 0.
+
+        distance   int64 [B or 1, 1, Sq, Sk]: how many positions each key lies before the row's own
+        """
+        return None
+
+
+def has_relative_bias(scaling: Scaling, q: Tensor) -> bool:
+    """True where a scaling of q [B, Hq, Sq, D] adds a bias of distances."""
+    row = q[:, :, :1]
+    return scaling.relative_addend(row, row, torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=q.device)) is not None
 
 
 def relative_gain(scaling: Any, own: float | Tensor | None, head_dim: int, gain: Any = None) -> Any:

@@ -113,6 +113,7 @@ class Problem:
     wide_q       a 16-bit backward returns q's gradient in fp32, for what is added to it
     wide_k       likewise k's
     is_part      a backward of some of the visible keys of its rows
+    bias_after_softcap   there are a softcap and a bias, which is added behind it
     short        few rows and keys, so that a GPU may have more processors than programs: `is_short`
     invariant    a row's bits, and so its tiles, do not depend on the rest of the batch: `defaults.default_config`
     """
@@ -128,9 +129,12 @@ class Problem:
     query_scale: bool = False
     key_scale: bool = False
     key_bias: bool = False
+    bias: bool = False
+    relative_bias: bool = False
     query_scale_grad: bool = False
     grouped: bool = False
     softcap: bool = False
+    bias_after_softcap: bool = False
     sinks: bool = False
     dropout: bool = False
     aux: bool = False
@@ -144,6 +148,11 @@ class Problem:
     is_part: bool = False
     short: bool = False
     invariant: bool = False
+
+    @property
+    def has_bias(self) -> bool:
+        """True where something is added to logits."""
+        return self.key_bias or self.bias or self.relative_bias
 
     @property
     def width(self) -> int:
@@ -265,8 +274,11 @@ def _gluon_reasons(kernel: str, config: TileConfig, problem: Problem, target: Ta
     if triton_version() < (3, 6):
         reasons.append("gluon needs triton 3.6")
     is_other = problem.mask or problem.dropout or problem.block_table or problem.invariant
+    is_other |= problem.bias or problem.relative_bias or problem.bias_after_softcap
     if is_other or problem.dtype.itemsize != 2 or not problem.aligned:
-        reasons.append("gluon needs 16 bits and aligned tensors, no mask, dropout, pages or batch_invariant")
+        reasons.append(
+            "gluon needs 16 bits and aligned tensors, no mask, biases of pairs or behind a softcap, dropout, pages or batch_invariant"
+        )
     if padded_dim(problem.head_dim) != padded_dim(problem.value_dim) or not 64 <= problem.width <= 256:
         reasons.append("gluon needs head and value dims that pad to the same of 64, 128 and 256")
     of_masks = problem.key_ranges or problem.left or (problem.right and (problem.key_scale or problem.key_bias))

@@ -185,13 +185,14 @@ def _with_page_numbers(kernel: str, config: TileConfig, problem: Problem, target
 
 
 def _takes_many_registers(kernel: str, problem: Problem) -> bool:
-    """True where a kernel holds a mask's tile, Philox's counters, or the sums for the gradient of a query scale.
+    """True where a kernel holds a tile of a mask or of biases, Philox's counters, or sums of a query scale's gradient.
 
     Above width 256 the tiles leave room for those sums, but not for ranges of rows.
     """
+    holds_tile = problem.mask or problem.dropout or problem.bias or problem.relative_bias
     if problem.width > 256:
-        return problem.mask or problem.dropout or problem.key_ranges
-    return problem.mask or problem.dropout or (kernel == "grad_query" and problem.query_scale_grad)
+        return holds_tile or problem.key_ranges
+    return holds_tile or (kernel == "grad_query" and problem.query_scale_grad)
 
 
 def _lighter(kernel: str, problem: Problem, width: int, config: TileConfig) -> TileConfig:

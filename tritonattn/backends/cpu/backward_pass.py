@@ -192,6 +192,7 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
     d_query = torch.zeros_like(rows.query) if needs_query else None
     spans, delta = tiles.spans_of(block), rows.delta
     of_pairs = gradients.bias is not None or gradients.relative_bias is not None
+    is_after = tiles.call.logits.bias_after_softcap
     needs_logits = needs_query or sums.key is not None or gradients.key_bias is not None or of_pairs
     pieces = _pieces(tiles, block, rows, spans, needs_logits)
     if (tiles.joins_spans or len(spans) == 1) and not tiles.call.is_part:
@@ -211,9 +212,12 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
         if d_logit is None:
             continue
         d_logit = d_logit.add_(rows.shift(delta)).mul_(weight)
-        d_sum = d_logit if piece.slope is None else d_logit * piece.slope
-        _add_biases(tiles, block, piece.keys, d_logit if tiles.call.logits.bias_after_softcap else d_sum, gradients)
-        d_logit = d_sum
+        if is_after:
+            _add_biases(tiles, block, piece.keys, d_logit, gradients)
+        if piece.slope is not None:
+            d_logit.mul_(piece.slope)
+        if not is_after:
+            _add_biases(tiles, block, piece.keys, d_logit, gradients)
         if d_query is not None:
             d_query.baddbmm_(d_logit, piece.key)
         if sums.key is not None:

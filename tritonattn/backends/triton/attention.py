@@ -13,7 +13,6 @@ from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.call import LONGEST_QUERY, AttentionCall, Needs
-from ...core.dropout import Dropout
 from ...core.visibility import Visibility
 from ...tuning import calls as recorded
 from ...tuning.calls import Size
@@ -47,14 +46,18 @@ from .launch import (
 from .ranges import rows_of_key_blocks, seen_bytes, seen_keys
 
 
-def are_few_rows(visible: Visibility, dropout: Dropout | None) -> bool:
+def are_few_rows(call: AttentionCall) -> bool:
     """True where the decode kernel, whose programs share a row's keys, runs such a call instead of the forward kernel.
 
-    Rows must stand at the end of the keys: causal rows do, and a lone row that sees all keys.
+    Rows must stand at the end of the keys: causal rows do, and a lone row that sees all keys. A relative bias counts
+    from key Sk - 1 there, not from the last one that is seen.
     """
-    if visible.mask is not None or visible.sequences is not None or dropout is not None:
+    visible = call.visibility
+    if visible.mask is not None or visible.sequences is not None or call.dropout is not None:
         return False
     narrowed = visible.key_lengths is not None or visible.key_ranges is not None
+    if narrowed and call.logits.relative_bias is not None:
+        return False
     stand_at_the_end = visible.q_len == 1 or (visible.right == 0 and not narrowed)
     return visible.q_len <= LONGEST_QUERY and stand_at_the_end and not (narrowed and visible.left is not None)
 
@@ -184,7 +187,7 @@ def largest(x: Tensor) -> Tensor:
 
 def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -> Problem:
     """The `Problem` of a call: the parts that select code. `asked`: its fields that the call itself does not tell."""
-    visible = call.visibility
+    visible, terms = call.visibility, call.logits
     problem = Problem(
         head_dim=call.q.shape[-1],
         value_dim=call.v.shape[-1],
@@ -194,12 +197,15 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -
         key_lengths=visible.key_lengths is not None,
         key_ranges=visible.key_ranges is not None,
         mask=visible.mask is not None,
-        query_scale=call.logits.query_scale is not None,
-        key_scale=call.logits.key_scale is not None,
-        key_bias=call.logits.key_bias is not None,
+        query_scale=terms.query_scale is not None,
+        key_scale=terms.key_scale is not None,
+        key_bias=terms.key_bias is not None,
+        bias=terms.bias is not None,
+        relative_bias=terms.relative_bias is not None,
         grouped=visible.q_heads != visible.kv_heads,
-        softcap=call.logits.softcap is not None,
-        sinks=call.logits.sinks is not None,
+        softcap=terms.softcap is not None,
+        bias_after_softcap=terms.bias_after_softcap and terms.softcap is not None,
+        sinks=terms.sinks is not None,
         dropout=call.dropout is not None,
         sequences=visible.sequences is not None,
         block_table=call.block_table is not None,
@@ -207,6 +213,8 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -
         short=is_short(*_sizes(call)[1:]),
         invariant=call.invariant,
     )
+    if not problem.has_bias:
+        asked["bias_after_softcap"] = False
     return replace(problem, **asked)
 
 
@@ -246,12 +254,12 @@ def of_kind(
 
 def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked: dict[str, bool]) -> Kind:
     visible, sequences = call.visibility, call.visibility.sequences
-    _, query_scale, key_scale, key_bias, softcap, sinks = call.logits[:6]
-    vectors = (query_scale, key_scale, key_bias, sinks)
+    terms = call.logits
     masks = (visible.key_lengths, visible.key_ranges, visible.mask)
     key = (
-        *forms_of(call.q, call.k, call.v, d_out, *vectors, *masks, call.block_table),
-        softcap is None,
+        *forms_of(call.q, call.k, call.v, d_out, *call.tensors[3:], *masks, call.block_table),
+        terms.softcap is None,
+        terms.bias_after_softcap,
         call.dropout is None,
         visible.invariant,
         visible.left,

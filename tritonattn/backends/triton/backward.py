@@ -45,7 +45,6 @@ def attention_row_terms(
     d_out,
     d_lse_ptr,
     query_scale,
-    key_bias,
     q_starts,
     k_starts,
     terms_ptr,
@@ -61,6 +60,7 @@ def attention_row_terms(
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
@@ -82,29 +82,30 @@ def attention_row_terms(
     delta       fp32 [B, Hq, terms_len], contiguous; `terms_offset` says where a row stands. Rows between a
                 sequence's end and the next multiple are as rows without keys, so that no reader needs a bound
     terms       [B, Hq, terms_len, 2], contiguous: what a fma adds to logits and to dP. -lse2 and -delta in fp32, or
-                with query_scale -lse2 and -delta * factor, each with factor in an int64: `load_term`. With
-                key_bias, of which only the presence counts, -delta stays without factor
+                with query_scale -lse2 and -delta * factor, each with factor in an int64: `load_term`. With a
+                bias (HAS_BIAS) -delta stays without factor
     """
     block, head, sequence = program_position(first_y, first_z, LAST_FIRST=False)
     packed_len = q_len
     batch, first_row, _, q_len, _ = sequence_bounds(sequence, q_len, q_len, q_starts, k_starts)
-    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    block_rows = tl.arange(0, BLOCK_M)
+    offs_m = block * BLOCK_M + block_rows  # [BLOCK_M]
     keep_row = offs_m < q_len
     memory_row = (first_row + block * BLOCK_M).to(tl.int64)
     row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
-    row_offsets = row_base + tl.arange(0, BLOCK_M)
+    row_offsets = row_base + block_rows
     term_offsets = terms_offset(batch, head, sequence, first_row, q_heads, terms_len, q_starts) + offs_m
     keep_term = offs_m < tl.cdiv(q_len, ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
 
     lse = tl.load(results.lse + row_offsets, mask=keep_row, other=float("-inf"))
     live = lse != float("-inf")
-    out_offsets = tile_offsets(BLOCK_M, BLOCK_DV, VALUE_DIM, 1, False)
+    out_offsets = tile_offsets(block_rows, BLOCK_DV, VALUE_DIM, 1, False)
     out = load_tile(results.out + row_base * VALUE_DIM + out_offsets, live, VALUE_DIM)
     if results.rounding is not None:
         rounding_ptrs = results.rounding + row_base * VALUE_DIM + out_offsets
         out = before_rounding(out, load_tile(rounding_ptrs, live, VALUE_DIM))
     d_out = from_row(d_out, batch, head, memory_row, ALIGNED)
-    do = load_tile(d_out.ptr + tile_offsets(BLOCK_M, BLOCK_DV, d_out.s, d_out.d, WIDE), live, VALUE_DIM)
+    do = load_tile(d_out.ptr + tile_offsets(block_rows, BLOCK_DV, d_out.s, d_out.d, WIDE), live, VALUE_DIM)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     lse2 = tl.where(live, lse * LOG2_E, 0.0)
     total2 = lse2
@@ -124,9 +125,9 @@ def attention_row_terms(
     gradient_term = -delta
     tl.store(delta_ptr + term_offsets, delta, mask=keep_term)
     if query_scale is not None:
-        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row + tl.arange(0, BLOCK_M))
+        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row + block_rows)
         factor = tl.load(scale_ptrs, mask=live, other=0.0) * (scale * LOG2_E)
-        if key_bias is None:
+        if not HAS_BIAS:
             gradient_term *= factor
     exponent_term = tl.where(live, -total2, float("-inf"))
     store_term(terms_ptr + 2 * term_offsets, exponent_term, factor, keep_term)
@@ -166,7 +167,7 @@ def backward(
     )
     shared = call_arguments(call) | {"d_out": strided(d_out)}
     shared["d_lse_ptr"] = None if d_lse is None else d_lse.contiguous()
-    corrects = needs.query_scale or call.logits.key_bias is not None or corrects_delta(kind.problem)
+    corrects = needs.query_scale or kind.problem.has_bias or corrects_delta(kind.problem)
     takes_sinks = call.logits.sinks is not None and (needs.sinks or corrects)
     d_sinks = new_results(call, lse.shape, torch.float32) if takes_sinks else None
     shared["d_sinks_ptr"] = d_sinks
@@ -177,7 +178,7 @@ def backward(
     of_keys = grad_key_value(kind, call, shared, needs, d_out)
     d_sinks = d_sinks.sum((0, 2)) if d_sinks is not None and needs.sinks else None
     d_q = d_q if needs.q else None
-    return Gradients(d_q, of_keys.k, of_keys.v, d_query_scale, of_keys.key_scale, of_keys.key_bias, d_sinks)
+    return of_keys._replace(q=d_q, query_scale=d_query_scale, sinks=d_sinks)
 
 
 def _row_terms(kind: Kind, call: AttentionCall, shared: Arguments, results: Results, d_out: Tensor) -> Arguments:

@@ -23,8 +23,8 @@ UNMASKED = tl.constexpr(1)
 
 # Arguments whose values change from call to call: compiled code does not depend on them.
 LENGTHS = (
-    "q_len k_len terms_len addends_len bounds_len capacity key_block q_heads kv_heads left right keep_from "
-    "first_head first_y first_z splits part_rows"
+    "q_len k_len terms_len addends_len bounds_len capacity key_block q_heads kv_heads left right extent relative_right "
+    "keep_from first_head first_y first_z splits part_rows"
 ).split()
 
 
@@ -109,9 +109,8 @@ def vector_from(x, batch, head, group_head, first):
 
 
 @triton.jit
-def tile_offsets(ROWS: tl.constexpr, COLUMNS: tl.constexpr, row_stride, column_stride, WIDE: tl.constexpr):
-    """Element offsets of a tile from its first element; int64 where WIDE."""
-    offs_row = tl.arange(0, ROWS)
+def tile_offsets(offs_row, COLUMNS: tl.constexpr, row_stride, column_stride, WIDE: tl.constexpr):
+    """Element offsets of the tile of rows offs_row from row 0; int64 where WIDE."""
     offs_column = tl.arange(0, COLUMNS)
     if WIDE:
         offs_row = offs_row.to(tl.int64)
@@ -142,15 +141,6 @@ def page_slots(pages, sequence, offs_n, keep):
     table = pages.table + tl.cast(sequence, tl.int64) * length
     number = tl.load(table + index, mask=is_listed, other=-1)
     return number, offs_n - index * (pages.size >> 4), (number >= 0) & (number < (pages.count >> 4))
-
-
-@triton.jit
-def page_tile(x, number, slot, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
-    """Pointers to the tile of keys at slots of numbered pages; x begins with the first slot of page 0 of a head."""
-    columns = tl.arange(0, COLUMNS)
-    if WIDE:
-        slot, columns = slot.to(tl.int64), columns.to(tl.int64)
-    return (x.ptr + number.to(tl.int64) * x.b)[:, None] + (slot[:, None] * x.s + columns[None, :] * x.d)
 
 
 # ---- Visible keys, and the blocks that a loop takes
@@ -244,6 +234,25 @@ def visible(offs_m, offs_n, lo, hi, batch, head, view, mask):
         offsets = offs_m.to(tl.int64)[:, None] * mask.s + offs_n.to(tl.int64)[None, :] * mask.d
         keep = keep & (tl.load(from_row(mask, batch, head, 0, False).ptr + offsets, mask=inside, other=0) != 0)
     return keep
+
+
+@triton.jit
+def pair_biases(bias, relative_bias, extent, batch, head, row, key, shift, keep):
+    """What biases of pairs add to their logits, in base 2: of those that keep has, others get 0.
+
+    bias            `Strided` [B, Hq, Sq, Sk] of fp16, bf16 or fp32, or None
+    relative_bias   `Strided` [B, Hq, Sq, extent], likewise: the pair's entry is row - key + shift, and 0 outside of it
+    row, key        a column and a row of the tile, or the reverse, of indices in the packed axes
+    """
+    if bias is not None:
+        x = from_row(bias, batch, head, row, False)
+        total = tl.load(x.ptr + key.to(tl.int64) * x.d, mask=keep, other=0.0).to(tl.float32)
+    if relative_bias is not None:
+        x, entry = from_row(relative_bias, batch, head, row, False), row + shift - key
+        keep = keep & (entry.to(tl.uint32) < tl.cast(extent, tl.uint32))  # 0 <= entry < extent
+        by_distance = tl.load(x.ptr + entry.to(tl.int64) * x.d, mask=keep, other=0.0).to(tl.float32)
+        total = by_distance if bias is None else total + by_distance
+    return total * LOG2_E
 
 
 # ---- Arithmetic

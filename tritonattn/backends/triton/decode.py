@@ -22,10 +22,11 @@ from .block import (
     from_row,
     load_tile,
     moved_sums,
+    pair_biases,
     page_slots,
-    page_tile,
     probabilities,
     program_position,
+    soft_cap,
     tile_offsets,
     vector_from,
 )
@@ -91,6 +92,10 @@ def attention_decode(
     query_scale,
     key_scale,
     key_bias,
+    bias,
+    relative_bias,
+    extent,
+    relative_right,
     key_lengths,
     key_ranges,
     query_lengths,
@@ -116,6 +121,8 @@ def attention_decode(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BIAS_AFTER: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -171,58 +178,74 @@ def attention_decode(
         factor *= tl.load(vector_from(query_scale, batch, head, 0, row), mask=keep_row, other=0.0)
     q_tile = tl.where((factor < 0)[:, None], -q_tile, q_tile)
     factor = tl.abs(factor)
-    if key_bias is None:
+    if not HAS_BIAS:
         factor = tl.where(factor == 0.0, TINY, factor)
 
     entry = batch
     if pages is not None:
         entry = batch * 0  # pages are numbered through
     k, v = from_row(k, entry, kv_head, 0, ALIGNED), from_row(v, entry, kv_head, 0, ALIGNED)
-    k_offsets = tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)  # [BLOCK_N, BLOCK_D]
-    v_offsets = tile_offsets(BLOCK_N, BLOCK_DV, v.s, v.d, WIDE)  # [BLOCK_N, BLOCK_DV]
+    block_keys = tl.arange(0, BLOCK_N)
+    k_offsets = tile_offsets(block_keys, BLOCK_D, k.s, k.d, WIDE)  # [BLOCK_N, BLOCK_D]
+    v_offsets = tile_offsets(block_keys, BLOCK_DV, v.s, v.d, WIDE)  # [BLOCK_N, BLOCK_DV]
     if key_scale is not None:
         key_scale_ptr = vector_from(key_scale, batch, kv_head, 0, 0)
     if key_bias is not None:
         key_bias_ptrs = vector_from(key_bias, batch, kv_head, group_head, 0)[:, None]  # [BLOCK_M, 1]
 
+    HAS_PAIRS: tl.constexpr = bias is not None or relative_bias is not None
+    shift = length - new  # of `pair_biases`
+    if relative_bias is not None:
+        shift += relative_right
+    cap = None if BIAS_AFTER else softcap
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
     spread = l_i
     for start_n in tl.range(start, stop, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        offs_n = start_n + block_keys  # [BLOCK_N]
         keep_key = offs_n < stop
         if pages is None:
             k_tile = load_tile(k.ptr + (tl.cast(start_n, tl.int64) * k.s + k_offsets), keep_key, HEAD_DIM)
         else:
             number, slot, is_held = page_slots(pages, batch, offs_n, keep_key)
-            k_tile = load_tile(page_tile(k, number, slot, BLOCK_D, WIDE), is_held, HEAD_DIM)
-        s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        if key_scale is not None:
-            s *= tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale.s, mask=keep_key, other=0.0)[None, :]
-        bias = None
-        if key_bias is not None:
-            bias_ptrs = key_bias_ptrs + (offs_n.to(tl.int64) * key_bias.s)[None, :]
-            bias = tl.load(bias_ptrs, mask=keep_row[:, None] & keep_key[None, :], other=0.0) * LOG2_E
+            number = number.to(tl.int64)[:, None]
+            k_ptrs = k.ptr + number * k.b + tile_offsets(slot, BLOCK_D, k.s, k.d, WIDE)
+            k_tile = load_tile(k_ptrs, is_held, HEAD_DIM)
         keep = keep_key[None, :] & (offs_n[None, :] < hi[:, None])  # [BLOCK_M, BLOCK_N]
         if left is not None:
             keep = keep & (offs_n[None, :] >= lo[:, None])
+        if HAS_PAIRS:  # see `attention_forward`
+            heads, is_read = tl.minimum(head, q_heads - 1)[:, None], keep_row[:, None] & keep
+            of_pairs = pair_biases(
+                bias, relative_bias, extent, batch, heads, row[:, None], offs_n[None, :], shift, is_read
+            )
+        s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if key_scale is not None:
+            s *= tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale.s, mask=keep_key, other=0.0)[None, :]
+        biases, of_product = None, factor
+        if key_bias is not None:
+            bias_ptrs = key_bias_ptrs + (offs_n.to(tl.int64) * key_bias.s)[None, :]
+            biases = tl.load(bias_ptrs, mask=keep_row[:, None] & keep_key[None, :], other=0.0) * LOG2_E
+        if HAS_PAIRS:
+            biases = of_pairs if key_bias is None else biases + of_pairs
+        if BIAS_AFTER:
+            s, of_product = soft_cap(s * factor[:, None], softcap), tl.full([BLOCK_M], 1.0, tl.float32)
         p, weighted, alpha, moved, m_i = probabilities(
-            s, bias, keep, factor, softcap, m_i, True, results.entropy is not None
+            s, biases, keep, of_product, cap, m_i, True, results.entropy is not None
         )
         l_i, spread = moved_sums(p, weighted, alpha, moved, l_i, spread, results.entropy is not None)
         if pages is None:
             v_tile = load_tile(v.ptr + (tl.cast(start_n, tl.int64) * v.s + v_offsets), keep_key, VALUE_DIM)
         else:
-            v_tile = load_tile(page_tile(v, number, slot, BLOCK_DV, WIDE), is_held, VALUE_DIM)
+            v_ptrs = v.ptr + number * v.b + tile_offsets(slot, BLOCK_DV, v.s, v.d, WIDE)
+            v_tile = load_tile(v_ptrs, is_held, VALUE_DIM)
         acc *= alpha[:, None]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
 
     offsets = (batch * q_heads + kv_head * group) * q_len + packed + split.to(tl.int64) * part_rows  # [BLOCK_M]
     q_head = tl.minimum(head, q_heads - 1)
-    l_i, weight, total = finish_softmax(
-        m_i, l_i, spread, factor, softcap, sinks_ptr, q_head, results, offsets, keep_row
-    )
+    l_i, weight, total = finish_softmax(m_i, l_i, spread, factor, cap, sinks_ptr, q_head, results, offsets, keep_row)
     out = (acc * (weight / total)[:, None]).to(results.out.dtype.element_ty)
     offs_value = tl.arange(0, BLOCK_DV)
     written = keep_row & (tl.where(splits == 1, 1.0, l_i) > 0.0)
@@ -251,10 +274,10 @@ def decode(call: AttentionCall, aux: bool) -> ForwardResult:
 
 
 def _kind(call: AttentionCall, aux: bool) -> Kind:
-    visible, (_, query_scale, key_scale, key_bias, softcap, sinks) = call.visibility, call.logits[:6]
-    vectors = (query_scale, key_scale, key_bias, sinks)
+    visible, terms = call.visibility, call.logits
     masks = (visible.key_lengths, visible.key_ranges, call.block_table, visible.row_counts)
-    key = (*forms_of(call.q, call.k, call.v, *vectors, *masks), softcap is None, visible.left, aux)
+    key = (*forms_of(call.q, call.k, call.v, *call.tensors[3:], *masks), terms.softcap is None, visible.left, aux)
+    key += (terms.bias_after_softcap,)
     page = 0 if call.block_table is None else call.k.shape[2]
     return kept_kind(key, lambda: (_problem(call, aux), is_wide(call.k, call.v, page=page)))
 

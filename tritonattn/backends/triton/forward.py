@@ -22,12 +22,13 @@ from .block import (
     load_tile,
     lost_in_rounding,
     moved_sums,
+    pair_biases,
     page_slots,
-    page_tile,
     pass_bounds,
     probabilities,
     program_in_section,
     sequence_bounds,
+    soft_cap,
     tile_offsets,
     vector_from,
     visible,
@@ -49,6 +50,10 @@ def attention_forward(
     query_scale,
     key_scale,
     key_bias,
+    bias,
+    relative_bias,
+    extent,
+    relative_right,
     key_lengths,
     key_ranges,
     q_starts,
@@ -81,6 +86,8 @@ def attention_forward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BIAS_AFTER: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
@@ -135,8 +142,9 @@ def attention_forward(
         if start_m >= q_len:
             return
     view = View(q_len, k_len, left, right, key_lengths, key_ranges)
-    keep_row = start_m + tl.arange(0, BLOCK_M) < q_len
-    offs_m = tl.minimum(start_m + tl.arange(0, BLOCK_M), q_len - 1)  # [BLOCK_M]
+    block_rows = tl.arange(0, BLOCK_M)
+    keep_row = start_m + block_rows < q_len
+    offs_m = tl.minimum(start_m + block_rows, q_len - 1)  # [BLOCK_M]
     lo, hi = key_range(offs_m, batch, view)  # [BLOCK_M]
     memory_row = (first_row + start_m).to(tl.int64)
     row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
@@ -145,16 +153,18 @@ def attention_forward(
 
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
     if query_scale is not None:
-        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row + tl.arange(0, BLOCK_M))
+        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row + block_rows)
         factor *= tl.load(scale_ptrs, mask=keep_row, other=0.0)
     q = from_row(q, batch, head, memory_row, ALIGNED)
-    q_ptrs = q.ptr + tile_offsets(BLOCK_M, BLOCK_D, q.s, q.d, WIDE)
+    q_ptrs = q.ptr + tile_offsets(block_rows, BLOCK_D, q.s, q.d, WIDE)
     if VALUE_DIM >= HEAD_DIM:
         # A changed sign goes through memory, the program's own rows of out. From registers, the loop has 12 % more
         # instructions on sm_80 at D 128, and spills 20 bytes (static, triton 3.9).
         BITS: tl.constexpr = q.ptr.dtype.element_ty.primitive_bitwidth
         PITCH: tl.constexpr = VALUE_DIM * results.out.dtype.element_ty.primitive_bitwidth // BITS
-        scratch_ptrs = results.out.to(q.ptr.dtype) + row_base * PITCH + tile_offsets(BLOCK_M, BLOCK_D, PITCH, 1, False)
+        scratch_ptrs = (
+            results.out.to(q.ptr.dtype) + row_base * PITCH + tile_offsets(block_rows, BLOCK_D, PITCH, 1, False)
+        )
         if tl.min(factor, 0) < 0.0:
             flipped = load_tile(q_ptrs, keep_row, HEAD_DIM)
             flipped = tl.where((factor < 0)[:, None], -flipped, flipped)
@@ -167,7 +177,7 @@ def attention_forward(
         q_tile = load_tile(q_ptrs, keep_row, HEAD_DIM)
         q_tile = tl.where((factor < 0)[:, None], -q_tile, q_tile)
     factor = tl.abs(factor)
-    if key_bias is None:
+    if not HAS_BIAS:
         factor = tl.where(factor == 0.0, TINY, factor)
 
     k_batch, k_first = batch, first_key
@@ -191,6 +201,11 @@ def attention_forward(
         full_lo, full_hi = tl.maximum(full_start, begin), tl.minimum(full_end, end)
         full_start, full_end = whole_blocks(kv_start, full_lo, full_hi, BLOCK_N, False)
 
+    HAS_PAIRS: tl.constexpr = bias is not None or relative_bias is not None
+    shift = k_len - q_len + first_key - first_row  # of `pair_biases`
+    if relative_bias is not None:
+        shift += relative_right
+    cap = None if BIAS_AFTER else softcap
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
@@ -206,8 +221,8 @@ def attention_forward(
             n_lo, n_hi, loop_start, loop_end, gap_start, gap = pass_bounds(
                 kv_start, kv_end, full_start, full_end, step.shape[0], PASS, INVARIANT
             )
-            k_offsets = tile_offsets(step.shape[0], BLOCK_D, k.s, k.d, WIDE)  # [N, BLOCK_D]
-            v_offsets = tile_offsets(step.shape[0], BLOCK_DV, v.s, v.d, WIDE)  # [N, BLOCK_DV]
+            k_offsets = tile_offsets(step, BLOCK_D, k.s, k.d, WIDE)  # [N, BLOCK_D]
+            v_offsets = tile_offsets(step, BLOCK_DV, v.s, v.d, WIDE)  # [N, BLOCK_DV]
             for position in tl.range(
                 loop_start, loop_end, step.shape[0], warp_specialize=WARP_SPECIALIZE and PASS == UNMASKED
             ):
@@ -221,10 +236,21 @@ def attention_forward(
                     load_key = (offs_n >= n_lo) & (offs_n < n_hi)
                     if seen_ptr is not None:
                         load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
+                if HAS_PAIRS:  # loaded before the product, lest the softmax take the layout of the loads
+                    rows, keys, is_read = (
+                        (first_row + offs_m)[:, None],
+                        (first_key + offs_n)[None, :],
+                        load_key[None, :],
+                    )
+                    if PASS != UNMASKED:
+                        is_read = visible(offs_m, offs_n, lo, hi, batch, head, view, mask)
+                    of_pairs = pair_biases(bias, relative_bias, extent, batch, head, rows, keys, shift, is_read)
                 if pages is not None:
                     number, slot, is_held = page_slots(pages, sequence, offs_n, load_key)
-                    k_tile = load_tile(page_tile(k, number, slot, BLOCK_D, WIDE), is_held, HEAD_DIM)  # [N, BLOCK_D]
-                    v_tile = load_tile(page_tile(v, number, slot, BLOCK_DV, WIDE), is_held, VALUE_DIM)  # [N, BLOCK_DV]
+                    number = number.to(tl.int64)[:, None]
+                    k_ptrs = k.ptr + number * k.b + tile_offsets(slot, BLOCK_D, k.s, k.d, WIDE)  # [N, BLOCK_D]
+                    v_ptrs = v.ptr + number * v.b + tile_offsets(slot, BLOCK_DV, v.s, v.d, WIDE)  # [N, BLOCK_DV]
+                    k_tile, v_tile = load_tile(k_ptrs, is_held, HEAD_DIM), load_tile(v_ptrs, is_held, VALUE_DIM)
                 elif PASS != UNMASKED or k_descriptor is None:
                     k_tile = load_tile(k.ptr + start_n.to(tl.int64) * k.s + k_offsets, load_key, HEAD_DIM)
                     v_tile = load_tile(v.ptr + start_n.to(tl.int64) * v.s + v_offsets, load_key, VALUE_DIM)
@@ -234,14 +260,18 @@ def attention_forward(
                 s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, N]
                 if key_scale is not None:
                     s *= tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale.s, mask=load_key, other=0.0)[None, :]
-                bias, keep = None, None
+                biases, keep, of_product = None, None, factor
                 if key_bias is not None:
                     bias_ptrs = key_bias_ptr + offs_n.to(tl.int64) * key_bias.s
-                    bias = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]
+                    biases = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]
+                if HAS_PAIRS:
+                    biases = of_pairs if key_bias is None else biases + of_pairs
+                if BIAS_AFTER:
+                    s, of_product = soft_cap(s * factor[:, None], softcap), tl.full([BLOCK_M], 1.0, tl.float32)
                 if PASS != UNMASKED:
                     keep = visible(offs_m, offs_n, lo, hi, batch, head, view, mask)  # [BLOCK_M, N]
                 p, weighted, alpha, moved, m_i = probabilities(
-                    s, bias, keep, factor, softcap, m_i, PASS != UNMASKED, results.entropy is not None
+                    s, biases, keep, of_product, cap, m_i, PASS != UNMASKED, results.entropy is not None
                 )
                 l_i, spread = moved_sums(p, weighted, alpha, moved, l_i, spread, results.entropy is not None)
                 if dropout_ptr is not None:
@@ -250,14 +280,14 @@ def attention_forward(
                 acc *= alpha[:, None]
                 acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
 
-    offsets = row_base + tl.arange(0, BLOCK_M)
-    l_i, weight, total = finish_softmax(m_i, l_i, spread, factor, softcap, sinks_ptr, head, results, offsets, keep_row)
+    offsets = row_base + block_rows
+    l_i, weight, total = finish_softmax(m_i, l_i, spread, factor, cap, sinks_ptr, head, results, offsets, keep_row)
     out = acc / total[:, None]
     if sinks_ptr is not None:
         out *= weight[:, None]
     if dropout_ptr is not None:
         out *= keep_scale
-    out_offsets = tile_offsets(BLOCK_M, BLOCK_DV, VALUE_DIM, 1, False)  # [BLOCK_M, BLOCK_DV]
+    out_offsets = tile_offsets(block_rows, BLOCK_DV, VALUE_DIM, 1, False)  # [BLOCK_M, BLOCK_DV]
     keep_out = keep_row[:, None] & (tl.arange(0, BLOCK_DV)[None, :] < VALUE_DIM)
     rounded = out.to(results.out.dtype.element_ty)
     tl.store(results.out + row_base * VALUE_DIM + out_offsets, rounded, mask=keep_out)

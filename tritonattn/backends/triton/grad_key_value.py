@@ -19,6 +19,7 @@ from .block import (
     from_row,
     load_term,
     load_tile,
+    pair_biases,
     partial_sums,
     pass_bounds,
     program_in_section,
@@ -32,7 +33,7 @@ from .block import (
 )
 from .combine import add_splits
 from .device import Grid
-from .launch import KERNELS, Arguments, Kind, Plan
+from .launch import KERNELS, Arguments, Kind, Plan, strided
 from .records import View
 
 
@@ -114,6 +115,10 @@ def attention_grad_key_value(
     d_out,
     key_scale,
     key_bias,
+    bias,
+    relative_bias,
+    extent,
+    relative_right,
     terms_ptr,
     factor_size,
     key_lengths,
@@ -127,6 +132,8 @@ def attention_grad_key_value(
     d_v_ptr,
     d_key_scale_ptr,
     d_key_bias_ptr,
+    d_bias,
+    d_relative_bias,
     scale,
     softcap,
     keep_from,
@@ -152,6 +159,8 @@ def attention_grad_key_value(
     BLOCK_N: tl.constexpr,
     KEY_SUM_COLUMNS: tl.constexpr,
     SPLIT_TERMS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BIAS_AFTER: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
@@ -194,7 +203,8 @@ def attention_grad_key_value(
         if start_n >= k_len:
             return
     view = View(q_len, k_len, left, right, key_lengths, key_ranges)
-    offs_n = start_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    block_keys = tl.arange(0, BLOCK_N)
+    offs_n = start_n + block_keys  # [BLOCK_N]
     keep_key = offs_n < k_len
     if seen_ptr is not None:
         seen_ptr += (batch.to(tl.int64) * kv_heads + kv_head) * k_len
@@ -206,17 +216,23 @@ def attention_grad_key_value(
     )
 
     memory_key = (first_key + start_n).to(tl.int64)
-    key_indices = memory_key + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    key_indices = memory_key + block_keys  # [BLOCK_N]
     k, v = from_row(k, batch, kv_head, memory_key, ALIGNED), from_row(v, batch, kv_head, memory_key, ALIGNED)
-    k_ptrs = k.ptr + tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
+    k_ptrs = k.ptr + tile_offsets(block_keys, BLOCK_D, k.s, k.d, WIDE)
     k_tile = load_tile(k_ptrs, load_key, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
-    v_ptrs = v.ptr + tile_offsets(BLOCK_N, BLOCK_DV, v.s, v.d, WIDE)
+    v_ptrs = v.ptr + tile_offsets(block_keys, BLOCK_DV, v.s, v.d, WIDE)
     v_tile = load_tile(v_ptrs, load_key, VALUE_DIM)  # [BLOCK_N, BLOCK_DV]
     if key_scale is not None:
         of_key = tl.load(vector_from(key_scale, batch, kv_head, 0, key_indices), mask=load_key, other=0.0)  # [BLOCK_N]
     if factor_size is not None:
         factor_size = 1.0 / tl.load(factor_size + batch * kv_heads + kv_head)
 
+    HAS_PAIRS: tl.constexpr = bias is not None or relative_bias is not None
+    shift = k_len - q_len + first_key - first_row  # of `pair_biases`
+    if relative_bias is not None:
+        shift += relative_right
+    if HAS_PAIRS:  # whole blocks are loaded without masks
+        full_end = tl.where(start_n + BLOCK_N > k_len, full_start, full_end)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     FIRST: tl.constexpr = 1 if INVARIANT and right is None else 0
@@ -241,18 +257,18 @@ def attention_grad_key_value(
         q_head = from_row(q, batch, head, first_row, ALIGNED)
         do_head = from_row(d_out, batch, head, first_row, ALIGNED)
         term_ptr = terms_ptr + 2 * terms_offset(batch, head, sequence, first_row, q_heads, terms_len, q_starts)
-        d_bias = tl.zeros([BLOCK_N, KEY_SUM_COLUMNS], tl.float32)
+        d_key_bias = tl.zeros([BLOCK_N, KEY_SUM_COLUMNS], tl.float32)
         if key_bias is not None:
             bias_ptrs = vector_from(key_bias, batch, kv_head, index, key_indices)
-            bias = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[:, None]  # [BLOCK_N, 1]
+            of_keys = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[:, None]  # [BLOCK_N, 1]
         for PASS in tl.static_range(FIRST, 3 if INVARIANT else 2):
             if PASS != UNMASKED or (mask is None and key_ranges is None):
                 step = tl.arange(0, BLOCK_M if PASS == UNMASKED else MASKED_M)  # [M]
                 _, _, loop_start, loop_end, gap_start, gap = pass_bounds(
                     row_start, row_end, whole_start, whole_end, step.shape[0], PASS, INVARIANT
                 )
-                q_offsets = tile_offsets(step.shape[0], BLOCK_D, q_head.s, q_head.d, WIDE)  # [M, BLOCK_D]
-                do_offsets = tile_offsets(step.shape[0], BLOCK_DV, do_head.s, do_head.d, WIDE)  # [M, BLOCK_DV]
+                q_offsets = tile_offsets(step, BLOCK_D, q_head.s, q_head.d, WIDE)  # [M, BLOCK_D]
+                do_offsets = tile_offsets(step, BLOCK_DV, do_head.s, do_head.d, WIDE)  # [M, BLOCK_DV]
                 one = tl.full(step.shape, 1.0, tl.float32)
                 next_terms = term_ptr + 2 * (loop_start + step)  # carried along: 4 % fewer instructions, sm_80 at D 128
                 for position in tl.range(
@@ -268,6 +284,20 @@ def attention_grad_key_value(
                     live = tl.full(step.shape, 1, tl.int1)
                     if PASS != UNMASKED:
                         live = exponent_term != float("-inf")
+                    if HAS_PAIRS:  # see `attention_forward`
+                        rows, keys, is_read = (
+                            (first_row + offs_m)[None, :],
+                            (first_key + offs_n)[:, None],
+                            live[None, :],
+                        )
+                        if PASS != UNMASKED:
+                            keep = visible_rows(offs_m, live, offs_n, row_lo, row_hi, batch, head, view, mask)
+                            is_read = is_read & load_key[:, None] & keep
+                        biases = pair_biases(bias, relative_bias, extent, batch, head, rows, keys, shift, is_read)
+                        if key_bias is not None:
+                            biases += of_keys
+                    elif key_bias is not None:
+                        biases = of_keys
                     if PASS != UNMASKED or q_descriptor is None:
                         q_tile = load_tile(q_head.ptr + start_m.to(tl.int64) * q_head.s + q_offsets, live, HEAD_DIM)
                         do = load_tile(do_head.ptr + start_m.to(tl.int64) * do_head.s + do_offsets, live, VALUE_DIM)
@@ -278,15 +308,18 @@ def attention_grad_key_value(
                     if key_scale is not None:
                         s *= of_key[:, None]
                     x, x_factor = s, factor[None, :]
-                    if key_bias is not None:
-                        x, x_factor = fma(s, factor[None, :], bias), one[None, :]
-                    if softcap is None:
+                    if BIAS_AFTER:
+                        capped = soft_cap(s * factor[None, :], softcap)
+                        x, x_factor = capped + biases, one[None, :]
+                    elif HAS_BIAS:
+                        x, x_factor = fma(s, factor[None, :], biases), one[None, :]
+                    if softcap is None or BIAS_AFTER:
                         exponent = fma(x, x_factor, exponent_term[None, :])
                     else:
                         capped = soft_cap(fma(x, x_factor, tl.zeros_like(exponent_term)[None, :]), softcap)
                         exponent = capped + exponent_term[None, :]
-                        if key_bias is not None:
-                            exponent = tl.where(bias == float("-inf"), float("-inf"), exponent)
+                        if HAS_BIAS:
+                            exponent = tl.where(biases == float("-inf"), float("-inf"), exponent)
                     p = tl.exp2(exponent)  # [BLOCK_N, M]
                     if PASS != UNMASKED:
                         keep = visible_rows(offs_m, live, offs_n, row_lo, row_hi, batch, head, view, mask)
@@ -302,17 +335,27 @@ def attention_grad_key_value(
                     dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
                     if factor_size is not None:
                         gradient_factor *= factor_size
-                        if key_bias is None:
+                        if not HAS_BIAS:
                             gradient_term *= factor_size
-                    if key_bias is None:
+                    if not HAS_BIAS:
                         ds = p * fma(dp, gradient_factor[None, :], gradient_term[None, :])
-                    else:  # the gradient of a logit is added up before it meets the factor
+                    else:  # the gradient of a logit is that of its biases before it meets the factor
                         ds = p * fma(dp, one[None, :], gradient_term[None, :])
+                    d_biases = ds
                     if softcap is not None:
                         ds *= soft_cap_slope(capped, softcap)
+                        if not BIAS_AFTER:
+                            d_biases = ds
                     if d_key_bias_ptr is not None:
-                        d_bias += partial_sums(ds, KEY_SUM_COLUMNS)
-                    if key_bias is not None:
+                        d_key_bias += partial_sums(d_biases, KEY_SUM_COLUMNS)
+                    if d_bias is not None:
+                        d_row = from_row(d_bias, batch, head, rows, False)
+                        tl.store(d_row.ptr + keys.to(tl.int64) * d_row.d, d_biases, mask=is_read)
+                    if d_relative_bias is not None:
+                        d_row, entry = from_row(d_relative_bias, batch, head, rows, False), rows + shift - keys
+                        is_read = is_read & (entry.to(tl.uint32) < tl.cast(extent, tl.uint32))
+                        tl.store(d_row.ptr + entry.to(tl.int64) * d_row.d, d_biases, mask=is_read)
+                    if HAS_BIAS:
                         ds *= gradient_factor[None, :]
                     dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
                     next_terms += 2 * step.shape[0]
@@ -320,7 +363,7 @@ def attention_grad_key_value(
             head_base = batch_head.to(tl.int64) * packed_len + memory_key
             if splits is not None:
                 head_base += split.to(tl.int64) * part_rows * group
-            tl.store(d_key_bias_ptr + head_base + tl.arange(0, BLOCK_N), tl.sum(d_bias, 1), mask=keep_key)
+            tl.store(d_key_bias_ptr + head_base + block_keys, tl.sum(d_key_bias, 1), mask=keep_key)
 
     if terms_ptr.dtype.element_ty == tl.float32:
         dk *= scale
@@ -340,10 +383,10 @@ def attention_grad_key_value(
             keep = load_key[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
             again = tl.load(k_ptrs, mask=keep, other=0.0, eviction_policy="evict_first")
             d_key_scale = tl.sum(again.to(tl.float32) * dk, 1)
-            tl.store(d_key_scale_ptr + key_base + tl.arange(0, BLOCK_N), d_key_scale, mask=keep_key)
+            tl.store(d_key_scale_ptr + key_base + block_keys, d_key_scale, mask=keep_key)
         dk *= of_key[:, None]
-    d_k_ptrs = d_k_ptr + key_base * HEAD_DIM + tile_offsets(BLOCK_N, BLOCK_D, HEAD_DIM, 1, False)
-    d_v_ptrs = d_v_ptr + key_base * VALUE_DIM + tile_offsets(BLOCK_N, BLOCK_DV, VALUE_DIM, 1, False)
+    d_k_ptrs = d_k_ptr + key_base * HEAD_DIM + tile_offsets(block_keys, BLOCK_D, HEAD_DIM, 1, False)
+    d_v_ptrs = d_v_ptr + key_base * VALUE_DIM + tile_offsets(block_keys, BLOCK_DV, VALUE_DIM, 1, False)
     keep_k = keep_key[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
     keep_v = keep_key[:, None] & (tl.arange(0, BLOCK_DV)[None, :] < VALUE_DIM)
     tl.store(d_k_ptrs, dk.to(d_k_ptr.dtype.element_ty), mask=keep_k)
@@ -355,22 +398,43 @@ KERNELS["grad_key_value"] = attention_grad_key_value
 
 def grad_key_value(kind: Kind, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor) -> Gradients:
     """The gradients of k, v, key_scale and key_bias."""
-    if not (needs.k or needs.v or needs.key_scale or needs.key_bias):
+    if not (needs.k or needs.v or needs.key_scale or needs.key_bias or needs.bias or needs.relative_bias):
         return Gradients()
-    visible, bias = call.visibility, call.logits.key_bias
+    visible, terms, bias = call.visibility, call.logits, call.logits.key_bias
+    width = 0 if terms.relative_bias is None else terms.relative_bias.shape[3]
     d_k = new_results(call, call.k.shape, torch.float32 if kind.problem.wide_k else call.k.dtype)
     d_v = new_results(call, call.v.shape, call.v.dtype)
     d_key_scale = new_results(call, call.k.shape[:3], torch.float32) if needs.key_scale else None
     d_key_bias = new_results(call, bias.shape, torch.float32) if bias is not None and needs.key_bias else None
     results: Arguments = {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "factor_size": None}
     results |= {"d_key_bias_ptr": d_key_bias, "row_bounds_ptr": None}
-    scale, query_scale, *_ = call.logits
-    if query_scale is not None and call.q.dtype == torch.float16:
-        factor = (query_scale * (scale * LOG2_E.value)).unflatten(1, (visible.kv_heads, -1)).flatten(2)
+    d_bias = _of_pairs(call, terms.bias, needs.bias, visible.k_len)
+    d_relative_bias = _of_pairs(call, terms.relative_bias, needs.relative_bias, width)
+    results["d_bias"] = None if d_bias is None else strided(d_bias)
+    results["d_relative_bias"] = None if d_relative_bias is None else strided(d_relative_bias)
+    if terms.query_scale is not None and call.q.dtype == torch.float16:
+        factor = (terms.query_scale * (terms.scale * LOG2_E.value)).unflatten(1, (visible.kv_heads, -1)).flatten(2)
         results["factor_size"] = largest(factor)
     launch_kernel("grad_key_value", kind, call, shared | results, d_out, _in_splits)
     d_k, d_v = d_k if needs.k else None, d_v if needs.v else None
-    return Gradients(k=d_k, v=d_v, key_scale=d_key_scale, key_bias=d_key_bias)
+    of_pairs = {"bias": _summed(d_bias, terms.bias), "relative_bias": _summed(d_relative_bias, terms.relative_bias)}
+    return Gradients(k=d_k, v=d_v, key_scale=d_key_scale, key_bias=d_key_bias, **of_pairs)
+
+
+def _of_pairs(call: AttentionCall, bias: Tensor | None, need: bool, width: int) -> Tensor | None:
+    """Room for the gradients of all pairs' biases, of which kernels write those of visible pairs."""
+    if bias is None or not need:
+        return None
+    padded = -(-width // 16) * 16  # rows begin where wide stores can
+    return call.q.new_zeros((*call.q.shape[:3], padded), dtype=torch.float32)[..., :width]
+
+
+def _summed(found: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """The gradient of a bias: sums, in fp32, over the axes that it has once."""
+    if found is None or bias is None:
+        return None
+    axes = [axis for axis in range(4) if bias.shape[axis] != found.shape[axis]]
+    return (found.sum(axes, keepdim=True) if axes else found).to(bias.dtype)
 
 
 def _in_splits(chosen: Plan, grid: Grid, arguments: Arguments, kind: Kind, call: AttentionCall) -> None:

@@ -21,6 +21,7 @@ from .block import (
     key_range,
     load_term,
     load_tile,
+    pair_biases,
     partial_sums,
     pass_bounds,
     program_in_section,
@@ -53,6 +54,10 @@ def attention_grad_query(
     query_scale,
     key_scale,
     key_bias,
+    bias,
+    relative_bias,
+    extent,
+    relative_right,
     key_size,
     d_lse_ptr,
     d_sinks_ptr,
@@ -88,6 +93,8 @@ def attention_grad_query(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BIAS_AFTER: tl.constexpr,
     CORRECT_DELTA: tl.constexpr,
     IS_PART: tl.constexpr,
     WIDE: tl.constexpr,
@@ -129,23 +136,24 @@ def attention_grad_query(
         if start_m >= q_len:
             return
     view = View(q_len, k_len, left, right, key_lengths, key_ranges)
-    keep_row = start_m + tl.arange(0, BLOCK_M) < q_len
-    offs_m = tl.minimum(start_m + tl.arange(0, BLOCK_M), q_len - 1)  # [BLOCK_M]
+    block_rows = tl.arange(0, BLOCK_M)
+    keep_row = start_m + block_rows < q_len
+    offs_m = tl.minimum(start_m + block_rows, q_len - 1)  # [BLOCK_M]
     lo, hi = key_range(offs_m, batch, view)  # [BLOCK_M]
     memory_row = (first_row + start_m).to(tl.int64)
     row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
-    row_offsets = row_base + tl.arange(0, BLOCK_M)
+    row_offsets = row_base + block_rows
 
     term_offsets = terms_offset(batch, head, sequence, first_row, q_heads, terms_len, q_starts)
-    term_offsets = term_offsets + start_m + tl.arange(0, BLOCK_M)
+    term_offsets = term_offsets + start_m + block_rows
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
     exponent_term, factor = load_term(terms_ptr + 2 * term_offsets, factor, False)
     delta = tl.load(delta_ptr + term_offsets)
     live = exponent_term != float("-inf")
     q = from_row(q, batch, head, memory_row, ALIGNED)
-    q_tile = load_tile(q.ptr + tile_offsets(BLOCK_M, BLOCK_D, q.s, q.d, WIDE), live, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
+    q_tile = load_tile(q.ptr + tile_offsets(block_rows, BLOCK_D, q.s, q.d, WIDE), live, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
     d_out = from_row(d_out, batch, head, memory_row, ALIGNED)
-    do = load_tile(d_out.ptr + tile_offsets(BLOCK_M, BLOCK_DV, d_out.s, d_out.d, WIDE), live, VALUE_DIM)
+    do = load_tile(d_out.ptr + tile_offsets(block_rows, BLOCK_DV, d_out.s, d_out.d, WIDE), live, VALUE_DIM)
 
     k, v = from_row(k, batch, kv_head, first_key, ALIGNED), from_row(v, batch, kv_head, first_key, ALIGNED)
     if seen_ptr is not None:
@@ -162,7 +170,11 @@ def attention_grad_query(
 
     # SUMS: 1 adds up dS, 2 besides dX * x and P * dz/dx * x, x without the row's factor and without bias. All in fp32;
     # these products are fma's with 0, which nothing fuses further.
-    SUMS: tl.constexpr = 2 if d_query_scale_ptr is not None else 1 if CORRECT_DELTA or key_bias is not None else 0
+    SUMS: tl.constexpr = 2 if d_query_scale_ptr is not None else 1 if CORRECT_DELTA or HAS_BIAS else 0
+    HAS_PAIRS: tl.constexpr = bias is not None or relative_bias is not None
+    shift = k_len - q_len + first_key - first_row  # of `pair_biases`
+    if relative_bias is not None:
+        shift += relative_right
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     ds_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
     d_factor, mean_logit = ds_sum, ds_sum
@@ -193,8 +205,8 @@ def attention_grad_query(
             n_lo, n_hi, loop_start, loop_end, gap_start, gap = pass_bounds(
                 kv_start, kv_end, full_start, full_end, step.shape[0], PASS, INVARIANT
             )
-            k_offsets = tile_offsets(step.shape[0], BLOCK_D, k.s, k.d, WIDE)  # [N, BLOCK_D]
-            v_offsets = tile_offsets(step.shape[0], BLOCK_DV, v.s, v.d, WIDE)  # [N, BLOCK_DV]
+            k_offsets = tile_offsets(step, BLOCK_D, k.s, k.d, WIDE)  # [N, BLOCK_D]
+            v_offsets = tile_offsets(step, BLOCK_DV, v.s, v.d, WIDE)  # [N, BLOCK_DV]
             for position in tl.range(
                 loop_start, loop_end, step.shape[0], warp_specialize=WARP_SPECIALIZE and PASS == UNMASKED
             ):
@@ -208,6 +220,15 @@ def attention_grad_query(
                     load_key = (offs_n >= n_lo) & (offs_n < n_hi)
                     if seen_ptr is not None:
                         load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
+                if HAS_PAIRS:  # loaded before the product, lest the softmax take the layout of the loads
+                    rows, keys, is_read = (
+                        (first_row + offs_m)[:, None],
+                        (first_key + offs_n)[None, :],
+                        load_key[None, :],
+                    )
+                    if PASS != UNMASKED:
+                        is_read = visible(offs_m, offs_n, lo, hi, batch, head, view, mask)
+                    of_pairs = pair_biases(bias, relative_bias, extent, batch, head, rows, keys, shift, is_read)
                 if PASS != UNMASKED or k_descriptor is None:
                     k_tile = load_tile(k.ptr + start_n.to(tl.int64) * k.s + k_offsets, load_key, HEAD_DIM)
                     v_tile = load_tile(v.ptr + start_n.to(tl.int64) * v.s + v_offsets, load_key, VALUE_DIM)
@@ -221,15 +242,21 @@ def attention_grad_query(
                 x, x_factor = s, factor[:, None]
                 if key_bias is not None:
                     bias_ptrs = key_bias_ptr + offs_n.to(tl.int64) * key_bias.s
-                    bias = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]
-                    x, x_factor = fma(s, factor[:, None], bias), tl.full([BLOCK_M, 1], 1.0, tl.float32)
-                if softcap is None:
+                    biases = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]
+                if HAS_PAIRS:
+                    biases = of_pairs if key_bias is None else biases + of_pairs
+                if BIAS_AFTER:
+                    capped = soft_cap(s * factor[:, None], softcap)
+                    x, x_factor = capped + biases, tl.full([BLOCK_M, 1], 1.0, tl.float32)
+                elif HAS_BIAS:
+                    x, x_factor = fma(s, factor[:, None], biases), tl.full([BLOCK_M, 1], 1.0, tl.float32)
+                if softcap is None or BIAS_AFTER:
                     exponent = fma(x, x_factor, exponent_term[:, None])
                 else:
                     capped = soft_cap(x * x_factor, softcap)
                     exponent = capped + exponent_term[:, None]
-                    if key_bias is not None:
-                        exponent = tl.where(bias == float("-inf"), float("-inf"), exponent)
+                    if HAS_BIAS:
+                        exponent = tl.where(biases == float("-inf"), float("-inf"), exponent)
                 p = tl.exp2(exponent)  # [BLOCK_M, N]
                 dp = tl.dot(do, v_tile.T, input_precision="ieee")  # [BLOCK_M, N]
                 if PASS != UNMASKED:
@@ -259,7 +286,7 @@ def attention_grad_query(
     if key_size is not None:
         dq *= key_size
     if query_scale is not None:
-        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row + tl.arange(0, BLOCK_M))
+        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row + block_rows)
         dq *= tl.load(scale_ptrs, mask=live, other=0.0)[:, None]
     if SUMS == 2:
         d_query_scale = tl.sum(d_factor, 1)
@@ -268,10 +295,10 @@ def attention_grad_query(
         tl.store(d_query_scale_ptr + row_offsets, d_query_scale * scale, mask=keep_row)
     if SUMS:
         gradient_term = -delta
-        if query_scale is not None and key_bias is None:
+        if query_scale is not None and not HAS_BIAS:
             gradient_term *= factor
         store_term(terms_ptr + 2 * term_offsets + 1, gradient_term, factor, keep_row)
-    d_q_ptrs = d_q_ptr + row_base * HEAD_DIM + tile_offsets(BLOCK_M, BLOCK_D, HEAD_DIM, 1, False)
+    d_q_ptrs = d_q_ptr + row_base * HEAD_DIM + tile_offsets(block_rows, BLOCK_D, HEAD_DIM, 1, False)
     keep_q = keep_row[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
     tl.store(d_q_ptrs, dq.to(d_q_ptr.dtype.element_ty), mask=keep_q)
 
@@ -282,7 +309,7 @@ KERNELS["grad_query"] = attention_grad_query
 def grad_query(
     kind: Kind, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    if not (needs.q or needs.query_scale or needs.key_bias):
+    if not (needs.q or needs.query_scale or needs.key_bias or needs.bias or needs.relative_bias):
         # The pass over keys reads the corrected terms.
         if not ((needs.k or needs.key_scale) and corrects_delta(kind.problem)):
             return None, None

@@ -50,14 +50,15 @@ def key_norms_kernel(
     """
     block, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
     first_key = block * BLOCK_N
-    offs_n = first_key + tl.arange(0, BLOCK_N)
+    block_keys = tl.arange(0, BLOCK_N)
+    offs_n = first_key + block_keys
     keep_key = offs_n < k_len
     key_offsets = (batch.to(tl.int64) * kv_heads + head.to(tl.int64)) * k_len + offs_n
     load_key = keep_key
     if seen_ptr is not None:
         load_key = load_key & (tl.load(seen_ptr + key_offsets, mask=keep_key, other=0) != 0)
     k = from_row(k, batch, head, first_key, ALIGNED)
-    k_ptrs = k.ptr + tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
+    k_ptrs = k.ptr + tile_offsets(block_keys, BLOCK_D, k.s, k.d, WIDE)
     tl.store(norms_ptr + key_offsets, norms_of(load_tile(k_ptrs, load_key, HEAD_DIM)), mask=keep_key)
 
 
@@ -114,10 +115,11 @@ def key_statistics_grad(
     """
     block, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
     first_key = block * BLOCK_N
-    offs_n = first_key + tl.arange(0, BLOCK_N)
+    block_keys = tl.arange(0, BLOCK_N)
+    offs_n = first_key + block_keys
     keep_key = offs_n < k_len
     key_base = (batch.to(tl.int64) * kv_heads + head.to(tl.int64)) * k_len + first_key
-    key_offsets = key_base + tl.arange(0, BLOCK_N)
+    key_offsets = key_base + block_keys
     load_key = keep_key
     if seen_ptr is not None:
         load_key = load_key & (tl.load(seen_ptr + key_offsets, mask=keep_key, other=0) != 0)
@@ -125,10 +127,10 @@ def key_statistics_grad(
     live = load_key & (norm >= SMALLEST_NORMAL)
     d_norm = tl.load(d_norms_ptr + key_offsets, mask=live, other=0.0)
     k = from_row(k, batch, head, first_key, ALIGNED)
-    k_ptrs = k.ptr + tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
+    k_ptrs = k.ptr + tile_offsets(block_keys, BLOCK_D, k.s, k.d, WIDE)
     k_tile = load_tile(k_ptrs, live, HEAD_DIM)
     d_k = k_tile.to(tl.float32) / tl.where(live, norm, 1.0)[:, None] * d_norm[:, None]
-    offsets = key_base * HEAD_DIM + tile_offsets(BLOCK_N, BLOCK_D, HEAD_DIM, 1, False)
+    offsets = key_base * HEAD_DIM + tile_offsets(block_keys, BLOCK_D, HEAD_DIM, 1, False)
     if added_ptr is not None:
         d_k += load_tile(added_ptr + offsets, keep_key, HEAD_DIM).to(tl.float32)
     keep = keep_key[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)

@@ -74,7 +74,7 @@ def append_keys_kernel(
     row = batch.to(tl.int64) * kv_heads + head.to(tl.int64)
     norms_ptr = buffers.norms + row * (capacity + 1)
     k = from_row(k, batch, head, 0, ALIGNED)
-    k_offsets = tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
+    k_offsets = tile_offsets(tl.arange(0, BLOCK_N), BLOCK_D, k.s, k.d, WIDE)
     STEP: tl.constexpr = BLOCK_N * 4
     WIDTH: tl.constexpr = BLOCK_N if new_norms_ptr is None else STEP
     for start in range(0, k_len, WIDTH):

@@ -114,7 +114,7 @@ config_for: ConfigFor = lookup.config_for
 interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
 run: Callable[[Any, Grid, Mapping[str, Any], TileConfig], None] = run_interpreted if interpreting else run_on_device
 
-_READ_ONLY = ("q", "k", "v", "d_out")
+_READ_ONLY = ("q", "k", "v", "d_out", "bias", "relative_bias")
 # Programs of a grid: the launcher of Triton multiplies its axes in 32 bits, and skips a launch with a negative product.
 MOST_PROGRAMS = 2**31 - 1
 
@@ -276,6 +276,8 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
         "SUM_COLUMNS": sum_columns(problem, target),
         "KEY_SUM_COLUMNS": key_sum_columns(problem, config, target),
         "CORRECT_DELTA": corrects_delta(problem),
+        "HAS_BIAS": problem.has_bias,
+        "BIAS_AFTER": problem.bias_after_softcap,
         "IS_PART": problem.is_part,
         "SPLIT_TERMS": target.has_tensor_memory,
         "ALIGNED": problem.aligned and (problem.invariant or problem.head_dim % 16 or problem.value_dim % 16) > 0,
@@ -287,6 +289,12 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
 
 def strided(tensor: Tensor) -> Strided:
     return Strided(tensor, *tensor.stride())
+
+
+def stretched(tensor: Tensor) -> Strided:
+    """The record of a tensor whose axes of length 1 stand for any length."""
+    steps = [0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
+    return Strided(tensor, *steps)
 
 
 def scale_of(tensor: Tensor) -> Scale:
@@ -302,6 +310,10 @@ def logit_arguments(logits: Logits) -> Arguments:
         "query_scale": None if logits.query_scale is None else scale_of(logits.query_scale),
         "key_scale": None if logits.key_scale is None else scale_of(logits.key_scale),
         "key_bias": None if logits.key_bias is None else scale_of(logits.key_bias),
+        "bias": None if logits.bias is None else stretched(logits.bias),
+        "relative_bias": None if logits.relative_bias is None else stretched(logits.relative_bias),
+        "extent": None if logits.relative_bias is None else logits.relative_bias.shape[3],
+        "relative_right": None if logits.relative_bias is None else logits.relative_right,
         "softcap": None if logits.softcap is None else float(logits.softcap),
         "sinks_ptr": None if logits.sinks is None else logits.sinks.contiguous(),
     }

@@ -15,6 +15,9 @@ from ...tuning.calls import Size
 from ...tuning.config import Problem
 
 
+_EXTENT = 1024  # of a relative bias
+
+
 class Operands:
     """Draws the tensors of calls.
 
@@ -138,6 +141,9 @@ class Operands:
             self.normal(*keys[:2], self.size.group, keys[2]) if problem.key_bias else None,
             20.0 if problem.softcap else None,
             self.normal(rows[1]) if problem.sinks else None,
+            self.normal(*rows, keys[2], dtype=problem.dtype) if problem.bias else None,
+            self.normal(1, rows[1], rows[2], _EXTENT, dtype=problem.dtype) if problem.relative_bias else None,
+            bias_after_softcap=problem.bias_after_softcap,
         )
 
     def _keys_and_values(self, keys: tuple[int, int, int]) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """vLLM's attention backend TRITONATTN: a patched model keeps its scaling where it is served.
 
-`pip install 'tritonattn[vllm]'` is all: vLLM calls `register` in each of its processes. A checkpoint that was saved
+An installed tritonattn is all: vLLM calls `register` in each of its processes. A checkpoint that was saved
 with a patch then runs on this backend. So does another model with LLM(..., attention_backend="TRITONATTN",
 additional_config={"tritonattn": {...}}). Its entries are those of config.tritonattn: `scaling`, `gain`, `backend` and
 `batch_invariant` for all layers, or {"layers": {name: {...}}}. Every other model is served as if tritonattn was not

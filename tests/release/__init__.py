@@ -1,0 +1,1 @@
+"""Checks of a release, which its workflow runs too: `agreement`, `installed`."""

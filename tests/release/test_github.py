@@ -1,0 +1,49 @@
+"""Workflows and issue forms name what is there."""
+
+import re
+import shlex
+from importlib.util import find_spec
+
+import pytest
+
+from tritonattn.cli import main as cli
+
+from .agreement import ROOT, repository
+
+yaml = pytest.importorskip("yaml")
+WORKFLOWS = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+FORMS = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")}
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_steps_run_what_exists():
+    text = "\n".join(WORKFLOWS.values())
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"lint", "test", "test-oldest", "wheel", "docs"} == set(re.findall(r"run: make ([\w-]+)", text)) & targets
+    assert set(re.findall(r"run: make ([\w-]+)", text)) <= targets
+    assert all(find_spec(module) for module in re.findall(r"python -m (tests[\w.]+)", text))
+    assert all((ROOT / script).is_file() for script in re.findall(r"docs/examples/\w+\.py", text))
+
+
+def test_the_pythons_are_those_that_the_package_claims():
+    claimed = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PROJECT)
+    [least] = re.findall(r'^requires-python = ">=(.+)"$', PROJECT, re.MULTILINE)
+    tested = yaml.safe_load(WORKFLOWS["tests"])["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert tested == [least, claimed[-1]]
+    assert claimed[0] == least
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_ask_for_the_environment(name):
+    fields = {field["id"]: field for field in yaml.safe_load(FORMS[name])["body"] if "id" in field}
+    if name != "feature":
+        assert "`tritonattn env`" in fields["env"]["attributes"]["description"]
+        assert fields["env"]["validations"]["required"]
+    for words in re.findall(r"^ *tritonattn (.*?)(?: *#.*)?$|`tritonattn ([^`]+)`", FORMS[name], re.MULTILINE):
+        cli._parser().parse_args(shlex.split("".join(words)))
+
+
+def test_the_repositorys_address_stands_in_one_place():
+    texts = [*WORKFLOWS.values(), *FORMS.values(), (ROOT / "mkdocs.yml").read_text(encoding="utf-8")]
+    texts += [path.read_text(encoding="utf-8") for folder in (ROOT, ROOT / "docs") for path in folder.glob("*.md")]
+    assert not [text for text in texts if repository().removeprefix("https://") in text]
