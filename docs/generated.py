@@ -62,7 +62,7 @@ def interpreted() -> dict:
 
 def support() -> str:
     """Try what each backend runs, and return the table."""
-    return table(["", "`triton`", "`sdpa`", "`reference`"], interpreted()["support"])
+    return table(["", "`triton`", "`flash`", "`sdpa`", "`reference`"], interpreted()["support"])
 
 
 def memory() -> str:

@@ -27,6 +27,7 @@ COMMANDS = {
     "replay": "a model of every kernel's loop: share of the tensor rate, and what its warps wait for",
     "tables": "the shipped tables of tile configs, ranked by the replay",
     "stages": "two stages of a kernel's pipeline against three on a GPU, beside the replay",
+    "flash": "the kernels beside FlashAttention or cuDNN with folded factors, on a GPU that has them",
     "ptxas": "every kernel's PTX by the ptxas of several CUDA releases, side by side",
     "fill": "how full a card is under calls of few programs, unsplit and in splits: a model",
     "schedule": "when the tiles of a causal forward end, by the order of programs: a model",

@@ -1,12 +1,13 @@
 """Run all measurements that need a GPU machine; results are saved as each phase ends.
 
 Environment, a preflight, two stages against three, compilation by all cores, then correctness on the card, soak, bits
-of batch_invariant, forward and backward against peers, decoding, other head dims, tuning, overhead of the scalings,
-sanitizers, report, whose tables have modelled milliseconds beside the measured ones (`perf.modelled`). A preflight that
-fails ends the run, with what to do. A later phase is a process of its own: one that fails, or leaves the card unusable,
-is reported, and the next one runs; one that this machine cannot run is named, with the reason. The same command goes on
-where the last one was stopped. The exit status is 1 where a phase failed, 130 after Ctrl-C. With --device emulate all
-phases are tiny, on a stub of NVIDIA's driver and an emulator: a rehearsal.
+of batch_invariant, forward and backward against peers, decoding, other head dims, tuning, FlashAttention in the place
+of the kernels, overhead of the scalings, sanitizers, report, whose tables have modelled milliseconds beside the
+measured ones (`perf.modelled`). A preflight that fails ends the run, with what to do. A later phase is a process of its
+own: one that fails, or leaves the card unusable, is reported, and the next one runs; one that this machine cannot run
+is named, with the reason. The same command goes on where the last one was stopped. The exit status is 1 where a phase
+failed, 130 after Ctrl-C. With --device emulate all phases are tiny, on a stub of NVIDIA's driver and an emulator: a
+rehearsal.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tritonattn.cli.options import make_folder
 from tritonattn.core.errors import INTERRUPTED
 from tritonattn.core.provenance import commit
 
-from . import instrument, sanitize
+from . import flash, instrument, sanitize
 
 ROOT = Path(__file__).resolve().parents[1]
 _GRACE = 60.0  # most seconds past its share that a process has to start up and to finish its work
@@ -119,6 +120,13 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
             "--budget",
             tables,
             cut=" is spent: run the command again",
+        ),
+        Phase(
+            "flash",
+            of_perf("flash", "--device", device, "--write"),
+            2,
+            environment=tables,
+            obstacle=flash.obstacle(device),
         ),
         sweep("overhead"),
         *(_instrumented(one, out) for one in instrument.INSTRUMENTS),

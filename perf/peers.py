@@ -188,6 +188,18 @@ def _gluon(problem: Problem) -> Attend:
     return attend
 
 
+def _folded(problem: Problem) -> Attend:
+    """Build ours by backend "flash": FlashAttention or cuDNN, whichever is installed."""
+    require_gpu(problem.device)
+    require_16_bits(problem.dtype)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        options = {"scaling": problem.scaling, "causal": problem.shape.causal}
+        return tritonattn.attention(q, k, v, **options, backend="flash")
+
+    return attend
+
+
 def _out(result: Tensor | tuple) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
@@ -239,6 +251,7 @@ SDPA_BACKENDS = {
 }
 PEERS = {
     "gluon": Peer(_gluon, "P", "ours with the forward in Gluon"),
+    "flash": Peer(_folded, "operands", "ours by FlashAttention or cuDNN, the factor folded into q: backend='flash'"),
     "sdpa": Peer(_sdpa(None), "operands", "F.scaled_dot_product_attention, q multiplied before"),
     **{
         name: Peer(_sdpa(backend), "operands", f"likewise, backend {backend.name}")

@@ -14,10 +14,10 @@ from . import nn
 from .calls.attention import attention, scaled_attention
 from .calls.check_scaling import check_scaling
 from .calls.decode import attention_decode
-from .calls.dispatch import AttentionAux
 from .calls.documents import document_ranges
 from .calls.key_statistics import KeyStatistics
 from .calls.paged_statistics import PagedKeyStatistics
+from .calls.results import AttentionAux
 from .calls.varlen import attention_varlen
 from .calls.warmup import warmup
 from .core.invariance import batch_invariant

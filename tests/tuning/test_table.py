@@ -63,6 +63,7 @@ FIELDS = [
     ({"target": "gfx942\nroot"}, r"target: expected sm_<number from 70> .*gfx942\\nroot"),
     ({"kernels": None}, "kernels: expected str, got None"),
     ({"entries": []}, "entries: expected dict"),
+    ({"faster": 3}, "faster: expected str, got 3"),
     *(({"entries": {key: {}}}, "entries: expected kernel/head_dim/scales/lengths") for key in KEYS.split()),
     ({"entries": {str(KEY): "128"}}, "expected an object with a config"),
     ({"entries": {str(KEY): {"config": {"block_m": 16}, "source": "static"}}}, "config: expected block_m"),

@@ -9,8 +9,9 @@ from torch import Tensor
 from ..core.call import AttentionCall, Logits
 from ..scaling import Given, Scaling
 from .checks import batch_visibility, check, check_factor, check_number, operands, scale_dtype
-from .dispatch import AttentionAux, run
+from .dispatch import run
 from .public import public
+from .results import AttentionAux
 from .sharded import BATCHED
 
 if TYPE_CHECKING:

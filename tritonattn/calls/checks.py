@@ -22,7 +22,7 @@ from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Given, Scaling
 from ..scaling.names import named_scaling
 
-BACKENDS = ("auto", "triton", "sdpa", "reference")
+BACKENDS = ("auto", "triton", "flash", "sdpa", "reference")
 
 _LARGEST = torch.finfo(torch.float32).max * math.log(2)  # numbers act in float32, times log2(e)
 _SMALLEST = torch.finfo(torch.float32).tiny

@@ -10,10 +10,11 @@ from ..core.call import AttentionCall, Logits
 from ..scaling import Scaling
 from .checks import check
 from .decode_checks import cache_operands, cache_visibility, check_statistics
-from .dispatch import AttentionAux, refuse_gradients, run
+from .dispatch import refuse_gradients, run
 from .key_statistics import KeyStatistics
 from .paged_statistics import PagedKeyStatistics
 from .public import public
+from .results import AttentionAux
 from .sharded import CACHED, CACHED_PAGES
 
 if TYPE_CHECKING:

@@ -6,15 +6,16 @@ import functools
 import importlib.util
 import warnings
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..backends import flash
 from ..backends.cpu import sdpa
 from ..core.autograd import autocast_is_on, is_transformed, needs_graph
-from ..core.call import AttentionCall, ForwardResult, Logits, per_group
+from ..core.call import AttentionCall, Logits, per_group
 from ..core.dropout import Dropout
 from ..core.key_records import RecordedStatistics
 from ..core.observation import ObservedCall, notify_observers, observers, unobserved
@@ -25,32 +26,12 @@ from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Scales, Scaling
 from .checks import check_factor, check_key_bias, check_number, relative_bias_of, scale_dtype
 from .formulas import by_formulas
+from .results import AttentionAux, aux_of
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LARGEST_KERNEL_DIM = 512
 _LARGEST_KEY_OF_DECODE = 1024
 _DIM_OF_EVERY_GPU = 256
-
-
-class AttentionAux(NamedTuple):
-    """The softmax of each row before dropout and sinks: [B, Hq, Sq], fp32 (fp64 for fp64 q), natural log.
-
-    lse         ln sum_j exp(logit[i, j]) over the visible keys, after softcap; differentiable
-    max_logit   max_j logit[i, j], before softcap (but with the biases if they are added after it); not differentiable
-    entropy     -sum_j p[i, j] ln p[i, j], after softcap; not differentiable
-
-    A row without keys has lse = max_logit = -inf and entropy 0.
-
-    >>> import torch, tritonattn
-    >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
-    >>> out, aux = tritonattn.attention(q, k, v, causal=True, return_aux=True)
-    >>> aux.entropy[0, :, 0].tolist()  # the first row attends to one key
-    [0.0, 0.0, 0.0, 0.0]
-    """
-
-    lse: Tensor
-    max_logit: Tensor
-    entropy: Tensor
 
 
 def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
@@ -59,16 +40,21 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
         with torch.autocast(call.q.device.type, enabled=False):
             return run(call)
     is_compiled, is_transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
+    if is_compiled and call.backend == "flash":
+        uncompiled: Any = torch._dynamo.disable(run)  # its libraries are no operators that a compiler sees
+        return uncompiled(call)
     if is_compiled and is_transformed:
         # Dynamo's own rules for autograd functions in torch.func.grad gave wrong gradients. Raising leaves the call
         # uncompiled; fullgraph=True hands the error on.
         raise RuntimeError("tritonattn: a torch.func transform of attention is not compiled")
     # A compiler reads no state here.
     observed = None if is_compiled or is_transformed or call.cached or not observers.get() else replace(call)
-    call.backend = choose_backend(call)
+    asked, call.backend = call.backend, choose_backend(call)
+    if asked == "auto" and call.backend == "triton" and not is_compiled and _flash_is_faster(call):
+        call.backend = "flash"
     if call.dropout_p > 0:
         call.dropout = Dropout.draw(call.dropout_p, call.q.device)
-    if call.backend != "triton" and call.q.dtype.itemsize == 2 and not call.cached:
+    if call.backend != "triton" and not _has_kernels(call) and call.q.dtype.itemsize == 2 and not call.cached:
         if is_transformed or needs_graph(call.q, call.k):  # gradients of logits and of norms are added, then rounded
             call.q, call.k = call.q.float(), call.k.float()
     result = by_formulas(call) if call.backend == "reference" else None
@@ -76,17 +62,38 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
         call = with_logits(call)
         # torch maps its own attention in a loop under vmap; our operators fold the mapped axis into the batch.
         folds = call.backend == "sdpa" and not is_transformed and sdpa.supports(call)
-        result = None if folds else ops.attention(call)
+        attend = flash.attention if call.backend == "flash" else ops.attention
+        result = None if folds else attend(call)
     out = sdpa.attention(call) if result is None else result.out
     if observed is not None:
         _notify(observed, out)
     return out if result is None or not call.aux else (out, aux_of(result))
 
 
+def _flash_is_faster(call: AttentionCall) -> bool:
+    """True where a table measured on this card names a library for "auto", and it takes the call."""
+    library = _faster_library(call.q.device)
+    return library != "" and not call.aux and flash.takes(call, library)
+
+
+@functools.cache
+def _faster_library(device: torch.device) -> str:
+    from ..tuning.config import Target
+    from ..tuning.lookup import faster_library
+
+    return faster_library(Target.of(device)) if device.type == "cuda" else ""
+
+
+def _has_kernels(call: AttentionCall) -> bool:
+    """True where "flash" takes the statistics of keys from kernels: on a GPU that runs them."""
+    return call.backend == "flash" and kernels_take(call.k)
+
+
 def with_logits(call: AttentionCall) -> AttentionCall:
     """The call with the terms of its logits, for the kernels or the CPU."""
     keys = call.keys if call.cached else call.k
-    statistics = ops.STATISTICS[call.backend](keys, call.visibility)
+    source = "triton" if call.backend == "triton" or _has_kernels(call) else "sdpa"
+    statistics = ops.STATISTICS[source](keys, call.visibility)
     if call.cached:
         statistics = statistics if call.record is None else _recorded(call, statistics)
         call.logits = terms = logits(call, statistics, _keys_for_scaling(call))
@@ -254,7 +261,8 @@ def _notify(call: AttentionCall, out: Tensor) -> None:
 
     def aux() -> AttentionAux:
         narrow = call.k.detach()[..., :1]  # stands for v; its values reach nothing that is read
-        again, terms = replace(call, v=narrow, aux=True, dropout_p=0.0), call.logits
+        backend = "auto" if call.backend == "flash" else call.backend  # a library has no entropy
+        again, terms = replace(call, v=narrow, aux=True, dropout_p=0.0, backend=backend), call.logits
         with unobserved(), torch.no_grad():
             found = cast(tuple[Tensor, AttentionAux], run(replace(again)))[1]
             biases = {name: getattr(terms, name) for name in ("key_bias", "bias", "relative_bias")}
@@ -268,13 +276,6 @@ def _notify(call: AttentionCall, out: Tensor) -> None:
             return found._replace(max_logit=without.max_logit)
 
     notify_observers(ObservedCall(call.q, call.k, out, call.visibility, call.logits.softcap, aux))
-
-
-def aux_of(result: ForwardResult) -> AttentionAux:
-    """The `AttentionAux` of a result that was computed with aux."""
-    assert result.max_logit is not None
-    assert result.entropy is not None
-    return AttentionAux(result.lse, result.max_logit, result.entropy)
 
 
 def choose_backend(call: AttentionCall) -> str:
@@ -298,6 +299,8 @@ def choose_backend(call: AttentionCall) -> str:
                 backend = "triton"
     elif backend == "triton":
         _check_kernels_run_on(q.device)
+    elif backend == "flash":
+        flash.refuse_unsupported(call)
     if call.visibility.invariant:
         _refuse_dependence(q, backend, call.dropout_p)
     return backend

@@ -198,7 +198,8 @@ class Shards(NamedTuple):
         if not isinstance(result, tuple):
             return self._wrap(result, self.axes["q"])
         out, aux = result
-        return self._wrap(out, self.axes["q"]), type(aux)(*(self._wrap(x, self.axes["aux"]) for x in aux))
+        of_rows = (x if x is None else self._wrap(x, self.axes["aux"]) for x in aux)
+        return self._wrap(out, self.axes["q"]), type(aux)(*of_rows)
 
     def _wrap(self, x: Tensor, axes: Axes) -> Tensor:
         from torch.distributed.tensor import DTensor, Replicate

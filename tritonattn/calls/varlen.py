@@ -9,9 +9,10 @@ from torch import Tensor
 from ..core.call import AttentionCall, Logits
 from ..scaling import Scaling
 from .checks import check, operands
-from .dispatch import AttentionAux, refuse_gradients, run
+from .dispatch import refuse_gradients, run
 from .paged_statistics import PagedKeyStatistics, check_paged_statistics
 from .public import public
+from .results import AttentionAux
 from .sharded import PACKED, PACKED_PAGES
 from .varlen_checks import Packing, packed_visibility
 
@@ -178,7 +179,7 @@ def attention_varlen(
     if not isinstance(result, tuple):
         return _packed(result)
     out, aux = result
-    return _packed(out), AttentionAux(*(x[0] for x in aux))
+    return _packed(out), type(aux)(*(x if x is None else x[0] for x in aux))
 
 
 def _packed(out: Tensor) -> Tensor:

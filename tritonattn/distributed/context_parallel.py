@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..calls.checks import batch_visibility, check, check_count, check_dtype, operands
-from ..calls.dispatch import AttentionAux, aux_of, choose_backend
+from ..calls.dispatch import choose_backend
 from ..calls.public import public
+from ..calls.results import AttentionAux, aux_of
 from ..calls.sharded import head_parts
 from ..calls.varlen_checks import check_offset_values, check_offsets
 from ..core.autograd import needs_graph, without_autocast
@@ -152,8 +153,8 @@ def context_parallel_attention(
     split = Split.of(mesh, layout)
     _check(q, k, split, method, cu_seqlens, reduce_dtype, head_group)
     call.backend = choose_backend(call)
-    if call.backend == "reference":
-        raise NotImplementedError("backend: expected 'auto', 'triton' or 'sdpa' over ranks, got 'reference'")
+    if call.backend in ("flash", "reference"):
+        raise NotImplementedError(f"backend: expected 'auto', 'triton' or 'sdpa' over ranks, got {call.backend!r}")
     of_ranks = {"method": method, "layout": layout, "reduce_dtype": reduce_dtype, "head_group": head_group}
     of_masks = {"causal": causal, "window": window, "cu_seqlens": cu_seqlens}
     of_logits = {"scaling": scaling, "gain": gain, "key_bias": key_bias, "softcap": softcap, "sinks": sinks}

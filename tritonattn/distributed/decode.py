@@ -11,9 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import ops
 from ..calls.checks import check, check_integers, check_values
 from ..calls.decode_checks import cache_operands, cache_visibility, check_statistics
-from ..calls.dispatch import AttentionAux, choose_backend, logits, refuse_gradients
+from ..calls.dispatch import choose_backend, logits, refuse_gradients
 from ..calls.key_statistics import KeyStatistics
 from ..calls.public import public
+from ..calls.results import AttentionAux
 from ..calls.sharded import head_parts
 from ..core.autograd import without_autocast
 from ..core.call import AttentionCall, ForwardResult, Logits
@@ -165,8 +166,8 @@ def context_parallel_decode(
         )
     refuse_gradients(call.cached, q=q, k_cache=k, v_cache=v, scaling=scaling, gain=gain, sinks=sinks)
     call.backend = choose_backend(call)
-    if call.backend == "reference":
-        raise NotImplementedError("backend: expected 'auto', 'triton' or 'sdpa' over ranks, got 'reference'")
+    if call.backend in ("flash", "reference"):
+        raise NotImplementedError(f"backend: expected 'auto', 'triton' or 'sdpa' over ranks, got {call.backend!r}")
     of_cache = {"k_cache": k, "v_cache": v, "key_lengths": key_lengths, "window": window}
     of_logits = {"scaling": scaling, "gain": gain, "softcap": softcap, "sinks": sinks}
     alike = {"q": q, **of_cache, **of_logits, "return_aux": return_aux, "backend": backend}

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..calls.attention import attention
-from ..calls.dispatch import AttentionAux
+from ..calls.results import AttentionAux
 from ..calls.varlen import attention_varlen
 from ..core.invariance import refuse_over_ranks
 from ..core.shards import context_parallel

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ..calls.attention import attention
-from ..calls.dispatch import AttentionAux
+from ..calls.results import AttentionAux
 from ..core.observation import ObservedCall, is_observed, notify_observers, unobserved
 from ..core.visibility import Visibility
 from .architecture import AttentionModule, attention_modules, interface_function

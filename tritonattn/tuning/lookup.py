@@ -130,6 +130,16 @@ def user_table(target: Target) -> Path:
     return cache_dir.user_cache() / "autotune" / f"{table_name(target)}.json"
 
 
+def faster_library(target: Target) -> str:
+    """The library of backend "flash" that a table of this very card names, or ""."""
+    for path in paths(target):
+        if path.stem == table_name(target):
+            with suppress(FileNotFoundError, TableError):  # a faulty one is reported where its entries are read
+                if name := usable_table(path, target).faster:
+                    return name
+    return ""
+
+
 def usable_table(path: Path, target: Target) -> Table:
     """The table in a file, if it is for this GPU, architecture and kernels. Raises TableError, FileNotFoundError."""
     table = read_table(path)

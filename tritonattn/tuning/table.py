@@ -227,12 +227,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """The entries for one GPU (its table_name), made for kernels of one fingerprint."""
+    """The entries for one GPU (its table_name), made for kernels of one fingerprint.
+
+    faster   the library of backend "flash" that a measurement on this card found faster than the kernels, or ""
+    """
 
     gpu: str
     target: Target
     kernels: str
     entries: dict[EntryKey, Entry]
+    faster: str = ""
 
     def text(self) -> str:
         """The file's content; the same table is the same bytes."""
@@ -242,6 +246,8 @@ class Table:
             "target": self.target.name,
             "kernels": self.kernels,
         }
+        if self.faster:
+            record["faster"] = self.faster
         order = sorted(self.entries, key=_place)
         entries = {str(key): self.entries[key].as_record() for key in order}
         return json.dumps({**record, "entries": entries}, indent=1, sort_keys=False) + "\n"
@@ -299,7 +305,10 @@ def _parse(record: Any) -> Table:
     for text, entry in record["entries"].items():
         key = _key(text)
         entries[key] = _entry(text, entry)
-    return Table(record["gpu"], Target.parse(record["target"]), record["kernels"], entries)
+    faster = record.get("faster", "")
+    if type(faster) is not str:
+        raise ValueError(f"faster: expected str, got {shown(faster)}")
+    return Table(record["gpu"], Target.parse(record["target"]), record["kernels"], entries, faster)
 
 
 def _key(text: str) -> EntryKey:

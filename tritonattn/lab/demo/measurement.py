@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...analysis.row_statistics import relative_entropy
-from ...calls.dispatch import AttentionAux
+from ...calls.results import AttentionAux
 from ...core.errors import CommandError
 from ...core.visibility import Visibility
 from ...huggingface import Patched, patch

@@ -1,0 +1,126 @@
+"""Time the kernels beside backend "flash" on this GPU: which of them shall "auto" take?
+
+Causal bf16 with the vector of log_key_count, 8,192 tokens of 16 heads, forward and backward. With --write the user's
+table of this card names the library where it is at least 5 % faster at every head dim; "auto" then runs it in each call
+that it takes. Else the table names none.
+
+--errors needs no GPU: errors of folded factors, on a stand-in for FlashAttention that computes eagerly, beside those of
+factors that act in fp32, as in the kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tritonattn
+from tests.kernels import harness
+from tests.support import flash as stand_in
+from tritonattn.backends.flash.libraries import card_of, libraries
+from tritonattn.core.provenance import commit
+from tritonattn.core.tables import table as layout
+from tritonattn.tuner.timing import card_state, median_ratio, take_turns
+from tritonattn.tuning import lookup
+from tritonattn.tuning.config import Target
+from tritonattn.tuning.gpus import table_name
+from tritonattn.tuning.table import Table, TableError, kernels_fingerprint, write_table
+
+HEAD_DIMS = (64, 128)
+LEAST_GAIN = 1.05
+_TOKENS, _HEADS, _ROUNDS, _TOKENS_OF_ERRORS = 8192, 16, 20, 2048
+SCALINGS = {
+    "log_key_count, base e": tritonattn.SCALINGS["log_key_count"](),
+    "log_key_count, base 64": tritonattn.SCALINGS["log_key_count"](base=64),
+    "key_norm_mean": tritonattn.SCALINGS["key_norm_mean"](),
+}
+
+
+def obstacle(device: str) -> str | None:
+    """Say why there is nothing to compare on this machine, or return None."""
+    if device != "cuda" or not torch.cuda.is_available():
+        return "backend 'flash' runs on a GPU"
+    found = libraries(card_of(torch.device("cuda", torch.cuda.current_device())))
+    return None if found else "no FlashAttention is installed"
+
+
+def gains(ours: str, head_dims: tuple[int, ...], tokens: int, device: torch.device, rounds: int) -> dict[int, float]:
+    """The time of backend `ours` over that of "flash", by head dim."""
+    found = {}
+    for head_dim in head_dims:
+        shape = (4, 1, _HEADS, tokens, head_dim)
+        *operands, d_out = torch.randn(shape, device=device, dtype=torch.bfloat16).unbind()
+        leaves = [x.clone().requires_grad_() for x in operands]
+
+        def contestant(backend: str, leaves=leaves, d_out=d_out):
+            def run(number: int) -> object:
+                out = tritonattn.attention(*leaves, scaling="log_key_count", causal=True, backend=backend)
+                return torch.autograd.grad(out, leaves, d_out)
+
+            return run
+
+        taken = take_turns({name: contestant(name) for name in (ours, "flash")}, device, rounds)
+        found[head_dim] = median_ratio(taken[ours], taken["flash"])
+    return found
+
+
+def errors(name: str, scaling: tritonattn.Scaling, tokens: int, head_dim: int) -> list[list]:
+    """The largest error over the largest exact value, of causal bf16 with a gain of 1: folded, and factors in fp32."""
+    sizes = {"batch": 1, "kv_heads": 2, "group": 1, "q_len": tokens, "k_len": tokens}
+    tensors = harness.inputs(
+        torch.bfloat16, torch.device("cpu"), **sizes, head_dim=head_dim, value_dim=head_dim, scales=("gain",)
+    )
+    tensors["gain"] = torch.ones_like(tensors["gain"])
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in.install(patch, "flash-attn-4 4.0.0b36")
+        found = harness.ours_exact_eager(tensors, tritonattn.attention, backend="flash", scaling=scaling, causal=True)
+    folded, exact, in_fp32 = found
+    rows = []
+    for result, right in exact.items():
+        largest = right.abs().max()
+        of_both = (((x[result].double() - right).abs().max() / largest).item() for x in (folded, in_fp32))
+        shown = result if result == "out" else f"gradient of {result}"
+        rows.append([name, head_dim, shown, *(f"{error:.4f}" for error in of_both)])
+    return rows
+
+
+def write(library: str, target: Target) -> str:
+    """Name a library in the user's table of a card, or none by ""; return the file."""
+    path = lookup.user_table(target)
+    try:
+        before = lookup.usable_table(path, target)
+    except (FileNotFoundError, TableError):
+        before = Table(table_name(target), target, kernels_fingerprint(), {})
+    write_table(path, replace(before, faster=library))
+    lookup.clear_cache()
+    return str(path)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cuda", "emulate"), default="cuda", help="emulate: nothing to time")
+    parser.add_argument("--errors", action="store_true", help="errors of folded factors; needs no GPU")
+    parser.add_argument("--write", action="store_true", help="let the table of this card name the library or none")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.errors:
+        rows = [row for name, scaling in SCALINGS.items() for row in errors(name, scaling, _TOKENS_OF_ERRORS, 64)]
+        print(f"{_TOKENS_OF_ERRORS:,} tokens, measured on a CPU, torch {torch.__version__}, commit {commit()}\n")
+        print(layout(rows, ["scaling", "D", "result", "folded into q", "in fp32"], left=None))
+        return
+    if reason := obstacle(options.device):
+        sys.exit(f"flash: {reason}")
+    device = torch.device("cuda", torch.cuda.current_device())
+    library = libraries(card_of(device))[0].name
+    found = gains("triton", HEAD_DIMS, _TOKENS, device, _ROUNDS)
+    state = ", ".join(f"{name} {value}" for name, value in card_state(device).items())
+    print(f"measured on {torch.cuda.get_device_name()}, {state}; torch {torch.__version__}, commit {commit()}\n")
+    rows = [[head_dim, f"{gain:.3f}"] for head_dim, gain in found.items()]
+    print(layout(rows, ["D", f"time of triton over {library}"], left=None))
+    if options.write:
+        chosen = library if min(found.values()) >= LEAST_GAIN else ""
+        print(f'\n{write(chosen, Target.of(device))}: "auto" takes {chosen or "the kernels"}')

@@ -1,0 +1,80 @@
+"""`python -m perf flash`, and "auto" on a card whose table names a library."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import tritonattn
+from perf import flash as command
+from perf.contest import Unavailable
+from perf.peers import PEERS, Problem
+from perf.work import Shape
+from tests.support import flash
+from tritonattn.calls import dispatch
+from tritonattn.tuning import cache_dir, lookup
+from tritonattn.tuning.config import Target
+
+FOUR, CPU = "flash-attn-4 4.0.0b36", torch.device("cpu")
+H100, H200 = (Target("cuda", "90", name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"))
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """A module for FlashAttention 4, and a folder for the user's tables."""
+    (module,) = flash.install(monkeypatch, FOUR, card=9)
+    monkeypatch.setattr(cache_dir, "user_cache", lambda: tmp_path)
+    yield module
+    lookup.clear_cache()
+
+
+def test_gains_are_of_both(stand_in):
+    found = command.gains("sdpa", (16, 32), 16, CPU, 3)
+    assert list(found) == [16, 32]
+    assert min(found.values()) > 0
+    assert {call["q"].shape[-1] for call in stand_in.calls} == {16, 32}
+
+
+def test_a_table_of_this_card_alone_names_a_library(stand_in):
+    assert (lookup.faster_library(H100), lookup.faster_library(H200)) == ("", "")
+    path = command.write("flash-attn-4", H100)
+    assert path.endswith("h100.json")
+    assert (lookup.faster_library(H100), lookup.faster_library(H200)) == ("flash-attn-4", "")
+    command.write("", H100)
+    assert lookup.faster_library(H100) == ""
+
+
+def test_no_shipped_table_names_one():
+    for path in cache_dir.shipped_tables().glob("*.json"):
+        assert lookup.read_table(path).faster == ""
+
+
+@pytest.mark.parametrize(("named", "runs"), [("flash-attn-4", True), ("flash-attn-3", False), ("", False)])
+def test_auto_takes_the_library_that_the_table_names(named, runs, stand_in, monkeypatch):
+    q, k, v = (x.bfloat16() for x in torch.randn(3, 1, 2, 8, 16))
+    chosen = []
+    monkeypatch.setattr(dispatch, "_faster_library", lambda device: named)
+    monkeypatch.setattr(dispatch.ops, "attention", lambda call: chosen.append(call.backend) or Stopped.now())
+    monkeypatch.setattr(dispatch, "choose_backend", lambda call: "triton")
+    for options, may in (({}, True), ({"return_aux": True}, False), ({"dropout_p": 0.5}, False)):
+        try:
+            tritonattn.attention(q, k, v, causal=True, **options)
+        except Stopped:
+            pass
+        assert (len(stand_in.calls), chosen) == ((1, []) if runs and may else (0, ["triton"])), options
+        stand_in.calls.clear()
+        chosen.clear()
+
+
+class Stopped(Exception):
+    @classmethod
+    def now(cls):
+        raise cls
+
+
+def test_the_peer_of_a_sweep(stand_in, monkeypatch):
+    problem = Problem(Shape(1, 2, 2, 8, 8, 16, causal=True), torch.bfloat16, CPU, False, "log_key_count")
+    with pytest.raises(Unavailable, match="runs on a GPU"):
+        PEERS["flash"].build(problem)
+    monkeypatch.setattr("perf.peers.require_gpu", lambda device: None)
+    PEERS["flash"].build(problem)(*(x.bfloat16() for x in torch.randn(3, 1, 2, 8, 16)))
+    assert stand_in.calls[0]["causal"]

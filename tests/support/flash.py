@@ -1,0 +1,214 @@
+"""Modules that stand in for FlashAttention 2, 3 and 4 on a CPU: the real signatures, eager attention inside.
+
+`flash_signatures.json` holds the signatures of the real functions, by package and version. To record another one:
+
+    python -m tests.support.flash NAME VERSION flash_attn_interface.py
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from tritonattn.backends.flash import libraries, run
+
+RECORDED = Path(__file__).with_name("flash_signatures.json")
+FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
+MODULES = {name: module for name, module, *_ in libraries.FLASH}
+# The versions whose keywords differ, and a card that runs each, by the first number of its compute capability.
+VERSIONS = {
+    "flash-attn-2 2.8.3.post2": 8,
+    "flash-attn-3 2.8.3.post2": 9,
+    "flash-attn-3 0251105": 9,
+    "flash-attn-4 4.0.0b36": 10,
+}
+
+
+def signatures_of(source: str) -> dict[str, str]:
+    """The parameters of FUNCTIONS in a file's text, without annotations."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name in FUNCTIONS:
+            for parameter in node.args.args:
+                parameter.annotation = None
+            found[node.name] = ast.unparse(node.args)
+    return found
+
+
+def recorded(version: str, function: str) -> str:
+    return json.loads(RECORDED.read_text(encoding="utf-8"))[version][function]
+
+
+def signature(parameters: str) -> inspect.Signature:
+    (node,) = ast.parse(f"def function({parameters}): ...").body
+    assert isinstance(node, ast.FunctionDef)
+    names, defaults = [one.arg for one in node.args.args], [ast.literal_eval(one) for one in node.args.defaults]
+    defaults = [inspect.Parameter.empty] * (len(names) - len(defaults)) + defaults
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    pairs = zip(names, defaults, strict=True)
+    return inspect.Signature([inspect.Parameter(name, kind, default=default) for name, default in pairs])
+
+
+class StandIn(ModuleType):
+    """A version's module; `calls` are the arguments of the calls so far, defaults included."""
+
+    def __init__(self, version: str, card: int) -> None:
+        self.package, self.card = version.split()[0], card
+        super().__init__(MODULES[self.package])
+        self.calls: list[dict[str, Any]] = []
+        for name in FUNCTIONS:
+            setattr(self, name, self._function(signature(recorded(version, name))))
+
+    def _function(self, declared: inspect.Signature) -> Any:
+        def function(*positional: Any, **keywords: Any) -> Any:
+            given = declared.bind(*positional, **keywords)
+            given.apply_defaults()
+            self.calls.append(dict(given.arguments))
+            return self._attend(given.arguments)
+
+        function.__signature__ = declared  # type: ignore[attr-defined]
+        return function
+
+    def _attend(self, given: dict[str, Any]) -> Any:
+        q, k, v = (given[name] for name in "qkv")
+        self._check(q, k, v, given)
+        starts = given.get("cu_seqlens_q"), given.get("cu_seqlens_k")
+        if starts[0] is None:
+            out, lse = zip(*(self._one(*x, given) for x in zip(q, k, v, strict=True)), strict=True)
+            out, lse = torch.stack(out), torch.stack(lse)
+        else:
+            out, lse = self._packed(q, k, v, *(x.tolist() for x in starts), given)
+        if self.package == "flash-attn-4":
+            wanted = given["return_lse"] or any(x.requires_grad for x in (q, k, v))
+            return out, (lse if given["return_lse"] else lse.detach()) if wanted else None
+        lse = _Dropped.apply(lse)
+        if not given.get("return_attn_probs"):
+            return out
+        return (out, lse, None) if self.package == "flash-attn-2" else (out, lse)
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> None:
+        """What the libraries check, and the alignment of vector loads, which they trust in."""
+        for x in (q, k, v):
+            assert x.dtype in (torch.float16, torch.bfloat16)
+            assert x.dtype == q.dtype
+            assert x.stride(-1) == 1
+            assert not any(n % 8 for n in (x.storage_offset(), *x.stride()[:-1]))
+        dims = q.shape[-1], v.shape[-1]
+        assert all(dim % 8 == 0 and 8 <= dim <= 256 for dim in dims)
+        unequal = (192, 128) if self.package != "flash-attn-2" else None
+        assert dims[0] == dims[1] or dims == unequal, dims
+        if self.package == "flash-attn-4" and self.card > 9:
+            assert max(dims) <= 128 or dims in ((192, 128), (256, 256)), dims
+        assert q.shape[-2] % k.shape[-2] == 0
+        assert isinstance(given["softmax_scale"], float)
+        assert given["softmax_scale"] > 0
+        assert given["causal"] in (True, False)
+        assert isinstance(given["window_size"], tuple)
+        for side in given["window_size"]:
+            assert side is None if self.package == "flash-attn-4" and side is None else -1 <= side < 2**31
+        assert self.package != "flash-attn-4" or -1 not in given["window_size"]
+        for side in "qk" if "cu_seqlens_q" in given else "":
+            starts, longest = given[f"cu_seqlens_{side}"], given[f"max_seqlen_{side}"]
+            assert starts.dtype == torch.int32
+            assert starts.is_contiguous()
+            assert isinstance(longest, int)
+            assert longest >= starts.diff().max()
+
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, q_starts: list, k_starts: list, given: Any) -> Any:
+        """As the libraries, with NaN for what they leave unwritten: results and gradients of no sequence."""
+        q, k, v = (
+            _Unwritten.apply(q, q_starts[-1]),
+            _Unwritten.apply(k, k_starts[-1]),
+            _Unwritten.apply(v, k_starts[-1]),
+        )
+        outs, lses = [], []
+        for rows, end, keys, k_end in zip(q_starts, q_starts[1:], k_starts, k_starts[1:], strict=False):
+            out, lse = self._one(q[rows:end], k[keys:k_end], v[keys:k_end], given)
+            outs.append(out)
+            lses.append(lse)
+        tail = q.shape[0] - q_starts[-1]
+        outs.append(v.new_full((tail, q.shape[1], v.shape[2]), torch.nan))
+        lses.append(torch.full((q.shape[1], tail), torch.nan))
+        return torch.cat(outs), torch.cat(lses, -1)
+
+    def _one(self, q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """out [S, H, Dv] and lse [H, S] of a sequence; logits in fp32, P rounded, as in the kernels."""
+        q_len, k_len, group = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        logits = given["softmax_scale"] * torch.einsum("ihd,jhd->hij", q.float(), k.float())
+        if given.get("softcap"):
+            logits = given["softcap"] * (logits / given["softcap"]).tanh()
+        left, right = (None if side in (None, -1) else side for side in given["window_size"])
+        distance = torch.arange(k_len) - (torch.arange(q_len)[:, None] + k_len - q_len)
+        right = 0 if given["causal"] else right
+        visible = torch.ones(q_len, k_len, dtype=torch.bool)
+        visible &= True if right is None else distance <= right
+        visible &= True if left is None else distance >= -left
+        sink, empty = given.get("learnable_sink"), ~visible.any(-1)
+        logits = torch.where(visible, logits, -torch.inf)
+        columns = logits if sink is None else torch.cat([logits, sink[:, None, None].expand(-1, q_len, 1)], -1)
+        columns = (
+            torch.where(empty[:, None], 0, columns) if columns.shape[-1] else columns.new_zeros(*columns.shape[:2], 1)
+        )
+        lse = columns.logsumexp(-1)
+        p = torch.where(visible, (logits - lse[..., None]).exp(), 0).to(v.dtype)
+        out = torch.einsum("hij,jhd->ihd", p.float(), v.float()).to(q.dtype)
+        nothing = torch.inf if self.package == "flash-attn-2" else -torch.inf
+        return out, torch.where(empty, nothing, lse)
+
+
+class _Unwritten(Function):
+    """x, whose gradient is NaN from row `end` on."""
+
+    @staticmethod
+    def forward(ctx, x, end):
+        ctx.end = end
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, d):
+        d = d.clone()
+        d[ctx.end :] = torch.nan
+        return d, None
+
+
+class _Dropped(Function):
+    """lse, whose gradient is dropped without a word, as by FlashAttention 2 and 3."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, d):
+        return torch.zeros_like(d)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *versions: str, card: int | None = None) -> list[StandIn]:
+    """Put stand-ins in the place of all libraries, on a card for the first; CPU tensors then lie on that card."""
+    card = VERSIONS[versions[0]] if card is None and versions else card
+    modules = [StandIn(version, cast(int, card)) for version in versions]
+    for name, module in MODULES.items():
+        found = next((one for one in modules if one.package == name), None)
+        monkeypatch.setitem(sys.modules, module, cast(ModuleType, found))  # None raises ImportError
+    cached = libraries.libraries.__wrapped__
+    monkeypatch.setattr(run, "libraries", cached)
+    monkeypatch.setattr(run, "card_of", lambda device: card)
+    return modules
+
+
+if __name__ == "__main__":
+    name, version, file = sys.argv[1:]
+    known = json.loads(RECORDED.read_text(encoding="utf-8")) if RECORDED.exists() else {}
+    known[f"{name} {version}"] = signatures_of(Path(file).read_text(encoding="utf-8"))
+    RECORDED.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf-8")
