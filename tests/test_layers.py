@@ -113,9 +113,3 @@ def test_only_its_users_import_an_optional_package():
 
 def test_pieces_of_kernels_know_no_torch():
     assert outside(PACKAGE / "backends" / "triton" / "block.py") <= {"triton", "typing", "__future__"}
-
-
-def test_the_emulator_imports_nothing_of_the_package():
-    """It runs any kernel of Triton, so that it can live without this one."""
-    for path in (Path(__file__).parent / "emulator").glob("*.py"):
-        assert not {"tritonattn", "perf", "tests"} & outside(path), path

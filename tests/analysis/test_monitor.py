@@ -208,6 +208,7 @@ def test_arguments():
         ({"on_alarm": "stop"}, ValueError),
         ({"on_alarm": "undo"}, ValueError),
         ({"thresholds": {"loss": 1}}, TypeError),
+        ({"log": "wandb"}, TypeError),
         ({"file": "/nowhere/at/all.jsonl"}, ValueError),
     ):
         with pytest.raises(error, match=next(iter(options))):

@@ -197,6 +197,29 @@ def test_tensorboard_gets_the_loss_and_every_layer_and_is_named_where_it_is_miss
         Monitor(Net(), tensorboard="runs")
 
 
+def test_log_gets_the_numbers_of_a_watched_step_by_name_and_its_failure_ends_no_run():
+    net, logged = Net(), []
+
+    def log(values, step):
+        logged.append((values, step))
+        if step == 2:
+            raise ConnectionError("no route")
+
+    with Monitor(net, every=2, log=log, thresholds=QUIET) as monitor:
+        layer = step(net, monitor, 2.0)["layers"][NAME]
+        step(net, monitor)
+        with pytest.warns(RuntimeWarning, match="a record was not written: no route"):
+            step(net, monitor)
+    (values, first), (later, second) = logged
+    assert (first, second) == (0, 2)
+    assert values["loss"] == 2.0
+    assert values["attention/max_logit"] == max(layer["max_logit"])
+    assert (
+        values.keys() - {"loss"} == later.keys() == {f"{NAME}/{one}" for one in layer if isinstance(layer[one], list)}
+    )
+    assert all(isinstance(value, float) for value in values.values())
+
+
 def test_the_loss_of_a_gpu_is_read_in_watched_steps_only(monkeypatch):
     monkeypatch.setattr(sys.modules["tritonattn.analysis.monitor"], "_is_elsewhere", lambda loss: True)
     net, stood = Net(), []

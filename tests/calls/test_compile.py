@@ -57,12 +57,14 @@ def _fresh_compiler():
 
 
 def test_every_mask_bias_and_number_at_once():
-    def function(q, k, v, gain, sinks, bias):
-        options = {"scaling": "key_norm_rms", "softcap": 3.0, "key_bias": bias}
-        return objective(q, k, v, gain, sinks, **options, **masks)
+    def function(q, k, v, gain, sinks, of_keys, of_pairs, of_distances):
+        biases = {"key_bias": of_keys, "bias": of_pairs, "relative_bias": of_distances, "relative_right": 2}
+        options = {"scaling": "key_norm_rms", "softcap": 3.0, "bias_after_softcap": True}
+        return objective(q, k, v, gain, sinks, **options, **biases, **masks)
 
-    masks, bias = MASKS["everything"](2, 4, 7, 7), torch.randn(2, 2, 7, requires_grad=True)
-    assert_compiles(function, ((*operands(), bias), {}))
+    masks, shapes = MASKS["everything"](2, 4, 7, 7), ((2, 2, 7), (4, 1, 7), (1, 4, 1, 5))
+    biases = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    assert_compiles(function, ((*operands(), *biases), {}))
 
 
 def test_under_autocast_with_dropout():

@@ -33,13 +33,22 @@ SCALES: dict[str, Any] = {
     "key_scale": torch.linspace(0, 1, SK)[None],
     "scale": 0.1,
 }
+DISTANCES: dict[str, Any] = {
+    "relative_bias": torch.tensor([0.5, -1.0, 2.0])[None, None, None],
+    "relative_right": 1,
+    "bias_after_softcap": True,
+}
+PAIRS: dict[str, Any] = {"bias": torch.linspace(-1, 1, SQ * SK).view(SQ, SK), **DISTANCES}
+OF_PACKED: dict[str, Any] = DISTANCES | {"relative_bias": DISTANCES["relative_bias"][0]}
 PACKING: dict[str, Any] = {"cu_seqlens_q": offsets((2, 3)), "cu_seqlens_k": offsets((4, 3))}
+# Arguments that have no effect alone, and those beside which they have.
+BESIDE = {"relative_right": ("relative_bias",), "bias_after_softcap": ("relative_bias", "softcap")}
 REFUSED: dict[str, Any] = {"max_seqlen_q": 1, "max_seqlen_k": 1}  # no other effect on a CPU: they plan launches
 
 CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "attention": ({}, FORMS | MASKS | MODE),
-    "scaled_attention": ({}, FORMS | MASKS | SCALES),
-    "attention_varlen": (Packed((4, 1), (3, 4)).arguments(), FORMS | MODE | PACKING | REFUSED),
+    "attention": ({}, FORMS | PAIRS | MASKS | MODE),
+    "scaled_attention": ({}, FORMS | PAIRS | MASKS | SCALES),
+    "attention_varlen": (Packed((4, 1), (3, 4)).arguments(), FORMS | OF_PACKED | MODE | PACKING | REFUSED),
 }
 CASES = [(call, argument) for call, (_, arguments) in CALLS.items() for argument in arguments]
 
@@ -63,6 +72,7 @@ def outcome(call: str, backend: str, **arguments) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("call", "argument"), CASES)
 def test_an_argument_makes_a_difference(call, argument, backend):
     base, arguments = CALLS[call]
+    base = base | {name: arguments[name] for name in BESIDE.get(argument, ())}
     changed = base | {argument: arguments[argument]}
     if argument in REFUSED:
         with pytest.raises(ValueError, match=argument):

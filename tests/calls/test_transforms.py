@@ -50,6 +50,26 @@ def test_vmap_over_some_operands_masks_and_other_axes():
     torch.testing.assert_close(mapped, wanted.movedim(0, 1))
 
 
+def test_vmap_over_biases_of_pairs_and_gradients_of_one_that_entries_share():
+    q, k, v = (x.detach() for x in operands()[:3])
+    generator = torch.Generator().manual_seed(1)
+    biases, tables = torch.randn(3, 7, 7, generator=generator), torch.randn(3, 1, 4, 1, 5, generator=generator)
+
+    def function(bias, table):
+        return tritonattn.attention(q, k, v, bias=bias, relative_bias=table, relative_right=1).square().sum()
+
+    gradient = torch.func.grad(function, argnums=(0, 1))
+    for dims in ((0, 0), (0, None), (None, 0)):
+        given = [x if dim == 0 else x[0] for x, dim in zip((biases, tables), dims, strict=True)]
+        together = torch.func.vmap(gradient, in_dims=dims)(*given)
+        for i in range(3):
+            own = [x[i] if dim == 0 else x for x, dim in zip(given, dims, strict=True)]
+            leaves = [x.clone().requires_grad_() for x in own]
+            expected = torch.autograd.grad(function(*leaves), leaves)
+            for ours, theirs in zip(together, expected, strict=True):
+                torch.testing.assert_close(ours[i], theirs)
+
+
 @pairwise(
     scaling=["log_key_count", "key_norm_max", "cosine"],
     mask=["causal", "window", "ranges", "mask of heads"],

@@ -22,7 +22,8 @@ from tritonattn.analysis import diagnose
 from tritonattn.cli import main as cli
 
 DOCUMENTS = sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "docs").glob("*.md"))
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "perf/README.md", "autotune_cache/README.md", *DOCUMENTS]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "perf/README.md", "autotune_cache/README.md"]
+PAGES += ["tests/emulator/README.md", *DOCUMENTS]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 BLOCKS = [(document, position) for document in DOCUMENTS for position in range(len(snippets(document)))]
 OPTIONAL = {"transformers": r"transformers|tritonattn\.huggingface", "peft": "peft"}

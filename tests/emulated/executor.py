@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from ptx_emulator import Report, run
 from torch import Tensor
 
-from tests.emulator import Report, run
 from tests.stub import Launched
 from tests.support.versions import OLDER_TRITON
 from tritonattn.tuning.config import TILED_KERNELS, Problem, Target, TileConfig, legal_reasons

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from ptx_emulator import PTXError, Report, run
 from torch import Tensor
 
-from tests.emulator import PTXError, Report, run
 from tests.stub import Launched
 
 from .executor import Executor

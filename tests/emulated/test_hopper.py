@@ -11,11 +11,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from ptx_emulator import PTXError, run
+from ptx_emulator.instruction import Instruction
+from ptx_emulator.parse import parse
+from ptx_emulator.synchronisation import kind_of, without
+
 import tritonattn
-from tests.emulator import PTXError, run
-from tests.emulator.instruction import Instruction
-from tests.emulator.parse import parse
-from tests.emulator.synchronisation import kind_of, without
 from tests.stub import Launched
 from tests.support.pairs import all_pairs, thinned
 from tests.support.versions import OLDER_TRITON, TRITON

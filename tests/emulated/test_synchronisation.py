@@ -9,10 +9,10 @@ from collections import Counter
 
 import pytest
 import torch
+from ptx_emulator.parse import parse
+from ptx_emulator.synchronisation import Order, kind_of, without
 
 import tritonattn
-from tests.emulator.parse import parse
-from tests.emulator.synchronisation import Order, kind_of, without
 from tests.support.versions import OLDER_TRITON
 from tritonattn.tuning import TileConfig
 

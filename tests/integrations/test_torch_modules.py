@@ -11,7 +11,7 @@ from tests.support.pairs import in_turn
 from tests.support.refusals import refuses
 from tritonattn import SCALINGS, attention
 from tritonattn import nn as learned
-from tritonattn.integrations.arguments import visible_keys
+from tritonattn.core.masks import visible_keys
 from tritonattn.integrations.torch_modules import MultiheadAttention, replace_multihead_attention
 
 E, H, N, L, S = 16, 4, 3, 6, 6

@@ -11,9 +11,8 @@ from tritonattn.backends import triton as triton_backend
 from tritonattn.calls import key_statistics as cache_statistics
 from tritonattn.core.call import AttentionCall, Logits
 from tritonattn.core.norms import key_norms_of
-from tritonattn.core.statistics import Statistics
 from tritonattn.core.visibility import Visibility
-from tritonattn.ops import KernelStatistics
+from tritonattn.ops import STATISTICS
 
 
 @in_turn(sizes=[(1, 16), (37, 5), (130, 64), (8500, 8)], dtype=[torch.float32, torch.float16, torch.bfloat16])
@@ -49,7 +48,7 @@ def test_statistics_equal_those_of_torch(mask, device):
     k = torch.randn(2, 2, 40, 24, generator=torch.Generator().manual_seed(0)).to(device)
     visibility = Visibility.of(k.new_empty(2, 4, 21, 24), k, **harness.mask(mask, device, 2, 4, 21, 40))
     results = []
-    for kind in (KernelStatistics, Statistics):
+    for kind in STATISTICS.values():
         leaf = k.clone().requires_grad_()
         statistics = kind(leaf, visibility)
         values = [statistics.norm_sum, statistics.norm_square_sum, statistics.norm_max]
@@ -68,7 +67,7 @@ def test_gradients_of_keys_and_of_their_norms_are_added_before_they_are_rounded(
     d_norms = torch.randn(2, 2, 33, generator=random).to(device)
     leaf = k.clone().requires_grad_()
     visibility = Visibility.of(k, k, key_lengths=torch.tensor([30, 30], device=device))
-    statistics = KernelStatistics(leaf, visibility)
+    statistics = STATISTICS["triton"](leaf, visibility)
     norms, call = statistics.norms, statistics.widened(AttentionCall(k, leaf, k, visibility, Logits(1.0)))
     assert call.tensors[0] is call.q is k
     assert torch.equal(call.k, leaf)

@@ -7,8 +7,10 @@ import torch
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 
+import tritonattn
 from tests.support.llama import llama
 from tritonattn.cli import main as cli
+from tritonattn.core.errors import CommandError
 from tritonattn.huggingface import patched
 from tritonattn.lab import demo
 from tritonattn.lab.demo import measurement as measuring
@@ -16,6 +18,7 @@ from tritonattn.lab.demo import plot
 from tritonattn.lab.demo.measurement import Layer, Measurement, Subject
 from tritonattn.lab.demo.variants import variant
 from tritonattn.lab.figures import COLOURS, darken, foot, styles
+from tritonattn.scaling import Cosine, LogKeyCount, LogPower, SqrtDim
 
 MODES = "sqrt_dim,key_norm_mean,key_count,key_norm_sum,none"
 
@@ -82,6 +85,37 @@ def test_compare_from_end_to_end(small, tmp_path, capsys, monkeypatch):
             assert layer["entropy_over_ln_n"] <= layer["highest_entropy_of_a_head"] + 1e-9
             assert layer["mean_largest_logit_of_a_row"] <= layer["largest_logit"]
     assert patched(small.model) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "like"),
+    [
+        ("ssmax", "ssmax:64", LogKeyCount(64)),  # the trained length
+        ("ssmax:9*2", "ssmax:9*2", LogKeyCount(9)),
+        ("log_key_count", "log_key_count:64", LogKeyCount(64)),
+        ("log_key_count(9)", "log_key_count:9", LogKeyCount(9)),  # as `advise` writes it
+        ("log_power", "log_power:64", LogPower(base=64)),
+        ("learned_log_power", "learned_log_power:64", LogPower(base=64)),
+        ("key_norm_sum+gain:9", "key_norm_sum+gain:9", None),
+        ("power_law", "power_law", SqrtDim()),
+        ("learned_cosine", "learned_cosine", Cosine()),
+    ],
+)
+def test_a_written_mode_is_the_scaling_as_training_would_begin(text, name, like, small):
+    one = variant(text, small.context)
+    assert (one.name, one.gain) == (name, 2.0 if "*" in text else None)
+    q, k, v = torch.randn(3, 1, 4, 9, 8, dtype=torch.float64).unbind(0)
+    wanted = {"scaling": "key_norm_sum", "gain": 9.0} if like is None else {"scaling": like}
+    got = tritonattn.attention(q, k, v, scaling=one.scaling(4, 8), causal=True)
+    torch.testing.assert_close(got, tritonattn.attention(q, k, v, **wanted, causal=True), rtol=1e-6, atol=1e-6)
+    with measuring.patched_with(small, one) as patch:
+        assert len(patch.layers) == 2
+
+
+def test_a_mode_that_needs_a_trained_length_asks_for_it():
+    with pytest.raises(CommandError, match=r"--modes: expected a base in 'ssmax\*2', .*: ssmax:BASE"):
+        variant("ssmax*2", None)
+    assert variant("ssmax:9", None).name == "ssmax:9"
 
 
 PROVENANCE = "Measured: Some(R) Long Processor (1 thread), torch 2.13, `python -m tritonattn " + "--option value " * 30

@@ -1,7 +1,5 @@
 """train-compare: runs of the same weights and data in every mode, its files and tables, and docs/training.md."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -16,14 +14,14 @@ from tritonattn.lab.training.modes import MODES
 from tritonattn.lab.training.records import Recipe, Run, planned, read
 from tritonattn.lab.training.report import Interval, other_metrics
 from tritonattn.lab.training.tasks import TASKS
-from tritonattn.lab.training.trainer import fresh_model, train
+from tritonattn.lab.training.trainer import as_tested, attentions, fresh_model, train
 
 CPU = torch.device("cpu")
 
 
-def planned_run(task: str = "digits", mode: str = "sqrt_dim", seed: int = 0, **recipe) -> Run:
-    recipe = replace(Recipe("adamw", 1e-2, 0.01, steps=3, batch=4), **recipe)
-    return planned(task, [mode], seed + 1, [recipe], CPU, quick=True)[seed]
+def planned_run(task: str = "digits", mode: str = "sqrt_dim", seed: int = 0, steps=3, batch=4, **choices) -> Run:
+    recipe = Recipe("adamw", 1e-2, 0.01, steps, batch)
+    return planned(task, [mode], seed + 1, [recipe], CPU, quick=True, **choices)[seed]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -40,7 +38,7 @@ def test_every_mode_starts_from_the_same_weights_and_gets_the_same_batches(task,
         return found, train(planned_run(task, mode, steps=2), CPU).data
 
     first = weights("sqrt_dim")
-    for mode in ("key_count+gain", "power_law"):
+    for mode in ("key_count+gain", "power_law", "sqrt_dim:log_key_count"):
         other = weights(mode)
         assert first.keys() == other.keys()
         assert all(torch.equal(first[name], other[name]) for name in first)
@@ -97,6 +95,59 @@ def test_a_table_has_each_key_once_and_is_asked_for_keys_inside_its_length():
         found = [table.index(tuple(key)) for key in asked[row].tolist()]
         assert max(found) < lengths[row]
         assert [values[row, i].item() for i in found] == batch.target[row].tolist()
+
+
+def test_first_asks_for_the_marked_bit_which_the_others_do_not_tell():
+    batch = TASKS["first"].batch(500, torch.Generator().manual_seed(0))
+    keys, values, lengths, asked = (batch.inputs[name] for name in ("keys", "values", "lengths", "asked"))
+    assert (lengths.min(), lengths.max()) == (4, 64)
+    assert keys[:, 0].eq(asked[:, 0]).all()
+    assert keys[:, 1:].eq(0).all()
+    assert batch.target.tolist() == values[:, :1].tolist()
+    ones = values.double()
+    assert ones[:, 0].mean() == pytest.approx(0.5, abs=0.1)
+    assert torch.corrcoef(torch.stack([ones[:, 0], ones[:, 1:].mean(1)]))[0, 1].abs() < 0.15
+    assert ones[:, 1:].mean(1).std() == pytest.approx(12**-0.5, abs=0.05)  # of shares uniform in [0, 1]
+
+
+def test_a_swap_tests_the_same_weights_with_another_scaling():
+    run = planned_run("recall", "sqrt_dim*4:sqrt_dim*2", qk_norm=True, head_dim=32)
+    model = fresh_model(run)
+    tested = as_tested(run, model)
+    weights = dict(model.named_parameters())
+    for name, p in tested.named_parameters():
+        if name == "attention.scaling.theta":
+            assert p.exp().tolist() == pytest.approx([2.0, 2.0])
+            assert weights[name].exp().tolist() == pytest.approx([4.0, 4.0])
+            assert not p.requires_grad
+        else:
+            assert torch.equal(p, weights[name])
+    assert as_tested(planned_run("recall"), model) is model
+    batch = TASKS["recall"].batch(2, torch.Generator().manual_seed(0))
+    assert not torch.equal(model(**batch.inputs), tested(**batch.inputs))
+
+
+def test_the_model_of_a_run_has_its_choices():
+    (layer,) = attentions(fresh_model(planned_run("recall", qk_norm=True, head_dim=32))).values()
+    assert (layer.heads, layer.head_dim) == (2, 32)
+    assert isinstance(layer.q_norm, torch.nn.RMSNorm)
+    (layer,) = attentions(fresh_model(planned_run("recall"))).values()
+    assert (layer.heads, layer.head_dim) == (4, 16)
+    assert isinstance(layer.k_norm, torch.nn.Identity)
+
+
+def test_the_command_reports_the_models_that_are_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plot, "draw", lambda runs, file: file.touch())
+    one = f"train-compare --tasks digits --modes sqrt_dim --steps 1 --quick --out {tmp_path}".split()
+    other = [*one, "--qk-norm", "--head-dim", "8"]
+    assert cli.main(one) == cli.main(other) == 0
+    capsys.readouterr()
+    for asked, title in ((one, "## digits\n"), (other, "## digits, QK-norm, heads of 8\n")):
+        assert cli.main([*asked, "--report"]) == 0
+        out = capsys.readouterr().out
+        assert title in out
+        assert out.count("##") == 1
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["digits-QK-norm-heads-of-8.png", "digits.png"]
 
 
 def test_the_command_writes_everything_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):

@@ -56,7 +56,7 @@ def run(tmp_path_factory):
 def test_curves_are_what_the_monitor_wrote(run):
     file, last = run
     watched = Watched.read(file)
-    assert watched.layers == ["0", "1"]
+    assert list(watched.lines) == ["0", "1"]
     assert [panel.measure for panel in watched.panels] == list(MEASURES)
     for panel in watched.panels:
         for name, points in panel.curves.items():
@@ -64,7 +64,8 @@ def test_curves_are_what_the_monitor_wrote(run):
             values = last["layers"][name][panel.measure] if name else [last["loss"]]
             expected = max(values) if panel.measure == "max_logit" else sum(values) / len(values)
             assert points[-1][1] == pytest.approx(expected)
-    assert (watched.alarms[0].step, watched.alarms[0].measure) == (0, "max_logit")
+    alarm = watched.runs[0].alarms[0]
+    assert (alarm.step, alarm.measure) == (0, "max_logit")
     assert "3 records of 2 layers" in watched.summary()
 
 
@@ -72,7 +73,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path):
     file = written(tmp_path, record(0), record(10))
     marked = tmp_path / "marked.jsonl"
     marked.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    assert Watched.read(marked).records == Watched.read(file).records
+    assert Watched.read(marked).runs[0].records == Watched.read(file).runs[0].records
 
 
 def test_a_second_run_in_the_file_begins_a_curve_of_its_own(tmp_path):
@@ -138,6 +139,28 @@ def test_the_command_draws_by_the_suffix_and_a_torn_line_is_named(run, tmp_path,
     assert printed.err.count(f"{file}:4: expected a record of a Monitor, skipped") == 2
     assert (tmp_path / "torn.html").read_text().startswith("<!doctype html>")
     assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_files_are_compared_a_line_a_run(tmp_path, capsys):
+    """Both are called run.jsonl: their folders tell them apart."""
+    files = []
+    for folder, first, second in (("old", 5.0, 7.0), ("new", 9.0, 6.0)):
+        measures = [record(0, logit=logit)["layers"][LAYERS[0]] for logit in (first, second)]
+        measures[0] = measures[0] | {"near_one_hot": [0.1, 0.2], "relative_entropy": [None, None]}
+        alarms = [{"layer": LAYERS[0], "measure": "max_logit", "value": 9.0, "limit": 8.0, "new": True}]
+        one = record(0, loss=first) | {"layers": dict(zip(LAYERS, measures, strict=True))}
+        (tmp_path / folder).mkdir()
+        files.append(written(tmp_path / folder, one | {"alarms": alarms if folder == "new" else []}))
+    watched = Watched.read(*files, files[0])
+    found = {panel.measure: panel for panel in watched.panels}
+    assert found["loss"].curves == {"old": [(0, 5.0)], "new": [(0, 9.0)]}
+    assert found["max_logit"].curves == {"old": [(0, 7.0)], "new": [(0, 9.0)]}  # the largest of both layers
+    assert found["near_one_hot"].curves["old"] == [(0, pytest.approx((0.15 + 0.25) / 2))]
+    assert found["relative_entropy"].curves["old"] == [(0, 0.5)]  # of the layer that has one
+    assert cli.main(["watch", *map(str, files), "--output", str(tmp_path / "both.html")]) == 0
+    assert "old: 1 record of 2 layers (blocks.*.attention), steps 0 to 0, no alarms; new: " in capsys.readouterr().out
+    texts = {one.text for one in elements_of((tmp_path / "both.html").read_text(encoding="utf-8"))}
+    assert {"run old", "run new", "new, step 0: blocks.0.attention: max_logit 9, threshold 8"} <= texts
 
 
 @pytest.mark.parametrize(

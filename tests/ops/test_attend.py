@@ -45,6 +45,7 @@ opcheck_reads_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a
 WHOLE = {
     "plain": {"scales": False},
     "dense": {**CALLS["mask sinks"], **CALLS["window lengths"], "bias": True, "softcap": 2.0, "dropout": True},
+    "pairs": CALLS["biases after softcap"],
     "packed": CALLS["packed sinks dropout"],
 }
 
@@ -157,7 +158,7 @@ def test_key_statistics_under_transforms_and_compilers():
     k = torch.randn(3, 2, 2, 7, 8, generator=torch.Generator().manual_seed(0))
 
     def objective(k: Tensor) -> Tensor:
-        statistics = ops.KernelStatistics(k, Visibility.of(q, k, causal=True))
+        statistics = ops.STATISTICS["triton"](k, Visibility.of(q, k, causal=True))
         return (statistics.norm_sum.double() * statistics.norm_square_sum).sum()
 
     one_by_one = torch.stack([torch.func.grad(objective)(x) for x in k])

@@ -6,10 +6,9 @@ import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ptx_emulator.compile import Argument, at_run_time
+from ptx_emulator.tensor_map import MAP_BYTES, host_map
 from torch import Tensor
-
-from tests.emulator.compile import Argument, at_run_time
-from tests.emulator.tensor_map import MAP_BYTES, host_map
 
 _FLOATS = {"fp16": "<e", "fp32": "<f", "fp64": "<d"}
 _MARK = 8  # bytes at the end of a map by which the driver knows its own

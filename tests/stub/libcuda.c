@@ -254,7 +254,7 @@ CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction function, const 
   return CUDA_SUCCESS;
 }
 
-// Tensor maps, in the layout of tests/emulator/tensor_map.py; the last 8 bytes are the mark.
+// Tensor maps, in the layout of ptx_emulator/tensor_map.py; the last 8 bytes are the mark.
 CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
     const cuuint64_t *dims, const cuuint64_t *strides, const cuuint32_t *box, const cuuint32_t *steps,
     CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,

@@ -45,6 +45,8 @@ CALLS: dict[str, dict] = {
     "mask sinks": {"mask": torch.ones(2, 1, 5, 7).bool().tril(1), "sinks": True},
     "softcap": {"softcap": 2.0, "causal": True},
     "bias": {"bias": True, "causal": True, "softcap": 2.0},
+    "biases of pairs": {"pairs": (2, 4), "window": (3, 1)},
+    "biases after softcap": {"pairs": (1, 1), "bias": True, "causal": True, "softcap": 2.0},
     "dropout": {"dropout": True},
     "packed": {"sequences": ((3, 0, 1), (2, 1, 3)), "causal": True},
     "packed sinks dropout": {"sequences": ((1, 4), (5, 2)), "sinks": True, "dropout": True},
@@ -63,13 +65,15 @@ def example(
     sinks: bool = False,
     dropout: bool = False,
     bias: bool = False,
+    pairs: tuple[int, int] | None = None,
     sequences: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     dims: tuple[int, int] = (8, 6),
     **masks,
 ) -> AttentionCall:
     """A float64 call of a fixed seed whose every tensor asks for a gradient.
 
-    sequences are lengths in rows and keys, dims (D, Dv)
+    sequences are lengths in rows and keys, dims (D, Dv), pairs batch entries and heads of biases of pairs, of which the
+    relative one has a row for each of several entries, and which with a softcap are added after it
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -84,6 +88,9 @@ def example(
     query_scale, key_scale = (leaf(batch, 4, 5), leaf(batch, 2, 7)) if scales else (None, None)
     key_bias, sink_logits = leaf(batch, 2, 2, 7) if bias else None, leaf(4) if sinks else None
     logits = Logits(0.3, query_scale, key_scale, key_bias, softcap, sink_logits)
+    if pairs is not None:
+        of_pairs = leaf(*pairs, 5, 7), leaf(*pairs, 5 if pairs[0] > 1 else 1, 4)
+        logits = Logits(*logits[:6], *of_pairs, 1, softcap is not None)
     drop = Dropout(0.3, torch.tensor([3, 4])) if dropout else None
     return AttentionCall(q, k, v, Visibility.of(q, k, **masks), logits, drop, backend="sdpa")
 

@@ -20,6 +20,7 @@ from .over_ranks import joined, joined_losses, rank_and_size
 from .watch import Watch
 
 Action = Callable[[Sequence[Alarm]], Any]
+Log = Callable[[dict[str, float], int], Any]
 
 
 class Monitor:
@@ -32,6 +33,9 @@ class Monitor:
         file: A file to append a record to in every watched step, as JSON lines. Where that fails later, as on a full
             disk, it warns and goes on.
         tensorboard: A folder, or a writer with `add_scalar(name, value, step)`.
+        log: A function of (values, step), called in every watched step with the loss and each layer's numbers: the
+            largest logit and the heads' means, as "loss" and "blocks.0.attention/max_logit". wandb's `run.log`,
+            `mlflow.log_metrics`, accelerate's `accelerator.log` and Lightning's `logger.log_metrics` are such.
         thresholds: Limits that raise alarms, which warn; by default `Thresholds()`.
         on_alarm: An action, besides the warning, in every watched step in which an alarm stands: "undo" calls
             `tritonattn.huggingface.patched(model).undo()`; `qk_clip(model, threshold)`; or a function of the list of
@@ -101,6 +105,7 @@ class Monitor:
         every: int = 50,
         file: str | os.PathLike[str] | None = None,
         tensorboard: Any = None,
+        log: Log | None = None,
         thresholds: Thresholds | None = None,
         on_alarm: str | Action | None = None,
         reduce: bool = True,
@@ -112,6 +117,8 @@ class Monitor:
             raise ValueError(f"every: expected a positive int, got {every!r}")
         if thresholds is not None and not isinstance(thresholds, Thresholds):
             raise TypeError(f"thresholds: expected Thresholds, got {type(thresholds).__name__}")
+        if log is not None and not callable(log):
+            raise TypeError(f"log: expected a function of (values, step), got {type(log).__name__}")
         self.model, self.every = model, every
         self.steps = 0  # taken so far; assign to go on with an earlier run's numbers
         self.last: dict[str, Any] | None = None  # the latest record
@@ -122,6 +129,7 @@ class Monitor:
             raise ValueError("on_alarm: expected reduce=True, since actions would differ by rank, got reduce=False")
         self._file = None if file is None or not self._speaks else _JsonLines(file)
         self._scalars = None if tensorboard is None or not self._speaks else _Scalars(tensorboard)
+        self._log = None if log is None else _Log(log)
         self._watch: Watch | None = None
         self._active = False
         self._not_finite: Tensor | None = None  # bool on the loss's device: one since the last check was not
@@ -250,7 +258,7 @@ class Monitor:
             "layers": layers,
         }
         self.last = record
-        for target in (self._file, self._scalars) if self._speaks else ():
+        for target in (self._file, self._scalars, self._log) if self._speaks else ():
             if target is not None:
                 self._write(target, record)
         if alarms and self._act is not None:
@@ -335,22 +343,33 @@ class _JsonLines:
         append(self.path, [record])
 
 
-class _Scalars:
-    """The records as TensorBoard scalars: the loss, and of every layer the largest logit and the heads' means."""
+class _Log:
+    """The records as named numbers: the loss, and of every layer the largest logit and the heads' means."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+
+    def write(self, record: dict[str, Any]) -> None:
+        values = {} if record["loss"] is None else {"loss": record["loss"]}
+        for layer, measures in record["layers"].items():
+            for name, heads in measures.items():
+                value = layer_value(name, heads) if isinstance(heads, list) else None
+                if value is not None:
+                    values[f"{layer}/{name}"] = value
+        self._log(values, record["step"])
+
+
+class _Scalars(_Log):
+    """The records as TensorBoard scalars."""
 
     def __init__(self, target: Any) -> None:
+        super().__init__(self._add)
         self._owned = not hasattr(target, "add_scalar")
         self._writer = _writer(target) if self._owned else target
 
-    def write(self, record: dict[str, Any]) -> None:
-        step = record["step"]
-        if record["loss"] is not None:
-            self._writer.add_scalar("loss", record["loss"], step)
-        for layer, measures in record["layers"].items():
-            for name, values in measures.items():
-                value = layer_value(name, values) if isinstance(values, list) else None
-                if value is not None:
-                    self._writer.add_scalar(f"{layer}/{name}", value, step)
+    def _add(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Close our writer; that of the caller is only flushed, where it can be."""

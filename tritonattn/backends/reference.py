@@ -20,6 +20,7 @@ def attention(
     visibility: Visibility,
     *,
     bias: Tensor | None = None,
+    bias_after_softcap: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout: Dropout | None = None,
@@ -37,7 +38,8 @@ def attention(
 
     q, k, v      [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; Hkv divides Hq
     multiplier   a float or a tensor broadcastable to [B, Hq, Sq, Sk]; of no account at invisible pairs
-    bias         likewise, or None for 0; where it is -inf, so is capped
+    bias         likewise, or None for 0; where it is -inf, so is capped; where it is added after the softcap, it is
+                 added to capped, of which max_logit then is
     sinks        [Hq]; -inf is no sink, +inf gives p = 0, NaN gives NaN
     returns      out [B, Hq, Sq, Dv] in q's dtype; the others [B, Hq, Sq] in fp32 (fp64 for fp64 q)
 
@@ -60,10 +62,14 @@ def attention(
         logit, weighed = (products * multiplier).to(dtype), visible
         if bias is not None:
             bias = torch.where(visible, bias.to(dtype), 0)
-            logit, weighed = logit + bias, visible & (bias != -torch.inf)
+            weighed = visible & (bias != -torch.inf)
             sees = weighed.any(-1)[..., None]
+            if not bias_after_softcap:
+                logit = logit + bias
         logit = torch.where(visible, logit, 0)
         capped = logit if softcap is None else softcap * torch.tanh(logit / softcap)
+        if bias_after_softcap:
+            logit = capped = capped if bias is None else capped + bias
         capped = torch.where(weighed, capped, -torch.inf)
 
         lse = _log_sum_exp(capped)

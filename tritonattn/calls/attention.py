@@ -26,6 +26,10 @@ def attention(
     key_ranges: Tensor | None = None,
     mask: Tensor | None = None,
     key_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    relative_right: int = 0,
+    bias_after_softcap: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -35,7 +39,7 @@ def attention(
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention whose logit scaling is a parameter.
 
-        logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j]) + key_bias[j]
+        logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j]) + key_bias[j] + bias[i, j] + relative[i, j]
         out[i]      = sum_j softmax_j(logit[i, j]) * v[j]          over the keys j visible to row i
 
     Args:
@@ -54,8 +58,18 @@ def attention(
         key_bias: Floating, broadcastable to [B, Hq, Sk] or [B, Hkv, Sk]: added to the logits of key j before the
             softcap; gets a gradient. A key with -inf has no weight, with softcap too, and a row of only such keys is as
             one that attends to none; but the scaling counts it, and NaN in k or v passes on: `mask` and `key_lengths`
-            hide keys. +inf and NaN give NaN in the rows that attend to the key.
-        softcap: c > 0: logit -> c * tanh(logit / c), after scaling.
+            hide keys. NaN, and +inf unless a softcap caps it, give NaN in the rows that attend to the key.
+        bias: Floating, broadcastable to [B, Hq, Sq, Sk]: a number for every pair, of any floating dtype, which stays;
+            its memory is O(Sq Sk), and so is that of its gradient. -inf, +inf and NaN as in key_bias; values of
+            invisible pairs are not read.
+        relative_bias: Floating, [B or 1, Hq or 1, Sq or 1, extent]: a number for every distance; gets a gradient.
+            relative[i, j] = relative_bias[..., i, i + Sk - Sq - j + relative_right], and 0 outside of the extent:
+            entry t belongs to the key t positions before the row's own, which is that of `causal`.
+        relative_right: How many entries, the first ones, belong to keys after the row's own: then entry
+            t + relative_right belongs to the key t before.
+        bias_after_softcap: Add the three biases after the softcap: logit -> c * tanh(logit / c) + biases, of which
+            lse, entropy and max_logit then are.
+        softcap: c > 0: logit -> c * tanh(logit / c), after scaling and with the biases.
         sinks: [Hq]: a logit that joins the softmax's denominator only, neither scaled nor capped; gets a
             gradient. -inf is no sink, +inf gives zeros, and NaN gives NaN in rows that attend to keys.
         dropout_p: Chance in [0, 1) to drop a probability; the others are multiplied by 1 / (1 - dropout_p).
@@ -89,11 +103,12 @@ def attention(
     torch.Size([1, 4, 16, 8])
 
     Sources: Vaswani et al. 2017, arXiv:1706.03762 (sqrt_dim); Bernhard 2023, arXiv:2311.09406 (key_norm_sum);
-    each mode names its own. Dao 2023, arXiv:2307.08691 (the algorithm).
+    each mode names its own. Dao 2023, arXiv:2307.08691 (the algorithm). Biases of distances: Raffel et al. 2020,
+    arXiv:1910.10683 (T5); Press et al. 2022, arXiv:2108.12409 (ALiBi).
     """
     q, k, v = operands(q, k, v)
     visible = batch_visibility(q, k, causal, window, key_lengths, key_ranges, mask, batch_invariant)
-    terms = Logits(key_bias=key_bias, softcap=softcap, sinks=sinks)
+    terms = Logits(1.0, None, None, key_bias, softcap, sinks, bias, relative_bias, relative_right, bias_after_softcap)
     call = AttentionCall(
         q, k, v, visible, terms, scaling=scaling, gain=gain, dropout_p=dropout_p, aux=return_aux, backend=backend
     )
@@ -115,6 +130,10 @@ def scaled_attention(
     key_ranges: Tensor | None = None,
     mask: Tensor | None = None,
     key_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    relative_right: int = 0,
+    bias_after_softcap: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -124,7 +143,7 @@ def scaled_attention(
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention with explicit scales, to which every scaling comes down.
 
-        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + key_bias[j]
+        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + key_bias[j] + bias[i, j] + relative[i, j]
 
     Args:
         query_scale: Floating, broadcastable to [B, Hq, Sq]; any sign, 0 included; gets a gradient.
@@ -149,7 +168,7 @@ def scaled_attention(
         key_scale = key_scale.to(scale_dtype(q))
     constant = q.shape[-1] ** -0.5 if scale is None else scale
     check_number("scale", constant)
-    terms = Logits(key_bias=key_bias, softcap=softcap, sinks=sinks)
+    terms = Logits(1.0, None, None, key_bias, softcap, sinks, bias, relative_bias, relative_right, bias_after_softcap)
     given = Given(constant, query_scale, key_scale)
     call = AttentionCall(q, k, v, visible, terms, scaling=given, dropout_p=dropout_p, aux=return_aux, backend=backend)
     return run(check(call))

@@ -124,19 +124,25 @@ def check(call: AttentionCall, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or
 
     Raises TypeError or ValueError unless its scaling and options belong to its operands.
     """
-    q, visible, (_, _, _, bias, softcap, sinks) = call.q, call.visibility, call.logits
+    q, visible, terms = call.q, call.visibility, call.logits
+    softcap, sinks, is_after = terms.softcap, terms.sinks, terms.bias_after_softcap
     check_bool("return_aux", call.aux)
     check_settings(call.backend, softcap, call.dropout_p)
     if call.cached and call.dropout_p > 0:
         raise NotImplementedError(f"dropout_p: expected 0 with a block_table, got {call.dropout_p}")
-    if bias is not None:
-        check_key_bias("key_bias", bias, q, _last(visible.keys, keys), keys)
+    if terms.key_bias is not None:
+        check_key_bias("key_bias", terms.key_bias, q, _last(visible.keys, keys), keys)
     if sinks is not None:
         check_sinks(sinks, q)
         sinks = sinks.to(scale_dtype(q))
-    if not (softcap is None and sinks is None):
+    if not (softcap is None and sinks is None and is_after is False):
+        check_bool("bias_after_softcap", is_after)
         softcap = float(softcap) if isinstance(softcap, int) else softcap  # an int is another type to a kernel
-        call.logits = Logits(key_bias=bias, softcap=softcap, sinks=sinks)
+        call.logits = terms = terms._replace(
+            softcap=softcap, sinks=sinks, bias_after_softcap=is_after and softcap is not None
+        )
+    if not (terms.bias is None and terms.relative_bias is None and terms.relative_right == 0):
+        call.logits = _with_pairs(terms, call, rows)
     scaling, gain = call.scaling, call.gain
     if isinstance(scaling, str):
         call.scaling = SCALINGS[scaling]() if scaling in SCALINGS else named_scaling(scaling)
@@ -199,6 +205,42 @@ def check_key_bias(name: str, bias: Any, q: Tensor, keys: tuple[int, ...], axes:
     *batch, kv_heads, k_len = keys
     heads = kv_heads if bias.dim() > 1 and bias.shape[-2] == kv_heads else q.shape[1]
     check_factor(name, bias, q, (*batch, heads, k_len), axes)
+
+
+def _with_pairs(terms: Logits, call: AttentionCall, rows: str) -> Logits:
+    """The terms with biases of pairs of four axes. Raises unless they belong to the operands.
+
+    rows   as of `check`: "[Hq, T_q]" of packed ones, whose tables have no axis of the batch
+    """
+    q, visible, bias, table, right = call.q, call.visibility, terms.bias, terms.relative_bias, terms.relative_right
+    if bias is not None:
+        check_factor("bias", bias, q, (*visible.rows, visible.k_len), "[B, Hq, Sq, Sk]")
+        bias = _in_own_dtype(bias[(None,) * (4 - bias.dim())], q)
+    check_count("relative_right", right)
+    if table is None:
+        if right:
+            raise ValueError(f"relative_right: expected 0 without relative_bias, got {right}")
+        return terms._replace(bias=bias)
+    axes = rows.removesuffix("]") + ", extent]"
+    check_tensor("relative_bias", table, axes)
+    if table.dim() != axes.count(",") + 1:
+        raise ValueError(
+            f"relative_bias: expected {axes}, each axis but the last of full size or 1, got {shape_of(table)}"
+        )
+    check_factor("relative_bias", table, q, (*_last(visible.rows, rows), table.shape[-1]), axes)
+    if table.shape[-1] == 0:
+        raise ValueError("relative_bias: expected an extent of at least 1, got 0")
+    if not right < table.shape[-1]:
+        raise ValueError(f"relative_right: expected less than the extent, {table.shape[-1]}, got {right}")
+    if visible.invariant and visible.key_ranges is not None:
+        raise NotImplementedError("relative_bias: not supported with key_ranges under batch_invariant, which move keys")
+    table = _in_own_dtype(table if table.dim() == 4 else table[None], q)
+    return terms._replace(bias=bias, relative_bias=table)
+
+
+def _in_own_dtype(bias: Tensor, q: Tensor) -> Tensor:
+    """A bias as backends take it: in 64 bits only for such q."""
+    return bias.float() if bias.dtype == torch.float64 != q.dtype else bias
 
 
 def check_number(name: str, value: Any) -> None:

@@ -29,6 +29,9 @@ def attention_decode(
     query_lengths: Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
     key_bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    relative_right: int = 0,
+    bias_after_softcap: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_aux: bool = False,
@@ -38,7 +41,7 @@ def attention_decode(
     """Attention of the newest tokens over a KV cache that already holds their keys and values; no gradients.
 
         own[i]      = i + key_lengths[b] - query_lengths[b]        the position of query row i
-        logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j]) + key_bias[j]
+        logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j]) + key_bias[j] + relative[i, j]
         out[i]      = sum_j softmax_j(logit[i, j]) * v[j]          over the keys j <= own[i] of sequence b
 
     A prefill by `attention(..., causal=True)` followed by calls of this function gives what one full pass gives, for
@@ -64,7 +67,10 @@ def attention_decode(
         window: (left, right): row i attends to own[i] - left <= j; no key behind own[i] is visible, whatever right is.
         key_bias: Floating, broadcastable to [B, Hq, capacity] or [B, Hkv, capacity], as in `attention`: of key j of a
             sequence, also where it lies in a page.
-        softcap, sinks, return_aux, backend: As in `attention`.
+        relative_bias: Floating, [B or 1, Hq or 1, Sq or 1, extent]: entry t is added to the logit of the key t
+            positions before own[i], 0 outside of the extent. relative_right, as in `attention`, moves the entries, of
+            which those of later keys have no use here.
+        bias_after_softcap, softcap, sinks, return_aux, backend: As in `attention`.
         batch_invariant: As in `attention`. The keys are then not split among programs.
 
     Entries of the cache behind key_lengths never affect a result, even if NaN, and block_table is not followed there.
@@ -97,12 +103,13 @@ def attention_decode(
     visible = cache_visibility(q, k, key_lengths, block_table, query_lengths, window, batch_invariant)
     if statistics is not None:
         check_statistics(statistics, q, k, key_lengths, block_table)
+    terms = Logits(1.0, None, None, key_bias, softcap, sinks, None, relative_bias, relative_right, bias_after_softcap)
     call = AttentionCall(
         q,
         k,
         v,
         visible,
-        Logits(key_bias=key_bias, softcap=softcap, sinks=sinks),
+        terms,
         block_table=block_table,
         scaling=scaling,
         gain=gain,
@@ -112,6 +119,6 @@ def attention_decode(
         cached="attention_decode",
     )
     check(call, keys="[B, Hq or Hkv, capacity]")
-    given = {"key_bias": key_bias, "sinks": sinks, "scaling": scaling, "gain": gain}
+    given = {"key_bias": key_bias, "relative_bias": relative_bias, "sinks": sinks, "scaling": scaling, "gain": gain}
     refuse_gradients(call.cached, q=q, k_cache=k, v_cache=v, **given)
     return run(call)

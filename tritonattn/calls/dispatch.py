@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from ..backends.cpu import sdpa
-from ..core.autograd import autocast_is_on, needs_graph
+from ..core.autograd import autocast_is_on, is_transformed, needs_graph
 from ..core.call import AttentionCall, ForwardResult, Logits, per_group
 from ..core.dropout import Dropout
 from ..core.key_records import RecordedStatistics
@@ -35,7 +35,7 @@ class AttentionAux(NamedTuple):
     """The softmax of each row before dropout and sinks: [B, Hq, Sq], fp32 (fp64 for fp64 q), natural log.
 
     lse         ln sum_j exp(logit[i, j]) over the visible keys, after softcap; differentiable
-    max_logit   max_j logit[i, j], before softcap; not differentiable
+    max_logit   max_j logit[i, j], before softcap (but with the biases if they are added after it); not differentiable
     entropy     -sum_j p[i, j] ln p[i, j], after softcap; not differentiable
 
     A row without keys has lse = max_logit = -inf and entropy 0.
@@ -85,7 +85,7 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
 def with_logits(call: AttentionCall) -> AttentionCall:
     """The call with the terms of its logits, for the kernels or the CPU."""
     keys = call.keys if call.cached else call.k
-    statistics = (ops.KernelStatistics if call.backend == "triton" else Statistics)(keys, call.visibility)
+    statistics = ops.STATISTICS[call.backend](keys, call.visibility)
     if call.cached:
         statistics = statistics if call.record is None else _recorded(call, statistics)
         call.logits = terms = logits(call, statistics, _keys_for_scaling(call))
@@ -126,19 +126,39 @@ def _keys_for_scaling(call: AttentionCall) -> Tensor:
 
 
 def logits(call: AttentionCall, statistics: Statistics, k: Tensor | None = None) -> Logits:
-    """Compute the terms of the logits of a checked call: the scaling's scales times the gain, its bias and key_bias.
+    """Compute the terms of the logits of a checked call: the scaling's scales times the gain, its bias and the call's.
 
     statistics   of the keys that its rows attend to
     k            stands for call.k before the scaling, or None
     """
-    q, (_, _, _, bias, softcap, sinks) = call.q, call.logits
+    q, given = call.q, call.logits
+    bias = given.key_bias
     scales = scales_of(call.scaling, call.gain, q, call.k if k is None else k, call.visibility, statistics)
     if bias is not None:
         bias = per_group(bias.to(scale_dtype(q)), call.visibility)
     if scales.key_bias is not None:
         own = per_group(scales.key_bias.to(scale_dtype(q)), call.visibility)
         bias = own if bias is None else own + bias
-    return Logits(scales.constant, scales.query, scales.key, bias, softcap, sinks)
+    vectors = (scales.query, scales.key, bias)
+    if given.bias is None and given.relative_bias is None:
+        return Logits(scales.constant, *vectors, given.softcap, given.sinks, None, None, 0, given.bias_after_softcap)
+    pairs = given.bias if given.bias is None else _per_entry(given.bias, call.visibility, call.visibility.k_len)
+    table = given.relative_bias
+    table = table if table is None else _per_entry(table, call.visibility, table.shape[3])
+    rest = (pairs, table, given.relative_right, given.bias_after_softcap)
+    return Logits(scales.constant, *vectors, given.softcap, given.sinks, *rest)
+
+
+def _per_entry(bias: Tensor, visibility: Visibility, width: int) -> Tensor:
+    """A bias of pairs, one for each batch entry where entries are taken apart: mapped by torch.func, or rolled.
+
+    In fp32 at least, so that gradients are summed over entries before they are rounded.
+    """
+    rolls = visibility.invariant and visibility.key_ranges is not None
+    if not (rolls or is_transformed()):
+        return bias
+    wide = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    return wide.expand(visibility.batch, -1, -1, width)
 
 
 def scales_of(
@@ -221,10 +241,13 @@ def _notify(call: AttentionCall, out: Tensor) -> None:
         again, terms = replace(call, v=narrow, aux=True, dropout_p=0.0), call.logits
         with unobserved(), torch.no_grad():
             found = cast(tuple[Tensor, AttentionAux], run(replace(again)))[1]
-            if terms.key_bias is None:
+            biases = {name: getattr(terms, name) for name in ("key_bias", "bias", "relative_bias")}
+            biases = {name: x for name, x in biases.items() if x is not None}
+            if not biases:
                 return found
             # A bias may grow with the position, as of forget gates: without it logits tell how large q . k is.
-            hiding = terms._replace(key_bias=torch.where(terms.key_bias == -torch.inf, terms.key_bias, 0))
+            hiding = {name: torch.where(x == -torch.inf, x, 0) for name, x in biases.items()}
+            hiding = terms._replace(**hiding, bias_after_softcap=False)
             without = cast(tuple[Tensor, AttentionAux], run(replace(again, logits=hiding)))[1]
             return found._replace(max_logit=without.max_logit)
 
@@ -243,7 +266,10 @@ def choose_backend(call: AttentionCall) -> str:
     q, v, backend = call.q, call.v, call.backend
     # The decode kernel takes wider keys.
     decodes = call.cached != "" and call.visibility.sequences is None and not call.visibility.invariant
-    if backend == "triton" and (obstacle := _kernel_obstacle(q, v, decodes)):
+    terms = call.logits
+    is_plain = terms.bias is None and terms.relative_bias is None and not terms.bias_after_softcap
+    bias = None if is_plain else _bias_obstacle(terms)
+    if backend == "triton" and (obstacle := bias or _kernel_obstacle(q, v, decodes)):
         raise NotImplementedError(
             f"{obstacle}: backend 'triton' does not support it; backends 'sdpa' and 'reference' do"
         )
@@ -252,7 +278,7 @@ def choose_backend(call: AttentionCall) -> str:
     elif backend == "auto":
         backend = "sdpa"
         if q.device.type == "cuda":
-            obstacle = _kernel_obstacle(q, v, decodes) or (not _HAS_TRITON and "triton is not installed")
+            obstacle = bias or _kernel_obstacle(q, v, decodes) or (not _HAS_TRITON and "triton is not installed")
             if obstacle:
                 _warn_once(f"tritonattn: backend 'sdpa' instead of 'triton': {obstacle}")
             else:
@@ -309,6 +335,15 @@ def _kernel_obstacle(q: Tensor, v: Tensor, decodes: bool = False) -> str | None:
     if q.device.type == "cuda" and _HAS_TRITON:
         return _obstacle_of_memory(head_dim, value_dim, q.dtype, q.device, decodes)
     return None
+
+
+def _bias_obstacle(terms: Logits) -> str | None:
+    """Name the bias that kernels cannot add, or None."""
+    if terms.bias is not None:
+        return "bias"
+    if terms.relative_bias is not None:
+        return "relative_bias"
+    return "bias_after_softcap" if terms.bias_after_softcap and terms.key_bias is not None else None
 
 
 def _obstacle_of_card(device: torch.device) -> str | None:

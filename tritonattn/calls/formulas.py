@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ..core.call import AttentionCall, ForwardResult, per_group
+from ..core.relative import relative_pairs
 from ..scaling import Scaling
 from .checks import FLOATS, broadcasts, check_number, scale_dtype, shape_of
 
@@ -16,8 +17,9 @@ def by_formulas(call: AttentionCall) -> ForwardResult:
     call = call.gathered()
     multiplier, bias = dense(call)
     q, k, v, visible, terms = call.q, call.k, call.v, call.visibility, call.logits
-    extras = {"bias": bias, "softcap": terms.softcap, "sinks": terms.sinks, "dropout": call.dropout}
-    result = reference.attention(q, k, v, multiplier, visible, **extras)
+    of_bias = {"bias": bias, "bias_after_softcap": terms.bias_after_softcap}
+    extras = {"softcap": terms.softcap, "sinks": terms.sinks, "dropout": call.dropout}
+    result = reference.attention(q, k, v, multiplier, visible, **of_bias, **extras)
     return result._replace(out=result.out.to(v.dtype))
 
 
@@ -39,12 +41,22 @@ def dense(call: AttentionCall, k: Tensor | None = None) -> tuple[Tensor | float,
         check_number(f"{type(scaling).__name__}.multiplier()", factor)
     if bias is not None:
         _check_dense(scaling, "addend", bias, pairs)
-    if call.logits.key_bias is not None:
-        given = per_group(call.logits.key_bias, visibility).flatten(1, 2)[:, :, None].to(scale_dtype(q))
-        bias = given if bias is None else bias + given
+    terms = call.logits
+    if terms.key_bias is not None:
+        bias = _sum(bias, per_group(terms.key_bias, visibility).flatten(1, 2)[:, :, None], q)
+    if terms.bias is not None:
+        bias = _sum(bias, terms.bias, q)
+    if terms.relative_bias is not None:
+        table = terms.relative_bias.to(scale_dtype(q))  # gradients of a distance are summed before they are rounded
+        bias = _sum(bias, relative_pairs(table, terms.relative_right, visibility), q)
     if gain is not None:
         factor = factor * (torch.where(sees, gain, 0)[..., None] if isinstance(gain, Tensor) else gain)
     return factor, bias
+
+
+def _sum(bias: Tensor | None, given: Tensor, q: Tensor) -> Tensor:
+    given = given.to(scale_dtype(q))
+    return given if bias is None else bias + given
 
 
 def _check_dense(scaling: Scaling, method: str, factor: Tensor, shape: tuple[int, ...]) -> None:

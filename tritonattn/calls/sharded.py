@@ -43,13 +43,14 @@ BATCHED = {
     **dict.fromkeys(("q", "k", "v"), OPERAND),
     **dict.fromkeys(("scaling", "gain", "query_scale", "key_scale", "key_bias"), ROWS),
     **dict.fromkeys(("key_lengths", "key_ranges"), Axes(0, None)),
-    "mask": Axes(-4, -3),
+    **dict.fromkeys(("mask", "bias", "relative_bias"), Axes(-4, -3)),
     "sinks": Axes(None, 0),
     "aux": OPERAND,
 }
 PACKED = {
     **dict.fromkeys(("q", "k", "v"), Axes(None, 1)),
     **dict.fromkeys(("scaling", "gain", "key_bias"), Axes(None, -2)),
+    "relative_bias": Axes(None, -3),
     "sinks": Axes(None, 0),
     "aux": Axes(None, 0),
 }

@@ -31,6 +31,9 @@ def attention_varlen(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     key_bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    relative_right: int = 0,
+    bias_after_softcap: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -43,7 +46,7 @@ def attention_varlen(
     Sequence n has the rows cu_seqlens_q[n] <= i < cu_seqlens_q[n + 1] and likewise its keys. With i and j counted
     from the sequence's start, Sq and Sk its lengths:
 
-        logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j]) + key_bias[j]
+        logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j]) + key_bias[j] + relative[i, j]
         out[i]      = sum_j softmax_j(logit[i, j]) * v[j]          over the keys j of the sequence visible to row i
 
     A row attends to no key of another sequence, and a scaling counts and measures only keys of the row's own sequence.
@@ -69,7 +72,9 @@ def attention_varlen(
         window: (left, right): row i attends to i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: no limit.
         key_bias: Floating, broadcastable to [Hq, T_k] or [Hkv, T_k], as in `attention`; with block_table, too, key j of
             sequence n is at cu_seqlens_k[n] + j.
-        softcap, sinks, dropout_p: As in `attention`.
+        relative_bias: Floating, [Hq or 1, T_q or 1, extent], with relative_right as in `attention`: a number for every
+            distance to the row's own position, which is that of `causal` in its sequence.
+        bias_after_softcap, softcap, sinks, dropout_p: As in `attention`.
         return_aux: Return (out, `AttentionAux`), its fields [Hq, T_q].
         backend, batch_invariant: As in `attention`.
 
@@ -103,12 +108,13 @@ def attention_varlen(
     q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
     if block_table is None:
         k, v = k[None], v[None]
+    terms = Logits(1.0, None, None, key_bias, softcap, sinks, None, relative_bias, relative_right, bias_after_softcap)
     call = AttentionCall(
         q[None],
         k,
         v,
         visible,
-        Logits(key_bias=key_bias, softcap=softcap, sinks=sinks),
+        terms,
         block_table=block_table,
         scaling=scaling,
         gain=gain,
@@ -120,7 +126,7 @@ def attention_varlen(
     )
     check(call, "[Hq, T_q]", "[Hq or Hkv, T_k]")
     if call.cached:
-        given = {"key_bias": key_bias, "sinks": sinks, "scaling": scaling, "gain": gain}
+        given = {"key_bias": key_bias, "relative_bias": relative_bias, "sinks": sinks, "scaling": scaling, "gain": gain}
         refuse_gradients(call.cached, q=q, k=k, v=v, **given)
     result = run(call)
     if not isinstance(result, tuple):

@@ -8,7 +8,10 @@ from pathlib import Path
 from .options import add_number, device, names
 
 NEEDED = ["transformers", "accelerate", "gguf", "tqdm"]
-WRITTEN_MODE = "NAME[:BASE][*GAIN]: a mode, its base or training length, CONTEXT being the model's, and a constant gain"
+WRITTEN_MODE = (
+    "NAME[:BASE][*GAIN]: a mode, or one that learns (ssmax, ...) where training begins; its base or training length, by"
+    " default the model's own, CONTEXT; and a constant gain"
+)
 
 
 def add_model(parser: argparse.ArgumentParser, text: str) -> None:

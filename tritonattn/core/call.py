@@ -11,21 +11,29 @@ from torch import Tensor
 from .dropout import Dropout
 from .pages import PageTable
 from .ranges import rolled
+from .relative import relative_pairs
 from .visibility import Visibility
 
 LONGEST_QUERY = 16  # rows of a call over a KV cache
 
 
 class Logits(NamedTuple):
-    """logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + key_bias[j], and the softmax's other terms.
+    """The terms of a logit, and the softmax's others.
+
+        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + key_bias[j] + bias[i, j] + relative[i, j]
 
     query_scale   [B, Hq, Sq] or None, fp32 (fp64 for fp64 q); any strides, 0 included
     key_scale     [B, Hkv, Sk] or None, likewise
     key_bias      [B, Hkv, Hq / Hkv, Sk] or None, likewise; a key with -inf has no weight, whatever the softcap
     softcap       c: logit -> c * tanh(logit / c), or None
     sinks         fp32 [Hq] or None: a logit per head in the softmax's denominator only, neither scaled nor capped
+    bias          each axis of [B, Hq, Sq, Sk] or 1, or None; of any dtype but that fp64 is for fp64 q; any strides
+    relative_bias [B or 1, Hq or 1, Sq or 1, extent] or None, likewise: relative[i, j] is the entry of row i at
+                  position[i] - j + relative_right, and 0 outside of the extent; `Visibility.positions`
+    relative_right    entries that belong to keys after the row's position
+    bias_after_softcap    the three biases are added to the capped logit
 
-    Of a call that a user makes, key_bias, softcap and sinks alone are given, and the scaling says the rest.
+    Of a call that a user makes, the scaling says the scales and may add to the biases.
     """
 
     scale: float = 1.0
@@ -34,6 +42,10 @@ class Logits(NamedTuple):
     key_bias: Tensor | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    bias: Tensor | None = None
+    relative_bias: Tensor | None = None
+    relative_right: int = 0
+    bias_after_softcap: bool = False
 
 
 @dataclass(eq=False)
@@ -91,10 +103,11 @@ class AttentionCall:
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors that may have a gradient, in the order of `Gradients`."""
-        _, query_scale, key_scale, key_bias, _, sinks = self.logits
+        terms = self.logits
         q = self.q if self.wide_q is None else self.wide_q
         k = self.k if self.wide_k is None else self.wide_k
-        return q, k, self.v, query_scale, key_scale, key_bias, sinks
+        vectors = (terms.query_scale, terms.key_scale, terms.key_bias, terms.sinks)
+        return q, k, self.v, *vectors, terms.bias, terms.relative_bias
 
     def narrowed(self) -> AttentionCall:
         """The call with q and k in v's dtype."""
@@ -113,14 +126,26 @@ class AttentionCall:
         """The call with keys counted from first[b] of each entry, int64 [B], as `Visibility.from_keys` has them.
 
         Blocks of keys are then those of a call with only these keys. `wide_q` and `wide_k` stay: no value is read.
+        A `bias` has all entries and keys, and there is no relative one.
         """
-        logits = self.logits._replace(**_rolled(first, key_scale=self.logits.key_scale, key_bias=self.logits.key_bias))
+        terms = self.logits
+        own = _rolled(first, key_scale=terms.key_scale, key_bias=terms.key_bias, bias=terms.bias)
+        logits = terms._replace(**own)
         visible = self.visibility.from_keys(first)
         return replace(self, **_rolled(first, k=self.k, v=self.v), logits=logits, visibility=visible)
 
     def by_ranges(self) -> AttentionCall:
-        """The call with its visible keys as key_ranges, where their rows stand at the end of a cache."""
-        return replace(self, visibility=self.visibility.as_ranges())
+        """The call with its visible keys as key_ranges, where their few rows stand at the end of a cache.
+
+        Ranges do not say where rows stand: a relative bias becomes one of pairs.
+        """
+        visible, terms = self.visibility, self.logits
+        if terms.relative_bias is not None:
+            pairs = relative_pairs(terms.relative_bias, terms.relative_right, visible)
+            pairs = pairs.expand(visible.batch, -1, -1, -1)
+            pairs = pairs if terms.bias is None else pairs + terms.bias
+            terms = terms._replace(bias=pairs, relative_bias=None, relative_right=0)
+        return replace(self, visibility=visible.as_ranges(), logits=terms)
 
     def keys(self) -> Tensor:
         """[B, Hkv, Sk, D], a copy where they lie in pages, with zeros behind the last key of a sequence."""
@@ -173,6 +198,8 @@ class Needs(NamedTuple):
     key_scale: bool = False
     key_bias: bool = False
     sinks: bool = False
+    bias: bool = False
+    relative_bias: bool = False
 
 
 class Gradients(NamedTuple):
@@ -185,13 +212,16 @@ class Gradients(NamedTuple):
     key_scale: Tensor | None = None
     key_bias: Tensor | None = None
     sinks: Tensor | None = None
+    bias: Tensor | None = None
+    relative_bias: Tensor | None = None
 
     def rolled(self, first: Tensor) -> Gradients:
         """The gradients by keys counted from first[b] of each entry, int64 [B]; the keys before it come last."""
-        return self._replace(**_rolled(first, k=self.k, v=self.v, key_scale=self.key_scale, key_bias=self.key_bias))
+        of_keys = {"k": self.k, "v": self.v, "key_scale": self.key_scale, "key_bias": self.key_bias, "bias": self.bias}
+        return self._replace(**_rolled(first, **of_keys))
 
 
-_AXES_OF_KEYS = {"k": 2, "v": 2, "key_scale": 2, "key_bias": 3}
+_AXES_OF_KEYS = {"k": 2, "v": 2, "key_scale": 2, "key_bias": 3, "bias": 3}
 
 
 def _rolled(first: Tensor, **tensors: Tensor | None) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class Visibility:
         """
         q_len = sizes[3]
         if row_counts is None and q_len == 1 and left is None:  # a lone row at the last key sees them all
-            return cls(*sizes, device, key_lengths=key_lengths, invariant=invariant)
+            return cls(*sizes, device, key_lengths=key_lengths, invariant=invariant, at_lengths=True)
         given = {"invariant": invariant, "at_lengths": True, "row_counts": row_counts}
         return cls(*sizes, device, left, right, key_lengths, **given)
 
@@ -270,6 +270,9 @@ class Visibility:
         """
         if self.sequences is not None:
             return self.sequences.keys_of_rows(self.q_len)
+        has_sides = not (self.left is None and self.right is None)
+        if self.at_lengths and self.row_counts is None and not has_sides:
+            return None, cast(Tensor, self.key_lengths).long()[:, None], None
         if self.at_lengths:
             row = torch.arange(self.q_len, device=self.device)
             last = cast(Tensor, self.key_lengths).long().clamp(0, self.k_len)[:, None]
@@ -277,9 +280,19 @@ class Visibility:
                 return None, last, row + (last - self.q_len)
             rows = self.row_counts.long().clamp(0, self.q_len)[:, None]
             return torch.where(row < rows, 0, last), last, torch.minimum(row, rows - 1) + (last - rows)
-        if self.left is None and self.right is None:
+        if not has_sides:
             return None, None, None
         return None, None, torch.arange(self.k_len - self.q_len, self.k_len, device=self.device)[None]
+
+    def positions(self) -> Tensor:
+        """The key at which each row stands, from which left and right count, on its axis: int64 [B or 1, Sq]."""
+        _, last, position = self.once("rows", self._rows)
+        if position is not None:
+            return position
+        first = self.k_len - self.q_len
+        if self.at_lengths:
+            first = last.clamp(0, self.k_len) - self.q_len
+        return (torch.arange(self.q_len, device=self.device) + first).view(-1, self.q_len)
 
     def as_ranges(self) -> Visibility:
         """The same visible keys as key_ranges [B, Sq, 2], and the mask."""

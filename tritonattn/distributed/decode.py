@@ -124,7 +124,7 @@ def context_parallel_decode(
     whole = Visibility.of_padded(sizes, q.device, key_lengths, left=visible.left)
     call.visibility = Visibility.of_part(whole, split.rank * capacity, capacity)
     with without_autocast(q):
-        of_part = (ops.KernelStatistics if call.backend == "triton" else Statistics)(k, call.visibility)
+        of_part = ops.STATISTICS[call.backend](k, call.visibility)
         if statistics is not None:
             width = None if visible.left is None else visible.left + 1
             of_part = RecordedStatistics(of_part, statistics, None, width)

@@ -79,8 +79,8 @@ def _call(
 
 class _Attend(Function):
     @staticmethod
-    def forward(ctx, q, k, v, query_scale, key_scale, key_bias, sinks, ranges, settings: Settings):
-        tensors = (q, k, v, query_scale, key_scale, key_bias, sinks)
+    def forward(ctx, q, k, v, query_scale, key_scale, key_bias, sinks, bias, relative_bias, ranges, settings: Settings):
+        tensors = (q, k, v, query_scale, key_scale, key_bias, sinks, bias, relative_bias)
         columns = []
         for heads in _heads(tensors, settings):
             parts = [

@@ -85,8 +85,9 @@ def pairs_of(sequence: SharedSequence, source: int) -> list[Pair]:
 
 def _by_part(tensors: Sequence[Any], split: Split) -> tuple[Any, ...]:
     """The tensors of a call, with the vectors of keys part by part."""
-    q, k, v, query_scale, *of_keys, sinks = tensors
-    return q, k, v, query_scale, *(None if x is None else split.by_rank(x, -1) for x in of_keys), sinks
+    q, k, v, query_scale, key_scale, key_bias, *rest = tensors
+    of_keys = (None if x is None else split.by_rank(x, -1) for x in (key_scale, key_bias))
+    return q, k, v, query_scale, *of_keys, *rest
 
 
 def _call(
@@ -149,8 +150,8 @@ class _Merged(NamedTuple):
 
 class _Attend(Function):
     @staticmethod
-    def forward(ctx, q, k, v, query_scale, key_scale, key_bias, sinks, ranges, settings: Settings):
-        tensors = (q, k, v, query_scale, key_scale, key_bias, sinks)
+    def forward(ctx, q, k, v, query_scale, key_scale, key_bias, sinks, bias, relative_bias, ranges, settings: Settings):
+        tensors = (q, k, v, query_scale, key_scale, key_bias, sinks, bias, relative_bias)
         by_part = _by_part(tensors, settings.sequence.split)
         merged = _Merged.of_nothing(q, v)
         keep_rounding = v.dtype.itemsize == 2
@@ -201,4 +202,4 @@ class _Attend(Function):
         home = moving.wait()
         d_k, d_v = (None if total is None else own.to(total.dtype) for total, own in zip(sums[1:3], home, strict=True))
         d_key_scale, d_key_bias = (None if x is None else split.in_order(x, -1) for x in sums[4:6])
-        return sums.q, d_k, d_v, sums.query_scale, d_key_scale, d_key_bias, sums.sinks, None, None
+        return sums.q, d_k, d_v, sums.query_scale, d_key_scale, d_key_bias, sums.sinks, None, None, None, None

@@ -106,7 +106,7 @@ class Piece(NamedTuple):
 
     def cut(self, tensors: Sequence[Tensor | None], settings: Settings) -> tuple[Tensor, Logits]:
         """q and the terms of the logits of the piece."""
-        q, _, _, query, key, bias, sinks = (
+        q, _, _, query, key, bias, sinks, *_ = (
             None if x is None or index is None else x[index] for x, index in zip(tensors, self.indices, strict=True)
         )
         assert q is not None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.masks import visible_keys
 from .settings import layer_scaling
 
 
@@ -18,7 +19,7 @@ def visible_arguments(
     mask is int32 [B, 1, Q, 2] from tritonattn's mask function. If only some layers of a model are patched, it is the
     4-D mask of "sdpa" (bool) or "eager" (0 and very negative).
 
-    Raises ValueError for any other mask, NotImplementedError for one that holds a bias.
+    Raises ValueError or TypeError for any other mask, NotImplementedError for one that holds a bias.
     """
     if mask is None:
         return _implied(module, query, key, kwargs)
@@ -32,8 +33,7 @@ def visible_arguments(
         if mask.shape[-1] != 2:
             raise ValueError(f"attention_mask: expected key ranges [B, 1, Q, 2], got int32 {list(mask.shape)}")
         return {"key_ranges": mask.expand(query.shape[0], -1, -1, -1)}
-    mask = mask[..., : key.shape[-2]]
-    return {"mask": mask if mask.dtype == torch.bool else _without_bias(mask)}
+    return {"mask": visible_keys("attention_mask", mask[..., : key.shape[-2]])}
 
 
 def is_packed(mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
@@ -55,21 +55,6 @@ def packed_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
         "causal": True,
         "window": None if size is None else (size - 1, None),
     }
-
-
-def _without_bias(mask: Tensor) -> Tensor:
-    """Turn an additive mask of 0 and very negative entries into a bool mask; refuse other biases."""
-    visible = mask == 0
-    pure = (visible | (mask <= torch.finfo(mask.dtype).min / 2)).all()
-    message = (
-        "attention_mask: a bias on the logits is not supported by tritonattn: expected only 0 and -inf (or the dtype's"
-        " minimum), got other numbers"
-    )
-    if torch.compiler.is_compiling():
-        torch._assert_async(pure, message)  # pyright: ignore[reportPrivateImportUsage]
-    elif not pure:
-        raise NotImplementedError(message)
-    return visible
 
 
 def _implied(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:

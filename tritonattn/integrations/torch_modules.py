@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..calls.attention import attention
+from ..core.masks import visible_keys
 from ..nn.registry import scaling_of_layer
 from ..scaling import Scaling
-from .arguments import scaling_for, visible_keys
+from .arguments import scaling_for
 from .replacement import Replacement
 
 

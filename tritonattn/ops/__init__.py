@@ -6,6 +6,6 @@
 time of the dispatcher; compilers, transforms and dispatch modes see the operators.
 """
 
-from .attend import KernelStatistics, attention
+from .attend import STATISTICS, attention
 
-__all__ = ["KernelStatistics", "attention"]
+__all__ = ["STATISTICS", "attention"]

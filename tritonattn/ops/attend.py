@@ -38,7 +38,8 @@ def attention(call: AttentionCall) -> ForwardResult:
     """
     terms = call.logits
     q, k = call.q if call.wide_q is None else call.wide_q, call.k if call.wide_k is None else call.wide_k
-    given = (q, k, call.v, terms.query_scale, terms.key_scale, terms.key_bias, terms.sinks)  # as call.tensors
+    vectors = (terms.query_scale, terms.key_scale, terms.key_bias, terms.sinks)
+    given = (q, k, call.v, *vectors, terms.bias, terms.relative_bias)  # as call.tensors
     has_graph = needs_graph(*given)
     if not runs_eagerly(*given, call.visibility.key_lengths):
         keep_rounding = call.v.dtype.itemsize == 2 and (has_graph or is_transformed())
@@ -204,21 +205,23 @@ class _Attention(Function):
         # Autograd saves all tensors, so that writes to them are noticed and hooks can move them.
         masks = () if visible.depends_on_sizes_only else visible.tensors
         rest = visible.without_tensors() if masks else visible
-        ctx.rest = rest, terms.scale, terms.softcap, call.dropout, call.is_part, call.backend
+        of_bias = terms.relative_right, terms.bias_after_softcap
+        ctx.rest = rest, terms.scale, terms.softcap, of_bias, call.dropout, call.is_part, call.backend
         ctx.set_materialize_grads(False)
         if call.aux:
             ctx.mark_non_differentiable(*aux)
         vectors = (terms.query_scale, terms.key_scale, terms.key_bias, terms.sinks)
-        wide = (call.wide_q, call.wide_k)
-        ctx.save_for_backward(out, lse, rounding, call.q, call.k, call.v, *vectors, *wide, *masks)
+        rest = (terms.bias, terms.relative_bias, call.wide_q, call.wide_k)
+        ctx.save_for_backward(out, lse, rounding, call.q, call.k, call.v, *vectors, *rest, *masks)
         return out, lse, *aux
 
     @staticmethod
     @first_order
     def backward(ctx, saved, d_out, d_lse, *none):
-        out, lse, rounding, q, k, v, query_scale, key_scale, key_bias, sinks, wide_q, wide_k, *masks = saved
-        visible, scale, softcap, dropout, is_part, backend = ctx.rest
-        terms = Logits(scale, query_scale, key_scale, key_bias, softcap, sinks)
+        out, lse, rounding, q, k, v, query_scale, key_scale, key_bias, sinks, bias, relative, *rest = saved
+        wide_q, wide_k, *masks = rest
+        visible, scale, softcap, of_bias, dropout, is_part, backend = ctx.rest
+        terms = Logits(scale, query_scale, key_scale, key_bias, softcap, sinks, bias, relative, *of_bias)
         visible = visible.with_tensors(*masks) if masks else visible
         call = AttentionCall(q, k, v, visible, terms, dropout, wide_q, wide_k, is_part=is_part, backend=backend)
         needs = Needs(*ctx.needs_input_grad[:GRADIENTS])
@@ -359,6 +362,10 @@ class KernelStatistics(Statistics):
         if not self._has_values:
             return replace(call, wide_q=q, wide_k=k)
         return replace(call, q=call.q if q is None else q, k=call.k if k is None else k)
+
+
+# By backend.
+STATISTICS: dict[str, type[Statistics]] = {"triton": KernelStatistics, "sdpa": Statistics}
 
 
 class _NormsAndInput(Function):

@@ -126,7 +126,7 @@ class _Copy:
         if self.kernel == "decode":
             call = call.by_ranges()
         wide = torch.promote_types(dtype, torch.float32)
-        scale, query_scale, key_scale, key_bias, softcap, sinks = call.logits
+        scale, query_scale, key_scale, key_bias, softcap, sinks = call.logits[:6]
         q, k, v = (x.to(dtype).requires_grad_() for x in (call.q, call.k, call.v))
         query_scale, key_scale, key_bias, sinks = (
             None if x is None else x.to(wide).requires_grad_() for x in (query_scale, key_scale, key_bias, sinks)

@@ -4,7 +4,7 @@ A tile is some query rows against some keys, for a few heads. Tiles in which no 
 which every row sees every key are not masked. Operands are widened to fp32 (fp64 stays) a tile at a time and nothing
 is rounded in between, P included: the result of a 16-bit call is rounded once.
 
-With x = scale * (q . k) * query_scale * key_scale + key_bias and z = x, or softcap * tanh(x / softcap):
+With x = scale * (q . k) * query_scale * key_scale + biases and z = x, or softcap * tanh(x / softcap):
 
     s       = exp(z - lse)
     share_i = exp(lse_i) / (exp(lse_i) + exp(sink))         1 without sinks
@@ -14,7 +14,7 @@ With x = scale * (q . k) * query_scale * key_scale + key_bias and z = x, or soft
     dz_ij   = s_ij (share_i keep_ij (d_out_i . v_j) - share_i delta_i + d_lse_i)
     dx_ij   = dz_ij (1 - (z_ij / softcap)^2)                dz_ij without softcap
     d_sink  = -sum_i (1 - share_i) delta_i
-    d_bias_j = sum_i dx_ij
+    d_bias_ij = dx_ij                                   dz_ij where biases are added after the softcap
 
 The gradient of a scale is that of the scaled operand before it meets the scale, times the operand: nothing is
 divided by a scale.

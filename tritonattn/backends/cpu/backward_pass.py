@@ -28,8 +28,13 @@ def backward(
     out [B, Hq, Sq, Dv], lse [B, Hq, Sq] and rounding are those of `forward`; d_out and d_lse are alike, any strides.
     """
     tiles = tiles_of(call)
-    pairs = zip(call.tensors, needs, strict=True)
-    gradients = Gradients(*(x.new_zeros(x.shape) if need and x is not None else None for x, need in pairs))
+    of_pairs = ("bias", "relative_bias")  # sums over tiles, rounded once
+    gradients = Gradients(
+        *(
+            x.new_zeros(x.shape, dtype=tiles.dtype if name in of_pairs else None) if need and x is not None else None
+            for name, x, need in zip(Gradients._fields, call.tensors, needs, strict=True)
+        )
+    )
     lone = _rows_of_one_key(tiles)
     for heads in tiles.heads():
         sums = _KeySums.of(tiles, heads, gradients)
@@ -38,7 +43,12 @@ def backward(
             d_query = _add_tiles(tiles, block, rows, sums, gradients)
             _store_of_rows(tiles, block, rows, d_query, gradients)
         _store_of_keys(tiles, heads, sums, gradients)
-    return gradients
+    rounded = zip(of_pairs, (call.logits.bias, call.logits.relative_bias), strict=True)
+    return gradients._replace(**{name: _rounded(getattr(gradients, name), x) for name, x in rounded})
+
+
+def _rounded(gradient: Tensor | None, x: Tensor | None) -> Tensor | None:
+    return None if gradient is None or x is None else gradient.to(x.dtype)
 
 
 def _rows_of_one_key(tiles: Tiles) -> Tensor | None:
@@ -181,7 +191,8 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
     needs_query = gradients.q is not None or gradients.query_scale is not None
     d_query = torch.zeros_like(rows.query) if needs_query else None
     spans, delta = tiles.spans_of(block), rows.delta
-    needs_logits = needs_query or sums.key is not None or gradients.key_bias is not None
+    of_pairs = gradients.bias is not None or gradients.relative_bias is not None
+    needs_logits = needs_query or sums.key is not None or gradients.key_bias is not None or of_pairs
     pieces = _pieces(tiles, block, rows, spans, needs_logits)
     if (tiles.joins_spans or len(spans) == 1) and not tiles.call.is_part:
         pieces = list(pieces)
@@ -200,11 +211,9 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
         if d_logit is None:
             continue
         d_logit = d_logit.add_(rows.shift(delta)).mul_(weight)
-        if piece.slope is not None:
-            d_logit.mul_(piece.slope)
-        if gradients.key_bias is not None:
-            place = gradients.key_bias[block.heads.batch, block.heads.keys, :, piece.keys]
-            place += tiles.sum(tiles.by_head(d_logit, block).mT)[..., : place.shape[-1], 0]
+        d_sum = d_logit if piece.slope is None else d_logit * piece.slope
+        _add_biases(tiles, block, piece.keys, d_logit if tiles.call.logits.bias_after_softcap else d_sum, gradients)
+        d_logit = d_sum
         if d_query is not None:
             d_query.baddbmm_(d_logit, piece.key)
         if sums.key is not None:
@@ -212,17 +221,30 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
     return d_query
 
 
+def _add_biases(tiles: Tiles, block: Block, keys: slice, d_bias: Tensor, gradients: Gradients) -> None:
+    """Add the gradients of a tile's logits where biases are added to them: [N, G * rows, keys]."""
+    if gradients.key_bias is not None:
+        place = gradients.key_bias[block.heads.batch, block.heads.keys, :, keys]
+        place += tiles.sum(tiles.by_head(d_bias, block).mT)[..., : place.shape[-1], 0]
+    if not (gradients.bias is None and gradients.relative_bias is None):
+        tiles.add_gradients_of_pairs(d_bias, block, keys, gradients)
+
+
 def _weights(
     tiles: Tiles, block: Block, rows: _Rows, keys: slice, key: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """exp(z - lse), 0 where hidden, and dz / dx, or None for 1."""
-    softcap, slope = tiles.call.logits.softcap, None
+    softcap, slope, is_after = tiles.call.logits.softcap, None, tiles.call.logits.bias_after_softcap
     logit = logits_of(rows.query, rows.factor, key)
-    tiles.add_bias(logit, block, keys)
+    if not is_after:
+        tiles.add_bias(logit, block, keys)
     if softcap is not None:
+        tiles.hide(logit, block, hidden, 0.0)  # NaN there has no slope
         tangent = logit.div_(softcap).tanh_()
         slope = 1 - tangent.square()
         logit = tangent.mul_(softcap)
+    if is_after:
+        tiles.add_bias(logit, block, keys)
     tiles.hide(logit, block, hidden)
     return exp_(logit.sub_(rows.lse)), slope
 

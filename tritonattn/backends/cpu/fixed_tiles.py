@@ -65,8 +65,9 @@ class FixedTiles(Tiles):
         return tile
 
     def add_bias(self, logit: Tensor, block: Block, keys: slice) -> None:
-        if self.call.logits.key_bias is not None:
-            self.by_head(logit, block)[..., : keys.stop - keys.start].add_(self._bias(block, keys))
+        if self.has_bias:
+            rows, width = block.rows.stop - block.rows.start, keys.stop - keys.start
+            self.by_head(logit, block)[..., :rows, :width].add_(self._bias(block, keys))
 
     def sum(self, x: Tensor) -> Tensor:
         return halving_sum(x)

@@ -44,7 +44,7 @@ class _Softmax:
     total      sum of exp(z - peak)
     weighted   sum of exp(z - peak) * v, over the pairs that dropout keeps
     spread     sum of exp(z - peak) * (z - peak)
-    max_logit  largest logit before the softcap
+    max_logit  largest logit before the softcap, or with biases after it where they are added there
 
     Each is [N, G * rows, 1] or [N, G * rows, Dv]; spread and max_logit are kept only with aux.
     """
@@ -97,6 +97,8 @@ class _Softmax:
     def _logits(self, keys: slice, hidden: Tensor | None) -> Tensor:
         tiles, block, softcap = self.tiles, self.block, self.call.logits.softcap
         logit = logits_of(self.query, self.factor, tiles.scaled_keys(block.heads, keys))
+        if softcap is not None and self.call.logits.bias_after_softcap:
+            logit, softcap = logit.div_(softcap).tanh_().mul_(softcap), None
         tiles.add_bias(logit, block, keys)
         tiles.hide(logit, block, hidden)
         if self.aux:

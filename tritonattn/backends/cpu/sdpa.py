@@ -29,9 +29,10 @@ _LARGEST_LOGIT = 1e38
 
 def supports(call: AttentionCall) -> bool:
     """True where `attention` computes this call: all keys or a square's lower triangle seen, and no extras."""
-    _, _, _, bias, softcap, sinks = call.logits
-    visible = call.visibility
-    if bias is not None or softcap is not None or sinks is not None or call.dropout is not None:
+    terms, visible = call.logits, call.visibility
+    if not (terms.key_bias is None and terms.bias is None and terms.relative_bias is None):
+        return False
+    if terms.softcap is not None or terms.sinks is not None or call.dropout is not None:
         return False
     if call.aux or visible.invariant or 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape:
         return False
@@ -65,7 +66,7 @@ def attention(call: AttentionCall) -> Tensor:
     dtype, is_full = call.v.dtype, call.visibility.is_full
     if dtype.itemsize == 2 and _needs_fp32(call):
         call = replace(call, q=call.q.float(), k=call.k.float(), v=call.v.float())
-    scale, query_scale, key_scale, *_ = call.logits
+    scale, query_scale, key_scale = call.logits.scale, call.logits.query_scale, call.logits.key_scale
     has_lone_keys = call.k.shape[2] == 1 or not is_full
     if has_lone_keys and needs_graph(call.q, call.k, query_scale, key_scale):
         query_scale = _without_lone_keys(query_scale, call)

@@ -10,7 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ...core.call import AttentionCall
+from ...core.call import AttentionCall, Gradients
+from ...core.relative import reflected
 from ...core.visibility import Visibility
 
 # Rows (over all query heads of a group) and keys of a tile; pairs of all tiles that are computed together.
@@ -66,6 +67,9 @@ class Tiles:
         self.first, self.last = self._host_bounds()
         self.unseen = None if visible.sees_every_key else ~visible.seen_keys()  # [B or 1, 1 or Hkv, Sk]
         self.holes = self._holes()
+        terms = call.logits
+        self.has_bias = not (terms.key_bias is None and terms.bias is None and terms.relative_bias is None)
+        self.offset = None if terms.relative_bias is None else visible.positions() + terms.relative_right
 
     def heads(self) -> Iterator[Heads]:
         """All heads, as many at a time as `_PAIRS` allows."""
@@ -91,17 +95,17 @@ class Tiles:
     def keys_of(self, block: Block, spans: list[tuple[slice, bool]]) -> Iterator[tuple[slice, Tensor | None]]:
         """Yield the spans of `spans_of(block)` that some row may see, and the hidden pairs of each, or None for none.
 
-        Hidden pairs are bool, broadcastable to [batch entries, key heads, G, rows, keys]. A bias of -inf hides its key.
+        Hidden pairs are bool, broadcastable to [batch entries, key heads, G, rows, keys]. A bias of -inf hides a pair.
         """
-        mask, bias = self.call.visibility.mask, self.call.logits.key_bias
+        mask = self.call.visibility.mask
         for keys, is_whole in spans:
             hidden = None
             if not (is_whole and mask is None and self._bounds_decide()):
                 hidden = self._hidden(block, keys)
-            if bias is not None:
+            if self.has_bias:
                 weightless = self._bias(block, keys) == -torch.inf
                 hidden = weightless if hidden is None else hidden | weightless
-            if hidden is None or (mask is None and bias is None) or not self.readable:
+            if hidden is None or (mask is None and not self.has_bias) or not self.readable:
                 yield keys, hidden
             elif not hidden.all():
                 yield keys, hidden if hidden.any() else None
@@ -140,8 +144,8 @@ class Tiles:
         return key * self.of_keys(self.call.logits.key_scale[..., None], heads, keys)
 
     def add_bias(self, logit: Tensor, block: Block, keys: slice) -> None:
-        """Add key_bias to logit [N, G * rows, keys]."""
-        if self.call.logits.key_bias is not None:
+        """Add the biases to logit [N, G * rows, keys]."""
+        if self.has_bias:
             self.by_head(logit, block).add_(self._bias(block, keys))
 
     def hide(self, logit: Tensor, block: Block, hidden: Tensor | None, value: float = -torch.inf) -> None:
@@ -228,9 +232,50 @@ class Tiles:
         return [0, *holes.cumsum(0).tolist()]
 
     def _bias(self, block: Block, keys: slice) -> Tensor:
-        """key_bias of a tile, widened: [batch entries, key heads, G, 1, keys]."""
-        assert self.call.logits.key_bias is not None
-        return self.call.logits.key_bias[block.heads.batch, block.heads.keys, :, None, keys].to(self.dtype)
+        """The sum of a tile's biases, widened: each axis of [batch entries, key heads, G, rows, keys] or 1."""
+        terms, heads, total = self.call.logits, block.heads, None
+        if terms.key_bias is not None:
+            total = terms.key_bias[heads.batch, heads.keys, :, None, keys].to(self.dtype)
+        of_pairs = []
+        if terms.bias is not None:
+            of_pairs.append(_slice(terms.bias, *block.index, keys))
+        if terms.relative_bias is not None:
+            of_pairs.append(reflected(_slice(terms.relative_bias, *block.index), self._offset_of(block), keys))
+        for pairs in of_pairs:
+            pairs = self._grouped(pairs.to(self.dtype))
+            total = pairs if total is None else total + pairs
+        assert total is not None
+        return total
+
+    def _offset_of(self, block: Block) -> Tensor:
+        """The entry of the relative bias at key 0 of each row: int64 [batch entries or 1, rows]."""
+        assert self.offset is not None
+        return _slice(self.offset, block.heads.batch, block.rows)
+
+    def add_gradients_of_pairs(self, d_logit: Tensor, block: Block, keys: slice, sums: Gradients) -> None:
+        """Add those of a tile's logits [N, G * rows, keys] to the sums of bias and relative_bias, tile after tile."""
+        rows = block.rows.stop - block.rows.start
+        pairs = self.by_head(d_logit, block)[..., :rows, : keys.stop - keys.start].flatten(1, 2)
+        if sums.bias is not None:
+            place = _slice(sums.bias, *block.index, keys)
+            place += pairs.sum_to_size(place.shape)
+        if sums.relative_bias is not None:
+            offset = self._offset_of(block)
+            entries = self._entries(offset, keys, sums.relative_bias.shape[3])
+            place = _slice(sums.relative_bias, *block.index)[..., entries]
+            place += reflected(pairs, offset, entries, keys.start).sum_to_size(place.shape)
+
+    def _entries(self, offset: Tensor, keys: slice, extent: int) -> slice:
+        """The entries of a table that pairs of rows of these offsets and of these keys have."""
+        if not self.readable:
+            return slice(0, extent)
+        least, most = map(int, offset.aminmax())
+        first = min(max(least - keys.stop + 1, 0), extent)
+        return slice(first, min(max(most - keys.start + 1, first), extent))
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """x [batch entries or 1, query heads or 1, ...] by key head and group."""
+        return x.unflatten(1, (-1, self.group)) if x.shape[1] > 1 else x[:, None]
 
     def _hidden(self, block: Block, keys: slice) -> Tensor:
         batch = block.heads.batch
@@ -240,9 +285,7 @@ class Tiles:
         mask = self.call.visibility.mask
         if mask is None:
             return hidden
-        mask = _slice(mask, batch, block.heads.queries, block.rows, keys)
-        mask = mask.unflatten(1, (-1, self.group)) if mask.shape[1] > 1 else mask[:, None]
-        return hidden | ~mask
+        return hidden | ~self._grouped(_slice(mask, *block.index, keys))
 
 
 def logits_of(query: Tensor, factor: Tensor | float, key: Tensor) -> Tensor:

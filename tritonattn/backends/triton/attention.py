@@ -246,7 +246,7 @@ def of_kind(
 
 def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked: dict[str, bool]) -> Kind:
     visible, sequences = call.visibility, call.visibility.sequences
-    _, query_scale, key_scale, key_bias, softcap, sinks = call.logits
+    _, query_scale, key_scale, key_bias, softcap, sinks = call.logits[:6]
     vectors = (query_scale, key_scale, key_bias, sinks)
     masks = (visible.key_lengths, visible.key_ranges, visible.mask)
     key = (

@@ -251,7 +251,7 @@ def decode(call: AttentionCall, aux: bool) -> ForwardResult:
 
 
 def _kind(call: AttentionCall, aux: bool) -> Kind:
-    visible, (_, query_scale, key_scale, key_bias, softcap, sinks) = call.visibility, call.logits
+    visible, (_, query_scale, key_scale, key_bias, softcap, sinks) = call.visibility, call.logits[:6]
     vectors = (query_scale, key_scale, key_bias, sinks)
     masks = (visible.key_lengths, visible.key_ranges, call.block_table, visible.row_counts)
     key = (*forms_of(call.q, call.k, call.v, *vectors, *masks), softcap is None, visible.left, aux)

@@ -15,6 +15,8 @@ from ...calls.dispatch import AttentionAux
 from ...core.errors import CommandError
 from ...core.visibility import Visibility
 from ...huggingface import Patched, patch
+from ...huggingface.architecture import attention_modules, head_dim, query_heads
+from ...scaling import Scaling
 from .variants import Variant
 
 _ROWS = 256  # logits that the loss upcasts at a time
@@ -86,9 +88,16 @@ def measure(subject: Subject, tokens: Tensor, one: Variant, layers: Any = None) 
 def patched_with(subject: Subject, one: Variant, layers: Any = None) -> Patched:
     """Patch a model. Raises CommandError where `patch` refuses."""
     try:
-        return patch(subject.model, scaling=one.scaling, gain=one.gain, layers=layers)
+        return patch(subject.model, scaling=_scaling(subject, one), gain=one.gain, layers=layers)
     except (NotImplementedError, ValueError) as error:
         raise CommandError(str(error)) from error
+
+
+def _scaling(subject: Subject, one: Variant) -> str | Scaling:
+    """Make a variant's scaling for the heads of the first layer; `patch` refuses layers of another number."""
+    layers = [found.module for found in attention_modules(subject.model) if found.obstacle is None]
+    scaling = one.scaling(query_heads(layers[0]), head_dim(layers[0]) or 1) if layers else one.mode
+    return scaling.to(subject.device) if isinstance(scaling, nn.Module) else scaling
 
 
 def eager_loss(subject: Subject, tokens: Tensor) -> float:

@@ -7,20 +7,28 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...core.errors import CommandError
-from ...scaling import SCALINGS, LogKeyCount, QwenLogn, Scaling
+from ...scaling import Scaling
+from ..training.modes import GAIN, build, check_mode
 
-_WRITTEN = re.compile(r"(?P<mode>\w+)(:(?P<base>\w+)|\((?P<advised>\w+)\))?(\*(?P<gain>[\d.]+))?")
-_BASED: dict[str, type[LogKeyCount | QwenLogn]] = {"log_key_count": LogKeyCount, "qwen_logn": QwenLogn}
+# NAME(BASE) is how `Advice.mode` writes a mode whose first argument is its base.
+_WRITTEN = re.compile(r"(?P<mode>[\w+]+)(:(?P<base>\w+))?(\*(?P<gain>[\d.]+))?")
+_ADVISED = re.compile(r"(log_key_count|qwen_logn)\((\w+)\)")
+_BASED = ("log_key_count", "log_power", "qwen_logn", "ssmax", "learned_log_power")
 BASELINE = "sqrt_dim"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A scaling with a constant gain, and its name."""
+    """A mode as training with rows of up to `keys` keys would begin with it, a constant gain, and their name."""
 
     name: str
-    scaling: str | Scaling
+    mode: str
+    keys: int
     gain: float | None = None
+
+    def scaling(self, heads: int, head_dim: int) -> str | Scaling:
+        """Make the scaling of a layer; a mode that learns is new, and where training begins."""
+        return build(self.mode, heads, head_dim, self.keys)
 
 
 def variants(texts: Iterable[str], context: int | None) -> list[Variant]:
@@ -36,27 +44,32 @@ def check_written(texts: Iterable[str]) -> None:
 
 
 def variant(text: str, context: int | None) -> Variant:
-    """Parse NAME[:BASE][*GAIN], or NAME(BASE) as in `Advice.mode`; a BASE of CONTEXT is the model's trained length.
+    """Parse NAME[:BASE][*GAIN], NAME being one that `build` knows; BASE is the model's trained length unless given.
 
     Raises CommandError for another text.
     """
-    parts = _WRITTEN.fullmatch(text)
-    mode, base, advised, gain = parts.group("mode", "base", "advised", "gain") if parts else ("", None, None, None)
-    base = base or advised
-    if mode not in SCALINGS:
-        raise CommandError(
-            f"--modes: expected NAME[:BASE][*GAIN] with a name out of {', '.join(SCALINGS)}, got {text!r}"
-        )
-    if base is not None and mode not in _BASED:
-        raise CommandError(f"--modes: expected a base after {' or '.join(_BASED)} only, got {text!r}")
-    if base == "CONTEXT":
-        if context is None:
-            raise CommandError(
-                f"--modes: expected a model whose configuration has max_position_embeddings for {text!r}, got none"
-            )
-        text, base = text.replace("CONTEXT", str(context)), str(context)
+    parts = _WRITTEN.fullmatch(_ADVISED.sub(r"\1:\2", text))
+    if parts is None:
+        raise CommandError(f"--modes: expected NAME[:BASE][*GAIN], got {text!r}")
+    mode, base, gain = parts.group("mode", "base", "gain")
+    check_mode(mode)
+    if mode.removesuffix(GAIN) in _BASED or mode.endswith(GAIN):
+        base = _trained(text, context) if base in (None, "CONTEXT") else base
+    elif base is not None:
+        raise CommandError(f"--modes: expected a base after {', '.join(_BASED)} or {GAIN} only, got {text!r}")
+    name = f"{mode}{f':{base}' if base else ''}{f'*{gain}' if gain else ''}"
     try:
-        scaling = mode if base is None else _BASED[mode](float(base))
-        return Variant(text, scaling, None if gain is None else float(gain))
+        one = Variant(name, mode, int(base or 2), None if gain is None else float(gain))
+        one.scaling(1, 1)  # refuses the base
     except ValueError as error:
         raise CommandError(f"--modes: {text!r}: {error}") from error
+    return one
+
+
+def _trained(text: str, context: int | None) -> str:
+    if context is None:
+        raise CommandError(
+            f"--modes: expected a base in {text!r}, as the model's configuration has no max_position_embeddings: "
+            f"{text.split(':')[0].split('*')[0]}:BASE"
+        )
+    return str(context)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ...core.errors import CommandError
 from ...core.progress import Progress
 from ...core.records import write
-from .modes import MODES, check_mode
+from .modes import MODES, check_mode, trained_and_tested
 from .records import Recipe, Run, append, planned, read
 from .report import best_recipes, comparison, exponents, grid, other_metrics
 from .tasks import TASKS
@@ -35,9 +35,9 @@ def run(options: Namespace) -> int:
     if not options.grid:
         from .plot import draw
 
-        for name in dict.fromkeys(run.task for run in runs):
-            file = options.out / f"{name}.png"
-            draw([run for run in runs if run.task == name], file)
+        for name in dict.fromkeys(run.subject for run in runs):
+            file = options.out / f"{name.replace(', ', '-').replace(' ', '-')}.png"
+            draw([run for run in runs if run.subject == name], file)
             print(f"plot: {file}", file=sys.stderr)
     return 0 if _same_data(runs) else 1
 
@@ -49,10 +49,15 @@ def checked_modes(options: Namespace) -> tuple[str, ...]:
         got = ", ".join(map(repr, unknown)) if unknown else "nothing"
         raise CommandError(f"--tasks: expected names out of {', '.join(TASKS)}, got {got}")
     modes = tuple(dict.fromkeys(options.modes if options.modes is not None else GRID_MODES if options.grid else MODES))
+    for name in options.tasks:
+        width = TASKS[name].sizes.width
+        if options.head_dim is not None and width % options.head_dim:
+            raise CommandError(f"--head-dim: expected a divisor of the width {width} of {name}, got {options.head_dim}")
     if not modes:
         raise CommandError("--modes: expected at least one name, got nothing")
     for mode in modes:
-        check_mode(mode)
+        for one in trained_and_tested(mode):
+            check_mode(one)
     if options.grid and len(modes) != 2:
         raise CommandError(f"--grid: expected two --modes, got {len(modes)}")
     return modes
@@ -60,10 +65,11 @@ def checked_modes(options: Namespace) -> tuple[str, ...]:
 
 def _planned(options: Namespace) -> list[Run]:
     seeds = options.seeds or (_QUICK_SEEDS if options.quick else _GRID_SEEDS if options.grid else _SEEDS)
+    choices = {"quick": options.quick, "qk_norm": options.qk_norm, "head_dim": options.head_dim}
     return [
         run
         for task in dict.fromkeys(options.tasks)
-        for run in planned(task, options.modes, seeds, _recipes(options, task), options.device, options.quick)
+        for run in planned(task, options.modes, seeds, _recipes(options, task), options.device, **choices)
     ]
 
 
@@ -82,7 +88,9 @@ def _recipes(options: Namespace, task: str) -> list[Recipe]:
 
 def _recorded(options: Namespace) -> list[Run]:
     files = [options.out / f"{_stem(options)}-{name}.jsonl" for name in options.tasks]
+    model = options.qk_norm, options.head_dim
     runs = [run for file in files for run in read(file) if run.mode in options.modes]
+    runs = [run for run in runs if (run.qk_norm, run.head_dim) == model]
     if not runs:
         raise CommandError(f"--report: expected runs in {', '.join(str(file) for file in files)}, got none")
     return runs
@@ -97,7 +105,7 @@ def _trained(runs: list[Run], options: Namespace) -> list[Run]:
             if run.key in known:
                 progress.update(run.recipe.steps)
                 continue
-            progress.set_description(f"{run.task} {run.mode}, seed {run.seed}")
+            progress.set_description(f"{run.subject}: {run.mode}, seed {run.seed}")
             known[run.key] = train(run, options.device, progress.update)
             append(files[run.task], run)
     return [known[run.key] for run in runs]
@@ -107,8 +115,8 @@ def _tables(runs: list[Run], options: Namespace) -> str:
     parts = []
     if options.quick:
         parts.append("A smoke run (--quick): too few steps for any figure here to mean anything.")
-    for name in dict.fromkeys(run.task for run in runs):
-        same = [run for run in runs if run.task == name]
+    for name in dict.fromkeys(run.subject for run in runs):
+        same = [run for run in runs if run.subject == name]
         about = f"{len({run.seed for run in same})} seeds; {same[0].environment}; `{same[0].command}`"
         if options.grid:
             parts += [f"## {name}, grid\n\n{about}.", grid(same), best_recipes(same)]

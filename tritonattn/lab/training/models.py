@@ -13,11 +13,12 @@ from .modes import build
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a model: features, heads of an attention layer, and blocks."""
+    """Sizes of a model: features, heads of an attention layer, and blocks; qk_norm: q and k are RMS-normalised."""
 
     width: int = 64
     heads: int = 4
     blocks: int = 2
+    qk_norm: bool = False
 
 
 class Rotary(ScaledAttention):
@@ -49,7 +50,8 @@ class Attentions:
         """Make a layer; `keys` is the most keys that a row attends to in training."""
         width, heads = self.sizes.width, self.sizes.heads
         layer = Rotary if rotary else ScaledAttention
-        return layer(width, heads, scaling=build(self.mode, heads, width // heads, keys), causal=causal)
+        scaling = build(self.mode, heads, width // heads, keys)
+        return layer(width, heads, scaling=scaling, causal=causal, qk_norm=self.sizes.qk_norm)
 
 
 class Block(nn.Module):

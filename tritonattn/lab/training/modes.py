@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 from torch import nn
@@ -11,7 +12,8 @@ from ...core.errors import CommandError
 from ...nn import LEARNED, LearnedLogPower, PerHead, QueryAdaptiveSSMax, SSMax
 from ...scaling import SCALINGS, LogKeyCount, LogPower, QwenLogn, Scaling
 
-GAIN = "+gain"
+SWAP = ":"
+_WRITTEN = re.compile(r"(?P<mode>\w+)(?P<gain>\+gain|\*(\d*[1-9]\d*(\.\d+)?|0\.\d*[1-9]\d*))?")
 _LEARNED = (*LEARNED, QueryAdaptiveSSMax.name)
 MODES = (
     "sqrt_dim",
@@ -26,10 +28,17 @@ MODES = (
 )
 
 
+def trained_and_tested(mode: str) -> tuple[str, str]:
+    """Split "sqrt_dim:log_key_count", trained with the first and tested with the second; one name is both."""
+    trained, _, tested = mode.partition(SWAP)
+    return trained, tested or trained
+
+
 def build(name: str, heads: int, head_dim: int, keys: int) -> str | Scaling:
     """Make a scaling for one attention layer.
 
-    name   one of `SCALINGS` or `LEARNED`, or a mode with a learned gain a head, "key_count+gain"
+    name   one of `SCALINGS` or `LEARNED`; or one of `SCALINGS` with a learned gain a head, "key_count+gain", or with
+           a constant one, "sqrt_dim*4"
     keys   the most keys that a row of the layer attends to in training
 
     Modes with a base (log_key_count, qwen_logn, ssmax, ...) get `keys` for it: a row of that many keys starts as
@@ -37,10 +46,13 @@ def build(name: str, heads: int, head_dim: int, keys: int) -> str | Scaling:
     a sum of norms divides by their mean; for other modes at 1.
     """
     check_mode(name)
-    if name.endswith(GAIN):
-        scaling = PerHead(_mode(name.removesuffix(GAIN), keys), heads=heads)
-        nn.init.constant_(scaling.theta, math.log(_gain(name.removesuffix(GAIN), head_dim, keys)))
-        return scaling
+    plain, gain = _parts(name)
+    if gain is not None:
+        constant = gain.startswith("*")
+        scaling = PerHead(_mode(plain, keys), heads=heads)
+        start = float(gain[1:]) if constant else _gain(plain, head_dim, keys)
+        nn.init.constant_(scaling.theta, math.log(start))
+        return scaling.requires_grad_(not constant)
     learned: dict[str, Callable[[], Scaling]] = {
         "ssmax": lambda: SSMax(heads, base=keys),
         "learned_log_power": lambda: LearnedLogPower(heads, base=keys),
@@ -53,12 +65,18 @@ def build(name: str, heads: int, head_dim: int, keys: int) -> str | Scaling:
 
 def check_mode(name: str) -> None:
     """Raise CommandError for a name that `build` does not know."""
-    plain = name.removesuffix(GAIN)
-    if plain not in SCALINGS and (name.endswith(GAIN) or name not in _LEARNED):
+    plain, gain = _parts(name)
+    if plain not in SCALINGS and (gain is not None or name not in _LEARNED):
         raise CommandError(
-            f"--modes: expected names out of {', '.join(SCALINGS)}, one of these with {GAIN}, or {', '.join(_LEARNED)}"
-            f", got {name!r}"
+            f"--modes: expected names out of {', '.join(SCALINGS)}, one of these with +gain or with *4, "
+            f"{', '.join(_LEARNED)}, or two of all these as TRAINED{SWAP}TESTED, got {name!r}"
         )
+
+
+def _parts(name: str) -> tuple[str, str | None]:
+    """Split off "+gain", or "*4" for a constant one."""
+    found = _WRITTEN.fullmatch(name)
+    return found.group("mode", "gain") if found else (name, None)
 
 
 def _mode(name: str, keys: int) -> str | Scaling:

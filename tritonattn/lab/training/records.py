@@ -35,7 +35,10 @@ class Recipe:
 class Run:
     """One training run: what is to be trained, and what `trainer.train` found.
 
+    mode              of the attention layers, as `modes.build` takes it, or TRAINED:TESTED, two of these
     seed              sets the weights and the order of the data, neither of which depends on the mode
+    qk_norm           the attention layers RMS-normalise q and k
+    head_dim          of the attention layers; None is the task's own
     date              of the day on which the command began
     status            "trained", or "diverged" where a loss was not finite: then without metrics
     data              digest of all its training batches: the same for every mode of a seed
@@ -57,6 +60,8 @@ class Run:
     date: str
     status: str = "trained"
     quick: bool = False
+    qk_norm: bool = False
+    head_dim: int | None = None
     data: str = ""
     seconds: float = 0.0
     steps: list[int] = field(default_factory=list)
@@ -70,17 +75,26 @@ class Run:
 
     @property
     def key(self) -> tuple:
-        return self.task, self.mode, self.seed, self.recipe, self.quick, self.environment
+        return self.subject, self.mode, self.seed, self.recipe, self.quick, self.environment
+
+    @property
+    def subject(self) -> str:
+        """The task and the choices of its model, such as "recall, QK-norm, heads of 32"."""
+        heads = "" if self.head_dim is None else f", heads of {self.head_dim}"
+        return self.task + ", QK-norm" * self.qk_norm + heads
 
 
 def planned(
-    task: str, modes: Sequence[str], seeds: int, recipes: Sequence[Recipe], device: torch.device, quick: bool
+    task: str, modes: Sequence[str], seeds: int, recipes: Sequence[Recipe], device: torch.device, **choices: Any
 ) -> list[Run]:
-    """List the runs of a task that are to be trained, seeds outermost: a command that is stopped has whole seeds."""
+    """List the runs of a task that are to be trained, seeds outermost: a command that is stopped has whole seeds.
+
+    choices   `Run.quick`, `Run.qk_norm` and `Run.head_dim`
+    """
     date = datetime.now(timezone.utc).date().isoformat()
     where = Environment.of(device), command_line(), date
     return [
-        Run(task, mode, seed, recipe, *where, quick=quick)
+        Run(task, mode, seed, recipe, *where, **choices)
         for seed in range(seeds)
         for recipe in recipes
         for mode in modes

@@ -248,30 +248,32 @@ def _batch(numbers: Tensor) -> Batch:
 
 _SYMBOLS, _POSITIONS, _VALUES = 16, 4, 16
 _ASKED = 16
-_SHORTEST, _LONGEST = 16, 64
+_LONGEST = 64
 LENGTHS = (16, 64, 256, 1024, 4096)  # in testing
 
 
-class Recall(Task):
-    """Find the value of an asked key among n pairs of random keys and values.
+class Lookup(Task):
+    """Find a value among n pairs of keys and values, with one layer of attention and no positions.
 
-    A key is 4 symbols out of 16, a value one out of 16, and no key is twice in a table. Training tables have 16 to 64
-    pairs, padded to 64; test tables up to 4,096, where about 4 keys differ from the asked one in a single symbol.
+    Training tables have `shortest` to 64 pairs, padded to 64; test tables up to 4,096.
 
-    accuracy_<n>   share of right values in tables of n pairs; chance is 1/16
+    test   batches and tables in a batch of a length in testing
+
+    accuracy_<n>   share of right values in tables of n pairs
     """
 
-    name, metric = "recall", "accuracy_4096"
-    target = 0.25
+    metric = "accuracy_4096"
     sizes = Sizes(width=64, heads=4, blocks=1)
-    recipe = Recipe("adamw", 5e-3, weight_decay=0.01, steps=250, batch=32)
+    shortest: int
+    test: tuple[int, int]
 
-    def model(self, attentions: Attentions) -> nn.Module:
-        return Recaller(attentions, _SYMBOLS, _POSITIONS, _VALUES, _LONGEST)
+    @abstractmethod
+    def tables(self, lengths: Tensor, longest: int, random: torch.Generator) -> Batch:
+        """Draw one table a row of `lengths`, each padded to `longest` pairs."""
 
     def batch(self, size: int, random: torch.Generator) -> Batch:
-        lengths = torch.randint(_SHORTEST, _LONGEST + 1, (size,), generator=random)
-        return _tables(lengths, _LONGEST, random)
+        lengths = torch.randint(self.shortest, _LONGEST + 1, (size,), generator=random)
+        return self.tables(lengths, _LONGEST, random)
 
     def held_out(self) -> Batch:
         random = torch.Generator().manual_seed(1)
@@ -279,30 +281,69 @@ class Recall(Task):
 
     def final(self, model: nn.Module, device: torch.device, quick: bool) -> dict[str, float]:
         random = torch.Generator().manual_seed(2)
+        batches, size = (1, 4) if quick else self.test
         found = {}
         for n in LENGTHS:
             rights = []
-            for _ in range(1 if quick else 4):
-                batch = _tables(torch.full((4 if quick else 16,), n), n, random).to(device)
+            for _ in range(batches):
+                batch = self.tables(torch.full((size,), n), n, random).to(device)
                 rights.append(_right(model, batch).double().mean())
             found[f"accuracy_{n}"] = float(torch.stack(rights).mean())
         return found
 
 
-def _tables(lengths: Tensor, longest: int, random: torch.Generator) -> Batch:
-    """Draw one table a row of `lengths`, each padded to `longest` pairs."""
-    size = lengths.shape[0]
-    # Sorted numbers, each raised by its rank, are distinct; then shuffle them.
-    drawn = torch.randint(_SYMBOLS**_POSITIONS - longest + 1, (size, longest), generator=random).sort(dim=1).values
-    shuffled = torch.rand(size, longest, generator=random).argsort(dim=1)
-    codes = (drawn + torch.arange(longest)).gather(1, shuffled)  # [B, longest]
-    powers = _SYMBOLS ** torch.arange(_POSITIONS)
-    keys = codes[..., None] // powers % _SYMBOLS  # [B, longest, positions]
-    values = torch.randint(_VALUES, (size, longest), generator=random)
-    chosen = (torch.rand(size, _ASKED, generator=random) * lengths[:, None]).long()  # [B, asked]
-    rows = torch.arange(size)[:, None]
-    inputs = {"keys": keys, "values": values, "lengths": lengths, "asked": keys[rows, chosen]}
-    return Batch(inputs, values[rows, chosen])
+class Recall(Lookup):
+    """Find the value of an asked key among n pairs of random keys and values.
+
+    A key is 4 symbols out of 16, a value one out of 16, and no key is twice in a table. Among 4,096 pairs about 4 keys
+    differ from the asked one in a single symbol. Chance is 1/16.
+    """
+
+    name = "recall"
+    target = 0.25
+    shortest, test = 16, (4, 16)
+    recipe = Recipe("adamw", 5e-3, weight_decay=0.01, steps=250, batch=32)
+
+    def model(self, attentions: Attentions) -> nn.Module:
+        return Recaller(attentions, _SYMBOLS, _POSITIONS, _VALUES, _LONGEST)
+
+    def tables(self, lengths: Tensor, longest: int, random: torch.Generator) -> Batch:
+        size = lengths.shape[0]
+        # Sorted numbers, each raised by its rank, are distinct; then shuffle them.
+        drawn = torch.randint(_SYMBOLS**_POSITIONS - longest + 1, (size, longest), generator=random).sort(dim=1).values
+        shuffled = torch.rand(size, longest, generator=random).argsort(dim=1)
+        codes = (drawn + torch.arange(longest)).gather(1, shuffled)  # [B, longest]
+        powers = _SYMBOLS ** torch.arange(_POSITIONS)
+        keys = codes[..., None] // powers % _SYMBOLS  # [B, longest, positions]
+        values = torch.randint(_VALUES, (size, longest), generator=random)
+        chosen = (torch.rand(size, _ASKED, generator=random) * lengths[:, None]).long()  # [B, asked]
+        rows = torch.arange(size)[:, None]
+        inputs = {"keys": keys, "values": values, "lengths": lengths, "asked": keys[rows, chosen]}
+        return Batch(inputs, values[rows, chosen])
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Text(), Digits(), Spell(), Recall())}
+class First(Lookup):
+    """Give the first bit of a string of n bits: FIRST of Chiang & Cholak (2022, arXiv:2202.12172).
+
+    Every string has its own share of ones, uniform in [0, 1], and a fair first bit. Every pair's value is a bit; the
+    first pair's key is 1, which is asked for, and all others are 0. Chance is 1/2.
+    """
+
+    name = "first"
+    target = 0.1
+    shortest, test = 4, (32, 16)
+    recipe = Recipe("adamw", 5e-3, weight_decay=0.01, steps=250, batch=64)
+
+    def model(self, attentions: Attentions) -> nn.Module:
+        return Recaller(attentions, symbols=2, positions=1, values=2, pairs=_LONGEST)
+
+    def tables(self, lengths: Tensor, longest: int, random: torch.Generator) -> Batch:
+        size = lengths.shape[0]
+        values = (torch.rand(size, longest, generator=random) < torch.rand(size, 1, generator=random)).long()
+        values[:, 0] = torch.randint(2, (size,), generator=random)
+        keys = torch.zeros(size, longest, 1, dtype=torch.int64)
+        keys[:, 0] = 1
+        return Batch({"keys": keys, "values": values, "lengths": lengths, "asked": keys[:, :1]}, values[:, :1])
+
+
+TASKS: dict[str, Task] = {task.name: task for task in (Text(), Digits(), Spell(), Recall(), First())}

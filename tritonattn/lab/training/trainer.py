@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ...analysis.row_statistics import relative_entropy
 from ...core.observation import ObservedCall, Observer
 from ...nn import ScaledAttention, scaling_parameters
 from .models import Attentions
+from .modes import trained_and_tested
 from .records import Recipe, Run
 from .tasks import TASKS, Batch, loss_of
 
@@ -65,9 +67,25 @@ def train(run: Run, device: torch.device, tick: Callable[[], object] = lambda: N
 
 def fresh_model(run: Run) -> nn.Module:
     """Make the untrained model of a seed: its weights are the same with every mode."""
+    return _model(run, trained_and_tested(run.mode)[0])
+
+
+def as_tested(run: Run, model: nn.Module) -> nn.Module:
+    """Give the weights of a trained model the scaling that the run tests with; without another, return the model."""
+    trained, tested = trained_and_tested(run.mode)
+    if tested == trained:
+        return model
+    swapped = _model(run, tested)
+    weights = {name: x for name, x in model.state_dict().items() if ".scaling." not in name}
+    swapped.load_state_dict(weights, strict=False)
+    return swapped
+
+
+def _model(run: Run, mode: str) -> nn.Module:
     torch.manual_seed(run.seed)
     task = TASKS[run.task]
-    return task.model(Attentions(run.mode, task.sizes))
+    heads = task.sizes.heads if run.head_dim is None else task.sizes.width // run.head_dim
+    return task.model(Attentions(mode, replace(task.sizes, heads=heads, qk_norm=run.qk_norm)))
 
 
 def attentions(model: nn.Module) -> dict[str, ScaledAttention]:
@@ -140,7 +158,7 @@ def _finish(run: Run, model: nn.Module, device: torch.device) -> None:
     task, reached = TASKS[run.task], zip(run.steps, run.held_out_loss, strict=True)
     run.steps_to_target = next((step for step, loss in reached if loss <= task.target), None)
     if run.status == "trained":
-        run.metrics = task.final(model.eval(), device, run.quick)
+        run.metrics = task.final(as_tested(run, model).to(device).eval(), device, run.quick)
     for name, layer in attentions(model).items():
         if isinstance(layer.scaling, nn.Module):
             run.scaling[name] = {one: p.tolist() for one, p in layer.scaling.named_parameters()}

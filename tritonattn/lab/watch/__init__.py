@@ -10,8 +10,8 @@ SUFFIXES = (".html", ".png")
 
 
 def run(options: Namespace) -> int:
-    """Read options.file, draw it into options.output by its suffix, and say what was drawn. Returns 0."""
-    watched = Watched.read(options.file)
+    """Read options.files, draw them into options.output by its suffix, and say what was drawn. Returns 0."""
+    watched = Watched.read(*options.files)
     from .picture import draw, write_page  # needs matplotlib
 
     make = draw if options.output.suffix == ".png" else write_page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -37,10 +38,20 @@ class Record:
     alarms: list[Alarm]
     layers: dict[str, dict[str, float]]
 
+    def value(self, measure: str, layer: str | None) -> float:
+        """A measure of a layer; of all layers, None, the largest logit or the mean of another measure."""
+        if measure == LOSS:
+            return self.loss
+        if layer is not None:
+            return self.layers.get(layer, {}).get(measure, math.nan)
+        values = [found.get(measure, math.nan) for found in self.layers.values()]
+        value = layer_value(measure, [None if math.isnan(x) else x for x in values])
+        return math.nan if value is None else value
+
 
 @dataclass(frozen=True)
 class Panel:
-    """One measure: a curve of (step, value) a layer, interrupted by NaN; its alarms where they begin; all limits."""
+    """One measure: a curve of (step, value) a line, interrupted by NaN; its alarms where they begin; all limits."""
 
     measure: str
     curves: dict[str, list[tuple[int, float]]]
@@ -66,14 +77,14 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Watched:
+class Run:
     """The records of a file."""
 
     name: str
     records: list[Record]
 
     @classmethod
-    def read(cls, file: Path) -> Watched:
+    def read(cls, file: Path, name: str) -> Run:
         """Read a file; torn lines are named on stderr and skipped. Raises CommandError if it has no record."""
         try:
             lines = file.read_text(encoding="utf-8-sig").splitlines()
@@ -93,10 +104,10 @@ class Watched:
             raise CommandError(f"FILE: expected JSON lines that a Monitor wrote, got {got}")
         for number, error in refused.items():
             print(f"{file}:{number}: expected a record of a Monitor, skipped: {error}", file=sys.stderr)
-        watched = cls(file.name, records)
-        if not watched.panels:
+        run = cls(name, records)
+        if not Watched([run]).panels:
             raise CommandError(f"FILE: expected a loss or a layer's measure in a record, got none in {str(file)!r}")
-        return watched
+        return run
 
     @cached_property
     def layers(self) -> list[str]:
@@ -108,14 +119,9 @@ class Watched:
         """The alarms, each in the step in which it begins."""
         return [one for record in self.records for one in record.alarms if one.new]
 
-    @cached_property
-    def panels(self) -> list[Panel]:
-        """One panel a measure, without those that were never recorded."""
-        return [panel for panel in map(self._panel, MEASURES) if not panel.is_empty]
-
-    def latest(self) -> dict[str, dict[str, float]]:
-        """The measures of the last step in which layers were watched."""
-        return next((record.layers for record in reversed(self.records) if record.layers), {})
+    def latest(self) -> Record:
+        """The last step in which layers were watched, or the last of all."""
+        return next((record for record in reversed(self.records) if record.layers), self.records[-1])
 
     def summary(self) -> str:
         """One line: how many records, layers and alarms, and which steps."""
@@ -126,23 +132,63 @@ class Watched:
             f"steps {min(steps)} to {max(steps)}, {_counted(len(self.alarms), 'alarm')}"
         )
 
-    def _panel(self, measure: str) -> Panel:
-        curves = {name: self._curve(measure, name) for name in ([""] if measure == LOSS else self.layers)}
-        standing = [one for record in self.records for one in record.alarms if one.measure == measure]
-        limits = sorted({one.limit for one in standing if abs(one.limit) <= _LARGEST})
-        return Panel(measure, curves, [one for one in standing if one.new], limits)
-
-    def _curve(self, measure: str, layer: str) -> list[tuple[int, float]]:
+    def curve(self, measure: str, layer: str | None) -> list[tuple[int, float]]:
+        """The values of a measure, see `Record.value`, at their steps."""
         smallest = _SMALLEST if _is_logarithmic(measure) else -_LARGEST
         points: list[tuple[int, float]] = []
         for record in self.records:
             if measure != LOSS and not record.layers:
                 continue
-            value = record.loss if measure == LOSS else record.layers.get(layer, {}).get(measure, math.nan)
+            value = record.value(measure, layer)
             if points and record.step <= points[-1][0]:  # a later run, or one that went back to a checkpoint
                 points.append((record.step, math.nan))
             points.append((record.step, value if smallest <= value <= _LARGEST else math.nan))
         return points
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a picture shows: a line for each layer of one run, or for each of several runs."""
+
+    runs: list[Run]
+
+    @classmethod
+    def read(cls, *files: Path) -> Watched:
+        """Read files, each once; their names are the parts in which their paths differ."""
+        once = list(dict.fromkeys(files))
+        alone = len(once) == 1
+        names = [once[0].name] if alone else [str(Path(*parts)) for parts in _distinct([file.parts for file in once])]
+        return cls([Run.read(file, name) for file, name in zip(once, names, strict=True)])
+
+    @cached_property
+    def lines(self) -> dict[str, tuple[Run, str | None]]:
+        """By the line's name its run, and its layer, None being all."""
+        if len(self.runs) == 1:
+            return {layer: (self.runs[0], layer) for layer in self.runs[0].layers}
+        return {run.name: (run, None) for run in self.runs}
+
+    @property
+    def kind(self) -> str:
+        """The word for a line."""
+        return "layer" if len(self.runs) == 1 else "run"
+
+    @cached_property
+    def panels(self) -> list[Panel]:
+        """One panel a measure, without those that were never recorded."""
+        return [panel for panel in map(self._panel, MEASURES) if not panel.is_empty]
+
+    def summary(self) -> str:
+        return "; ".join(run.summary() for run in self.runs)
+
+    def _panel(self, measure: str) -> Panel:
+        of_run = measure == LOSS and len(self.runs) == 1
+        lines = {"": (self.runs[0], None)} if of_run else self.lines
+        standing = [
+            one for run in self.runs for record in run.records for one in record.alarms if one.measure == measure
+        ]
+        limits = sorted({one.limit for one in standing if abs(one.limit) <= _LARGEST})
+        curves = {name: run.curve(measure, layer) for name, (run, layer) in lines.items()}
+        return Panel(measure, curves, [one for one in standing if one.new], limits)
 
 
 def _is_logarithmic(measure: str) -> bool:
@@ -151,27 +197,30 @@ def _is_logarithmic(measure: str) -> bool:
 
 def pattern(names: list[str]) -> str:
     """The parts that dotted names share at both ends around a star: model.layers.*.self_attn."""
-    before, after = _shared(names)
+    before, after = _shared([name.split(".") for name in names])
     return ".".join([*before, "*", *after])
 
 
 def short_names(names: list[str]) -> dict[str, str]:
     """The parts in which dotted names differ: a layer's number, as a rule."""
-    if len(names) < 2:
-        return {name: name for name in names}
-    before, after = _shared(names)
-    return {name: ".".join(name.split(".")[len(before) : len(name.split(".")) - len(after)]) for name in names}
-
-
-def _shared(names: list[str]) -> tuple[list[str], list[str]]:
     split = [name.split(".") for name in names]
+    return dict(zip(names, map(".".join, _distinct(split) if len(names) > 1 else split), strict=True))
+
+
+def _distinct(split: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """The parts in which names differ."""
+    before, after = _shared(split)
+    return [parts[len(before) : len(parts) - len(after)] for parts in split]
+
+
+def _shared(split: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
     most = min(map(len, split)) - 1  # every name keeps a part
     before = _alike(split)[:most]
     after = _alike([parts[::-1] for parts in split])[: most - len(before)][::-1]
     return before, after
 
 
-def _alike(split: list[list[str]]) -> list[str]:
+def _alike(split: Sequence[Sequence[str]]) -> list[str]:
     return [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))]
 
 

@@ -12,12 +12,17 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ...analysis.alarms import LOSS
 from ...core import records
 from ..figures import COLOURS, foot, ordered, plain_numbers, save, staggered, style, whole_numbers
 from .curves import MEASURES, Panel, Watched, short_names
 
 _ALARM = {"color": "black", "marker": "o", "markersize": 8, "markerfacecolor": "none", "linestyle": "none"}
 _LIMIT = {"color": "black", "linestyle": "--", "linewidth": 0.8}
+_ABOUT = {
+    "layer": "Each line is a layer: its heads' largest logit, or the mean over its heads",
+    "run": "Each line is a run: its layers' largest logit, or the mean over its layers",
+}
 _COLUMNS = 3
 _FEW = 20  # alarms that are shown unasked
 _STYLE = """
@@ -38,11 +43,12 @@ def draw(watched: Watched, file: Path) -> None:
 
 
 def figure_of(watched: Watched) -> Figure:
-    """Draw a panel a measure over the same steps, and a line a layer."""
+    """Draw a panel a measure over the same steps, and a line a layer or a run."""
     panels = watched.panels
     rows = math.ceil(len(panels) / _COLUMNS)
     figure = Figure(figsize=(10.5, 2.7 * rows + 1.4), layout="constrained")
-    looks = _looks(watched.layers)
+    lines = list(watched.lines)
+    looks = _looks(lines)
     grid = figure.subplots(rows, min(_COLUMNS, len(panels)), sharex=True, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
@@ -58,12 +64,11 @@ def figure_of(watched: Watched) -> Figure:
         axes.set_xlabel("step")
         axes.tick_params(labelbottom=True)
     whole_numbers(grid.flat[0].xaxis)
-    names = short_names(watched.layers)
-    legend = {f"layer {names[name]}": looks[name] for name in _some(watched.layers)}
-    if watched.alarms:
+    names = short_names(lines) if watched.kind == "layer" else dict(zip(lines, lines, strict=True))
+    legend = {f"{watched.kind} {names[name]}": looks[name] for name in _some(lines)}
+    if any(run.alarms for run in watched.runs):
         legend |= {"alarm": _ALARM, "its threshold": _LIMIT}
-    about = "Each line is a layer: its heads' largest logit, or the mean over its heads"
-    foot(figure, f"{watched.summary()}. {about}.", legend, columns=6)
+    foot(figure, f"{watched.summary()}. {_ABOUT[watched.kind]}.", legend, columns=6)
     return figure
 
 
@@ -106,7 +111,7 @@ def write_page(watched: Watched, file: Path) -> None:
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(watched.name)}</title>
+<title>{escape(", ".join(run.name for run in watched.runs))}</title>
 <style>{_STYLE}</style>
 <h1>Attention while it trains</h1>
 {_picture(watched)}
@@ -119,29 +124,39 @@ def write_page(watched: Watched, file: Path) -> None:
 
 def _picture(watched: Watched) -> str:
     drawn = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": watched.name}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": watched.summary()}):
         figure_of(watched).savefig(drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = drawn.getvalue()
     return text[text.index("<svg") :]
 
 
 def _alarms(watched: Watched) -> str:
-    alarms = watched.alarms
-    if not alarms:
+    texts = [
+        f"{f'{run.name}, ' if watched.kind == 'run' else ''}step {one.step}: {one}"
+        for run in watched.runs
+        for one in run.alarms
+    ]
+    if not texts:
         return ""
-    items = "".join(f"<li>{escape(f'step {one.step}: {one}')}</li>" for one in alarms)
-    is_open = " open" if len(alarms) <= _FEW else ""
-    return f"<h2>Alarms</h2>\n<details{is_open}><summary>{len(alarms)}</summary>\n<ul>{items}</ul></details>"
+    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    is_open = " open" if len(texts) <= _FEW else ""
+    return f"<h2>Alarms</h2>\n<details{is_open}><summary>{len(texts)}</summary>\n<ul>{items}</ul></details>"
 
 
 def _latest(watched: Watched) -> str:
-    layers = watched.latest()
-    if not layers:
+    latest = {name: run.latest() for name, (run, _) in watched.lines.items()}
+    values = {
+        measure: {name: record.value(measure, watched.lines[name][1]) for name, record in latest.items()}
+        for measure in MEASURES
+        if measure != LOSS or watched.kind == "run"
+    }
+    values = {measure: of for measure, of in values.items() if not all(map(math.isnan, of.values()))}
+    if not values:
         return ""
-    measures = [name for name in MEASURES if any(name in values for values in layers.values())]
-    head = "".join(f"<th>{MEASURES[name][0]}</th>" for name in measures)
+    head = "".join(f"<th>{MEASURES[measure][0]}</th>" for measure in values)
     rows = ""
-    for layer, values in layers.items():
-        numbers = "".join(f"<td>{values.get(name, math.nan):.3g}</td>" for name in measures).replace("nan", "-")
-        rows += f"<tr><td>{escape(layer)}</td>{numbers}</tr>\n"
-    return f'<h2>The latest step</h2>\n<div class="table"><table><tr><th>layer</th>{head}</tr>\n{rows}</table></div>'
+    for name in latest:
+        numbers = "".join(f"<td>{of[name]:.3g}</td>" for of in values.values()).replace("nan", "-")
+        rows += f"<tr><td>{escape(name)}</td>{numbers}</tr>\n"
+    table = f'<div class="table"><table><tr><th>{watched.kind}</th>{head}</tr>\n{rows}</table></div>'
+    return f"<h2>The latest step</h2>\n{table}"

@@ -236,7 +236,7 @@ def test_tf32_rounds_away_from_ties():
 
 
 def test_unsupported_rounding_is_refused():
-    from tests.emulator import PTXError
+    from ptx_emulator import PTXError
 
     with pytest.raises(PTXError, match="unsupported instruction"):
         apply("add.rz.f32 {d}, {a}, {a};", "b32", _singles(1))

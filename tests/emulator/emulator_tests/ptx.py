@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-
-from tests.emulator import Report, run_ptx
+from ptx_emulator import Report, run_ptx
 
 _REGISTERS = {"pred": "%p", "b16": "%h", "b32": "%r", "b64": "%rd"}
 _DTYPES = {"b16": torch.int16, "b32": torch.int32, "b64": torch.int64}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from tests.emulator import PTXFault
+from ptx_emulator import PTXFault
 
 from .ptx import execute
 

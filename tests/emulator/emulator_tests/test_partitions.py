@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from tests.emulator import PTXError, Report
-from tests.emulator.partitions import POLICIES
+from ptx_emulator import PTXError, Report
+from ptx_emulator.partitions import POLICIES
 
 from .ptx import execute
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from tests.emulator import PTXError, PTXFault, scheduler
+from ptx_emulator import PTXError, PTXFault, scheduler
 
 from .ptx import execute
 

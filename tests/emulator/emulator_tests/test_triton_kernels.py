@@ -5,21 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+from ptx_emulator import PTXFault
+from ptx_emulator.compile import launch
+from ptx_emulator.execute import run_ptx
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-from tests.emulator import PTXFault
-from tests.emulator.compile import launch
-from tests.emulator.execute import run_ptx
-from tests.support.pairs import in_turn
-from tests.support.versions import OLDER_TRITON
-from tritonattn.backends.triton.launch import interpreting
 
 from . import kernels
 
-pytestmark = pytest.mark.skipif(interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+pytestmark = pytest.mark.skipif(knobs.runtime.interpret, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 CAPABILITIES = pytest.mark.parametrize("capability", [80, 90])
-newest_triton = pytest.mark.skipif(OLDER_TRITON, reason="older compilers leave out fences")
+newest_triton = pytest.mark.skipif(OLDER, reason="older compilers leave out fences")
 
 
 def normal(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
@@ -52,10 +50,9 @@ def test_softmax(capability):
 
 
 @newest_triton
-@in_turn(
-    dtype=[torch.float16, torch.bfloat16, torch.float32, torch.float32],
-    stages=[1, 3, 3, 1],
-    capability=[80, 90, 80, 90],
+@pytest.mark.parametrize(
+    ("dtype", "stages", "capability"),
+    [(torch.float16, 1, 80), (torch.bfloat16, 3, 90), (torch.float32, 3, 80), (torch.float32, 1, 90)],
 )
 def test_product(dtype, stages, capability):
     a, b = normal(70, 90, dtype=dtype), normal(90, 40, dtype=dtype, seed=1)
@@ -70,7 +67,7 @@ def test_product(dtype, stages, capability):
 
 
 @newest_triton
-@in_turn(width=[32, 64, 128], stages=[1, 3, 3])
+@pytest.mark.parametrize(("width", "stages"), [(32, 1), (64, 3), (128, 3)])
 def test_product_by_descriptors(stages, width):
     """Bulk copies to swizzled shared memory, mbarriers, wgmma; ragged sizes are filled with zeros and cut off."""
     a = normal(100, 160, dtype=torch.bfloat16)
@@ -120,7 +117,7 @@ def test_results_do_not_depend_on_how_many_run_at_once():
 
 
 def test_arguments_are_checked():
-    from tests.emulator import PTXError
+    from ptx_emulator import PTXError
 
     from .ptx import module
 

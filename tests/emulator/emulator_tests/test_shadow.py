@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-
-from tests.emulator.shadow import CTA_BITS, Shadow
+from ptx_emulator.shadow import CTA_BITS, Shadow
 
 CTAS, WARPS = 2, 3
 

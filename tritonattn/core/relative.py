@@ -1,0 +1,30 @@
+"""A bias of each distance between a row and a key, as a bias of pairs, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .visibility import Visibility
+
+
+def relative_pairs(table: Tensor, right: int, visibility: Visibility) -> Tensor:
+    """A `Logits.relative_bias` as a bias of all pairs, in its dtype: [B or 1, Hq or 1, Sq, Sk]."""
+    return reflected(table, visibility.positions() + right, slice(0, visibility.k_len))
+
+
+def reflected(x: Tensor, offset: Tensor, columns: slice, start: int = 0) -> Tensor:
+    """y[b, h, i, c] = x[b, h, i, offset[b, i] - c - start] for the columns c, and 0 outside of x.
+
+    Entries of a table by key, and by the same formula pairs by entry.
+
+    x        [B or 1, H or 1, S or 1, n]
+    offset   int64 [B or 1, S]
+    start    the number of x's first column
+    """
+    count = x.shape[3]
+    at = offset[:, None, :, None] - (torch.arange(columns.start, columns.stop, device=x.device) + start)
+    inside = (at >= 0) & (at < count)
+    shape = torch.broadcast_shapes(x.shape[:3], at.shape[:3])
+    found = x.expand(*shape, -1).gather(-1, at.clamp(0, count - 1).expand(*shape, -1))
+    return found.masked_fill(~inside, 0)
