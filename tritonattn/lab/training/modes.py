@@ -13,6 +13,7 @@ from ...nn import LEARNED, LearnedLogPower, PerHead, QueryAdaptiveSSMax, SSMax
 from ...scaling import SCALINGS, LogKeyCount, LogPower, QwenLogn, Scaling
 
 SWAP = ":"
+GAIN = "+gain"
 _WRITTEN = re.compile(r"(?P<mode>\w+)(?P<gain>\+gain|\*(\d*[1-9]\d*(\.\d+)?|0\.\d*[1-9]\d*))?")
 _LEARNED = (*LEARNED, QueryAdaptiveSSMax.name)
 MODES = (
@@ -68,7 +69,7 @@ def check_mode(name: str) -> None:
     plain, gain = _parts(name)
     if plain not in SCALINGS and (gain is not None or name not in _LEARNED):
         raise CommandError(
-            f"--modes: expected names out of {', '.join(SCALINGS)}, one of these with +gain or with *4, "
+            f"--modes: expected names out of {', '.join(SCALINGS)}, one of these with {GAIN} or with *4, "
             f"{', '.join(_LEARNED)}, or two of all these as TRAINED{SWAP}TESTED, got {name!r}"
         )
 
