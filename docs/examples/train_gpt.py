@@ -1,4 +1,6 @@
-"""Train a small GPT whose every head learns how its logits grow with the number of keys (SSMax, arXiv:2501.19399)."""
+"""Train a small GPT that reads on past its trained length: rotary positions, QK-norm, and SSMax (arXiv:2501.19399)."""
+
+import math
 
 import torch
 from torch import nn
@@ -13,7 +15,14 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.norms = nn.ModuleList([nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)])
-        self.attention = tritonattn.nn.ScaledAttention(WIDTH, HEADS, scaling="ssmax", causal=True)
+        self.attention = tritonattn.nn.ScaledAttention(
+            WIDTH,
+            HEADS,
+            scaling=tritonattn.nn.SSMax(HEADS, base=LENGTH),  # each head learns how its logits grow with its keys
+            qk_norm=True,  # which bounds logits: without a factor that grows, attention fades as keys are added
+            rotary=10_000.0,
+            causal=True,
+        )
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
 
     def forward(self, x):
@@ -24,12 +33,15 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self):
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(256, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.Sequential(Block(), Block())
+        self.tokens, self.blocks = nn.Embedding(256, WIDTH), nn.Sequential(Block(), Block())
         self.head = nn.Linear(WIDTH, 256)
 
-    def forward(self, tokens):
-        return self.head(self.blocks(self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]))
+    def loss(self, data, length, rows):
+        """Cross entropy of the last LENGTH bytes of random windows."""
+        starts = torch.randint(len(data) - length - 1, (rows,))
+        batch = torch.stack([data[start : start + length + 1] for start in starts])
+        logits = self.head(self.blocks(self.tokens(batch[:, :-1])))
+        return nn.functional.cross_entropy(logits[:, -LENGTH:].flatten(0, 1), batch[:, -LENGTH:].flatten())
 
 
 torch.manual_seed(0)
@@ -45,14 +57,16 @@ optimizer = torch.optim.AdamW(
 )
 losses = []
 for _ in range(STEPS):
-    starts = torch.randint(len(data) - LENGTH - 1, (16,))
-    batch = torch.stack([data[start : start + LENGTH + 1] for start in starts])
-    loss = nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+    loss = model.loss(data, LENGTH, rows=16)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     losses.append(loss.item())
-print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+with torch.no_grad():
+    longer = model.loss(data, 4 * LENGTH, rows=16).item()
+print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}; at 4 times the length, {4 * LENGTH} bytes: {longer:.2f}")
+print(f"s of every head, {1 / math.log(LENGTH):.2f} at the start:")
 for number, block in enumerate(model.blocks):
-    print(f"layer {number}: s = {[round(s, 2) for s in block.attention.scaling.s.tolist()]}, 1.0 at the start")
+    print(f"layer {number}: {[round(s, 2) for s in block.attention.scaling.s.tolist()]}")
 assert losses[-1] < 1.0 < losses[0]
+assert longer < 1.0

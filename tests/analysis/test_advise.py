@@ -6,15 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 from tests.huggingface.test_patch import state
 from tests.lab.test_demo import subject
 from tests.support.llama import ids, llama
 from tritonattn.analysis import RULES, advise, diagnose
+from tritonattn.analysis.fading import mass
 from tritonattn.analysis.rules import Reading
 from tritonattn.cli import main as cli
 from tritonattn.huggingface import patch
 from tritonattn.lab import demo
+from tritonattn.scaling import Cosine
 
 TOKENS = ids(2, 40)
 
@@ -103,6 +106,49 @@ def test_tensors():
     json.dumps(broken.as_dict(), allow_nan=False)
 
 
+def standing_out(gap: float, others: int, length: int):
+    """q and k of rows whose first key's logit is `gap` above those of the others, with scaling=1.0."""
+    k = torch.eye(others + 1, dtype=torch.float64)[None, None]
+    return gap * k[:, :, :1].expand(-1, -1, length, -1), k
+
+
+def test_bounded_logits_are_recognised_and_fade_as_the_formula_says():
+    found = diagnose(*standing_out(5.0, 63, 3), scaling=1.0)
+    assert float(found.gap) == pytest.approx(5.0)
+    n = round(float(found.half_at))
+    assert n == round(1 + math.exp(5))
+    longer = diagnose(*standing_out(5.0, n - 1, 1), scaling=1.0)  # the same gap among n keys
+    assert float(longer.max_probability) == pytest.approx(0.5, abs=1e-3)
+    assert mass(5.0, 64) == pytest.approx(float(found.max_probability))
+    assert math.isnan(mass(math.nan, 64))
+    assert float(found.logit_bound) == pytest.approx(5.0)
+    capped = diagnose(*standing_out(5.0, 63, 3), scaling=1.0, softcap=2.0)
+    assert (float(capped.gap), float(capped.logit_bound)) == (4.0, 2.0)
+
+    q, k = standing_out(5.0, 63, 3)
+    assert advise(q, k, scaling=1.0).findings[0].rule.name == "healthy"
+    assert "149" in advise(q, k, scaling=1.0).table()
+    local = advise(q, k, scaling=1.0, softcap=50.0, window=(63, 63))
+    assert local.findings[0].rule.name == "healthy"
+    assert "window" in local.table()
+    advice = advise(q, k, scaling=1.0, softcap=50.0)
+    assert advice.keeps
+    for part in ("softcap 50 bounds", "0.70 at 64 keys and 0.50 at 149", "train with ssmax"):
+        assert part in advice.text
+    assert advise(q, k, scaling=Cosine(5.0)).findings[0].reading.bounded == "cosine"
+
+
+def test_a_layer_that_normalises_keys_is_recognised():
+    config = transformers.Qwen3Config(
+        vocab_size=61, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16
+    )
+    config.num_key_value_heads = 2
+    for net, bounded in ((transformers.Qwen3ForCausalLM(config), "QK-norm"), (llama(), "")):
+        readings = [one.reading for one in advise(net.eval(), TOKENS).findings]
+        assert {one.bounded for one in readings} == {bounded}
+        assert all(one.gap > 0 for one in readings)
+
+
 def test_where_a_mode_or_none_is_a_fix():
     """A single long query is tamed by cosine alone, and queries of 0 by nothing but a gain."""
     torch.manual_seed(0)
@@ -121,7 +167,9 @@ def test_errors():
     q = torch.randn(1, 1, 2, 4)
     for arguments, options, error, message in (
         ((q, {}), {}, TypeError, "k: expected a tensor"),
-        ((q, q), {"softcap": 1.0}, TypeError, "softcap: expected arguments out of"),
+        ((q, q), {"sinks": 1.0}, TypeError, "sinks: expected arguments out of"),
+        ((q, q), {"softcap": -1.0}, ValueError, "softcap: expected"),
+        ((llama(), TOKENS), {"softcap": 1.0}, TypeError, "softcap: expected only with q and k"),
         ((llama(), TOKENS), {"causal": True}, TypeError, "causal: expected only with q and k"),
         ((torch.nn.Linear(3, 3), TOKENS), {}, ValueError, "no attention module"),
         ((q, torch.randn(1, 1, 2, 5)), {}, ValueError, "k: expected"),
@@ -168,6 +216,10 @@ HEALTHY = Reading(
         ("varied norms", {"key_norm_between": 0.5}, {"key_norm_between": 0.51}),
         ("varied counts", {"key_count_variation": 0.25}, {"key_count_variation": 0.26}),
         ("varied counts", {"key_count_variation": 0.26, "causal": True}, {"key_count_variation": 0.26}),
+        ("will fade", {"gap": 6.0}, {"gap": 6.0, "bounded": "QK-norm"}),
+        ("will fade", {"gap": 4.1, "bounded": "QK-norm"}, {"gap": 4.2, "bounded": "QK-norm"}),  # ln 63 = 4.14
+        ("will fade", {"gap": 6.0, "bounded": "QK-norm", "windowed": True}, {"gap": 6.0, "bounded": "QK-norm"}),
+        ("will fade", {"gap": 8.4, "bounded": "QK-norm"}, {"gap": 8.3, "bounded": "QK-norm"}),  # ln 4095 = 8.32
     ],
 )
 def test_a_rule_applies_beyond_its_limit_alone(rule, fine, beyond):

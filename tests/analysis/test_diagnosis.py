@@ -7,6 +7,7 @@ import torch
 
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.rows import HQ, B, dense, tensors
+from tritonattn import SCALINGS
 from tritonattn.analysis import Diagnosis, advise, diagnose
 from tritonattn.analysis.gaps import described, layer_power, power_of
 
@@ -19,6 +20,8 @@ def expected(q, k, scaling="sqrt_dim", gain=None, **masks):
     group = q.shape[1] // k.shape[1]
     seen = visible.unflatten(1, (k.shape[1], group)).any(2).any(2)  # [B, Hkv, Sk]
     lengths = k.double().norm(dim=-1)
+    multiplier = SCALINGS[scaling]().multiplier(q.double(), k.double().repeat_interleave(group, 1), visible)
+    factor = (torch.as_tensor(multiplier).double() * (gain or 1.0)).broadcast_to(visible.shape)[..., 0]  # of rows
     found: dict[str, list] = {field.name: [] for field in fields(Diagnosis) if field.name not in BY_GAPS}
     for head in range(q.shape[1]):
         row = {name: value[:, head] for name, value in rows.items()}
@@ -31,6 +34,11 @@ def expected(q, k, scaling="sqrt_dim", gain=None, **masks):
         found["relative_entropy"].append(relative.mean())
         found["near_one_hot"].append((row["max_probability"][sees] > 0.95).double().mean())
         found["near_uniform"].append((relative > 0.98).double().mean())
+        p, n = row["max_probability"][several], row["key_count"][several]
+        found["gap"].append(((n - 1) * p / (1 - p)).log().mean())
+        largest = torch.where(seen[:, head // group], lengths[:, head // group], 0).amax(-1, keepdim=True)
+        bound = factor[:, head] * q[:, head].double().norm(dim=-1) * largest  # [B, Sq]
+        found["logit_bound"].append(bound[sees].mean())
         for name, x in (("key_count", counts), ("key_norm", norms)):
             found[f"{name}_mean"].append(x.mean())
             found[f"{name}_variation"].append(x.std(correction=0) / x.mean())

@@ -24,7 +24,6 @@ from tritonattn.distributed import (
     shard,
     unshard,
 )
-from tritonattn.lab.training.models import Rotary
 from tritonattn.nn import ALiBi, ForgetGate, KeyValueCache, ScaledAttention
 
 WIDTH, HEADS, LENGTH = 16, 4, 22
@@ -40,7 +39,7 @@ class Block(nn.Module):
     def __init__(self, tensor: bool) -> None:
         super().__init__()
         options = {"kv_heads": 2, "scaling": "ssmax" if tensor else "key_norm_mean", "sinks": True, "causal": True}
-        self.attention = Rotary(WIDTH, HEADS, **options, qk_norm=not tensor, dtype=torch.float64)
+        self.attention = ScaledAttention(WIDTH, HEADS, **options, qk_norm=not tensor, rotary=1e4, dtype=torch.float64)
         self.gate = ForgetGate(WIDTH, HEADS, dtype=torch.float64)
         self.alibi = None if tensor else ALiBi(HEADS)
 

@@ -11,14 +11,41 @@ import tritonattn
 from tests.support.llama import llama
 from tritonattn.cli import main as cli
 from tritonattn.core.errors import CommandError
-from tritonattn.huggingface import patched
+from tritonattn.huggingface import patch, patched
 from tritonattn.lab import demo
 from tritonattn.lab.demo import measurement as measuring
-from tritonattn.lab.demo import plot
+from tritonattn.lab.demo import plot, swap
 from tritonattn.lab.demo.measurement import Layer, Measurement, Subject
 from tritonattn.lab.demo.variants import variant
 from tritonattn.lab.figures import COLOURS, darken, foot, styles
+from tritonattn.lab.training.tasks import Batch
 from tritonattn.scaling import Cosine, LogKeyCount, LogPower, SqrtDim
+
+
+def test_the_swap_patches_a_model_that_it_trained(monkeypatch):
+    monkeypatch.setattr(swap, "LENGTHS", (16, 128))
+    told = swap.report(torch.device("cpu"), steps=1)
+    for part in (
+        "patch(model, ",
+        "(base=64)",
+        "as trained: 1/sqrt(D)",
+        "patched: ln(n)/ln(64)/sqrt(D)",
+        "Among 128 pairs",
+    ):
+        assert part in told
+    model = swap.untrained().eval()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_norm.weight.fill_(3.0)  # sharp enough to find
+        one = swap.drawn(2, 128, torch.Generator().manual_seed(0))
+        answers = swap.answers(model, one)
+        order = torch.randperm(128)
+        shuffled = Batch(one.inputs | {name: one.inputs[name][:, order] for name in ("keys", "values")}, one.target)
+        torch.testing.assert_close(swap.answers(model, shuffled), answers, rtol=1e-4, atol=1e-4)  # it has no positions
+        with patch(model, scaling=LogKeyCount(64)):
+            assert (swap.answers(model, one) - answers).abs().max() > 1e-2
+        with patch(model, scaling=LogKeyCount(128 + 8)):  # the questions see 129 to 144 keys
+            torch.testing.assert_close(swap.answers(model, one), answers, rtol=0.05, atol=0.05)
+
 
 MODES = "sqrt_dim,key_norm_mean,key_count,key_norm_sum,none"
 

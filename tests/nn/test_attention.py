@@ -8,6 +8,7 @@ from tests.support.layers import assert_same
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import in_turn, pairwise
 from tritonattn import attention, nn
+from tritonattn.nn.rotary import rotated
 from tritonattn.scaling import LogKeyCount
 
 WIDTH, HEADS, KV, D = 24, 4, 2, 6
@@ -139,6 +140,25 @@ def test_positions_reach_a_subclass_in_every_form():
     torch.testing.assert_close(torch.cat(pieces, 1), whole)
     packed = made(torch.cat([x[0, :4], x[1]]), cu_seqlens=torch.tensor([0, 4, 13], dtype=torch.int32), max_seqlen=9)
     torch.testing.assert_close(packed, torch.cat([whole[0, :4], whole[1]]))
+
+
+@torch.no_grad()
+def test_rotary_positions_turn_complex_pairs():
+    """(x[d], x[d + D / 2]) as a complex number, times exp(i position base^(-2 d / D)); a cache goes on counting."""
+    made, plain = (layer(qk_norm=True, causal=True, rotary=base) for base in (50.0, None))
+    x, positions = 2 * tokens(length=9), torch.arange(9)
+    angles = positions[:, None] * 50.0 ** (-torch.arange(D // 2).double() / (D // 2))
+    turn = torch.polar(torch.ones_like(angles), angles)
+    q, k, v = plain.operands(x)
+    for ours, given in zip(made.operands(x), (q, k), strict=False):
+        wanted = torch.complex(*given.chunk(2, dim=-1)) * turn
+        torch.testing.assert_close(torch.complex(*ours.chunk(2, dim=-1)), wanted)
+        half = rotated(given.bfloat16(), positions[None], 50.0)
+        torch.testing.assert_close(half, torch.cat([wanted.real, wanted.imag], -1).bfloat16(), rtol=2e-2, atol=2e-2)
+    assert torch.equal(made.operands(x)[2], v)
+    cache = made.cache(2, 9)
+    pieces = [made(x[:, a:b], cache=cache) for a, b in ((0, 5), (5, 6), (6, 9))]
+    torch.testing.assert_close(torch.cat(pieces, 1), made(x))
 
 
 @pytest.mark.parametrize("window", [None, (4, 0)])

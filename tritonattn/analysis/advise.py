@@ -17,13 +17,16 @@ from ..calls.checks import batch_visibility, operands
 from ..core.norms import key_norms_of
 from ..core.records import for_json
 from ..core.tables import table
-from ..core.visibility import Visibility
+from ..core.visibility import Visibility, window_sides
 from ..scaling import SCALINGS, Scaling
 from .diagnosis import Diagnosis, diagnose
+from .fading import half_at
 from .gaps import layer_power, power_of
 from .rules import Reading, Rule, rule_for
 from .tally import counted_rows
 
+# The norm of the keys in transformers' models: Qwen 3, Gemma 3, OLMo 2; Phi; HunYuan; Idefics 2; Llama 4.
+_KEY_NORMS = {"k_norm", "k_layernorm", "key_layernorm", "k_layer_norm", "qk_norm"}
 _VISIBLE = ("causal", "window", "key_lengths", "key_ranges", "mask")
 
 
@@ -74,8 +77,12 @@ class Advice:
         return all(finding.mode is None for finding in self.findings)
 
     def table(self) -> str:
-        """A line for each layer: its figures, its rule, and its figures with the mode to try."""
-        headers = ("layer", "one-hot", "uniform", "entropy/ln n", "max logit", "Jacobian", "gradient", "rule", "try")
+        """A line for each layer: its figures, its rule, and its figures with the mode to try.
+
+        "half at n" is the number of keys at which the sharpest head gives its largest key 1/2, see `analysis.fading`.
+        """
+        figures = ("one-hot", "uniform", "entropy/ln n", "max logit", "Jacobian", "gradient", "half at n")
+        headers = ("layer", *figures, "rule", "try")
         rows = [
             (one.layer, *_figures(one.reading), one.rule.name, _tried(one.mode, one.after)) for one in self.findings
         ]
@@ -118,6 +125,8 @@ class _Layer:
     relative: Any  # the model's factor with any mode, see `huggingface.patch`; None is 1
     visible: dict[str, Any]
     context: int | None
+    softcap: float | None = None
+    qk_norm: bool = False  # the layer normalises q and k before the call
 
     @cached_property
     def seen(self) -> Visibility:
@@ -126,7 +135,7 @@ class _Layer:
     def read(self, mode: str | None) -> Reading:
         """Diagnose the layer with a mode; None is its present scaling."""
         scaling, gain = (self.scaling, self.gain) if mode is None else self._with(mode)
-        found = diagnose(self.q, self.k, scaling=scaling, gain=gain, **self.visible)
+        found = diagnose(self.q, self.k, scaling=scaling, gain=gain, softcap=self.softcap, **self.visible)
         lo, hi = self.seen.ranges()
         last = torch.arange(1, hi.shape[-1] + 1, device=hi.device) + self.seen.k_len - self.seen.q_len
         return Reading(
@@ -138,7 +147,16 @@ class _Layer:
             longest=int(self.seen.counts().max()),
             context=self.context,
             power=power_of(*layer_power(found.count_power, found.count_power_error)),
+            bounded=self._bounded(scaling),
+            windowed=window_sides(self.visible.get("window"))[0] is not None,
         )
+
+    def _bounded(self, scaling: Any) -> str:
+        """Name what bounds the logits."""
+        own = SCALINGS[scaling] if isinstance(scaling, str) else scaling
+        if getattr(own, "normalises_query", False):
+            return "cosine"
+        return "QK-norm" if self.qk_norm else "" if self.softcap is None else f"softcap {self.softcap:g}"
 
     def _with(self, mode: str) -> tuple[Scaling, Any]:
         scaling = mode_of(mode)
@@ -152,6 +170,7 @@ def advise(
     context: int | None = None,
     scaling: str | Scaling | float = "sqrt_dim",
     gain: float | Tensor | None = None,
+    softcap: float | None = None,
     **visible: Any,
 ) -> Advice:
     """Diagnose every attention layer, and say which scaling to try first.
@@ -162,11 +181,12 @@ def advise(
         tokens: Token ids [B, S], or the model's inputs by name, with attention_mask if there is padding, whose rows do
             not count. Or k [B, Hkv, Sk, D].
         context: The length of the model's training; None is its config's max_position_embeddings.
-        scaling, gain, causal, window, key_lengths, key_ranges, mask: With q and k: as in `diagnose`.
+        scaling, gain, softcap, causal, window, key_lengths, key_ranges, mask: With q and k: as in `diagnose`.
 
     The first of `tritonattn.analysis.rules.RULES` that applies to a layer gives its advice. Modes are tried on the
-    layer's q and k before they are advised. Heads are averaged; softcap and sinks are ignored. The cost is one
-    forward pass, and for each layer and mode a `diagnose`, about 25 forward passes of its attention.
+    layer's q and k before they are advised. Heads are averaged. A softcap bounds the gaps of `analysis.fading` alone,
+    and sinks are ignored. A layer that normalises keys is recognised by the name of that module (k_norm, ...). The
+    cost is one forward pass, and for each layer and mode a `diagnose`, about 25 forward passes of its attention.
 
     Returns:
         `Advice`; print(advice.report()).
@@ -186,9 +206,11 @@ def advise(
     if isinstance(model, Tensor):
         if not isinstance(tokens, Tensor):
             raise TypeError(f"k: expected a tensor with q, got {type(tokens).__name__}")
-        return _joined([_finding(_of_tensors(model, tokens, scaling, gain, visible, context))])
-    if visible or scaling != "sqrt_dim" or gain is not None:
-        names = [*visible, *(["scaling"] if scaling != "sqrt_dim" else []), *(["gain"] if gain is not None else [])]
+        layer = _of_tensors(model, tokens, scaling, gain, visible, context)
+        return _joined([_finding(dataclasses.replace(layer, softcap=softcap))])
+    others = {"scaling": None if scaling == "sqrt_dim" else scaling, "gain": gain, "softcap": softcap}
+    names = [*visible, *(name for name, value in others.items() if value is not None)]
+    if names:
         raise TypeError(f"{', '.join(names)}: expected only with q and k, got a {type(model).__name__}")
     return _joined(_findings_of_model(model, tokens, context))
 
@@ -212,7 +234,8 @@ def _findings_of_model(model: nn.Module, tokens: Any, context: int | None) -> li
     names = {id(module): name for name, module in model.named_modules()}
 
     def observe(module: nn.Module, q: Tensor, k: Tensor, arguments: dict[str, Any], aux: Any) -> None:
-        findings.append(_finding(_of_call(names[id(module)], q, k, arguments, aux, context)))
+        layer = _of_call(names[id(module)], q, k, arguments, aux, context)
+        findings.append(_finding(dataclasses.replace(layer, qk_norm=_normalises(module))))
 
     own = patched(model)
     handle = patch(model, "sqrt_dim") if own is None else own
@@ -237,7 +260,13 @@ def _of_call(name: str, q: Tensor, k: Tensor, arguments: dict[str, Any], aux: An
     relative = gain
     if not isinstance(scaling, (str, Scaling)):  # a float of the model's
         relative = scaling * q.shape[-1] ** 0.5 * (1.0 if gain is None else gain)
-    return _Layer(name, q, k, scaling, gain, relative, _without_padding(q, k, visible), context)
+    visible = _without_padding(q, k, visible)
+    return _Layer(name, q, k, scaling, gain, relative, visible, context, arguments["softcap"])
+
+
+def _normalises(module: nn.Module) -> bool:
+    """True for an attention layer that normalises its keys."""
+    return any(name in _KEY_NORMS and not isinstance(child, nn.Identity) for name, child in module.named_children())
 
 
 def _of_tensors(q: Tensor, k: Tensor, scaling: Any, gain: Any, visible: dict[str, Any], context: int | None) -> _Layer:
@@ -264,7 +293,7 @@ def _without_padding(q: Tensor, k: Tensor, visible: dict[str, Any]) -> dict[str,
 def _means(found: Diagnosis) -> dict[str, float]:
     names = [field.name for field in dataclasses.fields(Reading) if hasattr(found, field.name)]
     means = {name: float(getattr(found, name).mean()) for name in names}
-    return {**means, "max_logit": float(found.max_logit.amax())}
+    return {**means, "max_logit": float(found.max_logit.amax()), "gap": float(found.gap.amax())}
 
 
 def _between_sequences(k: Tensor, seen: Visibility) -> float:
@@ -295,7 +324,8 @@ def _finding(layer: _Layer) -> Finding:
         after = layer.read(mode)
         if rule.fixes(reading, after):
             return Finding(reading, rule, mode, mode, after)
-    return Finding(reading, rule, rule.otherwise.format(mode=reading.mode))
+    words = {"mode": reading.mode, "trained": reading.trained, "fading": reading.fading}
+    return Finding(reading, rule, rule.otherwise.format(**words))
 
 
 def _joined(findings: list[Finding]) -> Advice:
@@ -331,6 +361,7 @@ def _figures(one: Reading) -> tuple[str, ...]:
         f"{one.max_logit:.4g}",
         f"{one.jacobian_norm:.2g}",
         f"{one.gradient_norm:.2g}",
+        "window" if one.windowed else f"{half_at(one.gap):.3g}",
     )
 
 

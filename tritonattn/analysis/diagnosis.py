@@ -15,6 +15,7 @@ from ..core.statistics import Statistics
 from ..core.tables import table
 from ..core.visibility import Visibility
 from ..scaling import Scaling
+from .fading import gaps_of, logit_bound
 from .gaps import count_power, described
 from .row_statistics import RowStatistics, row_statistics
 
@@ -41,6 +42,8 @@ class Diagnosis:
     key_norm_variation    their standard deviation over their mean
     count_power           p of the factor (ln n)^p that the gaps of the largest logits ask for, and its
     count_power_error     standard error: `analysis.gaps`; NaN where rows are too few or their n too alike
+    gap                   mean over the rows of n > 1 keys of the gap g of `fading`
+    logit_bound           mean over the rows of the largest logit that q and k of these norms can have
 
     NaN if there is no such row or key. The variation of zeros is 0.
     """
@@ -59,16 +62,25 @@ class Diagnosis:
     key_norm_variation: Tensor
     count_power: Tensor
     count_power_error: Tensor
+    gap: Tensor
+    logit_bound: Tensor
+
+    @property
+    def half_at(self) -> Tensor:
+        """n at which the mass of the largest key falls to 1/2 if the gap stays: 1 + e^gap, [Hq]."""
+        return 1 + self.gap.exp()
 
     def table(self) -> str:
         """One line a head, as text."""
         columns = [getattr(self, name).tolist() for name in _HEADERS]
         powers = map(described, self.count_power.tolist(), self.count_power_error.tolist())
         rows = [
-            [head, *(f"{x:.3g}" for x in row), power]
-            for head, (row, power) in enumerate(zip(zip(*columns, strict=True), powers, strict=True))
+            [head, *(f"{x:.3g}" for x in row), power, f"{n:.3g}"]
+            for head, (row, power, n) in enumerate(
+                zip(zip(*columns, strict=True), powers, self.half_at.tolist(), strict=True)
+            )
         ]
-        return table(rows, ["head", *_HEADERS.values(), "power of ln n\nby gaps"], "simple")
+        return table(rows, ["head", *_HEADERS.values(), "power of ln n\nby gaps", "mass half\nat n"], "simple")
 
 
 _HEADERS = {
@@ -84,6 +96,8 @@ _HEADERS = {
     "key_count_variation": "keys\nvariation",
     "key_norm_mean": "||k||\nmean",
     "key_norm_variation": "||k||\nvariation",
+    "gap": "gap",
+    "logit_bound": "logit\nbound",
 }
 
 
@@ -99,6 +113,7 @@ def diagnose(
     key_lengths: Tensor | None = None,
     key_ranges: Tensor | None = None,
     mask: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Diagnosis:
     """Measure how sharp the softmax of `attention(q, k, v, ...)` is, and how much of a gradient passes it.
 
@@ -110,13 +125,16 @@ def diagnose(
     A gradient vanishes in two ways: p is one-hot (J is 0), or p is uniform since the factor is tiny (J is healthy, its
     product with the factor is not). `near_one_hot` and `near_uniform` count such rows, `gradient_norm` measures both.
     It leaves out the factor's dependence on q or k. `count_power` says how the factor should grow with n, by the
-    gaps between the largest q . k of rows of different n.
+    gaps between the largest q . k of rows of different n. `gap` and `half_at` say at how many keys attention fades if
+    the factor does not grow: `tritonattn.analysis.fading`. Normalised q and k (QK-norm), cosine and softcap bound the
+    logits, and with them the gap; `logit_bound` says by how much.
 
     Args:
         q: [B, Hq, Sq, D], float16, bfloat16, float32 or float64.
         k: [B, Hkv, Sk, D] in q's dtype; Hkv divides Hq.
 
-    The other arguments are those of `attention`, with its defaults and errors. Everything is computed in float64, in
+    The other arguments are those of `attention`, with its defaults and errors. softcap bounds `gap` and `logit_bound`
+    only; the other figures are of uncapped logits. Everything is computed in float64, in
     passes over blocks of keys: memory is O(S D), no [Sq, Sk] tensor is made. Nothing is differentiated. On a CPU it
     takes about 25 times as long as a forward pass of `attention`.
 
@@ -134,16 +152,26 @@ def diagnose(
 
     Sources: Bernhard 2023, arXiv:2311.09406 (max and variance of the softmax's output, and its Jacobian, as signs of a
     vanishing gradient); Zhai et al. 2023, arXiv:2303.06296 (low entropy as a sign of unstable training);
+    Velickovic et al. 2024, arXiv:2410.01104 (bounded logits disperse as n grows);
     arXiv:2605.12697 and arXiv:2510.05554 (powers of ln n, see `tritonattn.analysis.gaps`).
     """
     q, k, _ = operands(q, k, k)
     visibility = batch_visibility(q, k, causal, window, key_lengths, key_ranges, mask)
-    call = check(AttentionCall(q, k, k, visibility, Logits(), scaling=scaling, gain=gain))
+    call = check(AttentionCall(q, k, k, visibility, Logits(softcap=softcap), scaling=scaling, gain=gain))
     rows = row_statistics(call)
     with torch.autocast(q.device.type, enabled=False):
         key_scale = logits(call, Statistics(k, visibility)).key_scale
     power, error = count_power(q, k, key_scale, rows.factor.sign(), visibility)
-    return Diagnosis(**_of_rows(rows), **_of_keys(k, visibility), count_power=power, count_power_error=error)
+    bound = logit_bound(q, k, key_scale, rows.factor, visibility, softcap)
+    gap = gaps_of(rows, softcap)
+    return Diagnosis(
+        **_of_rows(rows),
+        **_of_keys(k, visibility),
+        count_power=power,
+        count_power_error=error,
+        gap=_mean(gap, rows.key_count > 1),
+        logit_bound=_mean(bound, rows.key_count > 0),
+    )
 
 
 def _of_rows(rows: RowStatistics) -> dict[str, Tensor]:

@@ -6,10 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .fading import half_at, mass
+
 LARGE_LOGIT = 100.0  # QK-clip's threshold in Kimi K2
 ILL = 0.5  # a layer is ill where more of its rows than this are; SmolLM2-135M's have up to 0.31 one-hot, 0.03 uniform
 WELL = 0.25  # a mode fixes a layer where no more of its rows than this stay ill
 COUNTS = 0.25  # variation of the rows' number of keys; 0 among sequences of one length, 0.30 for one of 8 and one of 64
+FAR = 64  # times the trained length, up to which bounded logits are followed; see docs/training.md
 NORMS = 0.5  # variation of the sequences' mean key norms; 0.6 where one has keys four times as long as the other
 
 
@@ -24,6 +27,10 @@ class Reading:
     longest    the largest number of visible keys of a row
     power      p of the factor (ln n)^p that the gaps of the largest logits ask for; None if they do not tell
     context    the length of the model's training in tokens; None if it is not known
+    bounded    what bounds the logits: "QK-norm", "cosine", "softcap 50"; "" if nothing does
+    windowed   True where a window limits the keys of a row, so that n does not grow with the context
+    gap        of the sharpest head, see `analysis.fading`
+    logit_bound   the largest logit that q and k of these norms can have
     """
 
     layer: str
@@ -44,6 +51,24 @@ class Reading:
     longest: int
     context: int | None = None
     power: float | None = None
+    bounded: str = ""
+    windowed: bool = False
+    gap: float = math.nan
+    logit_bound: float = math.nan
+
+    @property
+    def trained(self) -> int:
+        """The keys of a row at the trained length; the longest row's where that is not known."""
+        return self.longest if self.context is None else self.context
+
+    @property
+    def fading(self) -> str:
+        """The mass of the sharpest head's largest key at the trained length, and the n at which it is 1/2."""
+        return (
+            f"{self.bounded} bounds the logits, and the sharpest head gives its largest key"
+            f" {mass(self.gap, self.trained):.2f} at {self.trained:,} keys and 0.50 at {half_at(self.gap):,.0f}, by"
+            f" 1 / (1 + (n - 1) e^-{self.gap:.1f})"
+        )
 
     @property
     def counted(self) -> str:
@@ -93,6 +118,12 @@ def _always(old: Reading, new: Reading) -> bool:
 
 def _past_context(one: Reading) -> bool:
     return one.context is not None and one.longest > one.context
+
+
+def _will_fade(one: Reading) -> bool:
+    return (
+        bool(one.bounded) and not one.windowed and mass(one.gap, one.trained) > 0.5 > mass(one.gap, FAR * one.trained)
+    )
 
 
 RULES: tuple[Rule, ...] = (
@@ -201,6 +232,26 @@ RULES: tuple[Rule, ...] = (
             "against it: docs/simulation.md, 4: on random operands it passes no more gradient than sqrt_dim (0.56 to"
             " 0.55)",
             "docs/workshop.md, exercise 4: the right key's share among 8 and among 512",
+        ),
+    ),
+    Rule(
+        name="will fade",
+        condition="QK-norm, cosine or softcap bounds the logits, and the mass of the largest key, above 1/2 at the"
+        f" trained length, falls below that within {FAR} times the length",
+        applies=_will_fade,
+        candidates=(),
+        fixes=_always,
+        otherwise="keep {mode} up to {trained:,} keys; {fading}. If inputs will be longer, train with ssmax or"
+        " log_key_count({trained}), or try qwen_logn({trained}), which changes nothing up to there",
+        why="bounded logits cannot answer more keys with a larger gap: the odds of the largest key fall like 1 / n",
+        watch="the loss by position past the trained length: tritonattn length-study",
+        turn_back="the largest key is a sink, such as the first token; or the loss past the trained length is not below"
+        " sqrt_dim's",
+        evidence=(
+            "Velickovic et al. 2024, arXiv:2410.01104: bounded logits disperse as n grows",
+            "docs/training.md, Recall with QK-norm: small heads forget beyond the trained number of keys, and do not"
+            " with ln n; heads of 64 hardly do",
+            "the gap of this layer's q and k: tritonattn.analysis.fading",
         ),
     ),
     Rule(

@@ -9,11 +9,11 @@ from .language_model import NEEDED, add_modes, add_opening
 from .options import check_file, names, require
 from .threads import limit_threads
 
-HELP = "run a text through a real language model with each scaling, then train a small one"
+HELP = "patch a small model that then recalls among 64 times its keys; run a text through a real one"
 DESCRIPTION = (
-    "Run a text through a pretrained language model once with each scaling of the attention logits, and print what "
-    "that does to its loss and its attention. With the default modes, then train a small model with three scalings, "
-    "and print how much it recalls among more keys than it was trained on. Needs no GPU."
+    "With the default modes, first train a small model for seconds, patch it, and print how much it recalls among more "
+    "keys than it was trained on, before and after. Then run a text through a pretrained language model once with each "
+    "scaling of the attention logits, and print what that does to its loss and its attention. Needs no GPU."
 )
 MODES = "sqrt_dim,key_norm_mean,sqrt_key_count,key_count,key_norm_sum,log_key_count,none"
 
@@ -33,9 +33,8 @@ def run(options: argparse.Namespace) -> int:
     check_file("--json", options.json)
     check_file("--plot", options.plot)
     limit_threads()
-    status = demo.run(options)
     if not options.by_layer and options.modes == names(MODES):
-        from ..lab.demo import recall
+        from ..lab.demo import swap
 
-        print(f"\n{recall.report(options.device)}")
-    return status
+        print(f"{swap.report(options.device)}\n\n{demo.INTRODUCTION}\n")
+    return demo.run(options)

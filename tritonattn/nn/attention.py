@@ -29,9 +29,11 @@ from ..core.call import LONGEST_QUERY
 from ..core.shards import SharesSequence
 from ..core.visibility import window_sides
 from ..scaling import Scaling
+from ..scaling.base import check_positive
 from .cache import KeyValueCache
 from .learned import describe
 from .registry import scaling_of_layer
+from .rotary import rotated
 
 
 class ScaledAttention(SharesSequence, nn.Module):
@@ -50,6 +52,8 @@ class ScaledAttention(SharesSequence, nn.Module):
         causal, window, softcap: As in `tritonattn.attention`.
         sinks: Learn a sink [heads], a logit in the softmax's denominator only, from 0.
         qk_norm: RMS-normalise q and k over D, each with a weight [D], as Qwen 3 and Gemma 3 do.
+        rotary: Base of rotary positions, 10000.0 in Llama 2, for self attention; None: no positions. A subclass that
+            overrides `positioned` gives others.
         dropout_p: Chance to drop a probability, in training.
         bias: Give the projections a bias.
         backend, batch_invariant: As in `tritonattn.attention`; the projections are torch's and take no part in it.
@@ -85,6 +89,7 @@ class ScaledAttention(SharesSequence, nn.Module):
         softcap: float | None = None,
         sinks: bool = False,
         qk_norm: bool = False,
+        rotary: float | None = None,
         dropout_p: float = 0.0,
         bias: bool = False,
         backend: str = "auto",
@@ -101,6 +106,11 @@ class ScaledAttention(SharesSequence, nn.Module):
         kv_heads = heads if kv_heads is None else kv_heads
         context_width = width if context_width is None else context_width
         _check_sizes(width, heads, kv_heads, head_dim, context_width)
+        if rotary is not None:
+            check_positive("rotary", rotary)
+            if (width // heads if head_dim is None else head_dim) % 2:
+                raise ValueError(f"head_dim: expected an even number with rotary, got {head_dim or width // heads}")
+        self.rotary = rotary
         self.width, self.context_width = width, context_width
         self.heads, self.kv_heads = heads, kv_heads
         self.head_dim = width // heads if head_dim is None else head_dim
@@ -147,12 +157,14 @@ class ScaledAttention(SharesSequence, nn.Module):
         return KeyValueCache(batch, self.kv_heads, capacity, self.head_dim, device=like.device, dtype=like.dtype)
 
     def positioned(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Give q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] of self attention their positions; a subclass rotates them here.
+        """Give q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] of self attention their positions: rotary ones, or a subclass's.
 
         positions   int64 [B or 1, Sq]: of the tokens in their sequences, those before them in a cache or on other
                     ranks counted
         """
-        return q, k
+        if self.rotary is None:
+            return q, k
+        return rotated(q, positions, self.rotary), rotated(k, positions, self.rotary)
 
     @public()
     def forward(
@@ -196,6 +208,8 @@ class ScaledAttention(SharesSequence, nn.Module):
         """
         masks = {"key_lengths": key_lengths, "key_ranges": key_ranges, "mask": mask}
         others = {"context": context, **masks}
+        if self.rotary is not None:
+            _refuse_with("rotary", {"context": context})
         if self.sequence_part is not None:
             _refuse_with("ContextParallel", {**others, "cache": cache, "counts": counts})
         if cache is not None:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TEXT = Path(__file__).parent / "data" / "alice.txt"
+INTRODUCTION = (
+    "Now a pretrained language model, with each scaling in turn. Its text is shorter than those that it was\n"
+    "trained on, where nothing fades: this shows what a scaling costs a model that was trained without it."
+)
 
 
 def run(options: Namespace) -> int:

@@ -93,7 +93,7 @@ class Report:
         if others:
             near = min(others, key=lambda other: (math.isnan(other.loss), abs(other.loss - base)))
             text += f" Here {near.mode} moved the loss least, by {near.loss - base:+.4f}."
-        return text
+        return f"{text}\nNext, for a model and a text of yours:  tritonattn advise --model MODEL --text FILE"
 
     def _row(self, measurement: Measurement) -> tuple[str, ...]:
         base = self.measurements[0]

@@ -21,24 +21,6 @@ class Sizes:
     qk_norm: bool = False
 
 
-class Rotary(ScaledAttention):
-    """Self attention with rotary positions (Su et al. 2021, arXiv:2104.09864), which extend beyond the trained ones."""
-
-    def positioned(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        half = self.head_dim // 2
-        frequencies = 1e4 ** (-torch.arange(half, device=q.device) / half)
-        angles = positions[:, None, :, None] * frequencies  # [B or 1, 1, S, D / 2]
-        turn = torch.polar(torch.ones_like(angles), angles)
-        return _turned(q, turn), _turned(k, turn)
-
-
-def _turned(x: Tensor, turn: Tensor) -> Tensor:
-    """Multiply x [B, H, S, D], its halves being real and imaginary parts, by `turn`."""
-    real, imaginary = x.chunk(2, dim=-1)
-    turned = torch.complex(real, imaginary) * turn
-    return torch.cat([turned.real, turned.imag], dim=-1)
-
-
 @dataclass(frozen=True)
 class Attentions:
     """A factory of a model's attention layers, all with one mode."""
@@ -49,9 +31,11 @@ class Attentions:
     def __call__(self, keys: int, *, causal: bool = False, rotary: bool = False) -> ScaledAttention:
         """Make a layer; `keys` is the most keys that a row attends to in training."""
         width, heads = self.sizes.width, self.sizes.heads
-        layer = Rotary if rotary else ScaledAttention
         scaling = build(self.mode, heads, width // heads, keys)
-        return layer(width, heads, scaling=scaling, causal=causal, qk_norm=self.sizes.qk_norm)
+        positions = 1e4 if rotary else None
+        return ScaledAttention(
+            width, heads, scaling=scaling, causal=causal, qk_norm=self.sizes.qk_norm, rotary=positions
+        )
 
 
 class Block(nn.Module):
