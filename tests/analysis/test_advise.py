@@ -128,8 +128,10 @@ def test_bounded_logits_are_recognised_and_fade_as_the_formula_says():
     q, k = standing_out(5.0, 63, 3)
     assert advise(q, k, scaling=1.0).findings[0].rule.name == "healthy"
     assert "149" in advise(q, k, scaling=1.0).table()
-    local = advise(q, k, scaling=1.0, softcap=50.0, window=(63, 63))
-    assert local.findings[0].rule.name == "healthy"
+    q, k = standing_out(5.0, 63, 64)
+    for window, rule in ((None, "will fade"), ((62, 0), "healthy")):  # a window's rows never get more keys
+        local = advise(q, k, scaling=1.0, softcap=50.0, causal=True, window=window)
+        assert local.findings[0].rule.name == rule
     assert "window" in local.table()
     advice = advise(q, k, scaling=1.0, softcap=50.0)
     assert advice.keeps

@@ -136,7 +136,8 @@ MODULES = [file for file in sorted((ROOT / "tritonattn").rglob("*.py")) if ">>> 
 
 @pytest.mark.parametrize("program", [file for file in PROGRAMS if file != KERNELS], ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")
-def test_program_runs(program, capsys):
+def test_program_runs(program, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(program)])
     if "transformers" in program.read_text(encoding="utf-8"):
         pytest.importorskip("transformers")
     runpy.run_path(str(program), run_name="__main__")

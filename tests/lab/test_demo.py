@@ -1,6 +1,7 @@
 """The demo on small random models, and the look that pictures share."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_the_swap_patches_a_model_that_it_trained(monkeypatch):
         "Among 128 pairs",
     ):
         assert part in told
-    model = swap.untrained().eval()
+    model: Any = swap.untrained().eval()
     with torch.no_grad():
         model.model.layers[0].self_attn.q_norm.weight.fill_(3.0)  # sharp enough to find
         one = swap.drawn(2, 128, torch.Generator().manual_seed(0))

@@ -17,7 +17,7 @@ from ..calls.checks import batch_visibility, operands
 from ..core.norms import key_norms_of
 from ..core.records import for_json
 from ..core.tables import table
-from ..core.visibility import Visibility, window_sides
+from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Scaling
 from .diagnosis import Diagnosis, diagnose
 from .fading import half_at
@@ -136,6 +136,7 @@ class _Layer:
         """Diagnose the layer with a mode; None is its present scaling."""
         scaling, gain = (self.scaling, self.gain) if mode is None else self._with(mode)
         found = diagnose(self.q, self.k, scaling=scaling, gain=gain, softcap=self.softcap, **self.visible)
+        longest = int(self.seen.counts().max())
         lo, hi = self.seen.ranges()
         last = torch.arange(1, hi.shape[-1] + 1, device=hi.device) + self.seen.k_len - self.seen.q_len
         return Reading(
@@ -144,11 +145,11 @@ class _Layer:
             **_means(found),
             key_norm_between=_between_sequences(self.k, self.seen),
             causal=bool((hi <= last)[hi > lo].all()),
-            longest=int(self.seen.counts().max()),
+            longest=longest,
             context=self.context,
             power=power_of(*layer_power(found.count_power, found.count_power_error)),
             bounded=self._bounded(scaling),
-            windowed=window_sides(self.visible.get("window"))[0] is not None,
+            windowed=int(self.seen.seen_keys().sum(-1).max()) > longest,
         )
 
     def _bounded(self, scaling: Any) -> str:

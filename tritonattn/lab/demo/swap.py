@@ -15,7 +15,7 @@ from ...core.progress import Progress
 from ...core.tables import table
 from ...huggingface import patch
 from ...scaling import LogKeyCount
-from ..training.tasks import TASKS, Batch
+from ..training.tasks import Batch, Recall
 
 LENGTHS = (64, 256, 1024, 4096)  # pairs in testing
 _SHORTEST, _LONGEST = 16, 64  # pairs in training
@@ -61,7 +61,7 @@ def report(device: torch.device, steps: int = _STEPS) -> str:
 
 def trained(device: torch.device, steps: int) -> Qwen3ForCausalLM:
     """Train the model of seed 0."""
-    model = untrained().to(device).train()
+    model: Any = untrained().to(device).train()  # pyright: ignore[reportArgumentType]
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.01, betas=(0.9, 0.99))
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -102,7 +102,7 @@ def untrained() -> Qwen3ForCausalLM:
 
 
 def drawn(size: int, pairs: int, random: torch.Generator) -> Batch:
-    return TASKS["recall"].tables(torch.full((size,), pairs), pairs, random)
+    return Recall().tables(torch.full((size,), pairs), pairs, random)
 
 
 def answers(model: Qwen3ForCausalLM, batch: Batch) -> Tensor:

@@ -77,7 +77,7 @@ def check_mode(name: str) -> None:
 def _parts(name: str) -> tuple[str, str | None]:
     """Split off "+gain", or "*4" for a constant one."""
     found = _WRITTEN.fullmatch(name)
-    return found.group("mode", "gain") if found else (name, None)
+    return (found["mode"], found["gain"]) if found else (name, None)
 
 
 def _mode(name: str, keys: int) -> str | Scaling:
