@@ -15,9 +15,8 @@ def on_config(config: MkDocsConfig) -> None:
     about = metadata("tritonattn")
     config.site_name = f"{config.site_name} {about['Version']}"
     urls = dict(line.split(", ", 1) for line in about.get_all("Project-URL") or ())
-    config.repo_url = urls.get("Repository")
-    if config.repo_url:
-        config.repo_name = "/".join(config.repo_url.rstrip("/").split("/")[-2:])
+    if repository := urls.get("Repository"):
+        config.repo_url, config.repo_name = repository, "/".join(repository.rstrip("/").split("/")[-2:])
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

@@ -1,4 +1,4 @@
-"""The picture of README: `python -m docs.figures.recall` draws it, light and dark, from docs/data/qk-norm."""
+"""The picture of README: `python -m docs.figures.recall` draws it from docs/data/qk-norm."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from tritonattn.lab.figures import foot, save, ticks_at
+from tritonattn.lab.figures import COLOURS, foot, save_themes, ticks_at
 from tritonattn.lab.training.records import read
 from tritonattn.lab.training.report import Interval
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "docs/data/qk-norm/runs-recall.jsonl"
 LENGTHS = (64, 256, 1024, 4096)
-# Mode: colour on light and on dark (after Okabe and Ito), marker, line. ssmax is dashed, over log_key_count.
+# Mode: colour, marker, line. ssmax is dashed, over log_key_count.
 MODES = {
-    "sqrt_dim": ("#D55E00", "#FF8A3D", "D", "-"),
-    "log_key_count": ("#0072B2", "#56B4E9", "s", "-"),
-    "ssmax": ("#009E73", "#4CD9A8", "o", (0, (3, 3))),
+    "sqrt_dim": (COLOURS[1], "D", "-"),
+    "log_key_count": (COLOURS[2], "s", "-"),
+    "ssmax": (COLOURS[3], "o", (0, (3, 3))),
 }
-THEMES = {"light": ("#FFFFFF", "#24292F", "#8C959F"), "dark": ("#0D1117", "#E6EDF3", "#7D8590")}  # paper, ink, grey
+WITHOUT = COLOURS[7]  # the grey of lines without QK-norm
 
 
 def recalls(*, qk_norm: bool) -> dict[str, dict[int, Interval]]:
@@ -39,21 +39,18 @@ def source() -> str:
     return f"{task}Measured: {run.environment}, {run.date}; commands and controls: docs/training.md"
 
 
-def draw(theme: str) -> Figure:
-    paper, ink, grey = THEMES[theme]
-    figure = Figure(figsize=(8, 4.4), layout="constrained", facecolor=paper)
+def draw() -> Figure:
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.subplots()
-    axes.set_facecolor(paper)
-    axes.axvline(64, color=grey, linewidth=0.8)
-    axes.annotate("trained on\n16 to 64 keys", (64, 0.03), (5, 0), textcoords="offset points", color=ink, fontsize=9)
+    axes.axvline(64, color=WITHOUT, linewidth=0.8)
+    axes.annotate("trained on\n16 to 64 keys", (64, 0.03), (5, 0), textcoords="offset points", fontsize=9)
     ends = []
     for mode, by_length in recalls(qk_norm=False).items():
         means = [one.mean for one in by_length.values()]
-        axes.plot(LENGTHS, means, color=grey, linewidth=1, linestyle=MODES[mode][-1])
-        ends.append((means[-1], f"{mode}  {means[-1]:.0%}", grey, 9))
+        axes.plot(LENGTHS, means, color=WITHOUT, linewidth=1, linestyle=MODES[mode][-1])
+        ends.append((means[-1], f"{mode}  {means[-1]:.0%}", WITHOUT, 9))
     for mode, by_length in recalls(qk_norm=True).items():
-        (*colours, marker, line) = MODES[mode]
-        colour = colours[theme == "dark"]
+        colour, marker, line = MODES[mode]
         means, halves = zip(*((one.mean, one.half) for one in by_length.values()), strict=True)
         look = {"color": colour, "marker": marker, "markersize": 6, "capsize": 3, "linewidth": 2.4, "linestyle": line}
         axes.errorbar(LENGTHS, means, halves, **look)
@@ -63,15 +60,10 @@ def draw(theme: str) -> Figure:
     axes.set_ylabel("values recalled")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ticks_at(axes.xaxis, LENGTHS)
-    axes.tick_params(colors=ink)
-    axes.xaxis.label.set_color(ink)
-    axes.yaxis.label.set_color(ink)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(ink)
-    figure.suptitle("Same task, same seeds; only the factor differs", color=ink, fontsize=13)
-    axes.set_title("colour: q and k normalised (QK-norm); grey: without", color=ink, fontsize=10)
-    foot(figure, source(), color=ink)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("Same task, same seeds; only the factor differs", fontsize=13)
+    axes.set_title("colour: q and k normalised (QK-norm); grey: without", fontsize=10)
+    foot(figure, source())
     return figure
 
 
@@ -85,7 +77,4 @@ def beside(axes: Axes, ends: list[tuple[float, str, str, int]]) -> None:
 
 
 if __name__ == "__main__":
-    for name in THEMES:
-        file = Path(__file__).parent / f"recall-{name}.png"
-        save(draw(name), file, dpi=144)
-        print(file.relative_to(ROOT))
+    print(*save_themes(draw(), Path(__file__).with_suffix(".png"), dpi=144), sep="\n")

@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.collections import Collection
-from matplotlib.colors import ListedColormap, to_hex, to_rgba
+from matplotlib.colors import ListedColormap, to_hex, to_rgba, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -152,7 +152,7 @@ def darken(figure: Figure) -> None:
                 several = isinstance(artist, Collection)
                 getattr(artist, f"set_{name}")([*map(_on_dark, colours)] if several else _on_dark(colours))
         if isinstance(artist, AxesImage) and isinstance(artist.cmap, ListedColormap):
-            artist.set_cmap(ListedColormap([_on_dark(colour) for colour in artist.cmap.colors]))
+            artist.set_cmap(ListedColormap([_on_dark(colour) for colour in to_rgba_array(artist.cmap.colors)]))
 
 
 def _on_dark(colour: Any) -> Any:

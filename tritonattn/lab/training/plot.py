@@ -49,7 +49,7 @@ def figure_of(runs: Sequence[Run]) -> Figure:
         axes.title.set_fontsize(10)
     first, seeds = runs[0], len({run.seed for run in runs})
     figure.suptitle(_message(modes), fontsize=12)
-    about = f'{first.subject}: {first.recipe}; means of {seeds} seeds; bands, bars and "better" are of 95% intervals'
+    about = f'{first.recipe}; means of {seeds} seeds; bands, bars and "better" are of 95% intervals'
     foot(figure, f"Measured: {about}. {first.environment}, {first.date}, `{first.command}`", looks)
     return figure
 
@@ -57,7 +57,8 @@ def figure_of(runs: Sequence[Run]) -> Figure:
 def _message(modes: Modes) -> str:
     """The task's measure of the first mode, and of those whose difference from it excludes 0, over the same seeds."""
     base, *others = modes
-    task = TASKS[modes[base][0].task]
+    first = modes[base][0]
+    task = TASKS[first.task]
     measured = {mode: {run.seed: run.metrics[task.metric] for run in runs} for mode, runs in modes.items()}
     better = []
     for mode in others:
@@ -66,7 +67,7 @@ def _message(modes: Modes) -> str:
         if moved and moved.excludes_zero and (moved.mean > 0) is task.higher_is_better:
             better.append(f"{mode} {fmean(measured[mode].values()):.3f}")
     found = ", ".join(better) or "no mode"
-    return f"{task.name}: {task.metric} {fmean(measured[base].values()):.3f} with {base}; better: {found}"
+    return f"{first.subject}: {task.metric} {fmean(measured[base].values()):.3f} with {base}; better: {found}"
 
 
 def _curves(axes: Axes, modes: Modes, looks: Looks, curve: Callable[[Run], Sequence[float]]) -> None:
