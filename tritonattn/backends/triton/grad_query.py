@@ -107,7 +107,7 @@ def attention_grad_query(
 
         P[i, j]          = exp(z[i, j]) / total[i]
         dS[i, j]         = P[i, j] * (keep[i, j] * keep_scale * (d_out[i] . v[j]) - delta[i])
-        dX[i, j]         = dS[i, j] * dz/dx,  dz/dx = 1 - (z[i, j] / softcap)^2
+        dX[i, j]         = dS[i, j] * dz/dx,  dz/dx = 1 - (z[i, j] / softcap)^2, z without biases if BIAS_AFTER
         raw[i]           = sum_j dX[i, j] * key_scale[j] * k[j]
         d_q[i]           = scale * query_scale[i] * raw[i]
         d_query_scale[i] = scale * sum_j dX[i, j] * (q[i] . k[j]) * key_scale[j]
