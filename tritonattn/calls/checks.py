@@ -264,8 +264,9 @@ def refuse_scaling(scaling: Any) -> None:
     if isinstance(scaling, type) and issubclass(scaling, Scaling):
         parameters = inspect.signature(scaling).parameters.values()
         required = [f"{p.name}=..." for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-        instance = f"{scaling.__name__}({', '.join(required)})"
-        raise TypeError(f"scaling: expected an instance of a Scaling, got the class {scaling.__name__}; write {instance}")
+        name = scaling.__name__
+        write = f"write {name}({', '.join(required)})"
+        raise TypeError(f"scaling: expected an instance of a Scaling, got the class {name}; {write}")
     raise TypeError(f"scaling: expected a name, a Scaling, a float or a tensor, got {kind_of(scaling)}")
 
 
