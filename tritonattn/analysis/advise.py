@@ -29,7 +29,9 @@ from .tally import counted_rows
 # The norm of the keys in transformers' models: Qwen 3, Gemma 3, OLMo 2; Phi; HunYuan; Idefics 2; Llama 4.
 _KEY_NORMS = {"k_norm", "k_layernorm", "key_layernorm", "k_layer_norm", "qk_norm"}
 _VISIBLE = ("causal", "window", "key_lengths", "key_ranges", "mask")
-_COLUMNS = "one-hot, uniform: shares of rows; half at n: keys of which the sharpest head's largest one has half the mass"
+_COLUMNS = """\
+one-hot, uniform: shares of rows
+half at n: the number of keys at which the sharpest head's largest key has half of the mass"""
 
 
 @dataclass(frozen=True)
