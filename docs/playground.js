@@ -1,6 +1,6 @@
 // One row of attention under every mode. `row` is pure; the rest draws it. Tests hold `row` to tritonattn.
 
-// Factors of q . k, one a key: D the head dim, lengths those of the keys, queryLength that of q.
+// Factors of q . k, one a key: D the head dim, lengths those of the keys, queryLength that of q, base the trained length.
 const MODES = {
   sqrt_dim: ({ D }) => 1 / Math.sqrt(D),
   dim: ({ D }) => 1 / D,
@@ -12,9 +12,9 @@ const MODES = {
   key_norm_rms: ({ n, squares }) => Math.sqrt(n / squares),
   key_norm_max: ({ largest }) => 1 / largest,
   key_norm_l2: ({ squares }) => 1 / Math.sqrt(squares),
-  log_key_count: ({ n, D }) => Math.log(n) / Math.sqrt(D),
-  log_power: ({ n, D }) => Math.sqrt(Math.log(n) / D),
-  qwen_logn: ({ n, D }) => Math.max(1, Math.log(n) / Math.log(8192)) / Math.sqrt(D),
+  log_key_count: ({ n, D, base }) => Math.log(n) / Math.log(base) / Math.sqrt(D),
+  log_power: ({ n, D, base }) => Math.sqrt(Math.log(n) / Math.log(base) / D),
+  qwen_logn: ({ n, D, base }) => Math.max(1, Math.log(n) / Math.log(base)) / Math.sqrt(D),
   llama4: ({ n, D }) => (1 + 0.1 * Math.log(Math.floor(n / 8192) + 1)) / Math.sqrt(D),
   ministral3: ({ n, D }) => (1 + 0.1 * Math.log(1 + Math.floor((n - 1) / 16384))) / Math.sqrt(D),
   inkling: ({ n, D }) => (1 + 0.1 * Math.log(Math.max(n / 128000, 1))) / Math.sqrt(D),
@@ -22,76 +22,88 @@ const MODES = {
     MODES.inkling({ n, D }) * Math.min(1, Math.sqrt(512) / queryLength) * Math.min(1, Math.sqrt(512) / length),
   beam: ({ n, D }) => (1 + n / 2048) ** 0.1 / Math.sqrt(D),
   cosine: ({ D, queryLength }, length) => Math.sqrt(D) / (queryLength * length),
+  ssmax: ({ n, D, s }) => (s * Math.log(n)) / Math.sqrt(D),
 };
 
-// Standard normal numbers from a seed: mulberry32, then Box and Muller.
-function normals(seed) {
+// Uniform numbers in (0, 1) from a seed: mulberry32.
+function uniforms(seed) {
   let state = seed >>> 0;
-  const uniform = () => {
+  return () => {
     state = (state + 0x6d2b79f5) >>> 0;
     let t = Math.imul(state ^ (state >>> 15), 1 | state);
     t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
     return (((t ^ (t >>> 14)) >>> 0) + 0.5) / 4294967296;
   };
-  return () => Math.sqrt(-2 * Math.log(uniform())) * Math.cos(2 * Math.PI * uniform());
 }
 
-// q [D] and k [n][D]: keys of ln-length spread `spread` around that of standard normal components.
-function operands({ n, D, spread, seed }) {
-  const normal = normals(seed);
-  const q = Array.from({ length: D }, normal);
-  const k = Array.from({ length: n }, () => {
-    const key = Array.from({ length: D }, normal);
+// The length of q, and of each key its length and q . k, for vectors of D standard normal components, keys then
+// stretched by exp(spread * normal). They are drawn as such: q . k / ||q|| is one component of k, and the squares of the
+// other D - 1 add up to a chi-square number, a normal's square and logarithms of uniform numbers.
+function draw({ n, D, spread, seed }) {
+  const uniform = uniforms(seed);
+  const normal = () => Math.sqrt(-2 * Math.log(uniform())) * Math.cos(2 * Math.PI * uniform());
+  const squaresOf = (pairs) => {
+    let product = 1;
+    for (let i = 0; i < pairs; i++) product *= uniform();
+    return -2 * Math.log(product);
+  };
+  const queryLength = Math.sqrt(squaresOf(D / 2));
+  const dots = new Float64Array(n);
+  const lengths = new Float64Array(n);
+  for (let j = 0; j < n; j++) {
+    const along = normal();
     const stretch = Math.exp(spread * normal());
-    return key.map((x) => x * stretch);
-  });
-  return { q, k };
+    dots[j] = queryLength * along * stretch;
+    lengths[j] = Math.sqrt(along ** 2 + normal() ** 2 + squaresOf(D / 2 - 1)) * stretch;
+  }
+  return { D, queryLength, dots, lengths };
 }
-
-const sum = (values) => values.reduce((a, b) => a + b, 0);
-const norm = (vector) => Math.sqrt(sum(vector.map((x) => x * x)));
 
 // Probabilities, entropy / ln n, largest logit and gradient of each mode.
-function row(q, k) {
-  const dots = k.map((key) => sum(key.map((x, i) => x * q[i])));
-  const lengths = k.map(norm);
-  const facts = {
-    n: k.length,
-    D: q.length,
-    queryLength: norm(q),
-    sum: sum(lengths),
-    squares: sum(lengths.map((x) => x * x)),
-    largest: Math.max(...lengths),
-  };
-  return Object.fromEntries(
-    Object.entries(MODES).map(([name, factorOf]) => {
-      const factors = lengths.map((length) => factorOf(facts, length));
-      const logits = dots.map((dot, j) => dot * factors[j]);
-      const maxLogit = Math.max(...logits);
-      const weights = logits.map((z) => Math.exp(z - maxLogit));
-      const total = sum(weights);
-      const p = weights.map((w) => w / total);
-      const entropy = -sum(p.map((x) => (x > 0 ? x * Math.log(x) : 0)));
-      const squares = sum(p.map((x) => x * x));
-      // Column j of J diag(factor): p_i (delta_ij - p_j) factor_j.
-      const columns = p.map((x, j) => factors[j] ** 2 * x * x * ((1 - x) ** 2 + squares - x * x));
-      return [name, { p, relativeEntropy: entropy / Math.log(k.length), maxLogit, gradient: Math.sqrt(sum(columns)) }];
-    }),
-  );
+function row({ D, queryLength, dots, lengths }, { base, s }) {
+  const n = dots.length;
+  const facts = { n, D, base, s, queryLength, sum: 0, squares: 0, largest: 0 };
+  for (const length of lengths) {
+    facts.sum += length;
+    facts.squares += length * length;
+    facts.largest = Math.max(facts.largest, length);
+  }
+  return Object.fromEntries(Object.entries(MODES).map(([name, factorOf]) => [name, rowOf(factorOf)]));
+
+  function rowOf(factorOf) {
+    const factors = lengths.map((length) => factorOf(facts, length));
+    const p = dots.map((dot, j) => dot * factors[j]);
+    let maxLogit = -Infinity;
+    for (const logit of p) maxLogit = Math.max(maxLogit, logit);
+    let total = 0;
+    for (let j = 0; j < n; j++) total += p[j] = Math.exp(p[j] - maxLogit);
+    let [entropy, squares, gradient] = [0, 0, 0];
+    for (let j = 0; j < n; j++) {
+      p[j] /= total;
+      entropy -= p[j] > 0 ? p[j] * Math.log(p[j]) : 0;
+      squares += p[j] ** 2;
+    }
+    // Column j of J diag(factor): p_i (delta_ij - p_j) factor_j.
+    for (let j = 0; j < n; j++) gradient += (factors[j] * p[j]) ** 2 * ((1 - p[j]) ** 2 + squares - p[j] ** 2);
+    return { p, relativeEntropy: entropy / Math.log(n), maxLogit, gradient: Math.sqrt(gradient) };
+  }
 }
 
+const powersOfTwo = (first, last) => Array.from({ length: last - first + 1 }, (_, i) => 2 ** (first + i));
 const SLIDERS = {
-  n: { label: "keys n", values: [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096] },
-  D: { label: "head dim D", values: [16, 32, 64, 128, 256] },
-  spread: { label: "spread of ln ‖k‖", values: [0, 0.25, 0.5, 0.75, 1, 1.5, 2] },
-  seed: { label: "draw", values: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9] },
+  n: { label: "keys n", values: powersOfTwo(1, 17), start: 32 },
+  D: { label: "head dim D", values: powersOfTwo(4, 8), start: 64 },
+  base: { label: "trained length", values: powersOfTwo(4, 17), start: 512 },
+  s: { label: "s of ssmax", values: [0.05, 0.1, 0.16, 0.2, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2], start: 0.16 },
+  spread: { label: "spread of ln ‖k‖", values: [0, 0.25, 0.5, 0.75, 1, 1.5, 2], start: 0 },
+  seed: { label: "draw", values: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], start: 0 },
 };
 const BARS = 32;
 
 function card(name, { p, relativeEntropy, maxLogit, gradient }) {
-  const top = [...p].sort((a, b) => b - a).slice(0, BARS);
+  const top = p.slice().sort().slice(-BARS).reverse();
   const width = 160 / Math.max(top.length, 8);
-  const bars = top
+  const bars = [...top]
     .map((x, i) => {
       const height = (60 * x) / top[0];
       return `<rect x="${i * width}" y="${60 - height}" width="${width * 0.8}" height="${height}"></rect>`;
@@ -106,7 +118,7 @@ function card(name, { p, relativeEntropy, maxLogit, gradient }) {
 
 function start(root) {
   const wanted = new URLSearchParams(location.hash.slice(1));
-  const chosen = { n: 32, D: 64, spread: 0, seed: 0 };
+  const chosen = Object.fromEntries(Object.entries(SLIDERS).map(([name, { start }]) => [name, start]));
   for (const name of Object.keys(chosen)) {
     const value = Number(wanted.get(name));
     if (wanted.has(name) && SLIDERS[name].values.includes(value)) chosen[name] = value;
@@ -118,19 +130,19 @@ function start(root) {
   });
   root.innerHTML = `<div class="controls">${controls.join("")}</div><div class="cards"></div>`;
   const cards = root.querySelector(".cards");
-  const draw = () => {
-    const { q, k } = operands(chosen);
-    const found = row(q, k);
-    for (const name of Object.keys(SLIDERS)) root.querySelector(`#value-${name}`).textContent = chosen[name];
+  const show = () => {
+    const found = row(draw(chosen), chosen);
+    for (const name of Object.keys(SLIDERS))
+      root.querySelector(`#value-${name}`).textContent = chosen[name].toLocaleString("en");
     cards.innerHTML = Object.entries(found).map(([name, one]) => card(name, one)).join("");
     history.replaceState(null, "", `#${new URLSearchParams(chosen)}`);
   };
   root.addEventListener("input", ({ target }) => {
     chosen[target.dataset.name] = SLIDERS[target.dataset.name].values[target.value];
-    draw();
+    show();
   });
-  draw();
+  show();
 }
 
 if (typeof document !== "undefined") start(document.getElementById("playground-row"));
-if (typeof module !== "undefined") module.exports = { MODES, operands, row };
+if (typeof module !== "undefined") module.exports = { MODES, draw, row };

@@ -161,26 +161,56 @@ def test_docstrings(file):
 
 
 SCRIPT = ROOT / "docs/playground.js"
-CASES = [(2, 16, 0.0, 0), (32, 64, 1.0, 1), (512, 32, 2.0, 2)]
+CASES = [(2, 16, 0.0, 0, 16, 0.5), (32, 64, 1.0, 1, 512, 0.16), (512, 32, 2.0, 2, 64, 1.0)]
+
+
+def computed(expression: str):
+    """The value of a JavaScript expression in the playground's functions."""
+    code = f"const page = require({json.dumps(str(SCRIPT))}); console.log(JSON.stringify({expression}))"
+    done = subprocess.run(["node", "-e", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_numbers_are_those_of_tritonattn(case):
-    sizes = json.dumps(dict(zip(("n", "D", "spread", "seed"), case, strict=True)))
-    drawn = f"(({{ q, k }}) => ({{ q, k, rows: page.row(q, k) }}))(page.operands({sizes}))"
-    code = f"const page = require({json.dumps(str(SCRIPT))}); console.log(JSON.stringify({drawn}))"
-    done = subprocess.run(["node", "-e", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    q, k = (torch.tensor(found[name], dtype=torch.float64).view(1, 1, -1, case[1]) for name in "qk")
-    unit = torch.eye(case[0], dtype=torch.float64)[None, None]
-    assert list(found["rows"]) == list(tritonattn.SCALINGS)
-    for mode, row in found["rows"].items():
-        p, aux = tritonattn.attention(q, k, unit, scaling=mode, backend="reference", return_aux=True)
-        of_rows = diagnose(q, k, scaling=mode)
+    n, dim, spread, seed, base, s = case
+    chosen = json.dumps({"n": n, "D": dim, "spread": spread, "seed": seed, "base": base, "s": s})
+    as_lists = "(_, x) => (ArrayBuffer.isView(x) ? [...x] : x)"
+    drawn, rows = (
+        json.loads(computed(f"JSON.stringify({one}, {as_lists})"))
+        for one in (f"page.draw({chosen})", f"page.row(page.draw({chosen}), {chosen})")
+    )
+    dots, lengths = (torch.tensor(drawn[name], dtype=torch.float64) for name in ("dots", "lengths"))
+    q, k = torch.zeros(1, 1, 1, dim, dtype=torch.float64), torch.zeros(1, 1, n, dim, dtype=torch.float64)
+    q[..., 0] = drawn["queryLength"]
+    k[..., 0] = dots / drawn["queryLength"]
+    k[..., 1] = (lengths.square() - k[..., 0].square()).sqrt()
+    ssmax = tritonattn.nn.SSMax(heads=1, dtype=torch.float64)
+    torch.nn.init.constant_(ssmax.s, s)
+    own = {"log_key_count": {"base": base}, "log_power": {"base": base}, "qwen_logn": {"train_length": base}}
+    modes = {name: mode(**own.get(name, {})) for name, mode in tritonattn.SCALINGS.items()} | {"ssmax": ssmax}
+    assert list(rows) == list(modes)
+    unit = torch.eye(n, dtype=torch.float64)[None, None]
+    for mode, row in rows.items():
+        with torch.no_grad():
+            p, aux = tritonattn.attention(q, k, unit, scaling=modes[mode], backend="reference", return_aux=True)
+            of_rows = diagnose(q, k, scaling=modes[mode])
         wanted = {"p": p, "maxLogit": aux.max_logit}
         wanted |= {"relativeEntropy": of_rows.relative_entropy, "gradient": of_rows.gradient_norm}
         for name, value in wanted.items():
             ours = torch.tensor(row[name], dtype=torch.float64).view_as(value)
             torch.testing.assert_close(ours, value, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+def test_drawn_keys_are_standard_normal():
+    """The mean and variance of squared lengths, and of q . k / ||q||, of the most keys."""
+    mean = "(x, of) => x.reduce((sum, one) => sum + of(one), 0) / x.length"
+    moments = "[m(d.lengths, x => x ** 2), m(d.lengths, x => x ** 4), m(d.dots, x => x), m(d.dots, x => x ** 2)]"
+    sizes = "{ n: 131072, D: 16, spread: 0, seed: 0 }"
+    square, fourth, dot, dot_square = computed(f"(m => (d => {moments})(page.draw({sizes})))({mean})")
+    length = computed(f"page.draw({sizes}).queryLength")
+    assert (square, fourth - square**2) == (pytest.approx(16, rel=0.01), pytest.approx(32, rel=0.03))
+    assert (dot / length, dot_square / length**2) == (pytest.approx(0, abs=0.01), pytest.approx(1, rel=0.02))
