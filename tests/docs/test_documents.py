@@ -161,56 +161,62 @@ def test_docstrings(file):
 
 
 SCRIPT = ROOT / "docs/playground.js"
-CASES = [(2, 16, 0.0, 0, 16, 0.5), (32, 64, 1.0, 1, 512, 0.16), (512, 32, 2.0, 2, 64, 1.0)]
+CASES = [(2, 16, 0.0, 0, 64), (32, 64, 1.0, 1, 2.5), (512, 32, 2.0, 2, 1024)]
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
 
 
-def computed(expression: str):
-    """The value of a JavaScript expression in the playground's functions."""
+def in_node(expression):
     code = f"const page = require({json.dumps(str(SCRIPT))}); console.log(JSON.stringify({expression}))"
     done = subprocess.run(["node", "-e", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+def operands(drawn, head_dim):
+    """q [1, 1, 1, D] and k [1, 1, n, D] with the products and lengths that were drawn, in the plane of two axes."""
+    dots, lengths = (torch.tensor([*drawn[name].values()], dtype=torch.float64) for name in ("dots", "lengths"))
+    q = torch.zeros(1, head_dim, dtype=torch.float64)
+    k = torch.zeros(len(dots), head_dim, dtype=torch.float64)
+    q[0, 0] = drawn["queryLength"]
+    k[:, 0] = dots / q[0, 0]
+    k[:, 1] = (lengths.square() - k[:, 0].square()).sqrt()
+    return q[None, None], k[None, None]
+
+
+@needs_node
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_numbers_are_those_of_tritonattn(case):
-    n, dim, spread, seed, base, s = case
-    chosen = json.dumps({"n": n, "D": dim, "spread": spread, "seed": seed, "base": base, "s": s})
-    as_lists = "(_, x) => (ArrayBuffer.isView(x) ? [...x] : x)"
-    drawn, rows = (
-        json.loads(computed(f"JSON.stringify({one}, {as_lists})"))
-        for one in (f"page.draw({chosen})", f"page.row(page.draw({chosen}), {chosen})")
-    )
-    dots, lengths = (torch.tensor(drawn[name], dtype=torch.float64) for name in ("dots", "lengths"))
-    q, k = torch.zeros(1, 1, 1, dim, dtype=torch.float64), torch.zeros(1, 1, n, dim, dtype=torch.float64)
-    q[..., 0] = drawn["queryLength"]
-    k[..., 0] = dots / drawn["queryLength"]
-    k[..., 1] = (lengths.square() - k[..., 0].square()).sqrt()
-    ssmax = tritonattn.nn.SSMax(heads=1, dtype=torch.float64)
-    torch.nn.init.constant_(ssmax.s, s)
-    own = {"log_key_count": {"base": base}, "log_power": {"base": base}, "qwen_logn": {"train_length": base}}
-    modes = {name: mode(**own.get(name, {})) for name, mode in tritonattn.SCALINGS.items()} | {"ssmax": ssmax}
-    assert list(rows) == list(modes)
+    n, head_dim, _, _, trained = case
+    chosen = dict(zip(("n", "D", "spread", "seed", "L"), case, strict=True), s=0.3)
+    found = in_node(f"((k, all) => ({{ ...k, rows: page.row(k, all) }}))(page.keys({chosen}), {chosen})")
+    q, k = operands(found, head_dim)
+    ssmax = tritonattn.nn.SSMax(1, dtype=torch.float64)
+    torch.nn.init.constant_(ssmax.s, 0.3)
+    settings = {"log_key_count": "base", "log_power": "base", "qwen_logn": "train_length"}
+    scalings = {mode: mode for mode in tritonattn.SCALINGS} | {"ssmax": ssmax}
+    scalings |= {mode: tritonattn.SCALINGS[mode](**{name: trained}) for mode, name in settings.items()}
     unit = torch.eye(n, dtype=torch.float64)[None, None]
-    for mode, row in rows.items():
-        with torch.no_grad():
-            p, aux = tritonattn.attention(q, k, unit, scaling=modes[mode], backend="reference", return_aux=True)
-            of_rows = diagnose(q, k, scaling=modes[mode])
+    assert [*found["rows"]] == [*scalings]
+    for mode, row in found["rows"].items():
+        p, aux = tritonattn.attention(q, k, unit, scaling=scalings[mode], backend="reference", return_aux=True)
+        of_rows = diagnose(q, k, scaling=scalings[mode])
         wanted = {"p": p, "maxLogit": aux.max_logit}
         wanted |= {"relativeEntropy": of_rows.relative_entropy, "gradient": of_rows.gradient_norm}
         for name, value in wanted.items():
-            ours = torch.tensor(row[name], dtype=torch.float64).view_as(value)
+            ours = row[name].values() if name == "p" else [row[name]]
+            ours = torch.tensor([*ours], dtype=torch.float64).view_as(value)
             torch.testing.assert_close(ours, value, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
-def test_drawn_keys_are_standard_normal():
-    """The mean and variance of squared lengths, and of q . k / ||q||, of the most keys."""
-    mean = "(x, of) => x.reduce((sum, one) => sum + of(one), 0) / x.length"
-    moments = "[m(d.lengths, x => x ** 2), m(d.lengths, x => x ** 4), m(d.dots, x => x), m(d.dots, x => x ** 2)]"
-    sizes = "{ n: 131072, D: 16, spread: 0, seed: 0 }"
-    square, fourth, dot, dot_square = computed(f"(m => (d => {moments})(page.draw({sizes})))({mean})")
-    length = computed(f"page.draw({sizes}).queryLength")
-    assert (square, fourth - square**2) == (pytest.approx(16, rel=0.01), pytest.approx(32, rel=0.03))
-    assert (dot / length, dot_square / length**2) == (pytest.approx(0, abs=0.01), pytest.approx(1, rel=0.02))
+@needs_node
+def test_most_keys_are_drawn_as_normal_components():
+    drawn = in_node("page.keys({ n: 131072, D: 16, spread: 0, seed: 3 })")
+    _, k = operands(drawn, 16)
+    first, rest = k[0, 0, :, 0], k[0, 0, :, 1].square()  # standard normal, chi-squared of 15
+    assert abs(first.mean()) < 0.01
+    assert abs(first.var() - 1) < 0.02
+    assert abs(rest.mean() - 15) < 0.1
+    assert abs(rest.var() - 30) < 1
+    few = in_node("page.keys({ n: 8, D: 16, spread: 0, seed: 3 })")
+    assert [*few["dots"].values()] == [*drawn["dots"].values()][:8]
+    assert in_node("page.leaders([1, 5, 2, 5, 3, 0], 4)") == [5, 5, 3, 2]
