@@ -211,7 +211,7 @@ def test_gradients_of_keys_are_added_before_they_are_rounded(version, monkeypatc
 
 
 def test_gradients_of_a_fold():
-    """Of a 16-bit gradient: fp32 products and sums, rounded once to what takes them."""
+    """A 16-bit gradient goes through fp32 products and sums, rounded once to what takes them."""
     x, d = torch.randn(2, 1, 2, 5, 16).bfloat16()
     scale, seen = torch.randn(1, 2, 5, requires_grad=True), torch.tensor([True, True, False, True, True])
     products = torch.where(seen[:, None], d, 0).float() * x.float()

@@ -105,7 +105,7 @@ class StandIn(ModuleType):
         return (out, lse, None) if self.package == "flash-attn-2" else (out, lse)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> None:
-        """What the libraries check, and the alignment of vector loads, which they trust in."""
+        """Check as the libraries do, and the alignment of vector loads, which they trust in."""
         for x in (q, k, v):
             assert x.dtype in (torch.float16, torch.bfloat16)
             assert x.dtype == q.dtype

@@ -152,7 +152,8 @@ def darken(figure: Figure) -> None:
                 several = isinstance(artist, Collection)
                 getattr(artist, f"set_{name}")([*map(_on_dark, colours)] if several else _on_dark(colours))
         if isinstance(artist, AxesImage) and isinstance(artist.cmap, ListedColormap):
-            artist.set_cmap(ListedColormap([_on_dark(colour) for colour in to_rgba_array(cast(Any, artist.cmap).colors)]))
+            colours = to_rgba_array(cast(Any, artist.cmap).colors)
+            artist.set_cmap(ListedColormap([_on_dark(colour) for colour in colours]))
 
 
 def _on_dark(colour: Any) -> Any:
