@@ -29,6 +29,9 @@ from .tally import counted_rows
 # The norm of the keys in transformers' models: Qwen 3, Gemma 3, OLMo 2; Phi; HunYuan; Idefics 2; Llama 4.
 _KEY_NORMS = {"k_norm", "k_layernorm", "key_layernorm", "k_layer_norm", "qk_norm"}
 _VISIBLE = ("causal", "window", "key_lengths", "key_ranges", "mask")
+_COLUMNS = """\
+one-hot, uniform: shares of rows
+half at n: the number of keys at which the sharpest head's largest key has half of the mass"""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Advice:
         parts = [("Try first", self.text), ("Why", self.why), ("Watch", self.watch), ("Turn back if", self.turn_back)]
         lines = [textwrap.fill(f"{name}: {text}", 100, subsequent_indent="  ") for name, text in parts if text != "-"]
         evidence = [textwrap.fill(text, 100, initial_indent="  - ", subsequent_indent="    ") for text in self.evidence]
-        return "\n".join([self.table(), "", *lines, "It rests on:", *evidence])
+        return "\n".join([self.table(), _COLUMNS, "", *lines, "It rests on:", *evidence])
 
     def as_dict(self) -> dict[str, Any]:
         """A dict for JSON, in which numbers that are not finite are None."""
@@ -370,8 +373,12 @@ def _figures(one: Reading) -> tuple[str, ...]:
         f"{one.max_logit:.4g}",
         f"{one.jacobian_norm:.2g}",
         f"{one.gradient_norm:.2g}",
-        "window" if one.windowed else ", ".join(filter(None, (f"{half_at(one.gap):.3g}", one.bounded))),
+        "window" if one.windowed else ", ".join(filter(None, (_count(half_at(one.gap)), one.bounded))),
     )
+
+
+def _count(n: float) -> str:
+    return f"{n:,.0f}" if n < 1e7 else f"{n:.0e}"
 
 
 def _tried(mode: str | None, after: Reading | None) -> str:
