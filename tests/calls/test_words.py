@@ -36,6 +36,7 @@ Q = torch.ones(1, 2, 3, 4)
         ("attention", {"position_bias": Q}, "attention: expected relative_bias= (a number a distance"),
         ("attention", {"alibi_slopes": Q}, "attention: expected key_bias= (tritonattn.nn.ALiBi(heads)(Sk)"),
         ("attention", {"score_mod": Q}, "attention: expected scaling= (a Scaling, or factors; what it adds: key_bias="),
+        ("scaled_attention", {"score_mod": Q}, "scaled_attention: expected query_scale= (and key_scale=, its fact"),
         ("attention_varlen", {"bias": Q}, "attention_varlen: expected relative_bias= (a number a distance; key_bias="),
         ("attention_decode", {"attn_bias": Q}, "attention_decode: expected relative_bias= (a number a distance"),
         (

@@ -82,16 +82,16 @@ def expected(
 ) -> Tensors:
     """The same by the formula, in dtype; vectors of the logits are at least fp32."""
     wide = torch.promote_types(dtype, torch.float32)
-    leaves = {
-        name: x.to(dtype if name in "qkv" else wide).requires_grad_() for name, x in tensors.items()
-    }
+    leaves = {name: x.to(dtype if name in "qkv" else wide).requires_grad_() for name, x in tensors.items()}
     operands = {name: x.to(wide) if dtype == HALF else x for name, x in leaves.items()}
     found = by_formula(operands, visible, own, **{"scale": 0.3, **options})
     lse = torch.where(found.lse.isneginf(), 0, found.lse)
     loss = (found.out * d_out.to(found.out.dtype)).sum() + (lse * d_lse).sum()
     of_leaves = torch.autograd.grad(loss, list(leaves.values()))
     named = found._replace(out=found.out.to(dtype))._asdict()
-    return {name: x.detach() for name, x in named.items()} | {f"d_{x}": g for x, g in zip(leaves, of_leaves, strict=True)}
+    return {name: x.detach() for name, x in named.items()} | {
+        f"d_{x}": g for x, g in zip(leaves, of_leaves, strict=True)
+    }
 
 
 def of_mask(name: str, device: torch.device, sizes: tuple[int, int, int, int], kv_heads: int):

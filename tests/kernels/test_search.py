@@ -33,17 +33,26 @@ OF_CALLS = {
     "mask": {"mask": True, "dropout": True, "aux": True, "grouped": True, "aligned": False},
     "packed": {"sequences": True, "right": True, "left": True, "grouped": True, "key_bias": True, "rounding": True},
     "pages": {"sequences": True, "right": True, "block_table": True, "grouped": True, "aux": True, "key_scale": True},
+    "pairs": {"right": True, "grouped": True, "softcap": True, "bias": True, "relative_bias": True, "key_bias": True},
+    "pairs behind": {
+        "left": True,
+        "softcap": True,
+        "bias_after_softcap": True,
+        "relative_bias": True,
+        "query_scale": True,
+    },
     "wide": {"wide_q": True, "wide_k": True, "is_part": True, "query_scale": True, "query_scale_grad": True},
 }
 OF_DECODE = {
     "cache": {"left": True, "aux": True, "packed_rows": 16, **TERMS},
     "rows of their own": {"sequences": True, "grouped": True, "block_table": True, "packed_rows": 32},
     "ranges": {"key_ranges": True, "grouped": True, "aligned": False, "packed_rows": 16},
+    "pairs": {"grouped": True, "block_table": True, "relative_bias": True, "bias": True, "packed_rows": 16},
 }
 
 
 def recorded() -> Iterator[Call]:
-    """Of each kernel that has such calls: a backward over pages has none, a forward no wide gradients."""
+    """Calls of each kernel that has them: a backward over pages has none, a forward no wide gradients."""
     for name, options in OF_CALLS.items():
         kernels = {
             "pages": ("forward",),

@@ -150,8 +150,6 @@ def logits(call: AttentionCall, statistics: Statistics, k: Tensor | None = None)
     vectors = (scales.query, scales.key, bias)
     if given.bias is None and given.relative_bias is None and scales.relative_bias is None:
         return Logits(scales.constant, *vectors, given.softcap, given.sinks, None, None, 0, given.bias_after_softcap)
-    if call.backend == "triton":
-        raise NotImplementedError("relative_bias: backend 'triton' does not support it; backend 'sdpa' does")
     rest = (*_pairs(given, scales, call.visibility), given.bias_after_softcap)
     return Logits(scales.constant, *vectors, given.softcap, given.sinks, *rest)
 

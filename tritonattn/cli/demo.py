@@ -33,8 +33,4 @@ def run(options: argparse.Namespace) -> int:
     check_file("--json", options.json)
     check_file("--plot", options.plot)
     limit_threads()
-    if not options.by_layer and options.modes == names(MODES):
-        from ..lab.demo import swap
-
-        print(f"{swap.report(options.device)}\n\n{demo.INTRODUCTION}\n")
-    return demo.run(options)
+    return demo.run(options, swap=not options.by_layer and options.modes == names(MODES))

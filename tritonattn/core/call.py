@@ -33,7 +33,7 @@ class Logits(NamedTuple):
     relative_right    entries that belong to keys after the row's position
     bias_after_softcap    the three biases are added to the capped logit
 
-    Of a call that a user makes, the scaling says the scales and may add to the biases.
+    In a user's call the scaling gives the scales, and may add to the biases.
     """
 
     scale: float = 1.0

@@ -15,6 +15,7 @@ from ..backends import reference
 from ..backends import triton as triton_backend
 from ..backends.triton.operands import Operands
 from ..core.call import ForwardResult, Needs
+from ..core.relative import relative_pairs
 from ..tuning.calls import Size
 from ..tuning.config import Problem
 from ..tuning.table import Key
@@ -125,22 +126,24 @@ class _Copy:
         call = self.call.gathered()
         if self.kernel == "decode":
             call = call.by_ranges()
-        wide = torch.promote_types(dtype, torch.float32)
-        scale, query_scale, key_scale, key_bias, softcap, sinks = call.logits[:6]
+        wide, logits = torch.promote_types(dtype, torch.float32), call.logits
         q, k, v = (x.to(dtype).requires_grad_() for x in (call.q, call.k, call.v))
-        query_scale, key_scale, key_bias, sinks = (
-            None if x is None else x.to(wide).requires_grad_() for x in (query_scale, key_scale, key_bias, sinks)
-        )
-        multiplier = torch.full((1, 1, 1, 1), scale, dtype=wide, device=q.device)
+        terms = [None if x is None else x.to(wide).requires_grad_() for x in call.tensors[3:]]
+        query_scale, key_scale, key_bias, sinks, bias, relative_bias = terms
+        multiplier = torch.full((1, 1, 1, 1), logits.scale, dtype=wide, device=q.device)
         if query_scale is not None:
             multiplier = multiplier * query_scale[..., None]
         if key_scale is not None:
             multiplier = multiplier * key_scale.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None]
-        bias = None if key_bias is None else key_bias.flatten(1, 2)[:, :, None]
-        found = reference.attention(
-            q, k, v, multiplier, call.visibility, bias=bias, softcap=softcap, sinks=sinks, dropout=call.dropout
-        )
-        leaves = zip((q, k, v, query_scale, key_scale, key_bias, sinks), self._needs, strict=True)
+        biases = [] if bias is None else [bias]
+        if key_bias is not None:
+            biases.append(key_bias.flatten(1, 2)[:, :, None])
+        if relative_bias is not None:
+            biases.append(relative_pairs(relative_bias, logits.relative_right, call.visibility))
+        options = {"softcap": logits.softcap, "sinks": sinks, "dropout": call.dropout}
+        options |= {"bias": sum(biases) if biases else None, "bias_after_softcap": logits.bias_after_softcap}
+        found = reference.attention(q, k, v, multiplier, call.visibility, **options)
+        leaves = zip((q, k, v, *terms), self._needs, strict=True)
         wanted = [x for x, needed in leaves if x is not None and needed]
         if not wanted:
             return [x.detach() for x in _results(found, self.problem.aux)]
@@ -158,12 +161,13 @@ class _Copy:
 def _needs(kernel: str, problem: Problem) -> Needs:
     """Say which gradients are computed; the row terms, a small part of the work, come with either kernel.
 
-    The gradient of a key bias takes both kernels.
+    Gradients of biases take both kernels.
     """
     if kernel == "grad_query":
         return Needs(q=True, query_scale=problem.query_scale_grad, sinks=problem.sinks)
     if kernel == "grad_key_value":
-        return Needs(k=True, v=True, key_scale=problem.key_scale, key_bias=problem.key_bias)
+        biases = {name: getattr(problem, name) for name in ("key_bias", "bias", "relative_bias")}
+        return Needs(k=True, v=True, key_scale=problem.key_scale, **biases)
     return Needs()
 
 

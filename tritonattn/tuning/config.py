@@ -195,7 +195,7 @@ OPTIONS: dict[str, Any] = {"waves_per_eu": 0, "warp_specialize": False}
 WRITTEN_IN = ("triton", "gluon")  # kernels
 # The fields that a file leaves out where they are the default.
 OPTIONAL_FIELDS: dict[str, Any] = {**SHARES, **OPTIONS, "kernel": WRITTEN_IN[0]}
-# Of Gluon's forward, by block_m: registers of a thread at its start, which warpgroups then share out. Three warpgroups
+# Registers of a thread at the start of Gluon's forward, by block_m; warpgroups then share them out. Three warpgroups
 # of 64 rows have 160 each, two have 240, and the one that loads has 24.
 REGISTERS = {128: 168, 192: 128}
 
@@ -276,9 +276,8 @@ def _gluon_reasons(kernel: str, config: TileConfig, problem: Problem, target: Ta
     is_other = problem.mask or problem.dropout or problem.block_table or problem.invariant
     is_other |= problem.bias or problem.relative_bias or problem.bias_after_softcap
     if is_other or problem.dtype.itemsize != 2 or not problem.aligned:
-        reasons.append(
-            "gluon needs 16 bits and aligned tensors, no mask, biases of pairs or behind a softcap, dropout, pages or batch_invariant"
-        )
+        others = "no mask, biases of pairs or behind a softcap, dropout, pages or batch_invariant"
+        reasons.append(f"gluon needs 16 bits and aligned tensors, {others}")
     if padded_dim(problem.head_dim) != padded_dim(problem.value_dim) or not 64 <= problem.width <= 256:
         reasons.append("gluon needs head and value dims that pad to the same of 64, 128 and 256")
     of_masks = problem.key_ranges or problem.left or (problem.right and (problem.key_scale or problem.key_bias))

@@ -254,12 +254,13 @@ def of_kind(
 
 def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked: dict[str, bool]) -> Kind:
     visible, sequences = call.visibility, call.visibility.sequences
-    terms = call.logits
+    _, query_scale, key_scale, key_bias, softcap, sinks, bias, relative_bias, _, bias_after = call.logits
+    vectors = (query_scale, key_scale, key_bias, sinks, bias, relative_bias)
     masks = (visible.key_lengths, visible.key_ranges, visible.mask)
     key = (
-        *forms_of(call.q, call.k, call.v, d_out, *call.tensors[3:], *masks, call.block_table),
-        terms.softcap is None,
-        terms.bias_after_softcap,
+        *forms_of(call.q, call.k, call.v, d_out, *vectors, *masks, call.block_table),
+        softcap is None,
+        bias_after,
         call.dropout is None,
         visible.invariant,
         visible.left,

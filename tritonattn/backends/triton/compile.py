@@ -114,7 +114,7 @@ def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _operands(problem: Problem) -> Operands:
-    """Of two batch entries, or one packed sequence, with two key heads."""
+    """Operands of two batch entries, or one packed sequence, with two key heads."""
     length, heads = 1024 if problem.short else 4096, 4 if problem.grouped else 2
     size = Size(
         batch=1 if problem.sequences else 2,
@@ -148,7 +148,8 @@ def _backward(problem: Problem) -> None:
     operands = Operands(problem, size, operands.device)
     call = operands.attention()
     out, rounding, lse = _results(problem, call)
-    needs = Needs(True, True, True, problem.query_scale_grad, problem.key_scale, problem.key_bias, problem.sinks)
+    terms = ("key_scale", "key_bias", "sinks", "bias", "relative_bias")
+    needs = Needs(True, True, True, problem.query_scale_grad, **{name: getattr(problem, name) for name in terms})
     d_lse = _tensor(*lse.shape) if problem.aux else None
     backward(call, out, lse, operands.operand(*out.shape), d_lse, needs, rounding)
 

@@ -276,10 +276,11 @@ def decode(call: AttentionCall, aux: bool) -> ForwardResult:
 
 
 def _kind(call: AttentionCall, aux: bool) -> Kind:
-    visible, terms = call.visibility, call.logits
+    visible = call.visibility
+    _, query_scale, key_scale, key_bias, softcap, sinks, bias, relative_bias, _, bias_after = call.logits
+    vectors = (query_scale, key_scale, key_bias, sinks, bias, relative_bias)
     masks = (visible.key_lengths, visible.key_ranges, call.block_table, visible.row_counts)
-    key = (*forms_of(call.q, call.k, call.v, *call.tensors[3:], *masks), terms.softcap is None, visible.left, aux)
-    key += (terms.bias_after_softcap,)
+    key = (*forms_of(call.q, call.k, call.v, *vectors, *masks), softcap is None, bias_after, visible.left, aux)
     page = 0 if call.block_table is None else call.k.shape[2]
     return kept_kind(key, lambda: (_problem(call, aux), is_wide(call.k, call.v, page=page)))
 
