@@ -192,6 +192,35 @@ def test_grad_mode_and_autocast(version, monkeypatch):
             torch.testing.assert_close(out, wanted, atol=0.02, rtol=0.02)
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_algorithms(deterministic, monkeypatch):
+    """The libraries add gradients of q in no fixed order, unless they are told to."""
+    for version, card, dim, is_refused in (
+        (TWO, 8, 200, False),
+        (THREE, 9, 192, False),
+        (THREE, 9, 200, True),
+        (FOUR, 9, 200, False),
+        (FOUR, 12, 64, True),
+    ):
+        (module,) = flash.install(monkeypatch, version, card=card)
+        leaf = torch.randn(1, 2, 8, dim).bfloat16().requires_grad_()
+        if is_refused:
+            error = "NotImplementedError: gradients under torch.use_deterministic_algorithms: ~ by flash-attn-"
+            refuses(error, tritonattn.attention, leaf, leaf, leaf, backend="flash")
+            leaf = leaf.detach()
+        tritonattn.attention(leaf, leaf, leaf, backend="flash").sum()
+        assert [call["deterministic"] for call in module.calls] == [True]
+    torch.use_deterministic_algorithms(False)
+    tritonattn.attention(leaf, leaf, leaf, backend="flash")
+    assert not module.calls[-1]["deterministic"]
+
+
 def test_products_beyond_fp16(monkeypatch):
     """A factor beyond 16 bits' range is a fold's limit; a constant goes to the library as it is."""
     flash.install(monkeypatch, TWO)

@@ -117,6 +117,9 @@ class StandIn(ModuleType):
         assert dims[0] == dims[1] or dims == unequal, dims
         if self.package == "flash-attn-4":
             self._check_four(q, k, v, given)
+        if given["deterministic"] and any(x.requires_grad for x in (q, k, v)):
+            assert (self.package, self.card) != ("flash-attn-4", 12)
+            assert self.package != "flash-attn-3" or max(dims) <= 192
         assert q.shape[-2] % k.shape[-2] == 0
         assert isinstance(given["softmax_scale"], float)
         assert given["softmax_scale"] > 0

@@ -83,6 +83,8 @@ class Library:
             options["softcap"] = call.logits.softcap
         if sinks is not None:
             options["learnable_sink"] = sinks
+        if torch.are_deterministic_algorithms_enabled() and "deterministic" in self.keywords:
+            options["deterministic"] = True
         if call.aux:
             options[next(name for name in KEYWORDS_OF_LSE if name in self.keywords)] = True
         return options
