@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -47,8 +49,9 @@ PACKED = {
 _SLACK = 2.0  # the libraries' own tests allow up to three times PyTorch's error in gradients
 
 
-def check(library: Library, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[list[str]]:
-    """Rows of a table: a call, and `RIGHT`, why it is refused, or `WRONG` and how."""
+def check(library: Library, device: torch.device, seconds: float = math.inf) -> list[list[str]]:
+    """Rows of a table: a call, and `RIGHT`, why it is refused, `WRONG` and how, or that it came after those seconds."""
+    dtype, end = torch.bfloat16, time.monotonic() + seconds
     calls: dict[str, Callable[[], None]] = {}
     for name, (sizes, options) in DENSE.items():
         calls[name] = lambda sizes=sizes, options=options: _dense(device, dtype, sizes, options)
@@ -56,7 +59,7 @@ def check(library: Library, device: torch.device, dtype: torch.dtype = torch.bfl
         calls[name] = lambda packed=packed, options=options: _packed(device, dtype, packed, options)
     calls["lse"] = lambda: _lse(device, dtype)
     with mock.patch.object(run, "libraries", return_value=(library,)):
-        return [[library.name, name, _outcome(call)] for name, call in calls.items()]
+        return [[library.name, name, _outcome(call, end)] for name, call in calls.items()]
 
 
 def wrong(rows: list[list[str]]) -> list[str]:
@@ -64,7 +67,9 @@ def wrong(rows: list[list[str]]) -> list[str]:
     return sorted({name for name, _, outcome in rows if outcome.startswith(WRONG)})
 
 
-def _outcome(call: Callable[[], None]) -> str:
+def _outcome(call: Callable[[], None], end: float) -> str:
+    if time.monotonic() > end:
+        return "not run: out of time"
     try:
         call()
     except NotImplementedError as error:

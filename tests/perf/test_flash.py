@@ -59,6 +59,33 @@ def test_calls_of_a_library_are_held_to_float64(stand_in, monkeypatch):
     assert ["flash-attn-2", "sinks", "refused: sinks"] in flash_checks.check(library, CPU)
 
 
+@pytest.mark.parametrize(
+    ("ratios", "outcome", "chosen"),
+    [({64: 1.2, 128: 1.1}, "right", "flash-attn-4"), ({64: 1.2, 128: 1.0}, "right", ""), ({64: 2.0}, "WRONG: x", "")],
+)
+def test_a_table_names_a_library_that_is_right_and_faster(ratios, outcome, chosen, stand_in, monkeypatch, capsys):
+    monkeypatch.setattr(command, "libraries", libraries.libraries.__wrapped__)
+    monkeypatch.setattr(command, "card_of", lambda device: 9)
+    monkeypatch.setattr(command, "gains", lambda *arguments: ratios)
+    monkeypatch.setattr(flash_checks, "_outcome", lambda call, end: outcome)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: H100.name)
+    monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: H100))
+    try:
+        command.compare(CPU, 60.0, True)
+    except SystemExit as stop:
+        assert stop.code == "flash: wrong results of flash-attn-4"  # noqa: PT017
+        assert outcome != "right"
+    else:
+        assert outcome == "right"
+    assert lookup.faster_library(H100) == chosen
+    assert f'"auto" takes {chosen or "the kernels"}' in capsys.readouterr().out
+
+
+def test_no_time_for_checks(stand_in):
+    (library,) = libraries.libraries.__wrapped__(9)
+    assert {row[2] for row in flash_checks.check(library, CPU, -1.0)} == {"not run: out of time"}
+
+
 def test_a_table_of_this_card_alone_names_a_library(stand_in):
     assert (lookup.faster_library(H100), lookup.faster_library(H200)) == ("", "")
     path = command.write("flash-attn-4", H100)
