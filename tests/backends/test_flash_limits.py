@@ -105,7 +105,7 @@ def test_nan_behind_packed_keys_reaches_no_row(version, monkeypatch):
 
 @pytest.mark.parametrize("version", NEWEST)
 def test_gradients_of_odd_strides(version, monkeypatch):
-    """Those of out are handed on in aligned rows, and operands of axes of one entry lose their odd strides."""
+    """Gradients of out are handed on in aligned rows, and operands of axes of one entry lose their odd strides."""
     flash.install(monkeypatch, version)
     q, k, v = (torch.randn(9, 2, 16, 1).bfloat16().permute(3, 1, 0, 2).requires_grad_() for _ in range(3))
     d_out = torch.randn(1, 2, 9, 23).bfloat16()
@@ -232,7 +232,7 @@ def test_products_beyond_fp16(monkeypatch):
 
 
 def test_cudnn_is_asked_before_it_is_chosen(monkeypatch):
-    """What it does not take is refused before the call, so that "auto" can leave it to the kernels."""
+    """Calls that it does not take are refused before they run, so that "auto" can leave it to the kernels."""
     flash.install(monkeypatch, card=9)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     asked = []

@@ -54,6 +54,11 @@ class Finding:
     def layer(self) -> str:
         return self.reading.layer
 
+    @property
+    def remedy(self) -> tuple[str, str | None, str]:
+        """The rule, the mode to try and the present one: layers that agree in these have one advice."""
+        return self.rule.name, self.mode, self.reading.mode
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -83,7 +88,8 @@ class Advice:
     def table(self) -> str:
         """A line for each layer: its figures, its rule, and its figures with the mode to try.
 
-        "half at n" is the number of keys at which the sharpest head gives its largest key 1/2, see `analysis.fading`.
+        "half at n" is the number of keys at which the sharpest head gives its largest key 1/2, see `analysis.fading`,
+        and what bounds the logits.
         """
         figures = ("one-hot", "uniform", "entropy/ln n", "max logit", "Jacobian", "gradient", "half at n")
         headers = ("layer", *figures, "rule", "try")
@@ -334,12 +340,13 @@ def _finding(layer: _Layer) -> Finding:
 
 
 def _joined(findings: list[Finding]) -> Advice:
-    """The advice for a model: that of its most frequent finding that is not `healthy`."""
+    """The advice for a model: that of its most frequent finding that is not `healthy`, for the layer of least gap."""
     ill = [one for one in findings if one.rule.name != "healthy"]
-    counted = Counter((one.rule.name, one.mode, one.advice) for one in ill or findings)
-    (name, mode, text), _ = counted.most_common(1)[0]
-    chosen = [one for one in findings if (one.rule.name, one.mode, one.advice) == (name, mode, text)]
+    counted = Counter(one.remedy for one in ill or findings)
+    remedy, _ = counted.most_common(1)[0]
+    chosen = [one for one in findings if one.remedy == remedy]
     rule, first = chosen[0].rule, chosen[0].reading
+    mode, text = chosen[0].mode, min(chosen, key=lambda one: one.reading.gap).advice
     others = len(ill) - len(chosen) if ill else 0
     if ill:
         where = f"{len(chosen)} of {len(findings)} layers: {', '.join(one.layer for one in chosen)}"
@@ -366,7 +373,7 @@ def _figures(one: Reading) -> tuple[str, ...]:
         f"{one.max_logit:.4g}",
         f"{one.jacobian_norm:.2g}",
         f"{one.gradient_norm:.2g}",
-        "window" if one.windowed else _count(half_at(one.gap)),
+        "window" if one.windowed else ", ".join(filter(None, (_count(half_at(one.gap)), one.bounded))),
     )
 
 

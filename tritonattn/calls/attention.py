@@ -112,7 +112,7 @@ def attention(
         TypeError: A type or dtype.
         ValueError: A shape, device, value or name.
         NotImplementedError: An argument that the backend asked for cannot honour.
-        ImportError: Backend "triton" without triton, "flash" without a library.
+        ImportError: Backend "triton" without triton, or "flash" without a library of attention.
 
     Under torch.autocast q, k and v are cast as `F.scaled_dot_product_attention` casts them. q, k and v may be DTensors
     sharded by batch and heads; the result is one placed as q is. Under torch's context_parallel the call raises.
