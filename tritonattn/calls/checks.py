@@ -7,6 +7,7 @@ expectation and the value: TypeError for types and dtypes, ValueError for the re
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -261,9 +262,11 @@ def check_number(name: str, value: Any) -> None:
 def refuse_scaling(scaling: Any) -> None:
     """Raise the TypeError for a value that is no scaling."""
     if isinstance(scaling, type) and issubclass(scaling, Scaling):
-        raise TypeError(
-            f"scaling: expected an instance of a Scaling, got the class {scaling.__name__}; write {scaling.__name__}()"
-        )
+        parameters = inspect.signature(scaling).parameters.values()
+        required = [f"{p.name}=..." for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        name = scaling.__name__
+        write = f"write {name}({', '.join(required)})"
+        raise TypeError(f"scaling: expected an instance of a Scaling, got the class {name}; {write}")
     raise TypeError(f"scaling: expected a name, a Scaling, a float or a tensor, got {kind_of(scaling)}")
 
 

@@ -375,7 +375,7 @@ def _install(result: Patched, one: AttentionModule, own: LayerScaling) -> None:
 
 
 def _shape(found: AttentionModule) -> tuple[str, str, str]:
-    """Layer type, heads and head dimension for the report."""
+    """Layer type, heads and head dim for the report."""
     if found.obstacle is not None:
         return "-", "-", "-"
     module = found.module

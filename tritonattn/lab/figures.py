@@ -145,6 +145,8 @@ def _height(figure: Figure, lines: int, size: float) -> float:
 def darken(figure: Figure) -> None:
     """Give a drawn figure its dark look: the same marks, each colour replaced by the one that stands for it."""
     figure.draw_without_rendering()  # ticks and their labels are made by drawing
+    for axes in figure.axes:
+        axes.tick_params(which="both", colors=_DARK["#000000"])  # of ticks that saving adds, too
     for artist in figure.findobj():
         for name in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
             if hasattr(artist, f"get_{name}") and hasattr(artist, f"set_{name}"):

@@ -1,4 +1,4 @@
-"""Backward, the pass over keys: gradients of k, v and vectors of keys, block by block, without atomics."""
+"""Backward, the pass over keys: gradients of k, v, vectors of keys and biases of pairs, without atomics."""
 
 from __future__ import annotations
 
@@ -167,14 +167,16 @@ def attention_grad_key_value(
     LANES: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
-    """Gradients of k, v, key_scale and key_bias for BLOCK_N keys of one (batch or sequence, kv head); names as in
+    """Gradients of k, v, key_scale and biases for BLOCK_N keys of one (batch or sequence, kv head); names as in
     `attention_grad_query`.
 
         d_v[j]         = sum_i keep[i, j] * keep_scale * P[i, j] * d_out[i]
         raw[j]         = scale * sum_i dX[i, j] * query_scale[i] * q[i]      over the rows of all heads of the group
         d_k[j]         = key_scale[j] * raw[j]
         d_key_scale[j] = k[j] . raw[j]                                       never divided by key_scale, which may be 0
-        d_key_bias[j]  = sum_i dX[i, j]                                      over the rows of one head of the group
+        d_b[i, j]      = dX[i, j], or with BIAS_AFTER dS[i, j]               b: the biases of `attention_forward`
+        d_key_bias[j]  = sum_i d_b[i, j]                                     over the rows of one head of the group
+        d_bias[i, j] = d_relative_bias[i, i + Sk - Sq - j + relative_right] = d_b[i, j]
 
     Grid: (size of a section, blocks of the longest Sk times splits, sections), see `program_in_section`. Sums run in
     one fixed order inside a program: bitwise repeatable.
@@ -187,6 +189,7 @@ def attention_grad_key_value(
     row_bounds_ptr   int32 [B, cdiv(Sk, BLOCK_N), 2] with key_ranges: `row_bounds`
     d_k, d_v         [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv] contiguous; d_key_scale fp32 [B, Hkv, Sk] and d_key_bias
                      fp32 [B, Hkv, group, Sk] contiguous or None
+    d_bias, d_relative_bias   `Strided` fp32 [B, Hq, Sq, Sk or extent] or None: visible pairs are written, once each
     splits           None, or the number of programs that share the rows of a group's heads: results are then parts for
                      `add_splits`, all fp32, each of part_rows = B * Hkv * Sk keys; d_key_bias holds zeros before
     """
