@@ -35,7 +35,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 READ = ("forward", "grad_key_value", "grad_query", "decode", "key_statistics")
 # Fields of Problem that are set: in full and causal calls, and in causal ones alone.
 FORMS = ((), ("query_scale",), ("query_scale", "key_scale"))
-CAUSAL_FORMS = (("query_scale", "key_bias"), ("query_scale", "invariant"))
+BIASES = ("key_bias", "bias", "relative_bias")
+CAUSAL_FORMS = (*(("query_scale", bias) for bias in BIASES), ("query_scale", "invariant"))
+LETTERS = {"query_scale": "q", "key_scale": "k", "key_bias": "b", "bias": "d", "relative_bias": "r", "invariant": "i"}
 
 HEADING = """# Generated code of every kernel in its default config, {dtype}
 
@@ -59,8 +61,7 @@ class Case:
     def name(self) -> str:
         problem = self.problem
         mask = "causal" if problem.right else "full"
-        letters = {"q": problem.query_scale, "k": problem.key_scale, "b": problem.key_bias, "i": problem.invariant}
-        form = "".join(letter for letter, is_set in letters.items() if is_set) or "none"
+        form = "".join(letter for field, letter in LETTERS.items() if getattr(problem, field)) or "none"
         return f"{self.kernel}_{self.target}_d{problem.head_dim}_{dtype_name(problem)}_{mask}_{form}"
 
 
@@ -95,7 +96,7 @@ class Reading:
 
 
 def cases(targets: Sequence[str], head_dims: Sequence[int], dtype: torch.dtype) -> list[Case]:
-    """Every kernel without scales, with query_scale, and that with key_scale, key_bias and batch_invariant."""
+    """Every kernel without scales, with query_scale, and that with key_scale, each bias and batch_invariant."""
     found = []
     for target, head_dim, kernel in product(targets, head_dims, READ):
         if kernel not in KERNELS:
@@ -173,8 +174,8 @@ def _loop_figures(case: Case, code: MachineCode, config: TileConfig) -> dict:
 
 
 def _form(problem: Problem) -> str:
-    names = {field: field for field in ("query_scale", "key_scale", "key_bias")} | {"invariant": "batch_invariant"}
-    return " + ".join(name for field, name in names.items() if getattr(problem, field)) or "none"
+    fields = [field.replace("invariant", "batch_invariant") for field in LETTERS if getattr(problem, field)]
+    return " + ".join(fields) or "none"
 
 
 def dtype_name(problem: Problem) -> str:
@@ -272,6 +273,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", type=_targets, default=TARGETS, help="sm_80,gfx942,...: those to compile for")
     parser.add_argument("--head-dims", type=_head_dims, default=(64, 128), help="64,128,...")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument(
+        "--biases", action="store_true", help="causal calls with query_scale, and with each bias, alone"
+    )
     parser.add_argument("--json", type=Path, help="write the readings to this file")
     parser.add_argument("--cubins", type=Path, help="write the binaries into this folder, for nvdisasm")
     parser.add_argument("--workers", type=whole_number, default=usable_cores(), help="processes that compile")
@@ -299,6 +303,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Compile, print the tables and write the files."""
     check_file("--json", arguments.json)
     found = cases(arguments.targets, arguments.head_dims, DTYPES[arguments.dtype])
+    if arguments.biases:
+        forms = {"query_scale", *(f"query_scale + {bias}" for bias in BIASES)}
+        found = [case for case in found if case.problem.right and _form(case.problem) in forms]
     readings = read_all(found, arguments.workers, arguments.cubins)
     facts = {"triton": triton.__version__, "commit": commit()}
     print(HEADING.format(**facts, dtype=arguments.dtype))

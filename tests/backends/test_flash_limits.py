@@ -104,7 +104,7 @@ def test_nan_behind_packed_keys_reaches_no_row(version, monkeypatch):
 
 @pytest.mark.parametrize("version", NEWEST)
 def test_gradients_of_odd_strides(version, monkeypatch):
-    """Those of out are handed on in aligned rows, and operands of axes of one entry lose their odd strides."""
+    """Gradients of out are handed on in aligned rows, and operands of axes of one entry lose their odd strides."""
     flash.install(monkeypatch, version)
     q, k, v = (torch.randn(9, 2, 16, 1).bfloat16().permute(3, 1, 0, 2).requires_grad_() for _ in range(3))
     d_out = torch.randn(1, 2, 9, 23).bfloat16()
@@ -192,6 +192,35 @@ def test_grad_mode_and_autocast(version, monkeypatch):
             torch.testing.assert_close(out, wanted, atol=0.02, rtol=0.02)
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_algorithms(deterministic, monkeypatch):
+    """The libraries add gradients of q in no fixed order, unless they are told to."""
+    for version, card, dim, is_refused in (
+        (TWO, 8, 200, False),
+        (THREE, 9, 192, False),
+        (THREE, 9, 200, True),
+        (FOUR, 9, 200, False),
+        (FOUR, 12, 64, True),
+    ):
+        (module,) = flash.install(monkeypatch, version, card=card)
+        leaf = torch.randn(1, 2, 8, dim).bfloat16().requires_grad_()
+        if is_refused:
+            error = "NotImplementedError: gradients under torch.use_deterministic_algorithms: ~ by flash-attn-"
+            refuses(error, tritonattn.attention, leaf, leaf, leaf, backend="flash")
+            leaf = leaf.detach()
+        tritonattn.attention(leaf, leaf, leaf, backend="flash").sum()
+        assert [call["deterministic"] for call in module.calls] == [True]
+    torch.use_deterministic_algorithms(False)
+    tritonattn.attention(leaf, leaf, leaf, backend="flash")
+    assert not module.calls[-1]["deterministic"]
+
+
 def test_products_beyond_fp16(monkeypatch):
     """A factor beyond 16 bits' range is a fold's limit; a constant goes to the library as it is."""
     flash.install(monkeypatch, TWO)
@@ -202,7 +231,7 @@ def test_products_beyond_fp16(monkeypatch):
 
 
 def test_cudnn_is_asked_before_it_is_chosen(monkeypatch):
-    """What it does not take is refused before the call, so that "auto" can leave it to the kernels."""
+    """Calls that it does not take are refused before they run, so that "auto" can leave it to the kernels."""
     flash.install(monkeypatch, card=9)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     asked = []

@@ -42,13 +42,16 @@ QKV = dict(zip("qkv", (normal(2, 2, SIZE, SIZE) for _ in range(3)), strict=True)
 VECTOR, BIAS, SINKS = torch.ones(2, 2, SIZE), torch.ones(2, 2, 1, SIZE), torch.ones(2)
 LENGTHS, RANGES = torch.ones(2, dtype=torch.int32), torch.tensor([0, SIZE]).expand(2, SIZE, 2)
 TABLE = torch.arange(2, dtype=torch.int32)[:, None]  # of pages as large as a sequence: their shape is that of keys
+PAIRS, TABLE_OF_DISTANCES = torch.ones(1, 1, 1, SIZE), torch.ones(1, 2, 1, 8)
 TERMS = {"query_scale": VECTOR, "key_scale": VECTOR, "key_bias": BIAS, "softcap": 1.5, "sinks": SINKS}
+TERMS |= {"bias": PAIRS, "relative_bias": TABLE_OF_DISTANCES}
+BEFORE = {"key_bias": BIAS, "softcap": 1.5}  # of a bias that is added behind a softcap
 
 
 def called(**given: Any) -> AttentionCall:
     """A call on QKV; given: what it has beside or instead of them, by the name of a tensor, a term or a mask."""
     tensors = {name: given.pop(name, x) for name, x in QKV.items()}
-    logits = Logits(0.3, **{name: given.pop(name) for name in TERMS if name in given})
+    logits = Logits(0.3, **{name: given.pop(name) for name in Logits._fields if name in given})
     own = {name: given.pop(name) for name in ("dropout", "block_table", "wide_q", "wide_k", "is_part") if name in given}
     visible = Visibility.of(tensors["q"], tensors["k"], **given)
     return AttentionCall(**tensors, visibility=visible, logits=logits, **own)
@@ -79,7 +82,7 @@ def backward(
 def decode(aux: bool = False, **given: Any) -> None:
     tensors = {"q": normal(2, 2, 2, SIZE), "k": QKV["k"], "v": QKV["v"]}
     tensors |= {name: given.pop(name) for name in "qkv" if name in given}
-    logits = Logits(0.3, **{name: given.pop(name) for name in TERMS if name in given})
+    logits = Logits(0.3, **{name: given.pop(name) for name in Logits._fields if name in given})
     rows, table = tensors["q"].shape[2], given.pop("block_table", None)
     options = {"at_lengths": True, **given}
     visible = Visibility(2, 2, 2, rows, SIZE, torch.device("cpu"), **options)
@@ -103,6 +106,9 @@ PROPERTIES = [
     (forward, {}, {"block_table": TABLE}),
     (forward, packed(SIZE), packed(4096)),
     (forward, {name: x[:1] for name, x in QKV.items()}, packed(SIZE)),
+    *((run, BEFORE, BEFORE | {"bias_after_softcap": True}) for run in (forward, decode)),
+    *((backward, {}, {name: TERMS[name]}) for name in ("bias", "relative_bias")),
+    (backward, {"bias": PAIRS}, {"bias": PAIRS, "needs": Needs(q=True, k=True, v=True)}),
     (backward, {}, {"d_out": apart(QKV["q"], 8)}),
     (backward, {}, {"d_lse": VECTOR}),
     (backward, {}, {"rounding": torch.zeros(2, 2, SIZE, SIZE, dtype=torch.int8)}),

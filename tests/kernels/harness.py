@@ -64,6 +64,11 @@ def inputs(
     if "key_bias" in scales:
         tensors["key_bias"] = 2 * normal(batch, heads, k_len)
         tensors["key_bias"][..., ::5] = -torch.inf
+    if "bias" in scales:
+        tensors["bias"] = (2 * normal(batch, heads, q_len, k_len)).to(dtype)
+        tensors["bias"][..., ::5] = -torch.inf
+    if "relative_bias" in scales:
+        tensors["relative_bias"] = (2 * normal(1, heads, q_len, 16)).to(dtype)
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 

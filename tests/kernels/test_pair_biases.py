@@ -89,9 +89,8 @@ def expected(
     loss = (found.out * d_out.to(found.out.dtype)).sum() + (lse * d_lse).sum()
     of_leaves = torch.autograd.grad(loss, list(leaves.values()))
     named = found._replace(out=found.out.to(dtype))._asdict()
-    return {name: x.detach() for name, x in named.items()} | {
-        f"d_{x}": g for x, g in zip(leaves, of_leaves, strict=True)
-    }
+    gradients = {f"d_{name}": x for name, x in zip(leaves, of_leaves, strict=True)}
+    return {name: x.detach() for name, x in named.items()} | gradients
 
 
 def of_mask(name: str, device: torch.device, sizes: tuple[int, int, int, int], kv_heads: int):
@@ -134,7 +133,7 @@ SIZES = (2, 2, 21, 35)
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("relative", [(1, 2, 1, 1), (2, 1, 21, 3), (1, 1, 1, 60)], ids=str)
+@pytest.mark.parametrize("relative", [(1, 2, 1, 1), (2, 1, 21, 3), (1, 2, 21, 16), (1, 1, 1, 60)], ids=str)
 @pytest.mark.parametrize("right", [0, 2, 40])
 def test_extents_shorter_and_longer_than_the_keys(relative, right, device):
     tensors = with_biases(harness.inputs(SINGLE, device), SINGLE, None, relative)
@@ -161,11 +160,15 @@ def test_what_hidden_pairs_hold_is_not_read(mask, after, device):
     assert all(x is y or torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's, of NaN
+SOFTCAPS = [{}, {"softcap": 1.5}, {"softcap": 1.5, "bias_after_softcap": True}]
+NO_NUMBERS = pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's, of NaN
+
+
+@NO_NUMBERS
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", ["bias", "relative_bias"])
-@pytest.mark.parametrize("softcap", [{}, {"softcap": 1.5, "bias_after_softcap": True}], ids=str)
+@pytest.mark.parametrize("softcap", SOFTCAPS[::2], ids=str)
 def test_nan_and_infinity_are_in_the_rows_that_see_them(name, value, softcap, device):
     visibility, *_ = of_mask("causal", device, SIZES, 1)
     tensors = with_biases(harness.inputs(SINGLE, device), SINGLE, SIZES, (2, 2, 21, 35))
@@ -175,6 +178,89 @@ def test_nan_and_infinity_are_in_the_rows_that_see_them(name, value, softcap, de
     nan[1, 0, 7] = True
     for result in found:
         assert torch.equal(result.isnan().cpu(), nan[..., None].expand(result.shape) if result.dim() > 3 else nan)
+
+
+@NO_NUMBERS
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("softcap", SOFTCAPS, ids=str)
+def test_values_that_are_no_numbers_act_as_in_key_bias(value, softcap, device):
+    """In results and gradients; -inf stands at all keys of a head, whose rows then have none."""
+    visibility, *_ = of_mask("causal", device, SIZES, 1)
+    tensors = harness.inputs(SINGLE, device, scales=("query_scale",))
+    bias = torch.randn(2, 2, 35, generator=torch.Generator().manual_seed(0)).to(device)
+    bias[1, 0, slice(None) if value == -torch.inf else 9] = value
+    d_out = torch.ones_like(tensors["q"])
+    (of_pairs, gradients), (of_keys, expected) = (
+        results(call_of(tensors | given, visibility, **softcap), d_out, d_out[..., 0])
+        for given in ({"bias": bias[:, :, None]}, {"key_bias": bias[:, None]})
+    )
+    assert all(
+        x.equal(y) or torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(of_pairs, of_keys, strict=True)
+    )
+    is_capped = value == torch.inf and softcap == SOFTCAPS[1]
+    assert of_pairs.out[1, 0].isnan().any() == (value != -torch.inf and not is_capped)
+    assert of_pairs.lse[1, 0].isneginf().all() == (value == -torch.inf)
+    expected = expected._replace(bias=expected.key_bias.flatten(1, 2)[:, :, None], key_bias=None)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@NO_NUMBERS
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+@pytest.mark.parametrize("softcap", SOFTCAPS, ids=str)
+def test_a_table_of_distances_acts_as_the_bias_of_its_pairs(softcap, dtype, device):
+    """To the bits, gradients included, with NaN, inf and a row without keys; each entry belongs to one pair."""
+    visibility, pairs, own = of_mask("causal", device, SIZES, 1)
+    tensors = harness.inputs(SINGLE, device, scales=("query_scale", "key_scale"))
+    bias = torch.randn(SIZES, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    bias[1, 0, 7, 9], bias[1, 1, 3, 2], bias[0, 1, 4] = torch.nan, torch.inf, -torch.inf
+    entry = (own[..., None] - torch.arange(35, device=device) + 20).expand(SIZES)  # all inside
+    table = torch.zeros(2, 2, 21, 55, device=device, dtype=dtype).scatter(3, entry, bias)
+    d_out = torch.ones_like(tensors["q"])
+    (of_table, gradients), (of_pairs, expected) = (
+        results(call_of(tensors | given, visibility, **softcap), d_out, d_out[..., 0])
+        for given in ({"relative_bias": table, "relative_right": 20}, {"bias": bias})
+    )
+    assert of_table.lse[0, 1, 4] == -torch.inf
+    assert of_table.out[1, 0, 7].isnan().all()
+    assert gradients.relative_bias.dtype == dtype
+    d_table = gradients.relative_bias.gather(3, entry)
+    gradients = gradients._replace(bias=d_table, relative_bias=None)
+    for ours, theirs in zip((*of_table, *gradients), (*of_pairs, *expected), strict=True):
+        assert ours is theirs is None or torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7))
+    assert not expected.bias[0, 1, 4].any()
+    assert not expected.bias[~pairs.expand(SIZES)].any()
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_gradients_of_shared_entries_have_the_same_bits_each_time(device):
+    """Sums over rows, heads and batch entries, in one order."""
+    tensors = with_biases(harness.inputs(HALF, device), HALF, (1, 1, 21, 1), (1, 1, 1, 20))
+    visibility, *_ = of_mask("causal", device, SIZES, 1)
+    d_out = torch.randn(tensors["q"].shape, generator=torch.Generator().manual_seed(1)).to(tensors["q"])
+    found = [results(call_of(tensors, visibility), d_out, d_out[..., 0].float())[1] for _ in range(3)]
+    for name in ("bias", "relative_bias"):
+        first, *others = (getattr(gradients, name) for gradients in found)
+        assert first.any()
+        assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.bfloat16])
+def test_biases_of_16_bits_are_read_as_such(dtype):
+    """No copy in another dtype is made for a launch."""
+    tensors = with_biases(harness.inputs(dtype, torch.device("cpu")), dtype, SIZES, (1, 2, 1, 20))
+    visibility, *_ = of_mask("causal", torch.device("cpu"), SIZES, 1)
+    with launch.recording(Target.parse("sm_90")) as launches:
+        results(call_of(tensors, visibility), torch.ones_like(tensors["q"]), torch.ones(SIZES[:3]))
+        backend.decode(call_of(tensors, replace(visibility, at_lengths=True)), True)
+    read = [one.arguments for one in launches if "bias" in one.arguments]
+    assert len(read) == 4
+    for arguments, name in ((one, name) for one in read for name in ("bias", "relative_bias")):
+        assert arguments[name].ptr is tensors[name]
 
 
 @pytest.mark.usefixtures("small_tiles")

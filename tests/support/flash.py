@@ -117,6 +117,9 @@ class StandIn(ModuleType):
         assert dims[0] == dims[1] or dims == unequal, dims
         if self.package == "flash-attn-4":
             self._check_four(q, k, v, given)
+        if given["deterministic"] and any(x.requires_grad for x in (q, k, v)):
+            assert (self.package, self.card) != ("flash-attn-4", 12)
+            assert self.package != "flash-attn-3" or max(dims) <= 192
         assert q.shape[-2] % k.shape[-2] == 0
         assert isinstance(given["softmax_scale"], float)
         assert given["softmax_scale"] > 0
@@ -133,7 +136,7 @@ class StandIn(ModuleType):
             assert longest >= starts.diff().max()
 
     def _check_four(self, q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> None:
-        """What 4.0.0b36 asserts by card, and at 12 what fits in its shared memory."""
+        """Check as 4.0.0b36 asserts by card, and at 12 that tiles fit in its shared memory."""
         dims, (left, right) = (q.shape[-1], v.shape[-1]), given["window_size"]
         softcap, sink = given["softcap"], given["learnable_sink"]
         has_graph = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink))

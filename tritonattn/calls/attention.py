@@ -95,9 +95,9 @@ def attention(
         dropout_p: Chance in [0, 1) to drop a probability; the others are multiplied by 1 / (1 - dropout_p).
             The bits follow torch.manual_seed and are the same on every backend.
         return_aux: Return (out, `AttentionAux`).
-        backend: "auto", "triton" (kernels), "flash" (an installed FlashAttention, else cuDNN, on a GPU, the factor
-            folded into q and rounded), "sdpa" (PyTorch) or "reference" (eager, O(Sq Sk)). "auto" runs kernels for CUDA
-            and HIP tensors, and PyTorch for others and for calls that kernels cannot run (it warns once).
+        backend: "auto", "triton" (kernels), "flash" (FlashAttention 4, 3 or 2 or cuDNN, if installed; q times its
+            factor is rounded to 16 bits), "sdpa" (PyTorch) or "reference" (eager, O(Sq Sk)). "auto" runs kernels for
+            CUDA and HIP tensors, and PyTorch for others and for calls that kernels cannot run (it warns once).
         batch_invariant: The bits of a row of the results, and of its gradients, do not depend on the batch, on padding
             and packing, on prefill or decode: docs/batch-invariance.md. None is `tritonattn.batch_invariant()`'s.
 

@@ -67,7 +67,7 @@ class Library:
         else:
             assert self.packed is not None
             starts = {"cu_seqlens_q": of_rows.q_starts, "cu_seqlens_k": of_rows.k_starts}
-            # Of at most one row a sequence FlashAttention 2 takes exactly one, where key heads are shared.
+            # For at most one row a sequence FlashAttention 2 takes exactly one, where key heads are shared.
             longest = {"max_seqlen_q": max(of_rows.longest_q, 2), "max_seqlen_k": of_rows.longest_k}
             found = self.packed(q, k, v, **starts, **longest, **options)
         out, lse, *_ = found if isinstance(found, tuple) else (found, None)
@@ -83,6 +83,8 @@ class Library:
             options["softcap"] = call.logits.softcap
         if sinks is not None:
             options["learnable_sink"] = sinks
+        if torch.are_deterministic_algorithms_enabled() and "deterministic" in self.keywords:
+            options["deterministic"] = True
         if call.aux:
             options[next(name for name in KEYWORDS_OF_LSE if name in self.keywords)] = True
         return options

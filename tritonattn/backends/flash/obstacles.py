@@ -6,6 +6,7 @@ rest is read from the code of FlashAttention 2.8.3, of 3 at commit 0251105, and 
 
 from __future__ import annotations
 
+import torch
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -62,13 +63,19 @@ def obstacle(library: Library, call: AttentionCall, card: int, has_graph: bool) 
         if softcap and card == 0:
             return "softcap on AMD"  # ignored there without a word
         return _obstacle_of_window(visible) if window else None
-    if library.name == "flash-attn-4":
-        return _obstacle_of_four(call, card, has_graph)
-    return None
+    if has_graph and torch.are_deterministic_algorithms_enabled() and not _can_be_deterministic(library, call, card):
+        return "gradients under torch.use_deterministic_algorithms"
+    return _obstacle_of_four(call, card, has_graph) if library.name == "flash-attn-4" else None
 
 
 def lse_has_gradient(library: Library, call: AttentionCall, card: int) -> bool:
     return "return_lse" in library.keywords and not _is_widest_of_blackwell(call, card)
+
+
+def _can_be_deterministic(library: Library, call: AttentionCall, card: int) -> bool:
+    if library.name == "flash-attn-3":
+        return max(call.q.shape[3], call.v.shape[3]) <= 192
+    return library.name != "flash-attn-4" or card != 12
 
 
 def _has_window(visible: Visibility) -> bool:

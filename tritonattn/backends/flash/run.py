@@ -80,7 +80,7 @@ def _library_for(call: AttentionCall, has_graph: bool) -> Library:
 
 def _refusal(what: str, by: str = "") -> NotImplementedError:
     return NotImplementedError(
-        f"{what}: backend 'flash' does not support it{by}; backends 'triton', 'sdpa' and 'reference' do"
+        f"{what}: backend 'flash' does not support it{by}; backend 'auto' does, by 'triton' or 'sdpa'"
     )
 
 

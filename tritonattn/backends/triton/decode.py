@@ -203,7 +203,7 @@ def attention_decode(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
-    spread = l_i
+    spread = l_i  # for the entropy: sum_j exp(z - shift) * (z - shift)
     for start_n in tl.range(start, stop, BLOCK_N):
         offs_n = start_n + block_keys  # [BLOCK_N]
         keep_key = offs_n < stop

@@ -212,7 +212,7 @@ def attention_forward(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
-    spread = l_i
+    spread = l_i  # for the entropy: sum_j exp(z - shift) * (z - shift)
     FIRST: tl.constexpr = 1 if INVARIANT and left is None and key_ranges is None else 0
     # Masks hold registers: masked steps of a whole block spill 244 bytes on sm_90 at D 64, 212 at D 512, 8 on sm_80 at
     # D 128, and 388 in `attention_grad_key_value` on sm_90 at D 128 (static, triton 3.9).

@@ -80,7 +80,7 @@ def _measure_all(
 ) -> tuple[float, list[Measurement]]:
     with patched_with(subject, asked[0], options.layers) as patched:  # refuses missing layers before any pass
         if options.by_layer and options.layers is not None:
-            print(f"{patched.report()}\n")
+            print(f"layers: {', '.join(patched.layers)}\n")
     measurements = []
     with Progress(total=len(asked) + 1, unit="pass", leave=False) as progress:
         progress.set_description("eager")
