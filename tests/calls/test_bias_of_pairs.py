@@ -262,7 +262,11 @@ def test_decoding_one_row_without_a_window_counts_from_the_last_key():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"bias": torch.zeros(3, SK)}, ValueError, r"bias: expected a shape broadcastable to \[B, Hq, Sq, Sk\]"),
+        (
+            {"bias": torch.zeros(3, SK)},
+            ValueError,
+            r"bias: expected a shape broadcastable to \[B, Hq, Sq, Sk\] .* got \[3, 7\]",
+        ),
         ({"bias": torch.zeros(SQ, SK).int()}, TypeError, "bias: expected a floating dtype, got torch.int32"),
         ({"relative_bias": torch.zeros(HQ, 3)}, ValueError, r"relative_bias: expected \[B, Hq, Sq, extent\]"),
         ({"relative_bias": torch.zeros(1, 3, 1, 3)}, ValueError, "relative_bias: expected a shape broadcastable"),
