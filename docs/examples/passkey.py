@@ -12,6 +12,7 @@ import argparse
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -153,9 +154,7 @@ def main():
     size, device = SIZES[options.size], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = None
     if options.data is not None:
-        data = torch.from_file(
-            options.data, size=torch.UntypedStorage.from_file(options.data).nbytes() // 2, dtype=torch.uint16
-        )
+        data = torch.from_file(options.data, size=Path(options.data).stat().st_size // 2, dtype=torch.uint16)
     costs = ", ".join(f"{6 * SIZES['124M'].hours(peak):.2g} hours on one {card}" for card, peak in CARDS.items())
     print(f"six runs of 124M: {costs} (modelled: {SHARE:.0%} of the card's bf16 rate; training only)")
     lengths = [size.length * times for times in (1, 2, 4, 8)]
