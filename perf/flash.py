@@ -1,8 +1,9 @@
-"""Time the kernels beside backend "flash" on this GPU: which of them shall "auto" take?
+"""Check backend "flash" on this GPU, and time the kernels beside it: which of them shall "auto" take?
 
-Causal bf16 with the vector of log_key_count, 8,192 tokens of 16 heads, forward and backward. With --write the user's
-table of this card names the library where it is at least 5 % faster at every head dim; "auto" then runs it in each call
-that it takes. Else the table names none.
+Each installed library runs calls of every kind, which are held to float64 with their gradients: right, refused by name,
+or wrong. Then causal bf16 with the vector of log_key_count, 8,192 tokens of 16 heads, forward and backward. With
+--write the user's table of this card names the library where no call is wrong and it is at least 5 % faster at every
+head dim; "auto" then runs it in each call that it takes. Else the table names none.
 
 --errors needs no GPU: errors of folded factors, on a stand-in for FlashAttention that computes eagerly, beside those of
 factors that act in fp32, as in the kernels.
@@ -11,6 +12,7 @@ factors that act in fp32, as in the kernels.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import replace
 
@@ -28,6 +30,8 @@ from tritonattn.tuning import lookup
 from tritonattn.tuning.config import Target
 from tritonattn.tuning.gpus import table_name
 from tritonattn.tuning.table import Table, TableError, kernels_fingerprint, write_table
+
+from . import flash_checks
 
 HEAD_DIMS = (64, 128)
 LEAST_GAIN = 1.05
@@ -111,6 +115,13 @@ def write(library: str, target: Target) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cuda", "emulate"), default="cuda", help="emulate: nothing to time")
     parser.add_argument("--errors", action="store_true", help="errors of folded factors; needs no GPU")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        metavar="N",
+        help="half of them for the checks (default: as long as it takes)",
+    )
     parser.add_argument("--write", action="store_true", help="let the table of this card name the library or none")
     parser.set_defaults(run=run)
 
@@ -127,13 +138,23 @@ def run(options: argparse.Namespace) -> None:
         return
     if reason := obstacle(options.device):
         sys.exit(f"flash: {reason}")
-    device = torch.device("cuda", torch.cuda.current_device())
-    library = libraries(card_of(device))[0].name
-    found = gains("triton", HEAD_DIMS, _TOKENS, device, _ROUNDS)
+    compare(torch.device("cuda", torch.cuda.current_device()), 60 * options.minutes, options.write)
+
+
+def compare(device: torch.device, seconds: float, writes: bool) -> None:
+    """Check and time; name the library in the table of this card if asked to, and exit where a call is wrong."""
+    found = libraries(card_of(device))
+    checked = [row for one in found for row in flash_checks.check(one, device, seconds / 2 / len(found))]
+    print(layout(checked, ["library", "call", "gradients and results"], left=3), end="\n\n")
+    wrong = flash_checks.wrong(checked)
+    library = found[0].name
+    ratios = gains("triton", HEAD_DIMS, _TOKENS, device, _ROUNDS)
     state = ", ".join(f"{name} {value}" for name, value in card_state(device).items())
     print(f"measured on {torch.cuda.get_device_name()}, {state}; torch {torch.__version__}, commit {commit()}\n")
-    rows = [[head_dim, f"{gain:.3f}"] for head_dim, gain in found.items()]
+    rows = [[head_dim, f"{gain:.3f}"] for head_dim, gain in ratios.items()]
     print(layout(rows, ["D", f"time of triton over {library}"], left=None))
-    if options.write:
-        chosen = library if min(found.values()) >= LEAST_GAIN else ""
+    if writes:
+        chosen = library if min(ratios.values()) >= LEAST_GAIN and library not in wrong else ""
         print(f'\n{write(chosen, Target.of(device))}: "auto" takes {chosen or "the kernels"}')
+    if wrong:
+        sys.exit(f"flash: wrong results of {', '.join(wrong)}")

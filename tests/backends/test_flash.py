@@ -11,8 +11,8 @@ from tests.calls.test_second_order import CALLS as SECOND_ORDER
 from tests.calls.test_second_order import assert_refused
 from tests.kernels import harness
 from tests.support import flash
-from tests.support.bound import allowed_error
 from tests.support.calls import assert_gradients_of_keys_add_up, torch_kernels
+from tests.support.flash import assert_close
 from tests.support.packed import RAGGED, offsets
 from tests.support.pairs import in_turn
 from tests.support.refusals import refuses
@@ -37,21 +37,6 @@ MASKS = {
     "window of all": {"window": (2**40, 2**40), "causal": True},
 }
 NO_LIMIT = {TWO: -1, THREE: -1, FOUR: None}
-
-
-def assert_close(tensors, attend, summands=0.0, **arguments):
-    """Results and all gradients: within twice the eager error, and four roundings of folded operands."""
-    dtype = tensors["q"].dtype
-    found, exact, eager = harness.ours_exact_eager(tensors, attend, backend="flash", **arguments)
-    for name, result in found.items():
-        hidden = exact[name].isneginf()
-        assert torch.equal(result.isneginf(), hidden), name
-        ours, wanted, narrow = (x.masked_fill(hidden, 0).double() for x in (result, exact[name], eager[name]))
-        scale = max(wanted.abs().max().item(), summands)
-        allowed = allowed_error(wanted, narrow, dtype) + 4 * torch.finfo(dtype).eps * scale
-        error = (ours - wanted).abs().max().item()
-        assert error <= allowed, f"{name}: expected an error of at most {allowed:.3e}, got {error:.3e}"
-        assert result.dtype == eager[name].dtype, name
 
 
 @in_turn(

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import tritonattn
-from tests.backends.test_flash import CPU, FOUR, NEWEST, THREE, TWO, assert_close
+from tests.backends.test_flash import CPU, FOUR, NEWEST, THREE, TWO
 from tests.kernels import harness
 from tests.support import flash
+from tests.support.flash import assert_close
 from tests.support.packed import Packed
 from tests.support.pairs import in_turn
 from tests.support.refusals import refuses

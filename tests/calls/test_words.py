@@ -46,7 +46,7 @@ Q = torch.ones(1, 2, 3, 4)
         ),
         ("attention", {"dropout_p": 0.0, "enable_gqa": True}, "attention: expected no enable_gqa=: k may have fewer"),
         ("attention", {"softmax_scale": 0.1}, "attention: expected scaling="),
-        ("attention", {"window_size": (3, 0)}, "attention: expected window= ((left, right)), got window_size="),
+        ("attention", {"window_size": (3, 0)}, "attention: expected window= (a pair: left, right), got window_size="),
         ("scaled_attention", {"softmax_scale": 0.1}, "scaled_attention: expected scale= (a float), got softmax_scale="),
         ("attention_varlen", {"softmax_scale": 0.1}, "attention_varlen: expected scaling="),
         ("attention_decode", {"cache_seqlens": Q}, "attention_decode: expected key_lengths="),

@@ -305,9 +305,10 @@ def test_pages(device):
     left=[None, 70, 20],
     softcap=[{}, {"softcap": 1.5}, {"softcap": 1.5, "bias_after_softcap": True}],
     tables=[(2, 4, 3, 200), (1, 4, 1, 40), (1, 1, 3, 171)],
+    right=[2, 0, 9],
     dtype=[SINGLE, HALF, SINGLE],
 )
-def test_decode(lengths, counts, left, softcap, tables, dtype, device):
+def test_decode(lengths, counts, left, softcap, tables, right, dtype, device):
     """Caches of several splits, in one piece and in pages: distances count from the end of each sequence's keys."""
     rows, keys = 3, 176
     tensors = harness.inputs(dtype, device, kv_heads=2, group=2, q_len=rows, k_len=keys, scales=("query_scale",))
@@ -320,11 +321,12 @@ def test_decode(lengths, counts, left, softcap, tables, dtype, device):
     row, key = torch.arange(rows, device=device), torch.arange(keys, device=device)
     own = row + (key_lengths - row_counts)[:, None]  # [2, 3]
     pairs = (key <= own[..., None]) & (row < row_counts[:, None])[..., None] & (key >= own[..., None] - (left or keys))
-    call = call_of(tensors, visibility, **softcap)
+    options = {**softcap, "relative_right": right}
+    call = call_of(tensors, visibility, **options)
     found = backend.decode(call, aux=True)
     nothing = torch.zeros(())
     exact, eager = (
-        expected(tensors, to, nothing, nothing, pairs[:, None], own, **softcap) for to in (torch.float64, dtype)
+        expected(tensors, to, nothing, nothing, pairs[:, None], own, **options) for to in (torch.float64, dtype)
     )
     for name, result in found._asdict().items():
         hidden = exact[name].isneginf()

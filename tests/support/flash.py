@@ -14,6 +14,7 @@ import ast
 import inspect
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
+from tests.kernels import harness
+from tests.support.bound import allowed_error
 from tritonattn.backends.flash import libraries, run
 
 RECORDED = Path(__file__).with_name("flash_signatures.json")
@@ -272,6 +275,23 @@ def install(monkeypatch: pytest.MonkeyPatch, *versions: str, card: int | None = 
     monkeypatch.setattr(run, "libraries", cached)
     monkeypatch.setattr(run, "card_of", lambda device: card)
     return modules
+
+
+def assert_close(
+    tensors: dict[str, Tensor], attend: Callable[..., Any], summands: float = 0.0, slack: float = 1.0, **arguments: Any
+) -> None:
+    """Results and all gradients: within twice the eager error, and four roundings of folded operands, times `slack`."""
+    dtype = tensors["q"].dtype
+    found, exact, eager = harness.ours_exact_eager(tensors, attend, backend="flash", **arguments)
+    for name, result in found.items():
+        hidden = exact[name].isneginf()
+        assert torch.equal(result.isneginf(), hidden), name
+        ours, wanted, narrow = (x.masked_fill(hidden, 0).double() for x in (result, exact[name], eager[name]))
+        scale = max(wanted.abs().max().item(), summands)
+        allowed = slack * (allowed_error(wanted, narrow, dtype) + 4 * torch.finfo(dtype).eps * scale)
+        error = (ours - wanted).abs().max().item()
+        assert error <= allowed, f"{name}: expected an error of at most {allowed:.3e}, got {error:.3e}"
+        assert result.dtype == eager[name].dtype, name
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def attention(
         relative_right: How many entries, the first ones, belong to keys after the row's own: then entry
             t + relative_right belongs to the key t before.
         bias_after_softcap: Add the three biases after the softcap: logit -> c * tanh(logit / c) + biases, of which
-            lse, entropy and max_logit then are.
+            lse, entropy and max_logit then are. Without a bias it changes nothing.
         softcap: c > 0: logit -> c * tanh(logit / c), after scaling and with the biases.
         sinks: [Hq]: a logit that joins the softmax's denominator only, neither scaled nor capped; gets a
             gradient. -inf is no sink, +inf gives zeros, and NaN gives NaN in rows that attend to keys.

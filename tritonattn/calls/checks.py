@@ -216,9 +216,9 @@ def _with_pairs(terms: Logits, call: AttentionCall, rows: str) -> Logits:
     q, visible, bias, table, right = call.q, call.visibility, terms.bias, terms.relative_bias, terms.relative_right
     if bias is not None:
         check_tensor("bias", bias, "[B, Hq, Sq, Sk]")
-        bias = bias[(None,) * (4 - bias.dim())]
+        bias = bias[None] if bias.dim() == 1 else bias
         check_factor("bias", bias, q, (*visible.rows, visible.k_len), "[B, Hq, Sq, Sk]")
-        bias = _in_own_dtype(bias, q)
+        bias = _in_own_dtype(bias[(None,) * (4 - bias.dim())], q)
     check_count("relative_right", right)
     if table is not None:
         table = relative_bias_of("", table, right, q, _last(visible.rows, rows), rows)

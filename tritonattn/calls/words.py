@@ -30,7 +30,7 @@ _HINTS = {
     "softmax_scale": ("scaling", "a float is the factor itself"),
     "scaling": ("scale", "a float"),
     "enable_gqa": ("", "k may have fewer heads than q, whose number they divide"),
-    "window_size": ("window", "(left, right)"),
+    "window_size": ("window", "a pair: left, right"),
     "logits_soft_cap": ("softcap", "a number above 0"),
     "embed_dim": ("width", "features of x"),
     "num_heads": ("heads", "query heads"),
