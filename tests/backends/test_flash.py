@@ -325,6 +325,7 @@ def test_cudnn(monkeypatch):
     """Where nothing else is installed: squares and whole rows of a batch, with scales and their gradients."""
     flash.install(monkeypatch, card=9)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(obstacles, "can_use_cudnn_attention", lambda params: False)
     tensors = harness.inputs(torch.bfloat16, CPU, q_len=20, k_len=20, scales=("gain",))
     refuses("NotImplementedError: q [ ~ by cudnn; pip ~ 'triton'", tritonattn.attention, **tensors, backend="flash")
     monkeypatch.setattr(obstacles, "can_use_cudnn_attention", lambda params: True)

@@ -274,6 +274,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *versions: str, card: int | None = 
     cached = libraries.libraries.__wrapped__
     monkeypatch.setattr(run, "libraries", cached)
     monkeypatch.setattr(run, "card_of", lambda device: card)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
     return modules
 
 

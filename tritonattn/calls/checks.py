@@ -139,7 +139,7 @@ def check(call: AttentionCall, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or
     if not (softcap is None and sinks is None and is_after is False):
         check_bool("bias_after_softcap", is_after)
         softcap = float(softcap) if isinstance(softcap, int) else softcap  # an int is another type to a kernel
-        call.logits = terms = terms._replace(
+        call.logits = terms = terms.changed(
             softcap=softcap, sinks=sinks, bias_after_softcap=is_after and softcap is not None
         )
     if not (terms.bias is None and terms.relative_bias is None and terms.relative_right == 0):
@@ -224,7 +224,7 @@ def _with_pairs(terms: Logits, call: AttentionCall, rows: str) -> Logits:
         table = relative_bias_of("", table, right, q, _last(visible.rows, rows), rows)
     elif right:
         raise ValueError(f"relative_right: expected 0 without relative_bias, got {right}")
-    return terms._replace(bias=bias, relative_bias=table)
+    return terms.changed(bias=bias, relative_bias=table)
 
 
 def relative_bias_of(owner: str, table: Any, right: Any, q: Tensor, rows: tuple[int, ...], axes: str) -> Tensor:

@@ -270,7 +270,7 @@ def _notify(call: AttentionCall, out: Tensor) -> None:
                 return found
             # A bias may grow with the position, as of forget gates: without it logits tell how large q . k is.
             hiding = {name: torch.where(x == -torch.inf, x, 0) for name, x in biases.items()}
-            hiding = terms._replace(**hiding, bias_after_softcap=False)
+            hiding = terms.changed(**hiding, bias_after_softcap=False)
             without = cast(tuple[Tensor, AttentionAux], run(replace(again, logits=hiding)))[1]
             return found._replace(max_logit=without.max_logit)
 

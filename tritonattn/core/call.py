@@ -47,6 +47,10 @@ class Logits(NamedTuple):
     relative_right: int = 0
     bias_after_softcap: bool = False
 
+    def changed(self, **terms: Any) -> Logits:
+        """As `_replace`, which torch.compile traces from torch 2.9 on."""
+        return Logits(**(dict(zip(Logits._fields, self, strict=True)) | terms))
+
 
 @dataclass(eq=False)
 class AttentionCall:

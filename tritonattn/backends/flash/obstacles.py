@@ -103,7 +103,7 @@ def _is_widest_of_blackwell(call: AttentionCall, card: int) -> bool:
 
 
 def _obstacle_of_window(visible: Visibility) -> str | None:
-    """FlashAttention 2 takes a right side from Sk on for no limit, and none beside a left side for Sk."""
+    """FlashAttention 2 takes a right side from Sk on for no limit, and none with a left side for Sk."""
     (q_len, k_len), (left, right) = lengths(visible), limits(visible)
     is_other = left is not None if right is None else right >= k_len
     return f"window of up to {q_len} queries and {k_len} keys" if is_other and q_len > k_len + 1 else None
