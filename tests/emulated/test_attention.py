@@ -21,13 +21,16 @@ HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
 SMALL = TileConfig(16, 16, 1, 2)  # short sequences have inner blocks, edges and tails
 WARPGROUP = TileConfig(64, 16, 4, 2)  # the smallest that wgmma takes
 QUERY, BOTH, BIAS = ("query_scale",), ("query_scale", "key_scale"), ("query_scale", "key_bias")
-ALL = (*BOTH, "key_bias")
+ALL, PAIRS = (*BOTH, "key_bias"), ("query_scale", "bias", "relative_bias")
 
 # A fast selection, of small tiles; the slow test has default ones.
 FAST = (
     (GPU(80), Case(HALF, tiles=SMALL, mask="everything", scales=BIAS, form="everything", heads=(2, 1))),
     (GPU(90), Case(SINGLE, (20, 12), TileConfig(32, 16, 2, 2), "ranges", BOTH, "aux", lengths=(50, 33))),
     (GPU(90, True), Case(BFLOAT, (32, 32), WARPGROUP, "causal window", ALL, heads=(2, 2), lengths=(70, 90), batch=1)),
+    (GPU(80), Case(HALF, tiles=SMALL, mask="causal", scales=PAIRS, form="softcap")),
+    (GPU(80), Case(BFLOAT, tiles=SMALL, mask="everything", scales=(*PAIRS, "key_bias"), form="aux", heads=(2, 1))),
+    (GPU(90, True), Case(BFLOAT, (32, 32), WARPGROUP, "causal", PAIRS, "after", lengths=(70, 90), batch=1)),
 )
 
 # Every head dim and every kind of loop on every GPU in the default config; tests/kernels has pairs of the rest.
@@ -38,7 +41,7 @@ CHOICES = {
     "dims": DIMS,
     "mask": ["full", "causal", "ranges", "mask of heads", "everything", *list(WIDE_MASKS)[-3:]],
     "form": ["plain", "softcap", "sinks", "dropout", "aux", "everything"],
-    "scales": [(), QUERY, ("key_scale",), BOTH, BIAS],
+    "scales": [(), QUERY, ("key_scale",), BOTH, BIAS, PAIRS],
     "heads": [(1, 2), (2, 1)],
     "lengths": [(2, 70), (70, 17), (130, 200), (200, 130)],
 }

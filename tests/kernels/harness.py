@@ -16,6 +16,7 @@ Tensors = dict[str, Tensor]
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "softcap": {"softcap": 1.5},
+    "after": {"softcap": 1.5, "bias_after_softcap": True},
     "sinks": {"sinks": True},
     "dropout": {"dropout_p": 0.3},
     "aux": {"return_aux": True},

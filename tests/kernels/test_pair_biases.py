@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import tritonattn
 from tests.kernels import harness
 from tests.support.bound import assert_within_bound
 from tests.support.masks import MASKS, visible_pairs
@@ -377,6 +378,33 @@ def test_batch_invariant_rows(mask, after, device):
     visibility, pairs, own = of_mask(mask, device, SIZES, 1)
     options = {"softcap": 1.5, "bias_after_softcap": after, "relative_right": 5}
     check(tensors, replace(visibility, invariant=True), pairs, own, **options)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@in_turn(
+    mask=["causal", "ranges", "mask of heads"], form=["dropout", "after", "everything"], dtype=[SINGLE, HALF, SINGLE]
+)
+def test_the_public_function(mask, form, dtype, device):
+    scales = ("query_scale", "bias", "relative_bias")
+    tensors, arguments = harness.of_form(form, dtype, device, scales=scales)
+    harness.check(tensors, relative_right=3, **arguments, **harness.mask(mask, device))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_mapped_biases_are_those_of_each_call(device):
+    """By torch.func, gradients of a shared bias among them."""
+    tensors = harness.inputs(SINGLE, device, scales=("bias", "relative_bias"))
+    q = torch.stack([tensors["q"], 2 * tensors["q"]])
+
+    def loss(q: Tensor, bias: Tensor, table: Tensor) -> Tensor:
+        options = {"relative_bias": table, "causal": True, "backend": "triton"}
+        return tritonattn.attention(q, tensors["k"], tensors["v"], bias=bias, **options).square().sum()
+
+    gradients = torch.func.grad(loss, argnums=(0, 1, 2))
+    leaves = tensors["bias"], tensors["relative_bias"]
+    mapped = torch.func.vmap(gradients, in_dims=(0, None, None))(q, *leaves)
+    for ours, theirs in zip(mapped, zip(*(gradients(one, *leaves) for one in q), strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.stack(theirs))
 
 
 def test_the_kernel_in_gluon_takes_no_biases_of_pairs():

@@ -214,14 +214,9 @@ def attention_decode(
             number = number.to(tl.int64)[:, None]
             k_ptrs = k.ptr + number * k.b + tile_offsets(slot, BLOCK_D, k.s, k.d, WIDE)
             k_tile = load_tile(k_ptrs, is_held, HEAD_DIM)
-        keep = keep_key[None, :] & (offs_n[None, :] < hi[:, None])  # [BLOCK_M, BLOCK_N]
-        if left is not None:
-            keep = keep & (offs_n[None, :] >= lo[:, None])
         if HAS_PAIRS:  # see `attention_forward`
-            heads, is_read = tl.minimum(head, q_heads - 1)[:, None], keep_row[:, None] & keep
-            of_pairs = pair_biases(
-                bias, relative_bias, extent, batch, heads, row[:, None], offs_n[None, :], shift, is_read
-            )
+            rows, keys, is_read = row[:, None], offs_n[None, :], keep_row[:, None] & keep_key[None, :]
+            of_pairs = pair_biases(bias, relative_bias, extent, batch, head[:, None], rows, keys, shift, is_read)
         s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if key_scale is not None:
             s *= tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale.s, mask=keep_key, other=0.0)[None, :]
@@ -231,6 +226,9 @@ def attention_decode(
             biases = tl.load(bias_ptrs, mask=keep_row[:, None] & keep_key[None, :], other=0.0) * LOG2_E
         if HAS_PAIRS:
             biases = of_pairs if key_bias is None else biases + of_pairs
+        keep = keep_key[None, :] & (offs_n[None, :] < hi[:, None])  # [BLOCK_M, BLOCK_N]
+        if left is not None:
+            keep = keep & (offs_n[None, :] >= lo[:, None])
         if BIAS_AFTER:
             s, of_product = soft_cap(s * factor[:, None], softcap), tl.full([BLOCK_M], 1.0, tl.float32)
         p, weighted, alpha, moved, m_i = probabilities(

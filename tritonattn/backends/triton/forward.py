@@ -240,13 +240,8 @@ def attention_forward(
                     if seen_ptr is not None:
                         load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
                 if HAS_PAIRS:  # loaded before the product, lest the softmax take the layout of the loads
-                    rows, keys, is_read = (
-                        (first_row + offs_m)[:, None],
-                        (first_key + offs_n)[None, :],
-                        load_key[None, :],
-                    )
-                    if PASS != UNMASKED:
-                        is_read = visible(offs_m, offs_n, lo, hi, batch, head, view, mask)
+                    rows, keys = (first_row + offs_m)[:, None], (first_key + offs_n)[None, :]
+                    is_read = load_key[None, :]
                     of_pairs = pair_biases(bias, relative_bias, extent, batch, head, rows, keys, shift, is_read)
                 if pages is not None:
                     number, slot, is_held = page_slots(pages, sequence, offs_n, load_key)

@@ -288,11 +288,8 @@ def attention_grad_key_value(
                     if PASS != UNMASKED:
                         live = exponent_term != float("-inf")
                     if HAS_PAIRS:  # see `attention_forward`
-                        rows, keys, is_read = (
-                            (first_row + offs_m)[None, :],
-                            (first_key + offs_n)[:, None],
-                            live[None, :],
-                        )
+                        rows, keys = (first_row + offs_m)[None, :], (first_key + offs_n)[:, None]
+                        is_read = live[None, :]
                         if PASS != UNMASKED:
                             keep = visible_rows(offs_m, live, offs_n, row_lo, row_hi, batch, head, view, mask)
                             is_read = is_read & load_key[:, None] & keep
