@@ -49,8 +49,8 @@ class Logits(NamedTuple):
 
     def changed(self, **terms: Any) -> Logits:
         """As `_replace`, which torch.compile traces from torch 2.9 on."""
-        own: dict[str, Any] = dict(zip(Logits._fields, self, strict=True))
-        return Logits(**(own | terms))
+        unchanged: dict[str, Any] = dict(zip(Logits._fields, self, strict=True))
+        return Logits(**(unchanged | terms))
 
 
 @dataclass(eq=False)
