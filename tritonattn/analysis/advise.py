@@ -196,8 +196,9 @@ def advise(
 
     The first of `tritonattn.analysis.rules.RULES` that applies to a layer gives its advice. Modes are tried on the
     layer's q and k before they are advised. Heads are averaged. A softcap bounds the gaps of `analysis.fading` alone,
-    and sinks are ignored. A layer that normalises keys is recognised by the name of that module (k_norm, ...). The
-    cost is one forward pass, and for each layer and mode a `diagnose`, about 25 forward passes of its attention.
+    and sinks and biases are ignored. A layer that normalises keys is recognised by the name of that module (k_norm,
+    ...). The cost is one forward pass, and for each layer and mode a `diagnose`, about 25 forward passes of its
+    attention.
 
     Returns:
         `Advice`; print(advice.report()).
