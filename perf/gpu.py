@@ -124,7 +124,8 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
         Phase(
             "flash",
             of_perf("flash", "--device", device, "--write"),
-            2,
+            5,
+            "--minutes",
             environment=tables,
             obstacle=flash.obstacle(device),
         ),

@@ -125,7 +125,7 @@ def _replayed(kernel: str, problem: Problem, config: TileConfig, target: Target,
 def _iterations(kernel: str, config: TileConfig, arguments: Mapping[str, Any]) -> dict[tuple[int, int], int]:
     """Count, by (sequence, block), the blocks of keys that a block of rows sees, or of rows that see a block of keys.
 
-    Those of rows in each head of a group.
+    Blocks of rows are counted in each head of a group.
     """
     found: dict[tuple[int, int], int] = {}
     size_m, size_n = config.block_m, config.block_n

@@ -16,6 +16,7 @@ Online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867; blocks and backward
 """
 
 import os
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * log2 e): GPUs have an instruction for exp2
 TILES = {"BLOCK_M": 64, "BLOCK_N": 64}  # queries and keys of a tile
-LAUNCH = {**TILES, "num_warps": 8}
+LAUNCH: dict[str, Any] = {**TILES, "num_warps": 8}
 
 
 @triton.jit
@@ -172,11 +173,11 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
-        *operands, out, lse = ctx.saved_tensors
+        q, k, v, query_scale, key_scale, out, lse = ctx.saved_tensors
         B, H, S, D = out.shape
         delta = (do.float() * out.float()).sum(-1)  # [B, H, S]
-        dq, dk, dv, d_query_scale, d_key_scale = map(torch.empty_like, operands)
-        saved = (*operands, do.contiguous(), lse, delta)
+        saved = (q, k, v, query_scale, key_scale, do.contiguous(), lse, delta)
+        dq, dk, dv, d_query_scale, d_key_scale = map(torch.empty_like, saved[:5])
         grad_query_kernel[triton.cdiv(S, TILES["BLOCK_M"]), B * H](*saved, dq, d_query_scale, S, D, **LAUNCH)
         grad_key_value_kernel[triton.cdiv(S, TILES["BLOCK_N"]), B * H](*saved, dk, dv, d_key_scale, S, D, **LAUNCH)
         return dq, dk, dv, d_query_scale, d_key_scale

@@ -4,7 +4,7 @@
     python docs/examples/passkey.py --size 124M --data train.bin   # six runs: three scalings, with and without QK-norm
 
 train.bin holds GPT-2 tokens as uint16, as nanoGPT's data/openwebtext/prepare.py writes them; without it the text is
-random. Eight passkeys of five digits, each with a name, are hidden in every window, and two are asked for at its end.
+random. Eight passkeys of five digits, each with a name, are hidden in every window, and asked for by name at its end.
 A run prints its loss and the share of passkeys with all digits right at 1, 2, 4 and 8 times the trained length.
 """
 
@@ -12,13 +12,14 @@ import argparse
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 import tritonattn
 
-NAMES, DIGITS, HIDDEN, ASKED = 64, 5, 8, 2
+NAMES, DIGITS, PASSKEYS = 64, 5, 8
 QUESTION = 2 + DIGITS  # a mark, a name, the digits
 SCALINGS = ("sqrt_dim", "log_key_count", "ssmax")
 CARDS = {"A100": 312e12, "H100": 989e12}  # dense bf16 operations a second, NVIDIA's data sheets
@@ -44,7 +45,7 @@ class Size:
         return tokens * (6 * parameters + attention) / (SHARE * operations) / 3600
 
 
-SIZES = {"tiny": Size(2, 32, 2, 96, 4, 1, 2, 100), "124M": Size(12, 768, 12, 2048, 8, 16, 2000, 50257)}
+SIZES = {"tiny": Size(2, 32, 2, 128, 4, 1, 2, 100), "124M": Size(12, 768, 12, 2048, 8, 16, 2000, 50257)}
 
 
 class Block(nn.Module):
@@ -82,7 +83,7 @@ class GPT(nn.Module):
 
 
 def windows(data, size, rows, length, random):
-    """Draw int64 [rows, length] of text, hide passkeys in it, and ask for two of them at the end."""
+    """Draw int64 [rows, length] of text, hide passkeys in it, and ask for them at the end."""
     if data is None:
         tokens = torch.randint(size.text, (rows, length), generator=random)
     else:
@@ -90,13 +91,13 @@ def windows(data, size, rows, length, random):
         tokens = torch.stack([data[start : start + length] for start in starts]).long()
     hidden, asked = size.text, size.text + 1
     for row in tokens:
-        names = size.text + 12 + torch.randperm(NAMES, generator=random)[:HIDDEN]
-        keys = size.text + 2 + torch.randint(10, (HIDDEN, DIGITS), generator=random)
-        places = torch.randperm(length // QUESTION - ASKED, generator=random)[:HIDDEN]
+        names = size.text + 12 + torch.randperm(NAMES, generator=random)[:PASSKEYS]
+        keys = size.text + 2 + torch.randint(10, (PASSKEYS, DIGITS), generator=random)
+        places = torch.randperm(length // QUESTION - PASSKEYS, generator=random)[:PASSKEYS]
         for name, key, place in zip(names, keys, places, strict=True):
             row[place * QUESTION : (place + 1) * QUESTION] = torch.cat([torch.tensor([hidden, name]), key])
-        for turn in range(ASKED):
-            start = length - (ASKED - turn) * QUESTION
+        for turn in range(PASSKEYS):
+            start = length - (PASSKEYS - turn) * QUESTION
             row[start : start + QUESTION] = torch.cat([torch.tensor([asked, names[turn]]), keys[turn]])
     return tokens
 
@@ -138,9 +139,9 @@ def recalled(model, size, length, data, device, tests):
     for _ in range(tests):
         tokens = windows(data, size, 1, length, random).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            found = model(tokens[:, :-1], last=ASKED * QUESTION).argmax(-1)
-        right = found == tokens[:, -ASKED * QUESTION :]
-        rights.append(right.view(ASKED, QUESTION)[:, 2:].all(-1).double().mean())
+            found = model(tokens[:, :-1], last=PASSKEYS * QUESTION).argmax(-1)
+        right = found == tokens[:, -PASSKEYS * QUESTION :]
+        rights.append(right.view(PASSKEYS, QUESTION)[:, 2:].all(-1).double().mean())
     return float(torch.stack(rights).mean())
 
 
@@ -153,9 +154,7 @@ def main():
     size, device = SIZES[options.size], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = None
     if options.data is not None:
-        data = torch.from_file(
-            options.data, size=torch.UntypedStorage.from_file(options.data).nbytes() // 2, dtype=torch.uint16
-        )
+        data = torch.from_file(options.data, size=Path(options.data).stat().st_size // 2, dtype=torch.uint16)
     costs = ", ".join(f"{6 * SIZES['124M'].hours(peak):.2g} hours on one {card}" for card, peak in CARDS.items())
     print(f"six runs of 124M: {costs} (modelled: {SHARE:.0%} of the card's bf16 rate; training only)")
     lengths = [size.length * times for times in (1, 2, 4, 8)]

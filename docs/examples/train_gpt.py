@@ -66,7 +66,8 @@ with torch.no_grad():
     longer = model.loss(data, 4 * LENGTH, rows=16).item()
 print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}; at 4 times the length, {4 * LENGTH} bytes: {longer:.2f}")
 print(f"s of every head, {1 / math.log(LENGTH):.2f} at the start:")
-for number, block in enumerate(model.blocks):
-    print(f"layer {number}: {[round(s, 2) for s in block.attention.scaling.s.tolist()]}")
+for name, parameter in model.named_parameters():
+    if name.endswith("scaling.s"):
+        print(f"{name}: {[round(s, 2) for s in parameter.tolist()]}")
 assert losses[-1] < 1.0 < losses[0]
 assert longer < 1.0

@@ -20,7 +20,7 @@ CLOCK = 1500  # MHz, of the published times of FlashAttention-3
 LAUNCH = 5500  # clocks
 LOOPS = 1.085
 
-# Of FlashAttention-3: clocks of fill and drain of a tile by head dim, of masking a block, and the longest tile's share
+# FlashAttention-3: clocks of fill and drain of a tile by head dim, of masking a block, and the longest tile's share
 # that processors wait for at the end of a causal call.
 _FILL_AND_DRAIN = {64: 4400, 128: 3200}
 _MASKED_BLOCK = 700

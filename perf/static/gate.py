@@ -22,7 +22,7 @@ _L2_BYTES = 48
 _OF_A_SOFTCAP = 3
 # Approximate clocks until a load from memory arrives.
 _LATENCY = 600
-# Of AMD's compute units a clock (CDNA 3 and 4 whitepapers): FLOPs, dense in 16 bits, exponentials, and bytes of LDS.
+# AMD's compute units a clock (CDNA 3 and 4 whitepapers): FLOPs, dense in 16 bits, exponentials, and bytes of LDS.
 _AMD_TENSOR = {"gfx942": 2048, "gfx950": 4096}
 _AMD_EXP = {"gfx942": 16, "gfx950": 32}
 _AMD_LDS = {"gfx942": 128, "gfx950": 256}

@@ -42,7 +42,7 @@ def static_candidates(kernel: str, problem: Problem, target: Target) -> list[Til
 def _few_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
     """List the default, and of the static candidates of each tile the one nearest to 2 stages.
 
-    Of decoding, which waits for memory, those with the default's stages.
+    For decoding, which waits for memory, those with the default's stages.
     """
     first, *others = static_candidates(kernel, problem, target)
     of_tiles: dict[tuple[int, int, int], TileConfig] = {}

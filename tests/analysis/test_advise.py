@@ -151,6 +151,26 @@ def test_a_layer_that_normalises_keys_is_recognised():
         assert all(one.gap > 0 for one in readings)
 
 
+def test_layers_that_fade_at_different_lengths_have_one_advice():
+    config = transformers.Qwen3Config(
+        vocab_size=61, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=16
+    )
+    config.num_key_value_heads, config.max_position_embeddings = 4, 40
+    torch.manual_seed(0)
+    net = transformers.Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for sharpness, layer in zip((1.6, 1.4), net.model.layers, strict=True):
+            layer.self_attn.q_norm.weight.fill_(sharpness)
+            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+    advice = advise(net, TOKENS)
+    first, last = advice.findings
+    assert (first.rule.name, last.rule.name) == ("will fade", "will fade")
+    assert first.reading.gap > last.reading.gap
+    assert last.advice in advice.text
+    assert advice.text.endswith("on all layers")
+    assert "QK-norm" in advice.table()
+
+
 def test_where_a_mode_or_none_is_a_fix():
     """A single long query is tamed by cosine alone, and queries of 0 by nothing but a gain."""
     torch.manual_seed(0)
@@ -190,6 +210,8 @@ def test_the_command(monkeypatch, tmp_path, capsys):
         assert part in out
     record = json.loads(file.read_text())
     assert record["tokens"] == 40
+    assert record["environment"]["torch"] == torch.__version__
+    assert record["environment"]["command"]
     assert len(record["findings"]) == 2
     assert record["mode"] == advise(one.model, one.tokenizer(demo.TEXT.read_text())["input_ids"][:, :40]).mode
     assert cli.main(["advise", "--max-tokens", "40", "--context", "10"]) == 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import warnings
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from tests.analysis.models import Net
 from tests.support.llama import HEADS, ids, llama
 from tritonattn.analysis import Monitor, Thresholds, qk_clip
 from tritonattn.analysis.alarms import Alarms, layer_value
+from tritonattn.core.errors import install
 from tritonattn.huggingface import patch, patched
 
 QUIET = Thresholds(None, None, None)
@@ -193,7 +195,7 @@ def test_tensorboard_gets_the_loss_and_every_layer_and_is_named_where_it_is_miss
     assert scalars["attention/k_gradient_norm", 0] == pytest.approx(sum(layer["k_gradient_norm"]) / 2)
     assert len(scalars) == 8
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match=r"tritonattn\[monitor\]"):
+    with pytest.raises(ImportError, match=re.escape(install("monitor"))):
         Monitor(Net(), tensorboard="runs")
 
 

@@ -1,6 +1,7 @@
 """Backend "flash" on stand-ins for FlashAttention 2, 3 and 4: results, gradients, and what the libraries are given."""
 
 import inspect
+import sys
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from tests.calls.test_second_order import CALLS as SECOND_ORDER
 from tests.calls.test_second_order import assert_refused
 from tests.kernels import harness
 from tests.support import flash
-from tests.support.bound import allowed_error
 from tests.support.calls import assert_gradients_of_keys_add_up, torch_kernels
+from tests.support.flash import assert_close
 from tests.support.packed import RAGGED, offsets
 from tests.support.pairs import in_turn
 from tests.support.refusals import refuses
-from tritonattn.backends.flash import libraries
+from tritonattn.backends.flash import libraries, obstacles
 from tritonattn.backends.flash.fold import folded
 from tritonattn.calls import dispatch
 from tritonattn.core.observation import Observer
@@ -36,21 +37,6 @@ MASKS = {
     "window of all": {"window": (2**40, 2**40), "causal": True},
 }
 NO_LIMIT = {TWO: -1, THREE: -1, FOUR: None}
-
-
-def assert_close(tensors, attend, summands=0.0, **arguments):
-    """Results and all gradients: within twice the eager error, and four roundings of folded operands."""
-    dtype = tensors["q"].dtype
-    found, exact, eager = harness.ours_exact_eager(tensors, attend, backend="flash", **arguments)
-    for name, result in found.items():
-        hidden = exact[name].isneginf()
-        assert torch.equal(result.isneginf(), hidden), name
-        ours, wanted, narrow = (x.masked_fill(hidden, 0).double() for x in (result, exact[name], eager[name]))
-        scale = max(wanted.abs().max().item(), summands)
-        allowed = allowed_error(wanted, narrow, dtype) + 4 * torch.finfo(dtype).eps * scale
-        error = (ours - wanted).abs().max().item()
-        assert error <= allowed, f"{name}: expected an error of at most {allowed:.3e}, got {error:.3e}"
-        assert result.dtype == eager[name].dtype, name
 
 
 @in_turn(
@@ -210,7 +196,7 @@ def test_gradients_of_keys_are_added_before_they_are_rounded(version, monkeypatc
 
 
 def test_gradients_of_a_fold():
-    """Of a 16-bit gradient: fp32 products and sums, rounded once to what takes them."""
+    """A 16-bit gradient goes through fp32 products and sums, rounded once to what takes them."""
     x, d = torch.randn(2, 1, 2, 5, 16).bfloat16()
     scale, seen = torch.randn(1, 2, 5, requires_grad=True), torch.tensor([True, True, False, True, True])
     products = torch.where(seen[:, None], d, 0).float() * x.float()
@@ -218,7 +204,7 @@ def test_gradients_of_a_fold():
     for wide in (None, torch.zeros((), dtype=torch.float32).expand(x.shape).clone().requires_grad_()):
         leaf = x.clone().requires_grad_(wide is None)
         y = folded(leaf, wide, scale, seen.expand(1, 1, 5), torch.bfloat16)
-        assert torch.equal(y, (x.float() * scale[..., None]).bfloat16())
+        assert torch.equal(y, torch.where(seen[:, None], x.float() * scale[..., None], 0).bfloat16())
         found = torch.autograd.grad(y, (leaf if wide is None else wide, scale), d)
         assert torch.equal(found[0], d_x if wide is not None else d_x.bfloat16())
         assert torch.equal(found[1], products.sum(-1))
@@ -241,7 +227,9 @@ REFUSED = {
 def test_what_no_library_has(name, monkeypatch):
     (module,) = flash.install(monkeypatch, FOUR)
     tensors = harness.inputs(torch.bfloat16, CPU)
-    error = f"NotImplementedError: {name}: backend 'flash' does not support it ~ 'triton', 'sdpa' and 'reference' do"
+    error = (
+        f"NotImplementedError: {name}: backend 'flash' does not support it; backend 'auto' does, by 'triton' or 'sdpa'"
+    )
     refuses(error, tritonattn.attention, **tensors, **REFUSED[name], backend="flash")
     assert not module.calls
 
@@ -304,19 +292,43 @@ def test_nothing_installed(monkeypatch):
         **tensors,
         backend="flash",
     )
-    flash.install(monkeypatch, "flash-attn-2 2.5.8", card=9)  # too old
-    commands = ("flash-attn-4", "'flash-attn>=2.6'", "./hopper")
-    error = " ~ ".join(["ImportError: backend: 'flash'", *(f"pip install {one}" for one in commands)])
+    commands = ("'flash-attn-4>=4.0.0b32'", "'flash-attn>=2.6'", "./hopper")
+    how = " ~ ".join(f"pip install {one}" for one in commands)
+    for versions, why in (
+        ((), "which is not installed for this GPU"),
+        (("flash-attn-2 2.5.8",), "flash-attn-2 is too old"),
+        (("flash-attn-4 4.0.0b24",), "flash-attn-4 is too old"),  # drops the gradient of sinks
+    ):
+        flash.install(monkeypatch, *versions, card=9)
+        error = f"ImportError: backend: 'flash' needs FlashAttention, {why}: {how}"
+        refuses(error, tritonattn.attention, **tensors, backend="flash")
+    flash.install(monkeypatch, card=7)
+    error = "NotImplementedError: compute capability 7.x: backend 'flash' does not support it"
     refuses(error, tritonattn.attention, **tensors, backend="flash")
+
+
+def test_a_library_that_cannot_be_imported(monkeypatch, tmp_path):
+    """Built for another torch, as a rule: the error is told, unless another library runs the call."""
+    flash.install(monkeypatch, card=8)
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.delitem(sys.modules, "flash_attn")
+    monkeypatch.syspath_prepend(tmp_path)
+    tensors = harness.inputs(torch.bfloat16, CPU)
+    error = "ImportError: ~ flash-attn-2 cannot be imported (ImportError: undefined symbol: _ZN3c10): pip install"
+    refuses(error, tritonattn.attention, **tensors, backend="flash")
+    (module,) = flash.install(monkeypatch, THREE)
+    tritonattn.attention(**tensors, backend="flash")
+    assert len(module.calls) == 1
 
 
 def test_cudnn(monkeypatch):
     """Where nothing else is installed: squares and whole rows of a batch, with scales and their gradients."""
     flash.install(monkeypatch, card=9)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(obstacles, "can_use_cudnn_attention", lambda params: False)
     tensors = harness.inputs(torch.bfloat16, CPU, q_len=20, k_len=20, scales=("gain",))
-    refuses("NotImplementedError: q [ ~ cuDNN alone ~ 'triton'", tritonattn.attention, **tensors, backend="flash")
-    monkeypatch.setattr(libraries, "can_use_cudnn_attention", lambda params: True)
+    refuses("NotImplementedError: q [ ~ by cudnn; pip ~ 'triton'", tritonattn.attention, **tensors, backend="flash")
+    monkeypatch.setattr(obstacles, "can_use_cudnn_attention", lambda params: True)
     monkeypatch.setattr(
         libraries, "sdpa_kernel", lambda backend: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     )
@@ -330,7 +342,7 @@ def test_cudnn(monkeypatch):
         ("sinks", {"sinks": torch.zeros(2)}),
         ("return_aux", {"return_aux": True}),
     ):
-        error = f"NotImplementedError: {name}: ~ by cudnn; pip install flash-attn-4 ~ 'triton'"
+        error = f"NotImplementedError: {name}: ~ by cudnn; pip install 'flash-attn-4 ~ 'triton'"
         refuses(error, tritonattn.attention, **tensors, **options, backend="flash")
 
 

@@ -132,7 +132,7 @@ Codes = list[tuple[Kind, tuple]]
 
 
 def codes(run: Callable[..., None], given: dict[str, Any]) -> Codes:
-    """Of each launch that belongs to a kind: that, and what selects its code, with Triton's own binding."""
+    """Kind and selected code of each launch that belongs to a kind, with Triton's own binding."""
     with launch.recording(Target("cuda", "80")) as launches:
         run(**given)
     found = []

@@ -113,10 +113,20 @@ def test_minus_infinity_is_a_mask(softcap, backend):
     options = {"sinks": torch.zeros(HQ), "return_aux": True, "backend": backend, **softcap}
     (ours, aux), (theirs, masked) = (
         attention(**operands(), **hidden, **options)
-        for hidden in ({"bias": torch.where(mask, 0.0, -torch.inf)}, {"mask": mask})
+        for hidden in ({"bias": torch.where(mask, 0.0, -torch.inf)}, {"mask": mask, "bias": torch.zeros(())})
     )
     for one, other in zip((ours, *aux), (theirs, *masked), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_bias_the_largest_logit_is_before_the_softcap(backend):
+    plain, after = (
+        attention(**operands(), softcap=0.1, bias_after_softcap=after, return_aux=True, backend=backend)[1]
+        for after in (False, True)
+    )
+    torch.testing.assert_close(plain, after)
+    assert after.max_logit.max() > 0.1
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -252,7 +262,11 @@ def test_decoding_one_row_without_a_window_counts_from_the_last_key():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"bias": torch.zeros(3, SK)}, ValueError, r"bias: expected a shape broadcastable to \[B, Hq, Sq, Sk\]"),
+        (
+            {"bias": torch.zeros(3, SK)},
+            ValueError,
+            r"bias: expected a shape broadcastable to \[B, Hq, Sq, Sk\] .* got \[3, 7\]",
+        ),
         ({"bias": torch.zeros(SQ, SK).int()}, TypeError, "bias: expected a floating dtype, got torch.int32"),
         ({"relative_bias": torch.zeros(HQ, 3)}, ValueError, r"relative_bias: expected \[B, Hq, Sq, extent\]"),
         ({"relative_bias": torch.zeros(1, 3, 1, 3)}, ValueError, "relative_bias: expected a shape broadcastable"),

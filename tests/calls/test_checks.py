@@ -67,7 +67,7 @@ def factors(name: str) -> list[Case]:
 SHARED: list[Case] = [
     ({"causal": 1}, "TypeError: causal: ~ bool ~ int 1"),
     ({"return_aux": "yes"}, "TypeError: return_aux: ~ bool ~ 'yes'"),
-    ({"backend": "cuda"}, "ValueError: backend: ~ auto, triton, sdpa, reference ~ 'cuda'"),
+    ({"backend": "cuda"}, "ValueError: backend: ~ auto, triton, flash, sdpa, reference ~ 'cuda'"),
     ({"window": 3}, "TypeError: window: ~ (left, right) ~ 3"),
     ({"window": (1.0, 2)}, "TypeError: window: ~ int or None ~ 1.0"),
     ({"window": (-2, 0)}, "ValueError: window: ~ sides of at least 0 ~ -1 or None ~ (-2, 0)"),

@@ -36,6 +36,7 @@ Q = torch.ones(1, 2, 3, 4)
         ("attention", {"position_bias": Q}, "attention: expected relative_bias= (a number a distance"),
         ("attention", {"alibi_slopes": Q}, "attention: expected key_bias= (tritonattn.nn.ALiBi(heads)(Sk)"),
         ("attention", {"score_mod": Q}, "attention: expected scaling= (a Scaling, or factors; what it adds: key_bias="),
+        ("scaled_attention", {"score_mod": Q}, "scaled_attention: expected query_scale= (and key_scale=, its fact"),
         ("attention_varlen", {"bias": Q}, "attention_varlen: expected relative_bias= (a number a distance; key_bias="),
         ("attention_decode", {"attn_bias": Q}, "attention_decode: expected relative_bias= (a number a distance"),
         (
@@ -45,7 +46,7 @@ Q = torch.ones(1, 2, 3, 4)
         ),
         ("attention", {"dropout_p": 0.0, "enable_gqa": True}, "attention: expected no enable_gqa=: k may have fewer"),
         ("attention", {"softmax_scale": 0.1}, "attention: expected scaling="),
-        ("attention", {"window_size": (3, 0)}, "attention: expected window= ((left, right)), got window_size="),
+        ("attention", {"window_size": (3, 0)}, "attention: expected window= (a pair: left, right), got window_size="),
         ("scaled_attention", {"softmax_scale": 0.1}, "scaled_attention: expected scale= (a float), got softmax_scale="),
         ("attention_varlen", {"softmax_scale": 0.1}, "attention_varlen: expected scaling="),
         ("attention_decode", {"cache_seqlens": Q}, "attention_decode: expected key_lengths="),

@@ -205,7 +205,7 @@ def test_entries_of_no_sequence_are_zero_there_and_back():
 
 
 def test_gradients_of_the_heads_of_a_group_add_up_in_one_order_where_invariant():
-    """Of 8 heads or more torch adds them up in an order that follows the other sizes."""
+    """torch adds up 8 heads or more in an order that follows the other sizes."""
     g = torch.randn(3, 16, 7, generator=torch.Generator().manual_seed(0))
 
     def gradient(g):

@@ -136,6 +136,7 @@ def test_a_layer_over_ranks_refuses_by_name(rank: int) -> None:
     refuses("NotImplementedError: batch_invariant: not supported for a sequence split over ranks", layer, x)
     layer.batch_invariant = None
     given: dict[str, Any] = {"context": x, "key_lengths": torch.tensor([8]), "mask": torch.ones(8, 8).bool()}
+    given |= {"bias": torch.zeros(8, 8), "relative_bias": torch.zeros(1, 1, 1, 3)}
     for name, value in {**given, "cache": KeyValueCache(1, HEADS, 8, 4)}.items():
         refuses(f"ValueError: ~ {name}: expected None with ContextParallel", layer, x, **{name: value})
     for call in (lambda: layer(x[:, :7]), lambda: gate(x[:, :7])):

@@ -69,6 +69,7 @@ def test_links_lead_somewhere(document):
     text = re.sub(r"```.*?```|`[^`\n]*`", "", TEXTS[document], flags=re.DOTALL)
     targets = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
     for target in targets:
+        assert "#only-" not in target, "docs/hooks.py adds the dark look to the site; GitHub would show both"
         if target.startswith("https://"):
             continue
         file, _, anchor = target.partition("#")
@@ -161,26 +162,62 @@ def test_docstrings(file):
 
 
 SCRIPT = ROOT / "docs/playground.js"
-CASES = [(2, 16, 0.0, 0), (32, 64, 1.0, 1), (512, 32, 2.0, 2)]
+CASES = [(2, 16, 0.0, 0, 64), (32, 64, 1.0, 1, 2.5), (512, 32, 2.0, 2, 1024)]
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_numbers_are_those_of_tritonattn(case):
-    sizes = json.dumps(dict(zip(("n", "D", "spread", "seed"), case, strict=True)))
-    drawn = f"(({{ q, k }}) => ({{ q, k, rows: page.row(q, k) }}))(page.operands({sizes}))"
-    code = f"const page = require({json.dumps(str(SCRIPT))}); console.log(JSON.stringify({drawn}))"
+def in_node(expression):
+    code = f"const page = require({json.dumps(str(SCRIPT))}); console.log(JSON.stringify({expression}))"
     done = subprocess.run(["node", "-e", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    q, k = (torch.tensor(found[name], dtype=torch.float64).view(1, 1, -1, case[1]) for name in "qk")
-    unit = torch.eye(case[0], dtype=torch.float64)[None, None]
-    assert list(found["rows"]) == list(tritonattn.SCALINGS)
+    return json.loads(done.stdout)
+
+
+def operands(drawn, head_dim):
+    """q [1, 1, 1, D] and k [1, 1, n, D] with the products and lengths that were drawn, in the plane of two axes."""
+    dots, lengths = (torch.tensor([*drawn[name].values()], dtype=torch.float64) for name in ("dots", "lengths"))
+    q = torch.zeros(1, head_dim, dtype=torch.float64)
+    k = torch.zeros(len(dots), head_dim, dtype=torch.float64)
+    q[0, 0] = drawn["queryLength"]
+    k[:, 0] = dots / q[0, 0]
+    k[:, 1] = (lengths.square() - k[:, 0].square()).sqrt()
+    return q[None, None], k[None, None]
+
+
+@needs_node
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_numbers_are_those_of_tritonattn(case):
+    n, head_dim, _, _, trained = case
+    chosen = dict(zip(("n", "D", "spread", "seed", "L"), case, strict=True), s=0.3)
+    found = in_node(f"((k, all) => ({{ ...k, rows: page.row(k, all) }}))(page.keys({chosen}), {chosen})")
+    q, k = operands(found, head_dim)
+    ssmax = tritonattn.nn.SSMax(1, dtype=torch.float64)
+    torch.nn.init.constant_(ssmax.s, 0.3)
+    settings = {"log_key_count": "base", "log_power": "base", "qwen_logn": "train_length"}
+    scalings = {mode: mode for mode in tritonattn.SCALINGS} | {"ssmax": ssmax}
+    scalings |= {mode: tritonattn.SCALINGS[mode](**{name: trained}) for mode, name in settings.items()}
+    unit = torch.eye(n, dtype=torch.float64)[None, None]
+    assert [*found["rows"]] == [*scalings]
     for mode, row in found["rows"].items():
-        p, aux = tritonattn.attention(q, k, unit, scaling=mode, backend="reference", return_aux=True)
-        of_rows = diagnose(q, k, scaling=mode)
+        p, aux = tritonattn.attention(q, k, unit, scaling=scalings[mode], backend="reference", return_aux=True)
+        of_rows = diagnose(q, k, scaling=scalings[mode])
         wanted = {"p": p, "maxLogit": aux.max_logit}
         wanted |= {"relativeEntropy": of_rows.relative_entropy, "gradient": of_rows.gradient_norm}
         for name, value in wanted.items():
-            ours = torch.tensor(row[name], dtype=torch.float64).view_as(value)
+            ours = row[name].values() if name == "p" else [row[name]]
+            ours = torch.tensor([*ours], dtype=torch.float64).view_as(value)
             torch.testing.assert_close(ours, value, rtol=1e-5, atol=1e-9)
+
+
+@needs_node
+def test_most_keys_are_drawn_as_normal_components():
+    drawn = in_node("page.keys({ n: 131072, D: 16, spread: 0, seed: 3 })")
+    _, k = operands(drawn, 16)
+    first, rest = k[0, 0, :, 0], k[0, 0, :, 1].square()  # standard normal, chi-squared of 15
+    assert abs(first.mean()) < 0.01
+    assert abs(first.var() - 1) < 0.02
+    assert abs(rest.mean() - 15) < 0.1
+    assert abs(rest.var() - 30) < 1
+    few = in_node("page.keys({ n: 8, D: 16, spread: 0, seed: 3 })")
+    assert [*few["dots"].values()] == [*drawn["dots"].values()][:8]
+    assert in_node("page.leaders([1, 5, 2, 5, 3, 0], 4)") == [5, 5, 3, 2]

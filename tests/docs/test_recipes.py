@@ -143,6 +143,17 @@ def test_t5_s_relative_positions(bidirectional):
     same(attention(q, k, v, **arguments), wanted, [q, k, v, table])
 
 
+def test_swin_s_relative_positions():
+    swin = pytest.importorskip("timm.models.swin_transformer")
+    layer = swin.WindowAttention(H * D, H, window_size=3).double()
+    table = layer.relative_position_bias_table
+    nn.init.normal_(table)
+    q, k, v = normal(B, H, 9, D), normal(B, H, 9, D), normal(B, H, 9, D)
+    ours = attention(q, k, v, bias=recipe("swin_bias")(table, 3))
+    wanted = softmax(q @ k.mT / math.sqrt(D) + layer._get_rel_pos_bias(), v, torch.tensor(True))
+    same(ours, wanted, [q, k, v, table])
+
+
 @pytest.mark.parametrize("kind", ["hybrid", "hybrid_sliding"])
 def test_relative_positions_from_the_hidden_state(kind):
     inkling = pytest.importorskip("transformers.models.inkling.modeling_inkling")

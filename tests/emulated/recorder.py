@@ -1,4 +1,4 @@
-"""Launches that are kept, to run again with another text of their kernel."""
+"""Launches that are kept, to run again without some of their kernel's instructions."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Launch:
         blocks = [block for block, count in zip(flow.blocks, executions, strict=True) if count]
         return {index for block in blocks for index in range(block.start, block.end)}
 
-    def is_clean(self, ptx: str) -> bool:
-        """True where nothing is reported when another text of the kernel runs."""
+    def is_clean(self, without: tuple[int, ...]) -> bool:
+        """True where nothing is reported when the kernel runs without some instructions."""
         kernel, grid, _, names = self.launched
         try:
-            run(kernel, grid, copied(self.arguments), names=names, ptx=ptx, strict=True)
+            run(kernel, grid, copied(self.arguments), names=names, strict=True, without=without)
         except PTXError:
             return False
         return True

@@ -128,3 +128,17 @@ def assert_a_compiled_static_step(name: str, mode: str, layers: int = 2) -> None
         got = network.generate(**inputs, **options, cache_implementation="static", compile_config=compiling)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
     assert torch.equal(got, wanted)
+
+
+@in_turn(name=["t5", "inkling"] * 2, mode=["key_norm_mean", "log_key_count", "sqrt_dim", "key_norm_mean"])
+def test_a_bias_of_pairs_follows_the_cache(name, mode):
+    """By a table of distances, and from the hidden state; padding too."""
+    if not ARCHITECTURES[name].exists or not ARCHITECTURES[name].supported:
+        pytest.skip("a newer transformers has it")
+    network, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs("right" if name == "t5" else "left")
+    inputs.pop("decoder_input_ids", None)
+    with torch.no_grad():
+        for key, parameter in network.named_parameters():
+            if "relative" in key or "rel_logits" in key:
+                parameter.normal_(0, 3)
+    assert_the_cache_changes_nothing(network, mode, inputs, do_sample=False)

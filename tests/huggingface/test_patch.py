@@ -258,6 +258,21 @@ def test_models_without_the_interface_are_refused_by_name():
     refuses("TypeError: ~ model", patch, "llama")
 
 
+def test_models_that_select_keys_are_refused_by_name():
+    """Their indexer reads a dense mask, and their layers hand sparse indices on."""
+    if not hasattr(transformers, "MistralLarge4TextConfig"):
+        pytest.skip("a newer transformers has it")
+    config = transformers.MistralLarge4TextConfig(
+        **{"vocab_size": 9, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0},
+        **{"num_key_value_heads": 2, "intermediate_size": 16, "first_k_dense_replace": 1, "kv_lora_rank": 8},
+        **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "index_head_dim": 8, "index_n_heads": 2},
+    )
+    network = transformers.AutoModel.from_config(config)
+    for ask in (patch, lambda network: network.set_attn_implementation(NAME)):
+        with pytest.raises(NotImplementedError, match="MistralLarge4TextAttention selects keys by an indexer"):
+            ask(network)
+
+
 @pytest.mark.parametrize(
     ("name", "part"), [("llama", "model.layers.1"), ("bart", "model.decoder")], ids=["llama", "bart"]
 )

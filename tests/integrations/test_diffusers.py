@@ -71,22 +71,27 @@ def operands(q_len=6, k_len=6, heads=(4, 4), dtype=torch.float64):
     return [torch.randn(2, n, h, 8, generator=generator, dtype=torch.float64).to(dtype) for n, h in sizes]
 
 
-def sample(model):
-    return model(**inputs()).sample
+def sample(model, **attention_arguments):
+    return model(**inputs(), joint_attention_kwargs=attention_arguments).sample
 
 
-def test_sqrt_dim_is_their_model_and_its_gradients(registered):
+@pytest.mark.parametrize("biased", [False, True])
+def test_sqrt_dim_is_their_model_and_its_gradients(registered, biased):
+    """With a bias of all pairs of text and image tokens, too, and the bias's gradient."""
     model, name = flux(), registered()
-    expected = sample(model)
-    gradients = torch.autograd.grad(expected.square().sum(), list(model.parameters()), allow_unused=True)
+    given = {"attention_mask": torch.randn(2, 2, 14, 14).mul(2).requires_grad_()} if biased else {}
+    leaves = [*model.parameters(), *given.values()]
+    expected = sample(model, **given)
+    assert biased == (not torch.allclose(expected, sample(model)))
+    gradients = torch.autograd.grad(expected.square().sum(), leaves, allow_unused=True)
     replaced = ours.use(model, name)
     assert replaced.names == ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
-    found = sample(model)
+    found = sample(model, **given)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    own = torch.autograd.grad(found.square().sum(), list(model.parameters()), allow_unused=True)
+    own = torch.autograd.grad(found.square().sum(), leaves, allow_unused=True)
     torch.testing.assert_close(own, gradients, rtol=1e-3, atol=1e-4)
     replaced.undo()
-    assert torch.equal(sample(model), expected)
+    assert torch.equal(sample(model, **given), expected)
 
 
 UPPER = torch.ones(6, 6).bool().triu(1)

@@ -59,7 +59,7 @@ def test_pages_of_any_size(page, device):
 
 @pytest.mark.parametrize(("blocks", "splits"), [(4, 3), (6, 2), (64, 1)])
 def test_a_config_says_how_long_splits_are(blocks, splits, device, monkeypatch):
-    """Of 11 blocks of keys; the batch has no say."""
+    """11 blocks of keys are split alike in any batch."""
     default, run, grids = launch.config_for, launch.run, []
     monkeypatch.setattr(launch, "config_for", lambda *asked: replace(default(*asked), split_blocks=blocks))
 

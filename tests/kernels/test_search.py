@@ -52,7 +52,7 @@ OF_DECODE = {
 
 
 def recorded() -> Iterator[Call]:
-    """Of each kernel that has such calls: a backward over pages has none, a forward no wide gradients."""
+    """Calls of each kernel that has them: a backward over pages has none, a forward no wide gradients."""
     for name, options in OF_CALLS.items():
         kernels = {
             "pages": ("forward",),

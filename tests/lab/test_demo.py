@@ -29,12 +29,15 @@ def test_the_swap_patches_a_model_that_it_trained(monkeypatch):
     for part in (
         "patch(model, ",
         "(base=64)",
-        "as trained: 1/sqrt(D)",
-        "patched: ln(n)/ln(64)/sqrt(D)",
+        "as trained, 1/sqrt(D)",
+        "patched, ln(n)/ln(64)/sqrt(D)",
+        "without QK-norm, patched",
         "Among 128 pairs",
     ):
         assert part in told
-    model: Any = swap.untrained().eval()
+    model: Any = swap.untrained(qk_norm=False)
+    assert isinstance(model.model.layers[0].self_attn.q_norm, torch.nn.Identity)
+    model = swap.untrained().eval()
     with torch.no_grad():
         model.model.layers[0].self_attn.q_norm.weight.fill_(3.0)  # sharp enough to find
         one = swap.drawn(2, 128, torch.Generator().manual_seed(0))

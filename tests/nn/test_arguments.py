@@ -39,7 +39,7 @@ def cache(**changed):
         (lambda: made(heads=5), ValueError, "head_dim: expected an int where heads = 5 do not divide .*, got None"),
         (lambda: made(kv_heads=3), ValueError, "kv_heads: expected a divisor of heads = 4, got 3"),
         (lambda: made(scaling="ssmaxx"), ValueError, "scaling: expected one of"),
-        (lambda: made(scaling=nn.SSMax), TypeError, r"scaling: expected an instance .* SSMax; write SSMax\(\)"),
+        (lambda: made(scaling=nn.SSMax), TypeError, r"expected an instance .* SSMax; write SSMax\(heads=\.\.\.\)"),
         (lambda: made(heads="a"), TypeError, "^heads: expected an int, got str 'a'"),
         (lambda: made(causal=1), TypeError, "causal: expected a bool, got int 1"),
         (lambda: made(window=3), TypeError, r"window: expected \(left, right\), got 3"),

@@ -213,6 +213,15 @@ def test_a_printed_layer_names_its_scaling():
         assert f"\n  {sizes}{said}\n" in repr(layer(scaling))
 
 
+@pytest.mark.parametrize("made", [layer(causal=True), nn.ALiBi(HEADS)], ids=["ScaledAttention", "ALiBi"])
+def test_a_pickle_of_an_earlier_version_has_the_defaults(made):
+    old = type(made).__new__(type(made))
+    added = ("rotary", "bidirectional")
+    old.__setstate__({name: value for name, value in vars(made).items() if name not in added})
+    given = 7 if isinstance(made, nn.ALiBi) else tokens()
+    assert torch.equal(old(given), made(given))
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:.torch.jit.script")
 def test_a_compiled_layer_trains_in_one_graph():
     torch._dynamo.reset()

@@ -1,15 +1,20 @@
 """`python -m perf flash`, and "auto" on a card whose table names a library."""
 
+from dataclasses import replace
+from functools import wraps
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 import tritonattn
 from perf import flash as command
+from perf import flash_checks
 from perf.contest import Unavailable
 from perf.peers import PEERS, Problem
 from perf.work import Shape
 from tests.support import flash
+from tritonattn.backends.flash import libraries
 from tritonattn.calls import dispatch
 from tritonattn.tuning import cache_dir, lookup
 from tritonattn.tuning.config import Target
@@ -32,6 +37,53 @@ def test_gains_are_of_both(stand_in):
     assert list(found) == [16, 32]
     assert min(found.values()) > 0
     assert {call["q"].shape[-1] for call in stand_in.calls} == {16, 32}
+
+
+def test_calls_of_a_library_are_held_to_float64(stand_in, monkeypatch):
+    few = ("causal, fewer keys", "a factor a key", "sinks", "head dim 192, values of 128")
+    monkeypatch.setattr(flash_checks, "DENSE", {name: flash_checks.DENSE[name] for name in few})
+    names = [*few, *flash_checks.PACKED, "lse"]
+    (library,) = libraries.libraries.__wrapped__(9)
+    assert flash_checks.check(library, CPU) == [["flash-attn-4", name, "right"] for name in names]
+    attend = stand_in.flash_attn_func
+
+    @wraps(attend)
+    def halved(q, *others, **options):
+        return attend(q * 0.5, *others, **options)
+
+    found = flash_checks.check(replace(library, dense=halved), CPU)
+    assert [row[2].startswith("WRONG: AssertionError: out: expected an error of") for row in found[:4]] == [True] * 4
+    assert flash_checks.wrong(found) == ["flash-attn-4"]
+    flash.install(monkeypatch, "flash-attn-2 2.8.3.post2")
+    (library,) = libraries.libraries.__wrapped__(8)
+    assert ["flash-attn-2", "sinks", "refused: sinks"] in flash_checks.check(library, CPU)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "outcome", "chosen"),
+    [({64: 1.2, 128: 1.1}, "right", "flash-attn-4"), ({64: 1.2, 128: 1.0}, "right", ""), ({64: 2.0}, "WRONG: x", "")],
+)
+def test_a_table_names_a_library_that_is_right_and_faster(ratios, outcome, chosen, stand_in, monkeypatch, capsys):
+    monkeypatch.setattr(command, "libraries", libraries.libraries.__wrapped__)
+    monkeypatch.setattr(command, "card_of", lambda device: 9)
+    monkeypatch.setattr(command, "gains", lambda *arguments: ratios)
+    monkeypatch.setattr(flash_checks, "_outcome", lambda call, end: outcome)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: H100.name)
+    monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: H100))
+    try:
+        command.compare(CPU, 60.0, True)
+    except SystemExit as stop:
+        assert stop.code == "flash: wrong results of flash-attn-4"  # noqa: PT017
+        assert outcome != "right"
+    else:
+        assert outcome == "right"
+    assert lookup.faster_library(H100) == chosen
+    assert f'"auto" takes {chosen or "the kernels"}' in capsys.readouterr().out
+
+
+def test_no_time_for_checks(stand_in):
+    (library,) = libraries.libraries.__wrapped__(9)
+    assert {row[2] for row in flash_checks.check(library, CPU, -1.0)} == {"not run: out of time"}
 
 
 def test_a_table_of_this_card_alone_names_a_library(stand_in):

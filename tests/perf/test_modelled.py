@@ -53,7 +53,7 @@ def test_blocks_that_a_tile_meets(q_len, k_len, mask):
 
 
 def test_sequences_have_tiles_of_their_own():
-    """Of packed sequences of 0, 70 and 20 rows; the programs of a block that a sequence has not end at once."""
+    """Sequences of 0, 70 and 20 rows: the programs of a block that a sequence has not end at once."""
     starts = torch.tensor([0, 0, 70, 90])
     arguments = _arguments(90, 90, heads=2, group=1, q_starts=starts, k_starts=starts, right=0)
     assert modelled._iterations("forward", TileConfig(32, 16, 4, 2), arguments) == {
@@ -66,7 +66,7 @@ def test_sequences_have_tiles_of_their_own():
 
 
 def test_clocks_are_those_of_the_last_tile(monkeypatch):
-    """Of 4 heads and 3 blocks, 2 heads side by side, on 2 processors that hold 2 programs each."""
+    """4 heads and 3 blocks, 2 heads side by side, on 2 processors that hold 2 programs each."""
     replayed = SimpleNamespace(clocks=1000, programs=2, flops=4 * 64 * 32 * 16)
     monkeypatch.setattr(modelled, "_replayed", lambda *_: replayed)
     kind = SimpleNamespace(problem=Problem(64, 64, torch.bfloat16, right=True), codes={})

@@ -44,7 +44,7 @@ def installed(wheel: Path, folder: Path) -> Path:
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
     subprocess.run(pip, check=True)
-    # Of this folder no .pth file is read, by which an editable install would add the checkout.
+    # No .pth file in this folder is read: an editable install would add the checkout by one.
     [packages] = folder.glob("lib/python*/site-packages")
     (packages / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     return python

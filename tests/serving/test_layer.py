@@ -26,7 +26,7 @@ VIEWS = {"transpose", "slice", "select", "view", "alias", "detach"}
 class NoHostRead(TorchDispatchMode):
     """Raise where the host would wait for values of a device, or torch reads keys or values of a cache.
 
-    What a layer records beside them has another dtype.
+    A layer's records beside them have another dtype.
     """
 
     def __init__(self, cache):

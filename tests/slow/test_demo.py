@@ -11,8 +11,8 @@ from tritonattn.lab.demo import swap
 
 def test_patched_it_extrapolates():
     told = swap.report(torch.device("cpu"))
-    found = re.search(r"Among 4,096 pairs it recalls (\d+)% as it was trained, and (\d+)% when it is patched", told)
-    assert found, told
-    before, after = map(int, found.groups())
+    lasts = re.findall(r"(?:as trained|patched).* (\S+)%$", told, re.MULTILINE)
+    before, after, free_before, free_after = map(float, lasts)
     assert before < 35
     assert after > 90
+    assert abs(free_after - free_before) < 15  # without QK-norm

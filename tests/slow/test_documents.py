@@ -18,6 +18,7 @@ def test_every_committed_picture_is_drawn_from_the_records_and_small():
         "kernels",
         "layouts",
         "masks",
+        "recall",
         watch.FIGURE.stem,
     }
     both = {f"{name}{look}.png" for name in drawn for look in ("", "-dark")}

@@ -48,12 +48,10 @@ def by_formula(
     z = z.masked_fill(~has_weight, -torch.inf)
     lse = torch.logsumexp(z.masked_fill(~has_weight.any(-1, keepdim=True), -torch.inf), -1)
     p = torch.where(has_weight, (z - torch.where(has_weight.any(-1), lse, 0)[..., None]).exp(), 0)
-    entropy = -torch.special.entr(p).neg().sum(-1)
-    total = lse.exp()
+    entropy = torch.special.entr(p).sum(-1)
     if "sinks" in terms:
         share = torch.where(has_weight.any(-1), torch.sigmoid(lse - terms["sinks"][:, None]), 0)
         p = p * share[..., None]
-    del total
     return ForwardResult(p @ v, lse, logit.masked_fill(~has_weight, -torch.inf).amax(-1), entropy)
 
 

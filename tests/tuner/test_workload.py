@@ -76,7 +76,7 @@ def test_the_gate_compiles_the_launch_of_a_recorded_call(kernel, problem, totals
 
 
 def test_a_check_keeps_the_group_and_the_share_of_each_member():
-    """Of what the reference can compute; a check of all of it where that is little."""
+    """A check is as large as the reference can compute, and whole where the call is small."""
     small = Size(4, 16, 256, 256)
     assert checked_size(small) is small
     assert checked_size(Size(4, 32, 8192, 8192, group=8, left=100)) == Size(2, 16, 512, 512, group=8, left=100)

@@ -149,7 +149,7 @@ def largest() -> None:
 
 
 def few_key_heads() -> None:
-    """Of so many rows that they are split."""
+    """Call with so many rows that they are split."""
     q, k, v = tensor(1, 8, 2048, 64, dtype=HALF), *(tensor(1, 1, 64, 64, dtype=HALF) for _ in range(2))
     tritonattn.attention(q, k, v, backend="triton").sum().backward()
 

@@ -165,7 +165,7 @@ NEAREST = {
 
 @pytest.mark.parametrize("card", NEAREST, ids=lambda card: card[0])
 def test_a_card_takes_the_tables_of_the_nearest(card, folders):
-    """Of its architecture, by processors and by FLOP per byte of memory: an H20 has few of either."""
+    """Near in processors and FLOP per byte of memory, within its architecture: an H20 has few of either."""
     shipped, user = folders
     name, arch = card
     target = Target.parse(arch)._replace(card=name)
@@ -200,7 +200,7 @@ def put_gluon(path, fingerprint: str | None = None) -> None:
 
 @NEEDS_GLUON
 def test_a_table_may_name_the_kernel_in_gluon(folders):
-    """Of another such kernel its entry is stale, and no other entry of the table."""
+    """Another such kernel makes its entry stale, and no other entry of the table."""
     put_gluon(folders[0] / "h100.json")
     assert in_use() == "gluon"
     put_gluon(folders[0] / "h100.json", "0123456789abcdef")

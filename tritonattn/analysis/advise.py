@@ -29,6 +29,9 @@ from .tally import counted_rows
 # The norm of the keys in transformers' models: Qwen 3, Gemma 3, OLMo 2; Phi; HunYuan; Idefics 2; Llama 4.
 _KEY_NORMS = {"k_norm", "k_layernorm", "key_layernorm", "k_layer_norm", "qk_norm"}
 _VISIBLE = ("causal", "window", "key_lengths", "key_ranges", "mask")
+_COLUMNS = """\
+one-hot, uniform: shares of rows
+half at n: the number of keys at which the sharpest head's largest key has half of the mass"""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class Finding:
     @property
     def layer(self) -> str:
         return self.reading.layer
+
+    @property
+    def remedy(self) -> tuple[str, str | None, str]:
+        """The rule, the mode to try and the present one: layers that agree in these have one advice."""
+        return self.rule.name, self.mode, self.reading.mode
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,8 @@ class Advice:
     def table(self) -> str:
         """A line for each layer: its figures, its rule, and its figures with the mode to try.
 
-        "half at n" is the number of keys at which the sharpest head gives its largest key 1/2, see `analysis.fading`.
+        "half at n" is the number of keys at which the sharpest head gives its largest key 1/2, see `analysis.fading`,
+        and what bounds the logits.
         """
         figures = ("one-hot", "uniform", "entropy/ln n", "max logit", "Jacobian", "gradient", "half at n")
         headers = ("layer", *figures, "rule", "try")
@@ -94,7 +103,7 @@ class Advice:
         parts = [("Try first", self.text), ("Why", self.why), ("Watch", self.watch), ("Turn back if", self.turn_back)]
         lines = [textwrap.fill(f"{name}: {text}", 100, subsequent_indent="  ") for name, text in parts if text != "-"]
         evidence = [textwrap.fill(text, 100, initial_indent="  - ", subsequent_indent="    ") for text in self.evidence]
-        return "\n".join([self.table(), "", *lines, "It rests on:", *evidence])
+        return "\n".join([self.table(), _COLUMNS, "", *lines, "It rests on:", *evidence])
 
     def as_dict(self) -> dict[str, Any]:
         """A dict for JSON, in which numbers that are not finite are None."""
@@ -187,8 +196,9 @@ def advise(
 
     The first of `tritonattn.analysis.rules.RULES` that applies to a layer gives its advice. Modes are tried on the
     layer's q and k before they are advised. Heads are averaged. A softcap bounds the gaps of `analysis.fading` alone,
-    and sinks are ignored. A layer that normalises keys is recognised by the name of that module (k_norm, ...). The
-    cost is one forward pass, and for each layer and mode a `diagnose`, about 25 forward passes of its attention.
+    and sinks and biases are ignored. A layer that normalises keys is recognised by the name of that module (k_norm,
+    ...). The cost is one forward pass, and for each layer and mode a `diagnose`, about 25 forward passes of its
+    attention.
 
     Returns:
         `Advice`; print(advice.report()).
@@ -331,12 +341,13 @@ def _finding(layer: _Layer) -> Finding:
 
 
 def _joined(findings: list[Finding]) -> Advice:
-    """The advice for a model: that of its most frequent finding that is not `healthy`."""
+    """The advice for a model: that of its most frequent finding that is not `healthy`, for the layer of least gap."""
     ill = [one for one in findings if one.rule.name != "healthy"]
-    counted = Counter((one.rule.name, one.mode, one.advice) for one in ill or findings)
-    (name, mode, text), _ = counted.most_common(1)[0]
-    chosen = [one for one in findings if (one.rule.name, one.mode, one.advice) == (name, mode, text)]
+    counted = Counter(one.remedy for one in ill or findings)
+    remedy, _ = counted.most_common(1)[0]
+    chosen = [one for one in findings if one.remedy == remedy]
     rule, first = chosen[0].rule, chosen[0].reading
+    mode, text = chosen[0].mode, min(chosen, key=lambda one: one.reading.gap).advice
     others = len(ill) - len(chosen) if ill else 0
     if ill:
         where = f"{len(chosen)} of {len(findings)} layers: {', '.join(one.layer for one in chosen)}"
@@ -363,8 +374,12 @@ def _figures(one: Reading) -> tuple[str, ...]:
         f"{one.max_logit:.4g}",
         f"{one.jacobian_norm:.2g}",
         f"{one.gradient_norm:.2g}",
-        "window" if one.windowed else f"{half_at(one.gap):.3g}",
+        "window" if one.windowed else ", ".join(filter(None, (_count(half_at(one.gap)), one.bounded))),
     )
+
+
+def _count(n: float) -> str:
+    return f"{n:,.0f}" if n < 1e7 else f"{n:.0e}"
 
 
 def _tried(mode: str | None, after: Reading | None) -> str:

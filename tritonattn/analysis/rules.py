@@ -65,7 +65,7 @@ class Reading:
     def fading(self) -> str:
         """The mass of the sharpest head's largest key at the trained length, and the n at which it is 1/2."""
         return (
-            f"{self.bounded} bounds the logits, and the sharpest head gives its largest key"
+            f"{self.bounded} bounds the logits, and the sharpest head of {self.layer} gives its largest key"
             f" {mass(self.gap, self.trained):.2f} at {self.trained:,} keys and 0.50 at {half_at(self.gap):,.0f}, by"
             f" 1 / (1 + (n - 1) e^-{self.gap:.1f})"
         )

@@ -88,16 +88,16 @@ def attention(
         relative_right: How many entries, the first ones, belong to keys after the row's own: then entry
             t + relative_right belongs to the key t before.
         bias_after_softcap: Add the three biases after the softcap: logit -> c * tanh(logit / c) + biases, of which
-            lse, entropy and max_logit then are.
+            lse, entropy and max_logit then are. Without a bias it changes nothing.
         softcap: c > 0: logit -> c * tanh(logit / c), after scaling and with the biases.
         sinks: [Hq]: a logit that joins the softmax's denominator only, neither scaled nor capped; gets a
             gradient. -inf is no sink, +inf gives zeros, and NaN gives NaN in rows that attend to keys.
         dropout_p: Chance in [0, 1) to drop a probability; the others are multiplied by 1 / (1 - dropout_p).
             The bits follow torch.manual_seed and are the same on every backend.
         return_aux: Return (out, `AttentionAux`).
-        backend: "auto", "triton" (kernels), "sdpa" (PyTorch) or "reference" (eager, O(Sq Sk)). "auto" runs
-            kernels for CUDA and HIP tensors, and PyTorch for others and for calls that kernels cannot run (it
-            warns once).
+        backend: "auto", "triton" (kernels), "flash" (FlashAttention 4, 3 or 2 or cuDNN, if installed; q times its
+            factor is rounded to 16 bits), "sdpa" (PyTorch) or "reference" (eager, O(Sq Sk)). "auto" runs kernels for
+            CUDA and HIP tensors, and PyTorch for others and for calls that kernels cannot run (it warns once).
         batch_invariant: The bits of a row of the results, and of its gradients, do not depend on the batch, on padding
             and packing, on prefill or decode: docs/batch-invariance.md. None is `tritonattn.batch_invariant()`'s.
 
@@ -112,7 +112,7 @@ def attention(
         TypeError: A type or dtype.
         ValueError: A shape, device, value or name.
         NotImplementedError: An argument that the backend asked for cannot honour.
-        ImportError: Backend "triton" without triton.
+        ImportError: Backend "triton" without triton, or "flash" without a library of attention.
 
     Under torch.autocast q, k and v are cast as `F.scaled_dot_product_attention` casts them. q, k and v may be DTensors
     sharded by batch and heads; the result is one placed as q is. Under torch's context_parallel the call raises.

@@ -7,6 +7,7 @@ expectation and the value: TypeError for types and dtypes, ValueError for the re
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -138,7 +139,7 @@ def check(call: AttentionCall, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or
     if not (softcap is None and sinks is None and is_after is False):
         check_bool("bias_after_softcap", is_after)
         softcap = float(softcap) if isinstance(softcap, int) else softcap  # an int is another type to a kernel
-        call.logits = terms = terms._replace(
+        call.logits = terms = terms.changed(
             softcap=softcap, sinks=sinks, bias_after_softcap=is_after and softcap is not None
         )
     if not (terms.bias is None and terms.relative_bias is None and terms.relative_right == 0):
@@ -215,15 +216,15 @@ def _with_pairs(terms: Logits, call: AttentionCall, rows: str) -> Logits:
     q, visible, bias, table, right = call.q, call.visibility, terms.bias, terms.relative_bias, terms.relative_right
     if bias is not None:
         check_tensor("bias", bias, "[B, Hq, Sq, Sk]")
-        bias = bias[(None,) * (4 - bias.dim())]
+        bias = bias[None] if bias.dim() == 1 else bias
         check_factor("bias", bias, q, (*visible.rows, visible.k_len), "[B, Hq, Sq, Sk]")
-        bias = _in_own_dtype(bias, q)
+        bias = _in_own_dtype(bias[(None,) * (4 - bias.dim())], q)
     check_count("relative_right", right)
     if table is not None:
         table = relative_bias_of("", table, right, q, _last(visible.rows, rows), rows)
     elif right:
         raise ValueError(f"relative_right: expected 0 without relative_bias, got {right}")
-    return terms._replace(bias=bias, relative_bias=table)
+    return terms.changed(bias=bias, relative_bias=table)
 
 
 def relative_bias_of(owner: str, table: Any, right: Any, q: Tensor, rows: tuple[int, ...], axes: str) -> Tensor:
@@ -261,9 +262,11 @@ def check_number(name: str, value: Any) -> None:
 def refuse_scaling(scaling: Any) -> None:
     """Raise the TypeError for a value that is no scaling."""
     if isinstance(scaling, type) and issubclass(scaling, Scaling):
-        raise TypeError(
-            f"scaling: expected an instance of a Scaling, got the class {scaling.__name__}; write {scaling.__name__}()"
-        )
+        parameters = inspect.signature(scaling).parameters.values()
+        required = [f"{p.name}=..." for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        name = scaling.__name__
+        write = f"write {name}({', '.join(required)})"
+        raise TypeError(f"scaling: expected an instance of a Scaling, got the class {name}; {write}")
     raise TypeError(f"scaling: expected a name, a Scaling, a float or a tensor, got {kind_of(scaling)}")
 
 

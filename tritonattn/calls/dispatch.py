@@ -149,7 +149,8 @@ def logits(call: AttentionCall, statistics: Statistics, k: Tensor | None = None)
         bias = own if bias is None else own + bias
     vectors = (scales.query, scales.key, bias)
     if given.bias is None and given.relative_bias is None and scales.relative_bias is None:
-        return Logits(scales.constant, *vectors, given.softcap, given.sinks, None, None, 0, given.bias_after_softcap)
+        is_after = bias is not None and given.bias_after_softcap
+        return Logits(scales.constant, *vectors, given.softcap, given.sinks, bias_after_softcap=is_after)
     rest = (*_pairs(given, scales, call.visibility), given.bias_after_softcap)
     return Logits(scales.constant, *vectors, given.softcap, given.sinks, *rest)
 
@@ -269,7 +270,7 @@ def _notify(call: AttentionCall, out: Tensor) -> None:
                 return found
             # A bias may grow with the position, as of forget gates: without it logits tell how large q . k is.
             hiding = {name: torch.where(x == -torch.inf, x, 0) for name, x in biases.items()}
-            hiding = terms._replace(**hiding, bias_after_softcap=False)
+            hiding = terms.changed(**hiding, bias_after_softcap=False)
             without = cast(tuple[Tensor, AttentionAux], run(replace(again, logits=hiding)))[1]
             return found._replace(max_logit=without.max_logit)
 

@@ -17,7 +17,7 @@ def by_formulas(call: AttentionCall) -> ForwardResult:
     call = call.gathered()
     multiplier, bias = dense(call)
     q, k, v, visible, terms = call.q, call.k, call.v, call.visibility, call.logits
-    of_bias = {"bias": bias, "bias_after_softcap": terms.bias_after_softcap}
+    of_bias = {"bias": bias, "bias_after_softcap": bias is not None and terms.bias_after_softcap}
     extras = {"softcap": terms.softcap, "sinks": terms.sinks, "dropout": call.dropout}
     result = reference.attention(q, k, v, multiplier, visible, **of_bias, **extras)
     return result._replace(out=result.out.to(v.dtype))

@@ -12,7 +12,7 @@ from .paged_statistics import PagedKeyStatistics
 
 
 class Terms(TypedDict, total=False):
-    """Of every function."""
+    """Options of every function."""
 
     window: tuple[int | None, int | None] | None
     key_bias: Tensor | None
@@ -26,7 +26,7 @@ class Terms(TypedDict, total=False):
 
 
 class ScaledOptions(Terms, total=False):
-    """Of `scaled_attention`."""
+    """Options of `scaled_attention`."""
 
     scale: float | None
     causal: bool
@@ -38,14 +38,14 @@ class ScaledOptions(Terms, total=False):
 
 
 class Factors(TypedDict, total=False):
-    """Of every function but `scaled_attention`."""
+    """Options of every function but `scaled_attention`."""
 
     scaling: str | Scaling | float | Tensor
     gain: float | Tensor | None
 
 
 class Options(Factors, Terms, total=False):
-    """Of `attention`."""
+    """Options of `attention`."""
 
     causal: bool
     key_lengths: Tensor | None
@@ -56,7 +56,7 @@ class Options(Factors, Terms, total=False):
 
 
 class VarlenOptions(Factors, Terms, total=False):
-    """Of `attention_varlen`."""
+    """Options of `attention_varlen`."""
 
     block_table: Tensor | None
     statistics: PagedKeyStatistics | None
@@ -65,7 +65,7 @@ class VarlenOptions(Factors, Terms, total=False):
 
 
 class DecodeOptions(Factors, Terms, total=False):
-    """Of `attention_decode`, but for key_lengths, which it needs."""
+    """Options of `attention_decode`, but for key_lengths, which it needs."""
 
     statistics: KeyStatistics | PagedKeyStatistics | None
     block_table: Tensor | None

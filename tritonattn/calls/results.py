@@ -1,4 +1,4 @@
-"""What a public call returns beside its output."""
+"""The statistics of rows that a public call returns with its output."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def attention_varlen(
         ValueError: A shape, device, value or name.
         NotImplementedError: An argument that the backend asked for cannot honour; with block_table dropout, or a tensor
             that requires a gradient, while gradients are recorded.
-        ImportError: Backend "triton" without triton.
+        ImportError: Backend "triton" without triton, or "flash" without a library of attention.
 
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 10, 4, 8)

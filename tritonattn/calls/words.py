@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..core.hints import hint_for_keyword
 
+_ADDED = "what it adds: key_bias=, relative_bias= or, in `attention`, bias="
+
 # Words of F.scaled_dot_product_attention, flash-attn, xformers and FlexAttention: the argument that stands for each (""
 # if none is needed), and what it takes. A function without that argument has the hint of the argument's own name.
 _HINTS = {
@@ -19,8 +21,8 @@ _HINTS = {
     "attn_mask": ("mask", "bool, True is visible; key_lengths and key_ranges cost less; of floats, bias="),
     "mask": ("key_lengths", "[B]: the number of keys of each sequence"),
     "attn_bias": ("bias", "a number a pair, broadcastable to [B, Hq, Sq, Sk]; key_bias= and relative_bias= cost less"),
-    "position_bias": ("relative_bias", "a number a distance, [B, Hq, Sq, extent]; or bias=, a number a pair"),
-    "rel_pos": ("relative_bias", "a number a distance, [B, Hq, Sq, extent]"),
+    "position_bias": ("relative_bias", "a number a distance, on the last axis; `attention` has bias=, a number a pair"),
+    "rel_pos": ("relative_bias", "a number a distance, on the last axis"),
     "bias": ("relative_bias", "a number a distance; key_bias= takes a number a key"),
     "relative_bias": ("key_bias", "a number a key, [B, H, Sk], added to logits"),
     "alibi_slopes": ("key_bias", "tritonattn.nn.ALiBi(heads)(Sk), in causal attention; in others relative_bias="),
@@ -28,7 +30,7 @@ _HINTS = {
     "softmax_scale": ("scaling", "a float is the factor itself"),
     "scaling": ("scale", "a float"),
     "enable_gqa": ("", "k may have fewer heads than q, whose number they divide"),
-    "window_size": ("window", "(left, right)"),
+    "window_size": ("window", "a pair: left, right"),
     "logits_soft_cap": ("softcap", "a number above 0"),
     "embed_dim": ("width", "features of x"),
     "num_heads": ("heads", "query heads"),
@@ -41,7 +43,8 @@ _HINTS = {
     "return_attn_probs": ("return_aux", "lse, largest logit and entropy"),
     "return_lse": ("return_aux", "lse, largest logit and entropy"),
     "block_mask": ("key_ranges", "[lo, hi) of every row; or mask"),
-    "score_mod": ("scaling", "a Scaling, or factors; what it adds: key_bias=, relative_bias= or bias="),
+    "score_mod": ("query_scale", f"and key_scale=, its factors; {_ADDED}"),
+    "query_scale": ("scaling", f"a Scaling, or factors; {_ADDED}"),
 }
 
 # The argument that a value without a name is for, by its type; of a tensor, by whether it is a mask.

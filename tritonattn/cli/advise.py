@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the advice for a model on a text, and write it."""
     require("advise", NEEDED, extra="demo")
-    import torch
-    import transformers
+    from dataclasses import asdict
 
     from ..analysis import advise
+    from ..core.provenance import Environment, command_line
     from ..core.records import write_json
     from ..lab.demo import subject_and_tokens
 
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     print(advice.report())
     if options.json is not None:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        record = {"model": subject.name, "tokens": tokens.shape[1], "versions": versions, **advice.as_dict()}
-        write_json(options.json, record)
+        environment = Environment.of(subject.device, command_line(), peers=("transformers",))
+        about = {"model": subject.name, "tokens": tokens.shape[1], "environment": asdict(environment)}
+        write_json(options.json, about | advice.as_dict())
     return 0

@@ -11,9 +11,10 @@ from .threads import limit_threads
 
 HELP = "patch a small model that then recalls among 64 times its keys; run a text through a real one"
 DESCRIPTION = (
-    "With the default modes, first train a small model for seconds, patch it, and print how much it recalls among more "
-    "keys than it was trained on, before and after. Then run a text through a pretrained language model once with each "
-    "scaling of the attention logits, and print what that does to its loss and its attention. Needs no GPU."
+    "With the default modes, first train a small model for seconds, with QK-norm and without, patch it, and print how "
+    "much it recalls among more keys than it was trained on, before and after. Then run a text through a pretrained "
+    "language model once with each scaling of the attention logits, and print what that does to its loss and its "
+    "attention. Needs no GPU."
 )
 MODES = "sqrt_dim,key_norm_mean,sqrt_key_count,key_count,key_norm_sum,log_key_count,none"
 
@@ -33,8 +34,4 @@ def run(options: argparse.Namespace) -> int:
     check_file("--json", options.json)
     check_file("--plot", options.plot)
     limit_threads()
-    if not options.by_layer and options.modes == names(MODES):
-        from ..lab.demo import swap
-
-        print(f"{swap.report(options.device)}\n\n{demo.INTRODUCTION}\n")
-    return demo.run(options)
+    return demo.run(options, swap=not options.by_layer and options.modes == names(MODES))

@@ -12,7 +12,7 @@ HELP = "draw what a Monitor wrote: each layer's attention while it trained, or s
 DESCRIPTION = (
     "Draw the JSON lines that `tritonattn.analysis.Monitor(model, file=...)` wrote: the loss, and for each layer its "
     "largest logit, entropy, shares of one-hot and uniform rows, gradients and output over the steps, with alarms. "
-    "Of several files each is a line: its layers' largest logit, and the mean over its layers of all else. The output "
+    "Each of several files is a line: its layers' largest logit, and the mean over its layers of all else. The output "
     "is a page for a browser, in one file, or a picture. A run that still goes on may be drawn."
 )
 

@@ -33,7 +33,7 @@ class Logits(NamedTuple):
     relative_right    entries that belong to keys after the row's position
     bias_after_softcap    the three biases are added to the capped logit
 
-    Of a call that a user makes, the scaling says the scales and may add to the biases.
+    In a user's call the scaling gives the scales, and may add to the biases.
     """
 
     scale: float = 1.0
@@ -46,6 +46,11 @@ class Logits(NamedTuple):
     relative_bias: Tensor | None = None
     relative_right: int = 0
     bias_after_softcap: bool = False
+
+    def changed(self, **terms: Any) -> Logits:
+        """As `_replace`, which torch.compile traces from torch 2.9 on."""
+        unchanged: dict[str, Any] = dict(zip(Logits._fields, self, strict=True))
+        return Logits(**(unchanged | terms))
 
 
 @dataclass(eq=False)

@@ -360,8 +360,9 @@ class Visibility:
     def counted_keys(self, norms: Callable[[], Tensor]) -> Tensor | None:
         """Keys whose norms are taken, as `seen_keys`; None for all.
 
-        Where `invariant`, those that have left every window too: sums over a window are differences. Of them only
-        norms that do not swallow the others: such a key may hold anything. norms computes them all, [B, Hkv, Sk].
+        Where `invariant`, those that have left every window too: sums over a window are differences. Only
+        norms that do not swallow the others are among them: such a key may hold anything. norms computes them all,
+        [B, Hkv, Sk].
         """
         if self.sees_every_key:
             return None

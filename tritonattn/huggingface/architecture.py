@@ -145,6 +145,8 @@ def _keywords_in(function: Any) -> frozenset[str]:
 
 def _obstacle(module: nn.Module) -> str | None:
     passed = interface_keywords(type(module)) or frozenset()
+    if "indices" in passed:
+        return "selects keys by an indexer"
     # GPT-2 up to transformers 4: only its own eager attention reads these.
     if passed and "scaling" not in passed:
         if getattr(module, "scale_attn_by_inverse_layer_idx", False) or not getattr(module, "scale_attn_weights", True):

@@ -33,7 +33,7 @@ _REFUSED = {
     "relative_position_bias": "a bias under this name",
     "indices": "sparse key indices",
     "block_indices": "sparse block indices",
-    "sinks": "sink keys",
+    "sinks": "a sink for each token, or sink keys",
     "head_mask": "a mask of whole heads",
     "block_table": "a paged cache",
     "cache": "a paged cache that the attention function has to read (transformers before 5.24)",

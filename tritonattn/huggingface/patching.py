@@ -290,7 +290,9 @@ def _chosen(found: list[AttentionModule], layers: Any, common: dict[str, Any]) -
         matching = [one for one in found if _matches(selector, one, lengths)]
         if not matching:
             names = ", ".join(one.name for one in found if one.obstacle is None)
-            raise ValueError(f"layers: expected numbers, names or patterns out of {names}, got {selector!r}")
+            raise ValueError(
+                f"layers: expected numbers, names or patterns out of {names}, or None for all, got {selector!r}"
+            )
         able = [one for one in matching if one.obstacle is None]
         if not able:
             one = matching[0]
@@ -375,7 +377,7 @@ def _install(result: Patched, one: AttentionModule, own: LayerScaling) -> None:
 
 
 def _shape(found: AttentionModule) -> tuple[str, str, str]:
-    """Layer type, heads and head dimension for the report."""
+    """Layer type, heads and head dim for the report."""
     if found.obstacle is not None:
         return "-", "-", "-"
     module = found.module

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 _ADDED = object()  # stands for an attribute that the owner itself did not have
 
 
@@ -25,7 +27,7 @@ class Replacement:
     def put(self, owner: Any, attribute: str, value: Any) -> None:
         is_added = (attribute not in vars(owner) and hasattr(type(owner), attribute)) or not hasattr(owner, attribute)
         self._before.append((owner, attribute, _ADDED if is_added else getattr(owner, attribute)))
-        setattr(owner, attribute, value)
+        _set(owner, attribute, value)
 
     def undo(self) -> None:
         """Put the former modules back; parameters that they share keep what they have learned since."""
@@ -33,7 +35,7 @@ class Replacement:
             if before is _ADDED:
                 delattr(owner, attribute)
             else:
-                setattr(owner, attribute, before)
+                _set(owner, attribute, before)
         self._before = []
 
     def __enter__(self) -> Replacement:
@@ -41,3 +43,10 @@ class Replacement:
 
     def __exit__(self, *_: object) -> None:
         self.undo()
+
+
+def _set(owner: Any, attribute: str, value: Any) -> None:
+    """Set an attribute; torch puts nothing but a module in the place of a module."""
+    if isinstance(getattr(owner, attribute, None), nn.Module) and not isinstance(value, nn.Module):
+        delattr(owner, attribute)
+    setattr(owner, attribute, value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -90,21 +90,17 @@ def replace_attention(model: nn.Module, scaling: str | Scaling = "sqrt_dim", bac
     for name, module in model.named_modules():
         if isinstance(getattr(module, "fused_attn", None), bool):
             own = scaling_for(scaling, getattr(module, "num_heads", 1), next(module.parameters()).device)
-            changes.append((name, module, "forward", MethodType(_forward_with(backend), module)))
+            changes.append((name, module, "forward", partial(_scaled_forward, module, backend)))
             changes += [(name, module, "logit_scaling", own), (name, module, "fused_attn", True)]
     replaced = Replacement(model, "one with attention layers of timm", changes)
     replaced.names = list(dict.fromkeys(replaced.names))
     return replaced
 
 
-def _forward_with(backend: str) -> Any:
+def _scaled_forward(layer: Any, backend: str, *arguments: Any, **keywords: Any) -> Any:
     """A layer's forward, whose calls of scaled_dot_product_attention are `attention` with its scaling."""
-
-    def forward(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        with _Scaled(self.logit_scaling, backend):
-            return type(self).forward(self, *arguments, **keywords)
-
-    return forward
+    with _Scaled(layer.logit_scaling, backend):
+        return type(layer).forward(layer, *arguments, **keywords)
 
 
 class _Scaled(TorchFunctionMode):

@@ -32,7 +32,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     fused path for inference, which would leave the scaling out, is never taken.
 
     Raises:
-        NotImplementedError: add_bias_kv, add_zero_attn, nested tensors, and a float mask that is a bias.
+        NotImplementedError: add_bias_kv, add_zero_attn, nested tensors.
         TypeError, ValueError: An invalid scaling.
 
     >>> import torch

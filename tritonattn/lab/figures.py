@@ -145,6 +145,8 @@ def _height(figure: Figure, lines: int, size: float) -> float:
 def darken(figure: Figure) -> None:
     """Give a drawn figure its dark look: the same marks, each colour replaced by the one that stands for it."""
     figure.draw_without_rendering()  # ticks and their labels are made by drawing
+    for axes in figure.axes:
+        axes.tick_params(which="both", colors=_DARK["#000000"])  # of ticks that saving adds, too
     for artist in figure.findobj():
         for name in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
             if hasattr(artist, f"get_{name}") and hasattr(artist, f"set_{name}"):
@@ -152,9 +154,8 @@ def darken(figure: Figure) -> None:
                 several = isinstance(artist, Collection)
                 getattr(artist, f"set_{name}")([*map(_on_dark, colours)] if several else _on_dark(colours))
         if isinstance(artist, AxesImage) and isinstance(artist.cmap, ListedColormap):
-            artist.set_cmap(
-                ListedColormap([_on_dark(colour) for colour in to_rgba_array(cast(Any, artist.cmap).colors)])
-            )
+            colours = to_rgba_array(cast(Any, artist.cmap).colors)
+            artist.set_cmap(ListedColormap([_on_dark(colour) for colour in colours]))
 
 
 def _on_dark(colour: Any) -> Any:

@@ -76,6 +76,8 @@ class ScaledAttention(SharesSequence, nn.Module):
     tensor([11, 11])
     """
 
+    rotary: float | None = None  # of a pickle that has none
+
     @public()
     def __init__(
         self,

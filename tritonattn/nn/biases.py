@@ -47,6 +47,7 @@ class ALiBi(SharesSequence, nn.Module):
     under `ContextParallel`.
     """
 
+    bidirectional: bool = False  # of a pickle that has none
     _place: Tensor  # of no entries; it moves with the module
 
     def __init__(self, heads: int, *, bidirectional: bool = False, device: torch.device | str | None = None) -> None:

@@ -43,7 +43,7 @@ class PowerLaw(Learned):
         device, dtype: The device and dtype of the parameters, each [heads]: theta, dim_exponent (a), count_exponent
             (b) and length_exponent (c).
 
-    Within one head dimension theta and a move the same number, so a is frozen (requires_grad is False) until asked for.
+    Within one head dim theta and a move the same number, so a is frozen (requires_grad is False) until asked for.
 
     Raises:
         TypeError: heads that is no int, or a dtype that is not floating.

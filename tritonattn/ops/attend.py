@@ -82,7 +82,7 @@ def _forward(call: AttentionCall, rounding: Tensor | None = None, *, has_graph: 
     if call.cached and visible.sequences is None:
         if runs_kernels and not visible.invariant:
             return kernels().decode(call, aux)
-        # Of an invariant call no keys are split, and the loop is that of other calls.
+        # An invariant call splits no keys, and its loop is that of other calls.
         call = call.by_ranges()
         return kernels().forward(call, aux) if runs_kernels else blockwise.forward(call.gathered(), aux)
     if not runs_kernels or call.k.shape[0] == 0:

@@ -45,9 +45,8 @@ class Scaling:
     A mode states its factor twice, so that a mistake in one of them shows. `scales` gives kernels a number and vectors.
     `multiplier` is the formula as its paper writes it, for the reference alone, and uses neither `scales` nor the
     methods of `visibility` and `statistics`; a mode with a bias states that a second time in `addend`, or in
-    `relative_addend`. All are
-    differentiable with respect to q and k. A factor, and a bias, may depend on the keys that the row attends to, and
-    on no others.
+    `relative_addend`. All are differentiable with respect to q and k. A factor, and a bias, may depend on the keys that
+    the row attends to, and on no others.
 
     name               the mode's name, in errors and in saved configs
     reads_keys         False: `scales` takes from k only its shape, and everything else from `statistics`; decoding then

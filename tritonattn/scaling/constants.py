@@ -1,4 +1,4 @@
-"""Scalings that depend on the head dimension D alone, and one whose scales are a call's arguments."""
+"""Scalings that depend on the head dim D alone, and one whose scales are a call's arguments."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ OPTIONS: dict[str, Any] = {"waves_per_eu": 0, "warp_specialize": False}
 WRITTEN_IN = ("triton", "gluon")  # kernels
 # The fields that a file leaves out where they are the default.
 OPTIONAL_FIELDS: dict[str, Any] = {**SHARES, **OPTIONS, "kernel": WRITTEN_IN[0]}
-# Of Gluon's forward, by block_m: registers of a thread at its start, which warpgroups then share out. Three warpgroups
+# Registers of a thread at the start of Gluon's forward, by block_m; warpgroups then share them out. Three warpgroups
 # of 64 rows have 160 each, two have 240, and the one that loads has 24.
 REGISTERS = {128: 168, 192: 128}
 

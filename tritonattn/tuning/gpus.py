@@ -87,7 +87,7 @@ def nearest(target: Target) -> list[GPU]:
 
         distance = |ln(processors / processors')| + |ln(FLOP per byte / FLOP per byte')|
 
-    Few processors are filled by larger tiles, and few FLOP per byte leave time for smaller ones. Of an unknown card
+    Few processors are filled by larger tiles, and few FLOP per byte leave time for smaller ones. For an unknown card
     torch tells the processors; without a device all are as far, and stay in the order of `GPUS`.
     """
     gpu = known(target)

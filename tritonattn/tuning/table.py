@@ -355,7 +355,7 @@ def write_table(path: Path, table: Table) -> None:
 def kernels_fingerprint() -> str:
     """16 hex digits of the kernels' code without comments, docstrings and layout: a table belongs to one such code.
 
-    That of GLUON_FILES is left out: a change there makes no other entry stale. `gluon_fingerprint` is its own.
+    GLUON_FILES are left out: a change there makes no other entry stale. They have `gluon_fingerprint`.
     """
     return _fingerprint([path for path in _FOLDER.glob("*.py") if path.name not in GLUON_FILES], "triton.jit")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ def run(
     max_threads: int = DEFAULT_MAX_THREADS,
     policy: str = "round-robin",
     seed: int = 0,
-    ptx: str | None = None,
+    without: Collection[int] = (),
 ) -> Report:
     """Execute one of Triton's compiled kernels on CPU tensors, which it modifies, and report.
 
@@ -45,13 +46,13 @@ def run(
     strict        raise PTXError at the first race or uninitialised read, rather than note it in the report
     max_threads   how many run in lock step: 2048 to 4096 are fastest
     policy, seed  of the order of warps where they are specialised: `partitions.PartitionScheduler`
-    ptx           another text of the same kernel, to be run in place of the compiled one
+    without       indices of instructions to be left out, of `synchronisation.left_out`
 
     Raises PTXFault at an access that is out of bounds or misaligned, PTXError for what the emulator does not support.
     """
     metadata = compiled.metadata
     return run_ptx(
-        ptx or compiled.asm["ptx"],
+        compiled.asm["ptx"],
         grid,
         arguments,
         shared=metadata.shared,
@@ -64,6 +65,7 @@ def run(
         max_threads=max_threads,
         policy=policy,
         seed=seed,
+        without=without,
     )
 
 
@@ -82,11 +84,12 @@ def run_ptx(
     max_threads: int = DEFAULT_MAX_THREADS,
     policy: str = "round-robin",
     seed: int = 0,
+    without: Collection[int] = (),
 ) -> Report:
     """As `run`, from PTX text. shared: bytes of shared memory; scratch: bytes of global scratch per CTA (None: what the
     tensor maps need); descriptors: the layouts of the TensorDescriptors, Triton's `tensordesc_meta`."""
     started = time.monotonic()
-    program = _program(ptx)
+    program = _program(ptx, frozenset(without))
     kernel = program.kernel
     threads = kernel.threads or 32 * num_warps
     if threads != 32 * num_warps:
@@ -126,7 +129,9 @@ def _three_axes(grid) -> tuple[int, int, int]:
 
 
 @functools.lru_cache(maxsize=16)
-def _program(ptx: str) -> Program:
+def _program(ptx: str, without: frozenset[int] = frozenset()) -> Program:
+    if without:
+        return _program(ptx).without(without)
     kernel = parse(ptx)
     constants = {name: slot_address(slot) for slot, name in enumerate(kernel.constants)}
     parameters = {parameter.name: MAP_BYTES * i for i, parameter in enumerate(kernel.parameters)}

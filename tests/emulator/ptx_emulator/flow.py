@@ -90,6 +90,10 @@ class Flow:
         """By block: the registers of wgmmas that others may have read or written since the last wgmma.fence."""
         return self._may_hold(self.guarded, self.unfenced_after)
 
+    def held_before(self, number: int) -> tuple[frozenset[tuple[int, bool]], frozenset[int]]:
+        """`running_before` and `unfenced_before` of a block."""
+        return self.running_before[number], self.unfenced_before[number]
+
     @cached_property
     def guarded(self) -> frozenset[int]:
         """The registers of all wgmmas."""

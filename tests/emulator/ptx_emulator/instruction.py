@@ -76,6 +76,12 @@ class Instruction:
             self.used.append(self.predicate)
         self.counted_as = _class_of(self)
 
+    def left_out(self) -> Instruction:
+        """One that does nothing in its place."""
+        nothing = Instruction("nop", f"left out: {self.text}", self.line, self.loc)
+        nothing.complete(self.index)
+        return nothing
+
     @property
     def is_barrier(self) -> bool:
         """A barrier of the CTA."""

@@ -272,3 +272,4 @@ class MemoryCode(Operands):
         return []
 
     translate_setmaxnreg = translate_membar = translate_prefetch = translate_nanosleep = translate_discard = _nothing
+    translate_nop = _nothing  # `Instruction.left_out`

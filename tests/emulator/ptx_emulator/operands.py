@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import numpy as np
 from numpy import float32 as f4
 from numpy import float64 as f8
@@ -26,12 +28,11 @@ class Operands:
         self.names = {"np": np} | {name: np.dtype(name).type for name in _DTYPES}
         for module in (types, arithmetic):
             self.names |= {name: value for name, value in vars(module).items() if not name.startswith("__")}
-        self.constants = 0
+        self.numbers = count(1)  # of the constants
         self.specialised = any(one.base == "setmaxnreg" for one in kernel.instructions)
 
     def constant(self, value) -> str:
-        self.constants += 1
-        name = f"K{self.constants}"
+        name = f"K{next(self.numbers)}"
         self.names[name] = value
         return name
 

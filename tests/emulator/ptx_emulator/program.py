@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 
 from .arithmetic_code import ArithmeticCode
 from .errors import PTXError
@@ -25,6 +27,25 @@ class Program(ArithmeticCode, MemoryCode):
         self.memo: dict = {}  # bank conflicts of access patterns: the machines' of all launches
         self._functions: dict[tuple[int, bool], Callable] = {}
 
+    def without(self, indices: frozenset[int]) -> Program:
+        """The program with some instructions left out; blocks that this leaves as they are keep their functions."""
+        instructions = [one.left_out() if one.index in indices else one for one in self.kernel.instructions]
+        other = copy(self)
+        other.kernel = replace(self.kernel, instructions=instructions)
+        other.flow, other._functions = Flow(other.kernel), {}
+        other.doubtful = other.flow.doubtful
+        if other.doubtful != self.doubtful:
+            return other
+        number_of = {block[:2]: number for number, block in enumerate(self.flow.blocks)}
+        for number, (start, end, *_) in enumerate(other.flow.blocks):
+            same = number_of.get((start, end))
+            if same is None or not indices.isdisjoint(range(start, end)):
+                continue
+            if other.flow.held_before(number) == self.flow.held_before(same):
+                known = {masked: self._functions.get((same, masked)) for masked in (False, True)}
+                other._functions |= {(number, masked): function for masked, function in known.items() if function}
+        return other
+
     def function(self, block: int, masked: bool) -> Callable:
         """function(machine, registers, special registers) of a block for all lanes, or with a mask behind these."""
         function = self._functions.get((block, masked))
@@ -41,7 +62,7 @@ class Program(ArithmeticCode, MemoryCode):
 
     def _lines(self, number: int, act: str | None) -> list[str]:
         block, lines, group = self.flow.blocks[number], [], None
-        running, unfenced = self.flow.running_before[number], self.flow.unfenced_before[number]
+        running, unfenced = self.flow.held_before(number)
         for one in self.flow.body(number):
             kind = _product_kind(one)
             if group is not None and (not group.takes(one, kind) if kind else group.separates(one)):

@@ -1,4 +1,4 @@
-"""Synchronising instructions of a kernel: its text without one of them, and why some are not missed."""
+"""Synchronising instructions of a kernel: how to leave one out, and why some are not missed."""
 
 from __future__ import annotations
 
@@ -23,19 +23,15 @@ def kind_of(instruction: Instruction) -> str | None:
     return None
 
 
-def without(ptx: str, kernel: Kernel, instruction: Instruction) -> str:
-    """The text with an instruction left out, and with a wait for an mbarrier the branch back to it."""
-    left_out = [instruction]
-    if kind_of(instruction) == "mbarrier.try_wait":
-        left_out.append(kernel.instructions[instruction.index + 1])
-        assert left_out[1].base == "bra"
-        assert left_out[1].predicate in instruction.written
-    lines = ptx.split("\n")
-    for one in left_out:
-        on_line = [other for other in kernel.instructions if other.line == one.line]
-        assert on_line == [one], f"expected one instruction in PTX line {one.line}, got {len(on_line)}"
-        lines[one.line - 1] = ""
-    return "\n".join(lines)
+def left_out(kernel: Kernel, instruction: Instruction) -> tuple[int, ...]:
+    """The indices that `run(..., without=)` takes: of an instruction, and with a wait for an mbarrier of the branch
+    back to it."""
+    if kind_of(instruction) != "mbarrier.try_wait":
+        return (instruction.index,)
+    branch = kernel.instructions[instruction.index + 1]
+    assert branch.base == "bra"
+    assert branch.predicate in instruction.written
+    return instruction.index, branch.index
 
 
 class Order:

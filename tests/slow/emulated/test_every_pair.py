@@ -1,5 +1,7 @@
 """The emulated kernels in their default configs: pairs of choices, every head dim, every synchronisation."""
 
+from itertools import combinations, cycle
+
 import pytest
 import torch
 
@@ -11,6 +13,28 @@ from tests.emulated import test_synchronisation as synchronisation
 from tests.emulated import test_varlen as varlen
 from tests.emulated.executor import GPU, GPUS
 from tests.support.pairs import in_turn
+
+# Two of the orders for each, in turn.
+OF_HOPPER = list(zip([*hopper.EVERYTHING, *hopper.OF_PACKED], cycle(combinations(hopper.ORDERS, 2)), strict=False))
+
+
+# The longest come first: they are not left for the end, when one worker has nothing to do.
+@pytest.mark.parametrize("gpu", GPUS, ids=str)
+def test_no_synchronisation_can_be_left_out(gpu, emulate):
+    recorder = emulate(gpu, kind=synchronisation.Recorder)
+    for kernel, launches in synchronisation.launches_of(recorder).items():
+        missed = synchronisation.check(launches)
+        for kind, count in synchronisation.least(gpu).items():
+            assert missed[kind] >= count, (
+                f"{kernel}, {kind}: expected at least {count} to be missed, got {missed[kind]}"
+            )
+
+
+def test_no_synchronisation_of_hopper_can_be_left_out(emulate):
+    found, implied = hopper.missed(hopper.check(hopper.CALL, emulate).launches[0], each=True)
+    assert implied == {place: count for place, (count, _) in hopper.IMPLIED.items()}
+    assert found["mbarrier.try_wait"] >= 10
+    assert found["mbarrier.arrive"] >= 15
 
 
 @pytest.mark.parametrize(("gpu", "case"), attention.EVERYTHING, ids=str)
@@ -47,30 +71,12 @@ def test_head_dims_of_key_statistics(head_dim, dtype, gpu, emulate):
         key_statistics.check(dtype, head_dim, k_len, some_unseen)
 
 
-@pytest.mark.parametrize("gpu", GPUS, ids=str)
-def test_no_synchronisation_can_be_left_out(gpu, emulate):
-    recorder = emulate(gpu, kind=synchronisation.Recorder)
-    for kernel, launches in synchronisation.launches_of(recorder).items():
-        missed = synchronisation.check(launches)
-        for kind, count in synchronisation.least(gpu).items():
-            assert missed[kind] >= count, (
-                f"{kernel}, {kind}: expected at least {count} to be missed, got {missed[kind]}"
-            )
-
-
-@pytest.mark.parametrize("case", [*hopper.EVERYTHING, *hopper.OF_PACKED], ids=str)
-def test_hopper(case, emulate):
-    hopper.check(case, emulate)
+@pytest.mark.parametrize(("case", "orders"), OF_HOPPER, ids=[str(case) for case, _ in OF_HOPPER])
+def test_hopper(case, orders, emulate):
+    hopper.check(case, emulate, orders=orders)
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
 def test_gradients_behind_hopper(dims, emulate):
     """The backward takes what the forward kept of its output's rounding."""
     hopper.check(hopper.Case(torch.float16, dims, mask="lengths", scales=hopper.QUERY), emulate, gradients=True)
-
-
-def test_no_synchronisation_of_hopper_can_be_left_out(emulate):
-    found, implied = hopper.missed(hopper.check(hopper.CALL, emulate).launches[0], each=True)
-    assert implied == {place: count for place, (count, _) in hopper.IMPLIED.items()}
-    assert found["mbarrier.try_wait"] >= 10
-    assert found["mbarrier.arrive"] >= 15

@@ -20,7 +20,7 @@ from ...core.call import AttentionCall
 # Keys that PyTorch's kernel for CPUs compares at a time, at most.
 _VECTOR = 16
 
-# Whether PyTorch's kernel for CPUs serves several query heads with one key head.
+# From torch 2.9 on PyTorch's kernel for CPUs serves several query heads with one key head.
 _SHARES_KEY_HEADS = torch.__version__ >= "2.9"
 
 # Logits must stay below it in PyTorch's kernel: fp32 ends at 3.4e38.

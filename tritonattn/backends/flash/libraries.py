@@ -1,7 +1,4 @@
-"""FlashAttention 4, 3 and 2 and cuDNN: which are installed, what each takes, and how it is called.
-
-Versions differ in their keywords; a call is refused where a function's signature lacks the keyword that it needs.
-"""
+"""FlashAttention 4, 3 and 2 and cuDNN: which are installed, and how each is called."""
 
 from __future__ import annotations
 
@@ -14,16 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...core.call import AttentionCall
+from ...core.visibility import Visibility
 
 WIDEST = 256
-_KEYWORDS_OF_LSE = ("return_lse", "return_attn_probs")
+KEYWORDS_OF_LSE = ("return_lse", "return_attn_probs")
 HOW_TO_INSTALL = (
-    "pip install flash-attn-4 (Hopper, Blackwell); pip install 'flash-attn>=2.6' --no-build-isolation"
+    "pip install 'flash-attn-4>=4.0.0b32' (Hopper, Blackwell); pip install 'flash-attn>=2.6' --no-build-isolation"
     " (FlashAttention 2, Ampere and later); FlashAttention 3 (Hopper) from its repository: pip install ./hopper"
 )
 
@@ -49,37 +46,15 @@ class Library:
     def keywords(self) -> frozenset[str]:
         return frozenset(inspect.signature(self.dense).parameters)
 
-    @property
-    def has_gradient_of_lse(self) -> bool:
-        return "return_lse" in self.keywords
-
-    def widths(self, head_dim: int, value_dim: int, card: int) -> tuple[int, int]:
+    def widths(self, dims: tuple[int, int], card: int, is_grouped: bool) -> tuple[int, int]:
         """The head dims, of q and k and of v, to which zeros are added."""
-        if (head_dim, value_dim) == (192, 128) and self.name != "flash-attn-2" and self.packed is not None:
-            return head_dim, value_dim
-        width = -(-max(head_dim, value_dim) // 8) * 8
-        if self.name == "flash-attn-4" and card > 9 and width > 128:
-            width = max(width, WIDEST)
+        takes_unequal = self.packed is not None and self.name != "flash-attn-2"
+        if dims == (192, 128) and takes_unequal and not (self.name == "flash-attn-4" and card == 9 and is_grouped):
+            return dims
+        width = -(-max(dims) // 8) * 8
+        if self.name == "flash-attn-4" and card in (10, 11) and width > 128:
+            width = WIDEST
         return width, width
-
-    def obstacle(self, call: AttentionCall) -> str | None:
-        """Name what a call asks for and this library lacks, or None."""
-        visible, terms, keywords = call.visibility, call.logits, self.keywords
-        has_window = visible.left is not None or visible.right not in (None, 0)
-        for name, is_asked, keyword in (
-            ("window", has_window, "window_size"),
-            ("softcap", terms.softcap is not None, "softcap"),
-            ("sinks", terms.sinks is not None, "learnable_sink"),
-        ):
-            if is_asked and keyword not in keywords:
-                return name
-        if call.aux and not keywords.intersection(_KEYWORDS_OF_LSE):
-            return "return_aux"
-        if visible.sequences is not None:
-            return None if self.packed is not None else "cu_seqlens_q (packed sequences)"
-        if self.packed is None and visible.right == 0 and visible.q_len != visible.k_len:
-            return f"causal of {visible.q_len} queries and {visible.k_len} keys"  # its mask is top-left
-        return None
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, scale: float, sinks: Tensor | None
@@ -92,15 +67,14 @@ class Library:
         else:
             assert self.packed is not None
             starts = {"cu_seqlens_q": of_rows.q_starts, "cu_seqlens_k": of_rows.k_starts}
-            longest = {"max_seqlen_q": of_rows.longest_q, "max_seqlen_k": of_rows.longest_k}
+            # For at most one row a sequence FlashAttention 2 takes exactly one, where key heads are shared.
+            longest = {"max_seqlen_q": max(of_rows.longest_q, 2), "max_seqlen_k": of_rows.longest_k}
             found = self.packed(q, k, v, **starts, **longest, **options)
         out, lse, *_ = found if isinstance(found, tuple) else (found, None)
         return out, lse if call.aux else None
 
     def _options(self, call: AttentionCall, scale: float, sinks: Tensor | None) -> dict[str, Any]:
-        visible = call.visibility
-        left = None if visible.left is None or visible.left >= visible.k_len else visible.left
-        right = None if visible.right is None or visible.right >= visible.q_len else visible.right
+        left, right = limits(call.visibility)
         options: dict[str, Any] = {"softmax_scale": scale, "causal": right == 0}
         if left is not None or right not in (None, 0):
             sides = (left, None if right == 0 else right)  # causal says the right one
@@ -109,20 +83,30 @@ class Library:
             options["softcap"] = call.logits.softcap
         if sinks is not None:
             options["learnable_sink"] = sinks
+        if torch.are_deterministic_algorithms_enabled() and "deterministic" in self.keywords:
+            options["deterministic"] = True
         if call.aux:
-            options[next(name for name in _KEYWORDS_OF_LSE if name in self.keywords)] = True
+            options[next(name for name in KEYWORDS_OF_LSE if name in self.keywords)] = True
         return options
+
+
+def lengths(visible: Visibility) -> tuple[int, int]:
+    """Queries and keys, at most, of a sequence."""
+    of_rows = visible.sequences
+    return (visible.q_len, visible.k_len) if of_rows is None else (of_rows.longest_q, of_rows.longest_k)
+
+
+def limits(visible: Visibility) -> tuple[int | None, int | None]:
+    """The sides of a window that hide a key, as far as lengths show it; a right one of 0 is causal."""
+    q_len, k_len = lengths(visible)
+    left = None if visible.left is None or visible.left >= k_len else visible.left
+    return left, None if visible.right is None or visible.right >= max(q_len, 1) else visible.right
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool) -> Tensor:
     """cuDNN's attention through PyTorch, q [B, S, H, D]; causal is top-left."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     is_grouped = q.shape[1] != k.shape[1]
-    if not can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, causal, is_grouped)):
-        shapes = f"q {list(q.shape)} and k {list(k.shape)} of {q.dtype}"
-        raise NotImplementedError(
-            f"{shapes}: backend 'flash' has cuDNN alone here, which does not support them; use backend 'triton'"
-        )
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         out = scaled_dot_product_attention(q, k, v, scale=softmax_scale, is_causal=causal, enable_gqa=is_grouped)
     return out.transpose(1, 2)
@@ -131,29 +115,40 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: boo
 CUDNN = Library("cudnn", (8, 9, 10, 11, 12), None, _cudnn)
 # The newest first: name, module, cards, no_limit, and a keyword that tells those of today from drafts and old ones.
 FLASH = (
-    ("flash-attn-4", "flash_attn.cute", (9, 10, 11, 12), None, "return_lse"),
+    ("flash-attn-4", "flash_attn.cute", (9, 10, 11, 12), None, "gather_bwd_recompute_p"),
     ("flash-attn-3", "flash_attn_interface", (9,), -1, "softcap"),
-    ("flash-attn-2", "flash_attn", (8, 9, 10, 11, 12), -1, "softcap"),
+    ("flash-attn-2", "flash_attn", (0, 8, 9, 10, 11, 12), -1, "softcap"),
 )
 
 
 @functools.cache
 def libraries(card: int) -> tuple[Library, ...]:
     """The libraries that run on a card, by the first number of its compute capability; 0 is AMD's."""
-    found = []
-    for name, module, cards, no_limit, keyword in FLASH:
-        if card not in cards and not (card == 0 and name == "flash-attn-2"):
-            continue
-        try:
-            functions = import_module(module)
-            own = Library(name, cards, no_limit, functions.flash_attn_func, functions.flash_attn_varlen_func)
-        except (ImportError, AttributeError, OSError):  # absent, or built for another torch
-            continue
-        if keyword in own.keywords:
-            found.append(own)
+    found = [one for one in _looked_for(card) if isinstance(one, Library)]
     if card in CUDNN.cards and torch.backends.cudnn.is_available():
         found.append(CUDNN)
     return tuple(found)
+
+
+def why_none(card: int) -> str:
+    """Say why none of FLASH runs on a card."""
+    reasons = [one for one in _looked_for(card) if one and isinstance(one, str)]
+    return "; ".join(reasons) or "which is not installed for this GPU"
+
+
+def _looked_for(card: int) -> list[Library | str]:
+    return [_imported(*one) for one in FLASH if card in one[2]]
+
+
+def _imported(name: str, module: str, cards: tuple[int, ...], no_limit: int | None, keyword: str) -> Library | str:
+    """The library, or why it cannot be used: "" where it is not installed."""
+    try:
+        functions = import_module(module)
+        own = Library(name, cards, no_limit, functions.flash_attn_func, functions.flash_attn_varlen_func)
+    except (ImportError, AttributeError, OSError) as error:  # OSError: built for another torch
+        is_absent = isinstance(error, AttributeError) or getattr(error, "name", None) in (module, module.split(".")[0])
+        return "" if is_absent else f"{name} cannot be imported ({type(error).__name__}: {error})"
+    return own if keyword in own.keywords else f"{name} is too old"
 
 
 def card_of(device: torch.device) -> int:

@@ -238,7 +238,7 @@ def visible(offs_m, offs_n, lo, hi, batch, head, view, mask):
 
 @triton.jit
 def pair_biases(bias, relative_bias, extent, batch, head, row, key, shift, keep):
-    """What biases of pairs add to their logits, in base 2: of those that keep has, others get 0.
+    """The biases of the pairs that keep has, in base 2; 0 for others.
 
     bias            `Strided` [B, Hq, Sq, Sk] of fp16, bf16 or fp32, or None
     relative_bias   `Strided` [B, Hq, Sq, extent], likewise: the pair's entry is row - key + shift, and 0 outside of it
@@ -317,7 +317,7 @@ def dropout_keeps(dropout_ptr, keep_from, batch_head, offs_row, offs_key):
 def lost_in_rounding(exact, rounded):
     """exact - rounded in 256ths of the last place of `rounded`, bf16 or fp16, as int8: `core.rounding`.
 
-    Of fp32, which stands for bf16 in Triton's interpreter, nothing is lost.
+    fp32, which stands for bf16 in Triton's interpreter, loses nothing.
     """
     SHIFT: tl.constexpr = 15 - rounded.dtype.fp_mantissa_width if rounded.dtype != tl.float32 else 0
     HALF: tl.constexpr = (1 << SHIFT) >> 1

@@ -114,7 +114,7 @@ def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _operands(problem: Problem) -> Operands:
-    """Of two batch entries, or one packed sequence, with two key heads."""
+    """Operands of two batch entries, or one packed sequence, with two key heads."""
     length, heads = 1024 if problem.short else 4096, 4 if problem.grouped else 2
     size = Size(
         batch=1 if problem.sequences else 2,

@@ -129,7 +129,8 @@ def attention_decode(
     """Attention of the newest Sq tokens of one sequence, for the heads of one group, over one split of its cache.
 
         own         = i + length - new                                        row i sees own - left <= j <= own
-        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + key_bias[j] + pair[i, j]   softcap caps it
+        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + b[i, j]         capped with softcap
+        b[i, j]     = key_bias[j] + bias[i, j] + relative_bias[i, own - j + relative_right]
         lse[i]      = ln sum_j exp(logit[i, j])                               over the visible keys of the split
         out[i]      = sum_j exp(logit[i, j] - lse[i]) * v[j]
 
@@ -144,7 +145,7 @@ def attention_decode(
     key_ranges       int32 [B, 2] contiguous or None: of those keys each row sees lo <= j < hi, and hi narrows length
     query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale  fp32 [B, Hkv, capacity] or None = 1
     key_bias         fp32 [B, Hkv, group, capacity] or None = 0; a key with -inf has no weight
-    bias, relative_bias, extent, relative_right   of `pair_biases`, as in `attention_forward`: row i stands at own
+    bias, relative_bias, extent, BIAS_AFTER   as in `attention_forward`
     sinks            fp32 [Hq] or None, with splits = 1 only
     results          a `Results` without rounding; of several splits their parts, of part_rows = B * Hq * Sq rows each,
                      out not written where a row sees no key of one; lse natural log, max_logit uncapped
@@ -202,7 +203,7 @@ def attention_decode(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
-    spread = l_i
+    spread = l_i  # for the entropy: sum_j exp(z - shift) * (z - shift)
     for start_n in tl.range(start, stop, BLOCK_N):
         offs_n = start_n + block_keys  # [BLOCK_N]
         keep_key = offs_n < stop

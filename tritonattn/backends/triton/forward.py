@@ -96,7 +96,8 @@ def attention_forward(
 ):
     """Attention output and statistics of the softmax for BLOCK_M query rows of one (batch or sequence, head).
 
-        x[i, j]      = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + key_bias[j] + pair[i, j]   j visible to i
+        b[i, j]      = key_bias[j] + bias[i, j] + relative_bias[i, i + Sk - Sq - j + relative_right]
+        x[i, j]      = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + b[i, j]          j visible to i
         z[i, j]      = softcap * tanh(x[i, j] / softcap), or x[i, j] without softcap
         lse[i]       = ln sum_j exp(z[i, j])
         max_logit[i] = max_j x[i, j]
@@ -112,8 +113,8 @@ def attention_forward(
     *_descriptor     tensor descriptors of k and v with blocks [1, 1, BLOCK_N, BLOCK_D or BLOCK_DV], or None
     query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale fp32 [B, Hkv, Sk] or None = 1; both `Scale`
     key_bias         `Scale` [B, Hkv, group, Sk] or None = 0; exp(z) is 0 where it is -inf
-    bias, relative_bias, extent   of `pair_biases`, which gives pair; row i stands at key i + k_len - q_len, and has
-                     relative_right entries for keys behind it. BIAS_AFTER: all biases are added to the capped logit
+    bias, relative_bias, extent   of `pair_biases`, or None; HAS_BIAS: one of the three biases is given
+    BIAS_AFTER       x has no b, and z is softcap * tanh(x / softcap) + b, as which max_logit counts
     sinks            fp32 [Hq] or None
     key_lengths, key_ranges, left, right   of `key_range`, or None
     q_starts, k_starts                     of `sequence_bounds`, or None
@@ -211,7 +212,7 @@ def attention_forward(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
-    spread = l_i
+    spread = l_i  # for the entropy: sum_j exp(z - shift) * (z - shift)
     FIRST: tl.constexpr = 1 if INVARIANT and left is None and key_ranges is None else 0
     # Masks hold registers: masked steps of a whole block spill 244 bytes on sm_90 at D 64, 212 at D 512, 8 on sm_80 at
     # D 128, and 388 in `attention_grad_key_value` on sm_90 at D 128 (static, triton 3.9).

@@ -1,4 +1,4 @@
-"""Backward, the pass over keys: gradients of k, v and vectors of keys, block by block, without atomics."""
+"""Backward, the pass over keys: gradients of k, v, vectors of keys and biases of pairs, without atomics."""
 
 from __future__ import annotations
 
@@ -174,8 +174,9 @@ def attention_grad_key_value(
         raw[j]         = scale * sum_i dX[i, j] * query_scale[i] * q[i]      over the rows of all heads of the group
         d_k[j]         = key_scale[j] * raw[j]
         d_key_scale[j] = k[j] . raw[j]                                       never divided by key_scale, which may be 0
-        d_key_bias[j]  = sum_i dX[i, j]                                      over the rows of one head of the group
-        d_bias[i, j]   = dX[i, j], and so is entry i - j + shift of d_relative_bias[i]: each has one writer
+        d_b[i, j]      = dX[i, j], or with BIAS_AFTER dS[i, j]               b: the biases of `attention_forward`
+        d_key_bias[j]  = sum_i d_b[i, j]                                     over the rows of one head of the group
+        d_bias[i, j] = d_relative_bias[i, i + Sk - Sq - j + relative_right] = d_b[i, j]
 
     Grid: (size of a section, blocks of the longest Sk times splits, sections), see `program_in_section`. Sums run in
     one fixed order inside a program: bitwise repeatable.
@@ -188,7 +189,7 @@ def attention_grad_key_value(
     row_bounds_ptr   int32 [B, cdiv(Sk, BLOCK_N), 2] with key_ranges: `row_bounds`
     d_k, d_v         [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv] contiguous; d_key_scale fp32 [B, Hkv, Sk] and d_key_bias
                      fp32 [B, Hkv, group, Sk] contiguous or None
-    d_bias, d_relative_bias   fp32 `Strided` [B, Hq, Sq, Sk or extent] of zeros, or None: visible pairs are written
+    d_bias, d_relative_bias   `Strided` fp32 [B, Hq, Sq, Sk or extent] or None: visible pairs are written, once each
     splits           None, or the number of programs that share the rows of a group's heads: results are then parts for
                      `add_splits`, all fp32, each of part_rows = B * Hkv * Sk keys; d_key_bias holds zeros before
     """

@@ -107,7 +107,7 @@ def attention_grad_query(
 
         P[i, j]          = exp(z[i, j]) / total[i]
         dS[i, j]         = P[i, j] * (keep[i, j] * keep_scale * (d_out[i] . v[j]) - delta[i])
-        dX[i, j]         = dS[i, j] * dz/dx,  dz/dx = 1 - (z[i, j] / softcap)^2, z without biases if BIAS_AFTER
+        dX[i, j]         = dS[i, j] * dz/dx,  dz/dx = 1 - (tanh(x[i, j] / softcap))^2
         raw[i]           = sum_j dX[i, j] * key_scale[j] * k[j]
         d_q[i]           = scale * query_scale[i] * raw[i]
         d_query_scale[i] = scale * sum_j dX[i, j] * (q[i] . k[j]) * key_scale[j]
@@ -121,9 +121,9 @@ def attention_grad_query(
     d_query_scale equals scale * (q[i] . raw[i]). That form would sum dX after rounding to 16 bits, and with it delta's
     error times the mean logit, which exceeds the result for sharp softmaxes; so dX stays in fp32. Over a row, dS must
     sum to d_lse - d_sinks: the excess of its sum is delta's error. The kernel takes that error's share out of the
-    gradient, and corrects delta for the pass over the keys. With key_bias, whose gradients cancel likewise when they
-    are summed, it does so without d_query_scale too. So does CORRECT_DELTA, which also
-    computes d_q of few keys with the corrected delta: for a single key, dP - delta is nothing but their errors.
+    gradient, and corrects delta for the pass over the keys. With a bias, whose gradients cancel likewise when they
+    are summed, it does so without d_query_scale too. So does CORRECT_DELTA, which also computes d_q of few keys with
+    the corrected delta: for a single key, dP - delta is nothing but their errors.
     IS_PART: rows see other keys too, so that nothing is known about these sums, and delta stays as it is.
     """
     block, head, sequence = program_in_section(q_heads, first_head, first_y, first_z, right is not None, LANES)

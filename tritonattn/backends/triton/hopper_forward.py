@@ -25,8 +25,8 @@ from .records import View
 ROWS = gl.constexpr(64)  # of a consumer
 SUM_COLUMNS = CLEARED_ROWS = gl.constexpr(8)  # none needs another lane's sum; a loader's thread has 24 registers
 load_tile = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared  # before triton 3.8
-# Of k or v, tiles [STAGES, 1, 1, BLOCK_N, D], and for each the mbarriers ready (is loaded) and empty (is used). Behind
-# the last stage's, ready may have one more: a tile that is to be cleared has arrived.
+# k or v: tiles [STAGES, 1, 1, BLOCK_N, D], and for each the mbarriers ready (is loaded) and empty (is used). Behind the
+# last stage's, ready may have one more: a tile that is to be cleared has arrived.
 Ring = namedtuple("Ring", "tiles ready empty")
 # q: tiles [consumers, 1, 1, ROWS, D], later of the output; turn[w]: consumer w may issue products, or None.
 Shared = namedtuple("Shared", "q q_ready k v turn")

@@ -137,7 +137,7 @@ def append_to_pages_kernel(
     sequences; the buffers, counts None, each a `Scale` of [N, Hkv, page]. Keys without a page are dropped.
 
     Sums are taken in blocks that begin at multiples of BLOCK_N keys, from the entry of the last key before: their bits
-    do not depend on how keys are cut into calls. Of a block that old keys begin, their norms are read.
+    do not depend on how keys are cut into calls. Where old keys begin a block, their norms are read.
     """
     block, _, sequence = program_position(first_y, first_z, LAST_FIRST=False)
     heads = block * BLOCK_M + tl.arange(0, BLOCK_M)

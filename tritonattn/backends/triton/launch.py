@@ -243,7 +243,7 @@ def _target(of: Callable[[torch.device], Target], device: torch.device) -> Targe
 def drop_config(kernel: str, problem: Problem, device: torch.device, chosen: Plan, error: Exception) -> None:
     """Drop a tuned config that fails here, with a warning, so that the next plan has another; raise other errors.
 
-    Of a variant all errors count, but for a graph's capture that would have to compile it.
+    A variant is dropped for any error but that of a graph's capture, which would have to compile it.
     """
     is_refusal = isinstance(error, TritonError) or "PassManager" in str(error)
     is_refusal |= chosen.variant is not None and not isinstance(error, NotCompiledError)

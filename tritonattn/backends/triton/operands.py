@@ -20,9 +20,9 @@ _EXTENT = 1024  # of a relative bias
 class Operands:
     """Draws the tensors of calls.
 
-    Lengths of sequences lie between 5/8 of the longest and all of it. Of a mask nine tenths are visible. Pages lie in
-    any order. Operands that are not aligned have rows of an odd stride; where a copy would be aligned they are the same
-    for every batch entry, since others would be copied.
+    Lengths of sequences lie between 5/8 of the longest and all of it. A mask shows nine tenths of the pairs.
+    Pages lie in any order. Operands that are not aligned have rows of an odd stride; where a copy would be aligned they
+    are the same for every batch entry, since others would be copied.
     """
 
     def __init__(self, problem: Problem, size: Size, device: torch.device, seed: int = 0) -> None:
@@ -115,7 +115,7 @@ class Operands:
         return Sequences(q_starts, k_starts, size.q_len, size.k_len)
 
     def _starts(self, total: int, longest: int) -> Tensor:
-        """Of one longest sequence, and others of about the same length: int32 [N + 1]."""
+        """Starts of one longest sequence, and others of about the same length: int32 [N + 1]."""
         others, first = self.size.batch - 1, min(longest, total)
         rest = min(total - first, others * longest)
         ends = [first + rest * n // max(others, 1) for n in range(others + 1)]

@@ -25,8 +25,8 @@ class Strided(NamedTuple):
 class Scale(NamedTuple):
     """fp32 [B, H, S] of rows or keys, or a bias [B, Hkv, group, S]: a pointer to its first element, and its strides.
 
-    Those of B, H and group (0 where there is no such axis) are stored times 16: Triton compiles other code for an
-    integer of 1, for multiples of 16 and for the rest. Times 16 all have one code.
+    The strides of B, H and group (0 where there is no such axis) are stored times 16: Triton compiles other code for
+    an integer of 1, for multiples of 16 and for the rest. Times 16 all have one code.
     """
 
     ptr: Any

@@ -13,6 +13,7 @@ from ...core.provenance import Environment, command_line
 from .measurement import Measurement, Subject, eager_loss, measure, patched_with
 from .model import load
 from .report import Report
+from .swap import report as swapped
 from .variants import Variant, check_written, variants
 
 if TYPE_CHECKING:
@@ -25,12 +26,16 @@ INTRODUCTION = (
 )
 
 
-def run(options: Namespace) -> int:
+def run(options: Namespace, *, swap: bool = False) -> int:
     """Measure, print the tables, write the files; `options` are those of `tritonattn compare`.
+
+    swap   first patch a small model, and print how much it recalls
 
     Returns 0, or 1 where sqrt_dim, which is the model's scaling, gives another loss than its eager attention.
     """
     subject, tokens = subject_and_tokens(options)
+    if swap:
+        print(f"{swapped(options.device)}\n\n{INTRODUCTION}\n", flush=True)
     eager, measurements = _measure_all(subject, tokens, variants(options.modes, subject.context), options)
     report = Report(subject.name, tokens.shape[1], eager, tuple(measurements))
     print(report.table())
@@ -75,7 +80,7 @@ def _measure_all(
 ) -> tuple[float, list[Measurement]]:
     with patched_with(subject, asked[0], options.layers) as patched:  # refuses missing layers before any pass
         if options.by_layer and options.layers is not None:
-            print(f"{patched.report()}\n")
+            print(f"layers: {', '.join(patched.layers)}\n")
     measurements = []
     with Progress(total=len(asked) + 1, unit="pass", leave=False) as progress:
         progress.set_description("eager")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from ...core.progress import Progress
 from ...core.tables import table
 from ...huggingface import patch
-from ...scaling import LogKeyCount
+from ...scaling import LogKeyCount, Scaling
 from ..training.tasks import Batch, Recall
 
 LENGTHS = (64, 256, 1024, 4096)  # pairs in testing
@@ -31,37 +32,49 @@ which normalises q and k. That bounds the logits: the right key cannot stand out
 key that is added takes attention from it. The patch multiplies the logits by ln(n) / ln({longest}), n being the
 keys that a token attends to and {longest} the trained length. No weight changes:
 
+    import tritonattn
     from tritonattn.huggingface import patch
+
     patch(model, scaling=tritonattn.SCALINGS["log_key_count"](base={longest}))
 
-Values recalled, by number of pairs ({seconds:.0f} s of training):"""
+Values recalled, by number of pairs, and beside it the same model without QK-norm ({seconds:.0f} s of training):"""
 _CONCLUSION = """\
-Among {most:,} pairs it recalls {before:.0%} as it was trained, and {after:.0%} when it is patched. Larger heads fade
-at greater lengths, and a model that does not normalise q and k gains little or nothing: docs/training.md."""
+Among {most:,} pairs it recalls {before:.0%} as it was trained, and {after:.0%} when it is patched. Without QK-norm
+nothing bounds the logits, and the patch gains little or nothing: {free_before:.0%} before, {free_after:.0%} after.
+Larger heads fade at greater lengths: docs/training.md."""
 
 
 def report(device: torch.device, steps: int = _STEPS) -> str:
-    """Train the model on `device`, and return the explanation, the table and the conclusion."""
+    """Train the model and the one without QK-norm on `device`; return the explanation, the table and the conclusion."""
     start = time.perf_counter()
-    model = trained(device, steps)
+    bounded, free = (trained(device, steps, qk_norm=qk_norm) for qk_norm in (True, False))
     seconds = time.perf_counter() - start
-    before = {n: recalled(model, n) for n in LENGTHS}
-    with patch(model, scaling=LogKeyCount(_LONGEST)):
-        after = {n: recalled(model, n) for n in LENGTHS}
-    names = {"as trained: 1/sqrt(D)": before, f"patched: ln(n)/ln({_LONGEST})/sqrt(D)": after}
-    rows = [[name, *(f"{share:.1%}" for share in shares.values())] for name, shares in names.items()]
+    found = {
+        "as trained, 1/sqrt(D)": _by_length(bounded),
+        f"patched, ln(n)/ln({_LONGEST})/sqrt(D)": _by_length(bounded, LogKeyCount(_LONGEST)),
+        "without QK-norm, as trained": _by_length(free),
+        "without QK-norm, patched": _by_length(free, LogKeyCount(_LONGEST)),
+    }
+    rows = [[name, *(f"{share:.1%}" for share in shares)] for name, shares in found.items()]
+    before, after, free_before, free_after = (shares[-1] for shares in found.values())
     most = LENGTHS[-1]
     texts = (
         _ABOUT.format(shortest=_SHORTEST, longest=_LONGEST, most=most, seconds=seconds),
-        table(rows, ["logits multiplied by", *(f"{n:,}" for n in LENGTHS)], "simple"),
-        _CONCLUSION.format(most=most, before=before[most], after=after[most]),
+        table(rows, ["model", *(f"{n:,}" for n in LENGTHS)], "simple"),
+        _CONCLUSION.format(most=most, before=before, after=after, free_before=free_before, free_after=free_after),
     )
     return "\n\n".join(texts)
 
 
-def trained(device: torch.device, steps: int) -> Qwen3ForCausalLM:
+def _by_length(model: Qwen3ForCausalLM, scaling: Scaling | None = None) -> list[float]:
+    """Shares of right values at LENGTHS, with the model's own scaling or patched."""
+    with nullcontext() if scaling is None else patch(model, scaling=scaling):
+        return [recalled(model, n) for n in LENGTHS]
+
+
+def trained(device: torch.device, steps: int, *, qk_norm: bool = True) -> Qwen3ForCausalLM:
     """Train the model of seed 0."""
-    model: Any = untrained().to(device).train()  # pyright: ignore[reportArgumentType]
+    model: Any = untrained(qk_norm=qk_norm).to(device).train()  # pyright: ignore[reportArgumentType]
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.01, betas=(0.9, 0.99))
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -79,7 +92,7 @@ def trained(device: torch.device, steps: int) -> Qwen3ForCausalLM:
     return model.eval()
 
 
-def untrained() -> Qwen3ForCausalLM:
+def untrained(*, qk_norm: bool = True) -> Qwen3ForCausalLM:
     """One layer, with W_k started as W_q: equal keys then attract each other from the start, which spares steps."""
     torch.manual_seed(0)
     config = Qwen3Config(
@@ -98,6 +111,8 @@ def untrained() -> Qwen3ForCausalLM:
     torch.nn.init.normal_(model.model.embed_tokens.weight)
     attention: Any = model.model.layers[0].self_attn
     attention.k_proj.load_state_dict(attention.q_proj.state_dict())
+    if not qk_norm:
+        attention.q_norm = attention.k_norm = torch.nn.Identity()
     return model
 
 

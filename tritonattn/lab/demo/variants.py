@@ -11,7 +11,7 @@ from ...scaling import Scaling
 from ..training.modes import build, check_mode
 
 # NAME(BASE) is how `Advice.mode` writes a mode whose first argument is its base.
-_WRITTEN = re.compile(r"(?P<mode>[\w+]+)(:(?P<base>\w+))?(\*(?P<gain>[\d.]+))?")
+_WRITTEN = re.compile(r"(?P<mode>[\w+]+)(:(?P<base>\d+|CONTEXT))?(\*(?P<gain>[\d.]+))?")
 _ADVISED = re.compile(r"(log_key_count|qwen_logn)\((\w+)\)")
 _GAIN = "+gain"  # a learned gain, which starts where a row of `keys` keys asks for
 _BASED = ("log_key_count", "log_power", "qwen_logn", "ssmax", "learned_log_power")
@@ -51,7 +51,7 @@ def variant(text: str, context: int | None) -> Variant:
     """
     parts = _WRITTEN.fullmatch(_ADVISED.sub(r"\1:\2", text))
     if parts is None:
-        raise CommandError(f"--modes: expected NAME[:BASE][*GAIN], got {text!r}")
+        raise CommandError(f"--modes: expected NAME[:BASE][*GAIN], BASE a number of tokens or CONTEXT, got {text!r}")
     mode, base, gain = parts.group("mode", "base", "gain")
     check_mode(mode)
     if mode.removesuffix(_GAIN) in _BASED or mode.endswith(_GAIN):

@@ -22,7 +22,7 @@ _MOST_SETS, _KEYS = 64, 1 << 13  # the most sets of keys, and the most keys in a
 
 @dataclass(frozen=True)
 class Point:
-    """A point of the sweep: the kind of keys, their number n, and the head dimension."""
+    """A point of the sweep: the kind of keys, their number n, and the head dim."""
 
     keys: str
     count: int

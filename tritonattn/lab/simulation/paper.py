@@ -19,7 +19,7 @@ from ...calls.attention import attention
 from .measures import softmax_measures, statistics_of
 
 KEYS, QUERIES = 32, 500
-SMALL, LARGE = 16, 256  # head dimensions of Figures 1 and 2
+SMALL, LARGE = 16, 256  # head dims of Figures 1 and 2
 
 
 @dataclass(frozen=True)

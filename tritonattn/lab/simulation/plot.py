@@ -41,7 +41,7 @@ def figures_of(findings: Findings) -> dict[str, Figure]:
     figures = {f"paper_figure_{number}": _paper(number, findings) for number in numbers}
     if findings.sweep:
         figures["by_count"] = _lines(findings, "count", "keys")
-        figures["by_dim"] = _lines(findings, "dim", "head dimension")
+        figures["by_dim"] = _lines(findings, "dim", "head dim")
         figures["by_keys"] = _by_keys(findings)
         figures["two_ways"] = two_ways(findings)
     if findings.verdict:
@@ -122,7 +122,7 @@ def _moving(findings: Findings, points: list[Point]) -> str:
         values = [findings.value(point, mode, "relative_entropy") for point in points]
         if max(values) - min(values) > _MOVED:
             moved.append(f'"{mode}"')
-    return f"The head dimension moves entropy / ln n by more than {_MOVED} in {', '.join(moved) or 'no mode'}"
+    return f"The head dim moves entropy / ln n by more than {_MOVED} only with {', '.join(moved) or 'no mode'}"
 
 
 def _coinciding(findings: Findings, points: list[Point]) -> list[list[str]]:
@@ -156,8 +156,10 @@ def _by_keys(findings: Findings) -> Figure:
     ]
     _heatmap(right, torch.tensor(gradient).log10().tolist(), findings.modes, columns, 1, None)
     right.set_title("log10 of the gradient that reaches a row of q", fontsize=9)
-    figure.suptitle(f"By kind of keys, n = {points[0].count:,}, d = {points[0].dim}", fontsize=11)
-    foot(figure, findings.source())
+    same = [mode for mode, row in zip(findings.modes, entropy, strict=True) if max(row) - min(row) <= _MOVED]
+    found = ", ".join(f'"{mode}"' for mode in same) or "no mode"
+    figure.suptitle(f"Entropy / ln n is within {_MOVED} for all kinds of keys only with {found}", fontsize=11)
+    foot(figure, f"{findings.source()}; n = {points[0].count:,}, d = {points[0].dim}")
     return figure
 
 

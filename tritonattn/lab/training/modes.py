@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Callable
@@ -68,9 +69,11 @@ def check_mode(name: str) -> None:
     """Raise CommandError for a name that `build` does not know."""
     plain, gain = _parts(name)
     if plain not in SCALINGS and (gain is not None or name not in _LEARNED):
+        close = difflib.get_close_matches(name, [*SCALINGS, *_LEARNED], n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise CommandError(
-            f"--modes: expected names out of {', '.join(SCALINGS)}, one of these with {GAIN} or with *4, "
-            f"{', '.join(_LEARNED)}, or two of all these as TRAINED{SWAP}TESTED, got {name!r}"
+            f"--modes: expected one of {', '.join(SCALINGS)}, also with {GAIN} or *4 behind it, or one of"
+            f" {', '.join(_LEARNED)}; in train-compare also two as TRAINED{SWAP}TESTED; got {name!r}{hint}"
         )
 
 

@@ -67,7 +67,8 @@ def _message(modes: Modes) -> str:
         if moved and moved.excludes_zero and (moved.mean > 0) is task.higher_is_better:
             better.append(f"{mode} {fmean(measured[mode].values()):.3f}")
     found = ", ".join(better) or "no mode"
-    return f"{first.subject}: {task.metric} {fmean(measured[base].values()):.3f} with {base}; better: {found}"
+    metric = task.metric.replace("_", " at ")
+    return f"{first.subject}: {metric} {fmean(measured[base].values()):.3f} with {base}; better: {found}"
 
 
 def _curves(axes: Axes, modes: Modes, looks: Looks, curve: Callable[[Run], Sequence[float]]) -> None:

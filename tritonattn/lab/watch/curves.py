@@ -148,7 +148,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Watched:
-    """What a picture shows: a line for each layer of one run, or for each of several runs."""
+    """The lines of a picture: one for each layer of one run, or for each of several runs."""
 
     runs: list[Run]
 
