@@ -109,3 +109,21 @@ def test_nan_that_a_row_sees_is_in_its_results(name, length, emulate):
     for result in (out, *aux):
         assert result[0].isnan().all()
         assert result[1].isfinite().all()
+
+
+@in_turn(page=[None, 16], capability=[80, 90])
+def test_biases_by_distance(page, capability, emulate):
+    """Behind a softcap, read as bf16, with rows and splits whose distances pass the extent."""
+    emulate(GPU(capability), SMALL)
+    q, k, v = sequences(BFLOAT, heads=(4, 2), length=160, dims=(16, 16))
+    lengths, q = torch.tensor([150, 60]), q[:, :, -3:].contiguous()
+    table = torch.randn(1, 4, 3, 40, generator=torch.Generator().manual_seed(0)).to(BFLOAT)
+    options = {"relative_bias": padded(table, (0, 3)), "relative_right": 2, "softcap": 2.0, "bias_after_softcap": True}
+    options |= {"key_lengths": lengths, "return_aux": True}
+    expected = attention_decode(q, k, v, backend="reference", **options)
+    if page:
+        k, v = (x.transpose(1, 2).unflatten(1, (-1, page)).flatten(0, 1).contiguous() for x in (k, v))
+        options["block_table"] = torch.arange(20, dtype=torch.int32).view(2, 10)
+    out, aux = attention_decode(padded(q), padded(k), padded(v), backend="triton", **options)
+    for ours, exact in zip((out, *aux), (expected[0], *expected[1]), strict=True):
+        torch.testing.assert_close(ours, exact, atol=2e-2, rtol=2e-2)
