@@ -1,6 +1,6 @@
 """The cases: every kernel for every target, each kernel with each of its other choices; some are quick."""
 
-from itertools import combinations
+from itertools import combinations, product
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,13 @@ FORMS_OF_DECODE = (
     *("block_table", "sequences", EVERYTHING, f"{EVERYTHING} block_table"),
 )
 PACKED_ROWS = (16, 32, 64, 256)
+# Bytes a thread of `of_biases_of_pairs`. Tiles without spills have more instructions a logit, 8 % to a third.
+SPILLS_OF_PAIRS = {
+    ("grad_query", "sm_86"): 8,
+    ("grad_query", "sm_120"): 72,
+    ("grad_key_value", "sm_90"): 52,
+    ("grad_key_value", "sm_120"): 12,
+}
 
 
 class Case(NamedTuple):
@@ -126,6 +133,16 @@ def of_pages() -> list[Case]:
     return cases
 
 
+def of_biases_of_pairs() -> list[Case]:
+    """Each kernel on each target, causal, with a dense bias or a relative one, of head dim 64 or 128, in turn."""
+    cases = []
+    for (number, kernel), (turn, target) in product(enumerate(TILED_KERNELS), enumerate(TARGETS)):
+        bias, dim = ("bias", "relative_bias")[(number + turn) % 2], (64, 128)[(number // 2 + turn // 2) % 2]
+        problem = Problem(dim, dim, BFLOAT, right=kernel != "decode", query_scale=True, **{bias: True})
+        cases.append(Case(kernel, problem, target, SPILLS_OF_PAIRS.get((kernel, target), 0)))
+    return cases
+
+
 def of_streaming_kernels() -> list[Case]:
     """Each on a target of each vendor, in turn."""
     masks = dict.fromkeys(("right", "left", "key_lengths", "key_ranges"), True)
@@ -138,7 +155,7 @@ def of_streaming_kernels() -> list[Case]:
 
 
 CEILINGS = of_ceilings()
-CASES = [*CEILINGS, *of_every_choice(), *of_wide_heads(), *of_pages(), *of_streaming_kernels()]
+CASES = [*CEILINGS, *of_every_choice(), *of_wide_heads(), *of_pages(), *of_biases_of_pairs(), *of_streaming_kernels()]
 
 
 def soonest(kernel: str, target: str) -> Case:
