@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from ptx_emulator import PTXFault
+from ptx_emulator.parse import parse
 
-from .ptx import execute
+from .ptx import execute, module
 
 # Thread t copies 16 bytes, elements 4t .. 4t + 3, to the same place in shared memory.
 ISSUE = """shl.b32 %r10, %r0, 4; mul.wide.u32 %rd10, %r0, 16; add.u64 %rd11, %rd1, %rd10;
@@ -88,3 +89,28 @@ def test_copy_over_what_another_warp_still_reads():
 def test_two_threads_copy_to_one_place():
     body = ISSUE.replace("[%r10], [%rd11]", "[0], [%rd11]")
     assert "cp.async write-write (same instruction)" in str(execute(body + WAIT, *tensors()))
+
+
+def test_any_instruction_can_be_left_out():
+    """A run without one reports what the text without it does; later runs have the whole kernel again."""
+    parts = [*ISSUE.split(";")[:-1], *WAIT.split(";")[:-1], *STORE.split(";")[:-1]]
+    text = "".join(f"{part};" for part in parts)
+    instructions = parse(module(text, 2)).instructions
+    first = next(one.index for one in instructions if one.base == "shl")
+    assert len(parts) == len(instructions) - first - 1  # ret
+    for number in range(len(parts)):
+        left, whole = tensors(), tensors()
+        rest = "".join(f"{part};" for part in (*parts[:number], *parts[number + 1 :]))
+        outcomes = [_outcome(rest, tensors()), _outcome(text, left, without=[first + number])]
+        assert outcomes[0] == outcomes[1], parts[number]
+        assert execute(text, *whole).ok
+        assert torch.equal(whole[0], whole[1])
+
+
+def _outcome(body: str, given: tuple[torch.Tensor, torch.Tensor], **options) -> tuple:
+    """The kind of a fault, or how many findings there are, by text."""
+    try:
+        report = execute(body, *given, **options)
+    except PTXFault as error:
+        return (error.kind,)
+    return tuple((found["text"], found["count"]) for found in report.problems())
