@@ -128,7 +128,25 @@ def costs() -> str:
     return table(["time over PyTorch's attention", *(f"`{mode}`" for mode in COST_MODES)], rows) + source
 
 
-PARTS: dict[str, Callable[[], str]] = {"floors": floors, "support": support, "costs": costs, "memory": memory}
+def biases() -> str:
+    """Static counts of the kernels with each bias, from perf/results/biases.json."""
+    records = json.loads((RESULTS / "biases.json").read_text(encoding="utf-8"))
+    cells: dict[tuple[str, int, str], list[str]] = {}
+    for record in records:
+        count = record["non_mma_per_logit"]
+        figures = (f"{count:.1f}" if count else "-", str(record["registers"]), str(record["spill_bytes"]))
+        cells.setdefault((record["kernel"], record["head_dim"], record["target"]), []).append(", ".join(figures))
+    forms = [record["form"].removeprefix("query_scale + ") for record in records]
+    header = ["kernel", "D", "target", *(f"`{form}`" for form in dict.fromkeys(forms))]
+    source = f"triton {records[0]['triton']}, commit {records[0]['commit']}, `python -m perf codegen --biases`"
+    rows = ([kernel, str(dim), target, *row] for (kernel, dim, target), row in cells.items())
+    return table(header, rows) + f"\nStatic: {source}, bf16, causal, default configs.\n"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    **{"floors": floors, "support": support, "costs": costs, "memory": memory},
+    "biases": biases,
+}
 
 
 def renewed(text: str, known: dict[str, str]) -> str:
