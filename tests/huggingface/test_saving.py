@@ -53,9 +53,11 @@ def disturb(network) -> None:
             buffer.add_(2)
 
 
-@pytest.mark.parametrize("case", [*CASES, "whisper", "bart", "clip", "gpt2", "vit", "llama4"])
+@pytest.mark.parametrize("case", [*CASES, "whisper", "bart", "clip", "gpt2", "vit", "llama4", "t5"])
 def test_a_patched_model_comes_back(case, tmp_path):
     architecture = ARCHITECTURES.get(case, LLAMA)
+    if not architecture.supported:
+        pytest.skip("this version of transformers cannot be patched so")
     network = architecture.build("sdpa")
     plain = logits(network, architecture)
     one = patch(network, **CASES.get(case, {"scaling": "key_norm_mean", "gain": torch.full((4, 1), 1.5)}))

@@ -205,13 +205,10 @@ def _apply(
     model: PreTrainedModel, found: list[AttentionModule], chosen: dict[str, AttentionModule], saved: dict[str, Any]
 ) -> Patched:
     """Patch a model as if its config had no settings, so that `undo` leaves none."""
-    config: Any = model.config
-    asked = vars(config).pop(_ASKED, config._attn_implementation)
-    for name in (ATTRIBUTE, SAVED_IMPLEMENTATION, STATED):
-        vars(config).pop(name, None)
-    if config._attn_implementation == NAME:
-        default = model._check_and_adjust_attn_implementation(None if asked == NAME else asked)
-        config._attn_implementation = default  # also of sub-configs
+    for one in model.modules():
+        # T5's encoder and decoder have copies of the config.
+        if one is model or (isinstance(one, PreTrainedModel) and ATTRIBUTE in vars(one.config)):
+            _forget_settings(one)
     # Learned values stay in float32, whatever the dtype of the weights.
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), ATTRIBUTE}
     if isinstance(dtypes := getattr(model, "dtype_plan", None), dict):  # the first versions 5
@@ -222,6 +219,16 @@ def _apply(
     result = apply(model, found, plans, copied=False)
     _shard_by_head(model, result)
     return result
+
+
+def _forget_settings(model: Any) -> None:
+    config = model.config
+    asked = vars(config).pop(_ASKED, config._attn_implementation)
+    for name in (ATTRIBUTE, SAVED_IMPLEMENTATION, STATED):
+        vars(config).pop(name, None)
+    if config._attn_implementation == NAME:
+        default = model._check_and_adjust_attn_implementation(None if asked == NAME else asked)
+        config._attn_implementation = default  # also of sub-configs
 
 
 def _shard_by_head(model: PreTrainedModel, patch: Patched) -> None:
