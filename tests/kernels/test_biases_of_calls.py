@@ -41,7 +41,7 @@ def same(function, tensors: dict[str, Tensor], device: torch.device, **options) 
         assert_within_bound(*results, torch.float32, name=names)
 
 
-@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_mean", Near()], ids=str)
+@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_mean", Near()], ids=["sqrt_dim", "key_norm_mean", "near"])
 @pytest.mark.parametrize(
     "options",
     [{"causal": True}, {"window": (6, 2), "softcap": 2.0, "bias_after_softcap": True}, {"key_lengths": (20, 35)}],
