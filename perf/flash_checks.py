@@ -94,7 +94,7 @@ def _hold(tensors: harness.Tensors, attend: Callable[..., Any], options: dict[st
 
 
 def _lse(device: torch.device, dtype: torch.dtype) -> None:
-    """Of rows without keys too, and in the layout of packed rows."""
+    """Hold lse, also of rows without keys, in the layout of packed rows."""
     packed = Packed((130, 1, 9), (100, 70, 5), 3, 5)
     options = {**packed.arguments(device), "causal": True, "scaling": "log_key_count", "return_aux": True}
     tensors = harness.packed_inputs(packed, dtype, device, kv_heads=2, head_dim=64, value_dim=64)
