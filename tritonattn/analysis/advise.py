@@ -374,7 +374,7 @@ def _figures(one: Reading) -> tuple[str, ...]:
         f"{one.max_logit:.4g}",
         f"{one.jacobian_norm:.2g}",
         f"{one.gradient_norm:.2g}",
-        "window" if one.windowed else ", ".join(filter(None, (_count(half_at(one.gap)), one.bounded))),
+        "window" if one.windowed else ", ".join(filter(None, (_count(float(half_at(one.gap))), one.bounded))),
     )
 
 

@@ -15,7 +15,7 @@ from ..core.statistics import Statistics
 from ..core.tables import table
 from ..core.visibility import Visibility
 from ..scaling import Scaling
-from .fading import gaps_of, logit_bound
+from .fading import gaps_of, half_at, logit_bound
 from .gaps import count_power, described
 from .row_statistics import RowStatistics, row_statistics
 
@@ -68,7 +68,7 @@ class Diagnosis:
     @property
     def half_at(self) -> Tensor:
         """n at which the mass of the largest key falls to 1/2 if the gap stays: 1 + e^gap, [Hq]."""
-        return 1 + self.gap.exp()
+        return half_at(self.gap)
 
     def table(self) -> str:
         """One line a head, as text."""

@@ -41,9 +41,9 @@ def mass(gap: float, n: int) -> float:
     return float((torch.tensor(gap, dtype=torch.float64) - math.log(max(n - 1, 1))).sigmoid())
 
 
-def half_at(gap: float) -> float:
-    """n at which p is 1/2, 1 + e^gap; infinite where that passes fp64."""
-    return float(1 + torch.tensor(gap, dtype=torch.float64).exp())
+def half_at(gap: float | Tensor) -> Tensor:
+    """n at which p is 1/2, 1 + e^gap, of the gap's shape in fp64; infinite where that passes it."""
+    return 1 + torch.as_tensor(gap, dtype=torch.float64).exp()
 
 
 def logit_bound(

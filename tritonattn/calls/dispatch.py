@@ -39,29 +39,29 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
     if autocast_is_on(call.q):
         with torch.autocast(call.q.device.type, enabled=False):
             return run(call)
-    is_compiled, is_transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
+    is_compiled, has_transform = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
     if is_compiled and call.backend == "flash":
         uncompiled: Any = torch._dynamo.disable(run)  # its libraries are no operators that a compiler sees
         return uncompiled(call)
-    if is_compiled and is_transformed:
+    if is_compiled and has_transform:
         # Dynamo's own rules for autograd functions in torch.func.grad gave wrong gradients. Raising leaves the call
         # uncompiled; fullgraph=True hands the error on.
         raise RuntimeError("tritonattn: a torch.func transform of attention is not compiled")
     # A compiler reads no state here.
-    observed = None if is_compiled or is_transformed or call.cached or not observers.get() else replace(call)
+    observed = None if is_compiled or has_transform or call.cached or not observers.get() else replace(call)
     asked, call.backend = call.backend, choose_backend(call)
     if asked == "auto" and call.backend == "triton" and not is_compiled and _flash_is_faster(call):
         call.backend = "flash"
     if call.dropout_p > 0:
         call.dropout = Dropout.draw(call.dropout_p, call.q.device)
     if call.backend != "triton" and not _has_kernels(call) and call.q.dtype.itemsize == 2 and not call.cached:
-        if is_transformed or needs_graph(call.q, call.k):  # gradients of logits and of norms are added, then rounded
+        if has_transform or needs_graph(call.q, call.k):  # gradients of logits and of norms are added, then rounded
             call.q, call.k = call.q.float(), call.k.float()
     result = by_formulas(call) if call.backend == "reference" else None
     if result is None:
         call = with_logits(call)
         # torch maps its own attention in a loop under vmap; our operators fold the mapped axis into the batch.
-        folds = call.backend == "sdpa" and not is_transformed and sdpa.supports(call)
+        folds = call.backend == "sdpa" and not has_transform and sdpa.supports(call)
         attend = flash.attention if call.backend == "flash" else ops.attention
         result = None if folds else attend(call)
     out = sdpa.attention(call) if result is None else result.out
@@ -264,12 +264,11 @@ def _notify(call: AttentionCall, out: Tensor) -> None:
         again, terms = replace(call, v=narrow, aux=True, dropout_p=0.0, backend=backend), call.logits
         with unobserved(), torch.no_grad():
             found = cast(tuple[Tensor, AttentionAux], run(replace(again)))[1]
-            biases = {name: getattr(terms, name) for name in ("key_bias", "bias", "relative_bias")}
-            biases = {name: x for name, x in biases.items() if x is not None}
-            if not biases:
+            biases = {"key_bias": terms.key_bias, "bias": terms.bias, "relative_bias": terms.relative_bias}
+            hiding = {name: torch.where(x == -torch.inf, x, 0) for name, x in biases.items() if x is not None}
+            if not hiding:
                 return found
             # A bias may grow with the position, as of forget gates: without it logits tell how large q . k is.
-            hiding = {name: torch.where(x == -torch.inf, x, 0) for name, x in biases.items()}
             hiding = terms.changed(**hiding, bias_after_softcap=False)
             without = cast(tuple[Tensor, AttentionAux], run(replace(again, logits=hiding)))[1]
             return found._replace(max_logit=without.max_logit)

@@ -25,16 +25,21 @@ class Terms(TypedDict, total=False):
     batch_invariant: bool | None
 
 
-class ScaledOptions(Terms, total=False):
-    """Options of `scaled_attention`."""
+class BatchedTerms(Terms, total=False):
+    """Options of `attention` and `scaled_attention`."""
 
-    scale: float | None
     causal: bool
     key_lengths: Tensor | None
     key_ranges: Tensor | None
     mask: Tensor | None
     bias: Tensor | None
     dropout_p: float
+
+
+class ScaledOptions(BatchedTerms, total=False):
+    """Options of `scaled_attention`."""
+
+    scale: float | None
 
 
 class Factors(TypedDict, total=False):
@@ -44,15 +49,8 @@ class Factors(TypedDict, total=False):
     gain: float | Tensor | None
 
 
-class Options(Factors, Terms, total=False):
+class Options(Factors, BatchedTerms, total=False):
     """Options of `attention`."""
-
-    causal: bool
-    key_lengths: Tensor | None
-    key_ranges: Tensor | None
-    mask: Tensor | None
-    bias: Tensor | None
-    dropout_p: float
 
 
 class VarlenOptions(Factors, Terms, total=False):
