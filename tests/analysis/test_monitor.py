@@ -55,6 +55,7 @@ def test_numbers_against_a_dense_computation(causal, backend):
 
 def test_the_largest_logit_is_without_a_bias_of_keys():
     """A forget gate's bias grows with the position: QK-clip would shrink weights that are not too large."""
+    torch.manual_seed(0)  # some head's largest logit lies behind the second key
     layer, x = tritonattn.nn.ScaledAttention(32, heads=4, causal=True), torch.randn(1, 9, 32)
     bias = 50 * torch.arange(9.0).expand(4, 9)
     hidden = bias.clone()
