@@ -78,7 +78,7 @@ def _of_others(entries: Mapping[EntryKey, Entry]) -> str:
 
 
 def configs(gpu: str | None) -> int:
-    """Print the config and its source of every key on a GPU, and of single problems with entries; None: this machine's."""
+    """Print the config and source of every key on a GPU, and of single problems with entries; None: of this machine."""
     if gpu is None and not torch.cuda.is_available():
         raise CommandError(f"expected --gpu NAME, one of {', '.join(one.name for one in GPUS)}: there is no GPU here")
     target = Target.of(torch.device("cuda")) if gpu is None else _named_target(gpu)
