@@ -109,45 +109,53 @@ def test_faults_of_fields(tmp_path):
         assert len(str(caught.value)) < len(str(path)) + 400
 
 
-def test_the_key_of_a_call():
-    problem = Problem(64, 64, torch.bfloat16, softcap=True, right=True)
-    assert keys_of("forward", problem) == (Key("forward", 64, "none", "long"),)
-    assert keys_of("forward", replace(problem, query_scale=True, short=True)) == (Key("forward", 64, "query", "short"),)
-    assert keys_of("forward", replace(problem, key_scale=True)) == (Key("forward", 64, "query+key", "long"),)
-    assert keys_of("row_terms", problem) == ()
-    assert {keys_of("decode", replace(problem, **one)) for one in ({"block_table": True}, {"packed_rows": 32})} == {()}
-    of_no_key = [{"dropout": True}, {"mask": True}, {"value_dim": 272}, {"value_dim": 136}, {"dtype": torch.float32}]
-    assert {keys_of("forward", replace(problem, **changed)) for changed in of_no_key} == {()}
-    assert keys_of("forward", replace(problem, value_dim=40, key_scale=True), "gfx942") == ()
-    assert keys_of("forward", replace(problem, head_dim=17, value_dim=144)) == ()
+# By kernel: what differs from causal bf16 of head dim 64, and head dims, scales and length of its keys on sm_90.
+KEYS_OF = {
+    "forward": [
+        ({"softcap": True}, "64/none/long"),
+        ({"query_scale": True, "short": True}, "64/query/short"),
+        ({"key_scale": True}, "64/query+key/long"),
+        *(({name: True}, "") for name in ("dropout", "mask")),
+        *(({"value_dim": dim}, "") for dim in (272, 136)),
+        ({"dtype": torch.float32}, ""),
+        ({"head_dim": 17, "value_dim": 144}, ""),
+    ],
+    "row_terms": [({}, "")],
+    "decode": [
+        ({"block_table": True}, ""),
+        ({"packed_rows": 32}, ""),
+        ({"head_dim": 72, "value_dim": 72}, "72/none/long 128/none/long"),
+        ({"head_dim": 72}, "72/none/long 128/none/long"),
+        ({"head_dim": 40, "value_dim": 40, "key_scale": True}, "40/query+key/long 64/query+key/long"),
+        ({"head_dim": 40, "value_dim": 80}, "128/none/long"),
+        ({"head_dim": 104, "value_dim": 104}, "128/none/long"),
+    ],
+    "grad_key_value": [({"query_scale_grad": True}, "64/none/long")],
+    "grad_query": [
+        ({}, "64/none/long"),
+        ({"query_scale": True}, "64/query/long"),
+        ({"query_scale_grad": True}, "64/query+gradient/long"),
+        ({"query_scale": True, "query_scale_grad": True}, "64/query+gradient/long"),
+        ({"key_scale": True}, "64/query+key+gradient/long"),
+        ({"query_scale": True, "key_scale": True, "query_scale_grad": True}, "64/query+key+gradient/long"),
+    ],
+}
 
 
-def test_a_head_dim_of_models_has_its_own_key_before_that_of_its_padded_width():
-    for sizes, key_scale, target, wanted in (
-        ((72, 72), False, "gfx942", [72, 128]),
-        ((72, 40), False, "sm_90", [72, 128]),
-        ((40, 40), True, "sm_90", [40, 64]),
-        ((40, 40), True, "gfx942", [40]),
-        ((40, 80), False, "sm_90", [128]),
-        ((104, 104), False, "sm_90", [128]),
-    ):
-        found = keys_of("decode", Problem(*sizes, torch.bfloat16, key_scale=key_scale), target)
-        assert [key.head_dim for key in found] == wanted, (sizes, target)
+@pytest.mark.parametrize("kernel", KEYS_OF)
+def test_the_keys_of_a_call(kernel):
+    """A head dim of models has a key before that of its padded width; gradients of a query scale have other keys."""
+    problem = Problem(64, 64, torch.bfloat16, right=True)
+    for changed, wanted in KEYS_OF[kernel]:
+        found = keys_of(kernel, replace(problem, **changed))
+        assert " ".join(map(str, found)) == " ".join(f"{kernel}/{one}" for one in wanted.split()), changed
 
 
-def test_the_gradient_of_a_query_scale_has_keys_of_its_own():
-    """It takes registers for its sums."""
-    for scales, wanted in (
-        ("", "none"),
-        ("query_scale", "query"),
-        ("query_scale_grad", "query+gradient"),
-        ("query_scale query_scale_grad", "query+gradient"),
-        ("key_scale", "query+key+gradient"),
-        ("query_scale key_scale query_scale_grad", "query+key+gradient"),
-    ):
-        problem = Problem(64, 64, torch.bfloat16, **dict.fromkeys(scales.split(), True))
-        assert [key.scales for key in keys_of("grad_query", problem)] == [wanted]
-        assert "gradient" not in keys_of("grad_key_value", problem)[0].scales
+def test_key_scales_of_odd_head_dims_have_no_keys_of_a_padded_width_on_amd():
+    problem = Problem(40, 40, torch.bfloat16, right=True)
+    assert [key.head_dim for key in keys_of("forward", problem, "gfx942")] == [40, 64]
+    assert [key.head_dim for key in keys_of("forward", replace(problem, key_scale=True), "gfx942")] == [40]
+    assert keys_of("forward", replace(problem, head_dim=64, key_scale=True), "gfx942") == ()
 
 
 def test_every_key_prints_and_parses():
