@@ -15,7 +15,7 @@ from ..core.provenance import TRITON, version
 from ..tuning.config import TILED_KERNELS
 from ..tuning.gpus import GPUS
 from ..tuning.table import HEAD_DIMS, LENGTHS, RANKED_HEAD_DIMS
-from .options import Command, add_chosen, chosen, names, require
+from .options import Command, add_chosen, chosen, names, require, whole_number
 from .threads import usable_cores
 
 _GPUS = ", ".join(gpu.name for gpu in GPUS)
@@ -39,7 +39,8 @@ def _add_tune(parser: ArgumentParser) -> None:
     )
     add("--static", type=lambda text: names(text) or ("",), metavar="A,B", help=static)
     add("--write", action="store_true", help="write into the package's autotune_cache/ instead of the user's folder")
-    add("--workers", type=int, default=usable_cores(), metavar="N", help="processes that compile (default: one a core)")
+    workers = "processes that compile (default: one a core)"
+    add("--workers", type=whole_number, default=usable_cores(), metavar="N", help=workers)
 
 
 def _tune(options: Namespace) -> int:

@@ -13,7 +13,7 @@ _NEEDED = ["transformers", "accelerate", "gguf", "tqdm"]
 _DEMO_MODES = "sqrt_dim,key_norm_mean,sqrt_key_count,key_count,key_norm_sum,log_key_count,none"
 _WRITTEN_MODE = (
     "NAME[:BASE][*GAIN]: a mode, or one that learns (ssmax, ...) where training begins; its base or training length, by"
-    " default the model's own, CONTEXT; and a constant gain"
+    " default that of the model, CONTEXT; and a constant gain"
 )
 
 

@@ -32,9 +32,9 @@ def _add_simulate(parser: ArgumentParser) -> None:
     add_chosen(parser, "--parts", _PARTS, f"parts to run (default: {','.join(_PARTS)})")
     add_chosen(parser, "--modes", tuple(SCALINGS), "scalings to measure (default: all)")
     add("--counts", type=numbers(2, 1 << 20), metavar="A,B", help="numbers of keys (default: 2 to 65536)")
-    dims = "head dims; kinds of keys are measured at the first (default: 64, 16 to 512)"
+    dims = "head dims; distributions of keys are measured at the first (default: 64, 16 to 512)"
     add("--dims", type=numbers(1, 1 << 12), metavar="A,B", help=dims)
-    add_chosen(parser, "--keys", tuple(DISTRIBUTIONS), "kinds of keys (default: all; see docs/simulation.md)")
+    add_chosen(parser, "--keys", tuple(DISTRIBUTIONS), "distributions of keys (default: all; see docs/simulation.md)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the random operands (default: %(default)s)")
     add_device(parser, "where to compute")
     add("--quick", action="store_true", help="fewer numbers, dimensions and sequences: half a minute")
@@ -68,7 +68,7 @@ def _add_train_compare(parser: ArgumentParser) -> None:
     )
     add("--modes", type=names, metavar="A,B", help=modes)
     add_number(parser, "--seeds", 2, "runs of each mode, at least 2 (default: 5; 2 with --quick or --grid)")
-    add_number(parser, "--steps", 1, "steps of every run (default: each task's own)")
+    add_number(parser, "--steps", 1, "steps of every run (default: that of each task)")
     add("--qk-norm", action="store_true", help="models that RMS-normalise q and k, as Qwen 3 and Gemma 3 do")
     add_number(parser, "--head-dim", 1, "the dimension of every head, a divisor of a model's width (default: 16)")
     add("--grid", action="store_true", help="train two modes with several optimizers, learning rates and weight decays")
@@ -112,8 +112,8 @@ COMMANDS = {
     "simulate": Command(
         "measure the softmax and its gradients on random queries and keys, with each scaling",
         "Simulate random queries and keys. paper: Bernhard's simulations (arXiv:2311.09406). sweep: what the softmax "
-        "looks like and which gradient reaches q and k, in every mode, by number, dimension and kind of keys. verdict: "
-        "whether one temperature serves rows whose keys vary in number or norm. Needs no GPU.",
+        "looks like and which gradient reaches q and k, in every mode, by number, dimension and distribution of keys. "
+        "verdict: whether one temperature serves rows whose keys vary in number or norm. Needs no GPU.",
         _add_simulate,
         _simulate,
     ),
