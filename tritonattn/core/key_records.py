@@ -1,9 +1,9 @@
-"""Norms of cached keys with running sums and maxima, in any layout, and statistics of rows that are read from them."""
+"""Norms of cached keys with running sums and maxima, in any layout, and the statistics of rows from them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -94,10 +94,10 @@ class RecordedStatistics(Statistics):
     computed   statistics of the same keys: norms of queries are theirs, and prefix sums where `visibility.invariant`,
                since sums then come from the norms, as without a record
     table      of a cache in pages, or None
-    width      rows see at most as many keys, or None: all of their sequence before the end of their range
+    width      rows attend to at most as many keys, or None: all of their sequence before the end of their range
 
-    Rows that see all keys before theirs read the record's sums and maxima. Rows of a window read the norms inside it: a
-    difference of sums would keep the NaN, inf or rounding of keys that have left the window.
+    Rows that attend to all keys before theirs read the record's sums and maxima. Rows of a window read the norms inside
+    it: a difference of sums would keep the NaN, inf or rounding of keys that have left the window.
     """
 
     def __init__(self, computed: Statistics, record: KeyRecord, table: PageTable | None, width: int | None) -> None:
@@ -129,22 +129,18 @@ class RecordedStatistics(Statistics):
 
     def _of_rows(self, name: str, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         """The entry of each row's last key, or reduce(norms in its window [B, Hkv, rows, width]): [B, Hkv, Sq]."""
-        if self._width is not None:
-            return self._over_windows(reduce)
         record, table, visible = self._record, self._table, self.visibility
-        return record.at(name, visible.once("last keys", lambda: record.find(visible.last_keys(), table)))
-
-    def _over_windows(self, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        lo, hi = self.visibility.ranges()  # [B, Sq]
-        batch, kv_heads, k_len = self.visibility.keys
-        width = max(1, min(cast(int, self._width), k_len))  # an axis without entries has no maximum
-        q_len = lo.shape[1]
-        step = max(1, _ENTRIES // max(batch * kv_heads * width, 1)) if runs_eagerly(lo) else q_len
+        if self._width is None:
+            return record.at(name, visible.once("last keys", lambda: record.find(visible.last_keys(), table)))
+        lo, hi = visible.bounds()  # [B or 1, Sq]
+        batch, kv_heads, k_len = visible.keys
+        width = max(1, min(self._width, k_len))  # an axis without entries has no maximum
+        step = max(1, _ENTRIES // max(batch * kv_heads * width, 1) if runs_eagerly(lo) else visible.q_len)
         parts = []
-        for first in range(0, max(q_len, 1), max(step, 1)):
+        for first in range(0, max(visible.q_len, 1), step):
             rows = slice(first, first + step)
-            key = lo[:, rows, None] + torch.arange(width, device=lo.device)  # [B, rows, width]
+            key = lo[:, rows, None] + torch.arange(width, device=lo.device)  # [B or 1, rows, width]
             key = torch.where(key < hi[:, rows, None], key, -1)
-            norms = self._record.at("norms", self._record.find(key.flatten(1), self._table))
+            norms = record.at("norms", record.find(key.flatten(1), table))
             parts.append(reduce(norms.unflatten(2, (-1, width))))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
