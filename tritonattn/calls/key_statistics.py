@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import kernels
 from ..core.autograd import runs_eagerly
-from ..core.key_records import TOTALS, KeyRecord, extended, zeros
+from ..core.key_records import TOTALS, KeyRecord, zeros
 from ..core.norms import key_norms_of
 from ..core.sequences import PageTable
 from .checks import (
@@ -92,6 +92,11 @@ class KeyStatistics(KeyRecord):
         entries = buffer.gather(2, position)
         return entries if name in TOTALS else torch.where(found[:, None] >= 0, entries, 0)
 
+    def _put(self, found: Tensor, entries: tuple[Tensor, ...]) -> None:
+        position = torch.where(found >= 0, found, self.capacity)[:, None].expand_as(entries[0])
+        for buffer, values, shift in zip(self._memory, entries, (0, 1, 1, 1), strict=True):
+            buffer.scatter_(2, position + shift, values)
+
     def along_keys(self, k_len: int, table: PageTable | None) -> Tensor:
         return self.norms
 
@@ -127,7 +132,7 @@ class KeyStatistics(KeyRecord):
         if counts is not None:
             kept = kept & (order < counts[:, None])
         norms = key_norms_of(k_new, kept[:, None], invariant=True)  # whatever the call that reads them
-        self._write(norms, torch.where(kept, position, self.capacity))
+        self._extend(norms, torch.where(kept, position, -1), self.counts[:, None] - 1)
         self.counts += kept.sum(-1)
 
     @torch.no_grad()
@@ -221,7 +226,8 @@ class KeyStatistics(KeyRecord):
         norms = self._memory[0].gather(2, position[:, None].expand(-1, self.norms.shape[1], -1))
         kept = order < held[:, None]
         if keys:
-            other._write(torch.where(kept[:, None], norms, 0), torch.where(kept, order, capacity))
+            norms, order = torch.where(kept[:, None], norms, 0), torch.where(kept, order, -1)
+            other._extend(norms, order, other.counts[:, None] - 1)
         other.counts.copy_(held)
         return other
 
@@ -236,16 +242,6 @@ class KeyStatistics(KeyRecord):
         """Each of `_buffers`, with its sequences of these numbers."""
         index = index.long().clamp(0, max(len(self.counts) - 1, 0))
         return ((buffer, buffer.index_select(0, index)) for buffer in self._buffers())
-
-    def _write(self, norms: Tensor, position: Tensor) -> None:
-        """Write the norms [B, Hkv, n] of new keys to their positions [B, n], and extend the sums and maxima."""
-        norms = norms.to(self.norms.dtype)
-        before = tuple(self.at(name, self.counts[:, None] - 1) for name in TOTALS)
-        position = position[:, None].expand_as(norms)
-        first, *totals = self._memory
-        first.scatter_(2, position, norms)
-        for buffer, values in zip(totals, extended(before, norms), strict=True):
-            buffer.scatter_(2, position + 1, values)
 
     def _check_room(self, new: Tensor | int) -> None:
         if not values_are_read(self.counts):

@@ -32,24 +32,23 @@ def earlier(bound: Tensor | None, other: Tensor) -> Tensor:
     return other if bound is None else torch.minimum(bound, other)
 
 
-def pairs(lo: Tensor, hi: Tensor, mask: Tensor | None, rows: slice, key: Tensor, keys: slice) -> Tensor:
-    """The visible pairs of some rows and of the keys numbered `key`, which are the slice `keys`."""
+def pairs(lo: Tensor, hi: Tensor, mask: Tensor | None, k_len: int, rows: slice = slice(None)) -> Tensor:
+    """The visible pairs of all or some rows, with all keys: bool [B or 1, 1 or Hq, rows, Sk]."""
     lo, hi = (bound[:, None, rows, None] for bound in (lo, hi))
+    key = torch.arange(k_len, device=lo.device)
     visible = (key >= lo) & (key < hi)
     if mask is None:
         return visible
-    mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
-    return visible & (mask if mask.shape[3] == 1 else mask[..., keys])
+    return visible & (mask if mask.shape[2] == 1 else mask[:, :, rows])
 
 
 def row_tiles(lo: Tensor, hi: Tensor, mask: Tensor, k_len: int, heads: int) -> Iterator[tuple[slice, Tensor]]:
-    """The visible pairs, a block of rows and all keys at a time: of as many rows as `heads` heads in all may take."""
-    q_len, key, keys = lo.shape[-1], torch.arange(k_len, device=lo.device), slice(0, k_len)
-    entries = _ENTRIES if lo.device.type == "cpu" else _ENTRIES_OF_GPU
+    """The `pairs` of a block of rows at a time: of as many as `heads` heads in all may take."""
+    q_len, entries = lo.shape[-1], _ENTRIES if lo.device.type == "cpu" else _ENTRIES_OF_GPU
     block = max(1, entries // max(heads * k_len, 1)) if runs_eagerly(lo, mask) else _TRACED_ROWS
     for start in range(0, max(q_len, 1), block):
         rows = slice(start, min(start + block, q_len))
-        yield rows, pairs(lo, hi, mask, rows, key, keys)
+        yield rows, pairs(lo, hi, mask, k_len, rows)
 
 
 def prefix_sum(x: Tensor) -> Tensor:

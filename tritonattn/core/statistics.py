@@ -6,7 +6,7 @@
     norm_max[i]        = max of norm[j]      likewise
 
 Everything here is differentiable with respect to k and takes O(S) memory more than k. A kernel that computes the
-same quantities takes the place of this class by overriding its underscore methods.
+same quantities stands in for this class by overriding its underscore methods.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from .ranges import Scan, argmax_over_ranges, prefix_sum
 from .sequences import PackedAxis
 from .visibility import Visibility
 
+T = TypeVar("T")
 Argmax = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Below it a statistic counts as zero: its reciprocal need not fit fp32.
@@ -39,26 +40,33 @@ _LARGEST_ZERO_SQUARE = math.nextafter(SMALLEST_STATISTIC**2, 0)
 _LARGEST_ZERO_OF_FLOAT32 = SMALLEST_STATISTIC - 2.0**-149
 
 
-class Renamed:
-    """A class whose attributes had other names: these raise an AttributeError with the present ones."""
+def renamed(**names: str) -> Callable[[type[T]], type[T]]:
+    """Class decorator: attributes by earlier names raise an AttributeError with the present ones."""
 
-    renamed: ClassVar[dict[str, str]] = {}
+    def refused(earlier: str, present: str) -> property:
+        def refuse(self: Any) -> Any:
+            raise AttributeError(f"{type(self).__name__}: expected {present}, got {earlier}")
+
+        return property(refuse)
 
     # No __getattr__: it would answer for properties that fail, and for names that a compiled scaling asks by hasattr.
-    def __init_subclass__(cls) -> None:
-        for earlier, present in cls.renamed.items():
-            setattr(cls, earlier, _refused(earlier, present))
+    def decorate(cls: type[T]) -> type[T]:
+        for earlier, present in names.items():
+            setattr(cls, earlier, refused(earlier, present))
+        return cls
+
+    return decorate
 
 
-def _refused(earlier: str, present: str) -> property:
-    def refuse(self: Any) -> Any:
-        raise AttributeError(f"{type(self).__name__}: expected {present}, got {earlier}")
-
-    return property(refuse)
-
-
+@renamed(
+    lengths="norms",
+    length_sum="norm_sum",
+    length_square_sum="norm_square_sum",
+    length_max="norm_max",
+    query_lengths="query_norms",
+)
 @dataclass(eq=False)
-class Statistics(Renamed):
+class Statistics:
     """Lazily computed statistics of the keys k, or k(), [B, Hkv, Sk, D] that each row of `visibility` attends to.
 
     norms             [B, Hkv, Sk]   fp32; 0 for a key that no row attends to, whatever it holds
@@ -66,18 +74,11 @@ class Statistics(Renamed):
     norm_square_sum   [B, Hkv, Sq]   fp64, since the square of an fp32 norm need not fit fp32
     norm_max          [B, Hkv, Sq]   fp32; the lowest key that attains the maximum takes its gradient
 
-    Row statistics are [B, Hq, Sq] where the query heads of a group see different keys
+    Row statistics are [B, Hq, Sq] where the query heads of a group attend to different keys
     (`visibility.per_query_head`), and 0 for a row without keys. k in fp64 gives fp64 everywhere. Each is
     computed at its first use and kept.
     """
 
-    renamed: ClassVar[dict[str, str]] = {
-        "lengths": "norms",
-        "length_sum": "norm_sum",
-        "length_square_sum": "norm_square_sum",
-        "length_max": "norm_max",
-        "query_lengths": "query_norms",
-    }
     _scan = staticmethod(prefix_sum)
     _argmax = staticmethod(argmax_over_ranges)
 
@@ -175,7 +176,7 @@ def sum_over_keys(
     elif visible.left is None and visible.is_full:  # one number for all rows
         return x.sum(-1, keepdim=True, dtype=torch.float64).expand(*x.shape[:-1], visible.q_len).to(dtype)
     elif visible.mask is not None:  # holes, for which each pair is read
-        return ranges.sum_over_mask(_per_mask_head(x, visible), *visible.bounds(), visible.mask).to(dtype)
+        return ranges.sum_over_mask(_per_mask_head(x, visible), *visible.ranges(), visible.mask).to(dtype)
     elif scan is prefix_sum and x.device.type == "cpu" and visible.is_causal:  # torch's own sums are differentiable
         return x.cumsum(-1, dtype=torch.float64)[..., visible.k_len - visible.q_len :].to(dtype)
     if visible.is_causal:  # a prefix sum a row, whose end the sizes tell
@@ -183,7 +184,7 @@ def sum_over_keys(
     elif visible.begins_at_first:  # a prefix sum a row
         lo, hi = None, visible.ends()[:, None]
     else:  # a difference of two
-        lo, hi = (bound[:, None] for bound in visible.bounds())
+        lo, hi = (bound[:, None] for bound in visible.ranges())
     return apply(_Sums, x, lo, hi, visible.q_len, visible.key_ranges is None, scan, dtype)
 
 
@@ -233,7 +234,7 @@ def max_over_keys(
     seen, in_order = None, visible.key_ranges is None
     if visible.mask is not None:  # holes, for which each pair is read
         x, in_order = _per_mask_head(x, visible), False
-        key, seen = ranges.argmax_over_mask(x.detach(), *visible.bounds(), visible.mask)
+        key, seen = ranges.argmax_over_mask(x.detach(), *visible.ranges(), visible.mask)
     elif visible.left is None and visible.is_full and visible.k_len > 0:  # one key for all rows
         key = x.detach().argmax(-1, keepdim=True).expand(*x.shape[:-1], visible.q_len)
     else:
@@ -241,7 +242,7 @@ def max_over_keys(
         if visible.is_prefix_or_empty and argmax is argmax_over_ranges:  # a running maximum, in O(Sk) time
             key = _argmax_of_prefixes(x.detach(), visible)
         else:
-            key = argmax(x.detach(), *(bound[:, None] for bound in visible.bounds()))
+            key = argmax(x.detach(), *(bound[:, None] for bound in visible.ranges()))
     return ranges.pick(x, key, seen, in_order, scan)
 
 
