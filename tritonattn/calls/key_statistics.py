@@ -22,7 +22,7 @@ from .checks import (
     values_are_read,
 )
 from .dispatch import kernels_take
-from .page_checks import check_new_keys
+from .sequence_checks import check_new_keys
 
 _OWNER = "this KeyStatistics"
 

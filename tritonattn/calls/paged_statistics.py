@@ -14,8 +14,15 @@ from ..core.norms import key_norms_of
 from ..core.sequences import Found, PackedAxis, PageTable
 from .checks import check_count, check_integers, kind_of, shape_of, values_are_read
 from .dispatch import kernels_take
-from .page_checks import SMALLEST_PAGE, check_block_table, check_new_keys, check_page_numbers, check_record
-from .varlen_checks import check_offset_values, check_offsets
+from .layouts import SMALLEST_PAGE
+from .sequence_checks import (
+    check_block_table,
+    check_new_keys,
+    check_offset_values,
+    check_offsets,
+    check_page_numbers,
+    check_record,
+)
 
 _OWNER = "this PagedKeyStatistics"
 
