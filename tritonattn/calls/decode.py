@@ -37,33 +37,15 @@ if TYPE_CHECKING:
 
 @overload
 def attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    key_lengths: Tensor,
-    return_aux: Literal[False] = False,
-    **options: Unpack[DecodeOptions],
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, return_aux: Literal[False] = False, **options: Unpack[DecodeOptions]
 ) -> Tensor: ...
 @overload
 def attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    key_lengths: Tensor,
-    return_aux: Literal[True],
-    **options: Unpack[DecodeOptions],
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, return_aux: Literal[True], **options: Unpack[DecodeOptions]
 ) -> tuple[Tensor, AttentionAux]: ...
 @overload
 def attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    key_lengths: Tensor,
-    return_aux: bool,
-    **options: Unpack[DecodeOptions],
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, return_aux: bool, **options: Unpack[DecodeOptions]
 ) -> Tensor | tuple[Tensor, AttentionAux]: ...
 @public(CACHED, CACHED_PAGES)
 def attention_decode(

@@ -59,28 +59,9 @@ class _Modes(dict[str, type[Scaling]]):
         raise KeyError(_unknown(name, self))
 
 
-_NAMED: Modes = {
-    "sqrt_dim": SqrtDim,
-    "dim": Dim,
-    "none": Unscaled,
-    "key_count": KeyCount,
-    "sqrt_key_count": SqrtKeyCount,
-    "key_norm_sum": KeyNormSum,
-    "key_norm_mean": KeyNormMean,
-    "key_norm_rms": KeyNormRms,
-    "key_norm_max": KeyNormMax,
-    "key_norm_l2": KeyNormL2,
-    "log_key_count": LogKeyCount,
-    "log_power": LogPower,
-    "qwen_logn": QwenLogn,
-    "llama4": Llama4,
-    "ministral3": Ministral3,
-    "inkling": Inkling,
-    "inkling2": Inkling2,
-    "beam": Beam,
-    "cosine": Cosine,
-}
-SCALINGS: Modes = cast("Modes", _Modes(_NAMED.items()))
+_CLASSES = (SqrtDim, Dim, Unscaled, KeyCount, SqrtKeyCount, KeyNormSum, KeyNormMean, KeyNormRms, KeyNormMax, KeyNormL2)
+_CLASSES += (LogKeyCount, LogPower, QwenLogn, Llama4, Ministral3, Inkling, Inkling2, Beam, Cosine)
+SCALINGS: Modes = cast("Modes", _Modes({mode.name: mode for mode in _CLASSES}))
 
 
 def named_scaling(name: str, learned: Iterable[str] = ()) -> Scaling:
