@@ -192,7 +192,7 @@ class _Case:
         return torch.where(self.visible, factor, 0), torch.where(self.visible, bias, 0).clamp(min=_LEAST)
 
     def _compare(self, about: str, got: Tensor, expected: Tensor, size: Tensor | None = None) -> float:
-        """Return the largest difference, relative to each value or to `size`. Raises ValueError where it is too large."""
+        """Return the largest difference, relative to the values or to `size`. Raises ValueError if it is too large."""
         size = torch.maximum(got.abs(), expected.abs()) if size is None else size
         relative = ((got - expected).abs() / size.clamp(min=1e-30)).detach().nan_to_num(math.inf)
         largest = float(relative.max())
