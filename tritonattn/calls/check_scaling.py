@@ -27,12 +27,12 @@ _TOLERANCE = 1e-4  # of the larger one: parameters may be fp32
 def check_scaling(
     scaling: str | Scaling, *, heads: int | None = None, kv_heads: int | None = None, head_dim: int = 8
 ) -> dict[str, float]:
-    """Check a scaling of your own: `scales` against `multiplier`, `addend`, `relative_addend`, under every mask.
+    """Check a user's scaling: `scales` against `multiplier`, `addend`, `relative_addend`, under every mask.
 
     On random q and k in float64, without a mask and under causal, window, padding, range, packed and dense masks:
 
     - The factor of every visible pair, and its bias, are the same by both formulas.
-    - So are its gradients towards q, k and the scaling's own parameters.
+    - So are its gradients towards q, k and the scaling's parameters.
     - The factors and gradients of a row ignore keys that the row does not attend to: their values and their number.
     - With `reads_keys = False`, `scales` does not look at k.
 

@@ -62,7 +62,7 @@ def public(
 _ADDED = "what it adds: key_bias=, relative_bias= or, in `attention`, bias="
 
 # Words of F.scaled_dot_product_attention, flash-attn, xformers and FlexAttention: the argument that stands for each (""
-# if none is needed), and what it takes. A function without that argument has the hint of the argument's own name.
+# if none is needed), and what it takes. A function without that argument has the hint of that argument's name.
 _HINTS = {
     "is_causal": ("causal", "bottom-right, where PyTorch's is top-left"),
     "causal": ("", "a row attends to the keys up to its own"),

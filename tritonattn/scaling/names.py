@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypedDict
 
     class Modes(TypedDict, extra_items=type[Scaling]):
-        """Classes by name, with the arguments of each; a `Scaling` of a user's own may be put there too."""
+        """Classes by name, with the arguments of each; a user's `Scaling` may be put there too."""
 
         sqrt_dim: type[SqrtDim]
         dim: type[Dim]
@@ -75,7 +75,7 @@ def _unknown(name: Any, known: Iterable[str]) -> str:
     """The message for a name that selects no mode."""
     if name in _LEARNED:
         return (
-            f"scaling: expected a mode without a state of its own, got {name!r}, which is a module: make it once, keep"
+            f"scaling: expected a mode without a state, got {name!r}, which is a module: make it once, keep"
             f" it with the model, and pass it, scaling=tritonattn.nn.{_LEARNED[name]}"
         )
     close = difflib.get_close_matches(str(name), known, n=1)
