@@ -42,7 +42,7 @@ def test_calls_of_one_kind_are_calls_of_one_code(monkeypatch):
             bind = binders.setdefault(kernel, device.binder(kernel, backend))
             bound[arguments.kind, kernel, config].append((*bind(*values)[1],))
         if "argmax_ptr" in arguments:
-            arguments["argmax_ptr"].zero_()  # places of keys, which torch reads
+            arguments["argmax_ptr"].zero_()  # positions of keys, which torch reads
 
     monkeypatch.setattr(launch, "run", run)
     monkeypatch.setattr(launch, "config_for", default_config)
