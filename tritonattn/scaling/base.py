@@ -28,6 +28,12 @@ class Scales:
     relative_bias, relative_right   as of `attention`, of a packed batch [1, Hq or 1, T_q or 1, extent]; None is 0
 
     A call raises ValueError for another shape, and TypeError for another type.
+
+    >>> import torch, tritonattn
+    >>> q, k = torch.randn(2, 1, 4, 16, 8)
+    >>> scales = tritonattn.Scales(8**-0.5, query=k.norm(dim=-1).mean(-1, keepdim=True).reciprocal())
+    >>> scales.query.shape  # one number a key head
+    torch.Size([1, 4, 1])
     """
 
     constant: float
