@@ -18,7 +18,7 @@ import torch
 import triton
 
 from tritonattn.backends.triton import KERNELS
-from tritonattn.cli.options import check_file, whole_number, whole_numbers
+from tritonattn.cli.options import check_file, numbers, whole_number
 from tritonattn.cli.threads import usable_cores
 from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import commit
@@ -271,7 +271,7 @@ def _text(figure: float | None) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", type=_targets, default=TARGETS, help="sm_80,gfx942,...: those to compile for")
-    parser.add_argument("--head-dims", type=_head_dims, default=(64, 128), help="64,128,...")
+    parser.add_argument("--head-dims", type=numbers(1, WIDEST), default=(64, 128), help="64,128,...")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument(
         "--biases", action="store_true", help="causal calls with query_scale, and with each bias, alone"
@@ -290,13 +290,6 @@ def _targets(text: str) -> list[str]:
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
     return names
-
-
-def _head_dims(text: str) -> tuple[int, ...]:
-    dims = whole_numbers(text)
-    if max(dims) > WIDEST:
-        raise argparse.ArgumentTypeError(f"expected numbers from 1 to {WIDEST}, got {text!r}")
-    return dims
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -77,7 +77,7 @@ def _filled(
         for split in range(count):
             own = min(max(blocks - split * size, 0), size) * step
             taken += [splits.FIXED + splits.PRICE * (count > 1) + own] * heads
-    dies, machines = lanes(target), splits.places(config, target)
+    dies, machines = lanes(target), splits.resident(config, target)
     end = max(end_on(machines // dies, taken[die::dies]) for die in range(dies))
     return Fill(len(taken), sum(taken) / (machines * end), end)
 

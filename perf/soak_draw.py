@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import tritonattn
-from tritonattn.calls.decode_checks import cache_operands, cache_visibility
+from tritonattn.calls.decode import cache_operands, cache_visibility
 from tritonattn.core.call import AttentionCall, Logits
 
 from .soak_trial import Tensors, Trial

@@ -7,7 +7,7 @@ from typing import Any
 
 from tritonattn.tuner.candidates import candidates, tiles
 from tritonattn.tuner.gate import Compiler, Progress
-from tritonattn.tuner.static import fits, static_table
+from tritonattn.tuner.tune import fits, static_table
 from tritonattn.tuning.config import OPTIONS, Problem, Target, TileConfig, may_use_descriptors, padded_dim
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gpus import GPU
@@ -26,7 +26,7 @@ def ranked_table(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Prog
     """Make the table of a GPU: examine in parallel the contenders of all keys, then other stages of the best."""
     compiler.examine([one for key in wanted for one in _contenders(key, gpu.target)], progress)
     compiler.examine([one for key in wanted for one in _refined(gpu, compiler, key)], progress)
-    return static_table(gpu, compiler, wanted, ranked, progress)
+    return static_table(gpu, compiler, wanted, progress, ranked)
 
 
 def static_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:

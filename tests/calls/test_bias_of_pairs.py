@@ -267,7 +267,11 @@ def test_decoding_one_row_without_a_window_counts_from_the_last_key():
             ValueError,
             r"bias: expected a shape broadcastable to \[B, Hq, Sq, Sk\] .* got \[3, 7\]",
         ),
-        ({"bias": torch.zeros(SQ, SK).int()}, TypeError, "bias: expected a floating dtype, got torch.int32"),
+        (
+            {"bias": torch.zeros(SQ, SK).int()},
+            TypeError,
+            "bias: expected float16, bfloat16, float32 or float64, got torch.int32",
+        ),
         ({"relative_bias": torch.zeros(HQ, 3)}, ValueError, r"relative_bias: expected \[B, Hq, Sq, extent\]"),
         ({"relative_bias": torch.zeros(1, 3, 1, 3)}, ValueError, "relative_bias: expected a shape broadcastable"),
         ({"relative_bias": torch.zeros(1, 1, 1, 0)}, ValueError, "relative_bias: expected an extent of at least 1"),

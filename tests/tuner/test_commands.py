@@ -19,7 +19,7 @@ OF_ANOTHER = Entry(TileConfig(16, 32, 4, 2), "static", {"triton": "3.1.4"})
 def test_unknown_names(user, capsys):
     for arguments, message in {
         "tune --static h1000": "--static: expected a100, a10",
-        "tune --workers -1": "--workers: expected at least 1, got -1",
+        "tune --workers -1": "--workers: expected a whole number from 1 up, got '-1'",
         "tune --budget nan": "--budget: expected minutes, got nan",
         "tune --head-dims 63": "--head-dims: expected 40, 64, 72, 80",
         "tune --static a100 --quick": "--static: expected neither --calls nor --quick with it",

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls.checks import batch_visibility, operands
+from ..calls.attention import batch_visibility
+from ..calls.checks import operands
 from ..core.errors import install
 from ..core.norms import key_norms_of
 from ..core.records import for_json

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calls.checks import batch_visibility, check, operands
+from ..calls.attention import batch_visibility
+from ..calls.checks import check, operands
 from ..calls.dispatch import logits
 from ..core.call import AttentionCall, Logits
 from ..core.norms import key_norms_of

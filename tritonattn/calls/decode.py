@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
 from torch import Tensor
 
-from ..core.call import AttentionCall, Logits
+from ..core.call import LONGEST_QUERY, AttentionCall, Logits
+from ..core.visibility import Visibility, window_sides
 from ..scaling import Scaling
-from .checks import check
-from .decode_checks import cache_operands, cache_visibility, check_statistics
+from .checks import (
+    INTEGERS,
+    check,
+    check_masks,
+    check_tensor,
+    check_values,
+    kind_of,
+    operands,
+    values_are_read,
+)
 from .dispatch import refuse_gradients, run
 from .key_statistics import KeyStatistics
-from .paged_statistics import PagedKeyStatistics
+from .layouts import CACHE, CACHE_PAGES
+from .paged_statistics import PagedKeyStatistics, check_paged_statistics
 from .public import public
 from .results import AttentionAux
+from .sequence_checks import check_block_table, check_page_numbers, check_record
 from .sharded import CACHED, CACHED_PAGES
 
 if TYPE_CHECKING:
@@ -160,3 +172,70 @@ def attention_decode(
     given = {"key_bias": key_bias, "relative_bias": relative_bias, "sinks": sinks, "scaling": scaling, "gain": gain}
     refuse_gradients(call.cached, q=q, k_cache=k, v_cache=v, **given)
     return run(call)
+
+
+def cache_operands(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k_cache and v_cache of a call, in autocast's dtype where it is on, and pages with heads before keys.
+
+    Raises TypeError or ValueError unless these are the operands of one call.
+    """
+    q, k, v = operands(q, k, v, CACHE if block_table is None else CACHE_PAGES)
+    if not 1 <= q.shape[2] <= LONGEST_QUERY:
+        raise ValueError(f"q: expected Sq of 1 to {LONGEST_QUERY}, got {q.shape[2]}; for more rows: attention")
+    if block_table is not None:
+        check_block_table(block_table, q.shape[0], q)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if capacity_of(k, block_table) == 0:
+        raise ValueError("k_cache: expected a capacity of at least 1 key, got 0")
+    return q, k, v
+
+
+def cache_visibility(
+    q: Tensor,
+    k: Tensor,
+    key_lengths: Tensor,
+    block_table: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    batch_invariant: bool | None = None,
+) -> Visibility:
+    """The keys that each row attends to, of `cache_operands`; raises for lengths and pages that are none of theirs."""
+    invariant = check_masks(True, window, batch_invariant)
+    (batch, q_heads, q_len, _), capacity = q.shape, capacity_of(k, block_table)
+    check_tensor("key_lengths", key_lengths, "[B]", INTEGERS, q, sizes=(batch,))
+    check_values("key_lengths", key_lengths, capacity, "capacity = ")
+    if query_lengths is not None:
+        check_tensor("query_lengths", query_lengths, "[B]", INTEGERS, q, sizes=(batch,))
+        check_values("query_lengths", query_lengths, q_len, "Sq = ")
+    left = None if window is None else window_sides(window)[0]
+    if block_table is not None:
+        lengths = key_lengths.long()  # uint8 has no number below 0
+        rows = q_len if query_lengths is None else query_lengths.long()
+        first = torch.zeros_like(lengths) if left is None else lengths - rows - left
+        check_page_numbers(block_table, k.shape[2], k.shape[0], first, lengths, "key_lengths")
+    sizes = (batch, q_heads, k.shape[1], q_len, capacity)
+    return Visibility.of_padded(sizes, q.device, key_lengths, query_lengths, left=left, invariant=invariant)
+
+
+def check_statistics(statistics: Any, q: Tensor, k: Tensor, key_lengths: Tensor, block_table: Tensor | None) -> None:
+    """Raise unless these are statistics of the keys of `cache_operands`."""
+    if isinstance(statistics, PagedKeyStatistics):
+        check_paged_statistics(statistics, q, k.transpose(1, 2), block_table)
+        return
+    if not isinstance(statistics, KeyStatistics):
+        raise TypeError(f"statistics: expected a KeyStatistics, got {kind_of(statistics)}")
+    wanted = (q.shape[0], k.shape[1], capacity_of(k, block_table))
+    check_record(statistics.norms, wanted, "[B, Hkv, capacity]", q)
+    if values_are_read(statistics.counts) and values_are_read(key_lengths):
+        missing = statistics.counts < key_lengths
+        if missing.any():
+            entry = int(missing.nonzero()[0])
+            raise ValueError(
+                f"statistics: expected all keys of key_lengths, new ones too (append first), got"
+                f" {int(statistics.counts[entry])} of {int(key_lengths[entry])} in sequence {entry}"
+            )
+
+
+def capacity_of(k: Tensor, block_table: Tensor | None) -> int:
+    """The most keys that a sequence can have: k [B, Hkv, capacity, D], or pages [N, Hkv, page, D]."""
+    return k.shape[2] if block_table is None else k.shape[2] * block_table.shape[1]

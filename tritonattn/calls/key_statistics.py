@@ -11,7 +11,7 @@ from ..backends import kernels
 from ..core.autograd import runs_eagerly
 from ..core.key_records import TOTALS, KeyRecord, extended, zeros
 from ..core.norms import key_norms_of
-from ..core.pages import PageTable
+from ..core.sequences import PageTable
 from .checks import (
     check_count,
     check_integers,
@@ -21,7 +21,7 @@ from .checks import (
     values_are_read,
 )
 from .dispatch import kernels_take
-from .page_checks import check_new_keys
+from .sequence_checks import check_new_keys
 
 _OWNER = "this KeyStatistics"
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .dropout import Dropout
-from .pages import PageTable
 from .ranges import rolled
 from .relative import relative_pairs
+from .sequences import PageTable
 from .visibility import Visibility
 
 LONGEST_QUERY = 16  # rows of a call over a KV cache
@@ -168,7 +168,7 @@ class AttentionCall:
         key = torch.arange(self.visibility.k_len, device=x.device)[None]
         end = self.visibility.k_len if sequences is None else sequences.k_starts[-1]
         end = end if lengths is None else lengths[:, None]
-        return table.gather(x.transpose(1, 2), key, key < end).transpose(1, 2)
+        return table.find(torch.where(key < end, key, -1), x.shape[0]).of(x.transpose(1, 2)).transpose(1, 2)
 
 
 def per_group(bias: Tensor, visibility: Visibility) -> Tensor:

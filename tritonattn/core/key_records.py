@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .autograd import runs_eagerly
-from .pages import PageTable
 from .ranges import prefix_sum
+from .sequences import PageTable
 from .statistics import Renamed, Statistics
 
 TOTALS = ("norm_sums", "norm_square_sums", "norm_maxima")

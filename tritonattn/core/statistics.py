@@ -26,8 +26,8 @@ from . import ranges
 from .autograd import apply, first_order, runs_eagerly
 from .call import AttentionCall
 from .norms import key_norms_of
-from .packing import PackedAxis
 from .ranges import argmax_over_ranges, prefix_sum
+from .sequences import PackedAxis
 from .visibility import Visibility
 
 Scan = Callable[[Tensor], Tensor]

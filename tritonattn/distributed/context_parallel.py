@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..calls.checks import batch_visibility, check_count, check_dtype, operands
+from ..calls.attention import batch_visibility
+from ..calls.checks import check_count, check_dtype, operands
 from ..calls.public import public
 from ..calls.results import AttentionAux, aux_of
+from ..calls.sequence_checks import check_offset_values, check_offsets
 from ..calls.sharded import head_parts
-from ..calls.varlen_checks import check_offset_values, check_offsets
 from ..core.autograd import needs_graph, without_autocast
 from ..core.call import AttentionCall, Logits
 from ..core.invariance import refuse_over_ranks

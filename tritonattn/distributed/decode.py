@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import ops
 from ..calls.checks import check_integers, check_values
-from ..calls.decode_checks import cache_operands, cache_visibility, check_statistics
+from ..calls.decode import cache_operands, cache_visibility, check_statistics
 from ..calls.dispatch import logits, refuse_gradients
 from ..calls.key_statistics import KeyStatistics
 from ..calls.public import public

@@ -21,9 +21,8 @@ from ..core.shards import context_parallel
 from ..scaling import SqrtDim
 from ..scaling.base import relative_gain
 from .architecture import query_heads
-from .masks import key_range_mask
+from .masks import is_packed, key_range_mask, packed_arguments, visible_arguments
 from .settings import Settings, layer_scaling
-from .visible import is_packed, packed_arguments, visible_arguments
 
 NAME = "tritonattn"
 _ULYSSES = "deepspeed.runtime.sequence_parallel.ulysses_sp"

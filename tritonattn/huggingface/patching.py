@@ -242,7 +242,7 @@ def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, Layer
     for root in outermost_models(model).values():
         inside = {id(module) for module in root.modules()}
         mine = [one for one in found if one.name in plans and id(one.module) in inside]
-        saved = AppliedLayers({one.own_name: plans[one.name].to_config() for one in mine})
+        saved = AppliedLayers({one.saved_name: plans[one.name].to_config() for one in mine})
         if saved:
             setattr(root.config, ATTRIBUTE, {LAYERS: saved})
             setattr(root.config, SAVED_IMPLEMENTATION, NAME)
@@ -310,7 +310,7 @@ def _matches(selector: Any, one: AttentionModule, lengths: dict[str, int]) -> bo
         raise TypeError(f"layers: expected numbers or names, got {type(selector).__name__}")
     if isinstance(selector, int):
         return one.number is not None and one.number == selector + lengths[one.stack] * (selector < 0)
-    names = {one.name, one.own_name or one.name}
+    names = {one.name, one.saved_name or one.name}
     return any(fnmatchcase(name, selector) or name.startswith(f"{selector}.") for name in names)
 
 
@@ -358,7 +358,7 @@ def _configs(model: nn.Module, found: list[AttentionModule], plans: dict[str, La
 
 def _all_patched(found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
     """True where all attention modules of a model are patched; False for a part of a model, whose rest is not known."""
-    return all(one.name in plans and one.own_name is not None for one in found)
+    return all(one.name in plans and one.saved_name is not None for one in found)
 
 
 def _all_of_config_patched(config: Any, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:

@@ -23,8 +23,8 @@ from ..calls.checks import (
 )
 from ..calls.decode import attention_decode
 from ..calls.public import public
+from ..calls.sequence_checks import check_offsets
 from ..calls.varlen import attention_varlen
-from ..calls.varlen_checks import check_offsets
 from ..core.autograd import needs_graph
 from ..core.call import LONGEST_QUERY
 from ..core.relative import reflected

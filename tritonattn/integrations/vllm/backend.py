@@ -27,9 +27,9 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from ... import ops
 from ...calls.dispatch import choose_backend, with_logits
 from ...calls.formulas import by_formulas
-from ...calls.page_checks import SMALLEST_PAGE
+from ...calls.layouts import SMALLEST_PAGE
 from ...calls.paged_statistics import PagedKeyStatistics
-from ...calls.varlen_checks import Packing
+from ...calls.varlen import Packing
 from ...core.call import AttentionCall, Logits
 from ...core.invariance import is_invariant
 from ...core.visibility import Visibility, window_sides
@@ -308,7 +308,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         sizes = ("chunks", q.shape[1], pages[0].shape[2], self._window, invariant)
 
         def visible() -> Visibility:
-            keys = packing.keys(pages[0], None)
+            keys = packing.keys(pages[0])
             return packing.visibility(q, pages[0], keys, causal=True, window=self._window, invariant=invariant)
 
         return self._call(q.transpose(0, 1)[None], pages, m.once(sizes, visible), packing.block_table, record)
