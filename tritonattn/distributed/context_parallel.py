@@ -145,9 +145,9 @@ def context_parallel_attention(
     refuse_over_ranks(None)
     refuse_dtensors(q=q, k=k, v=v, key_bias=key_bias)
     q, k, v = operands(q, k, v)
-    own = batch_visibility(q, k, causal, window)  # of this rank's tokens, and only for its sizes
+    visible = batch_visibility(q, k, causal, window)  # of this rank's tokens, and only for its sizes
     terms = Logits(key_bias=key_bias, softcap=softcap, sinks=sinks)
-    call = AttentionCall(q, k, v, own, terms, scaling=scaling, gain=gain, aux=return_aux, backend=backend)
+    call = AttentionCall(q, k, v, visible, terms, scaling=scaling, gain=gain, aux=return_aux, backend=backend)
     check_over_ranks(call, "[B, Hq, S / P]")
     split = Split.of(mesh, layout)
     _check(q, k, split, method, cu_seqlens, reduce_dtype, head_group)
@@ -159,7 +159,7 @@ def context_parallel_attention(
     require_agreement(split, "context_parallel_attention", **alike)
     with without_autocast(q):
         keep_rounding = v.dtype.itemsize == 2 and needs_graph(q, k, v)
-        if keep_rounding:  # gradients of logits and of lengths add up before they are rounded
+        if keep_rounding:  # gradients of logits and of norms add up before they are rounded
             call.q, call.k = q.float(), k.float()
         sequence = SharedSequence.of(q, k, split, causal, window, cu_seqlens)
         call.logits = logits_of(call, sequence, reduce_dtype)

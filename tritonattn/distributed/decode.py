@@ -142,10 +142,10 @@ def context_parallel_decode(
     check_integers("key_lengths", key_lengths, "[B]", q)
     capacity = k.shape[2]
     check_values("key_lengths", key_lengths, split.size * capacity, f"{split.size} * capacity = ")
-    own = (key_lengths.long() - split.rank * capacity).clamp(0, capacity)  # uint8 has no number below 0
-    visible = cache_visibility(q, k, own, window=window)
+    lengths = (key_lengths.long() - split.rank * capacity).clamp(0, capacity)  # uint8 has no number below 0
+    visible = cache_visibility(q, k, lengths, window=window)
     if statistics is not None:
-        check_statistics(statistics, q, k, own, None)
+        check_statistics(statistics, q, k, lengths, None)
     terms = Logits(softcap=softcap, sinks=sinks)
     options = {"aux": return_aux, "backend": backend, "cached": "context_parallel_decode"}
     call = AttentionCall(q, k, v, visible, terms, scaling=scaling, gain=gain, **options)

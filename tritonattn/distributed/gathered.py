@@ -52,9 +52,9 @@ class _Gathering(Schedule):
         left = whole.left if whole.sequences is None else None
         reach = sequence.length if left is None else left
         spans = [((i * n, (i + 1) * n), (max(0, c * n - reach), (c + 1) * n)) for i, c in enumerate(split.chunks())]
-        if not sequence.ends_at_own:
+        if not sequence.ends_at_rows:
             spans = [((0, length), (0, sequence.length))]
-        window = (left, 0) if sequence.ends_at_own and whole.sequences is None else None
+        window = (left, 0) if sequence.ends_at_rows and whole.sequences is None else None
         window = ALL_KEYS if sequence.visibility.key_ranges is None else window
         return [
             Piece(slice(*rows), slice(*keys), slice(*keys), keys[0], window, True, q_heads, kv_heads)

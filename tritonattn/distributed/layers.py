@@ -154,11 +154,11 @@ class HeadParallel(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         parts = [module] if self.names else list(module.modules())
         for part in parts:
-            own = dict(part.named_parameters(recurse=False))
-            if missing := [name for name in self.names if name not in own]:
-                kind = type(module).__name__
-                raise ValueError(f"HeadParallel: expected names of {kind}'s parameters, got {', '.join(missing)}")
-            for name, parameter in own.items():
+            found = dict(part.named_parameters(recurse=False))
+            if missing := [name for name in self.names if name not in found]:
+                expected = f"names of {type(module).__name__}'s parameters"
+                raise ValueError(f"HeadParallel: expected {expected}, got {', '.join(missing)}")
+            for name, parameter in found.items():
                 if not self.names or name in self.names:
                     part.register_parameter(name, _sharded(name, parameter, device_mesh))
         return module

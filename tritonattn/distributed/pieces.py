@@ -50,8 +50,8 @@ class Piece(NamedTuple):
         if self.window is not None:
             return Visibility.of(q, k, window=self.window)
         assert ranges is not None
-        own = (ranges[:, self.rows] - self.first).clamp(0, k.shape[2])
-        return Visibility.of(q, k, key_ranges=own.contiguous())
+        ranges = (ranges[:, self.rows] - self.first).clamp(0, k.shape[2])
+        return Visibility.of(q, k, key_ranges=ranges.contiguous())
 
 
 Result: TypeAlias = tuple[Piece, tuple[Tensor, ...]]  # the latter as `forward_pass` returns them
@@ -146,8 +146,8 @@ class _Attend(Function):
                 got = backward_pass(call, results, of_rows[3], of_rows[4], needs)
                 if not piece.has_sinks:
                     got = got._replace(sinks=None)
-                totals, places = (*sums, *held.gradients), (*indices, keys, keys)
-                for total, index, gradient in zip(totals, places, (*got, got.k, got.v), strict=True):
+                totals, indices_of = (*sums, *held.gradients), (*indices, keys, keys)
+                for total, index, gradient in zip(totals, indices_of, (*got, got.k, got.v), strict=True):
                     if total is not None and index is not None and gradient is not None:
                         total[index] += gradient
         return (*_by_piece(sums, schedule, back=True), None, None)

@@ -42,14 +42,14 @@ class _Ring(Schedule):
             if sums is not None:
                 gradients = [x for x in held.gradients if x is not None]
                 if moving is not None:
-                    gradients = [own + theirs for own, theirs in zip(gradients, moving.wait(), strict=True)]
+                    gradients = [mine + theirs for mine, theirs in zip(gradients, moving.wait(), strict=True)]
                 moving = collectives.pass_on(gradients, split)
             if coming is not None:
                 part = coming.wait()
         if sums is not None and moving is not None:
-            for total, own in zip(sums[1:3], moving.wait(), strict=True):
+            for total, x in zip(sums[1:3], moving.wait(), strict=True):
                 if total is not None:
-                    total.copy_(own)
+                    total.copy_(x)
 
     def rows(self, q: Tensor, v: Tensor, sinks: Tensor | None, results: Iterable[Result]) -> tuple[Tensor, ...]:
         rows, wide, aux = q.shape[:3], torch.promote_types(q.dtype, torch.float32), self.settings.aux
@@ -85,29 +85,29 @@ def pieces_of(sequence: SharedSequence, source: int) -> list[Piece]:
     length = sequence.visibility.q_len
     n = length // split.chunks_per_rank
     left = None if whole.sequences is not None else whole.left
-    is_causal = sequence.ends_at_own and whole.left is None and whole.sequences is None
+    is_causal = sequence.ends_at_rows and whole.left is None and whole.sequences is None
     found: list[Piece] = []
     for i, row in enumerate(split.chunks()):
-        own: list[Piece] = []
+        of_rows: list[Piece] = []
         for j, key in enumerate(split.chunks(source)):
-            behind = sequence.ends_at_own and key > row
+            behind = sequence.ends_at_rows and key > row
             if behind or (left is not None and row * n - left >= (key + 1) * n):
                 continue
             keys, vectors = (slice(start + j * n, start + (j + 1) * n) for start in (0, source * length))
             window = (None, 0) if is_causal and key == row else None
             if whole.is_full or (is_causal and key < row):
                 window = ALL_KEYS
-            own.append(Piece(slice(i * n, (i + 1) * n), keys, vectors, key * n, window))
-        if len(own) == 2 and own[0].window == ALL_KEYS and own[1].window is not None:
-            first, last = own
+            of_rows.append(Piece(slice(i * n, (i + 1) * n), keys, vectors, key * n, window))
+        if len(of_rows) == 2 and of_rows[0].window == ALL_KEYS and of_rows[1].window is not None:
+            first, last = of_rows
             keys, vectors = slice(first.keys.start, last.keys.stop), slice(first.vectors.start, last.vectors.stop)
-            own = [last._replace(keys=keys, vectors=vectors)]
-        found += own
+            of_rows = [last._replace(keys=keys, vectors=vectors)]
+        found += of_rows
     if len(found) == 2 and found[0].keys == found[1].keys and found[0].window == found[1].window == ALL_KEYS:
         found = [found[0]._replace(rows=slice(0, length))]
-    return [piece._replace(has_sinks=source == split.rank and _has_own_keys(piece)) for piece in found]
+    return [piece._replace(has_sinks=source == split.rank and _has_keys_of_rows(piece)) for piece in found]
 
 
-def _has_own_keys(piece: Piece) -> bool:
+def _has_keys_of_rows(piece: Piece) -> bool:
     """True where the keys, of this rank's part, are also those of the rows' tokens."""
     return piece.keys.start <= piece.rows.start and piece.rows.stop <= piece.keys.stop

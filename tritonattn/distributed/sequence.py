@@ -56,19 +56,19 @@ class SharedSequence:
         if cu_seqlens is not None:
             documents = Sequences.of(cu_seqlens, cu_seqlens, length, length, length, length)
         whole = Visibility.of_shapes(q_shape, k_shape, q.device, causal=causal, window=window, sequences=documents)
-        own = None
+        ranges = None
         if not whole.is_full:
             positions = split.positions(q.shape[2], q.device)
-            own = torch.stack([bound[:, positions] for bound in whole.ranges()], -1).expand(q.shape[0], -1, -1)
-        return cls(split, whole, Visibility.of_shapes(q.shape, k_shape, q.device, key_ranges=own))
+            ranges = torch.stack([bound[:, positions] for bound in whole.ranges()], -1).expand(q.shape[0], -1, -1)
+        return cls(split, whole, Visibility.of_shapes(q.shape, k_shape, q.device, key_ranges=ranges))
 
     @property
     def length(self) -> int:
         return self.whole.k_len
 
     @property
-    def ends_at_own(self) -> bool:
-        """True where no row attends to a key behind its position."""
+    def ends_at_rows(self) -> bool:
+        """True where no row attends to a key after its position."""
         return self.whole.right == 0
 
     def of_all_rows(self, q: Tensor, k: Tensor) -> Visibility:
@@ -110,8 +110,8 @@ def logits_of(call: AttentionCall, sequence: SharedSequence, reduce_dtype: torch
         by_totals = sequence.length > 0 and (sequence.whole.is_full or sequence.whole.is_square_causal)
         statistics = SharedStatistics(k, visible, split, by_totals)
     if key_bias is not None:
-        own = key_bias.expand((*key_bias.shape[:-1], k.shape[2]))
-        key_bias = collectives.gather(own, split, -1, torch.promote_types(reduce_dtype, own.dtype))
+        of_rank = key_bias.expand((*key_bias.shape[:-1], k.shape[2]))
+        key_bias = collectives.gather(of_rank, split, -1, torch.promote_types(reduce_dtype, of_rank.dtype))
         call.logits = Logits(key_bias=key_bias, softcap=call.logits.softcap, sinks=call.logits.sinks)
     return logits(call, statistics, whole)
 

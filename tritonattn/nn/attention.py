@@ -121,11 +121,11 @@ class ScaledAttention(SharesSequence, nn.Module):
         self.scaling = self._own_scaling(scaling, device, dtype)
         self.causal, self.window, self.softcap = causal, window, softcap
         self.dropout_p, self.backend, self.batch_invariant = dropout_p, backend, batch_invariant
-        own = {"bias": bias, "device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(width, heads * self.head_dim, **own)
-        self.k_proj = nn.Linear(context_width, kv_heads * self.head_dim, **own)
-        self.v_proj = nn.Linear(context_width, kv_heads * self.head_dim, **own)
-        self.o_proj = nn.Linear(heads * self.head_dim, width, **own)
+        options = {"bias": bias, "device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(width, heads * self.head_dim, **options)
+        self.k_proj = nn.Linear(context_width, kv_heads * self.head_dim, **options)
+        self.v_proj = nn.Linear(context_width, kv_heads * self.head_dim, **options)
+        self.o_proj = nn.Linear(heads * self.head_dim, width, **options)
         norms = [
             nn.RMSNorm(self.head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else nn.Identity()
             for _ in range(2)
@@ -308,8 +308,8 @@ class ScaledAttention(SharesSequence, nn.Module):
         q, k, v = self._projected(x)
         if needs_graph(q, k, v):
             raise NotImplementedError("cache: no gradient goes through it; call under torch.no_grad()")
-        own = cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)  # [B, Sq]
-        q, k = self.positioned(q, k, own)
+        positions = cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)  # [B, Sq]
+        q, k = self.positioned(q, k, positions)
         cache.append(k, v, counts)
         settings = self._settings(biases)
         if counts is None and x.shape[1] <= LONGEST_QUERY:
@@ -330,10 +330,10 @@ class ScaledAttention(SharesSequence, nn.Module):
         if settings.get("relative_bias") is not None:
             table, right = settings.pop("relative_bias"), settings.pop("relative_right")
             table = relative_bias_of("", table, right, q, q.shape[:3], "[B, Hq, Sq]")
-            settings["bias"] = reflected(table, own + right, slice(0, cache.k.shape[2]))
+            settings["bias"] = reflected(table, positions + right, slice(0, cache.k.shape[2]))
         left, _ = window_sides(self.window)
-        first = torch.zeros_like(own) if left is None else (own - left).clamp(min=0)
-        end = torch.where(own < cache.lengths[:, None], own + 1, 0)  # rows past counts attend to nothing
+        first = torch.zeros_like(positions) if left is None else (positions - left).clamp(min=0)
+        end = torch.where(positions < cache.lengths[:, None], positions + 1, 0)  # rows past counts attend to nothing
         key_ranges = torch.stack([torch.minimum(first, end), end], dim=-1)
         return attention(q, cache.k, cache.v, key_ranges=key_ranges, **settings)
 
