@@ -1,5 +1,6 @@
 """The command line: messages where something is missing or wrong, and how many threads a command takes."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -10,11 +11,10 @@ import pytest
 import torch
 
 import tritonattn
-from tritonattn.cli import env, options, threads
+from tritonattn.cli import machine, options, threads
 from tritonattn.cli import main as cli
-from tritonattn.cli.options import at_least
 from tritonattn.core import errors
-from tritonattn.core.errors import CommandError, install
+from tritonattn.core.errors import install
 from tritonattn.core.progress import Progress
 from tritonattn.lab import length, training
 
@@ -27,27 +27,36 @@ def test_no_command_is_refused(capsys):
     assert stop.value.code == 2
     text = capsys.readouterr().err
     assert "command" in text
-    for name, module in cli.COMMANDS.items():
+    for name, command in cli.COMMANDS.items():
         assert f"\n    {name}" in text
-        assert " ".join(module.HELP.split()) in " ".join(text.split())
+        assert " ".join(command.help.split()) in " ".join(text.split())
 
 
 def test_env_names_the_version_that_runs(monkeypatch, capsys):
     """An editable install keeps the version that it had when it was made."""
-    monkeypatch.setattr(env, "version", lambda *packages: "of packages")
+    monkeypatch.setattr(machine, "version", lambda *packages: "of packages")
     assert cli.main(["env"]) == 0
     assert capsys.readouterr().out.startswith(f"tritonattn: {tritonattn.__version__}\n")
 
 
-@pytest.mark.parametrize("least", [0, 1, 16])
-def test_a_number_below_the_least_is_refused(least):
-    parse = at_least("--steps", least)
-    assert parse(str(least)) == least
-    with pytest.raises(CommandError, match=f"--steps: expected at least {least}, got {least - 1}"):
-        parse(str(least - 1))
+@pytest.mark.parametrize(
+    ("parse", "taken", "refused"),
+    [
+        (options.number(2), {"2": 2, " 7 ": 7}, ("1", "x", "-3", "2.0", "")),
+        (options.number(1, 9), {"9": 9}, ("0", "10")),
+        (options.numbers(2, 9), {"9,2,9": (9, 2)}, ("2,,3", "1", "2,x")),
+        (options.chosen((64, 128)), {"128, 64": (64, 128)}, ("96", ",")),
+    ],
+    ids=["from", "to", "several", "chosen"],
+)
+def test_types_of_options(parse, taken, refused):
+    assert {text: parse(text) for text in taken} == taken
+    for text in refused:
+        with pytest.raises(argparse.ArgumentTypeError, match=r"expected .*, got "):
+            parse(text)
 
 
-# In place of torch, the first package that tritonattn imports.
+# Instead of torch, the first package that tritonattn imports.
 INTERRUPTED_TORCH = """
 import os, signal, time
 os.kill(os.getpid(), signal.SIGINT)
@@ -102,7 +111,8 @@ def test_a_reader_that_leaves_is_no_traceback(length, monkeypatch):
     """As `head` does."""
     reading, writing = os.pipe()
     os.close(reading)
-    monkeypatch.setattr(env, "run", lambda _: print("x" * length) or 0)
+    told = cli.COMMANDS["env"]._replace(run=lambda _: print("x" * length) or 0)
+    monkeypatch.setitem(cli.COMMANDS, "env", told)
     with os.fdopen(writing, "w", encoding="utf-8") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert cli.main(["env"]) == 141
@@ -144,7 +154,7 @@ REFUSED = [
     ("demo --text /no/such/file", ["--text", "/no/such/file"]),
     ("demo --json /dev/null/a.json", ["--json: expected a folder", "'/dev/null'"]),
     ("demo --plot a.xyz", ["--plot", "a.xyz", "png"]),
-    ("demo --max-tokens 1", ["--max-tokens", "at least 2"]),
+    ("demo --max-tokens 1", ["--max-tokens", "from 2 up"]),
     (f"demo --model {__file__}", ["--model", ".gguf"]),
     ("simulate --modes sqrt_dim,nope", ["--modes", "'nope'", "key_norm_sum"]),
     ("simulate --parts papers", ["--parts", "'papers'", "paper, sweep, verdict"]),
@@ -159,16 +169,16 @@ REFUSED = [
     ("train-compare --modes sqrt_dim*0", ["--modes", "'sqrt_dim*0'"]),
     ("train-compare --modes sqrt_dim:nope", ["--modes", "TRAINED:TESTED", "'nope'"]),
     ("train-compare --head-dim 3 --tasks text", ["--head-dim", "divisor of the width 64 of text", "got 3"]),
-    ("train-compare --seeds 1", ["--seeds", "at least 2", "got 1"]),
+    ("train-compare --seeds 1", ["--seeds", "from 2 up", "got '1'"]),
     ("train-compare --grid --modes sqrt_dim", ["--grid", "two", "got 1"]),
     (f"train-compare --out {__file__}", ["--out", "folder"]),
     ("length-study --modes sqrt_dim,no_such", ["--modes", "'no_such'", "llama4"]),
     ("length-study --modes sqrt_dim:7", ["--modes", "base", "'sqrt_dim:7'"]),
     ("length-study --modes qwen_logn:0", ["--modes", "'qwen_logn:0'"]),
     ("length-study --modes sqrt_dim*1.2.3", ["--modes", "'sqrt_dim*1.2.3'"]),
-    ("length-study --bin 0", ["--bin", "at least 2"]),
+    ("length-study --bin 0", ["--bin", "from 2 up"]),
     (f"length-study --out {__file__}", ["--out", "folder"]),
-    ("advise --context 0", ["--context: expected at least 2"]),
+    ("advise --context 0", ["--context: expected a whole number from 2 up"]),
     ("advise --model /nowhere/model", ["--model: cannot load"]),
 ]
 

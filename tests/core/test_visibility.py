@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.support.masks import MASKS, visible_pairs
 from tritonattn.core import ranges
-from tritonattn.core.packing import PackedAxis
+from tritonattn.core.sequences import PackedAxis
 from tritonattn.core.statistics import max_over_keys, sum_over_keys
 from tritonattn.core.visibility import Visibility
 

@@ -56,13 +56,12 @@ def test_an_interruption_ends_processes_silently_while_they_start(capfd, monkeyp
 def test_code_that_passes(target):
     found = examine("forward", PROBLEM, CONFIG, Target.parse(target))
     assert found.reasons == ()
-    assert found.details() == {
-        "registers": found.code.registers,
-        "spill_bytes": 0,
-        "shared_bytes": found.code.shared_bytes,
-    }
-    assert 64 <= found.code.registers <= 512
-    assert found.code.shared_bytes > 8192
+    details = found.details()
+    assert (64 <= details["registers"] <= 512, details["spill_bytes"], details["shared_bytes"] > 8192) == (
+        True,
+        0,
+        True,
+    )
 
 
 @compiled
@@ -89,7 +88,7 @@ def test_candidates(gpu):
 
 
 def test_options_are_searched_where_the_hardware_has_them():
-    """By the search on a card alone: a model that ranks tables sees no order of instructions, and no overlap."""
+    """By the search on a card alone: a model that ranks tables knows no order of instructions, and no overlap."""
     for target, options in ((GFX950, {"waves_per_eu": {0, 1, 2, 3}}), (SM_100, {"warp_specialize": {False, True}})):
         found = candidates("forward", PROBLEM, target)
         of_default = {name: {getattr(one, name) for one in found} for name in OPTIONS}
@@ -116,15 +115,12 @@ def test_code_that_is_not_divided_among_warps_is_refused():
     def reasons(ttgir: str, code: Code) -> list[str]:
         return gate._unspecialised_reasons(SimpleNamespace(asm={"ttgir": ttgir}), gate.Candidate(CONFIG, code, ()))
 
-    partitions = ["  default {", "  partition0(%a: i32) num_warps(4) {", "  partition1(%a: i32) num_warps(1) {"]
-    assert reasons("\n".join(partitions), Code(168, 0, 0)) == []
-    assert reasons("\n".join(partitions[:2]), Code(168, 0, 0)) == [
-        "has 1 partitions: its loop is not divided among warps"
-    ]
-    assert reasons("\n".join(partitions), Code(168, 8, 0)) == [
-        "spills 8 bytes a thread where partitions share out the registers"
-    ]
-    assert reasons("\n".join(partitions), Code(4, 0, 0)) == ["has 4 registers: its code is a trap"]
+    one = "  default {\n  partition0(%a: i32) num_warps(4) {\n"
+    two = f"{one}  partition1(%a: i32) num_warps(1) {{\n"
+    assert reasons(two, Code(168, 0, 0)) == []
+    assert reasons(one, Code(168, 0, 0)) == ["has 1 partitions: its loop is not divided among warps"]
+    assert reasons(two, Code(168, 8, 0)) == ["spills 8 bytes a thread where partitions share out the registers"]
+    assert reasons(two, Code(4, 0, 0)) == ["has 4 registers: its code is a trap"]
 
 
 # 208 fp32 sums a thread, of 64 lanes a wave on AMD; in tensor memory sums take none. wgmma takes 64 rows for 4 warps.

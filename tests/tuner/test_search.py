@@ -149,24 +149,21 @@ def test_a_quick_search_starts_from_the_table(monkeypatch):
     assert len([one for one in others if one.kernel == "triton"]) < 12
 
 
-def test_a_machine_that_compiles_nothing_is_not_searched_on(monkeypatch):
-    """It would time the config in use alone, and call it the fastest."""
+def test_all_that_pass_the_gate_are_timed_and_nothing_where_nothing_compiles(monkeypatch):
+    """Else the config in use would be timed alone, and called the fastest."""
+    code, asked = Code(128, 0, 0), (KEY.kernel, KEY.problem, SM_80)
 
     def examine(self, wanted):
-        return [Candidate(config, None, ("does not compile: no nvdisasm",)) for _, _, config in wanted]
-
-    monkeypatch.setattr(Compiler, "examine", examine)
-    with Compiler(SM_80, 1) as compiler, pytest.raises(search.SearchError, match=r"no config compiles; .*no nvdisasm"):
-        search.passing(KEY, compiler, search.Effort())
-
-
-def test_all_that_pass_the_gate_are_timed(monkeypatch):
-    def examine(self, wanted):
-        code = Code(128, 0, 0)
-        return [Candidate(config, code, ("spills",) if config.num_warps == 8 else ()) for _, _, config in wanted]
+        return [
+            Candidate(config, code, ("spills",) if config.num_warps == 8 or code is None else ())
+            for _, _, config in wanted
+        ]
 
     monkeypatch.setattr(Compiler, "examine", examine)
     with Compiler(SM_80, 1) as compiler:
         found = search.passing(KEY, compiler, search.Effort())
-    assert found == [one for one in candidates(KEY.kernel, KEY.problem, SM_80) if one.num_warps != 8]
-    assert len(found) > search.Effort().timed
+        assert found == [one for one in candidates(*asked) if one.num_warps != 8]
+        assert len(found) > search.Effort().timed
+        code = None
+        with pytest.raises(search.SearchError, match=r"no config compiles; .*spills"):
+            search.passing(KEY, compiler, search.Effort())

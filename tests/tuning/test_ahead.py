@@ -1,6 +1,6 @@
 """A kernel that was compiled ahead of time is found by a launch: both ask Triton's cache for the same key.
 
-Triton's own JIT takes the launches of public calls, on a driver that has no card, up to where it compiles.
+The JIT of Triton takes the launches of public calls, on a driver that has no card, up to where it compiles.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ from tests.support.paged_calls import paged_call
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import KERNELS, device, launch
 from tritonattn.backends.triton import compile as ahead
-from tritonattn.tuning import Problem, compile_kernel, default_config
+from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel, default_config
 
 pytestmark = pytest.mark.skipif(
-    launch.interpreting or torch.cuda.is_available(), reason="the JIT is not asked, or has a driver of its own"
+    launch.interpreting or torch.cuda.is_available(), reason="the JIT is not asked, or has another driver"
 )
 SM_80 = GPUTarget("cuda", 80, 32)
 NAMES = {function: name for name, function in KERNELS.items()}
@@ -46,7 +46,7 @@ class Driver:
 
 
 def key_of(source: Any, options: dict[str, Any]) -> str:
-    """The part of a cache key that depends on the launch; the rest is the compiler's own."""
+    """The part of a cache key that depends on the launch; the rest is that of the compiler."""
     return source.hash() + make_backend(SM_80).parse_options(dict(options)).hash()
 
 
@@ -68,7 +68,7 @@ def keys(monkeypatch) -> dict[str, set[str]]:
         options = device.compile_options(config, arguments.get("INVARIANT", False))
         kernel.run(grid=grid, warmup=True, **arguments, **options)
         if "argmax_ptr" in arguments:
-            arguments["argmax_ptr"].zero_()  # torch takes it for places of keys
+            arguments["argmax_ptr"].zero_()  # torch takes it for positions of keys
 
     monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", Driver())
     monkeypatch.setattr(triton.compiler, "compile", asked)
@@ -154,6 +154,12 @@ def few_key_heads() -> None:
     tritonattn.attention(q, k, v, backend="triton").sum().backward()
 
 
+def unaligned() -> None:
+    """Call with rows that are copied nowhere, since batch entries share them."""
+    q = torch.zeros(1, 2, 64, 66, dtype=HALF)[..., :64].expand(2, 2, 64, 64)
+    tritonattn.attention(q, q, q, backend="triton")
+
+
 def everything() -> None:
     mask = torch.ones(2, 4, 64, 64, dtype=torch.bool)
     attend(FULL, 4, softcap=1.0, sinks=tensor(4), dropout_p=0.5, mask=mask, return_aux=True)
@@ -185,6 +191,7 @@ CALLS: dict[str, tuple[Callable[[], None], dict[Problem, str]]] = {
     "packed": (pack, {problem("right sequences rounding"): BACKWARD}),
     "few key heads": (few_key_heads, {problem("grouped"): "sum_of_splits"}),
     "inference": (lambda: infer("sqrt_dim"), {problem("right left grouped", BFLOAT): "forward"}),
+    "unaligned": (unaligned, {replace(problem(""), aligned=False): "forward"}),
     "largest": (largest, {problem("", FULL): "key_statistics key_statistics_grad", STREAMING: "argmax_of_ranges"}),
     "sums": (lambda: infer("key_norm_mean"), {STREAMING: "prefix_sums"}),
     "decode": (lambda: decode(None), {problem("query_scale grouped"): "decode combine_splits"}),
@@ -214,3 +221,14 @@ def test_every_kernel_is_compared():
     assert {kernel for _, compiled in CALLS.values() for one in compiled.values() for kernel in one.split()} == set(
         KERNELS
     )
+
+
+def test_pages_of_any_number_and_size_have_one_code():
+    config, sources = TileConfig(64, 32, 4, 2), set()
+    asked = ahead.launch_of("forward", problem("sequences block_table"), config, Target("cuda", "90"))
+    for pages in (1, 32, 33), (16, 17, 2048), (10, 48, 1), (3, 2**17, 5), (3, 2**16, 5):
+        table = torch.empty(3, pages[2], dtype=torch.int32, device="meta")
+        arguments = {**asked.arguments, "pages": launch.pages_of(table, *pages[:2])}
+        options = device.compile_options(config)
+        sources.add(ahead.specialised(asked.kernel, arguments, options, GPUTarget("cuda", 90, 32)).hash())
+    assert len(sources) == 1

@@ -27,9 +27,9 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from ... import ops
 from ...calls.dispatch import choose_backend, with_logits
 from ...calls.formulas import by_formulas
-from ...calls.page_checks import SMALLEST_PAGE
+from ...calls.layouts import SMALLEST_PAGE
 from ...calls.paged_statistics import PagedKeyStatistics
-from ...calls.varlen_checks import Packing
+from ...calls.varlen import Packing
 from ...core.call import AttentionCall, Logits
 from ...core.invariance import is_invariant
 from ...core.visibility import Visibility, window_sides
@@ -301,7 +301,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         window, invariant = self._window, is_invariant(self._invariant)
 
         def visible() -> Visibility:
-            keys = packing.keys(pages, None)
+            keys = packing.keys(pages)
             return packing.visibility(rows, pages, keys, causal=True, window=window, invariant=invariant)
 
         return m.once(("chunks", rows.shape[1], pages.shape[2], window, invariant), visible)
