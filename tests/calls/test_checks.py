@@ -100,6 +100,7 @@ SHARED: list[Case] = [
     ({"scale": -inf}, "ValueError: scale: ~ finite ~ -inf"),
 ]
 
+TABLE_OF_3 = {"relative_bias": ones(1, 1, 1, 3)}
 OF_DENSE: list[Case] = [
     ({"v": ones(1, B, HKV, SK, D)}, "ValueError: v: ~ 4 axes ~ 5"),
     ({"k": ones(B, HKV, SK, D).int()}, "TypeError: q, k, v: ~ one dtype ~ torch.int32"),
@@ -134,6 +135,20 @@ OF_DENSE: list[Case] = [
     ({"mask": ones(B, HKV, SQ, SK).bool()}, "ValueError: mask: ~ [2, 2, 3, 5]"),
     ({"mask": ones(SQ, SK, device=META).bool()}, "ValueError: mask: ~ cpu ~ meta"),
     ({"key_bias": ones(B, 3, SK)}, "ValueError: key_bias: ~ [B, Hq or Hkv, Sk] = [2, 4, 5], got [2, 3, 5]"),
+    ({"bias": ones(4, SK)}, "ValueError: bias: ~ broadcastable to [B, Hq, Sq, Sk] = [2, 4, 3, 5], got [4, 5]"),
+    ({"bias": ones(SQ, SK).int()}, "TypeError: bias: ~ float32 ~ torch.int32"),
+    ({"relative_bias": ones(HQ, 3)}, "ValueError: relative_bias: expected [B, Hq, Sq, extent] ~ got [4, 3]"),
+    ({"relative_bias": ones(1, 3, 1, 3)}, "ValueError: relative_bias: expected a shape broadcastable"),
+    ({"relative_bias": ones(1, 1, 1, 0)}, "ValueError: relative_bias: expected an extent of at least 1"),
+    ({"relative_bias": [1.0]}, "TypeError: relative_bias: expected a tensor [B, Hq, Sq, extent], got list"),
+    ({"relative_right": 1}, "ValueError: relative_right: expected 0 without relative_bias, got 1"),
+    (TABLE_OF_3 | {"relative_right": 3}, "ValueError: relative_right: expected less than the extent, 3, got 3"),
+    (TABLE_OF_3 | {"relative_right": 1.0}, "TypeError: relative_right: expected an int"),
+    ({"bias_after_softcap": 1}, "TypeError: bias_after_softcap: expected a bool"),
+    (
+        TABLE_OF_3 | {"key_ranges": torch.zeros(B, SQ, 2).int(), "batch_invariant": True},
+        "NotImplementedError: relative_bias: not supported with key_ranges under batch_invariant",
+    ),
 ]
 
 OF_ONE: dict[str, list[Case]] = {

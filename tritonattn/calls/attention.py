@@ -99,8 +99,8 @@ def attention(
             invisible pairs are not read.
         relative_bias: Floating, [B or 1, Hq or 1, Sq or 1, extent]: a number for every distance; gets a gradient.
             relative[i, j] = relative_bias[..., i, i + Sk - Sq - j + relative_right], and 0 outside of the extent:
-            entry t belongs to the key t positions before the row's own, which is that of `causal`.
-        relative_right: How many entries, the first ones, belong to keys after the row's own: then entry
+            entry t belongs to the key t positions before the row's position, which is that of `causal`.
+        relative_right: How many entries, the first ones, belong to keys after the row's position: then entry
             t + relative_right belongs to the key t before.
         bias_after_softcap: Add the three biases after the softcap: logit -> c * tanh(logit / c) + biases, of which
             lse, entropy and max_logit then are. Without a bias it changes nothing.

@@ -75,7 +75,7 @@ def operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) -> tuple
 
 
 def _in_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in the dtype of torch.autocast, which is on; float64 stays, as in torch's own operators."""
+    """q, k and v in the dtype of torch.autocast, which is on; float64 stays, as in torch's operators."""
     dtype = torch.get_autocast_dtype(q.device.type)
 
     def cast(x: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def _with_pairs(terms: Logits, call: AttentionCall, rows: str) -> Logits:
         check_tensor("bias", bias, "[B, Hq, Sq, Sk]")
         bias = bias[None] if bias.dim() == 1 else bias
         check_factor("bias", bias, q, (*visible.rows, visible.k_len), "[B, Hq, Sq, Sk]")
-        bias = _in_own_dtype(bias[(None,) * (4 - bias.dim())], q)
+        bias = _in_its_dtype(bias[(None,) * (4 - bias.dim())], q)
     check_count("relative_right", right)
     if table is not None:
         table = relative_bias_of("", table, right, q, _last(visible.rows, rows), rows)
@@ -206,10 +206,10 @@ def relative_bias_of(owner: str, table: Any, right: Any, q: Tensor, rows: tuple[
     check_count(f"{owner}relative_right", right)
     if not right < extent:
         raise ValueError(f"{owner}relative_right: expected less than the extent, {extent}, got {right}")
-    return _in_own_dtype(table if table.dim() == 4 else table[None], q)
+    return _in_its_dtype(table if table.dim() == 4 else table[None], q)
 
 
-def _in_own_dtype(bias: Tensor, q: Tensor) -> Tensor:
+def _in_its_dtype(bias: Tensor, q: Tensor) -> Tensor:
     """A bias as backends take it: in 64 bits only for such q."""
     return bias.float() if bias.dtype == torch.float64 != q.dtype else bias
 

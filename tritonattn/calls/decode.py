@@ -37,33 +37,15 @@ if TYPE_CHECKING:
 
 @overload
 def attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    key_lengths: Tensor,
-    return_aux: Literal[False] = False,
-    **options: Unpack[DecodeOptions],
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, return_aux: Literal[False] = False, **options: Unpack[DecodeOptions]
 ) -> Tensor: ...
 @overload
 def attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    key_lengths: Tensor,
-    return_aux: Literal[True],
-    **options: Unpack[DecodeOptions],
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, return_aux: Literal[True], **options: Unpack[DecodeOptions]
 ) -> tuple[Tensor, AttentionAux]: ...
 @overload
 def attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    key_lengths: Tensor,
-    return_aux: bool,
-    **options: Unpack[DecodeOptions],
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, return_aux: bool, **options: Unpack[DecodeOptions]
 ) -> Tensor | tuple[Tensor, AttentionAux]: ...
 @public(CACHED, CACHED_PAGES)
 def attention_decode(
@@ -90,9 +72,9 @@ def attention_decode(
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention of the newest tokens over a KV cache that already holds their keys and values; no gradients.
 
-        own[i]      = i + key_lengths[b] - query_lengths[b]        the position of query row i
+        position[i] = i + key_lengths[b] - query_lengths[b]        of query row i
         logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j]) + key_bias[j] + relative[i, j]
-        out[i]      = sum_j softmax_j(logit[i, j]) * v[j]          over the keys j <= own[i] of sequence b
+        out[i]      = sum_j softmax_j(logit[i, j]) * v[j]          over the keys j <= position[i] of sequence b
 
     A prefill by `attention(..., causal=True)` followed by calls of this function gives what one full pass gives, for
     every scaling: n, sums and maxima are those of the keys that the row attends to.
@@ -108,17 +90,17 @@ def attention_decode(
         statistics: The `KeyStatistics` kept with the cache, or with pages the `PagedKeyStatistics`, to which the
             new keys have been appended: then no mode reads old keys. Without it the modes that need key norms
             (key_norm_*, cosine, inkling2) read the visible keys of the cache once more, half of the memory traffic of
-            the call itself, and gather pages to do so. A Scaling of your own gets k_cache, gathered where it lies in
+            the call itself, and gather pages to do so. A user's Scaling gets k_cache, gathered where it lies in
             pages unless its class says reads_keys = False. The reference follows the formulas and computes all of it
             from the keys.
         block_table: int32 [B, max_pages]: key j of sequence b is in page block_table[b, j // page], at j % page.
         query_lengths: Integers [B]: the new tokens of every sequence, up to Sq, the first of its rows; the other rows
             attend to nothing. None is Sq for all.
-        window: (left, right): row i attends to own[i] - left <= j; no key behind own[i] is visible, whatever right is.
+        window: (left, right): row i attends to position[i] - left <= j; no key behind it is visible, whatever right is.
         key_bias: Floating, broadcastable to [B, Hq, capacity] or [B, Hkv, capacity], as in `attention`: of key j of a
             sequence, also where it lies in a page.
         relative_bias: Floating, [B or 1, Hq or 1, Sq or 1, extent]: entry t is added to the logit of the key t
-            positions before own[i], 0 outside of the extent. relative_right, as in `attention`, moves the entries, of
+            positions before row i, 0 outside of the extent. relative_right, as in `attention`, moves the entries, of
             which those of later keys have no use here.
         bias_after_softcap, softcap, sinks, return_aux, backend: As in `attention`.
         batch_invariant: As in `attention`. The keys are then not split among programs.

@@ -100,7 +100,7 @@ def attention_varlen(
         logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j]) + key_bias[j] + relative[i, j]
         out[i]      = sum_j softmax_j(logit[i, j]) * v[j]          over the keys j of the sequence visible to row i
 
-    A row attends to no key of another sequence, and a scaling counts and measures only keys of the row's own sequence.
+    A row attends to no key of another sequence, and a scaling counts and measures only keys of the row's sequence.
 
     Args:
         q: [T_q, Hq, D], float16, bfloat16, float32 or (not in kernels) float64; any strides.
@@ -109,7 +109,7 @@ def attention_varlen(
         cu_seqlens_q: int32 [N + 1] on q's device: 0, then where each sequence's rows end, at most T_q. Equal
             neighbours are a sequence without rows.
         cu_seqlens_k: int32 [N + 1] likewise for the keys, at most T_k; with block_table the sums of their numbers.
-        max_seqlen_q: At least the rows of the longest sequence; a smaller one is an error, seen only on a CPU.
+        max_seqlen_q: At least the rows of the longest sequence; a smaller one is an error, noticed only on a CPU.
         max_seqlen_k: Likewise for the keys.
         scaling: As in `attention`; a tensor broadcasts to [Hq, T_q].
         gain: A float, or a tensor broadcastable to [Hq, T_q] (one a head: [Hq, 1]), which gets a gradient.
@@ -118,13 +118,13 @@ def attention_varlen(
             j % page. The cache holds the keys of the rows already. Sequences may share pages. There are no gradients
             and no dropout.
         statistics: The `PagedKeyStatistics` kept with such a cache, to which the new keys have been appended: then no
-            mode reads old keys. Without it, and for a Scaling of your own that reads keys, they are gathered.
+            mode reads old keys. Without it, and for a user's Scaling that reads keys, they are gathered.
         causal: Row i attends to the keys j <= i + Sk - Sq.
         window: (left, right): row i attends to i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: no limit.
         key_bias: Floating, broadcastable to [Hq, T_k] or [Hkv, T_k], as in `attention`; with block_table, too, key j of
             sequence n is at cu_seqlens_k[n] + j.
         relative_bias: Floating, [Hq or 1, T_q or 1, extent], with relative_right as in `attention`: a number for every
-            distance to the row's own position, which is that of `causal` in its sequence.
+            distance to the row's position, which is that of `causal` in its sequence.
         bias_after_softcap, softcap, sinks, dropout_p: As in `attention`.
         return_aux: Return (out, `AttentionAux`), its fields [Hq, T_q].
         backend, batch_invariant: As in `attention`.
