@@ -284,10 +284,9 @@ def choose_backend(call: AttentionCall) -> str:
         backend = "sdpa"
         if q.device.type == "cuda":
             obstacle = _kernel_obstacle(q, v, decodes) or (not _HAS_TRITON and "triton is not installed")
-            if obstacle:
+            backend = "sdpa" if obstacle else "triton"
+            if obstacle and not torch.compiler.is_compiling():
                 _warn_once(f"tritonattn: backend 'sdpa' instead of 'triton': {obstacle}")
-            else:
-                backend = "triton"
     elif backend == "triton":
         _check_kernels_run_on(q.device)
     elif backend == "flash":
@@ -391,11 +390,6 @@ def _check_kernels_run_on(device: torch.device) -> None:
         )
 
 
-def _warn_once(message: str) -> None:
-    if not torch.compiler.is_compiling():
-        _warn(message)
-
-
 @functools.cache
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=7)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=6)
