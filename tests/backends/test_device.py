@@ -19,7 +19,7 @@ from tritonattn.backends.triton import KERNELS, device, launch, records
 from tritonattn.tuning.config import Problem, TileConfig
 
 pytestmark = pytest.mark.skipif(
-    launch.interpreting or torch.cuda.is_available(), reason="the JIT is not asked, or has a driver of its own"
+    launch.interpreting or torch.cuda.is_available(), reason="the JIT is not asked, or has a driver"
 )
 TILES, CUDA = TileConfig(16, 64, 4, 1), torch.device("cuda", 0)
 
@@ -30,10 +30,10 @@ class current:
     index = 0
 
     def __init__(self, device: torch.device) -> None:
-        self.own = device.index
+        self.number = device.index
 
     def __enter__(self) -> None:
-        self.before, current.index = current.index, self.own
+        self.before, current.index = current.index, self.number
 
     def __exit__(self, *_) -> None:
         current.index = self.before
@@ -48,7 +48,7 @@ class Driver:
 
 
 class Kernel:
-    """Triton's JIT as `device` sees it: finds code that it has compiled, by the same specialisation, without a lock."""
+    """Triton's JIT as `device` meets it: finds code that it has compiled, by specialisation, without a lock."""
 
     def __init__(self, name: str) -> None:
         self.signature, self.params = KERNELS[name].signature, KERNELS[name].params
@@ -127,7 +127,7 @@ def test_kept_code_is_launched_unbound(kernel, monkeypatch):
     assert len(kernel.asked) == 2
 
 
-def test_configs_devices_and_settings_have_code_of_their_own(kernel, monkeypatch):
+def test_configs_devices_and_settings_have_code_each(kernel, monkeypatch):
     taken = []
     monkeypatch.setattr(Code, "run", lambda self, *_: taken.append((self, current.index)))
 

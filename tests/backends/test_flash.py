@@ -182,9 +182,9 @@ def test_aux_is_lse_alone(monkeypatch):
 
 @pytest.mark.parametrize("version", NEWEST)
 def test_gradients_of_keys_are_added_before_they_are_rounded(version, monkeypatch):
-    """Through logits and through norms, by kernels of statistics too, whose gradient comes in a tensor of its own."""
+    """Through logits and through norms, by kernels of statistics too, whose gradient comes in another tensor."""
     flash.install(monkeypatch, version)
-    with pytest.raises(AssertionError):  # the library's own gradient of keys, in fp16, is infinite
+    with pytest.raises(AssertionError):  # the library's gradient of keys, in fp16, is infinite
         assert_gradients_of_keys_add_up("flash")
     tensors = harness.inputs(torch.bfloat16, CPU, scales=("gain",))
     used = []
@@ -346,7 +346,7 @@ def test_cudnn(monkeypatch):
         refuses(error, tritonattn.attention, **tensors, **options, backend="flash")
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of Dynamo's own, at a break
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of Dynamo, at a break
 def test_a_compiler_leaves_it_out(monkeypatch):
     (module,) = flash.install(monkeypatch, FOUR)
     q, k, v = (x.bfloat16().requires_grad_() for x in torch.randn(3, 1, 2, 12, 16))

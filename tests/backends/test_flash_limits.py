@@ -120,7 +120,7 @@ def test_gradients_of_odd_strides(version, monkeypatch):
         torch.testing.assert_close(found, wanted, atol=0.05, rtol=0.05)
 
 
-# Card, head dims, options, the name of what FlashAttention 4 lacks there, and whether it has it without gradients.
+# Card, head dims, options, the name of what FlashAttention 4 lacks there, and True where it has it without gradients.
 FOUR_LACKS = [
     (12, (64, 64), {"softcap": 2.0}, "softcap with gradients", True),
     (12, (64, 64), {"sinks": True}, "sinks", False),

@@ -26,7 +26,7 @@ def tree_of(file: str) -> ast.Module:
 
 @functools.cache
 def known_to(file: str) -> dict[str, Function]:
-    """Device functions by the names that they have in a file: its own, and those that it imports."""
+    """Device functions by the names that they have in a file: those it defines, and those that it imports."""
     found = {}
     for node in tree_of(file).body:
         if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(x) for x in node.decorator_list):

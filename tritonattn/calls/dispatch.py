@@ -41,10 +41,10 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
             return run(call)
     is_compiled, has_transform = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
     if is_compiled and call.backend == "flash":
-        uncompiled: Any = torch._dynamo.disable(run)  # its libraries are no operators that a compiler sees
+        uncompiled: Any = torch._dynamo.disable(run)  # its libraries are no operators that a compiler knows
         return uncompiled(call)
     if is_compiled and has_transform:
-        # Dynamo's own rules for autograd functions in torch.func.grad gave wrong gradients. Raising leaves the call
+        # Dynamo's rules for autograd functions in torch.func.grad gave wrong gradients. Raising leaves the call
         # uncompiled; fullgraph=True hands the error on.
         raise RuntimeError("tritonattn: a torch.func transform of attention is not compiled")
     # A compiler reads no state here.
@@ -60,7 +60,7 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
     result = by_formulas(call) if call.backend == "reference" else None
     if result is None:
         call = with_logits(call)
-        # torch maps its own attention in a loop under vmap; our operators fold the mapped axis into the batch.
+        # torch maps its attention in a loop under vmap; our operators fold the mapped axis into the batch.
         folds = call.backend == "sdpa" and not has_transform and sdpa.supports(call)
         attend = flash.attention if call.backend == "flash" else ops.attention
         result = None if folds else attend(call)

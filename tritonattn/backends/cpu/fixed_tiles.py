@@ -1,7 +1,7 @@
 """Tiles of one shape, for calls in which the bits of a row must not depend on the rest of the batch.
 
-A product of matrices rounds otherwise where its shape is another. So tiles are padded to one shape and laid out in
-memory of their own, a head at a time; keys are cut from the first key of a sequence on, rows from its first row on. A
+A product of matrices rounds otherwise where its shape is another. So tiles are padded to one shape and copied to
+new memory, a head at a time; keys are cut from the first key of a sequence on, rows from its first row on. A
 padded or hidden pair adds exactly 0.
 """
 
@@ -79,8 +79,8 @@ class FixedTiles(Tiles):
         sums[:, keys] += torch.bmm(x, y)[:, : keys.stop - keys.start]
 
     def store(self, whole: Tensor, part: Tensor, block: Block) -> None:
-        place = whole[block.index]
-        place.copy_(self.by_head(part, block)[:, 0, :, : place.shape[2]].reshape(place.shape))
+        target = whole[block.index]
+        target.copy_(self.by_head(part, block)[:, 0, :, : target.shape[2]].reshape(target.shape))
 
     def by_head(self, x: Tensor, block: Block) -> Tensor:
         return x.view(1, 1, self.group, _ROWS, x.shape[-1])

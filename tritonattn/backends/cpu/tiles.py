@@ -1,4 +1,4 @@
-"""Cut a call into tiles; find the tiles that some row sees, and the hidden pairs in each."""
+"""Cut a call into tiles; find the tiles that some row attends to, and the hidden pairs in each."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Block:
-    """Some query rows of some heads, and the keys outside which they see none."""
+    """Some query rows of some heads, and the keys outside which they attend to none."""
 
     heads: Heads
     rows: slice
@@ -50,7 +50,7 @@ class Tiles:
     query heads of a key head lie one after the other, so that keys and values are never repeated. Everything is
     widened to dtype: fp32 (fp64 for fp64 q) unless given.
 
-    joins_spans   whether a backward takes all keys of a block of rows at once
+    joins_spans   a backward takes all keys of a block of rows at once
     """
 
     joins_spans = False
@@ -93,7 +93,7 @@ class Tiles:
                 yield Block(heads, part, keys)
 
     def keys_of(self, block: Block, spans: list[tuple[slice, bool]]) -> Iterator[tuple[slice, Tensor | None]]:
-        """Yield the spans of `spans_of(block)` that some row may see, and the hidden pairs of each, or None for none.
+        """Yield the spans of `spans_of(block)` that some row may attend to, with hidden pairs, or None for none.
 
         Hidden pairs are bool, broadcastable to [batch entries, key heads, G, rows, keys]. A bias of -inf hides a pair.
         """
@@ -111,7 +111,7 @@ class Tiles:
                 yield keys, hidden if hidden.any() else None
 
     def spans_of(self, block: Block) -> list[tuple[slice, bool]]:
-        """The spans of keys that the range of some row touches, each with whether all ranges hold it."""
+        """The spans of keys that the range of some row touches, each with True where all ranges hold it."""
         spans, batch = _cut(block.keys, KEYS), block.heads.batch
         first, last = (_slice(bound, batch, block.rows)[..., None] for bound in (self.first, self.last))
         start, stop = (first.new_tensor([getattr(keys, end) for keys in spans]) for end in ("start", "stop"))
@@ -129,7 +129,7 @@ class Tiles:
         return self.of_rows(x[..., None], block)
 
     def of_keys(self, x: Tensor, heads: Heads, keys: slice | None = None) -> Tensor:
-        """Some or all keys of x [B, Hkv, Sk, C], widened, zero where no row sees them: [N, keys, C]."""
+        """Some or all keys of x [B, Hkv, Sk, C], widened, zero where no row attends to them: [N, keys, C]."""
         keys = slice(0, x.shape[2]) if keys is None else keys
         x = x[heads.batch, heads.keys, keys].to(self.dtype)
         if self.unseen is not None and (self.holes is None or self.holes[keys.start] < self.holes[keys.stop]):
@@ -181,9 +181,9 @@ class Tiles:
         sums[:, keys].baddbmm_(x, y)
 
     def store(self, whole: Tensor, part: Tensor, block: Block) -> None:
-        """Put [N, G * rows, C] into its place in [B, Hq, Sq, C], or [N, G * rows, 1] into [B, Hq, Sq]."""
-        place = whole[block.index]
-        place.copy_(part.view(place.shape))
+        """Put a block [N, G * rows, C] into [B, Hq, Sq, C], or [N, G * rows, 1] into [B, Hq, Sq]."""
+        target = whole[block.index]
+        target.copy_(part.view(target.shape))
 
     def by_head(self, x: Tensor, block: Block) -> Tensor:
         """[N, G * rows, C] as [batch entries, key heads, G, rows, C]."""
@@ -192,7 +192,7 @@ class Tiles:
         return x.view(*shape, block.rows.stop - block.rows.start, x.shape[-1])
 
     def _sequences(self) -> list[tuple[slice, slice]]:
-        """Rows, and the keys that they may see: one part, or one for every packed sequence; together all rows."""
+        """Rows, and the keys that they may attend to: one part, or one for every packed sequence; together all rows."""
         visible = self.call.visibility
         whole = (slice(0, visible.q_len), slice(0, visible.k_len))
         if visible.sequences is None or not self.readable:
@@ -257,13 +257,13 @@ class Tiles:
         rows = block.rows.stop - block.rows.start
         pairs = self.by_head(d_logit, block)[..., :rows, : keys.stop - keys.start].flatten(1, 2)
         if sums.bias is not None:
-            place = _slice(sums.bias, *block.index, keys)
-            place += pairs.sum_to_size(place.shape)
+            target = _slice(sums.bias, *block.index, keys)
+            target += pairs.sum_to_size(target.shape)
         if sums.relative_bias is not None:
             offset = self._offset_of(block)
             entries = self._entries(offset, keys, sums.relative_bias.shape[3])
-            place = _slice(sums.relative_bias, *block.index)[..., entries]
-            place += reflected(pairs, offset, entries, keys.start).sum_to_size(place.shape)
+            target = _slice(sums.relative_bias, *block.index)[..., entries]
+            target += reflected(pairs, offset, entries, keys.start).sum_to_size(target.shape)
 
     def _entries(self, offset: Tensor, keys: slice, extent: int) -> slice:
         """The entries of a table that pairs of rows of these offsets and of these keys have."""
@@ -294,7 +294,7 @@ def logits_of(query: Tensor, factor: Tensor | float, key: Tensor) -> Tensor:
 
 
 def exp_(x: Tensor) -> Tensor:
-    """exp(x) in place, and 0 for subnormal results, which would slow down every later product several times."""
+    """exp(x) in target, and 0 for subnormal results, which would slow down every later product several times."""
     smallest = math.log(torch.finfo(x.dtype).tiny)
     return torch.threshold_(x, smallest, -torch.inf).exp_()
 

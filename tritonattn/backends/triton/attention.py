@@ -44,8 +44,8 @@ from .records import Arguments, logit_arguments, pages_of, range_arguments, stri
 def are_few_rows(call: AttentionCall) -> bool:
     """True where the decode kernel, whose programs share a row's keys, runs such a call instead of the forward kernel.
 
-    Rows must stand at the end of the keys: causal rows do, and a lone row that sees all keys. A relative bias counts
-    from key Sk - 1 there, not from the last one that is seen.
+    Rows must stand at the end of the keys: causal rows do, and a lone row that attends to all keys. A relative bias
+    counts from key Sk - 1 there, not from the last visible one.
     """
     visible = call.visibility
     if visible.mask is not None or visible.sequences is not None or call.dropout is not None:
@@ -152,7 +152,7 @@ def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> tuple[Grid, Argumen
 
 
 def _splits(kernel: str, chosen: Plan, call: AttentionCall) -> int:
-    """Splits of a call. A window narrows the keys that a block of rows sees, or the rows that see a block of keys."""
+    """Splits of a call. A window narrows the keys of a block of rows, or the rows of a block of keys."""
     if call.invariant or "splits" not in chosen.names:
         return 1
     visible, config, (_, rows, keys) = call.visibility, chosen.config, _sizes(call)
@@ -206,7 +206,7 @@ def aligned_rows(rows: int) -> int:
 
 
 def seen_scales(key_scale: Tensor, visible: Visibility) -> Tensor:
-    """The key scale with 0 for keys that no row sees, whose scales may be anything."""
+    """The key scale with 0 for keys that no row attends to, whose scales may be anything."""
     if visible.sees_every_key:
         return key_scale
     return torch.where(seen_keys(visible), key_scale, 0)
