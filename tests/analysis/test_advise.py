@@ -1,4 +1,4 @@
-"""`advise`: the advice for each kind of attention, and its reason."""
+"""`advise`: the advice for every state of attention, and its reason."""
 
 import json
 import math

@@ -66,7 +66,7 @@ def test_numbers_against_a_dense_computation(options, factor):
 
 def test_the_largest_logit_is_without_a_bias_of_keys():
     """A forget gate's bias grows with the position: QK-clip would shrink weights that are not too large."""
-    torch.manual_seed(0)  # some head's largest logit lies behind the second key
+    torch.manual_seed(0)  # some head's largest logit lies after the second key
     layer, x = tritonattn.nn.ScaledAttention(32, heads=4, causal=True), torch.randn(1, 9, 32)
     bias = 50 * torch.arange(9.0).expand(4, 9)
     hidden = bias.clone()
@@ -221,10 +221,10 @@ def test_arguments():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, while it compiles
-@pytest.mark.parametrize(("kind", "backend"), [("scaled", "inductor"), ("llama", "eager")])
-def test_compiled_layers_are_all_seen_and_compiled_once(kind, backend):
-    net, x = (Net(causal=True), torch.randn(2, 9, 32)) if kind == "scaled" else (llama("sdpa"), ids())
-    if kind == "llama":
+@pytest.mark.parametrize(("model", "backend"), [("scaled", "inductor"), ("llama", "eager")])
+def test_compiled_layers_are_all_seen_and_compiled_once(model, backend):
+    net, x = (Net(causal=True), torch.randn(2, 9, 32)) if model == "scaled" else (llama("sdpa"), ids())
+    if model == "llama":
         patch(net, "key_norm_mean", layers=[1])
 
     def loss(run):

@@ -178,7 +178,7 @@ def test_undo_on_alarm():
             monitor.step()
         assert patched(net) is None
         net(x)
-        record = monitor.step()  # it goes on, with the model's own attention
+        record = monitor.step()  # it goes on, with the model's attention
     assert len(record["layers"]) == 2
     assert record["alarms"] == []
     with torch.no_grad():
