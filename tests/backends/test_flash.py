@@ -17,7 +17,7 @@ from tests.support.packed import RAGGED, offsets
 from tests.support.pairs import in_turn
 from tests.support.refusals import refuses
 from tritonattn.backends.flash import libraries, obstacles
-from tritonattn.backends.flash.fold import folded
+from tritonattn.backends.flash.run import folded
 from tritonattn.calls import dispatch
 from tritonattn.core.observation import Observer
 from tritonattn.ops import attend

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ...core.call import AttentionCall, Gradients, Needs
 from ...core.rounding import before_rounding
-from .fixed_tiles import tiles_of
-from .tiles import Block, Heads, Tiles, exp_, logits_of
+from .tiles import Block, Heads, Tiles, exp_, logits_of, tiles_of
 
 
 def backward(
