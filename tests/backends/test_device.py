@@ -104,14 +104,6 @@ def arguments(tensor: torch.Tensor, **changed: Any) -> dict[str, Any]:
 K = torch.zeros(2, 3, 16, 64, dtype=torch.float16)
 
 
-def test_code_is_launched_again_with_the_arguments_in_their_order(kernel):
-    for step in range(3):
-        device.launch_on(CUDA, kernel, (step, 1, 1), arguments(K), TILES)
-    [code] = kernel.compiled.values()
-    assert [grid for grid, _ in code.launched] == [(1, 1, 1), (2, 1, 1)], "Triton itself launches the first"
-    assert [type(value) for value in code.launched[0][1]] == [type(value) for value in arguments(K).values()]
-
-
 def test_kept_code_is_launched_unbound(kernel, monkeypatch):
     """Unless an address is no multiple of 16 bytes: then Triton's binding decides, and nothing is kept."""
     special, bound, found = device.Specialisation(Problem(64, 64, torch.float16), False), [], device._bound_and_launched

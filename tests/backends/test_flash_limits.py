@@ -38,11 +38,10 @@ def test_a_window_that_the_second_lacks(monkeypatch):
     tensors = harness.inputs(torch.bfloat16, CPU, q_len=30, k_len=9)
     options = {"window": (3, None), "backend": "flash"}
     flash.install(monkeypatch, TWO)
-    error = "NotImplementedError: window of up to 30 queries and 9 keys: ~ by flash-attn-2 ~ 'triton'"
-    refuses(error, tritonattn.attention, **tensors, **options)
     packed = Packed((30, 2), (9, 20))  # a side of the longest sequence, as the library has it
     packed_tensors = harness.packed_inputs(packed, torch.bfloat16, CPU)
-    refuses(error.replace("9", "20"), tritonattn.attention_varlen, **packed_tensors, **packed.arguments(), **options)
+    error = "NotImplementedError: window of up to 30 queries and 20 keys: ~ by flash-attn-2 ~ 'triton'"
+    refuses(error, tritonattn.attention_varlen, **packed_tensors, **packed.arguments(), **options)
     two, three = flash.install(monkeypatch, TWO, THREE, card=9)
     tritonattn.attention(**tensors, **options)
     assert (len(two.calls), len(three.calls)) == (0, 1)
@@ -91,16 +90,6 @@ def test_nan_in_hidden_rows_and_scales(monkeypatch):
     out = tritonattn.scaled_attention(*leaves, causal=True, backend="flash")
     for gradient in torch.autograd.grad(out.sum(), leaves):
         assert gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("version", NEWEST)
-def test_nan_behind_packed_keys_reaches_no_row(version, monkeypatch):
-    flash.install(monkeypatch, version)
-    packed = Packed((4, 3), (4, 5), k_tail=3)  # `packed_inputs` fills the tail with NaN
-    tensors = harness.packed_inputs(packed, torch.bfloat16, CPU)
-    with torch.no_grad():
-        out = tritonattn.attention_varlen(**tensors, **packed.arguments(), backend="flash")
-    assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("version", NEWEST)

@@ -221,26 +221,17 @@ def largest(x: Tensor) -> Tensor:
 def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -> Problem:
     """The `Problem` of a call: the parts that select code. `asked`: its fields that the call itself does not tell."""
     visible, terms = call.visibility, call.logits
+    masks = ("right", "left", "key_lengths", "key_ranges", "mask", "sequences")
+    of_logits = ("query_scale", "key_scale", "key_bias", "bias", "relative_bias", "softcap", "sinks")
     problem = Problem(
-        head_dim=call.q.shape[-1],
-        value_dim=call.v.shape[-1],
-        dtype=call.q.dtype,
-        right=visible.right is not None,
-        left=visible.left is not None,
-        key_lengths=visible.key_lengths is not None,
-        key_ranges=visible.key_ranges is not None,
-        mask=visible.mask is not None,
-        query_scale=terms.query_scale is not None,
-        key_scale=terms.key_scale is not None,
-        key_bias=terms.key_bias is not None,
-        bias=terms.bias is not None,
-        relative_bias=terms.relative_bias is not None,
+        call.q.shape[-1],
+        call.v.shape[-1],
+        call.q.dtype,
+        **{name: getattr(visible, name) is not None for name in masks},
+        **{name: getattr(terms, name) is not None for name in of_logits},
         grouped=visible.q_heads != visible.kv_heads,
-        softcap=terms.softcap is not None,
         bias_after_softcap=terms.bias_after_softcap and terms.softcap is not None,
-        sinks=terms.sinks is not None,
         dropout=call.dropout is not None,
-        sequences=visible.sequences is not None,
         block_table=call.block_table is not None,
         aligned=_has_whole_vectors(call.q, call.v) if call.invariant else are_aligned(call.q, call.k, call.v, d_out),
         short=is_short(*_sizes(call)[1:]),
