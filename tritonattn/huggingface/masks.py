@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from ..core.masks import mask_arguments
+from ..core.pair_biases import mask_arguments
 from .first_use import is_waiting
 from .settings import layer_scaling
 
