@@ -31,8 +31,21 @@ from .block import (
     vector_from,
 )
 from .combine import combine, parts_of
-from .launch import KERNELS, Plan, Specialisation, drop_config, forms_of, is_wide, kept_specialisation, plan
-from .records import Arguments, Results, bounded, logit_arguments, pages_of, strided
+from .launch import (
+    KERNELS,
+    Plan,
+    Specialisation,
+    bounded,
+    drop_config,
+    forms_of,
+    is_wide,
+    kept_specialisation,
+    logit_arguments,
+    pages_of,
+    plan,
+    strided,
+)
+from .records import Arguments, Results
 
 SHORTEST_SPLIT = tl.constexpr(config.SHORTEST_SPLIT)
 _SIZES = ["group", "length_words"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ...core.call import AttentionCall, Needs
+from .attention import largest, launch_kernel, new_results, seen_scales
 from .block import (
     LENGTHS,
     LOG2_E,
@@ -28,7 +32,8 @@ from .block import (
     vector_from,
     visible,
 )
-from .records import View
+from .launch import KERNELS, Specialisation
+from .records import Arguments, View
 
 # A block of rows loops over so few keys twice. Among more, some row's exact gradient is far larger than an error.
 FEW_KEYS = tl.constexpr(64)
@@ -292,3 +297,20 @@ def attention_grad_query(
     d_q_ptrs = d_q_ptr + row_base * HEAD_DIM + tile_offsets(block_rows, BLOCK_D, HEAD_DIM, 1, False)
     keep_q = keep_row[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
     tl.store(d_q_ptrs, dq.to(d_q_ptr.dtype.element_ty), mask=keep_q)
+
+
+KERNELS["grad_query"] = attention_grad_query
+
+
+def grad_query(
+    special: Specialisation, call: AttentionCall, arguments: Arguments, needs: Needs, d_out: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of q and query_scale."""
+    d_q = new_results(call, call.q, torch.float32 if special.problem.wide_q else call.q.dtype)
+    d_query_scale = new_results(call, arguments["results"].lse) if needs.query_scale else None
+    key_size = None
+    if call.logits.key_scale is not None and call.q.dtype == torch.float16:
+        key_size = largest(seen_scales(call.logits.key_scale, call.visibility))
+    arguments |= {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size": key_size}
+    launch_kernel("grad_query", special, call, arguments, d_out)
+    return d_q, d_query_scale

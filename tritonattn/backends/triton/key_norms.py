@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ...tuning.config import Problem
 from .block import LENGTHS, from_row, load_tile, program_position, tile_offsets
-from .launch import KERNELS, forms_of, is_aligned, is_wide, kept_specialisation, plan
+from .launch import KERNELS, forms_of, is_aligned, is_wide, kept_specialisation, plan, strided
 from .ranges import NO_HEADS, seen_bytes
-from .records import Arguments, strided
+from .records import Arguments
 
 # Below fp32's smallest normal number a norm counts as 0.
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)

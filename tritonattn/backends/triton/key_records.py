@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .block import LENGTHS, from_row, load_tile, page_slots, program_position, tile_offsets
 from .key_norms import key_arguments, key_norms, launch_keys, norms_of, with_usual_strides
-from .launch import KERNELS, forms_of, kept_specialisation, plan
+from .launch import KERNELS, forms_of, kept_specialisation, pages_of, plan, scale_of
 from .ranges import NO_HEADS
-from .records import Arguments, KeyBuffers, pages_of, scale_of
+from .records import Arguments, KeyBuffers
 
 
 @triton.jit
