@@ -87,16 +87,16 @@ def test_max_and_its_gradient(case):
 
 @pytest.mark.parametrize("row_counts", [None, torch.tensor([3, 1, 0])], ids=str)
 @pytest.mark.parametrize(("q_len", "left", "right"), [(1, None, 0), (1, 2, 0), (3, None, 0), (3, 1, 0), (3, 2, 1)])
-def test_rows_at_the_end_of_their_own_number_of_keys(q_len, left, right, row_counts):
+def test_rows_at_the_end_of_the_keys_of_their_entry(q_len, left, right, row_counts):
     """A cache and a padded batch; lengths outside [0, Sk] are clamped."""
     k_len, key_lengths = 8, torch.tensor([5, 2, 99])
     sizes = (3, HQ, HKV, q_len, k_len)
     visible = Visibility.of_padded(sizes, torch.device("cpu"), key_lengths, row_counts, left=left, right=right)
     rows = torch.full((3,), q_len) if row_counts is None else row_counts.clamp(max=q_len)
     row, key, keys = torch.arange(q_len)[:, None], torch.arange(k_len), key_lengths.clamp(max=k_len)[:, None, None]
-    own = row + keys - rows[:, None, None]
-    dense = (key <= own + right) & (key < keys) & (row < rows[:, None, None])  # [B, Sq, Sk]
-    dense = dense if left is None else dense & (key >= own - left)
+    position = row + keys - rows[:, None, None]
+    dense = (key <= position + right) & (key < keys) & (row < rows[:, None, None])  # [B, Sq, Sk]
+    dense = dense if left is None else dense & (key >= position - left)
     x = torch.rand(3, HKV, k_len, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     shown = torch.where(dense[:, None], x[:, :, None], 0)
     for seen in (visible, visible.as_ranges()):
@@ -109,24 +109,16 @@ def test_rows_at_the_end_of_their_own_number_of_keys(q_len, left, right, row_cou
     assert torch.equal(part.counts(), visible.counts())
 
 
-def test_properties():
-    assert visibility_of(4, 7, window=(-1, None)).is_full
-    assert visibility_of(7, 7, causal=True).is_square_causal
-    assert visibility_of(7, 7, window=(None, 0)).is_square_causal
-    assert not visibility_of(4, 7, causal=True).is_square_causal
-    assert not visibility_of(7, 7, causal=True, window=(3, 0)).is_square_causal
-    assert visibility_of(4, 7, mask=torch.ones(HQ, 1, 7, dtype=torch.bool)).per_query_head
-    assert not visibility_of(4, 7, mask=torch.ones(4, 7, dtype=torch.bool)).per_query_head
-
-
 @pytest.mark.parametrize("q_len", [1, 2, 5])
 def test_sizes_alone_tell_full_visibility(q_len):
     sides = [None, 0, 1, 3, 6]
-    for k_len, left, right, causal in product([1, 2, 4, 7], sides, sides, [False, True]):
+    for k_len, left, right, causal in product([1, 2, 5, 7], sides, sides, [False, True]):
         visible = visibility_of(q_len, k_len, window=(left, right), causal=causal)
-        dense = visible.dense()
+        dense, lower = visible.dense(), torch.ones(q_len, k_len, dtype=torch.bool).tril()
         assert visible.is_full == dense.all().item(), (k_len, left, right, causal)
         assert visible.sees_every_key == dense.any(-2).all().item(), (k_len, left, right, causal)
+        is_triangle = left is None and q_len == k_len and torch.equal(dense[0, 0], lower) and (causal or right == 0)
+        assert visible.is_square_causal == is_triangle, (k_len, left, right, causal)
 
 
 @pytest.mark.parametrize("far", [2**62 - 1, 2**62, sys.maxsize - 3, sys.maxsize, 2**64])
@@ -134,11 +126,6 @@ def test_a_window_of_any_size_does_not_overflow(far):
     for lengths, (window, same) in product(LENGTHS, (((far, far), None), ((2, far), (2, None)), ((far, 1), (None, 1)))):
         visible = visibility_of(*lengths, window=window).dense()
         assert torch.equal(visible, visibility_of(*lengths, window=same).dense())
-
-
-def test_a_window_narrower_than_causal_wins():
-    narrow = visibility_of(5, 5, causal=True, window=(1, 3)).dense()
-    assert torch.equal(narrow, visibility_of(5, 5, window=(1, 0)).dense())
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
@@ -199,9 +186,9 @@ def test_entries_of_no_sequence_are_zero_there_and_back():
     padded = axis.unpacked(x)
     assert torch.equal(padded[0], torch.nn.functional.pad(x[0, :, :2], (0, 1)))
     assert torch.equal(padded[1], x[0, :, 2:5])
-    own = torch.arange(7) < 5
-    assert torch.equal(axis.packed(padded), x * own)
-    assert torch.equal(torch.autograd.grad(padded.sum(), x)[0], own.double().expand(1, 2, 7))
+    belongs = torch.arange(7) < 5
+    assert torch.equal(axis.packed(padded), x * belongs)
+    assert torch.equal(torch.autograd.grad(padded.sum(), x)[0], belongs.double().expand(1, 2, 7))
 
 
 def test_gradients_of_the_heads_of_a_group_add_up_in_one_order_where_invariant():

@@ -1,4 +1,4 @@
-"""Key ranges equal transformers' dense masks."""
+"""Key ranges equal transformers' dense masks, of all functions and of models."""
 
 import inspect
 
@@ -7,8 +7,9 @@ import torch
 from transformers import masking_utils
 from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask, sliding_window_overlay
 
+from tests.huggingface.architectures import ARCHITECTURES
 from tests.support.watch import Watch
-from tritonattn.huggingface import first_use, key_range_mask
+from tritonattn.huggingface import attention_forward, first_use, key_range_mask, patch, register
 
 BATCH = 3
 PADDINGS = {"none": None, "all seen": (0, 0), "left": (3, 0), "right": (0, 4), "both": (2, 3)}
@@ -178,3 +179,43 @@ def test_compiled_ranges_and_the_assertion_on_holes():
     padding[1, 1] = True
     with pytest.raises(RuntimeError, match="masked keys between visible ones"):
         ranges(padding)
+
+
+class Spy:
+    """A mask function that compares every mask with transformers' dense one, and keeps its dtype."""
+
+    def __init__(self) -> None:
+        self.dtypes: list[torch.dtype | None] = []
+
+    def __call__(self, **asked):
+        mask = key_range_mask(**asked)
+        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        wanted = masking_utils.sdpa_mask(**{**asked, **skips})
+        self.dtypes.append(None if mask is None else mask.dtype)
+        if mask is None:
+            mask = key_range_mask(**{**asked, **skips})
+        if mask.dtype == torch.int32:
+            mask = dense(mask, asked["kv_length"])
+        assert torch.equal(mask.expand_as(wanted), wanted)
+        return key_range_mask(**asked)
+
+
+@pytest.fixture
+def spy():
+    one = Spy()
+    register("tritonattn", attention_forward, one)
+    yield one
+    register()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "llama4"])
+def test_masks_of_packed_documents(name, spy):
+    network, ids = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()["input_ids"][:1]
+    position = torch.tensor([[*range(6), *range(7)]])
+    with patch(network), torch.no_grad():
+        packed = network(input_ids=ids, position_ids=position, use_cache=False).logits
+        assert set(spy.dtypes) == {torch.int32}
+        parts = [network(input_ids=part, use_cache=False).logits for part in ids.split([6, 7], dim=1)]
+    if name in ("llama", "mistral", "gemma3"):  # Llama 4's chunks and temperatures follow the position in the batch
+        torch.testing.assert_close(packed, torch.cat(parts, dim=1), atol=1e-3, rtol=1e-3)

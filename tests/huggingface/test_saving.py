@@ -228,7 +228,7 @@ def test_the_flat_form_of_the_config_holds_for_all_layers():
         assert torch.equal(logits(network), changed)
     assert not torch.allclose(own, changed, atol=1e-2)
     network.config.tritonattn = {"scaling": "ssmax"}
-    refuses("ValueError: ~ parameters of its own ~ patch", logits, network)
+    refuses("ValueError: ~ without parameters ~ patch", logits, network)
 
 
 def test_weights_without_what_was_learned_are_said_and_start_anew(tmp_path):

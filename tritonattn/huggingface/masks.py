@@ -48,9 +48,11 @@ class Bounds(NamedTuple):
 def key_range_mask(**arguments: Any) -> Tensor | None:
     """The mask function for AttentionMaskInterface, with the arguments of transformers' `sdpa_mask`.
 
-    Returns None if causal=True, or no mask, describes the visible keys; int32 [B, 1, Q, 2] if every row attends to a
-    range of keys; and transformers' dense bool [B, 1, Q, K] otherwise. While compiling, padding with holes fails an
-    assertion.
+    While compiling, padding with holes fails an assertion.
+
+    Returns:
+        None if causal=True, or no mask, describes the visible keys; int32 [B, 1, Q, 2] if every row attends to a range
+        of keys; transformers' dense bool [B, 1, Q, K] otherwise.
     """
     kv_length, key_offset = arguments["kv_length"], arguments.get("kv_offset", 0)
     function = arguments.get("mask_function", masking_utils.causal_mask_function)

@@ -19,7 +19,7 @@ class Replacement:
         """Make the changes: (a module's name, owner, attribute, new value). Raises ValueError where there are none."""
         if not changes:
             raise ValueError(f"model: expected {wanted}, got {type(model).__name__}")
-        self.names = [name for name, *_ in changes]
+        self.names = list(dict.fromkeys(name for name, *_ in changes))
         self._before: list[tuple[Any, str, Any]] = []
         for _, owner, attribute, value in changes:
             self.put(owner, attribute, value)

@@ -127,8 +127,8 @@ def replace_attend(model: nn.Module, scaling: str | Scaling = "sqrt_dim", backen
         attend = getattr(module, "attend", None)
         if isinstance(attend, Attend):
             device = next(module.parameters()).device
-            own = ScaledAttend(attend, cast(int, module.heads), scaling, backend).to(device)
-            changes.append((f"{name}.attend".removeprefix("."), module, "attend", own))
+            scaled = ScaledAttend(attend, cast(int, module.heads), scaling, backend).to(device)
+            changes.append((f"{name}.attend".removeprefix("."), module, "attend", scaled))
     return Replacement(model, "one with an Attend of x-transformers", changes)
 
 

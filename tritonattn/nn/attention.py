@@ -293,7 +293,7 @@ class ScaledAttention(SharesSequence, nn.Module):
         return self.o_proj(out.flatten(1))
 
     def _cached(self, x: Tensor, cache: KeyValueCache, counts: Tensor | None, biases: dict[str, Any]) -> Tensor:
-        """[B, Hq, Sq, D]"""
+        """The result before the last projection: [B, Hq, Sq, D]."""
         if not self.causal:
             raise ValueError("cache: expected a causal layer, got causal=False")
         if not isinstance(cache, KeyValueCache):

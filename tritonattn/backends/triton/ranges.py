@@ -10,8 +10,8 @@ from torch import Tensor
 from ...core.visibility import Visibility
 from ...tuning.config import Problem
 from .block import LENGTHS, key_range, pass_bounds, program_position, whole_blocks
-from .launch import KERNELS, Arguments, Plan, plan, range_arguments
-from .records import View
+from .launch import KERNELS, Plan, plan
+from .records import Arguments, View, range_arguments
 
 
 @triton.jit(do_not_specialize=LENGTHS)
