@@ -132,7 +132,7 @@ def _obstacle(module: nn.Module) -> str | None:
     passed = interface_keywords(type(module)) or frozenset()
     if "indices" in passed:
         return "selects keys by an indexer"
-    # GPT-2 up to transformers 4: only its own eager attention reads these.
+    # GPT-2 up to transformers 4: only its eager attention reads these.
     if passed and "scaling" not in passed:
         if getattr(module, "scale_attn_by_inverse_layer_idx", False) or not getattr(module, "scale_attn_weights", True):
             return (
