@@ -126,10 +126,11 @@ class Rotated(nn.ScaledAttention):
         return turned(q), turned(k)
 
 
+@pytest.mark.parametrize(("layer_type", "rotary"), [(Rotated, None), (nn.ScaledAttention, 50.0)])
 @torch.no_grad()
-def test_positions_reach_a_subclass_in_every_form():
+def test_positions_reach_a_layer_in_every_form(layer_type, rotary):
     torch.manual_seed(0)
-    made = Rotated(WIDTH, HEADS, scaling="ssmax", causal=True, dtype=torch.float64)
+    made = layer_type(WIDTH, HEADS, scaling="ssmax", causal=True, rotary=rotary, dtype=torch.float64)
     x = 2 * tokens(length=9)
     whole = made(x)
     plain = nn.ScaledAttention(WIDTH, HEADS, scaling="ssmax", causal=True, dtype=torch.float64)
@@ -144,7 +145,7 @@ def test_positions_reach_a_subclass_in_every_form():
 
 @torch.no_grad()
 def test_rotary_positions_turn_complex_pairs():
-    """(x[d], x[d + D / 2]) as a complex number, times exp(i position base^(-2 d / D)); a cache goes on counting."""
+    """(x[d], x[d + D / 2]) as a complex number, times exp(i position base^(-2 d / D))."""
     made, plain = (layer(qk_norm=True, causal=True, rotary=base) for base in (50.0, None))
     x, positions = 2 * tokens(length=9), torch.arange(9)
     angles = positions[:, None] * 50.0 ** (-torch.arange(D // 2).double() / (D // 2))
@@ -156,9 +157,6 @@ def test_rotary_positions_turn_complex_pairs():
         half = rotated(given.bfloat16(), positions[None], 50.0)
         torch.testing.assert_close(half, torch.cat([wanted.real, wanted.imag], -1).bfloat16(), rtol=2e-2, atol=2e-2)
     assert torch.equal(made.operands(x)[2], v)
-    cache = made.cache(2, 9)
-    pieces = [made(x[:, a:b], cache=cache) for a, b in ((0, 5), (5, 6), (6, 9))]
-    torch.testing.assert_close(torch.cat(pieces, 1), made(x))
 
 
 @pytest.mark.parametrize("window", [None, (4, 0)])
