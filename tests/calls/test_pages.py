@@ -100,24 +100,24 @@ def test_decoding_of_as_many_tokens_as_each_sequence_has(mode, window, page, rec
     expected, of_rows = one_by_one(batch.packed, *operands, scaling=scaling, causal=True, window=window)
     q, k, v = torch.full((4, 4, 5, 8), torch.nan, dtype=torch.float64), batch.k, batch.v
     cache = {"key_lengths": batch.key_lengths, "query_lengths": torch.tensor(rows)}
-    for n, (own, _) in enumerate(batch.packed.members()):
-        q[n, :, : rows[n]] = batch.q[own].transpose(0, 1)
+    for n, (part, _) in enumerate(batch.packed.members()):
+        q[n, :, : rows[n]] = batch.q[part].transpose(0, 1)
     if page:
         cache |= {name + "_cache": batch.arguments()[name] for name in ("k", "v")} | {"block_table": batch.table}
         cache["statistics"] = record_of(batch) if recorded else None
     else:
         k, v = (torch.full((4, 2, 48, x.shape[2]), torch.nan, dtype=torch.float64) for x in (k, v))
-        for n, (_, own) in enumerate(batch.packed.members()):
-            k[n, :, : keys[n]], v[n, :, : keys[n]] = batch.k[own].transpose(0, 1), batch.v[own].transpose(0, 1)
+        for n, (_, part) in enumerate(batch.packed.members()):
+            k[n, :, : keys[n]], v[n, :, : keys[n]] = batch.k[part].transpose(0, 1), batch.v[part].transpose(0, 1)
         cache |= {"k_cache": k, "v_cache": v}
         if recorded:
             cache["statistics"] = tritonattn.KeyStatistics(4, 2, 48, dtype=torch.float64)
             cache["statistics"].append(k, batch.key_lengths)
     options = {"scaling": scaling, "window": window, "backend": backend, "return_aux": True}
     found, aux = attention_decode(q, **cache, **options)
-    for n, (own, _) in enumerate(batch.packed.members()):
-        torch.testing.assert_close(found[n, :, : rows[n]], expected[own].transpose(0, 1), rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(aux.lse[n, :, : rows[n]], of_rows.lse[:, own], rtol=1e-9, atol=1e-11)
+    for n, (part, _) in enumerate(batch.packed.members()):
+        torch.testing.assert_close(found[n, :, : rows[n]], expected[part].transpose(0, 1), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(aux.lse[n, :, : rows[n]], of_rows.lse[:, part], rtol=1e-9, atol=1e-11)
         assert not found[n, :, rows[n] :].any()
         assert (aux.lse[n, :, rows[n] :] == -torch.inf).all()
 

@@ -18,7 +18,7 @@ from tritonattn.core.norms import key_norms_of
 from tritonattn.core.shards import whole
 from tritonattn.distributed import HeadParallel
 from tritonattn.ops import attend
-from tritonattn.ops.flat import flat
+from tritonattn.ops.operators import flat
 
 B, HQ, HKV, S, D = 4, 8, 4, 12, 8
 PLACEMENTS = {

@@ -65,7 +65,7 @@ EVERYTHING = [
 def test_attention(gpu, case, emulate):
     executor = emulate(gpu, case.tiles)
     case.check()
-    of_ranges, of_keys = (executor.launched.count(name) for name in ("rows_of_key_block", "keys_seen"))
+    of_ranges, of_keys = (executor.launched.count(name) for name in ("row_bounds_kernel", "keys_seen"))
     assert of_ranges == (case.mask in ("ranges", "causal ranges", "everything"))
     assert of_keys == 2 * (case.mask in ("ranges", "causal ranges"))
     assert len(executor.launched) == 4 + of_ranges + of_keys  # forward, row terms, both backward kernels

@@ -12,7 +12,7 @@ from tests.support.watch import Watch
 from tritonattn.huggingface import attention_forward, first_use, key_range_mask, patch, register
 
 BATCH = 3
-PADDINGS = {"none": None, "all seen": (0, 0), "left": (3, 0), "right": (0, 4), "both": (2, 3)}
+PADDINGS = {"none": None, "all visible": (0, 0), "left": (3, 0), "right": (0, 4), "both": (2, 3)}
 POSITIONAL = "cache_position" in inspect.signature(sdpa_mask).parameters  # transformers before 5.1
 CHUNKS_FOLLOW_PADDING = "left_padding" in inspect.signature(masking_utils.chunked_overlay).parameters
 
@@ -60,10 +60,10 @@ def mask_functions(length: int, square: bool) -> dict:
 def arguments(q_length: int, kv_length: int, q_offset=0, kv_offset: int = 0, padding=None, **rest) -> dict:
     if padding is not None:
         left, right = padding
-        seen = torch.ones(BATCH, kv_offset + kv_length, dtype=torch.bool)
-        seen[1:, kv_offset : kv_offset + left] = False
-        seen[2:, seen.shape[1] - right :] = False
-        padding = seen
+        visible = torch.ones(BATCH, kv_offset + kv_length, dtype=torch.bool)
+        visible[1:, kv_offset : kv_offset + left] = False
+        visible[2:, visible.shape[1] - right :] = False
+        padding = visible
     where = {"q_length": q_length, "q_offset": q_offset, "device": torch.device("cpu")}
     if POSITIONAL:
         where = {"cache_position": torch.arange(q_length) + q_offset}
@@ -119,9 +119,9 @@ def test_ranges_at_64k_are_small(padding):
 @pytest.mark.parametrize("padding", ["short", "of everything"])
 def test_padding_that_says_nothing_of_the_last_keys_hides_them(padding):
     """A padding mask is as long as the text, which may be shorter than a static cache; a row may be padding alone."""
-    seen = torch.ones(BATCH, 6 if padding == "short" else 9, dtype=torch.bool)
-    seen[1, : 2 if padding == "short" else None] = False
-    asked = arguments(4, 9, mask_function=sliding_window_overlay(20)) | {"attention_mask": seen}
+    visible = torch.ones(BATCH, 6 if padding == "short" else 9, dtype=torch.bool)
+    visible[1, : 2 if padding == "short" else None] = False
+    asked = arguments(4, 9, mask_function=sliding_window_overlay(20)) | {"attention_mask": visible}
     ranges = key_range_mask(**asked)
     assert ranges.dtype == torch.int32
     assert torch.equal(dense(ranges, 9), sdpa_mask(**asked).expand(BATCH, 1, -1, -1))

@@ -1,4 +1,4 @@
-"""diffusers' attention backends, one a scaling, inside its own models."""
+"""diffusers' attention backends, one a scaling, inside its models."""
 
 import pytest
 import torch
@@ -158,17 +158,17 @@ def test_refusals(registered):
         return dispatch_attention_fn(q, key, v, backend=member, **options)
 
     mask = torch.ones(6, 6).bool()
-    not_own = "name: expected one that `register` made, got 'native'"
+    not_made = "name: expected one that `register` made, got 'native'"
     linear = "model: expected attention processors that take a backend, got Linear"
     for error, message, call in (
         (ValueError, "attn_mask: expected None with is_causal", lambda: dispatch(attn_mask=mask, is_causal=True)),
         (NotImplementedError, "_parallel_config: context parallelism", lambda: dispatch(parallel_config=object())),
         (ValueError, "key: expected query's 4 heads without enable_gqa, got 2", lambda: dispatch(key=k[:, :, :2])),
-        (ValueError, "name: expected one that is not diffusers' own, got 'native'", lambda: ours.register("native")),
+        (ValueError, "name: expected one that diffusers does not have, got 'native'", lambda: ours.register("native")),
         (ValueError, "name: expected lower case", lambda: ours.register("TritonAttn")),
         (ValueError, "which is a module", lambda: ours.register("tritonattn_learned", "ssmax")),
-        (ValueError, not_own, lambda: ours.unregister("native")),
-        (ValueError, not_own, lambda: ours.use(flux(), "native")),
+        (ValueError, not_made, lambda: ours.unregister("native")),
+        (ValueError, not_made, lambda: ours.use(flux(), "native")),
         (ValueError, linear, lambda: ours.use(torch.nn.Linear(2, 2), registered())),
     ):
         with pytest.raises(error, match=message):

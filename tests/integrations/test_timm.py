@@ -1,4 +1,4 @@
-"""timm's attention with a scaling, inside timm's own models."""
+"""timm's attention with a scaling, inside timm's models."""
 
 import copy
 import pickle

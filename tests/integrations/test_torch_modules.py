@@ -1,4 +1,4 @@
-"""torch.nn.MultiheadAttention with a scaling: torch's own results with sqrt_dim, the formula with every mode."""
+"""torch.nn.MultiheadAttention with a scaling: torch's results with sqrt_dim, the formula with every mode."""
 
 import pytest
 import torch
@@ -131,9 +131,9 @@ def test_an_encoder_keeps_its_scaling_in_inference(mode, norm_first):
         model.eval()
         with torch.no_grad():
             found = model(x, src_key_padding_mask=PADDING)
-        seen = ~PADDING
-        torch.testing.assert_close(found[seen], expected[seen])
-        assert torch.allclose(found[seen], plain[seen]) == (mode == "sqrt_dim")
+        visible = ~PADDING
+        torch.testing.assert_close(found[visible], expected[visible])
+        assert torch.allclose(found[visible], plain[visible]) == (mode == "sqrt_dim")
     assert type(model.layers[0].self_attn) is nn.MultiheadAttention
     torch.testing.assert_close(model(x, src_key_padding_mask=PADDING), plain)
     assert model.use_nested_tensor == (not norm_first)

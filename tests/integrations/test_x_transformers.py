@@ -1,4 +1,4 @@
-"""x-transformers' attention with a scaling, inside its own models."""
+"""x-transformers' attention with a scaling, inside its models."""
 
 import copy
 from functools import partial

@@ -20,23 +20,23 @@ _WRITTEN = frozenset((IMPLEMENTATION, SAVED_IMPLEMENTATION, ATTRIBUTE, STATED))
 class PatchedConfigs:
     """Configs that a patch may write to until `undo`.
 
-    copied     whether copies take their place all through the model, since other models may share them; a model that
-               is being loaded writes to the originals. Entries that are written to a copy meanwhile, such as use_cache
+    copied     copies replace them all through the model, since other models may share them; a model that is being
+               loaded writes to the originals. Entries that are written to a copy meanwhile, such as use_cache
                or a new vocab_size, go to its original at `undo`
     writable   the configs to write to
     """
 
     def __init__(self, model: nn.Module, configs: list[Any], copied: bool) -> None:
         self._model = model
-        self._originals = configs
+        self.originals = configs
         self._before = [dict(vars(config)) for config in configs]
         self.writable = [copy.copy(config) if copied else config for config in configs]
         self._exchange(configs, self.writable)
 
     def undo(self) -> None:
-        original_of = dict(zip(map(id, self.writable), self._originals, strict=True))
-        self._exchange(self.writable, self._originals)
-        for original, written, before in zip(self._originals, self.writable, self._before, strict=True):
+        original_of = dict(zip(map(id, self.writable), self.originals, strict=True))
+        self._exchange(self.writable, self.originals)
+        for original, written, before in zip(self.originals, self.writable, self._before, strict=True):
             if written is original:
                 for name in _WRITTEN:
                     vars(written).pop(name, None)
@@ -47,7 +47,7 @@ class PatchedConfigs:
                 is_new = name not in before or before[name] is not value
                 if is_new and name not in _WRITTEN:
                     vars(original)[name] = value
-        self._originals, self.writable, self._before = [], [], []
+        self.originals, self.writable, self._before = [], [], []
 
     def _exchange(self, present: list[Any], wanted: list[Any]) -> None:
         """Put each wanted config wherever the model, or another wanted one, holds the present one."""

@@ -34,7 +34,7 @@ from .patching import Patched, apply, patched
 from .settings import ATTRIBUTE, LAYERS, MARK, LayerScaling, Settings, layer_scaling, saved_layers
 
 _ASKED = "_tritonattn_implementation_asked_for"
-_OF_VLLM = "vllm"  # in models that vLLM builds, whose attention is its own: its plugin reads the settings
+_OF_VLLM = "vllm"  # in models that vLLM builds, whose attention it brings: its plugin reads the settings
 
 
 def restore(model: PreTrainedModel) -> Patched:
@@ -290,7 +290,7 @@ def _refusing(original: Any) -> Any:
                 raise _refusal(f"it lacks values of {layers}, which the model has patched") from error
             raise
         if layers := _layers(result.unexpected_keys):
-            raise _refusal(f"it has values of {layers} that the model has no place for")
+            raise _refusal(f"it has values of {layers} that the model lacks")
         return result
 
     return load_adapter

@@ -139,7 +139,7 @@ def patch(
 
         logit = model_scaling * sqrt(D) * gain * factor * (q . k)
 
-    factor is the mode's; model_scaling is the model's own factor of q . k, usually 1 / sqrt(D). So "sqrt_dim" gives
+    factor is the mode's; model_scaling is the model's factor of q . k, usually 1 / sqrt(D). So "sqrt_dim" gives
     the model as it was, and factors beyond 1 / sqrt(D) are kept (query_pre_attn_scalar, YaRN's, a q scaled beforehand
     as in Whisper and OPT). A scaling that normalises q, "cosine", replaces the model's.
 
@@ -166,7 +166,7 @@ def patch(
     it has not.
 
     Layers that are left out keep their implementation and masks. If all layers are patched, masks are ranges of
-    keys and O(Q); otherwise they are those of the model's own implementation, which must be "eager" or "sdpa".
+    keys and O(Q); otherwise they are those of the model's implementation, which must be "eager" or "sdpa".
 
     Returns:
         A `Patched`. Until its `undo()`, `model.set_attn_implementation` does not change patched layers.
@@ -226,15 +226,17 @@ def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, Layer
             f"model: expected one that is not distributed yet, got a {type(model).__name__} for learned parameters, but"
             f" {obstacle}: nothing would reduce their gradients over ranks; patch first, then wrap or shard"
         )
-    _check_masks(found, plans)
-    is_whole = _all_patched(found, plans)
-    configs = PatchedConfigs(model, _configs(model, found, plans, is_whole), copied)
+    # Configs of modules that stay as they are; of a part of a model the rest is not known.
+    shared = {id(one.config) for one in found if one.name not in plans or one.saved_name is None}
+    whole = {id(one.config) for one in found} - shared
+    _check_masks(one.config for one in found if one.name in plans and id(one.config) in shared)
+    configs = PatchedConfigs(model, _configs(model, found, plans, not shared), copied)
     result = Patched(model, found, set(plans), configs)
-    for config in configs.writable:
-        if is_whole or _all_of_config_patched(config, found, plans):  # then masks are tritonattn's
+    for original, config in zip(configs.originals, configs.writable, strict=True):
+        if not shared or id(original) in whole:  # then masks are tritonattn's
             setattr(config, IMPLEMENTATION, NAME)
     for one in found:
-        is_left = one.obstacle is None and not is_whole and _implementation(one.module) == NAME
+        is_left = one.obstacle is None and shared and _implementation(one.module) == NAME
         layer = plans.get(one.name, LayerScaling(Settings()) if is_left else None)
         if layer is not None:
             result._former.append((one.module, one.module.config))
@@ -284,13 +286,14 @@ def _wishes(found: list[AttentionModule], layers: Any, common: dict[str, Any]) -
     """The scaling, gain and backend asked for each chosen module, by its name."""
     if layers is None:
         return {one.name: common for one in found if one.obstacle is None}
-    if not isinstance(layers, Mapping):
-        layers = dict.fromkeys([layers] if isinstance(layers, (int, str)) else layers)
+    if isinstance(layers, (int, str)):
+        layers = [layers]
+    asked_for = layers.items() if isinstance(layers, Mapping) else [(selector, None) for selector in layers]
     wishes: dict[str, dict[str, Any]] = {}
     depths: dict[str, int] = {}
     for one in found:
         depths[one.stack] = max(depths.get(one.stack, 0), 1 + (one.number or 0))
-    for selector, wish in layers.items():
+    for selector, wish in asked_for:
         matching = [one for one in found if _matches(selector, one, depths)]
         if not matching:
             names = ", ".join(one.name for one in found if one.obstacle is None)
@@ -339,16 +342,14 @@ def _settings(module: Any, batch_invariant: bool | None, scaling: Any, gain: Any
     return Settings(scaling, gain, backend, batch_invariant)
 
 
-def _check_masks(found: list[AttentionModule], plans: dict[str, LayerScaling]) -> None:
-    """Refuse to patch a part of a model whose masks only its own implementation can read."""
-    for one in found:
-        if one.name in plans and not _all_of_config_patched(one.module.config, found, plans):
-            before = _implementation(one.module)
-            if before is not None and before not in _MASKS:
-                raise ValueError(
-                    f"layers: expected an attention implementation out of {', '.join(_MASKS)} if only some layers are"
-                    f" patched, got {before!r}: call model.set_attn_implementation('sdpa') first"
-                )
+def _check_masks(configs: Iterable[Any]) -> None:
+    """Refuse configs of models of which a part is patched, and whose masks only their implementation can read."""
+    for config in configs:
+        if config._attn_implementation not in (None, *_MASKS):
+            raise ValueError(
+                f"layers: expected an attention implementation out of {', '.join(_MASKS)} if only some layers are"
+                f" patched, got {config._attn_implementation!r}: call model.set_attn_implementation('sdpa') first"
+            )
 
 
 def _configs(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling], is_whole: bool) -> list:
@@ -358,17 +359,6 @@ def _configs(model: nn.Module, found: list[AttentionModule], plans: dict[str, La
     if is_whole:
         configs += [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     return list({id(config): config for config in configs}.values())
-
-
-def _all_patched(found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
-    """True where all attention modules of a model are patched; False for a part of a model, whose rest is not known."""
-    return all(one.name in plans and one.saved_name is not None for one in found)
-
-
-def _all_of_config_patched(config: Any, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
-    """True where a config has attention modules, and all are patched."""
-    users = [one for one in found if one.config is config]
-    return bool(users) and _all_patched(users, plans)
 
 
 def _shape(found: AttentionModule) -> tuple[str, str, str]:
@@ -382,7 +372,7 @@ def _shape(found: AttentionModule) -> tuple[str, str, str]:
 
 def _summary(layer: LayerScaling) -> str:
     scaling = to_config(layer.scaling)
-    text = "the model's own" if scaling is None else str(scaling)
+    text = "the model's" if scaling is None else str(scaling)
     if isinstance(scaling, dict):
         parameters = ", ".join(f"{key}={value}" for key, value in scaling.items() if key != "name")
         text = f"{scaling['name']}({parameters})"

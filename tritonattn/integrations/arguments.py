@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.masks import mask_arguments
+from ..core.pair_biases import mask_arguments
 from ..nn.registry import scaling_of_layer
 from ..scaling import Scaling
 

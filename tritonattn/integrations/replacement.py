@@ -46,7 +46,7 @@ class Replacement:
 
 
 def _set(owner: Any, attribute: str, value: Any) -> None:
-    """Set an attribute; torch puts nothing but a module in the place of a module."""
+    """Set an attribute; torch replaces a module by nothing but a module."""
     if isinstance(getattr(owner, attribute, None), nn.Module) and not isinstance(value, nn.Module):
         delattr(owner, attribute)
     setattr(owner, attribute, value)

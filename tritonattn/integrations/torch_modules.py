@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..calls.attention import attention
-from ..core.masks import mask_arguments
+from ..core.pair_biases import mask_arguments
 from ..scaling import Scaling
 from .arguments import scaling_for
 from .replacement import Replacement

@@ -27,7 +27,7 @@ from ..calls.sequence_checks import check_offsets
 from ..calls.varlen import attention_varlen
 from ..core.autograd import needs_graph
 from ..core.call import LONGEST_QUERY
-from ..core.relative import reflected
+from ..core.pair_biases import reflected
 from ..core.shards import SharesSequence
 from ..core.visibility import window_sides
 from ..scaling import Scaling

@@ -35,10 +35,14 @@ from .launch import (
     is_aligned,
     is_wide,
     kept_specialisation,
+    logit_arguments,
+    pages_of,
     plan,
+    range_arguments,
+    strided,
 )
 from .ranges import rows_of_key_blocks, seen_bytes, seen_keys
-from .records import Arguments, logit_arguments, pages_of, range_arguments, strided
+from .records import Arguments
 
 
 def are_few_rows(call: AttentionCall) -> bool:

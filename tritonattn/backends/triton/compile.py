@@ -24,10 +24,9 @@ from .device import Specialisation, binder, compile_options
 from .forward import forward
 from .key_norms import key_norms, key_norms_backward, prefix_sums
 from .key_records import append_keys, append_to_pages
-from .launch import KERNELS, Launch, Plan, overriding, recording
+from .launch import KERNELS, Launch, Plan, overriding, range_arguments, recording
 from .operands import Operands
 from .ranges import argmax_over_ranges, rows_of_key_blocks, seen_keys
-from .records import range_arguments
 
 _PAGE = 16
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
