@@ -34,7 +34,7 @@ from ...tuning.order import LONGEST_AXIS, lanes
 from .device import Grid, KernelArguments, NotCompiledError, Specialisation, launch_on
 from .records import Arguments, Pages, Scale, Strided
 
-KERNELS: dict[str, Any] = {}  # by name: each file of kernels enters its own
+KERNELS: dict[str, Any] = {}  # by name: each file enters its kernels
 
 
 class Variant(NamedTuple):
@@ -105,7 +105,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple):
-        return type(value)(*(map_tensors(function, member) for member in value))
+        return type(value)(*(map_tensors(function, field) for field in value))
     return value
 
 
@@ -151,7 +151,7 @@ class Plan:
         return cls(function, config, names, constexprs, target, operator.itemgetter(*names), descriptors, variant)
 
     def launch(self, grid: Grid, available: Arguments, special: Specialisation | None = None) -> None:
-        """Run with the kernel's own arguments out of those available, in its order; special: of the call, where kept.
+        """Run with the kernel's arguments out of those available, in its order; special: of the call, where kept.
 
         grid   programs along each axis; past LONGEST_AXIS or MOST_PROGRAMS in several launches
         """
@@ -295,9 +295,9 @@ _MOST_SPECIALISATIONS = 4096
 
 
 def forms_of(*tensors: Tensor | None) -> list[Form | None]:
-    """All of tensors that selects code: shape, strides, dtype, and whether they stand at multiples of 16 bytes."""
+    """All of tensors that selects code: shape, strides, dtype, and True where they stand at multiples of 16 bytes."""
     found: list[Form | None] = []
-    for x in tensors:  # no comprehension: each is a call of its own before Python 3.12
+    for x in tensors:  # no comprehension: each is a call before Python 3.12
         found.append(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0))
     return found
 
