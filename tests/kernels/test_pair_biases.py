@@ -14,7 +14,7 @@ from tests.kernels import harness
 from tests.support.bound import assert_within_bound
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.packed import Packed, packed_operands
-from tests.support.paged_calls import paged_call
+from tests.support.pages import paged_call
 from tests.support.pair_biases import Tensors, by_formula
 from tests.support.pairs import in_turn
 from tritonattn.backends import triton as backend
