@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.support.learned import small
+from tests.support.pairs import pairwise
 from tests.support.refusals import refuses
 from tritonattn import SCALINGS, Scales, Scaling, check_scaling, nn
 
@@ -10,9 +12,9 @@ MASKS = {"full", "causal", "causal, last rows", "window", "padding", "padding on
 MASKS |= {"ranges, rows without keys"}
 
 
-@pytest.mark.parametrize("mode", SCALINGS)
-def test_every_mode_passes(mode):
-    found = check_scaling(mode)
+@pairwise(mode=SCALINGS, kv_heads=[1, 2, 4])
+def test_every_mode_passes(mode, kv_heads):
+    found = check_scaling(small(mode), heads=4, kv_heads=kv_heads)
     assert set(found) == MASKS
     assert max(found.values()) < 1e-12
 
