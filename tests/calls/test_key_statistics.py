@@ -3,6 +3,7 @@
 import pickle
 import random
 
+import pytest
 import torch
 
 from tritonattn import KeyStatistics, PagedKeyStatistics
@@ -34,71 +35,52 @@ def _check(statistics: KeyStatistics, held: list[torch.Tensor], rtol: float = 1e
 
 
 def test_a_long_random_history():
-    """Appends of ragged counts, rejected guesses, beams that change places, and a reset."""
+    """Appends of ragged counts, rejected guesses, beams that move, and copies, after which the original stays."""
     dice = random.Random(0)
-    statistics = KeyStatistics(B, H, CAPACITY)
-    held = [torch.empty(H, 0, D)] * B
-    for step in range(200):
-        action = dice.choice(["append", "append", "append", "truncate", "reorder", "reset"])
+    statistics, held = KeyStatistics(B, H, CAPACITY), [torch.empty(H, 0, D)] * B
+    for step in range(300):
+        action = dice.choice(["append"] * 4 + ["truncate", "reorder", "reset", "select", "grow", "last"])
+        before, held_before, room = statistics, held, statistics.capacity
+        index = [dice.randrange(B) for _ in held]
         if action == "append":
-            counts = [dice.randint(0, min(4, CAPACITY - keys.shape[1])) for keys in held]
+            counts = [dice.randint(0, min(4, room - keys.shape[1])) for keys in held]
             new = _keys(max(counts), seed=step)
             held = [torch.cat([keys, new[b, :, : counts[b]]], dim=1) for b, keys in enumerate(held)]
             for b, count in enumerate(counts):
                 new[b, :, count:] = torch.nan
             statistics.append(new, torch.tensor(counts))
         elif action == "truncate":
-            lengths = [dice.randint(0, CAPACITY) for _ in held] if step % 3 else [dice.randint(0, CAPACITY)] * B
+            lengths = [dice.randint(0, room) for _ in held] if step % 3 else [dice.randint(0, room)] * B
             held = [keys[:, :length] for keys, length in zip(held, lengths, strict=True)]
             statistics.truncate(torch.tensor(lengths) if step % 3 else lengths[0])
-        elif action == "reorder":
-            index = [dice.randrange(B) for _ in held]
-            held = [held[i] for i in index]
-            statistics.reorder(torch.tensor(index))
-        elif dice.random() < 0.2:
+        elif action == "reset" and dice.random() < 0.2:
             held = [torch.empty(H, 0, D)] * B
             statistics.reset()
+        elif action == "reorder":
+            held = [held[i] for i in index]
+            statistics.reorder(torch.tensor(index))
+        elif action == "select":
+            held, statistics = [held[i] for i in index], statistics.select(torch.tensor(index))
+        elif action == "grow":
+            statistics = statistics.with_capacity(room + dice.randint(0, 1))
+        elif action == "last":
+            last = dice.randint(0, CAPACITY + 5)
+            held = [keys[:, max(keys.shape[1] - last, 0) :] for keys in held]
+            statistics = statistics.last(last, max(last, CAPACITY))
         _check(statistics, held)
+        if before is not statistics:
+            _check(before, held_before)
 
 
-EXACT = {"dtype": torch.float64}  # beside a float64 cache that has grown `attention_decode` asks for float64 again
-
-
-def test_selected_sequences_are_a_copy():
-    statistics, keys = KeyStatistics(B, H, CAPACITY, **EXACT), _keys(6, **EXACT)
-    statistics.append(keys, torch.tensor([6, 0, 4]))
-    held = [keys[0], keys[1, :, :0], keys[2, :, :4]]
-    index = [2, 2, 0, 1, 2]
-    chosen = statistics.select(torch.tensor(index))
-    _check(chosen, [held[i] for i in index], rtol=1e-14)
-    chosen.append(_keys(1, seed=1)[[0] * len(index)])
-    _check(statistics, held)
-    assert len(statistics.select(torch.tensor([], dtype=torch.int64)).counts) == 0
-
-
-def test_more_room_keeps_what_is_held():
-    statistics, keys, more = KeyStatistics(B, H, 6, **EXACT), _keys(6, **EXACT), _keys(5, seed=1, **EXACT)
+@pytest.mark.parametrize("copied", [lambda x: x.select(torch.tensor([2, 0])), lambda x: x.with_capacity(CAPACITY)])
+def test_copies_keep_float64(copied):
+    statistics, keys = KeyStatistics(B, H, 6, dtype=torch.float64), _keys(6, dtype=torch.float64)
     statistics.append(keys)
-    larger = statistics.with_capacity(CAPACITY)
-    assert (larger.capacity, statistics.capacity) == (CAPACITY, 6)
-    larger.append(more)
-    _check(larger, list(torch.cat([keys, more], dim=2)), rtol=1e-14)
-    _check(statistics, list(keys))
-    _check(statistics.with_capacity(6), list(keys))
-
-
-def test_the_last_keys_are_a_copy():
-    statistics, keys = KeyStatistics(B, H, CAPACITY, **EXACT), _keys(9, **EXACT)
-    more = _keys(3, seed=1, **EXACT)
-    counts = [9, 2, 0, 5][:B]
-    statistics.append(keys, torch.tensor(counts))
-    for last in (0, 1, 4, 9, CAPACITY + 5):
-        one = statistics.last(last, last + 3)
-        held = [own[:, max(count - last, 0) : count] for own, count in zip(keys, counts, strict=True)]
-        _check(one, held, rtol=1e-14)
-        one.append(more)
-        _check(one, [torch.cat([old, new], dim=1) for old, new in zip(held, more, strict=True)])
-    _check(statistics, [own[:, :count] for own, count in zip(keys, counts, strict=True)])
+    copy = copied(statistics)
+    chosen = keys[[2, 0]] if copy.counts.shape == (2,) else keys
+    assert copy.capacity == (6 if chosen is not keys else CAPACITY)
+    _check(copy, list(chosen), rtol=1e-14)
+    assert len(statistics.select(torch.tensor([], dtype=torch.int64)).counts) == 0
 
 
 def test_pickled_statistics_go_on():
