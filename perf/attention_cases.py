@@ -104,9 +104,9 @@ def entrant_name(name: str, scaling: str) -> str:
     return f"{name} {scaling}"
 
 
-def head(place: int) -> Callable[[Tensor], Tensor]:
+def head(position: int) -> Callable[[Tensor], Tensor]:
     """Make a function that takes [B, H, ...] to one head [1, 1, ...]: at 0 the first of all, at -1 the last."""
-    return lambda x: x[place][place][None, None]
+    return lambda x: x[position][position][None, None]
 
 
 class Inputs:
@@ -134,7 +134,7 @@ class Inputs:
         first = self.copies[0]
         batch, heads, q_len = first["q"].shape[:3]
         two = batch * heads > 1 and q_len * first["k"].shape[2] <= _LOGITS_OF_TWO_SAMPLES
-        return [self._sample(head(place)) for place in ((0, -1) if two else (0,))]
+        return [self._sample(head(position)) for position in ((0, -1) if two else (0,))]
 
     def _sample(self, part: Callable[[Tensor], Tensor]) -> Sample:
         q, k, v = (part(self.copies[0][name]) for name in "qkv")

@@ -122,7 +122,7 @@ def read(case: Case, cubins: Path | None = None) -> Reading:
     code = read_machine_code(compiled)
     path = None
     if cubins is not None:
-        binary = next(kind for kind in ("cubin", "hsaco") if kind in compiled.asm)
+        binary = next(form for form in ("cubin", "hsaco") if form in compiled.asm)
         path = cubins / f"{case.name}.{binary}"
         path.write_bytes(compiled.asm[binary])
     return Reading(
@@ -183,7 +183,7 @@ def dtype_name(problem: Problem) -> str:
 
 
 def read_all(found: list[Case], workers: int, cubins: Path | None) -> list[Reading]:
-    """Readings in the order of the cases, compiled afresh by processes of their own."""
+    """Readings in the order of the cases, compiled afresh by other processes."""
     if cubins is not None:
         cubins.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")

@@ -77,18 +77,18 @@ def sent_by_formula(method: str, ranks: int, sizes: Sizes, grad_itemsize: int = 
 
 
 def peak_by_formula(form: str, ranks: int, sizes: Sizes) -> float:
-    """Bytes of a rank at the peak, in the backward, beside q, k, v: in 16 bits, zig-zag, gradients added in fp32."""
+    """Bytes of a rank at the peak, in the backward, without q, k, v: in 16 bits, zig-zag, gradients added in fp32."""
     rows, keys = (sizes.length // ranks * heads * sizes.head_dim for heads in (sizes.q_heads, sizes.kv_heads))
-    own = rows * (4 + 2 + 1) + keys * 4  # kept: q and k in fp32, the output and what rounding took of it
-    own += rows * (4 + 4) + keys * (4 + 2)  # gradients; and those of q from the operator
+    kept_and_found = rows * (4 + 2 + 1) + keys * 4  # kept: q and k in fp32, the output and what rounding took of it
+    kept_and_found += rows * (4 + 4) + keys * (4 + 2)  # gradients; and those of q from the operator
     operands, gradients = 4 + 2, 4 + 2  # k in fp32 and v; what the operator returns for them
     exchanged = 3 * 4  # one gradient chunk by chunk, one rank by rank, and what other ranks sent
-    if form == "ring":  # parts held and on their way, and k in fp32; gradients own, sent, on their way, and their sum
-        return own + keys * (2 * (2 + 2) + 4 + gradients + 4 * (4 + 4))
+    if form == "ring":  # parts held and on their way, and k in fp32; gradients held, sent, on their way, and their sum
+        return kept_and_found + keys * (2 * (2 + 2) + 4 + gradients + 4 * (4 + 4))
     if form == "alltoall":
-        return own + keys * _repeats(ranks, sizes) * (operands + gradients + exchanged)
+        return kept_and_found + keys * _repeats(ranks, sizes) * (operands + gradients + exchanged)
     gathered = ranks * keys / (sizes.kv_heads if form == "by head" else 1)
-    return own + gathered * (operands + (4 + 4) + gradients + exchanged)
+    return kept_and_found + gathered * (operands + (4 + 4) + gradients + exchanged)
 
 
 def on_a_rank(rank: int, size: int, method: str, layout: str, sizes: Sizes, rounds: int) -> Measured:
@@ -279,9 +279,9 @@ def run(options: argparse.Namespace) -> None:
     print(f"[1, {sizes.q_heads} over {sizes.kv_heads}, {sizes.length}, {sizes.head_dim}] in bf16, causal, on `sdpa`.")
     print("One process: the same call of one rank, while as many processes run.\n")
     print(table(measured_rows(sizes, options.rounds), MEASURED))
-    print("\nMeasured, peak of resident memory in a forward and a backward of a rank, zig-zag, beside q, k and v:\n")
+    print("\nMeasured, peak of resident memory in a forward and a backward of a rank, zig-zag, without q, k and v:\n")
     print(table(peak_rows(sizes), PEAKS))
     assumed = Assumptions()
     print(f"\nModelled, causal, zig-zag, bf16, one layer: {assumed}. Nothing overlaps.")
-    print("GiB: the peak of a rank's memory in the backward, beside q, k and v, by the formula of the table before.\n")
+    print("GiB: the peak of a rank's memory in the backward, without q, k and v, by the formula of the table before.\n")
     print(table(modelled_rows((65536, 524288, 8388608), assumed), MODELLED))

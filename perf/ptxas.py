@@ -72,7 +72,7 @@ def all_cases(targets: tuple[str, ...], head_dims: tuple[int, ...]) -> list[Case
 
 
 def fetched(release: str, folder: Path) -> Path:
-    """The ptxas of a CUDA release such as "12.9.86", installed from PyPI into a folder of its own."""
+    """The ptxas of a CUDA release such as "12.9.86", installed from PyPI into another folder."""
     package = "nvidia-cuda-nvcc-cu12" if release.startswith("12.") else "nvidia-cuda-nvcc"
     into = folder / release
     if not into.exists():

@@ -1,4 +1,4 @@
-"""The host's time a step of vLLM's engine spends in an attention layer: ours beside vLLM's own Triton backend.
+"""The host's time a step of vLLM's engine spends in an attention layer: ours next to the Triton backend of vLLM.
 
 On a stub of NVIDIA's driver, as `launches`; in the virtual environment of `make test-vllm`.
 """

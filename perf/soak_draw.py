@@ -138,8 +138,8 @@ def _dense(source: Draw, head_dim: int, stages: int | None = None) -> Trial:
 
 def _varlen(source: Draw, head_dim: int) -> Trial:
     dtype, (_, kv_heads, group) = source.one_of(*DTYPES), _heads(source)
-    members = source.between(1, 6)
-    lengths = [[0 if source.size.random() < 0.2 else n for n in source.lengths()] for _ in range(members)]
+    sequences = source.between(1, 6)
+    lengths = [[0 if source.size.random() < 0.2 else n for n in source.lengths()] for _ in range(sequences)]
     ends = [torch.tensor([0, *column]).cumsum(0).int().to(source.device) for column in zip(*lengths, strict=True)]
     totals = [int(end[-1]) + source.size.choice((0, 3, 40)) + 1 for end in ends]
     leaves = {

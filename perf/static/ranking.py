@@ -15,7 +15,7 @@ from tritonattn.tuning.table import Key, Table
 
 from .gate import Judged, modelled_clocks
 
-# A config replaces the default, or for long calls that of short ones, which then need no kernels of their own, only if
+# A config replaces the default, or for long calls that of short ones, which then need no other kernels, only if
 # it leads by this much in the model, which is no measurement.
 _CLEARLY_AHEAD = 0.95
 # Tiles of which a ranking also compiles the other numbers of stages.
@@ -58,7 +58,7 @@ def _typical(key: Key) -> Problem:
 
 
 def _contenders(key: Key, target: Target) -> list[tuple[str, Problem, TileConfig]]:
-    """List the configs by which a key's tiles are compared, its own default first: in as many stages as the default."""
+    """List the configs by which a key's tiles are compared, the default first: in as many stages as the default."""
     problem = _typical(key)
     few = _few_candidates(key.kernel, problem, target)
     configs = dict.fromkeys([default_config(key.kernel, key.problem, target), *few])

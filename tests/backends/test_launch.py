@@ -27,8 +27,8 @@ def test_grids_of_more_programs_than_triton_counts_take_several_launches(grid, m
     names = ("first_y", "x", "first_z", "WIDE", "BLOCK_M")
     in_order = operator.itemgetter(*names)
     made = launch.Plan(print, TILES, names, {"BLOCK_M": 64}, Target("cuda", "80"), in_order, (), None)
-    made.launch(grid, {"x": 5, "y": 6}, True)
-    assert list(seen[0][1].items()) == list(zip(names, (0, 5, 0, True, 64), strict=True)), "in the kernel's order"
+    made.launch(grid, {"x": 5, "y": 6})
+    assert list(seen[0][1].items()) == list(zip(names, (0, 5, 0, False, 64), strict=True)), "in the kernel's order"
     x, y, z = grid
     covered = 0
     for part, first in seen:
@@ -56,9 +56,7 @@ def test_recorded_launches_are_not_run(monkeypatch):
     monkeypatch.setattr(launch, "config_for", lambda *_: pytest.fail("asked"))
     problem = Problem(64, 64, torch.float16)
     with launch.recording(Target("cuda", "100"), lambda *_: TILES) as launches:
-        launch.plan("row_terms", problem, CPU).launch(
-            (3, 2, 1), dict.fromkeys(KERNELS["row_terms"].arg_names, 7), False
-        )
+        launch.plan("row_terms", problem, CPU).launch((3, 2, 1), dict.fromkeys(KERNELS["row_terms"].arg_names, 7))
         with ThreadPoolExecutor(1) as pool, pytest.raises(pytest.fail.Exception, match="asked"):
             pool.submit(launch.plan, "row_terms", problem, CPU).result()
     assert [(one.kernel, one.grid, one.config) for one in launches] == [(KERNELS["row_terms"], (3, 2, 1), TILES)]

@@ -56,7 +56,7 @@ def test_types_of_options(parse, taken, refused):
             parse(text)
 
 
-# In place of torch, the first package that tritonattn imports.
+# Instead of torch, the first package that tritonattn imports.
 INTERRUPTED_TORCH = """
 import os, signal, time
 os.kill(os.getpid(), signal.SIGINT)

@@ -85,12 +85,12 @@ def test_the_worst_of_all_results_counts_and_their_shapes():
     assert broadcast.reason == "out: expected shape (2, 3), got (2, 1)"
 
 
-def spoil(attend, *place):
+def spoil(attend, *position):
     """Its result with one head, or one head of one sequence, wrong by one percent."""
 
     def wrong(*args, **options):
         out = attend(*args, **options).clone()
-        out[place] *= 1.01
+        out[position] *= 1.01
         return out
 
     return wrong
@@ -109,7 +109,7 @@ DECODING, PAGED = (
 
 
 @pytest.mark.parametrize(
-    ("case", "place"),
+    ("case", "position"),
     [
         (BATCH, (-1, -1)),
         (replace(BATCH, passes="forward+backward"), (-1, -1)),
@@ -119,9 +119,9 @@ DECODING, PAGED = (
         (PAGED, (-1, -1)),
     ],
 )
-def test_the_first_and_the_last_head_and_sequence_are_checked(case, place, monkeypatch):
+def test_the_first_and_the_last_head_and_sequence_are_checked(case, position, monkeypatch):
     right = type(case)._ours
-    monkeypatch.setattr(type(case), "_ours", lambda self, *options: spoil(right(self, *options), *place))
+    monkeypatch.setattr(type(case), "_ours", lambda self, *options: spoil(right(self, *options), *position))
     found = statuses(case)
     assert found.pop(f"tritonattn {'key_norm_mean' if case is PACKED else 'dim'}") == "wrong"
     assert set(found.values()) == {"measured"}

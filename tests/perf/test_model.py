@@ -44,7 +44,7 @@ def test_clocks_of_a_call():
     assert clocks(LOOP, late) == clocks(LOOP, alone), "the TMA is asked at the end of an iteration, for the next"
     assert clocks(LOOP, replace(late, num_stages=3)) == clocks(LOOP)
     replayed = Latency(0.5, 1500.0, 2, awaits_last=False)
-    assert clocks(LOOP, latency=replayed) == 38 * 128 * 1500, "of a program while another runs beside it"
+    assert clocks(LOOP, latency=replayed) == 38 * 128 * 1500, "of a program while another runs"
     stores = replace(LOOP, shared_bytes=5000 * 128)
     assert clocks(stores) == pytest.approx(38 * 2 * 128 * 5000)
 

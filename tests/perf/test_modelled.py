@@ -1,4 +1,4 @@
-"""Modelled milliseconds beside measured ones: which calls have them, and what they are made of."""
+"""Modelled milliseconds next to measured ones: which calls have them, and what they are made of."""
 
 from dataclasses import replace
 from types import SimpleNamespace

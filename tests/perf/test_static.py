@@ -82,7 +82,7 @@ def check_shipped_entry(position: int) -> None:
     assert examine(key.kernel, key.problem, entry.config, gpu.target).reasons == ()
 
 
-# A loop in a loop, whose wait retries out of line; the outer one has a spill of its own.
+# A loop in a loop, whose wait retries out of line; the outer one has a spill.
 LISTING = """
 .text.kernel:
         /*0000*/                   MOV R1, c[0x0][0x28] ;

@@ -88,7 +88,7 @@ def test_candidates(gpu):
 
 
 def test_options_are_searched_where_the_hardware_has_them():
-    """By the search on a card alone: a model that ranks tables sees no order of instructions, and no overlap."""
+    """By the search on a card alone: a model that ranks tables knows no order of instructions, and no overlap."""
     for target, options in ((GFX950, {"waves_per_eu": {0, 1, 2, 3}}), (SM_100, {"warp_specialize": {False, True}})):
         found = candidates("forward", PROBLEM, target)
         of_default = {name: {getattr(one, name) for one in found} for name in OPTIONS}

@@ -62,7 +62,7 @@ def put_calls(path) -> list[Exact]:
 
 
 def test_the_calls_of_a_file_are_searched_for(on_h100, user, tmp_path, capsys):
-    """Each with its own size, in its dtype; their entries serve them, beside those of keys."""
+    """Each with its size, in its dtype; their entries serve them, next to those of keys."""
     run(capsys, *SEARCH)
     calls = put_calls(tmp_path / "calls.json")
     status, out, _ = run(capsys, "tune", "--calls", str(tmp_path / "calls.json"))

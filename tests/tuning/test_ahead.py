@@ -1,6 +1,6 @@
 """A kernel that was compiled ahead of time is found by a launch: both ask Triton's cache for the same key.
 
-Triton's own JIT takes the launches of public calls, on a driver that has no card, up to where it compiles.
+The JIT of Triton takes the launches of public calls, on a driver that has no card, up to where it compiles.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from tritonattn.backends.triton import compile as ahead
 from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel, default_config
 
 pytestmark = pytest.mark.skipif(
-    launch.interpreting or torch.cuda.is_available(), reason="the JIT is not asked, or has a driver of its own"
+    launch.interpreting or torch.cuda.is_available(), reason="the JIT is not asked, or has another driver"
 )
 SM_80 = GPUTarget("cuda", 80, 32)
 NAMES = {function: name for name, function in KERNELS.items()}
@@ -46,7 +46,7 @@ class Driver:
 
 
 def key_of(source: Any, options: dict[str, Any]) -> str:
-    """The part of a cache key that depends on the launch; the rest is the compiler's own."""
+    """The part of a cache key that depends on the launch; the rest is that of the compiler."""
     return source.hash() + make_backend(SM_80).parse_options(dict(options)).hash()
 
 
@@ -68,7 +68,7 @@ def keys(monkeypatch) -> dict[str, set[str]]:
         options = device.compile_options(config, arguments.get("INVARIANT", False))
         kernel.run(grid=grid, warmup=True, **arguments, **options)
         if "argmax_ptr" in arguments:
-            arguments["argmax_ptr"].zero_()  # torch takes it for places of keys
+            arguments["argmax_ptr"].zero_()  # torch takes it for positions of keys
 
     monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", Driver())
     monkeypatch.setattr(triton.compiler, "compile", asked)

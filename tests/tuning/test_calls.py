@@ -134,18 +134,18 @@ def test_names_that_no_problem_has(name):
 def test_an_entry_of_a_problem_serves_it_alone_and_first(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_dir, "shipped_tables", lambda: tmp_path)
     monkeypatch.setattr(cache_dir, "user_cache", lambda: tmp_path)
-    own, others = TileConfig(64, 32, 4, 2), TileConfig(64, 64, 4, 2)
+    alone, others = TileConfig(64, 32, 4, 2), TileConfig(64, 64, 4, 2)
     key = Key("forward", 64, "none", "long")
-    entries = {CAUSAL: Entry(own, "measured", {}), key: Entry(others, "static", {})}
+    entries = {CAUSAL: Entry(alone, "measured", {}), key: Entry(others, "static", {})}
     path = lookup.user_table(H100)
     write_table(path, Table("h100", H100, kernels_fingerprint(), entries))
     assert read_table(path).entries == entries
     lookup.clear_cache()
-    assert lookup.find("forward", CAUSAL.problem, H100)[:3] == (own, path, CAUSAL)
+    assert lookup.find("forward", CAUSAL.problem, H100)[:3] == (alone, path, CAUSAL)
     assert lookup.config_for("forward", replace(CAUSAL.problem, left=True), H100) == others
-    assert lookup.config_for("forward", replace(CAUSAL.problem, invariant=True), H100) not in (own, others)
+    assert lookup.config_for("forward", replace(CAUSAL.problem, invariant=True), H100) not in (alone, others)
     record = json.loads(path.read_text())
-    record["entries"][str(CAUSAL)]["config"] = asdict(own) | {"block_m": -1}
+    record["entries"][str(CAUSAL)]["config"] = asdict(alone) | {"block_m": -1}
     path.write_text(json.dumps(record))
     with pytest.raises(TableError, match=rf"{CAUSAL}: block_m: expected 1 to 1024, got -1".replace("+", r"\+")):
         read_table(path)

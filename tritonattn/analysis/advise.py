@@ -176,8 +176,8 @@ class _Layer:
 
     def _bounded(self, scaling: Any) -> str:
         """Name what bounds the logits."""
-        own = SCALINGS[scaling] if isinstance(scaling, str) else scaling
-        if getattr(own, "normalises_query", False):
+        mode = SCALINGS[scaling] if isinstance(scaling, str) else scaling
+        if getattr(mode, "normalises_query", False):
             return "cosine"
         return "QK-norm" if self.qk_norm else "" if self.softcap is None else f"softcap {self.softcap:g}"
 
@@ -261,8 +261,8 @@ def _findings_of_model(model: nn.Module, tokens: Any, context: int | None) -> li
         layer = _of_call(names[id(module)], q, k, arguments, aux, context)
         findings.append(_finding(dataclasses.replace(layer, qk_norm=_normalises(module))))
 
-    own = patched(model)
-    handle = patch(model, "sqrt_dim") if own is None else own
+    present = patched(model)
+    handle = patch(model, "sqrt_dim") if present is None else present
     training = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -271,7 +271,7 @@ def _findings_of_model(model: nn.Module, tokens: Any, context: int | None) -> li
     finally:
         for module, mode in training:
             module.training = mode
-        if own is None:
+        if present is None:
             handle.undo()
     if not findings:
         raise ValueError("model: expected one that computes attention from these inputs, got none")

@@ -106,11 +106,11 @@ def over_ranks(totals: dict[str, Totals], device: torch.device) -> dict[str, tup
     layers = {name: [facts[name] for facts in everyone if name in facts] for name in sorted(set().union(*everyone))}
     sums, largest = {}, {}
     for name, found in layers.items():
-        own, parts = totals.get(name), found[0].parts
+        mine, parts = totals.get(name), found[0].parts
         for key, shape in {key: shape for facts in found for key, shape in facts.shapes.items()}.items():
-            sums[name, key] = _placed(own, None if own is None else own.sums.get(key), parts, shape)
+            sums[name, key] = _placed(mine, None if mine is None else mine.sums.get(key), parts, shape)
         heads = found[0].shapes["rows"]
-        largest[name] = _placed(own, None if own is None else own.max_logit, parts, heads, -math.inf)
+        largest[name] = _placed(mine, None if mine is None else mine.max_logit, parts, heads, -math.inf)
     sums, largest = reduced(sums, "SUM", device), reduced(largest, "MAX", device)
     result = {}
     for name, found in layers.items():
@@ -120,11 +120,11 @@ def over_ranks(totals: dict[str, Totals], device: torch.device) -> dict[str, tup
     return result
 
 
-def _placed(own: Totals | None, x: Tensor | None, parts: int, shape: torch.Size, fill: float = 0.0) -> Tensor:
+def _placed(mine: Totals | None, x: Tensor | None, parts: int, shape: torch.Size, fill: float = 0.0) -> Tensor:
     """A rank's numbers among the heads of all ranks, with `fill` at those of others."""
     out = torch.full((parts, *shape), fill, dtype=torch.float64)
-    if own is not None and x is not None:
-        out[own.head_part[0]] = x
+    if mine is not None and x is not None:
+        out[mine.head_part[0]] = x
     return out.flatten(0, 1)
 
 

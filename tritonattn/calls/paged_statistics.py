@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import kernels
 from ..core.autograd import runs_eagerly
-from ..core.key_records import TOTALS, KeyRecord, extended, zeros
+from ..core.key_records import KeyRecord, zeros
 from ..core.norms import key_norms_of
 from ..core.sequences import Found, PackedAxis, PageTable
 from .checks import check_count, check_integers, kind_of, shape_of, values_are_read
@@ -106,6 +106,11 @@ class PagedKeyStatistics(KeyRecord):
     def at(self, name: str, found: Found) -> Tensor:
         return found.of(getattr(self, name)).movedim(-1, 1)
 
+    def _put(self, found: Found, entries: tuple[Tensor, ...]) -> None:
+        page = torch.where(found.is_held, found.page, self._spare)
+        for buffer, values in zip(self._memory, entries, strict=True):
+            buffer[page, found.slot] = values.movedim(1, -1)
+
     @torch.no_grad()
     def append(self, k_new: Tensor, cu_seqlens: Tensor, *, key_lengths: Tensor, block_table: Tensor) -> None:
         """Enter the newest keys of every sequence, before the attention that attends to them.
@@ -148,14 +153,9 @@ class PagedKeyStatistics(KeyRecord):
         new = PackedAxis.of(cu_seqlens, longest, total)
         first, order = (key_lengths.long() - new.counts)[:, None], torch.arange(longest, device=k_new.device)
         table = PageTable(block_table, self.page)
-        page, slot, is_held = self.find(torch.where(order < new.counts[:, None], first + order, -1), table)
-        norms = key_norms_of(k_new.transpose(0, 1)[None], invariant=True)  # as KeyStatistics does
-        norms = torch.where(is_held[:, None], new.unpacked(norms), 0).to(self.norms.dtype)  # [B, Hkv, longest]
-        last = self.find(first - 1, table)
-        before = tuple(self.at(name, last) for name in TOTALS)  # [B, Hkv, 1]
-        page = torch.where(is_held, page, self._spare)
-        for buffer, values in zip(self._memory, (norms, *extended(before, norms)), strict=True):
-            buffer[page, slot] = values.movedim(1, -1)
+        found = self.find(torch.where(order < new.counts[:, None], first + order, -1), table)
+        norms = new.unpacked(key_norms_of(k_new.transpose(0, 1)[None], invariant=True))  # as KeyStatistics does
+        self._extend(torch.where(found.is_held[:, None], norms, 0), found, self.find(first - 1, table))
 
     def _check(self, k_new: Any, cu_seqlens: Any, key_lengths: Any, block_table: Any) -> None:
         check_new_keys(k_new, "[T, Hkv, D]", (None, self.norms.shape[2]), self.norms, _OWNER)

@@ -19,8 +19,9 @@ def sum_of_tables(a: Tensor, a_right: int, b: Tensor, b_right: int) -> tuple[Ten
     right = max(a_right, b_right)
     extent = right + max(a.shape[3] - a_right, b.shape[3] - b_right)
 
-    def whole(x: Tensor, own: int) -> Tensor:
-        return pad(x, (right - own, extent - x.shape[3] - (right - own)))
+    def whole(x: Tensor, its_right: int) -> Tensor:
+        before = right - its_right
+        return pad(x, (before, extent - x.shape[3] - before))
 
     return whole(a, a_right) + whole(b, b_right), right
 

@@ -78,7 +78,7 @@ def scattered(g: Tensor, split: Split, dim: int) -> Tensor:
 
 
 def gather(x: Tensor, split: Split, dim: int, reduce_dtype: torch.dtype | None = None) -> Tensor:
-    """`gathered`, with a gradient that is summed in reduce_dtype, or in its own where that is None."""
+    """`gathered`, with a gradient that is summed in reduce_dtype, or in its dtype where that is None."""
     return _Gather.apply(x, split, dim, reduce_dtype)
 
 

@@ -157,6 +157,7 @@ class LearnedCosine(PerHead):
     """
 
     name = "learned_cosine"
+    reads_keys = PerHead.reads_keys
 
     def __init__(
         self,
@@ -167,10 +168,6 @@ class LearnedCosine(PerHead):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(cosine.Cosine(tau), heads=heads, device=device, dtype=dtype)
-
-    @property
-    def reads_keys(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.mode.reads_keys
 
 
 Cosine = LearnedCosine  # its former name, which programs and pickles have

@@ -294,7 +294,7 @@ def _launch(call: AttentionCall, aux: bool, kind: Kind, chosen: Plan) -> Forward
     arguments["results"], arguments["splits"], sinks = parts, splits, arguments["sinks_ptr"]
     arguments["part_rows"] = joined.lse.numel()
     arguments["sinks_ptr"] = sinks if splits == 1 else None
-    chosen.launch((splits * tiles, visible.kv_heads, visible.batch), arguments, kind.wide, kind)
+    chosen.launch((splits * tiles, visible.kv_heads, visible.batch), arguments, kind)
     if splits > 1:
         combine(kind, parts, joined, sinks)
     return ForwardResult(joined.out, joined.lse, joined.max_logit, joined.entropy)

@@ -57,13 +57,21 @@ class Kind:
 
     wide    `launch.is_wide` of its tensors
     codes   by kernel, config, device and settings, code for arguments whose addresses are all multiples of 16
-    grids   by kernel, config and target, each with the arguments that go with it
+    layouts by `launch.Plan`
     """
 
     problem: Problem
     wide: bool
     codes: dict[tuple, KeptCode] = field(default_factory=dict)
-    grids: dict[tuple, tuple[Grid, Arguments]] = field(default_factory=dict)
+    layouts: dict[Any, Layout] = field(default_factory=dict)
+
+
+class Layout(NamedTuple):
+    """The grid of a launch, the arguments that go with it, and shape, strides and tile of each descriptor."""
+
+    grid: Grid
+    arguments: Arguments
+    descriptors: dict[str, tuple[list[int], list[int], list[int]]]
 
 
 class KeptCode(NamedTuple):

@@ -304,12 +304,11 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
     """
     call, kind = of_kind(call, aux=aux, rounding=rounding is not None)
     q, v = call.q, call.v
-    out = new_results(call, (*q.shape[:3], v.shape[-1]), q.dtype)
-    lse = new_results(call, q.shape[:3], torch.float32, fill=-torch.inf)
-    max_logit = entropy = None
-    if aux:
-        max_logit = new_results(call, q.shape[:3], torch.float32, fill=-torch.inf)
-        entropy = new_results(call, q.shape[:3], torch.float32)
+    row = q.select(3, 0)
+    out = new_results(call, q if v.shape[3] == q.shape[3] else row[..., None].expand(-1, -1, -1, v.shape[3]), q.dtype)
+    lse = new_results(call, row, fill=-torch.inf)
+    max_logit = new_results(call, row, fill=-torch.inf) if aux else None
+    entropy = new_results(call, row) if aux else None
     arguments = call_arguments(call)
     arguments["results"] = Results(out, rounding, lse, max_logit, entropy)
     launch_kernel("forward", kind, call, arguments, in_splits=_in_splits)
@@ -319,5 +318,5 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
 def _in_splits(chosen: Plan, grid: Grid, arguments: Arguments, kind: Kind, call: AttentionCall) -> None:
     """Launch with the keys of each row shared out among splits, and join their parts."""
     results, parts = arguments["results"], parts_of(call, arguments["results"], arguments["splits"])
-    chosen.launch(grid, arguments | {"results": parts, "sinks_ptr": None}, kind.wide, kind)
+    chosen.launch(grid, arguments | {"results": parts, "sinks_ptr": None}, kind)
     combine(kind, parts, results, arguments["sinks_ptr"])

@@ -175,7 +175,7 @@ def prefix_sums(addends: Tensor) -> Tensor:
     sums = torch.empty((batch, heads, count + 1), dtype=torch.float64, device=addends.device)
     arguments = {"addends_ptr": addends.contiguous(), "sums_ptr": sums, "addends_len": count, "q_heads": heads}
     kind = kept_kind((addends.dtype,), lambda: (NO_HEADS, False))
-    plan("prefix_sums", NO_HEADS, addends.device).launch((1, heads, batch), arguments, False, kind)
+    plan("prefix_sums", NO_HEADS, addends.device).launch((1, heads, batch), arguments, kind)
     return sums
 
 
@@ -198,7 +198,7 @@ def launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
     kind = kept_kind(tuple(key), lambda: (_problem(k), is_wide(k)))
     chosen = plan(kernel, kind.problem, k.device)
     blocks = 1 if kernel == "append_keys" else -(-k_len // chosen.config.block_n)  # its sums go through all keys
-    chosen.launch((blocks, heads, batch), available, kind.wide, kind)
+    chosen.launch((blocks, heads, batch), available, kind)
 
 
 def _problem(k: Tensor) -> Problem:

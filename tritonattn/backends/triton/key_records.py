@@ -224,4 +224,4 @@ def append_to_pages(
     chosen = plan("append_to_pages", kind.problem, k.device)
     grid = (-(-kv_heads // chosen.config.block_m), 1, len(key_lengths_after))
     for _ in range(passes):
-        chosen.launch(grid, arguments, False, kind)
+        chosen.launch(grid, arguments, kind)

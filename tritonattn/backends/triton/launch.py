@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -124,7 +125,8 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" or run is not run_on_device
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Plan:
     """A kernel with its config and constexprs for one problem and target, and the names of its arguments.
 
     in_order   picks the arguments from all that are available
@@ -148,14 +150,14 @@ class Plan(NamedTuple):
         descriptors = tuple(name for name in names if name.endswith("_descriptor"))
         return cls(function, config, names, constexprs, target, operator.itemgetter(*names), descriptors, variant)
 
-    def launch(self, grid: Grid, available: Arguments, wide: bool, kind: Kind | None = None) -> None:
+    def launch(self, grid: Grid, available: Arguments, kind: Kind | None = None) -> None:
         """Run with the kernel's own arguments out of those available, in its order; kind: of the call, where kept.
 
         grid   programs along each axis; past LONGEST_AXIS or MOST_PROGRAMS in several launches
         """
         execute = recorder.run if (recorder := _recorder.get()) else run
         values = available | self.constexprs
-        values["WIDE"] = wide
+        values["WIDE"] = kind is not None and kind.wide
         x, y, z = grid
         is_one = 0 < y <= LONGEST_AXIS and 0 < z <= LONGEST_AXIS and x * y * z <= MOST_PROGRAMS
         for part, first_y, first_z in ((grid, 0, 0),) if is_one else _parts(x, y, z):
