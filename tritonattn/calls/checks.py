@@ -302,16 +302,6 @@ def check_tensor(
         raise ValueError(f"{name}: expected shape {axes}{equal}, got {shape_of(x)}")
 
 
-def check_device(name: str, x: Tensor, like: Tensor, owner: str = "q") -> None:
-    if x.device != like.device:
-        raise ValueError(f"{name}: expected {owner}'s device {like.device}, got {x.device}")
-
-
-def check_integers(name: str, x: Any, axes: str, like: Tensor, owner: str = "q") -> None:
-    """Raise unless x is an integer tensor on the device of `like`, which belongs to `owner`."""
-    check_tensor(name, x, axes, INTEGERS, like, owner)
-
-
 def check_values(name: str, x: Tensor, highest: int, meaning: str = "Sk = ") -> None:
     """Raise where a value of a CPU tensor is outside [0, highest]."""
     if not values_are_read(x):
