@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.caches import GrowingCache, check_rows_without_keys, sequences
-from tests.support.calls import KINDS
+from tests.support.calls import TYPICAL
 from tests.support.learned import LEARNED, learned, small
 from tests.support.pairs import pairwise
 from tritonattn import attention, attention_decode
@@ -52,7 +52,7 @@ def test_prefill_then_decode_is_one_full_pass(mode, backend, statistics, page, w
             torch.testing.assert_close(row, cache.newest(getattr(aux, name), count), msg=name)
 
 
-@pairwise(mode=KINDS, backend=BACKENDS, page=PAGES)
+@pairwise(mode=TYPICAL, backend=BACKENDS, page=PAGES)
 def test_rows_without_keys_give_zeros(backend, page, mode):
     check_rows_without_keys(24, page, scaling=small(mode), backend=backend)
 

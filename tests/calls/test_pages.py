@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tritonattn
-from tests.support.calls import KINDS
+from tests.support.calls import TYPICAL
 from tests.support.device_work import values_unread
 from tests.support.packed import one_by_one
 from tests.support.pages import PagedBatch
@@ -15,7 +15,7 @@ from tritonattn.scaling import SCALINGS
 
 
 class FirstOfKeys(Scaling):
-    """A mode of one's own that reads k."""
+    """A user's mode that reads k."""
 
     name = "first of keys"
 
@@ -34,7 +34,7 @@ def learned(module):
 
 
 MODES = {**SCALINGS, "first of keys": FirstOfKeys, "power_law": lambda: learned(nn.PowerLaw(heads=4))}
-SOME = (*KINDS, "power_law", "first of keys")
+SOME = (*TYPICAL, "power_law", "first of keys")
 # Chunks of a prefill, single tokens, a prefix hit, guesses; sequences without rows, without keys.
 ROWS, KEYS = (5, 1, 0, 33, 3, 4, 16), (21, 48, 7, 33, 2, 0, 40)
 WINDOWS = {"full": (False, None), "causal": (True, None), "window": (True, (6, None)), "both sides": (False, (3, 2))}
@@ -93,31 +93,31 @@ def test_the_bits_of_contiguous_keys(mode, dtype, sight, recorded, layout):
 
 @pairwise(mode=SOME, window=[None, (6, None)], page=[None, 16], recorded=[True, False], backend=["sdpa", "reference"])
 @torch.no_grad()
-def test_decoding_of_their_own_numbers_of_tokens(mode, window, page, recorded, backend):
+def test_decoding_of_ragged_numbers_of_tokens(mode, window, page, recorded, backend):
     rows, keys = (2, 0, 5, 1), (20, 7, 5, 48)
     batch, scaling = PagedBatch(rows, keys, page or 16), MODES[mode]()
     operands = (batch.q, batch.k, batch.v)
     expected, of_rows = one_by_one(batch.packed, *operands, scaling=scaling, causal=True, window=window)
     q, k, v = torch.full((4, 4, 5, 8), torch.nan, dtype=torch.float64), batch.k, batch.v
     cache = {"key_lengths": batch.key_lengths, "query_lengths": torch.tensor(rows)}
-    for n, (own, _) in enumerate(batch.packed.members()):
-        q[n, :, : rows[n]] = batch.q[own].transpose(0, 1)
+    for n, (at, _) in enumerate(batch.packed.sequences()):
+        q[n, :, : rows[n]] = batch.q[at].transpose(0, 1)
     if page:
         cache |= {name + "_cache": batch.arguments()[name] for name in ("k", "v")} | {"block_table": batch.table}
         cache["statistics"] = record_of(batch) if recorded else None
     else:
         k, v = (torch.full((4, 2, 48, x.shape[2]), torch.nan, dtype=torch.float64) for x in (k, v))
-        for n, (_, own) in enumerate(batch.packed.members()):
-            k[n, :, : keys[n]], v[n, :, : keys[n]] = batch.k[own].transpose(0, 1), batch.v[own].transpose(0, 1)
+        for n, (_, at) in enumerate(batch.packed.sequences()):
+            k[n, :, : keys[n]], v[n, :, : keys[n]] = batch.k[at].transpose(0, 1), batch.v[at].transpose(0, 1)
         cache |= {"k_cache": k, "v_cache": v}
         if recorded:
             cache["statistics"] = tritonattn.KeyStatistics(4, 2, 48, dtype=torch.float64)
             cache["statistics"].append(k, batch.key_lengths)
     options = {"scaling": scaling, "window": window, "backend": backend, "return_aux": True}
     found, aux = attention_decode(q, **cache, **options)
-    for n, (own, _) in enumerate(batch.packed.members()):
-        torch.testing.assert_close(found[n, :, : rows[n]], expected[own].transpose(0, 1), rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(aux.lse[n, :, : rows[n]], of_rows.lse[:, own], rtol=1e-9, atol=1e-11)
+    for n, (at, _) in enumerate(batch.packed.sequences()):
+        torch.testing.assert_close(found[n, :, : rows[n]], expected[at].transpose(0, 1), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(aux.lse[n, :, : rows[n]], of_rows.lse[:, at], rtol=1e-9, atol=1e-11)
         assert not found[n, :, rows[n] :].any()
         assert (aux.lse[n, :, rows[n] :] == -torch.inf).all()
 
@@ -125,14 +125,14 @@ def test_decoding_of_their_own_numbers_of_tokens(mode, window, page, recorded, b
 @pairwise(mode=[mode for mode in SOME if mode != "first of keys"], sight=WINDOWS, invariant=[True, False])
 @torch.no_grad()
 def test_no_old_key_is_read_for_a_scale(mode, sight, invariant, monkeypatch):
-    batch, (causal, window), seen = PagedBatch(ROWS, KEYS, 16, 1), WINDOWS[sight], []
-    monkeypatch.setattr(tritonattn.ops, "attention", lambda call: seen.append(call) or run(call))
+    batch, (causal, window), calls = PagedBatch(ROWS, KEYS, 16, 1), WINDOWS[sight], []
+    monkeypatch.setattr(tritonattn.ops, "attention", lambda call: calls.append(call) or run(call))
     run, statistics = attend.attention, record_of(batch)
     options = {"causal": causal, "window": window, "batch_invariant": invariant, "statistics": statistics}
     for pages in (batch.pages, torch.full_like(batch.pages, torch.nan)):
         batch.pages = pages
         attention_varlen(**batch.arguments(), **options, scaling=MODES[mode]())
-    for found, expected in zip(*(call.logits for call in seen), strict=True):
+    for found, expected in zip(*(call.logits for call in calls), strict=True):
         assert torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected
 
 
@@ -141,14 +141,14 @@ def test_no_old_key_is_read_for_a_scale(mode, sight, invariant, monkeypatch):
 def test_statistics_do_not_depend_on_how_keys_came(dtype, is_read):
     """In one append, in chunks of ragged sizes, over rejected guesses, and by the definition."""
     batch = PagedBatch((0,) * len(KEYS), KEYS, 19, dtype=dtype)
-    kind = torch.promote_types(dtype, torch.float32)
-    whole, chunked = record_of(batch, kind), PagedKeyStatistics(len(batch.pages), 19, 2, dtype=kind)
+    exact = torch.promote_types(dtype, torch.float32)
+    whole, chunked = record_of(batch, exact), PagedKeyStatistics(len(batch.pages), 19, 2, dtype=exact)
     held, draw = [0] * len(KEYS), torch.Generator().manual_seed(1)
     for step in range(30):
         most = [min(total - count, 9) for total, count in zip(KEYS, held, strict=True)]
         counts = most if step > 22 else [int(torch.randint(highest + 1, (), generator=draw)) for highest in most]
         parts = [
-            batch.k[keys][at : at + n] for (_, keys), at, n in zip(batch.packed.members(), held, counts, strict=True)
+            batch.k[keys][at : at + n] for (_, keys), at, n in zip(batch.packed.sequences(), held, counts, strict=True)
         ]
         ends = torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32)
         after = torch.tensor(held) + torch.tensor(counts)
@@ -162,9 +162,9 @@ def test_statistics_do_not_depend_on_how_keys_came(dtype, is_read):
                     chunked.append(more, ends, key_lengths=after, block_table=batch.table)
         held = after.tolist()
     assert held == list(KEYS)
-    for n, (_, keys) in enumerate(batch.packed.members()):
-        place = torch.arange(KEYS[n])
-        page, place = batch.table[n][place // 19].long(), place % 19
+    for n, (_, keys) in enumerate(batch.packed.sequences()):
+        key = torch.arange(KEYS[n])
+        page, slot = batch.table[n][key // 19].long(), key % 19
         norms = batch.k[keys].double().norm(dim=-1)
         wanted = {
             "norms": norms,
@@ -173,8 +173,8 @@ def test_statistics_do_not_depend_on_how_keys_came(dtype, is_read):
             "norm_maxima": norms.cummax(0).values if KEYS[n] else norms,
         }
         for name, expected in wanted.items():
-            found = getattr(chunked, name)[page, place]
-            assert torch.equal(found, getattr(whole, name)[page, place])
+            found = getattr(chunked, name)[page, slot]
+            assert torch.equal(found, getattr(whole, name)[page, slot])
             torch.testing.assert_close(
                 found.double(), expected, rtol=1e-6 if dtype == torch.bfloat16 else 1e-14, atol=0
             )

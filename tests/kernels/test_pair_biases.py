@@ -280,7 +280,7 @@ def test_packed_sequences(mask, after, device):
     sequences = Sequences.of(*starts, packed.q_len, packed.k_len, 18, 20)
     visibility = Visibility.of(tensors["q"], tensors["k"], sequences=sequences, causal=mask == "causal")
     own = torch.zeros(packed.q_len, dtype=torch.int64)
-    for rows, keys in packed.members():
+    for rows, keys in packed.sequences():
         own[rows] = torch.arange(rows.start, rows.stop) - rows.stop + keys.stop
     pairs = packed.visible(causal=mask == "causal").to(device)
     options = {"relative_right": 4, "softcap": 1.5, "bias_after_softcap": after}

@@ -21,7 +21,7 @@ WILD = (-1, 1 << 30)
 
 
 class PagedBatch:
-    """Sequences of some rows and keys, whose keys lie in pages of shuffled numbers; NaN in all other places.
+    """Sequences of some rows and keys, whose keys lie in pages of shuffled numbers; NaN everywhere else.
 
     k and v lie in one tensor of pages [N, Hkv, page, D + Dv], as vLLM has them. The first `shared` pages of all
     sequences that fill them are the same ones. Entries of the table behind a sequence's keys are wild.
@@ -38,18 +38,18 @@ class PagedBatch:
             return torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
 
         self.q, self.kv = normal(self.packed.q_len, heads, dims[0]), normal(self.packed.k_len, kv_heads, sum(dims))
-        members, full = [keys for _, keys in self.packed.members()], shared * page
-        sharing = [keys for keys in members if keys.stop - keys.start >= max(full, 1)]
+        sequences, full = [keys for _, keys in self.packed.sequences()], shared * page
+        sharing = [keys for keys in sequences if keys.stop - keys.start >= max(full, 1)]
         for keys in sharing:
             self.kv[keys.start : keys.start + full] = self.kv[sharing[0].start : sharing[0].start + full]
         longest = -(-max(k_lengths, default=0) // page) + 1
-        numbers = torch.randperm(len(members) * longest + 2, generator=draw)
-        table = numbers[: len(members) * longest].view(len(members), longest)
-        self.table = torch.tensor(WILD, dtype=torch.int32)[torch.arange(longest) % 2].repeat(len(members), 1)
+        numbers = torch.randperm(len(sequences) * longest + 2, generator=draw)
+        table = numbers[: len(sequences) * longest].view(len(sequences), longest)
+        self.table = torch.tensor(WILD, dtype=torch.int32)[torch.arange(longest) % 2].repeat(len(sequences), 1)
         self.pages = normal(len(numbers), kv_heads, page, sum(dims)).fill_(torch.nan)
-        for n, keys in enumerate(members):
+        for n, keys in enumerate(sequences):
             if keys in sharing:
-                table[n, :shared] = table[members.index(sharing[0]), :shared]
+                table[n, :shared] = table[sequences.index(sharing[0]), :shared]
             used = -(-(keys.stop - keys.start) // page)
             self.table[n, :used] = table[n, :used].int()
             for j, key in enumerate(range(keys.start, keys.stop)):
@@ -98,7 +98,7 @@ def paged_call(
     (q_heads, kv_heads), (q_len, k_len), tails = heads, (packed.q_len, packed.k_len), (packed.q_tail, packed.k_tail)
     batch = PagedBatch(packed.q_lengths, packed.k_lengths, page, 0, dtype, dims, heads, tails)
     if lost is not None:
-        keys = packed.members()[lost[0]][1]
+        keys = packed.sequences()[lost[0]][1]
         batch.kv[keys][lost[1] * page : (lost[1] + 1) * page] = 0
         batch.table[lost] = WILD[1]
     q, k, v = (x.transpose(0, 1)[None].contiguous().to(device) for x in (batch.q, batch.k, batch.v))
@@ -119,7 +119,7 @@ def paged_call(
 
 def check_appends(dtype: torch.dtype, head_dim: int, device: torch.device | str = "cpu") -> None:
     """Enter keys by the kernel, at once and in pieces, the latter behind keys and values of a cache: the same bits, and
-    torch's values; other places stay.
+    torch's values; other entries stay.
     """
     from tritonattn.backends import triton
 

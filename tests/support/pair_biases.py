@@ -14,7 +14,7 @@ BIASES = ("key_bias", "bias", "relative_bias")
 def by_formula(
     tensors: Tensors,
     visible: Tensor,
-    own: Tensor,
+    position: Tensor,
     *,
     scale: float,
     softcap: float | None = None,
@@ -24,7 +24,7 @@ def by_formula(
     """The softmax of logits with biases, of q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D or Dv].
 
     visible    bool, broadcastable to [B, Hq, Sq, Sk]
-    own        int64 [B or 1, Sq], the key at which a row stands: relative_bias counts from there
+    position   int64 [B or 1, Sq], the key from which relative_bias counts
     tensors    besides q, k, v: fields of `Logits`, key_bias as [B, Hkv, group, Sk]
     """
     q, terms = tensors["q"], {name: x for name, x in tensors.items() if name not in "qkv"}
@@ -36,7 +36,7 @@ def by_formula(
         x = x * terms["query_scale"][..., None]
     if "key_scale" in terms:
         x = x * terms["key_scale"].repeat_interleave(group, 1)[:, :, None]
-    bias = _bias(terms, x, own[..., None] - torch.arange(k_len, device=q.device) + relative_right)
+    bias = _bias(terms, x, position[..., None] - torch.arange(k_len, device=q.device) + relative_right)
     bias = torch.where(visible, bias, 0)  # what hidden pairs hold counts for nothing
     if softcap is not None and bias_after_softcap:
         z = logit = softcap * torch.tanh(x / softcap) + bias
