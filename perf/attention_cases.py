@@ -146,17 +146,20 @@ class Inputs:
         if passes == "forward":
             return lambda number: {"out": attend(*leaves[number % _COPIES])}
 
-        def gradients(out: Tensor, number: int, keep: bool) -> Results:
-            copy = number % _COPIES
-            given = self.copies[copy]["d_out"]
-            found = torch.autograd.grad(out, leaves[copy], given, retain_graph=keep)
-            return {"out": out} | {f"gradient of {name}": x for name, x in zip("qkv", found, strict=True)}
+        def gradients(out: Tensor, copy: int, keep: bool) -> Results:
+            return with_gradients(out, leaves[copy], self.copies[copy]["d_out"], keep)
 
         if passes == "forward+backward":
-            return lambda number: gradients(attend(*leaves[number % _COPIES]), number, False)
+            return lambda number: gradients(attend(*leaves[number % _COPIES]), number % _COPIES, False)
         with _graphs_are_kept():
             outs = [attend(*copy) for copy in leaves]
-        return lambda number: gradients(outs[number % _COPIES], number, True)
+        return lambda number: gradients(outs[number % _COPIES], number % _COPIES, True)
+
+
+def with_gradients(out: Tensor, leaves: list[Tensor], d_out: Tensor, keep: bool = False) -> Results:
+    """Return out and the gradients of q, k and v by name; `keep` keeps the graph for another backward."""
+    found = torch.autograd.grad(out, leaves, d_out, retain_graph=keep)
+    return {"out": out} | {f"gradient of {name}": x for name, x in zip("qkv", found, strict=True)}
 
 
 def _graphs_are_kept() -> AbstractContextManager:

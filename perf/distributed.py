@@ -11,7 +11,8 @@ import ctypes
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -174,31 +175,23 @@ def counted() -> Iterator[list[int]]:
 def measured_rows(sizes: Sizes, rounds: int) -> list[tuple]:
     from tests.distributed.pool import Pool
 
-    pool, rows = Pool(4), []
-    try:
+    rows = []
+    with closing(Pool(4)) as pool:
         alone = pool.run(on_a_rank, 1, "allgather", "contiguous", sizes, rounds, seconds=600)
         one = sum(process.seconds for process in alone) / len(alone)
-        for size in (2, 4):
-            for method in METHODS:
-                for layout in LAYOUTS:
-                    ranks = pool.run(on_a_rank, size, method, layout, sizes, rounds, seconds=600)
-                    sent, formula = max(rank.sent for rank in ranks), sent_by_formula(method, size, sizes)
-                    longest = max(rank.seconds for rank in ranks)
-                    rows.append(
-                        (
-                            size,
-                            method,
-                            layout,
-                            f"{sent / 2**20:.2f}",
-                            f"{sent / formula:.3f}",
-                            f"{max(rank.statistics for rank in ranks) / sent:.3%}",
-                            f"{longest:.2f}",
-                            f"{longest * size / one:.2f}",
-                            f"{max(rank.kept for rank in ranks) / 2**20:.2f}",
-                        )
-                    )
-    finally:
-        pool.close()
+        for size, method, layout in product((2, 4), METHODS, LAYOUTS):
+            ranks = pool.run(on_a_rank, size, method, layout, sizes, rounds, seconds=600)
+            sent, formula = max(rank.sent for rank in ranks), sent_by_formula(method, size, sizes)
+            longest = max(rank.seconds for rank in ranks)
+            figures = (
+                f"{sent / 2**20:.2f}",
+                f"{sent / formula:.3f}",
+                f"{max(rank.statistics for rank in ranks) / sent:.3%}",
+                f"{longest:.2f}",
+                f"{longest * size / one:.2f}",
+                f"{max(rank.kept for rank in ranks) / 2**20:.2f}",
+            )
+            rows.append((size, method, layout, *figures))
     return rows
 
 
@@ -218,15 +211,12 @@ MEASURED = (
 def peak_rows(sizes: Sizes) -> list[tuple]:
     from tests.distributed.pool import Pool
 
-    pool, rows = Pool(4), []
-    try:
-        for size in (2, 4):
-            for form in FORMS:
-                peak = max(pool.run(peak_of_a_rank, size, form, sizes, seconds=600))
-                formula = peak_by_formula(form, size, sizes)
-                rows.append((size, form, f"{peak / 2**20:.1f}", f"{formula / 2**20:.1f}", f"{peak / formula:.2f}"))
-    finally:
-        pool.close()
+    rows = []
+    with closing(Pool(4)) as pool:
+        for size, form in product((2, 4), FORMS):
+            peak = max(pool.run(peak_of_a_rank, size, form, sizes, seconds=600))
+            formula = peak_by_formula(form, size, sizes)
+            rows.append((size, form, f"{peak / 2**20:.1f}", f"{formula / 2**20:.1f}", f"{peak / formula:.2f}"))
     return rows
 
 

@@ -105,7 +105,7 @@ def forward(rows: int, keys: int, config: TileConfig, target: Target) -> tuple[F
 
 
 def gradients(length: int, kv_heads: int, causal: bool, config: TileConfig, target: Target) -> tuple[Fill, Fill]:
-    """The same of the gradients of keys and values."""
+    """Gradients of keys and values, likewise."""
     count = splits.splits_of_rows(length, length, causal, _HEADS // kv_heads, kv_heads, config, target)
     one, several = (of_rows(length, kv_heads, causal, n, config, target) for n in (1, count))
     return one, several

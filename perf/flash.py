@@ -1,4 +1,4 @@
-"""Check backend "flash" on this GPU, and time the kernels with it: which of them shall "auto" take?
+"""Check backend "flash" on this GPU, and time the kernels with it, to choose what "auto" takes.
 
 Each installed library runs calls of every form, which are held to float64 with their gradients: right, refused by name,
 or wrong. Then causal bf16 with the vector of log_key_count, 8,192 tokens of 16 heads, forward and backward. With

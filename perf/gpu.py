@@ -102,6 +102,7 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
 
     tested = ("--device", device, "--go-on", str(out / "passed.txt"), *processes)
     soaked = ("--device", device, "--go-on", str(out / "soak.txt"), *trials)
+    flashed = of_perf("flash", "--device", device, "--write")
     return [
         Phase("environment", ("-m", "tritonattn", "env"), 0, None, tables, again=True),
         Phase("preflight", of_perf("preflight", "--device", device), 8, again=True, required=True),
@@ -112,22 +113,8 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
         Phase("soak", of_perf("soak", *soaked), 8, "--minutes", failure="repeat it: "),
         Phase("invariance", of_perf("invariance", *cases), 4, "--minutes", failure="DIFFER ", cut=_UP),
         *(sweep(suite) for suite in ("forward", "backward", "decode", "dims")),
-        Phase(
-            "tuning",
-            ("-m", "tritonattn", "tune", *tune),
-            10,
-            "--budget",
-            tables,
-            cut=" is spent: run the command again",
-        ),
-        Phase(
-            "flash",
-            of_perf("flash", "--device", device, "--write"),
-            5,
-            "--minutes",
-            environment=tables,
-            obstacle=flash.obstacle(device),
-        ),
+        Phase("tuning", ("-m", "tritonattn", "tune", *tune), 10, "--budget", tables, cut=" is spent: run the command"),
+        Phase("flash", flashed, 5, "--minutes", tables, obstacle=flash.obstacle(device)),
         sweep("overhead"),
         *(_instrumented(one, out) for one in instrument.INSTRUMENTS),
         *(_sanitized(tool) for tool in sanitize.TOOLS),

@@ -8,7 +8,6 @@ from torch import Tensor
 import tritonattn
 from tests.support.calls import operands
 from tests.support.masks import MASKS, visible_pairs
-from tests.support.pair_biases import by_formula
 from tests.support.pairs import pairwise
 from tritonattn import Scales, Scaling, attention, check_scaling
 
@@ -19,6 +18,28 @@ SIZES = B, HQ, SQ, SK
 
 def random(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def pairs_of(table: Tensor, right: int, q_len: int, k_len: int) -> Tensor:
+    """relative[i, j], pair by pair, [..., Sq, Sk]; row i stands at i + Sk - Sq."""
+    table, rows = table.expand(*table.shape[:-2], q_len, -1), []
+    for i in range(q_len):
+        entries = [i + k_len - q_len - j + right for j in range(k_len)]
+        rows.append([table[..., i, t] if 0 <= t < table.shape[-1] else table[..., 0, 0] * 0 for t in entries])
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+def formula(q, k, v, bias, hidden, softcap=None, after=False, sinks=None):
+    """(out, lse, max_logit, entropy), written out, of rows that attend to a key."""
+    k, v = (x.repeat_interleave(HQ // HKV, 1) for x in (k, v))
+    logits, bias = q @ k.mT * q.shape[-1] ** -0.5, bias.masked_fill(hidden, 0)
+    logits = logits if after else logits + bias
+    capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    capped = (capped + bias if after else capped).masked_fill(hidden, -torch.inf)
+    lse, weights = capped.logsumexp(-1), capped.softmax(-1)
+    largest = (capped if after else logits.masked_fill(hidden, -torch.inf)).amax(-1)
+    total = lse if sinks is None else torch.logaddexp(lse, sinks[:, None])
+    return (capped - total[..., None]).exp() @ v, lse, largest, torch.special.entr(weights).sum(-1)
 
 
 FORMS = {  # shapes of a bias of keys, of one of pairs, and of a table with its relative_right
@@ -42,35 +63,37 @@ FORMS = {  # shapes of a bias of keys, of one of pairs, and of a table with its 
     form=FORMS,
     mask=["full", "causal", "window", "lengths", "ranges", "mask of heads", "everything"],
     softcap=[None, "before", "after"],
-    sinks=[False, True],
+    sinks=[None, torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64)],
     backend=BACKENDS,
 )
 def test_the_formula(form, mask, softcap, sinks, backend):
     of_keys, dense, table, right = FORMS[form]
-    tensors, options = operands(), {"relative_right": right, "bias_after_softcap": softcap == "after"}
+    tensors, options = operands(), MASKS[mask](*SIZES) | {"relative_right": right, "backend": backend, "sinks": sinks}
+    total, hidden = torch.zeros(SIZES, dtype=torch.float64), ~visible_pairs(SIZES, **MASKS[mask](*SIZES))
     if of_keys is not None:
-        tensors["key_bias"] = random(*of_keys).index_fill_(-1, torch.tensor([2]), -torch.inf).requires_grad_()
+        bias = tensors["key_bias"] = random(*of_keys).index_fill_(-1, torch.tensor([2]), -torch.inf).requires_grad_()
+        total = total + bias.repeat_interleave(HQ // bias.shape[-2], -2)[..., None, :]
+        hidden = hidden | (torch.arange(SK) == 2)
     if dense is not None:
         tensors["bias"] = random(*dense).requires_grad_()
+        total = total + tensors["bias"]
     if table is not None:
         tensors["relative_bias"] = random(*table, seed=2).requires_grad_()
-    if sinks:
-        tensors["sinks"] = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64).requires_grad_()
-    if softcap is not None:
-        options["softcap"] = 1.5
-    visible, grouped = visible_pairs(SIZES, **MASKS[mask](*SIZES)), dict(tensors)
-    if of_keys is not None:
-        bias = tensors["key_bias"]
-        bias = bias.repeat_interleave(HQ // bias.shape[-2], -2).expand(B, HQ, SK)
-        grouped["key_bias"] = bias.unflatten(1, (HKV, HQ // HKV))
-    out, aux = attention(**tensors, **options, **MASKS[mask](*SIZES), backend=backend, return_aux=True)
-    wanted = by_formula(grouped, visible, torch.arange(SQ)[None] + SK - SQ, scale=8**-0.5, **options)
-    results, weights = [], random(*out.shape, seed=3)
-    for one in ((out, *aux), wanted):
-        lse = one[1].masked_fill(one[1] == -torch.inf, 0)
-        gradients = torch.autograd.grad((one[0] * weights).sum() + lse.sum(), tensors.values())
-        results.append((*one, *gradients))
-    torch.testing.assert_close(*results)
+        total = total + pairs_of(tensors["relative_bias"], right, SQ, SK)
+    cap = {} if softcap is None else {"softcap": 1.5}
+    after = softcap == "after"
+    out, aux = attention(**tensors, **options, **cap, bias_after_softcap=after, return_aux=True)
+    attends = ~hidden.all(-1)
+    q, k, v = (tensors[name] for name in "qkv")
+    wanted = formula(q, k, v, total, hidden & attends[..., None], after=after, sinks=sinks, **cap)
+    for ours, theirs, otherwise in zip((out, *aux), wanted, (0.0, -torch.inf, -torch.inf, 0.0), strict=True):
+        torch.testing.assert_close(ours[attends], theirs[attends])
+        assert (ours[~attends] == otherwise).all()
+    weights = random(*out.shape, seed=3)
+    found = torch.autograd.grad((out * weights).sum() + aux.lse[attends].sum(), tensors.values())
+    expected = (wanted[0] * weights)[attends].sum() + wanted[1][attends].sum()
+    for name, ours, theirs in zip(tensors, found, torch.autograd.grad(expected, tensors.values()), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
 
 
 @pytest.mark.parametrize("name", ["key_bias", "bias"])

@@ -22,7 +22,7 @@ MOST = {
     "CPU, sqrt_dim": (8, 30, 40),
     "CPU, key_norm_mean, with backward": (10, 60, 90),
     "kernels, sqrt_dim": (11, 45, 60),
-    "kernels, key_norm_mean, with backward": (14, 90, 170),
+    "kernels, key_norm_mean, with backward": (16, 90, 170),
     "kernels, decode over pages, key_count": (15, 75, 110),
 }
 

@@ -31,7 +31,7 @@ from tritonattn.tuning.lookup import usable_table
 from tritonattn.tuning.table import Key
 
 from .facts import facts
-from .table import CASES, CEILINGS, QUICK, SCALES, TARGETS, Case, problem_of
+from .table import CASES, CEILINGS, PAIR_CEILINGS, QUICK, SCALES, TARGETS, Case, problem_of
 
 pytestmark = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
@@ -64,6 +64,8 @@ def check(case: Case) -> None:
         assert exponentials < (1.1 if dim <= 256 else 2.3), f"warps repeat each other's softmax: {code}"
         if case.problem.right and dim == 64:
             check_loops(case)
+    if case in PAIR_CEILINGS and not OLDER_TRITON:
+        assert per_logit(case) <= PAIR_CEILINGS[case], facts(*case[:3])
 
 
 def per_logit(case: Case, what: str | None = None) -> float:

@@ -122,4 +122,4 @@ def test_pages(name, emulate):
 def test_appended_norms(emulate):
     executor = emulate(GPU(90))
     check_appends(torch.bfloat16, 24)
-    assert executor.launched == ["key_norms_kernel", "append_to_pages_kernel"] * 5
+    assert executor.launched == ["key_statistics_kernel", "append_to_pages_kernel"] * 5

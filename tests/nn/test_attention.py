@@ -57,9 +57,9 @@ def test_masks(mask, scaling):
     made, x = layer(scaling, causal=True, window=(4, 0), softcap=1.5, sinks=True), tokens().requires_grad_()
     masks = MASKS[mask](2, HEADS, 7, 7)
     visible = visible_pairs((2, HEADS, 7, 7), causal=True, window=(4, 0), **masks)
-    sees = visible.any(-1).all(1)  # [B, Sq]
+    attends = visible.any(-1).all(1)  # [B, Sq]
     ours, expected = made(x, **masks), by_hand(made, x, visible=visible, softcap=1.5)
-    assert_same(made, ours[sees], expected[sees], x)
+    assert_same(made, ours[attends], expected[attends], x)
 
 
 def test_cross_attention():
@@ -126,10 +126,11 @@ class Rotated(nn.ScaledAttention):
         return turned(q), turned(k)
 
 
+@pytest.mark.parametrize(("layer_type", "rotary"), [(Rotated, None), (nn.ScaledAttention, 50.0)])
 @torch.no_grad()
-def test_positions_reach_a_subclass_in_every_form():
+def test_positions_reach_a_layer_in_every_form(layer_type, rotary):
     torch.manual_seed(0)
-    made = Rotated(WIDTH, HEADS, scaling="ssmax", causal=True, dtype=torch.float64)
+    made = layer_type(WIDTH, HEADS, scaling="ssmax", causal=True, rotary=rotary, dtype=torch.float64)
     x = 2 * tokens(length=9)
     whole = made(x)
     plain = nn.ScaledAttention(WIDTH, HEADS, scaling="ssmax", causal=True, dtype=torch.float64)
@@ -144,7 +145,7 @@ def test_positions_reach_a_subclass_in_every_form():
 
 @torch.no_grad()
 def test_rotary_positions_turn_complex_pairs():
-    """(x[d], x[d + D / 2]) as a complex number, times exp(i position base^(-2 d / D)); a cache goes on counting."""
+    """(x[d], x[d + D / 2]) as a complex number, times exp(i position base^(-2 d / D))."""
     made, plain = (layer(qk_norm=True, causal=True, rotary=base) for base in (50.0, None))
     x, positions = 2 * tokens(length=9), torch.arange(9)
     angles = positions[:, None] * 50.0 ** (-torch.arange(D // 2).double() / (D // 2))
@@ -156,20 +157,17 @@ def test_rotary_positions_turn_complex_pairs():
         half = rotated(given.bfloat16(), positions[None], 50.0)
         torch.testing.assert_close(half, torch.cat([wanted.real, wanted.imag], -1).bfloat16(), rtol=2e-2, atol=2e-2)
     assert torch.equal(made.operands(x)[2], v)
-    cache = made.cache(2, 9)
-    pieces = [made(x[:, a:b], cache=cache) for a, b in ((0, 5), (5, 6), (6, 9))]
-    torch.testing.assert_close(torch.cat(pieces, 1), made(x))
 
 
 @pytest.mark.parametrize("window", [None, (4, 0)])
 @torch.no_grad()
 def test_short_pieces_of_different_lengths(window):
-    """As where one sequence takes more guessed tokens than the other; positions are each sequence's own."""
+    """As where one sequence takes more guessed tokens than the other; positions are those of each sequence."""
     torch.manual_seed(0)
     made = Rotated(WIDTH, HEADS, kv_heads=KV, scaling="key_norm_mean", causal=True, window=window, dtype=torch.float64)
     x = 2 * tokens(length=16)
     whole, cache = made(x), made.cache(batch=2, capacity=12)
-    for counts in ([6, 2], [0, 3], [4, 1], [1, 1], None, [0, 4]):  # the last one beside a full sequence
+    for counts in ([6, 2], [0, 3], [4, 1], [1, 1], None, [0, 4]):  # the last one next to a full sequence
         taken = [1, 1] if counts is None else counts
         rows = cache.lengths[:, None] + torch.arange(max(taken))
         piece, expected = (z.gather(1, rows[..., None].expand(-1, -1, WIDTH)) for z in (x, whole))
@@ -250,8 +248,8 @@ def test_a_bias_of_distances_is_the_same_in_every_form():
     made, x = layer("ssmax", causal=True, window=(9, 0)), tokens(2, 22)
     table = torch.randn(1, HEADS, 1, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     whole, given = made(x, relative_bias=table, relative_right=1), {"relative_right": 1}
-    place = torch.arange(22)
-    entry = place[:, None] - place + 1
+    position = torch.arange(22)
+    entry = position[:, None] - position + 1
     pairs = torch.where((entry >= 0) & (entry < 7), table[0, :, 0][:, entry.clamp(0, 6)], 0)
     torch.testing.assert_close(made(x, bias=pairs), whole)
     assert not torch.allclose(made(x), whole)

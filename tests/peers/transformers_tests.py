@@ -1,4 +1,4 @@
-"""Run the model tests of transformers against tritonattn: python -m tests.peers.transformers_tests [pytest arguments]
+"""Run the model tests of transformers against tritonattn: `python -m tests.peers.transformers_tests [OPTIONS]`.
 
 The source distribution of the installed version of transformers is downloaded with pip into a temporary folder, since
 its tests are nowhere else; nothing of it is kept. Two ways, on six models:

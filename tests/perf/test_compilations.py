@@ -38,15 +38,15 @@ def test_calls_of_one_specialisation_are_calls_of_one_code(monkeypatch):
 
     def run(kernel, grid, arguments, config) -> None:
         values = tuple(arguments.values())
-        if arguments.kind is not None and device.kept_code(None, values, kernel).takes(values):
+        if arguments.special is not None and device.kept_code(None, values, kernel).takes(values):
             bind = binders.setdefault(kernel, device.binder(kernel, backend))
-            bound[arguments.kind, kernel, config].append((*bind(*values)[1],))
+            bound[arguments.special, kernel, config].append((*bind(*values)[1],))
         if "argmax_ptr" in arguments:
             arguments["argmax_ptr"].zero_()  # positions of keys, which torch reads
 
     monkeypatch.setattr(launch, "run", run)
     monkeypatch.setattr(launch, "config_for", default_config)
-    launch._kinds.clear()
+    launch._specialisations.clear()
     for seed in range(128, 208):
         trial = draw(seed, torch.device("cpu"), Limits(3, (8, 16), 1))
         given = {**trial.leaves, **trial.options}

@@ -93,7 +93,7 @@ def largest_keys(x: Tensor, pairs: Tensor) -> Tensor:
 
 
 def assert_rows_of_key_blocks(bounds: Tensor, pairs: Tensor, block: int) -> None:
-    """Check that bounds [B, blocks, 2] are the rows of pairs [B, Sq, Sk] that attend to a block of keys, first to last."""
+    """Check that bounds [B, blocks, 2] are the first and last rows of pairs [B, Sq, Sk] that attend to each block."""
     for of_blocks, visible in zip(bounds.tolist(), pairs, strict=True):
         for (first, end), keys in zip(of_blocks, visible.split(block, -1), strict=True):
             rows = keys.any(-1).nonzero().flatten().tolist()

@@ -23,16 +23,6 @@ BEST = TileConfig(16, 16, 4, 1)
 SM_80, CPU = Target("cuda", "80"), torch.device("cpu")
 
 
-class Workload:
-    """Stands for one of a key, whose launch meets an illegal address."""
-
-    def __init__(self, kernel, problem, size, device):
-        self.kernel, self.problem, self.size, self.device = kernel, problem, size, device
-
-    def error(self):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-
 OTHERS = [TileConfig(16, 16, 4, stages) for stages in (1, 2, 3, 4)]
 IN_USE = config_for(KEY.kernel, KEY.problem, SM_80)
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -44,15 +34,13 @@ def timed(monkeypatch):
 
     A config takes the milliseconds of its tiles, times the factors of its l2_percent and split_blocks.
     """
-    timed = SimpleNamespace(
-        wrong=set(),
-        milliseconds=dict(zip([IN_USE, *OTHERS], (8, 4, 2, 16, 32), strict=True)),
-        factors={},
-        calls=[],
-        rounds=[],
-    )
+    timed = SimpleNamespace(wrong=set(), factors={}, calls=[], rounds=[])
+    milliseconds = dict(zip([IN_USE, *OTHERS], (8, 4, 2, 16, 32), strict=True))
 
-    class Right(Workload):
+    class Workload:
+        def __init__(self, kernel, problem, size, device):
+            self.kernel, self.problem, self.size = kernel, problem, size
+
         def config(self):
             return launch.config_for(self.kernel, KEY.problem, SM_80)
 
@@ -69,10 +57,10 @@ def timed(monkeypatch):
             contestant(7)
             config = timed.calls[-1][1]
             factor = timed.factors.get(config.l2_percent, 1) * timed.factors.get(-config.split_blocks, 1)
-            taken[name] = [timed.milliseconds.get(replace(config, **SHARES), 8) * factor * x for x in (1, 0.5, 2)]
+            taken[name] = [milliseconds.get(replace(config, **SHARES), 8) * factor * x for x in (1, 0.5, 2)]
         return taken
 
-    monkeypatch.setattr(search, "Workload", Right)
+    monkeypatch.setattr(search, "Workload", Workload)
     monkeypatch.setattr(search, "take_turns", take_turns)
     return timed
 
@@ -94,7 +82,7 @@ def test_the_fastest_is_taken_and_the_next_are_noted(timed):
     assert next_ones == [(1, 4), (IN_USE.num_stages, 8), (3, 16)]
 
 
-def test_the_fastest_of_a_few_rounds_go_on_beside_the_one_in_use(timed):
+def test_the_fastest_of_a_few_rounds_go_on_with_the_one_in_use(timed):
     effort = search.Effort(first_rounds=3, timed=2, rounds=9)
     result = search.search(KEY, OTHERS, SM_80, CPU, effort, Size(2, 4, 16, 16))
     assert (result.entry.config, result.gain) == (OTHERS[1], 4.0)

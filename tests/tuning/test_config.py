@@ -41,19 +41,19 @@ def test_short_calls_have_at_most_1024_rows_and_keys():
 
 
 ILLEGAL = (
-    TileConfig(48, 64, 4, 2),
-    TileConfig(64, 48, 4, 2),
-    TileConfig(8, 64, 4, 2),
-    TileConfig(64, 64, 3, 2),
-    TileConfig(64, 64, 4, 0),
-    TileConfig(256, 64, 8, 2),
-    TileConfig(128, 128, 8, 5),
+    (48, 64, 4, 2),
+    (64, 48, 4, 2),
+    (8, 64, 4, 2),
+    (64, 64, 3, 2),
+    (64, 64, 4, 0),
+    (256, 64, 8, 2),
+    (128, 128, 8, 5),
 )
 
 
 def test_illegal_configs_are_not_compiled():
     assert reasons(TileConfig(128, 64, 8, 2), SM_80) == []
-    for tiles in ILLEGAL:
+    for tiles in (TileConfig(*one) for one in ILLEGAL):
         assert reasons(tiles, SM_80), tiles
         with pytest.raises(ValueError, match="config: expected a legal one"):
             compile_kernel("forward", Problem(128, 128, HALF), tiles, "sm_80")
@@ -127,10 +127,8 @@ def values(kernel: str, config: TileConfig, width: int) -> float:
 def test_calls_that_take_many_registers_get_smaller_tiles(kernel, width, target):
     plain = default_config(kernel, problem(width), target)
     both = {"mask": True, "dropout": True}
-    forms = [{"mask": True}, {"dropout": True}, both]
-    if kernel == "grad_query":
-        forms.append({"query_scale": True, "query_scale_grad": True})
-    for form in forms:
+    summed = [{"query_scale": True, "query_scale_grad": True}] if kernel == "grad_query" else []
+    for form in ({"mask": True}, {"dropout": True}, both, *summed):
         given = problem(width, **form)
         found = default_config(kernel, given, target)
         assert legal_reasons(kernel, found, given, target) == []
@@ -143,12 +141,8 @@ def test_calls_that_take_many_registers_get_smaller_tiles(kernel, width, target)
 
 
 def test_wide_heads_are_refused_where_their_smallest_tiles_do_not_fit():
-    refused = {
-        (target.name, dtype)
-        for target in (*TARGETS, Target.parse("sm_75"))
-        for dtype in (HALF, FULL)
-        if obstacle(512, 384, dtype, target)
-    }
+    cases = product((*TARGETS, Target.parse("sm_75")), (HALF, FULL))
+    refused = {(target.name, dtype) for target, dtype in cases if obstacle(512, 384, dtype, target)}
     assert refused == {("sm_75", HALF), *((name, FULL) for name in ("sm_75", "sm_89", "sm_120", "gfx942"))}
     of_latent_attention = {target.name for target in TARGETS if obstacle(576, 512, HALF, target, ("decode",))}
     assert of_latent_attention == {"gfx942"}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.shards import is_dtensor, local, own_rows, twin, whole
+from ..core.shards import is_dtensor, local, rows_of_rank, twin, whole
 from ..integrations.torch_modules import MultiheadAttention
 from ..nn import ScaledAttention
 from ..scaling import Scaling
@@ -45,7 +45,7 @@ class Rows:
         if bool((self.factor == 1).all()):
             return
         for x in self.tensors:
-            factor, x = own_rows(x, self.factor), local(x)
+            factor, x = rows_of_rank(x, self.factor), local(x)
             x.copy_(x.double() * factor.to(x.device).reshape(-1, *(1,) * (x.dim() - 1)))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.call import AttentionCall, Logits
-from ..core.relative import relative_pairs
+from ..core.pair_biases import relative_pairs
 from ..core.sequences import Sequences
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility

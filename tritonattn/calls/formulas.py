@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ..core.call import AttentionCall, ForwardResult, per_group
-from ..core.relative import relative_pairs
+from ..core.pair_biases import relative_pairs
 from ..scaling import Scaling
 from .checks import FLOATS, broadcasts, check_number, scale_dtype, shape_of
 

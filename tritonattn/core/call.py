@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .dropout import Dropout
+from .pair_biases import relative_pairs
 from .ranges import rolled
-from .relative import relative_pairs
 from .sequences import PageTable
 from .visibility import Visibility
 

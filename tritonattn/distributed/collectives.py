@@ -1,4 +1,4 @@
-"""Collectives with gradients. All bytes between ranks pass through here; gradients are summed in the order of ranks."""
+"""Collectives with gradients, which all tensors between ranks pass; gradients are summed in the order of ranks."""
 
 from __future__ import annotations
 

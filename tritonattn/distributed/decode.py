@@ -163,18 +163,25 @@ def context_parallel_decode(
     whole = Visibility.of_padded(sizes, q.device, key_lengths, left=visible.left)
     call.visibility = Visibility.of_part(whole, split.rank * capacity, capacity)
     with without_autocast(q):
-        of_part = ops.STATISTICS[call.backend](k, call.visibility)
-        if statistics is not None:
-            width = None if visible.left is None else visible.left + 1
-            of_part = RecordedStatistics(of_part, statistics, None, width)
-        terms = logits(call, _SharedRows(of_part, split))
-        if terms.key_bias is not None:
-            raise NotImplementedError("scaling: expected one without a bias a key, which does not know the whole cache")
-        part = AttentionCall(q, k, v, call.visibility, terms._replace(sinks=None), aux=True, backend=call.backend)
-        out, aux = _merged(ops.attention(part), split)
-        if terms.sinks is not None:
-            out = out * share_with_sinks(aux.lse, terms.sinks)[..., None]
+        out, aux = _attend(call, split, statistics, None if visible.left is None else visible.left + 1)
     return (out.to(v.dtype), aux) if return_aux else out.to(v.dtype)
+
+
+def _attend(
+    call: AttentionCall, split: Split, statistics: KeyStatistics | None, width: int | None
+) -> tuple[Tensor, AttentionAux]:
+    """Attend to the keys of all ranks: out, in the dtype of lse, and `AttentionAux`; width is that of a window."""
+    of_part = ops.STATISTICS[call.backend](call.k, call.visibility)
+    if statistics is not None:
+        of_part = RecordedStatistics(of_part, statistics, None, width)
+    terms = logits(call, _SharedRows(of_part, split))
+    if terms.key_bias is not None:
+        raise NotImplementedError("scaling: expected one without a bias a key, which does not know the whole cache")
+    part, rest = terms._replace(sinks=None), {"aux": True, "backend": call.backend}
+    out, aux = _merged(ops.attention(AttentionCall(call.q, call.k, call.v, call.visibility, part, **rest)), split)
+    if terms.sinks is not None:
+        out = out * share_with_sinks(aux.lse, terms.sinks)[..., None]
+    return out, aux
 
 
 class _SharedRows(Statistics):

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from ..calls.sharded import BATCHED, NOWHERE, OPERAND, ROWS, Axes
-from ..ops.schema import NAMESPACE, OPERATORS
+from ..ops.operators import NAMESPACE, OPERATORS
 
 _PAGES = Axes(None, 1)
 _AXES = {

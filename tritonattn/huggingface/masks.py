@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from ..core.masks import mask_arguments
+from ..core.pair_biases import mask_arguments
 from .first_use import is_waiting
 from .settings import layer_scaling
 
@@ -48,9 +48,11 @@ class Bounds(NamedTuple):
 def key_range_mask(**arguments: Any) -> Tensor | None:
     """The mask function for AttentionMaskInterface, with the arguments of transformers' `sdpa_mask`.
 
-    Returns None if causal=True, or no mask, describes the visible keys; int32 [B, 1, Q, 2] if every row attends to a
-    range of keys; and transformers' dense bool [B, 1, Q, K] otherwise. While compiling, padding with holes fails an
-    assertion.
+    While compiling, padding with holes fails an assertion.
+
+    Returns:
+        None if causal=True, or no mask, describes the visible keys; int32 [B, 1, Q, 2] if every row attends to a range
+        of keys; transformers' dense bool [B, 1, Q, K] otherwise.
     """
     kv_length, key_offset = arguments["kv_length"], arguments.get("kv_offset", 0)
     function = arguments.get("mask_function", masking_utils.causal_mask_function)
@@ -102,11 +104,11 @@ def _padding_state(mask: Tensor | None, kv_length: int, key_offset: int | Tensor
     if mask is None:
         return "none", None
     key = torch.arange(kv_length, device=mask.device) + key_offset
-    length = mask.shape[-1]
-    seen = mask.bool()[:, key.clamp(max=length - 1)] & (key < length)  # [B, K]
-    count = seen.sum(-1)
-    first = seen.int().argmax(-1)
-    end = torch.where(count > 0, kv_length - seen.flip(-1).int().argmax(-1), first)
+    known = mask.shape[-1]
+    visible = mask.bool()[:, key.clamp(max=known - 1)] & (key < known)  # [B, K]
+    count = visible.sum(-1)
+    first = visible.int().argmax(-1)
+    end = torch.where(count > 0, kv_length - visible.flip(-1).int().argmax(-1), first)
     bounds = Bounds(*((side + key_offset)[:, None] for side in (first, end)))
     whole, ranges = (count == kv_length).all(), (count == end - first).all()
     if torch.compiler.is_compiling():

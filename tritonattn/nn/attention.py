@@ -27,7 +27,7 @@ from ..calls.sequence_checks import check_offsets
 from ..calls.varlen import attention_varlen
 from ..core.autograd import needs_graph
 from ..core.call import LONGEST_QUERY
-from ..core.relative import reflected
+from ..core.pair_biases import reflected
 from ..core.shards import SharesSequence
 from ..core.visibility import window_sides
 from ..scaling import Scaling
@@ -293,7 +293,7 @@ class ScaledAttention(SharesSequence, nn.Module):
         return self.o_proj(out.flatten(1))
 
     def _cached(self, x: Tensor, cache: KeyValueCache, counts: Tensor | None, biases: dict[str, Any]) -> Tensor:
-        """[B, Hq, Sq, D]"""
+        """The result before the last projection: [B, Hq, Sq, D]."""
         if not self.causal:
             raise ValueError("cache: expected a causal layer, got causal=False")
         if not isinstance(cache, KeyValueCache):

@@ -13,7 +13,7 @@ from ..backends import reference
 from ..backends import triton as triton_backend
 from ..backends.triton.operands import Operands
 from ..core.call import ForwardResult, Needs
-from ..core.relative import relative_pairs
+from ..core.pair_biases import relative_pairs
 from ..tuning.calls import Size
 from ..tuning.config import Problem
 from ..tuning.table import Key

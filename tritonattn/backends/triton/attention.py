@@ -27,15 +27,14 @@ from ...tuning.splits import splits_of_keys, splits_of_rows
 from ...tuning.table import Exact
 from .device import Grid, Layout
 from .launch import (
-    Arguments,
-    Kind,
     Plan,
+    Specialisation,
     are_aligned,
     drop_config,
     forms_of,
     is_aligned,
     is_wide,
-    kept_kind,
+    kept_specialisation,
     logit_arguments,
     pages_of,
     plan,
@@ -43,6 +42,7 @@ from .launch import (
     strided,
 )
 from .ranges import rows_of_key_blocks, seen_bytes, seen_keys
+from .records import Arguments
 
 
 def are_few_rows(call: AttentionCall) -> bool:
@@ -63,26 +63,26 @@ def are_few_rows(call: AttentionCall) -> bool:
 
 def launch_kernel(
     kernel: str,
-    kind: Kind,
+    special: Specialisation,
     call: AttentionCall,
     available: Arguments,
     d_out: Tensor | None = None,
-    in_splits: Callable[[Plan, Grid, Arguments, Kind, AttentionCall], None] | None = None,
+    in_splits: Callable[[Plan, Grid, Arguments, Specialisation, AttentionCall], None] | None = None,
 ) -> None:
     """A program for each block of rows, or of keys, of each head of each sequence; or several, `in_splits`.
 
     available   of all passes of a call, to which this one adds what its config decides
     """
     if recorded.recorders and kernel in TILED_KERNELS:
-        recorded.note(Exact(kernel, kind.problem), size_of(call))
+        recorded.note(Exact(kernel, special.problem), size_of(call))
 
     device = call.q.device
     while True:
-        chosen = plan(kernel, kind.problem, device)
+        chosen = plan(kernel, special.problem, device)
         try:
-            layout = kind.layouts.get(chosen)
+            layout = special.layouts.get(chosen)
             if layout is None:
-                layout = kind.layouts[chosen] = _layout(kernel, chosen, call, d_out)
+                layout = special.layouts[chosen] = _layout(kernel, chosen, call, d_out)
             available.update(layout.arguments)
             if layout.descriptors:
                 operands = {"q_descriptor": call.q, "k_descriptor": call.k, "v_descriptor": call.v}
@@ -94,12 +94,12 @@ def launch_kernel(
                 bounds = rows_of_key_blocks(call.visibility, available, chosen.config.block_n)
                 available["row_bounds_ptr"] = bounds
             if in_splits is None or available["splits"] is None:
-                chosen.launch(layout.grid, available, kind)
+                chosen.launch(layout.grid, available, special)
             else:
-                in_splits(chosen, layout.grid, available, kind, call)
+                in_splits(chosen, layout.grid, available, special, call)
             return
         except (TritonError, RuntimeError) as error:
-            drop_config(kernel, kind.problem, device, chosen, error)
+            drop_config(kernel, special.problem, device, chosen, error)
 
 
 def _layout(kernel: str, chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Layout:
@@ -255,10 +255,10 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -
     return replace(problem, **asked)
 
 
-def of_kind(
+def with_specialisation(
     call: AttentionCall, d_out: Tensor | None = None, needs: Needs | None = None, **asked: bool
-) -> tuple[AttentionCall, Kind]:
-    """The call and its kind. An operand is copied where that alone makes it aligned, as a view at an odd offset.
+) -> tuple[AttentionCall, Specialisation]:
+    """The call and its specialisation. An operand is copied where that alone makes it aligned, as one at an odd offset.
 
     All kernels then load 16 bytes at a time, and are those of other calls. An expanded operand stays as it is, and so
     do pages, which hold more than the call's keys.
@@ -267,16 +267,18 @@ def of_kind(
         call = call.narrowed()
     if call.visibility.invariant:
         call = _with_one_layout(call)
-    kind = _kind(call, d_out, needs, asked)
-    if not kind.problem.aligned:
-        names = ("q", "k", "v") if call.block_table is None else ("q",)
-        operands = {name: getattr(call, name) for name in names}
-        call = replace(call, **{name: x if 0 in x.stride() else aligned_copy(x) for name, x in operands.items()})
-        kind = _kind(call, d_out, needs, asked)
-    return call, kind
+    special = _specialisation(call, d_out, needs, asked)
+    if special.problem.aligned:
+        return call, special
+    names = ("q", "k", "v") if call.block_table is None else ("q",)
+    operands = {name: getattr(call, name) for name in names}
+    call = replace(call, **{name: x if 0 in x.stride() else aligned_copy(x) for name, x in operands.items()})
+    return call, _specialisation(call, d_out, needs, asked)
 
 
-def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked: dict[str, bool]) -> Kind:
+def _specialisation(
+    call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked: dict[str, bool]
+) -> Specialisation:
     visible, sequences = call.visibility, call.visibility.sequences
     _, query_scale, key_scale, key_bias, softcap, sinks, bias, relative_bias, _, bias_after = call.logits
     vectors = (query_scale, key_scale, key_bias, sinks, bias, relative_bias)
@@ -292,8 +294,12 @@ def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked:
         None if sequences is None else (sequences.longest_q, sequences.longest_k, len(sequences.q_starts)),
         (needs, *asked.values()),
     )
-    page = 0 if call.block_table is None else call.k.shape[2]
-    return kept_kind(key, lambda: (problem_of(call, d_out, **asked), is_wide(call.q, call.k, call.v, d_out, page=page)))
+
+    def found() -> tuple[Problem, bool]:
+        page = 0 if call.block_table is None else call.k.shape[2]
+        return problem_of(call, d_out, **asked), is_wide(call.q, call.k, call.v, d_out, page=page)
+
+    return kept_specialisation(key, found)
 
 
 def aligned_copy(tensor: Tensor) -> Tensor:

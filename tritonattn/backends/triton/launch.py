@@ -31,8 +31,8 @@ from ...tuning.config import (
 )
 from ...tuning.defaults import default_config
 from ...tuning.order import LONGEST_AXIS, lanes
-from .device import Arguments, ArgumentsOfKind, Grid, Kind, NotCompiledError, launch_on
-from .records import Pages, Scale, Strided
+from .device import Grid, KernelArguments, NotCompiledError, Specialisation, launch_on
+from .records import Arguments, Pages, Scale, Strided
 
 KERNELS: dict[str, Any] = {}  # by name: each file of kernels enters its own
 
@@ -59,7 +59,7 @@ def run_on_device(kernel: Any, grid: Grid, arguments: Mapping[str, Any], config:
     device = device_of(arguments.values())
     compiled = launch_on(device, kernel, grid, arguments, config)
     if compiled is not None and compiled.n_spills:
-        _hold_to_gate(kernel, arguments.kind.problem, device, config, compiled.n_spills)  # pyright: ignore[reportAttributeAccessIssue]
+        _hold_to_gate(kernel, arguments.special.problem, device, config, compiled.n_spills)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _hold_to_gate(kernel: Any, problem: Problem, device: torch.device, config: TileConfig, spills: int) -> None:
@@ -150,19 +150,19 @@ class Plan:
         descriptors = tuple(name for name in names if name.endswith("_descriptor"))
         return cls(function, config, names, constexprs, target, operator.itemgetter(*names), descriptors, variant)
 
-    def launch(self, grid: Grid, available: Arguments, kind: Kind | None = None) -> None:
-        """Run with the kernel's own arguments out of those available, in its order; kind: of the call, where kept.
+    def launch(self, grid: Grid, available: Arguments, special: Specialisation | None = None) -> None:
+        """Run with the kernel's own arguments out of those available, in its order; special: of the call, where kept.
 
         grid   programs along each axis; past LONGEST_AXIS or MOST_PROGRAMS in several launches
         """
         execute = recorder.run if (recorder := _recorder.get()) else run
         values = available | self.constexprs
-        values["WIDE"] = kind is not None and kind.wide
+        values["WIDE"] = special is not None and special.wide
         x, y, z = grid
         is_one = 0 < y <= LONGEST_AXIS and 0 < z <= LONGEST_AXIS and x * y * z <= MOST_PROGRAMS
         for part, first_y, first_z in ((grid, 0, 0),) if is_one else _parts(x, y, z):
             values["first_y"], values["first_z"] = first_y, first_z
-            execute(self.kernel, part, ArgumentsOfKind(self.names, self.in_order(values), kind), self.config)
+            execute(self.kernel, part, KernelArguments(self.names, self.in_order(values), special), self.config)
 
 
 def _parts(x: int, y: int, z: int) -> Iterable[tuple[Grid, int, int]]:
@@ -289,6 +289,65 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
     }
 
 
+Form = tuple[torch.Size, tuple[int, ...], torch.dtype, bool]
+_specialisations: dict[Any, Specialisation] = {}
+_MOST_SPECIALISATIONS = 4096
+
+
+def forms_of(*tensors: Tensor | None) -> list[Form | None]:
+    """All of tensors that selects code: shape, strides, dtype, and whether they stand at multiples of 16 bytes."""
+    found: list[Form | None] = []
+    for x in tensors:  # no comprehension: each is a call of its own before Python 3.12
+        found.append(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0))
+    return found
+
+
+def kept_specialisation(key: tuple[Any, ...], found: Callable[[], tuple[Problem, bool]]) -> Specialisation:
+    """The one `Specialisation` of a key: the forms of a call's tensors, and its options. found: problem and `wide`."""
+    special = _specialisations.get(key)
+    if special is None:
+        if len(_specialisations) >= _MOST_SPECIALISATIONS:
+            _specialisations.clear()
+        special = _specialisations[key] = Specialisation(*found())
+    return special
+
+
+def is_wide(*tensors: Tensor | None, page: int = 0) -> bool:
+    """True where offsets inside one tile, or a page, can pass 2^31: no tile has more than 1024 rows."""
+    rows = max(1024, page)
+    for x in tensors:  # no generator: every launch asks
+        if x is not None and rows * x.stride(2) + x.shape[3] * x.stride(3) >= 2**31:
+            return True
+    return False
+
+
+def are_aligned(*tensors: Tensor | None) -> bool:
+    """True where tensors [B, H, S, D] stand at multiples of 16 bytes, their last axis dense, as wide loads want."""
+    return all(map(is_aligned, tensors))
+
+
+def is_aligned(tensor: Tensor | None) -> bool:
+    if tensor is None:
+        return True
+    shape, strides, width = tensor.shape, tensor.stride(), tensor.dtype.itemsize
+    if strides[3] != 1 or tensor.data_ptr() % 16:
+        return False
+    for axis in range(3):  # no generator: a call asks of all its tensors
+        step = strides[axis] * width
+        if shape[axis] > 1 and (step <= 0 or step % 16):
+            return False
+    return True
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """An fp32 copy of a bf16 tensor with its strides, shared elements of expanded tensors included; others as is."""
+    if tensor.dtype != torch.bfloat16:
+        return tensor
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    flat = tensor.as_strided((max(extent, 0),), (1,)).float()
+    return flat.as_strided(tensor.shape, tensor.stride(), 0)
+
+
 def strided(tensor: Tensor) -> Strided:
     return Strided(tensor, *tensor.stride())
 
@@ -345,62 +404,3 @@ def range_arguments(visible: Visibility) -> Arguments:
 def bounded(x: Tensor, highest: int) -> Tensor:
     """Integers clamped to [0, highest], int32; a dtype of fewer bits is widened first, as it may not hold `highest`."""
     return (x.int() if x.dtype.itemsize < 4 else x).clamp(0, highest).int()
-
-
-Form = tuple[torch.Size, tuple[int, ...], torch.dtype, bool]
-_kinds: dict[Any, Kind] = {}
-_MOST_KINDS = 4096
-
-
-def forms_of(*tensors: Tensor | None) -> list[Form | None]:
-    """All of tensors that selects code: shape, strides, dtype, and whether they stand at multiples of 16 bytes."""
-    found: list[Form | None] = []
-    for x in tensors:  # no comprehension: each is a call of its own before Python 3.12
-        found.append(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0))
-    return found
-
-
-def kept_kind(key: tuple[Any, ...], found: Callable[[], tuple[Problem, bool]]) -> Kind:
-    """The one `Kind` of a key: the forms of a call's tensors, and its options. found: its problem and `wide`."""
-    kind = _kinds.get(key)
-    if kind is None:
-        if len(_kinds) >= _MOST_KINDS:
-            _kinds.clear()
-        kind = _kinds[key] = Kind(*found())
-    return kind
-
-
-def is_wide(*tensors: Tensor | None, page: int = 0) -> bool:
-    """True where offsets inside one tile, or a page, can pass 2^31: no tile has more than 1024 rows."""
-    rows = max(1024, page)
-    for x in tensors:  # no generator: every launch asks
-        if x is not None and rows * x.stride(2) + x.shape[3] * x.stride(3) >= 2**31:
-            return True
-    return False
-
-
-def are_aligned(*tensors: Tensor | None) -> bool:
-    """True where tensors [B, H, S, D] stand at multiples of 16 bytes, their last axis dense, as wide loads want."""
-    return all(map(is_aligned, tensors))
-
-
-def is_aligned(tensor: Tensor | None) -> bool:
-    if tensor is None:
-        return True
-    shape, strides, width = tensor.shape, tensor.stride(), tensor.dtype.itemsize
-    if strides[3] != 1 or tensor.data_ptr() % 16:
-        return False
-    for axis in range(3):  # no generator: a call asks of all its tensors
-        step = strides[axis] * width
-        if shape[axis] > 1 and (step <= 0 or step % 16):
-            return False
-    return True
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    """An fp32 copy of a bf16 tensor with its strides, shared elements of expanded tensors included; others as is."""
-    if tensor.dtype != torch.bfloat16:
-        return tensor
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    flat = tensor.as_strided((max(extent, 0),), (1,)).float()
-    return flat.as_strided(tensor.shape, tensor.stride(), 0)

@@ -1,6 +1,6 @@
 """The records that kernels take.
 
-Records are NamedTuples, which Triton takes apart. An optional tensor is its own flag: None where a call has no such
+Records are NamedTuples, which Triton takes apart. An optional tensor is a flag too: None where a call has no such
 tensor. Three rules suit all compilers since triton 3.4. A record's None member is a None argument of the kernel, or
 stands in the call that makes the record. It is no local variable, no function returns it, and a record with such
 members is never compared with None. Lengths, counts and constexprs stay outside of the records that kernels take,
@@ -10,6 +10,8 @@ where Triton ignores `do_not_specialize`.
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+
+Arguments = dict[str, Any]  # of a kernel, by name
 
 
 class Strided(NamedTuple):
