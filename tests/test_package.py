@@ -56,15 +56,10 @@ def test_the_page_of_an_index(wheel):
     readme, page = (ROOT / "README.md").read_text(encoding="utf-8"), metadata.get_payload()
     code = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
     assert code.findall(page) == code.findall(readme)
-    prose = code.sub("", page)
-    links = re.findall(r'(?:\]\(|href="|src=")([^)"]*)', prose)
+    links = re.findall(r'(?:\]\(|href="|src=")([^)"]*)', code.sub("", page))
     assert len(links) > 9
     assert [link for link in links if not link.startswith("https://")] == []
-    assert not re.search("<picture|<source|srcset", prose)
     urls = dict(url.split(", ") for url in metadata.get_all("Project-URL", []))
-    tag = f"{urls['Repository']}/%s/v{metadata['Version']}/"
-    assert tag % "blob" + "docs/quickstart.md" in "\n".join(links)
-    assert all(link.startswith(tag % "raw") for link in re.findall(r'(?:!\[[^]]*\]\(|<img [^>]*src=")([^)"]*)', prose))
     assert all(one.startswith(urls["Repository"]) for name, one in urls.items() if name != "Documentation")
     owner, project = urls["Repository"].split("/")[-2:]
     assert urls["Documentation"] == f"https://{owner}.github.io/{project}/"

@@ -107,32 +107,28 @@ def test_counts_on_a_gpu_belong_to_a_stream_and_to_no_captured_graph(monkeypatch
 # ---- Presets
 
 
-@pytest.mark.parametrize("length", [7, 64])
-def test_qwen(length):
-    """QWenAttention.logn_tensor: math.log(i, seq_length) if i > seq_length else 1, i from 1."""
-    model = [(math.log(i, length) if i > length else 1) / 4 for i in range(1, 200)]
-    assert factors(QwenLogn(train_length=length), 199) == pytest.approx(model, rel=1e-12)
-
-
-def test_llama4():
-    positions = torch.arange(200)
-    model = (torch.log1p(torch.floor((positions.double() + 1.0) / 16)) * 0.3 + 1.0) / 4
-    assert factors(Llama4(scale=0.3, floor_scale=16), 200) == pytest.approx(model.tolist(), rel=1e-12)
-
-
-def test_ministral3_is_its_models_function():
-    modeling = pytest.importorskip("transformers.models.ministral3.modeling_ministral3")
-    model = modeling.get_llama_4_attn_scale(torch.arange(200)[None], 0.2, 16).flatten() / 4
-    assert factors(Ministral3(beta=0.2, original_length=16), 200) == pytest.approx(model.tolist(), rel=1e-6)
-
-
 def modeling(model):
     return pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
 
 
-def test_beam_is_its_models_function():
-    model = modeling("beam").compute_attention_scaling(torch.arange(5000)[None]).flatten() / 4
-    assert factors(Beam(), 5000) == pytest.approx(model.tolist(), rel=1e-6)
+# Each of positions from 0; of Qwen, which transformers lacks, and of Llama 4, where it is no function, written out.
+POSITIONS = torch.arange(5000)
+TEMPERATURES = {
+    "qwen": (QwenLogn(64), lambda: [math.log(i, 64) if i > 64 else 1 for i in range(1, 5001)]),
+    "llama4": (Llama4(0.3, 16), lambda: torch.log1p(torch.floor((POSITIONS.double() + 1.0) / 16)) * 0.3 + 1.0),
+    "ministral3": (
+        Ministral3(0.2, 16),
+        lambda: modeling("ministral3").get_llama_4_attn_scale(POSITIONS[None], 0.2, 16).flatten(),
+    ),
+    "beam": (Beam(), lambda: modeling("beam").compute_attention_scaling(POSITIONS[None]).flatten()),
+}
+
+
+@pytest.mark.parametrize("name", TEMPERATURES)
+def test_temperatures_are_those_of_their_models(name):
+    scaling, model = TEMPERATURES[name]
+    wanted = torch.as_tensor(model(), dtype=torch.float64) / 4
+    assert factors(scaling, len(POSITIONS)) == pytest.approx(wanted.tolist(), rel=1e-6)
 
 
 def log_scale(rows):
