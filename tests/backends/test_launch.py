@@ -85,7 +85,7 @@ def test_offsets_in_a_tile_of_1024_rows_that_pass_int32(width, strides, wide):
 
 
 def test_code_that_spills_is_launched_no_more_where_its_entry_is_of_another_triton(monkeypatch):
-    """The call that compiled it has its results; the plan of the next is made anew."""
+    """The call that compiled it has its results; the plan of the next is made again."""
     problem, compiled, asked = Problem(64, 64, torch.float16), SimpleNamespace(n_spills=3), []
     kernel, special = KERNELS["forward"], device.Specialisation(problem, False)
     arguments = device.KernelArguments(("q",), (torch.zeros(1),), special)

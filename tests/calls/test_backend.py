@@ -93,7 +93,7 @@ class OnGpu(torch.Tensor):
 )
 def test_auto_on_a_gpu(installed, dtype, dim, arguments, backend, reason, monkeypatch):
     monkeypatch.setattr(dispatch, "_HAS_TRITON", installed)
-    dispatch._warn.cache_clear()
+    dispatch._warn_once.cache_clear()
     q, k, v = (x.detach().as_subclass(OnGpu) for x in operands(dtype, dims=(dim, 8)).values())
     if reason is None:
         assert dispatch.choose_backend(called(q, k, v, **arguments)) == backend

@@ -116,7 +116,7 @@ def test_functions_look_as_they_did(function):
 
 
 def test_a_warning_names_the_line_that_calls(monkeypatch):
-    dispatch._warn.cache_clear()
+    dispatch._warn_once.cache_clear()
     monkeypatch.setattr(dispatch, "choose_backend", lambda *_: dispatch._warn_once("another backend") or "sdpa")
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")

@@ -104,5 +104,5 @@ def test_passes_over_ranges(emulate):
     pairs = visible_pairs((2, 1, 33, 50), causal=True, key_lengths=key_lengths, key_ranges=key_ranges)
     assert_rows_of_key_blocks(bounds, pairs[:, 0], 16)
     assert torch.equal(seen, pairs.any(2))
-    sees = pairs.any(-1).expand_as(largest)
-    assert torch.equal(largest[sees], largest_keys(x, pairs)[sees])
+    has_keys = pairs.any(-1).expand_as(largest)
+    assert torch.equal(largest[has_keys], largest_keys(x, pairs)[has_keys])

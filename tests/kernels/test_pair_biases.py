@@ -110,7 +110,7 @@ def test_biases_of_a_call_and_of_its_mode(scaling, mask, softcap, device):
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("mask", ["causal", "ranges", "mask of heads"])
 def test_what_hidden_pairs_hold_is_not_read(mask, after, device):
-    """NaN in place of any number there leaves all bits of results and gradients."""
+    """NaN instead of any number there leaves all bits of results and gradients."""
     pairs = visible_pairs(SIZES, **MASKS[mask](*SIZES)).to(device)
     tensors = with_biases(harness.inputs(SINGLE, device), SINGLE, SIZES, (2, 2, 21, 55))
     entry = (POSITION[:, None] - torch.arange(35) + 20).to(device).expand(SIZES)  # all inside

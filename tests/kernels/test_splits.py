@@ -70,7 +70,7 @@ def test_pages(name, device, in_splits):
 
 @pytest.mark.usefixtures("in_splits")
 def test_neighbours_change_nothing(device):
-    """All bits of an entry are those of a batch of its own."""
+    """All bits of an entry are those of a batch of one."""
     tensors = harness.inputs(torch.float16, device, batch=3, k_len=70, scales=("query_scale", "key_scale"))
     d_out = torch.randn(tensors["q"].shape, generator=torch.Generator().manual_seed(5)).to(tensors["q"])
     whole = harness.by_kernels(tensors, d_out=d_out, causal=True)

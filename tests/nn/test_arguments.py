@@ -86,13 +86,14 @@ def test_arguments_that_exclude_one_another():
     cache, lengths = made.cache(2, 8), torch.tensor([3, 7])
     with torch.no_grad():
         for name, value in {"context": x, "key_lengths": lengths, "mask": torch.ones(7, 7).bool()}.items():
-            with pytest.raises(ValueError, match=f"{name}: expected None with cache, got a tensor"):
-                made(x, cache=cache, **{name: value})
+            refuses(
+                f"ValueError: {name}: expected None with cache, got a tensor", made, x, cache=cache, **{name: value}
+            )
         refuses("ValueError: cache: expected a causal layer", layer(), x, cache=cache)
     refuses("ValueError: counts: expected None with no cache", made, x, counts=lengths)
     refuses("ValueError: max_seqlen: expected None with no cu_seqlens, got int 7", made, x, max_seqlen=7)
-    with pytest.raises(ValueError, match="key_lengths: expected None with cu_seqlens"):
-        made(x[0], cu_seqlens=torch.tensor([0, 7]).int(), max_seqlen=7, key_lengths=lengths)
+    packed = {"cu_seqlens": OFFSETS, "max_seqlen": 7}
+    refuses("ValueError: key_lengths: expected None with cu_seqlens", made, x[0], **packed, key_lengths=lengths)
     refuses("NotImplementedError: cache: no gradient goes through it", made, x, cache=cache)
     assert cache.lengths.tolist() == [0, 0]
 

@@ -7,6 +7,7 @@ from torch.nn.functional import linear, rms_norm
 from tests.support.layers import assert_same
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import in_turn, pairwise
+from tests.support.refusals import refuses
 from tritonattn import Scales, attention, nn
 from tritonattn.nn.attention import rotated
 from tritonattn.scaling import LogKeyCount
@@ -184,8 +185,7 @@ def test_a_full_cache_refuses_more_keys():
     cache = made.cache(2, 5)
     made(x[:, :4], cache=cache)
     held = cache.k.clone()
-    with pytest.raises(ValueError, match=r"expected at most capacity = 5 keys, got 6"):
-        made(x[:, :2], cache=cache)
+    refuses("ValueError: ~ expected at most capacity = 5 keys, got 6", made, x[:, :2], cache=cache)
     assert torch.equal(cache.k, held)
     assert cache.lengths.tolist() == [4, 4]
 
@@ -266,8 +266,7 @@ def test_a_bias_of_distances_is_the_same_in_every_form():
     for b, count in enumerate(counts.tolist()):
         torch.testing.assert_close(torch.cat(steps, 1)[b], whole[b, count : count + 2])
     for refused in ({"cache": cache}, {"cu_seqlens": ends, "max_seqlen": 22}):
-        with pytest.raises(ValueError, match="bias: expected None with"):
-            made(x, bias=pairs, **refused)
+        refuses("ValueError: bias: expected None with", made, x, bias=pairs, **refused)
 
 
 class Near(LogKeyCount):
@@ -284,5 +283,5 @@ def test_a_scaling_with_a_relative_bias_over_a_cache():
     cache, whole = made.cache(2, 30), made(x)
     steps = [made(part, cache=cache) for part in x.split([16, 1, 3], 1)]
     torch.testing.assert_close(torch.cat(steps, 1), whole)
-    with pytest.raises(NotImplementedError, match="scaling: expected one without a relative bias for a prompt"):
-        made(x, cache=made.cache(2, 30))
+    message = "NotImplementedError: scaling: expected one without a relative bias for a prompt"
+    refuses(message, made, x, cache=made.cache(2, 30))

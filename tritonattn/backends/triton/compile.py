@@ -87,7 +87,7 @@ def compile_launch(launch: Launch, target: Target) -> CompiledKernel:
 def specialised(
     function: JITFunction, arguments: Mapping[str, Any], options: dict[str, Any], target: GPUTarget
 ) -> ASTSource:
-    """The source that `JITFunction.run` compiles for these arguments: types, constants and alignments are its own."""
+    """The source that `JITFunction.run` compiles for these arguments: with the same types, constants and alignments."""
     backend = make_backend(target)
     bound, specialization, unbound = binder(function, backend)(**arguments, **options)
     if hasattr(function, "_pack_args"):

@@ -206,7 +206,6 @@ def attention_decode(
     for start_n in tl.range(start, stop, BLOCK_N):
         offs_n = start_n + block_keys  # [BLOCK_N]
         keep_key = offs_n < stop  # [BLOCK_N]
-        is_read = keep_row[:, None] & keep_key[None, :]  # [BLOCK_M, BLOCK_N]
         if pages is None:
             k_ptrs = k.ptr + (tl.cast(start_n, tl.int64) * k.s + k_offsets)  # [BLOCK_N, BLOCK_D]
             k_tile = load_tile(k_ptrs, keep_key, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
@@ -215,6 +214,7 @@ def attention_decode(
             number = number.to(tl.int64)[:, None]  # [BLOCK_N, 1]
             k_ptrs = k.ptr + number * k.b + tile_offsets(slot, BLOCK_D, k.s, k.d, WIDE)  # [BLOCK_N, BLOCK_D]
             k_tile = load_tile(k_ptrs, is_held, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+        is_read = keep_row[:, None] & keep_key[None, :]  # [BLOCK_M, BLOCK_N]
         if HAS_PAIRS:  # see `attention_forward`
             rows, keys = row[:, None], offs_n[None, :]  # [BLOCK_M, 1], [1, BLOCK_N]
             of_pairs = pair_biases(bias, relative_bias, extent, batch, head[:, None], rows, keys, shift, is_read)

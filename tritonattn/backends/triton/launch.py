@@ -32,9 +32,10 @@ from ...tuning.config import (
 from ...tuning.defaults import default_config
 from ...tuning.order import LONGEST_AXIS, lanes
 from .device import Grid, KernelArguments, NotCompiledError, Specialisation, launch_on
+from .interpreter import run_interpreted, tensors_of
 from .records import Arguments, Pages, Scale, Strided
 
-KERNELS: dict[str, Any] = {}  # by name: each file of kernels enters its own
+KERNELS: dict[str, Any] = {}  # by name: each file enters its kernels
 
 
 class Variant(NamedTuple):
@@ -75,47 +76,12 @@ def device_of(values: Iterable[Any]) -> torch.device:
     return next(tensors_of(values)).device
 
 
-def run_interpreted(kernel: Any, grid: Grid, arguments: Mapping[str, Any], config: TileConfig) -> None:
-    """Launch under TRITON_INTERPRET=1 with bf16 widened to fp32, and round the results back to nearest even.
-
-    Triton's interpreter computes on the raw bits of bf16 and truncates when it converts (triton issues 11584, 11604).
-    P and dS are not rounded to bf16, so an interpreted result is closer to exact than a GPU's.
-    """
-    wide = {name: map_tensors(_widened, value) for name, value in arguments.items()}
-    kernel[grid](**wide)
-    for name, value in arguments.items():
-        if name not in _READ_ONLY:
-            for tensor, result in zip(tensors_of([value]), tensors_of([wide[name]]), strict=True):
-                # Autograd watches for writes and refuses a second backward: what was only read is not written.
-                if result is not tensor and not torch.equal(tensor.float(), result):
-                    tensor.copy_(result)
-
-
-def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among a kernel's arguments, and in their records."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from tensors_of(value)
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """A kernel's argument with function(x) for each tensor x, also in a record."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple):
-        return type(value)(*(map_tensors(function, member) for member in value))
-    return value
-
-
 config_for: ConfigFor = lookup.config_for
 
 # Every kernel call passes `run`; a test may put another executor of the same signature here.
 interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
 run: Callable[[Any, Grid, Mapping[str, Any], TileConfig], None] = run_interpreted if interpreting else run_on_device
 
-_READ_ONLY = ("q", "k", "v", "d_out", "bias", "relative_bias")
 # Programs of a grid: the launcher of Triton multiplies its axes in 32 bits, and skips a launch with a negative product.
 MOST_PROGRAMS = 2**31 - 1
 
@@ -151,7 +117,7 @@ class Plan:
         return cls(function, config, names, constexprs, target, operator.itemgetter(*names), descriptors, variant)
 
     def launch(self, grid: Grid, available: Arguments, special: Specialisation | None = None) -> None:
-        """Run with the kernel's own arguments out of those available, in its order; special: of the call, where kept.
+        """Run with the kernel's arguments out of those available, in its order; special: of the call, where kept.
 
         grid   programs along each axis; past LONGEST_AXIS or MOST_PROGRAMS in several launches
         """
@@ -295,9 +261,9 @@ _MOST_SPECIALISATIONS = 4096
 
 
 def forms_of(*tensors: Tensor | None) -> list[Form | None]:
-    """All of tensors that selects code: shape, strides, dtype, and whether they stand at multiples of 16 bytes."""
+    """All of tensors that selects code: shape, strides, dtype, and True where they stand at multiples of 16 bytes."""
     found: list[Form | None] = []
-    for x in tensors:  # no comprehension: each is a call of its own before Python 3.12
+    for x in tensors:  # no comprehension: each is a call before Python 3.12
         found.append(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0))
     return found
 
@@ -337,15 +303,6 @@ def is_aligned(tensor: Tensor | None) -> bool:
         if shape[axis] > 1 and (step <= 0 or step % 16):
             return False
     return True
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    """An fp32 copy of a bf16 tensor with its strides, shared elements of expanded tensors included; others as is."""
-    if tensor.dtype != torch.bfloat16:
-        return tensor
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    flat = tensor.as_strided((max(extent, 0),), (1,)).float()
-    return flat.as_strided(tensor.shape, tensor.stride(), 0)
 
 
 def strided(tensor: Tensor) -> Strided:

@@ -1,9 +1,9 @@
 """The records that kernels take.
 
 Records are NamedTuples, which Triton takes apart. An optional tensor is a flag too: None where a call has no such
-tensor. Three rules suit all compilers since triton 3.4. A record's None member is a None argument of the kernel, or
+tensor. Three rules suit all compilers since triton 3.4. A record's None field is a None argument of the kernel, or
 stands in the call that makes the record. It is no local variable, no function returns it, and a record with such
-members is never compared with None. Lengths, counts and constexprs stay outside of the records that kernels take,
+fields is never compared with None. Lengths, counts and constexprs stay outside of the records that kernels take,
 where Triton ignores `do_not_specialize`.
 """
 
