@@ -18,7 +18,7 @@ from .checks import (
     check_count,
     check_tensor,
     check_values,
-    kind_of,
+    type_of,
     values_are_read,
 )
 from .dispatch import kernels_take
@@ -168,7 +168,7 @@ class KeyStatistics(KeyRecord):
             self._check_per_sequence("lengths", lengths, self.capacity)
             self.counts.copy_(torch.minimum(self.counts, lengths.long().clamp(min=0)))
         elif isinstance(lengths, bool) or not isinstance(lengths, int):
-            raise TypeError(f"lengths: expected an integer tensor [B] or an int, got {kind_of(lengths)}")
+            raise TypeError(f"lengths: expected an integer tensor [B] or an int, got {type_of(lengths)}")
         elif not 0 <= lengths <= self.capacity:
             raise ValueError(f"lengths: expected a value in [0, {self.capacity}], got {lengths}")
         else:

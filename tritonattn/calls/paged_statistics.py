@@ -12,7 +12,7 @@ from ..core.autograd import runs_eagerly
 from ..core.key_records import KeyRecord, zeros
 from ..core.norms import key_norms_of
 from ..core.sequences import Found, PackedAxis, PageTable
-from .checks import INTEGERS, check_count, check_tensor, kind_of, values_are_read
+from .checks import INTEGERS, check_count, check_tensor, type_of, values_are_read
 from .dispatch import kernels_take
 from .layouts import SMALLEST_PAGE
 from .sequence_checks import (
@@ -181,7 +181,7 @@ class PagedKeyStatistics(KeyRecord):
 def check_paged_statistics(statistics: Any, q: Tensor, pages: Tensor, block_table: Tensor | None) -> None:
     """Raise unless this is a record of the keys in `pages`, [N, page, Hkv, D]."""
     if not isinstance(statistics, PagedKeyStatistics):
-        raise TypeError(f"statistics: expected a PagedKeyStatistics, got {kind_of(statistics)}")
+        raise TypeError(f"statistics: expected a PagedKeyStatistics, got {type_of(statistics)}")
     if block_table is None:
         raise ValueError("statistics: expected a block_table with a PagedKeyStatistics, got None")
     check_record(statistics.norms, tuple(pages.shape[:3]), "[N, page, Hkv]", q)
