@@ -93,7 +93,7 @@ def test_the_code_of_the_readme_runs():
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_a_mode_as_documented_keeps_padding_out(backend):
-    """As the page writes a mode, keys that no row sees may hold NaN: its author is not asked to think of it."""
+    """As the page writes a mode, keys that no row attends to may hold NaN: its author is not asked to think of it."""
     (position,) = (i for i, code in enumerate(snippets(SCALINGS_PAGE)) if "class LogKeyNorm(Scaling)" in code)
     scaling = run(SCALINGS_PAGE, position)["LogKeyNorm"]()
     q, k, v = torch.randn(3, 1, 4, 9, 8, dtype=torch.float64).unbind(0)
@@ -131,7 +131,7 @@ def test_a_stale_part_is_found():
 
 
 PROGRAMS = sorted((ROOT / "docs/examples").glob("*.py"))
-KERNELS = ROOT / "docs/examples/kernel.py"  # a process of its own: it asks for Triton's interpreter
+KERNELS = ROOT / "docs/examples/kernel.py"  # run in a process without tests: it asks for Triton's interpreter
 MODULES = [file for file in sorted((ROOT / "tritonattn").rglob("*.py")) if ">>> " in file.read_text(encoding="utf-8")]
 
 

@@ -68,7 +68,7 @@ def subject(**config) -> Subject:
 
 @pytest.fixture
 def small(monkeypatch) -> Subject:
-    """A small random model in the place of the real one."""
+    """A small random model for the real one."""
     one = subject()
     monkeypatch.setattr(demo, "load", lambda name, device: one)
     return one
@@ -78,7 +78,7 @@ def test_the_demo_from_end_to_end(small, tmp_path, capsys):
     files = tmp_path / "new" / "a.json", tmp_path / "new" / "a.png"
     assert cli.main(f"demo --modes {MODES} --max-tokens 40 --json {files[0]} --plot {files[1]}".split()) == 0
     out = capsys.readouterr().out
-    for part in (*MODES.split(","), "perplexity", "ln n", "moved", "own eager attention", "How to read it"):
+    for part in (*MODES.split(","), "perplexity", "ln n", "moved", "eager attention", "How to read it"):
         assert part in out
     record = json.loads(files[0].read_text())
     assert [row["mode"] for row in record["modes"]] == MODES.split(",")

@@ -31,9 +31,9 @@ def test_every_mode_starts_from_the_same_weights_and_gets_the_same_batches(task,
         return {name: p for name, p in model.named_parameters() if ".scaling." not in name}
 
     def batches(mode: str) -> tuple[list, str]:
-        found, own = [], type(TASKS[task]).batch
+        found, batch = [], type(TASKS[task]).batch
         monkeypatch.setattr(
-            TASKS[task], "batch", lambda *arguments: found.append(own(TASKS[task], *arguments)) or found[-1]
+            TASKS[task], "batch", lambda *arguments: found.append(batch(TASKS[task], *arguments)) or found[-1]
         )
         return found, train(planned_run(task, mode, steps=2), CPU).data
 
@@ -179,9 +179,9 @@ def test_the_command_writes_everything_and_goes_on_where_it_was(tmp_path, capsys
 
 def test_the_interval_is_students():
     values = [0.91, 0.93, 0.88, 0.97, 0.90]
-    own = Interval.of(values)
-    low, high = stats.t.interval(0.95, 4, loc=own.mean, scale=stats.sem(values))
-    assert (own.mean - own.half, own.mean + own.half) == pytest.approx((low, high), rel=1e-12)
+    interval = Interval.of(values)
+    low, high = stats.t.interval(0.95, 4, loc=interval.mean, scale=stats.sem(values))
+    assert (interval.mean - interval.half, interval.mean + interval.half) == pytest.approx((low, high), rel=1e-12)
     assert Interval.of([1.0, 3.0]).half == pytest.approx(12.706, abs=1e-3)  # t's quantile 0.975, 1 degree of freedom
     assert Interval.of([2.0]).text() == "2.000 ± ?"
     assert not Interval.of([-1.0, 3.0]).excludes_zero

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from ...core.provenance import Environment
 from ...huggingface.architecture import layer_number
-from ..figures import foot, plain_numbers, save, staggered, styles, values_beside, whole_numbers
+from ..figures import foot, plain_numbers, save, staggered, styles, values_at_right, whole_numbers
 from .measurement import Measurement
 
 
@@ -39,7 +39,7 @@ def draw(model: str, measurements: Sequence[Measurement], environment: Environme
     losses.invert_yaxis()
     losses.grid(alpha=0.3)
     losses.set_xlabel("loss per token (nats)")
-    values_beside(losses, [f"{one.loss:.3f}" for one in measurements])
+    values_at_right(losses, [f"{one.loss:.3f}" for one in measurements])
     entropies.set(xlabel="layer", ylabel="attention entropy / ln n", ylim=(0, 1.05))
     logits.set(xlabel="layer", ylabel="largest logit", yscale="symlog")
     for axes in (entropies, logits):

@@ -11,7 +11,7 @@ from ...core.provenance import Environment, command_line
 from .measures import Measures, Point, Sample, measure, points_of
 from .paper import PANELS, ROWS, component, measures_of
 from .report import Findings
-from .verdict import CONDITIONS, OWN_CURVES, Batch, Condition, Curves, Reach, reach_of
+from .verdict import CONDITIONS, FACTOR_CURVES, Batch, Condition, Curves, Reach, reach_of
 
 _SETS, _FEW_SETS = 64, 8  # sequences in a batch of the verdict
 _Bar = partial(Progress, leave=False)
@@ -56,7 +56,8 @@ def _verdict(options: Namespace, conditions: tuple[Condition, ...]) -> dict[tupl
     found = {}
     for condition in _Bar(conditions, desc="the verdict"):
         batch = Batch.of(condition, _FEW_SETS if options.quick else _SETS, options.seed, options.device)
-        curves = {name: Curves(batch, name) for name in {one if one in OWN_CURVES else "none" for one in options.modes}}
+        curve_of = {mode: mode if mode in FACTOR_CURVES else "none" for mode in options.modes}
+        curves = {name: Curves(batch, name) for name in set(curve_of.values())}
         for mode in options.modes:
-            found[condition, mode] = reach_of(batch, mode, curves[mode if mode in OWN_CURVES else "none"])
+            found[condition, mode] = reach_of(batch, mode, curves[curve_of[mode]])
     return found

@@ -68,11 +68,11 @@ def _paper(number: int, findings: Findings) -> Figure:
         "key 1 over 500 queries": {"color": COLOURS[2], "linestyle": "-"},
         "column 1 as the published package orders it": {"color": COLOURS[1], "linestyle": "--"},
     }
-    own, published = looks.values()
+    simulated, published = looks.values()
     for axes, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
-        axes.plot(*density(part.values), **own)
+        axes.plot(*density(part.values), **simulated)
         axes.plot(*density(part.as_published), **published)
-        axes.plot(part.values, torch.zeros_like(part.values), "|", color=own["color"], alpha=0.35, markersize=12)
+        axes.plot(part.values, torch.zeros_like(part.values), "|", color=simulated["color"], alpha=0.35, markersize=12)
         label = "value" if part.panel.mode is None else "probability"
         axes.set(xlabel=label, ylabel="density")
         axes.set_title(textwrap.fill(f"({part.panel.letter}) {part.panel.title}", 36), fontsize=9)
@@ -176,7 +176,7 @@ def two_ways(findings: Findings) -> Figure:
         ys[mode] = [max(x.logit_std * x.jacobian_norm, low) for x in found]
         uniform[mode], one_hot[mode] = fmean(x.near_uniform for x in found), fmean(x.near_one_hot for x in found)
     count = len(findings.modes)
-    columns = min(count, min((5, 4, 6), key=lambda columns: -count % columns))  # few places left empty
+    columns = min(count, min((5, 4, 6), key=lambda columns: -count % columns))  # few cells left empty
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(10.5, 2.2 * rows + 1), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)

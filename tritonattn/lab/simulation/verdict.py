@@ -50,7 +50,7 @@ CONDITIONS = (
     Condition("counts and norms vary", fold=256, norms="between"),
 )
 # Modes that multiply each key by a factor: see `Curves`.
-OWN_CURVES = ("cosine", "inkling2")
+FACTOR_CURVES = ("cosine", "inkling2")
 
 
 @dataclass(frozen=True)

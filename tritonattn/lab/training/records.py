@@ -38,7 +38,7 @@ class Run:
     mode              of the attention layers, as `modes.build` takes it, or TRAINED:TESTED, two of these
     seed              sets the weights and the order of the data, neither of which depends on the mode
     qk_norm           the attention layers RMS-normalise q and k
-    head_dim          of the attention layers; None is the task's own
+    head_dim          of the attention layers; None is the task's
     date              of the day on which the command began
     status            "trained", or "diverged" where a loss was not finite: then without metrics
     data              digest of all its training batches: the same for every mode of a seed

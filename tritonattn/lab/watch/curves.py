@@ -168,7 +168,7 @@ class Watched:
         return {run.name: (run, None) for run in self.runs}
 
     @property
-    def kind(self) -> str:
+    def word(self) -> str:
         """The word for a line."""
         return "layer" if len(self.runs) == 1 else "run"
 

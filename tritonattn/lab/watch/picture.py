@@ -64,11 +64,11 @@ def figure_of(watched: Watched) -> Figure:
         axes.set_xlabel("step")
         axes.tick_params(labelbottom=True)
     whole_numbers(grid.flat[0].xaxis)
-    names = short_names(lines) if watched.kind == "layer" else dict(zip(lines, lines, strict=True))
-    legend = {f"{watched.kind} {names[name]}": looks[name] for name in _some(lines)}
+    names = short_names(lines) if watched.word == "layer" else dict(zip(lines, lines, strict=True))
+    legend = {f"{watched.word} {names[name]}": looks[name] for name in _some(lines)}
     if any(run.alarms for run in watched.runs):
         legend |= {"alarm": _ALARM, "its threshold": _LIMIT}
-    foot(figure, f"{watched.summary()}. {_ABOUT[watched.kind]}.", legend, columns=6)
+    foot(figure, f"{watched.summary()}. {_ABOUT[watched.word]}.", legend, columns=6)
     return figure
 
 
@@ -132,7 +132,7 @@ def _picture(watched: Watched) -> str:
 
 def _alarms(watched: Watched) -> str:
     texts = [
-        f"{f'{run.name}, ' if watched.kind == 'run' else ''}step {one.step}: {one}"
+        f"{f'{run.name}, ' if watched.word == 'run' else ''}step {one.step}: {one}"
         for run in watched.runs
         for one in run.alarms
     ]
@@ -148,7 +148,7 @@ def _latest(watched: Watched) -> str:
     values = {
         measure: {name: record.value(measure, watched.lines[name][1]) for name, record in latest.items()}
         for measure in MEASURES
-        if measure != LOSS or watched.kind == "run"
+        if measure != LOSS or watched.word == "run"
     }
     values = {measure: of for measure, of in values.items() if not all(map(math.isnan, of.values()))}
     if not values:
@@ -158,5 +158,5 @@ def _latest(watched: Watched) -> str:
     for name in latest:
         numbers = "".join(f"<td>{of[name]:.3g}</td>" for of in values.values()).replace("nan", "-")
         rows += f"<tr><td>{escape(name)}</td>{numbers}</tr>\n"
-    table = f'<div class="table"><table><tr><th>{watched.kind}</th>{head}</tr>\n{rows}</table></div>'
+    table = f'<div class="table"><table><tr><th>{watched.word}</th>{head}</tr>\n{rows}</table></div>'
     return f"<h2>The latest step</h2>\n{table}"
