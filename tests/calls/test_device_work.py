@@ -25,7 +25,7 @@ def kernels(monkeypatch) -> Iterator[list[str]]:
 
     def run(kernel, grid, arguments, config) -> None:
         launched.append(kernel.__name__)
-        if "argmax_ptr" in arguments:  # what torch takes for places of keys; by numpy, which no profiler of torch sees
+        if "argmax_ptr" in arguments:  # positions of keys to torch; by numpy, which its profiler does not record
             arguments["argmax_ptr"].numpy()[:] = 0
 
     monkeypatch.setattr(launch, "run", run)

@@ -11,7 +11,7 @@ import torch
 
 from tests.kernels import harness
 from tests.support.packed import Packed
-from tests.support.paged_calls import check_appends, paged_call
+from tests.support.pages import check_appends, paged_call
 from tests.support.pairs import all_pairs
 from tritonattn import attention_varlen
 from tritonattn.backends import triton as triton_backend

@@ -15,7 +15,7 @@ from tests.kernels import harness
 from tests.kernels.harness import Tensors
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.packed import Packed
-from tests.support.paged_calls import paged_call
+from tests.support.pages import paged_call
 from tests.support.pairs import in_turn
 from tritonattn import Scales, Scaling
 from tritonattn.backends import triton as backend

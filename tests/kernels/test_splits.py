@@ -10,7 +10,7 @@ from tests.kernels.test_pages import CASES, ROWS
 from tests.kernels.test_varlen import MASKS as PACKED_MASKS
 from tests.kernels.test_varlen import PACKED, attend
 from tests.support.masks import MASKS
-from tests.support.paged_calls import paged_call
+from tests.support.pages import paged_call
 from tests.support.pairs import in_turn
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import attention, launch

@@ -71,7 +71,7 @@ def test_nan_in_a_sequence_stays_there(device):
     tensors = harness.packed_inputs(FEW, torch.float32, device, group=1, scales=("gain", "sinks"))
     arguments = {"causal": True, "scaling": "log_key_count", **EVERYTHING}
     clean = harness.by_kernels(tensors, attend(FEW, device), **arguments)
-    rows, keys = FEW.members()[0]
+    rows, keys = FEW.sequences()[0]
     for name, index in {"q": rows, "k": keys, "v": keys}.items():
         tensors[name][index] = torch.nan
     found = harness.by_kernels(tensors, attend(FEW, device), **arguments)
@@ -89,7 +89,7 @@ def test_neighbours_change_nothing(device):
     d_out = torch.randn(tensors["q"].shape, generator=torch.Generator().manual_seed(5)).to(device)
     whole = harness.by_kernels(tensors, attend(FEW, device), d_out, **arguments)
     for sequence in (0, 2):
-        rows, keys = FEW.members()[sequence]
+        rows, keys = FEW.sequences()[sequence]
         part = {"q": rows, "k": keys, "v": keys}
         one = {name: tensors[name][index].clone() for name, index in part.items()}
         one["gain"] = tensors["gain"][:, rows].clone()

@@ -101,9 +101,9 @@ def test_arguments_that_exclude_one_another():
 @pytest.mark.parametrize(
     ("new", "error", "message"),
     [
-        ((K, V.int()), TypeError, "v_new: expected a floating dtype, got torch.int32"),
-        ((K[..., :5], V), ValueError, r"k_new: expected \[B, Hkv, n, D\] = \[2, 2, n, 6\], got \[2, 2, 3, 5\]"),
-        ((K, V[0]), ValueError, r"v_new: expected \[B, Hkv, n, Dv\] = \[2, 2, n, 4\], got \[2, 3, 4\]"),
+        ((K, V.int()), TypeError, "v_new: expected float16, bfloat16, float32 or float64, got torch.int32"),
+        ((K[..., :5], V), ValueError, r"k_new: expected shape \[B, Hkv, n, D\] = \[2, 2, n, 6\], got \[2, 2, 3, 5\]"),
+        ((K, V[0]), ValueError, r"v_new: expected shape \[B, Hkv, n, Dv\] = \[2, 2, n, 4\], got \[2, 3, 4\]"),
         ((K, V[:, :, :2]), ValueError, "v_new: expected k_new's n = 3, got 2"),
         ((K, V.to("meta")), ValueError, "v_new: expected this KeyValueCache's device cpu, got meta"),
     ],

@@ -19,7 +19,7 @@ from triton.runtime.driver import driver
 import tritonattn
 from tests.support.caches import cached_call
 from tests.support.packed import Packed
-from tests.support.paged_calls import paged_call
+from tests.support.pages import paged_call
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import KERNELS, device, launch
 from tritonattn.backends.triton import compile as ahead

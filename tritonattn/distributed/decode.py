@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import ops
-from ..calls.checks import check_integers, check_values
+from ..calls.checks import INTEGERS, check_tensor, check_values
 from ..calls.decode import cache_operands, cache_visibility, check_statistics
 from ..calls.dispatch import logits, refuse_gradients
 from ..calls.key_statistics import KeyStatistics
@@ -139,7 +139,7 @@ def context_parallel_decode(
     refuse_dtensors(q=q, k_cache=k_cache, v_cache=v_cache, key_lengths=key_lengths)
     split = Split.of(mesh, "contiguous")
     q, k, v = cache_operands(q, k_cache, v_cache)
-    check_integers("key_lengths", key_lengths, "[B]", q)
+    check_tensor("key_lengths", key_lengths, "[B]", INTEGERS, q)
     capacity = k.shape[2]
     check_values("key_lengths", key_lengths, split.size * capacity, f"{split.size} * capacity = ")
     lengths = (key_lengths.long() - split.rank * capacity).clamp(0, capacity)  # uint8 has no number below 0
