@@ -54,7 +54,7 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
         call.backend = "flash"
     if call.dropout_p > 0:
         call.dropout = Dropout.draw(call.dropout_p, call.q.device)
-    if call.backend != "triton" and not _has_kernels(call) and call.q.dtype.itemsize == 2 and not call.cached:
+    if call.q.dtype.itemsize == 2 and call.backend != "triton" and not call.cached and not _has_kernels(call):
         if has_transform or needs_graph(call.q, call.k):  # gradients of logits and of norms are added, then rounded
             call.q, call.k = call.q.float(), call.k.float()
     result = by_formulas(call) if call.backend == "reference" else None
