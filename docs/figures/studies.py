@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from tritonattn.core.provenance import Environment
 from tritonattn.lab.figures import save_themes
 from tritonattn.lab.length.report import figure_of as length
+from tritonattn.lab.modes import MODES
 from tritonattn.lab.simulation.measures import Measures, Point
 from tritonattn.lab.simulation.paper import PANELS, component
 from tritonattn.lab.simulation.plot import figures_of as simulation
 from tritonattn.lab.simulation.report import Findings
 from tritonattn.lab.simulation.verdict import Condition, Reach
-from tritonattn.lab.training.modes import MODES
 from tritonattn.lab.training.plot import figure_of as training
 from tritonattn.lab.training.records import read
 

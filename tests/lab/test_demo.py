@@ -17,8 +17,8 @@ from tritonattn.lab import demo
 from tritonattn.lab.demo import measurement as measuring
 from tritonattn.lab.demo import plot, swap
 from tritonattn.lab.demo.measurement import Layer, Measurement, Subject
-from tritonattn.lab.demo.variants import variant
 from tritonattn.lab.figures import COLOURS, darken, foot, styles
+from tritonattn.lab.modes import variant
 from tritonattn.lab.training.tasks import Batch
 from tritonattn.scaling import Cosine, LogKeyCount, LogPower, SqrtDim
 

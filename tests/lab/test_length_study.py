@@ -10,8 +10,8 @@ from tritonattn.cli import main as cli
 from tritonattn.huggingface import patched
 from tritonattn.lab import length
 from tritonattn.lab.demo.measurement import Subject
-from tritonattn.lab.demo.variants import variant
 from tritonattn.lab.length import losses
+from tritonattn.lab.modes import variant
 
 MODES = "sqrt_dim,sqrt_dim*1.5,qwen_logn:CONTEXT,log_key_count:32"
 

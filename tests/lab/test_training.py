@@ -8,10 +8,11 @@ pytest.importorskip("sklearn", reason="pip install 'tritonattn[lab]'")
 from scipy import stats
 
 from tritonattn.cli import main as cli
-from tritonattn.lab import training
-from tritonattn.lab.training import plot, trainer
-from tritonattn.lab.training.modes import MODES
-from tritonattn.lab.training.records import Recipe, Run, planned, read
+from tritonattn.core.provenance import Environment
+from tritonattn.lab import figures, training
+from tritonattn.lab.modes import MODES
+from tritonattn.lab.training import trainer
+from tritonattn.lab.training.records import Recipe, Run, read
 from tritonattn.lab.training.report import Interval, other_metrics
 from tritonattn.lab.training.tasks import TASKS
 from tritonattn.lab.training.trainer import as_tested, attentions, fresh_model, train
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 
 def planned_run(task: str = "digits", mode: str = "sqrt_dim", seed: int = 0, steps=3, batch=4, **choices) -> Run:
     recipe = Recipe("adamw", 1e-2, 0.01, steps, batch)
-    return planned(task, [mode], seed + 1, [recipe], CPU, quick=True, **choices)[seed]
+    return Run(task, mode, seed, recipe, Environment.of(CPU), "command", "date", quick=True, **choices)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -137,7 +138,7 @@ def test_the_model_of_a_run_has_its_choices():
 
 
 def test_the_command_reports_the_models_that_are_asked_for(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plot, "draw", lambda runs, file: file.touch())
+    monkeypatch.setattr(figures, "save", lambda figure, file: file.touch())
     one = f"train-compare --tasks digits --modes sqrt_dim --steps 1 --quick --out {tmp_path}".split()
     other = [*one, "--qk-norm", "--head-dim", "8"]
     assert cli.main(one) == cli.main(other) == 0
@@ -165,7 +166,7 @@ def test_the_command_writes_everything_and_goes_on_where_it_was(tmp_path, capsys
     assert runs[0].command
 
     trained, real = [], training.train
-    monkeypatch.setattr(plot, "draw", lambda *_: None)
+    monkeypatch.setattr(figures, "save", lambda *_: None)
     monkeypatch.setattr(training, "train", lambda run, *rest: trained.append((run.seed, run.mode)) or real(run, *rest))
     lines = (tmp_path / "runs-digits.jsonl").read_text().splitlines()
     torn = "\n".join([*lines[:2], lines[2][:40]])  # killed while it wrote the third

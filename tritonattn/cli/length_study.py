@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     require("length-study", [*NEEDED, "matplotlib"], extra="demo")
     from ..lab import length
-    from ..lab.demo.variants import check_written
+    from ..lab.modes import check_written
 
     options.modes = options.modes or length.VARIANTS
     check_written(options.modes)

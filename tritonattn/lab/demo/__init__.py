@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from ...core.errors import CommandError
 from ...core.progress import Progress
 from ...core.provenance import Environment, command_line
+from ..modes import Variant, check_written, variants
 from .measurement import Measurement, Subject, eager_loss, measure, patched_with
 from .model import load
 from .report import Report
 from .swap import report as swapped
-from .variants import Variant, check_written, variants
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,7 @@ from ...core.visibility import Visibility
 from ...huggingface import Patched, patch
 from ...huggingface.architecture import attention_modules, head_dim, query_heads
 from ...scaling import Scaling
-from .variants import Variant
+from ..modes import Variant
 
 _ROWS = 256  # logits that the loss upcasts at a time
 

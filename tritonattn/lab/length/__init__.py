@@ -20,7 +20,7 @@ from ...core.provenance import Environment, command_line
 from ..demo import read_text
 from ..demo.measurement import Subject, patched_with
 from ..demo.model import load
-from ..demo.variants import BASELINE, Variant, variants
+from ..modes import BASELINE, Variant, variants
 from ..texts import WONDERLAND
 from .report import Study, draw
 
