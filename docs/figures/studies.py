@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from tritonattn.core.provenance import Environment
 from tritonattn.lab.figures import save_themes
-from tritonattn.lab.length.report import figure_of as length
+from tritonattn.lab.length import figure_of as length
 from tritonattn.lab.modes import MODES
 from tritonattn.lab.simulation.measures import Measures, Point
 from tritonattn.lab.simulation.paper import PANELS, component

@@ -200,15 +200,12 @@ def luminance(colour) -> float:
     [([""] * 3, [0, 1, 2]), (["model.layers.3.self_attn", "model.layers.28.self_attn"], [3, 28])],
     ids=["without numbers", "some layers"],
 )
-def test_layers_of_the_demo_have_their_numbers_on_whole_ticks(names, numbers, monkeypatch, tmp_path):
-    pictures = []
-    monkeypatch.setattr(plot, "save", lambda figure, file: pictures.append(figure))
+def test_layers_of_the_demo_have_their_numbers_on_whole_ticks(names, numbers):
     measurements = [
         Measurement(mode, loss, tuple(Layer(name, 0.5, 3.0) for name in names), 0.0)
         for mode, loss in (("sqrt_dim", 3.25), ("key_count", 7.5))
     ]
-    plot.draw("small", measurements, "where", tmp_path / "a.png")
-    losses, entropies, logits = pictures[0].axes
+    losses, entropies, logits = plot.figure_of("small", measurements, "where").axes
     for axes in (entropies, logits):
         assert all(list(line.get_xdata()) == numbers for line in axes.lines)
         assert all(tick == round(tick) for tick in axes.get_xticks())

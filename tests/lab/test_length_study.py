@@ -36,7 +36,7 @@ def test_the_command_writes_everything_and_goes_on_where_it_was(small, tmp_path,
     assert patched(small.model) is None
 
     passes = []
-    monkeypatch.setattr(length, "draw", lambda *_: None)
+    monkeypatch.setattr(length, "save", lambda *_: None)
     monkeypatch.setattr(length, "losses", lambda s, tokens, one: passes.append(one.name) or losses(s, tokens, one))
     lines = (tmp_path / "losses.jsonl").read_text().splitlines()
     kept = [line for line in lines if "qwen_logn" not in line]
