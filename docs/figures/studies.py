@@ -41,19 +41,21 @@ def simulated(file: Path) -> Findings:
     """Read the JSON of `tritonattn simulate`; the panels' components, which it leaves out, come from the seed."""
     record = json.loads(file.read_text(encoding="utf-8"))
     seed, paper = record["seed"], {(one.pop("dim"), one.pop("mode")): one for one in record["paper"]}
-    points = [(one.pop("modes"), Point(**one)) for one in record["sweep"]["points"]]
-    verdict = {}
+    sweep, verdict = {}, {}
+    for one in record["sweep"]["points"]:
+        modes = one.pop("modes")
+        sweep[Point(**one)] = {mode: Measures(*values) for mode, values in modes.items()}
     for one in record["verdict"]:
         condition = Condition(**{field.name: one.pop(field.name) for field in fields(Condition)})
         mode = one.pop("mode")
-        verdict[condition, mode] = Reach(**one)
+        verdict.setdefault(condition, {})[mode] = Reach(**one)
     return Findings(
         Environment(**record["environment"]),
         record["command"],
         seed,
         paper,
         [component(panel, seed, torch.device("cpu")) for panel in PANELS] if paper else [],
-        {(point, mode): Measures(*values) for modes, point in points for mode, values in modes.items()},
+        sweep,
         verdict,
     )
 

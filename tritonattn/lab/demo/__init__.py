@@ -62,9 +62,8 @@ def check(options: Namespace) -> None:
 
         types = sorted(FigureCanvasAgg.get_supported_filetypes())
         if options.plot.suffix[1:].lower() not in types:
-            raise CommandError(
-                f"--plot: expected a name ending in one of {', '.join(types)}, got {options.plot.name!r}"
-            )
+            expected = f"a name ending in one of {', '.join(types)}"
+            raise CommandError(f"--plot: expected {expected}, got {options.plot.name!r}")
 
 
 def subject_and_tokens(options: Namespace) -> tuple[Subject, Tensor]:
