@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Iterable
 from statistics import fmean
@@ -14,7 +13,7 @@ from matplotlib.mlab import GaussianKDE
 from torch import Tensor
 
 from ...analysis.diagnosis import ONE_HOT, UNIFORM
-from ..figures import COLOURS, foot, staggered, style, ticks_at
+from ..figures import COLOURS, foot, panels, staggered, style, ticks_at
 from .measures import Point
 from .report import BY_COUNT, TITLES, Findings
 
@@ -168,21 +167,14 @@ def _two_ways(findings: Findings) -> Figure:
         shares[mode] = fmean(x.near_uniform for x in found), fmean(x.near_one_hot for x in found)
     count = len(findings.modes)
     columns = min(count, min((5, 4, 6), key=lambda columns: -count % columns))  # few panels left empty
-    rows = math.ceil(count / columns)
-    figure = Figure(figsize=(10.5, 2.2 * rows + 1), layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes in panels.flat[count:]:
-        axes.set_axis_off()
+    figure, grid = panels(count, columns, (2.2, 1), "deviation of the logits", sharey=True, fontsize=9)
     everywhere = [x for xs, _ in drawn.values() for x in xs], [y for _, ys in drawn.values() for y in ys]
-    for axes, mode in zip(panels.flat, findings.modes, strict=False):
+    for axes, mode in zip(grid, findings.modes, strict=True):
         axes.plot(*everywhere, ".", color="#D0D0D0", markersize=2)
         axes.plot(*drawn[mode], "o", color=COLOURS[2], markersize=3)
         axes.set(xscale="log", yscale="log", ylim=(_LEAST / 3, 3 * max(everywhere[1])))
         axes.set_title("{}\n{:.0%} uniform, {:.0%} one-hot".format(mode, *shares[mode]), fontsize=9)
         axes.grid(alpha=0.3)
-    for axes in panels.flat[max(0, count - columns) : count]:  # the lowest of each column
-        axes.set_xlabel("deviation of the logits", fontsize=9)
-        axes.tick_params(labelbottom=True)
     figure.supylabel(f"Jacobian's norm times that deviation; {_LEAST:g}: that or less", fontsize=10)
     least = min(findings.modes, key=lambda mode: sum(shares[mode]))
     title = f"Gradients vanish where rows are uniform (left) or one-hot (right): least often with {least}"
