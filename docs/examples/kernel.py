@@ -8,7 +8,7 @@
 q, k, v, out   [B, H, S, D] of fp32, bf16 or fp16, contiguous; D is a power of two >= 16
 scales, lse    [B, H, S] of fp32
 
-A kernel sees B * H heads one behind the other: row i of head h is row h * S + i of a matrix [B * H * S, D]. Products
+A kernel gets B * H heads one behind the other: row i of head h is row h * S + i of a matrix [B * H * S, D]. Products
 accumulate in fp32, and the scales act on them there; p and ds are rounded to the operands' dtype before a product.
 Without a GPU, Triton's interpreter runs this file. docs/kernels.md leads from here to the kernels of tritonattn.
 
@@ -47,7 +47,7 @@ def forward_kernel(
     q = tl.load(q_ptr + tile_m, mask=live_m[:, None], other=0.0)  # [BLOCK_M, D]
     query_scale = tl.load(query_scale_ptr + first + offs_m, mask=live_m, other=0.0) * LOG2_E  # [BLOCK_M]
 
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)  # finite from the first block on: every row sees key 0
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)  # finite from the first block on: every row attends to key 0
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     for start_n in range(0, tl.minimum(start_m + BLOCK_M, S), BLOCK_N):
@@ -125,8 +125,8 @@ def grad_key_value_kernel(
         dk[j] = sum_i ds[i, j] * query_scale[i] * q[i]    the gradient of key_scale[j] * k[j]; ds: grad_query_kernel
 
     Hence the gradient of k[j] is key_scale[j] * dk[j], and that of key_scale[j] is k[j] . dk[j]. The loop goes over
-    query rows, from the first that sees a key of the block; rows past S add 0, since their q and do are 0. Tiles lie
-    transposed, keys by queries, so that p and ds meet do and q as they are. Each element has one writer: no atomics.
+    query rows, from the first that attends to a key of the block; rows past S add 0, since their q and do are 0. Tiles
+    lie transposed, keys by queries, so that p and ds meet do and q as they are. One writer an element: no atomics.
     """
     start_n = tl.program_id(0) * BLOCK_N
     first = tl.program_id(1).to(tl.int64) * S

@@ -1,4 +1,4 @@
-"""The pictures of the studies: `python -m docs.figures.studies` draws them anew from the records in docs/data."""
+"""The pictures of the studies: `python -m docs.figures.studies` draws them from the records in docs/data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TASKS = ("recall", "digits", "spell", "text")
 
 
 def figures() -> Iterator[tuple[str, Figure]]:
-    """Draw every picture, and yield it with its place in this folder."""
+    """Draw every picture, and yield it with its path in this folder."""
     for task in TASKS:
         runs = [run for run in read(DATA / f"training/runs-{task}.jsonl") if run.mode in MODES]
         yield f"training-{task}.png", training(runs)
