@@ -105,8 +105,8 @@ def costs() -> str:
         for length, dtype, passes in COST_CASES
     ]
     tiny = [[one(mode, length=16, passes=passes) for mode in COST_MODES] for passes in ("forward", "forward+backward")]
-    for name, records in zip(("forward", "forward and backward"), tiny, strict=True):
-        more = (f"+{1000 * (1 - 1 / record['ratio']) * record['median_ms']:.0f} us" for record in records)
+    for name, found in zip(("forward", "forward and backward"), tiny, strict=True):
+        more = (f"+{1000 * (1 - 1 / record['ratio']) * record['median_ms']:.0f} us" for record in found)
         rows.append([f"16 tokens, 1 head, fp32, {name}", *more])
     compiled = json.loads((RESULTS / "codegen.json").read_text(encoding="utf-8"))
     seconds = [case["compile_seconds"] for case in compiled]
