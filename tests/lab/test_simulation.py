@@ -65,18 +65,10 @@ def test_everything(pictures, tmp_path, capsys, monkeypatch):
     arguments = ["simulate", "--quick", *TINY, "--json", str(file), "--plot", str(folder), "--seed", "3"]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
-    for part in (
-        "32 keys, 500 queries",
-        "entropy / ln n, by number of keys",
-        "by kind of keys; n = 40, d = 4",
-        "by dimension; gaussian keys, n = 40",
-        "Reach with that gain",
-        "seed 3",
-    ):
-        assert part in printed
+    parts = "entropy / ln n, by number of keys", "by kind of keys; n = 40, d = 4", "gaussian keys, n = 40", "seed 3"
+    assert all(part in printed for part in parts)
     record = json.loads(file.read_text())
-    assert record["seed"] == 3
-    assert record["environment"]["torch"] == torch.__version__
+    assert (record["seed"], record["environment"]["torch"]) == (3, torch.__version__)
     assert len(record["paper"]) == 6
     points = record["sweep"]["points"]
     wanted = [*product(("gaussian",), (4, 6), (2, 40)), *product(("few giants",), (4,), (2, 40))]
