@@ -14,7 +14,7 @@ SAMPLED = tests/core tests/scaling tests/backends tests/emulated/test_attention.
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 # One thread a worker: more would take the cores from one another. Neighbours share fixtures: they stay on one worker.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
-# Tests that start processes of their own.
+# Tests that start processes.
 ALONE = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 INTERPRETED = TRITON_INTERPRET=$$($(VENV)/bin/python -c 'import torch; print(int(not torch.cuda.is_available()))')
 
@@ -32,19 +32,19 @@ test: $(VENV)/.test  ## every test that needs no download; the kernels' on the G
 test-slow: $(VENV)/.test $(VENV)/.real  ## the long tests, and those on real weights
 	$(PYTEST) tests/slow $(ARGS)
 
-test-peers: $(VENV)/.test  ## transformers' own model tests against ours, and that they see a wrong scale; downloads its sdist
+test-peers: $(VENV)/.test  ## the model tests of transformers against ours, and that they find a wrong scale; downloads its sdist
 	$(PIP) install --quiet parameterized
 	$(VENV)/bin/python -m tests.peers.transformers_tests $(ARGS)
 	$(VENV)/bin/python -m tests.peers.transformers_tests --fault --tb=no --no-summary $(ARGS)
 
-test-oldest:  ## a sample of the tests with the oldest torch and triton that pyproject.toml allows, in a venv of its own
+test-oldest:  ## a sample of the tests with the oldest torch and triton that pyproject.toml allows, in another venv
 	$(MAKE) test-sample VENV=$(VENV)-oldest VERSIONS="$(OLDEST)"
 
 test-sample: $(VENV)/.test
 	$(PYTEST) $(SAMPLED) $(ARGS)
 	$(INTERPRETED) $(PYTEST) $(SAMPLED_KERNELS) $(ARGS)
 
-test-vllm:  ## the vLLM plugin in vLLM's engine on a CPU, in a venv of its own of 3.4 GB
+test-vllm:  ## the vLLM plugin in vLLM's engine on a CPU, in another venv, of 3.4 GB
 	$(MAKE) $(VENV)-vllm/.vllm VENV=$(VENV)-vllm
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/serving -o filterwarnings= -W ignore $(ARGS)
 
@@ -92,7 +92,7 @@ $(VENV)/.test: $(VENV)/.made pyproject.toml
 	$(PIP) install --quiet --editable '.[test]' $(VERSIONS)
 	touch $@
 
-# vLLM's own dependencies would bring libraries for GPUs, and another torch.
+# The dependencies of vLLM would bring libraries for GPUs, and another torch.
 $(VENV)/.vllm: $(VENV)/.made tests/serving/requirements.txt pyproject.toml
 	$(PIP) install --quiet --requirement tests/serving/requirements.txt
 	$(PIP) install --quiet --no-deps vllm==0.33.0 --editable .

@@ -10,7 +10,7 @@ from importlib import import_module
 from tritonattn.core.errors import INTERRUPTED, CommandError, unguard
 
 COMMANDS = {
-    "sweep": "times and errors beside those of other implementations, as JSON lines",
+    "sweep": "times and errors next to those of other implementations, as JSON lines",
     "report": "tables of a sweep's records",
     "plot": "charts of a sweep's records",
     "gpu": "all that a GPU machine is asked for, in one command",
@@ -26,13 +26,13 @@ COMMANDS = {
     "codegen": "the machine code of every kernel: registers, spills, instructions per logit",
     "replay": "a model of every kernel's loop: share of the tensor rate, and what its warps wait for",
     "tables": "the shipped tables of tile configs, ranked by the replay",
-    "stages": "two stages of a kernel's pipeline against three on a GPU, beside the replay",
-    "flash": "the kernels beside FlashAttention or cuDNN with folded factors, on a GPU that has them",
+    "stages": "two stages of a kernel's pipeline against three on a GPU, and the replay's gain",
+    "flash": "the kernels against FlashAttention or cuDNN with folded factors, on a GPU that has them",
     "ptxas": "every kernel's PTX by the ptxas of several CUDA releases, side by side",
     "fill": "how full a card is under calls of few programs, unsplit and in splits: a model",
     "schedule": "when the tiles of a causal forward end, by the order of programs: a model",
     "correctness": "the kernels' tests, in several processes",
-    "invariance": "random sequences alone and in company, under batch_invariant: whether their bits are the same",
+    "invariance": "random sequences alone and with the rest of a batch: whether batch_invariant keeps their bits",
     "soak": "random calls of the kernels, for a while, against float64",
     "sanitize": "a short soak under NVIDIA's compute-sanitizer",
 }
@@ -63,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(command: str, arguments: Sequence[str]) -> None:
     """Import the module of one command alone, since a GPU machine may lack the packages of the others."""
     module = import_module(f".{command}", __package__)
-    own = argparse.ArgumentParser(prog=f"python -m perf {command}", description=module.__doc__)
-    module.add_arguments(own)
-    options = own.parse_args(arguments)
+    parser = argparse.ArgumentParser(prog=f"python -m perf {command}", description=module.__doc__)
+    module.add_arguments(parser)
+    options = parser.parse_args(arguments)
     options.run(options)
 
 

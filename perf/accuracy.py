@@ -1,4 +1,4 @@
-"""Errors against float64: ours, and those of q multiplied in its own dtype."""
+"""Errors against float64: ours, and those of q multiplied in its dtype."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import tritonattn
 from tritonattn.core.provenance import Environment
-from tritonattn.core.statistics import Statistics
-from tritonattn.core.visibility import Visibility
 from tritonattn.lab.simulation.distributions import DISTRIBUTIONS
 
 from .attention_cases import DTYPES, OURS, entrant_name
 from .check import Question, judge
 from .contest import Effort, Results, Verdict, raising
+from .recipes import scaled_by_mode
 from .records import Axis, Record
 
 SUITE = "accuracy"
 RECIPE = "pre-scaled q"
-_ROWS = 32  # queries; each sees all keys
+_ROWS = 32  # queries; each attends to all keys
 
 
 @dataclass(frozen=True)
 class AccuracyCase:
-    """Every scaling on one kind of keys. Errors and bounds are of the output, over the largest exact value."""
+    """Every scaling on one distribution of keys. Errors and bounds are of the output, over the largest exact value."""
 
     keys: str
     count: int
@@ -83,12 +82,7 @@ class AccuracyCase:
 
 def _prescaled(question: Question, scaling: str) -> Results:
     """Multiply q by the whole factor (k by cosine's key part), and call F.scaled_dot_product_attention with scale 1."""
-    q, k = question.q, question.k
-    visibility = Visibility.of(q, k)
-    scales = tritonattn.SCALINGS[scaling]().scales(q, k, visibility, Statistics(k, visibility))
-    query = torch.ones(1, device=q.device) if scales.query is None else scales.query
-    q = (q * (scales.constant * query.float())[..., None]).to(q.dtype)
-    k = k if scales.key is None else (k * scales.key.float()[..., None]).to(k.dtype)
+    q, k = scaled_by_mode(scaling, question.q, question.k, causal=False)
     return {"out": scaled_dot_product_attention(q, k, question.v, scale=1.0)}
 
 

@@ -104,9 +104,9 @@ def entrant_name(name: str, scaling: str) -> str:
     return f"{name} {scaling}"
 
 
-def head(place: int) -> Callable[[Tensor], Tensor]:
+def head(position: int) -> Callable[[Tensor], Tensor]:
     """Make a function that takes [B, H, ...] to one head [1, 1, ...]: at 0 the first of all, at -1 the last."""
-    return lambda x: x[place][place][None, None]
+    return lambda x: x[position][position][None, None]
 
 
 class Inputs:
@@ -134,7 +134,7 @@ class Inputs:
         first = self.copies[0]
         batch, heads, q_len = first["q"].shape[:3]
         two = batch * heads > 1 and q_len * first["k"].shape[2] <= _LOGITS_OF_TWO_SAMPLES
-        return [self._sample(head(place)) for place in ((0, -1) if two else (0,))]
+        return [self._sample(head(position)) for position in ((0, -1) if two else (0,))]
 
     def _sample(self, part: Callable[[Tensor], Tensor]) -> Sample:
         q, k, v = (part(self.copies[0][name]) for name in "qkv")
@@ -146,17 +146,20 @@ class Inputs:
         if passes == "forward":
             return lambda number: {"out": attend(*leaves[number % _COPIES])}
 
-        def gradients(out: Tensor, number: int, keep: bool) -> Results:
-            copy = number % _COPIES
-            given = self.copies[copy]["d_out"]
-            found = torch.autograd.grad(out, leaves[copy], given, retain_graph=keep)
-            return {"out": out} | {f"gradient of {name}": x for name, x in zip("qkv", found, strict=True)}
+        def gradients(out: Tensor, copy: int, keep: bool) -> Results:
+            return with_gradients(out, leaves[copy], self.copies[copy]["d_out"], keep)
 
         if passes == "forward+backward":
-            return lambda number: gradients(attend(*leaves[number % _COPIES]), number, False)
+            return lambda number: gradients(attend(*leaves[number % _COPIES]), number % _COPIES, False)
         with _graphs_are_kept():
             outs = [attend(*copy) for copy in leaves]
-        return lambda number: gradients(outs[number % _COPIES], number, True)
+        return lambda number: gradients(outs[number % _COPIES], number % _COPIES, True)
+
+
+def with_gradients(out: Tensor, leaves: list[Tensor], d_out: Tensor, keep: bool = False) -> Results:
+    """Return out and the gradients of q, k and v by name; `keep` keeps the graph for another backward."""
+    found = torch.autograd.grad(out, leaves, d_out, retain_graph=keep)
+    return {"out": out} | {f"gradient of {name}": x for name, x in zip("qkv", found, strict=True)}
 
 
 def _graphs_are_kept() -> AbstractContextManager:

@@ -19,7 +19,7 @@ from .recipes import CONSTANTS
 # Logits of a head in memory at once, in fp64 and several times over.
 _LOGITS = 2**23
 
-# Roundings to the operands' dtype, beside that of P, in the eager computation that sets a contestant's bound.
+# Roundings to the operands' dtype, next to that of P, in the eager computation that sets a contestant's bound.
 #   "P"           nothing: logits and scales are fp32
 #   "operands"    q and k times their scales, as where a caller scales before the call
 #   "logits"      the product of q and k
@@ -78,14 +78,16 @@ def _by_rows(question: Question, leaves: list[Tensor], scaling: str, rounding: s
 
 
 def _attend(leaves: list[Tensor], rows: slice, scaling: str, causal: bool, rounding: str | None) -> Tensor:
-    """Compute some rows of attention from its definition, with the keys that these rows see in the whole.
+    """Compute some rows of attention from its definition, with the keys that these rows attend to in the whole.
 
     Only the mode's dense formula is taken from the package, since the package is under test.
     """
     q, k, v = leaves
     wide = torch.promote_types(q.dtype, torch.float32)
-    own = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + (k.shape[2] - q.shape[2])
-    visible = torch.arange(k.shape[2], device=q.device)[None] <= (own if causal else k.shape[2])  # [rows or 1, Sk]
+    positions = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + (k.shape[2] - q.shape[2])
+    visible = torch.arange(k.shape[2], device=q.device)[None] <= (
+        positions if causal else k.shape[2]
+    )  # [rows or 1, Sk]
     differs_by_row = causal and q.shape[2] > 1
     is_vector = scaling not in CONSTANTS and (differs_by_row or scaling.startswith(("key_norm", "cosine", "inkling2")))
     q = q[:, :, rows]
@@ -99,15 +101,15 @@ def _attend(leaves: list[Tensor], rows: slice, scaling: str, causal: bool, round
 
 
 def _scaled_before(q: Tensor, k: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-    """Scale q [1, H, rows, D] and k in their own dtype by their parts of a factor; also return the constant left."""
+    """Scale q [1, H, rows, D] and k in their dtype by their parts of a factor; also return the constant left."""
     if factor.shape[-1] == 1:  # one a row
         return (q * factor).to(q.dtype), k, 1.0
     # tau / (||q|| ||k||): both are made unit vectors
-    lengths = [x.to(factor.dtype).norm(dim=-1, keepdim=True) for x in (q, k)]
-    tau = (factor * lengths[0] * lengths[1].mT).detach().amax()
+    norms = [x.to(factor.dtype).norm(dim=-1, keepdim=True) for x in (q, k)]
+    tau = (factor * norms[0] * norms[1].mT).detach().amax()
     unit_q, unit_k = (
-        torch.where(length > 0, x / torch.where(length > 0, length, 1), 0).to(x.dtype)
-        for x, length in zip((q, k), lengths, strict=True)
+        torch.where(norm > 0, x / torch.where(norm > 0, norm, 1), 0).to(x.dtype)
+        for x, norm in zip((q, k), norms, strict=True)
     )
     return unit_q, unit_k, tau
 

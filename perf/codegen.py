@@ -18,7 +18,7 @@ import torch
 import triton
 
 from tritonattn.backends.triton import KERNELS
-from tritonattn.cli.options import check_file, whole_number, whole_numbers
+from tritonattn.cli.options import check_file, numbers, whole_number
 from tritonattn.cli.threads import usable_cores
 from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import commit
@@ -122,7 +122,7 @@ def read(case: Case, cubins: Path | None = None) -> Reading:
     code = read_machine_code(compiled)
     path = None
     if cubins is not None:
-        binary = next(kind for kind in ("cubin", "hsaco") if kind in compiled.asm)
+        binary = next(form for form in ("cubin", "hsaco") if form in compiled.asm)
         path = cubins / f"{case.name}.{binary}"
         path.write_bytes(compiled.asm[binary])
     return Reading(
@@ -183,7 +183,7 @@ def dtype_name(problem: Problem) -> str:
 
 
 def read_all(found: list[Case], workers: int, cubins: Path | None) -> list[Reading]:
-    """Readings in the order of the cases, compiled afresh by processes of their own."""
+    """Readings in the order of the cases, compiled afresh by other processes."""
     if cubins is not None:
         cubins.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
@@ -271,7 +271,7 @@ def _text(figure: float | None) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", type=_targets, default=TARGETS, help="sm_80,gfx942,...: those to compile for")
-    parser.add_argument("--head-dims", type=_head_dims, default=(64, 128), help="64,128,...")
+    parser.add_argument("--head-dims", type=numbers(1, WIDEST), default=(64, 128), help="64,128,...")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument(
         "--biases", action="store_true", help="causal calls with query_scale, and with each bias, alone"
@@ -290,13 +290,6 @@ def _targets(text: str) -> list[str]:
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
     return names
-
-
-def _head_dims(text: str) -> tuple[int, ...]:
-    dims = whole_numbers(text)
-    if max(dims) > WIDEST:
-        raise argparse.ArgumentTypeError(f"expected numbers from 1 to {WIDEST}, got {text!r}")
-    return dims
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Compile the kernels of the soak and of the sweeps by all cores, into Triton's cache, before anything is timed.
 
 Calls are made on CPU tensors, as on the machine's GPU; their launches are compiled and not run. A launch that comes
-later with the same kinds of arguments finds the code.
+later with arguments of the same types and alignments finds the code.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def calls() -> Iterator[Call]:
 
 
 def _of_sweeps() -> Iterator[Call]:
-    """Forward alone and with its backward, at lengths of both kinds of configs; steps of decoding."""
+    """Forward alone and with its backward, at lengths of short and long configs; steps of decoding."""
     for head_dim, causal, scaling in _cases():
         for length in (512, 2048):
             yield lambda a=(length, head_dim, causal, scaling): _dense(*a), launch.config_for
@@ -82,21 +82,21 @@ def _decode(scaling: str) -> None:
         )
 
 
-def compiled(target: Target, place: int, of: int, seconds: float, most: int | None = None) -> tuple[int, list[str]]:
-    """Compile the kernels of every `of`-th call from `place` on: how many, and the errors of calls.
+def compiled(target: Target, first: int, of: int, seconds: float, most: int | None = None) -> tuple[int, list[str]]:
+    """Compile the kernels of every `of`-th call from `first` on: how many, and the errors of calls.
 
     seconds   after which no call begins;  most: calls
     """
     done: set[str] = set()
 
     def compile_it(kernel: Any, grid: launch.Grid, arguments: Mapping[str, Any], config: Any) -> None:
-        if "argmax_ptr" in arguments:  # places of keys, which torch will take
+        if "argmax_ptr" in arguments:  # positions of keys, which torch will take
             arguments["argmax_ptr"].zero_()
         done.add(compile_launch(launch.Launch(kernel, grid, arguments, config), target).hash)
 
     launch.run, end, errors = compile_it, time.monotonic() + seconds, []
     Target.of = classmethod(lambda cls, device: target)  # this process does nothing else
-    for call, config_for in islice(calls(), place, most, of):
+    for call, config_for in islice(calls(), first, most, of):
         if time.monotonic() > end:
             break
         launch.config_for = config_for

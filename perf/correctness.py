@@ -18,7 +18,7 @@ from tritonattn.core.provenance import commit
 
 from .devices import kernels_on
 
-_MOST = 16  # processes, each with a context of its own on the card
+_MOST = 16  # processes, each with a context on the card
 _NO_TESTS = 5  # pytest's exit status for a process without tests
 
 
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _passed_before(file: Path | None) -> set[str]:
-    """Read the tests that passed at this commit; a file of another commit is begun anew."""
+    """Read the tests that passed at this commit; a file of another commit is begun again."""
     if file is None:
         return set()
     first, *names = file.read_text(encoding="utf-8").splitlines() if file.is_file() else [""]
@@ -97,7 +97,7 @@ def _relay(process: subprocess.Popen, passed: list[str], file: Path | None) -> N
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--share", default="0/1", help="n/m: of every m tests the one at place n")
+    parser.addoption("--share", default="0/1", help="n/m: of every m tests the one at position n")
     parser.addoption("--kernels-on", default="cuda", help="emulate: on a stub driver")
     parser.addoption("--passed-before", type=Path, help="a file with tests that need not run")
 
@@ -114,8 +114,8 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep every m-th test, so that all kinds of them come early in each process."""
-    place, count = map(int, config.getoption("--share").split("/"))
+    """Keep every m-th test, so that all files come early in each process."""
+    position, count = map(int, config.getoption("--share").split("/"))
     file = config.getoption("--passed-before")
     before = set(file.read_text(encoding="utf-8").splitlines()) if file else set()
-    items[:] = [item for item in items[place::count] if item.nodeid not in before]
+    items[:] = [item for item in items[position::count] if item.nodeid not in before]

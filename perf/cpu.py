@@ -18,13 +18,13 @@ import tritonattn
 from tritonattn.cli.options import check_file, whole_number
 from tritonattn.core.provenance import Environment
 from tritonattn.core.records import write_json
-from tritonattn.core.statistics import Statistics
 from tritonattn.core.tables import table
 from tritonattn.core.visibility import Visibility
 from tritonattn.tuner.timing import Contestant, median_ratio, take_turns
 
 from .memory import reset_peak, resident
 from .options import command_line
+from .recipes import scaled_by_mode
 
 HEADS, HEAD_DIM = 8, 64
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -69,11 +69,8 @@ def cases(length: int) -> dict[str, dict[str, Attend]]:
 
 def _by_hand(scaling: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention with the mode's scales multiplied into q, and for cosine into k, before F.sdpa."""
-    visibility = Visibility.of(q, k, causal=True)
-    scales = tritonattn.SCALINGS[scaling]().scales(q, k, visibility, Statistics(k, visibility))
-    factor = scales.constant if scales.query is None else (scales.constant * scales.query).to(q.dtype)[..., None]
-    keys = k if scales.key is None else k * scales.key.to(k.dtype)[..., None]
-    return scaled_dot_product_attention(q * factor, keys, v, is_causal=True, scale=1.0)
+    q, k = scaled_by_mode(scaling, q, k, causal=True)
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
 
 
 def _masked(mask: dict, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from .work import Shape, decode_bytes, forward_flops
 
 _PAGE = 256  # keys; flash-attn 2 takes multiples of it
 _COPIES = 2
-COUNTED = f"{OURS} with KeyStatistics"  # kept beside the cache, so that no step reads old keys for its scale
+COUNTED = f"{OURS} with KeyStatistics"  # kept with the cache, so that no step reads old keys for its scale
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class DecodeCase:
     def enter(self) -> list[Entrant]:
         """Enter a copy that moves as many bytes, ours with and without KeyStatistics, and peers."""
         contiguous = [_contiguous(self.shape, DTYPES[self.dtype], self.device, seed) for seed in range(_COPIES)]
-        samples = [self._sample(contiguous[0], place) for place in (0, -1)]
+        samples = [self._sample(contiguous[0], position) for position in (0, -1)]
         caches = [_in_pages(cache) for cache in contiguous] if self.paged else contiguous
         steps: dict[str, Callable[[], Step]] = {OURS: lambda: self._ours(None)}
         if reads_keys(self.scaling):
@@ -85,14 +85,14 @@ class DecodeCase:
         steps |= {name: lambda name=name: self._peer(name) for name in self.peers}
         return [self._copy(), *(self._entrant(name, steps[name], caches, samples) for name in steps)]
 
-    def _sample(self, cache: Caches, place: int) -> Sample:
+    def _sample(self, cache: Caches, position: int) -> Sample:
         """Sample the query heads of one key head: 0 is the first of the first sequence, -1 the last of the last."""
         group = self.shape.heads // self.shape.kv_heads
 
         def part(out: Tensor) -> Tensor:
-            return out[place][None].unflatten(1, (-1, group))[:, place]
+            return out[position][None].unflatten(1, (-1, group))[:, position]
 
-        key_head = head(place)
+        key_head = head(position)
         return Sample(Question(part(cache.q), key_head(cache.k), key_head(cache.v), None, causal=False), part)
 
     def _copy(self) -> Entrant:

@@ -9,29 +9,27 @@ import torch
 
 from tritonattn.backends.triton import launch
 
-KINDS = ("cuda", "emulate", "interpret")
 
-
-def obstacle(kind: str) -> str | None:
-    """Say why no kernel runs on a device of this kind here, or return None."""
-    if kind == "cuda":
+def obstacle(name: str) -> str | None:
+    """Say why no kernel runs on this device here, or return None."""
+    if name == "cuda":
         return None if torch.cuda.is_available() else "device cuda: torch sees no GPU"
-    if kind == "interpret":
+    if name == "interpret":
         wanted = "kernels run on a CPU only in Triton's interpreter: set TRITON_INTERPRET=1 in the environment"
         return None if launch.interpreting else wanted
     if launch.interpreting:
         return "device emulate: TRITON_INTERPRET=1 leaves nothing to compile"
-    return "device emulate: NVIDIA's own driver is loaded" if torch.cuda.is_available() else None
+    return "device emulate: NVIDIA's driver itself is loaded" if torch.cuda.is_available() else None
 
 
 @contextmanager
-def kernels_on(kind: str, capability: int = 80) -> Iterator[torch.device]:
-    """Run the kernels of backend "triton" on a device of this kind inside; the device of the tensors.
+def kernels_on(name: str, capability: int = 80) -> Iterator[torch.device]:
+    """Run the kernels of backend "triton" on a device inside; yield the device of the tensors.
 
     capability   of the GPU that the stub shows for "emulate"
     """
-    if kind != "emulate":
-        yield torch.device("cuda" if kind == "cuda" else "cpu")
+    if name != "emulate":
+        yield torch.device("cuda" if name == "cuda" else "cpu")
         return
     from tests.emulated.executor import Executor
     from tests.stub import installed

@@ -11,7 +11,8 @@ import ctypes
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -77,18 +78,18 @@ def sent_by_formula(method: str, ranks: int, sizes: Sizes, grad_itemsize: int = 
 
 
 def peak_by_formula(form: str, ranks: int, sizes: Sizes) -> float:
-    """Bytes of a rank at the peak, in the backward, beside q, k, v: in 16 bits, zig-zag, gradients added in fp32."""
+    """Bytes of a rank at the peak, in the backward, without q, k, v: in 16 bits, zig-zag, gradients added in fp32."""
     rows, keys = (sizes.length // ranks * heads * sizes.head_dim for heads in (sizes.q_heads, sizes.kv_heads))
-    own = rows * (4 + 2 + 1) + keys * 4  # kept: q and k in fp32, the output and what rounding took of it
-    own += rows * (4 + 4) + keys * (4 + 2)  # gradients; and those of q from the operator
+    kept_and_found = rows * (4 + 2 + 1) + keys * 4  # kept: q and k in fp32, the output and what rounding took of it
+    kept_and_found += rows * (4 + 4) + keys * (4 + 2)  # gradients; and those of q from the operator
     operands, gradients = 4 + 2, 4 + 2  # k in fp32 and v; what the operator returns for them
     exchanged = 3 * 4  # one gradient chunk by chunk, one rank by rank, and what other ranks sent
-    if form == "ring":  # parts held and on their way, and k in fp32; gradients own, sent, on their way, and their sum
-        return own + keys * (2 * (2 + 2) + 4 + gradients + 4 * (4 + 4))
+    if form == "ring":  # parts held and on their way, and k in fp32; gradients held, sent, on their way, and their sum
+        return kept_and_found + keys * (2 * (2 + 2) + 4 + gradients + 4 * (4 + 4))
     if form == "alltoall":
-        return own + keys * _repeats(ranks, sizes) * (operands + gradients + exchanged)
+        return kept_and_found + keys * _repeats(ranks, sizes) * (operands + gradients + exchanged)
     gathered = ranks * keys / (sizes.kv_heads if form == "by head" else 1)
-    return own + gathered * (operands + (4 + 4) + gradients + exchanged)
+    return kept_and_found + gathered * (operands + (4 + 4) + gradients + exchanged)
 
 
 def on_a_rank(rank: int, size: int, method: str, layout: str, sizes: Sizes, rounds: int) -> Measured:
@@ -174,31 +175,23 @@ def counted() -> Iterator[list[int]]:
 def measured_rows(sizes: Sizes, rounds: int) -> list[tuple]:
     from tests.distributed.pool import Pool
 
-    pool, rows = Pool(4), []
-    try:
+    rows = []
+    with closing(Pool(4)) as pool:
         alone = pool.run(on_a_rank, 1, "allgather", "contiguous", sizes, rounds, seconds=600)
         one = sum(process.seconds for process in alone) / len(alone)
-        for size in (2, 4):
-            for method in METHODS:
-                for layout in LAYOUTS:
-                    ranks = pool.run(on_a_rank, size, method, layout, sizes, rounds, seconds=600)
-                    sent, formula = max(rank.sent for rank in ranks), sent_by_formula(method, size, sizes)
-                    longest = max(rank.seconds for rank in ranks)
-                    rows.append(
-                        (
-                            size,
-                            method,
-                            layout,
-                            f"{sent / 2**20:.2f}",
-                            f"{sent / formula:.3f}",
-                            f"{max(rank.statistics for rank in ranks) / sent:.3%}",
-                            f"{longest:.2f}",
-                            f"{longest * size / one:.2f}",
-                            f"{max(rank.kept for rank in ranks) / 2**20:.2f}",
-                        )
-                    )
-    finally:
-        pool.close()
+        for size, method, layout in product((2, 4), METHODS, LAYOUTS):
+            ranks = pool.run(on_a_rank, size, method, layout, sizes, rounds, seconds=600)
+            sent, formula = max(rank.sent for rank in ranks), sent_by_formula(method, size, sizes)
+            longest = max(rank.seconds for rank in ranks)
+            figures = (
+                f"{sent / 2**20:.2f}",
+                f"{sent / formula:.3f}",
+                f"{max(rank.statistics for rank in ranks) / sent:.3%}",
+                f"{longest:.2f}",
+                f"{longest * size / one:.2f}",
+                f"{max(rank.kept for rank in ranks) / 2**20:.2f}",
+            )
+            rows.append((size, method, layout, *figures))
     return rows
 
 
@@ -218,15 +211,12 @@ MEASURED = (
 def peak_rows(sizes: Sizes) -> list[tuple]:
     from tests.distributed.pool import Pool
 
-    pool, rows = Pool(4), []
-    try:
-        for size in (2, 4):
-            for form in FORMS:
-                peak = max(pool.run(peak_of_a_rank, size, form, sizes, seconds=600))
-                formula = peak_by_formula(form, size, sizes)
-                rows.append((size, form, f"{peak / 2**20:.1f}", f"{formula / 2**20:.1f}", f"{peak / formula:.2f}"))
-    finally:
-        pool.close()
+    rows = []
+    with closing(Pool(4)) as pool:
+        for size, form in product((2, 4), FORMS):
+            peak = max(pool.run(peak_of_a_rank, size, form, sizes, seconds=600))
+            formula = peak_by_formula(form, size, sizes)
+            rows.append((size, form, f"{peak / 2**20:.1f}", f"{formula / 2**20:.1f}", f"{peak / formula:.2f}"))
     return rows
 
 
@@ -279,9 +269,9 @@ def run(options: argparse.Namespace) -> None:
     print(f"[1, {sizes.q_heads} over {sizes.kv_heads}, {sizes.length}, {sizes.head_dim}] in bf16, causal, on `sdpa`.")
     print("One process: the same call of one rank, while as many processes run.\n")
     print(table(measured_rows(sizes, options.rounds), MEASURED))
-    print("\nMeasured, peak of resident memory in a forward and a backward of a rank, zig-zag, beside q, k and v:\n")
+    print("\nMeasured, peak of resident memory in a forward and a backward of a rank, zig-zag, without q, k and v:\n")
     print(table(peak_rows(sizes), PEAKS))
     assumed = Assumptions()
     print(f"\nModelled, causal, zig-zag, bf16, one layer: {assumed}. Nothing overlaps.")
-    print("GiB: the peak of a rank's memory in the backward, beside q, k and v, by the formula of the table before.\n")
+    print("GiB: the peak of a rank's memory in the backward, without q, k and v, by the formula of the table before.\n")
     print(table(modelled_rows((65536, 524288, 8388608), assumed), MODELLED))

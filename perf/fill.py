@@ -27,7 +27,7 @@ from .schedule import end_on
 HEADING = """# Calls of few programs, unsplit and in splits
 
 Modelled by list scheduling at commit {commit} (`python -m perf fill`); nothing ran. bf16, batch 1, 32 query heads, the
-configs of the shipped tables. A cell has programs, the share of the places for programs that are taken until the last
+configs of the shipped tables. A cell has programs, the share of the slots for programs that are taken until the last
 one ends, and that end over the unsplit one's.
 """
 CARDS = ("h100", "b200", "a100", "mi300x")
@@ -36,7 +36,7 @@ _HEADS = 32
 
 @dataclass(frozen=True)
 class Fill:
-    """Programs; the share of the card's places that are taken until the last ends; that end, in keys or rows."""
+    """Programs; the share of the card's slots that are taken until the last ends; that end, in keys or rows."""
 
     programs: int
     share: float
@@ -75,9 +75,9 @@ def _filled(
         blocks = times * -(-tile // step)
         size = -(-blocks // count)
         for split in range(count):
-            own = min(max(blocks - split * size, 0), size) * step
-            taken += [splits.FIXED + splits.PRICE * (count > 1) + own] * heads
-    dies, machines = lanes(target), splits.places(config, target)
+            steps = min(max(blocks - split * size, 0), size) * step
+            taken += [splits.FIXED + splits.PRICE * (count > 1) + steps] * heads
+    dies, machines = lanes(target), splits.resident(config, target)
     end = max(end_on(machines // dies, taken[die::dies]) for die in range(dies))
     return Fill(len(taken), sum(taken) / (machines * end), end)
 
@@ -105,7 +105,7 @@ def forward(rows: int, keys: int, config: TileConfig, target: Target) -> tuple[F
 
 
 def gradients(length: int, kv_heads: int, causal: bool, config: TileConfig, target: Target) -> tuple[Fill, Fill]:
-    """The same of the gradients of keys and values."""
+    """Gradients of keys and values, likewise."""
     count = splits.splits_of_rows(length, length, causal, _HEADS // kv_heads, kv_heads, config, target)
     one, several = (of_rows(length, kv_heads, causal, n, config, target) for n in (1, count))
     return one, several

@@ -1,11 +1,11 @@
-"""Check backend "flash" on this GPU, and time the kernels beside it: which of them shall "auto" take?
+"""Check backend "flash" on this GPU, and time the kernels with it, to choose what "auto" takes.
 
-Each installed library runs calls of every kind, which are held to float64 with their gradients: right, refused by name,
+Each installed library runs calls of every form, which are held to float64 with their gradients: right, refused by name,
 or wrong. Then causal bf16 with the vector of log_key_count, 8,192 tokens of 16 heads, forward and backward. With
 --write the user's table of this card names the library where no call is wrong and it is at least 5 % faster at every
 head dim; "auto" then runs it in each call that it takes. Else the table names none.
 
---errors needs no GPU: errors of folded factors, on a stand-in for FlashAttention that computes eagerly, beside those of
+--errors needs no GPU: errors of folded factors, on a stand-in for FlashAttention that computes eagerly, and of
 factors that act in fp32, as in the kernels.
 """
 

@@ -18,7 +18,7 @@ from tritonattn.backends.flash import run
 from tritonattn.backends.flash.libraries import Library
 
 RIGHT, WRONG = "right", "WRONG"
-# Sizes and options, beside 300 queries and keys of 2 key heads and 4 query heads, head dim 64, and a gain.
+# Sizes and options that differ from 300 queries and keys of 2 key heads and 4 query heads, head dim 64, and a gain.
 _SQUARE = {"batch": 2, "kv_heads": 2, "q_len": 300, "k_len": 300, "head_dim": 64, "value_dim": 64}
 DENSE = {
     "full": ({}, {}),
@@ -46,7 +46,7 @@ PACKED = {
     "packed window": (Packed((130, 40), (140, 200)), {"window": (30, 0)}),
     "packed rows of one": (Packed((1, 0, 1), (9, 4, 200), 1), {}),
 }
-_SLACK = 2.0  # the libraries' own tests allow up to three times PyTorch's error in gradients
+_SLACK = 2.0  # the tests of the libraries allow up to three times PyTorch's error in gradients
 
 
 def check(library: Library, device: torch.device, seconds: float = math.inf) -> list[list[str]]:

@@ -1,13 +1,12 @@
 """Run all measurements that need a GPU machine; results are saved as each phase ends.
 
 Environment, a preflight, two stages against three, compilation by all cores, then correctness on the card, soak, bits
-of batch_invariant, forward and backward against peers, decoding, other head dims, tuning, FlashAttention in the place
-of the kernels, overhead of the scalings, sanitizers, report, whose tables have modelled milliseconds beside the
-measured ones (`perf.modelled`). A preflight that fails ends the run, with what to do. A later phase is a process of its
-own: one that fails, or leaves the card unusable, is reported, and the next one runs; one that this machine cannot run
-is named, with the reason. The same command goes on where the last one was stopped. The exit status is 1 where a phase
-failed, 130 after Ctrl-C. With --device emulate all phases are tiny, on a stub of NVIDIA's driver and an emulator: a
-rehearsal.
+of batch_invariant, forward and backward against peers, decoding, other head dims, tuning, FlashAttention instead of the
+kernels, overhead of the scalings, sanitizers, report, whose tables have modelled milliseconds next to the measured ones
+(`perf.modelled`). A preflight that fails ends the run, with what to do. Each later phase is a process: one that fails,
+or leaves the card unusable, is reported, and the next one runs; one that this machine cannot run is named, with the
+reason. The same command goes on where the last one was stopped. The exit status is 1 where a phase failed, 130 after
+Ctrl-C. With --device emulate all phases are tiny, on a stub of NVIDIA's driver and an emulator: a rehearsal.
 """
 
 from __future__ import annotations
@@ -103,6 +102,7 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
 
     tested = ("--device", device, "--go-on", str(out / "passed.txt"), *processes)
     soaked = ("--device", device, "--go-on", str(out / "soak.txt"), *trials)
+    flashed = of_perf("flash", "--device", device, "--write")
     return [
         Phase("environment", ("-m", "tritonattn", "env"), 0, None, tables, again=True),
         Phase("preflight", of_perf("preflight", "--device", device), 8, again=True, required=True),
@@ -113,22 +113,8 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
         Phase("soak", of_perf("soak", *soaked), 8, "--minutes", failure="repeat it: "),
         Phase("invariance", of_perf("invariance", *cases), 4, "--minutes", failure="DIFFER ", cut=_UP),
         *(sweep(suite) for suite in ("forward", "backward", "decode", "dims")),
-        Phase(
-            "tuning",
-            ("-m", "tritonattn", "tune", *tune),
-            10,
-            "--budget",
-            tables,
-            cut=" is spent: run the command again",
-        ),
-        Phase(
-            "flash",
-            of_perf("flash", "--device", device, "--write"),
-            5,
-            "--minutes",
-            environment=tables,
-            obstacle=flash.obstacle(device),
-        ),
+        Phase("tuning", ("-m", "tritonattn", "tune", *tune), 10, "--budget", tables, cut=" is spent: run the command"),
+        Phase("flash", flashed, 5, "--minutes", tables, obstacle=flash.obstacle(device)),
         sweep("overhead"),
         *(_instrumented(one, out) for one in instrument.INSTRUMENTS),
         *(_sanitized(tool) for tool in sanitize.TOOLS),
@@ -151,7 +137,7 @@ def _sanitized(tool: str) -> Phase:
 
 
 def budget(chosen: list[Phase], minutes: float) -> dict[str, float]:
-    """Minutes of each phase that has a share, where every phase takes all of its own."""
+    """Minutes of each phase that has a share, where every phase takes all that it may."""
     chosen = [one for one in chosen if one.obstacle is None]
     seconds = 60 * minutes - _SECONDS_TO_STOP - _SECONDS_OF_BRIEF * sum(one.share == 0 for one in chosen)
     total = sum(one.share for one in chosen)

@@ -1,4 +1,4 @@
-"""Triton's own sanitizers, which it compiles into kernels."""
+"""Sanitizers of Triton, which it compiles into kernels."""
 
 from __future__ import annotations
 

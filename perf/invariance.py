@@ -1,4 +1,4 @@
-"""Count the random cases in which a sequence has the same bits alone and in company, under `batch_invariant`."""
+"""Count random cases in which `batch_invariant` gives a sequence the same bits alone and with the rest of a batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tritonattn.cli.options import whole_number
 from tritonattn.core.errors import CommandError
 from tritonattn.tuning.config import TileConfig
 
-from .company import cases, differences
+from .invariance_cases import cases, differences
 
 # Lengths and head dims: a CPU's tiles hold 32 rows and 256 keys, a GPU's 128 of each, those of the emulator are small.
 _WHOLE = ((16, 700), ((64, 64), (20, 33), (128, 128)))

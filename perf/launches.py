@@ -1,7 +1,7 @@
 """The host's time, launches and torch operators in small calls on a GPU, without one: on a stub of NVIDIA's driver.
 
 A time is CPU time from the call of our function to the call of the driver. Tensors lie on the CPU, so that the time of
-torch's own launches, of its allocator and of the driver is missing.
+launches by torch, of its allocator and of the driver is missing.
 """
 
 from __future__ import annotations

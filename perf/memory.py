@@ -1,4 +1,4 @@
-"""Bytes that a call keeps for its backward, by form: storages that autograd saves, beside q, k and v.
+"""Bytes that a call keeps for its backward, by form: storages that autograd saves, without q, k and v.
 
 Kernels run on the CPU in Triton's interpreter: TRITON_INTERPRET=1 python -m perf memory
 """
@@ -44,7 +44,7 @@ def forms(backend: str) -> dict[str, Call]:
 
 
 def kept_bytes(call: Call, dtype: torch.dtype, head_dim: int) -> float:
-    """Bytes kept for the backward of a call, for each token of each head, beside q, k and v."""
+    """Bytes kept for the backward of a call, for each token of each head, without q, k and v."""
     q, k, v = (torch.randn(1, HEADS, LENGTH, head_dim).to(dtype).requires_grad_() for _ in range(3))
     with saved_storages() as storages:
         out = call(q, k, v)

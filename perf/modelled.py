@@ -1,12 +1,12 @@
-"""Modelled milliseconds of a call, to stand beside the measured ones: its loops replayed, its tiles scheduled.
+"""Modelled milliseconds of a call, to stand next to the measured ones: its loops replayed, its tiles scheduled.
 
 A launch of a kernel with a loop of products takes, in clocks,
 
     LAUNCH + the time until the last tile ends, where a tile takes (FIXED + iterations) * LOOPS * clocks of an iteration
 
-Tiles start in the order of the grid (`perf.schedule`). A tile's iterations are the blocks that its rows, or keys, see:
+Tiles start in the order of the grid (`perf.schedule`). A tile's iterations are the blocks that are visible to it:
 of windows, lengths and packed sequences the blocks that they reach, one with a mask for as long as one without; of a
-dense mask all, in its own loop. The clocks are those of the code that ran, replayed on sm_80 to sm_90 and bounded on
+dense mask all, in the loop for it. The clocks are those of the code that ran, replayed on sm_80 to sm_90 and bounded on
 sm_100 and 120 (`perf.replay`). Decoding, fp32 (whose products are no tensor instructions, by which a replay finds its
 loop) and AMD's cards have a static bound: the larger of products over the card's rate and bytes over its memory's; of
 fp32 on AMD bytes alone. Other kernels, and the host, are left out.
@@ -32,7 +32,7 @@ from tritonattn.tuning.order import Sections
 
 from .replay import Replay, replay
 from .replay.times import LAUNCH, LOOPS
-from .schedule import FIXED, end_on, places
+from .schedule import FIXED, end_on, programs
 from .static.machine_code import flops_per_logit
 from .static.model import RATES
 
@@ -55,7 +55,7 @@ def milliseconds(
     gpu = known(target) or next(iter(nearest(target)), None)
     if gpu is None or not launches:
         return None
-    itemsize = max(one.arguments.kind.problem.dtype.itemsize for one in launches)
+    itemsize = max(one.arguments.special.problem.dtype.itemsize for one in launches)
     if itemsize > 2 or target.arch not in RATES or any(_NAMES[one.kernel] == "decode" for one in launches):
         return _bound(gpu, flops, size, itemsize, card)
     try:
@@ -68,7 +68,7 @@ def milliseconds(
 
 @contextmanager
 def _tiled_launches() -> Iterator[list[Any]]:
-    """Collect the launches inside, of kernels with a loop of products, in all threads: a backward has its own."""
+    """Collect the launches inside, of kernels with a loop of products, in all threads, since a backward has another."""
     found: list[Any] = []
     run = launch.run
 
@@ -96,8 +96,8 @@ def _bound(gpu: GPU, flops: int, size: int, itemsize: int, card: Mapping[str, st
 
 def _clocks(one: Any, target: Target, processors: int) -> float:
     """Model the clocks of a launch."""
-    kernel, problem, config, arguments = _NAMES[one.kernel], one.arguments.kind.problem, one.config, one.arguments
-    ran = (kept.compiled for key, kept in arguments.kind.codes.items() if key[:2] == (id(one.kernel), config))
+    kernel, problem, config, arguments = _NAMES[one.kernel], one.arguments.special.problem, one.config, one.arguments
+    ran = (kept.compiled for key, kept in arguments.special.codes.items() if key[:2] == (id(one.kernel), config))
     found = _replayed(kernel, problem, config, target, next(ran, None))
     of_block = 1
     if problem.mask:  # its loop takes a block in parts
@@ -113,7 +113,7 @@ def _tiles(kernel: str, grid: tuple[int, int, int], arguments: Mapping[str, Any]
     of_keys = kernel == "grad_key_value"
     heads = arguments["q_heads"] // (arguments["group"] if of_keys else 1)
     last_first = not of_keys and arguments["right"] is not None
-    for head, step in filter(None, places(size * count + arguments["first_head"], blocks, Sections(size, count), 1)):
+    for head, step in filter(None, programs(size * count + arguments["first_head"], blocks, Sections(size, count), 1)):
         yield head // heads, blocks - 1 - step if last_first else step
 
 
@@ -123,7 +123,7 @@ def _replayed(kernel: str, problem: Problem, config: TileConfig, target: Target,
 
 
 def _iterations(kernel: str, config: TileConfig, arguments: Mapping[str, Any]) -> dict[tuple[int, int], int]:
-    """Count, by (sequence, block), the blocks of keys that a block of rows sees, or of rows that see a block of keys.
+    """Count, by (sequence, block), blocks of keys visible to a block of rows, or of rows that attend to one of keys.
 
     Blocks of rows are counted in each head of a group.
     """
@@ -145,7 +145,7 @@ def _iterations(kernel: str, config: TileConfig, arguments: Mapping[str, Any]) -
 
 
 def _visible(arguments: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """(lo, hi, keys) of each sequence, whose rows see the keys lo <= j < hi: `backends.triton.block.key_range`."""
+    """(lo, hi, keys) of each sequence: lo <= j < hi are visible to a row, as in `backends.triton.block.key_range`."""
     starts = [arguments["q_starts"], arguments["k_starts"]]
     if starts[0] is None:
         lengths = [(arguments["q_len"], arguments["k_len"])] * arguments["q"].ptr.shape[0]
@@ -153,11 +153,9 @@ def _visible(arguments: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor, int
         lengths = list(zip(*(x.cpu().diff().tolist() for x in starts), strict=True))
     ends, ranges = (None if x is None else x.cpu() for x in (arguments["key_lengths"], arguments["key_ranges"]))
     for sequence, (rows, keys) in enumerate(lengths):
-        own = torch.arange(rows) + (keys - rows)
-        lo = torch.zeros_like(own) if arguments["left"] is None else (own - arguments["left"]).clamp(min=0)
-        hi = (
-            torch.full_like(own, keys) if arguments["right"] is None else (own + arguments["right"] + 1).clamp(max=keys)
-        )
+        positions = torch.arange(rows) + (keys - rows)
+        left, right = (rows + keys if arguments[side] is None else arguments[side] for side in ("left", "right"))
+        lo, hi = (positions - left).clamp(min=0), (positions + right + 1).clamp(max=keys)
         hi = hi if ends is None else hi.clamp(max=int(ends[sequence]))
         if ranges is not None:
             lo, hi = lo.maximum(ranges[sequence, :, 0]), hi.minimum(ranges[sequence, :, 1])

@@ -72,9 +72,9 @@ def contestant(options: argparse.Namespace, every: int | None, folder: str, cont
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Time a step in milliseconds, and take the median of the rounds' ratios to no Monitor."""
-    kinds = {"no Monitor": None, "Monitor, a step that is not watched": 10**9, "Monitor, a watched step": 1}
+    monitors = {"no Monitor": None, "Monitor, a step that is not watched": 10**9, "Monitor, a watched step": 1}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as contexts:
-        contestants = {name: contestant(options, every, folder, contexts) for name, every in kinds.items()}
+        contestants = {name: contestant(options, every, folder, contexts) for name, every in monitors.items()}
         taken = take_turns(contestants, options.device, options.repeats)
     plain = taken["no Monitor"]
     return {
@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=whole_number, default=256, help="of the model; its heads are of 64")
     parser.add_argument("--length", type=whole_number, default=512, help="tokens of a sequence")
     parser.add_argument("--batch", type=whole_number, default=2)
-    parser.add_argument("--scaling", help="patch the model with this mode (default: its own attention)")
+    parser.add_argument("--scaling", help="patch the model with this mode (default: the attention that it has)")
     parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--threads", type=whole_number, default=2)
     parser.add_argument("--json", type=Path, help="write the figures to this file")

@@ -1,9 +1,9 @@
-"""Other implementations of attention, each through its own public API.
+"""Other implementations of attention, each through its public API.
 
 A function of PEERS makes a peer for a case, or raises Unavailable with the reason. The peer takes q, k, v
 [B, H, S, D] and returns out, with gradients through everything that the scaling uses.
 
-Peers without a scaling of their own get q multiplied before (perf/recipes.py), which rounds it. `Peer.rounding` names
+Peers that take no scaling get q multiplied before (perf/recipes.py), which rounds it. `Peer.rounding` names
 such extra roundings, and perf/check.py holds the peer to an eager computation with the same ones.
 """
 
@@ -240,7 +240,7 @@ def _eager(problem: Problem) -> Attend:
     return attend
 
 
-# Peers other than PyTorch's own, as they are named on PyPI.
+# Peers other than those of PyTorch, as they are named on PyPI.
 PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "xformers")
 # None lets PyTorch choose.
 SDPA_BACKENDS = {

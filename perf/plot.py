@@ -21,7 +21,7 @@ from .records import Record, read_all
 from .report import implementation
 from .roofline import COPY, MATMUL, SUITE
 
-Points = dict[float | str, float]  # y by x: a length, or a kind of keys
+Points = dict[float | str, float]  # y by x: a length, or a distribution of keys
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Chart:
     y        a record's height; None leaves it out
     panels   the axes whose values get a panel each
     label    the name of a record's line
-    errors   a logarithmic axis, and the median of records at one place; else the last
+    errors   a logarithmic axis, and the median of records at one x; else the last
     even     the height at which a contestant is as fast as the one it is compared with
     """
 
@@ -116,12 +116,12 @@ CHARTS = (
 def panels_of(chart: Chart, records: list[Record]) -> list[Panel]:
     """List the panels of a chart that have something to show."""
     ceilings = {_ceiling_name(record): record for record in records if record.suite == SUITE}
-    own = [record for record in records if record.suite == chart.suite and record.status == "measured"]
+    measured = [record for record in records if record.suite == chart.suite and record.status == "measured"]
     found = []
-    for values in dict.fromkeys(tuple(r.axes.get(axis) for axis in chart.panels) for r in own):
-        members = [r for r in own if tuple(r.axes.get(axis) for axis in chart.panels) == values]
+    for values in dict.fromkeys(tuple(r.axes.get(axis) for axis in chart.panels) for r in measured):
+        of_panel = [r for r in measured if tuple(r.axes.get(axis) for axis in chart.panels) == values]
         lines: dict[str, dict[float | str, list[float]]] = {}
-        for record in members:
+        for record in of_panel:
             x, y = record.axes.get(chart.x, record.scaling), chart.y(record)
             if y is not None:
                 lines.setdefault(chart.label(record), {}).setdefault(x, []).append(y)
@@ -129,7 +129,7 @@ def panels_of(chart: Chart, records: list[Record]) -> list[Panel]:
         if lines:
             one = statistics.median if chart.errors else lambda heights: heights[-1]
             joined = {label: {x: one(ys) for x, ys in line.items()} for label, line in lines.items()}
-            found.append(Panel(title, joined, chart.limits(members, ceilings)))
+            found.append(Panel(title, joined, chart.limits(of_panel, ceilings)))
     return found
 
 
@@ -178,8 +178,8 @@ def _scales(chart: Chart, panels: list[Panel], grid: Any) -> None:
         first.set_yscale("log")
     if chart.even == 1:
         plain_numbers(first.yaxis)
-    places = {x for panel in panels for points in panel.lines.values() for x in points}
-    numbers = sorted(x for x in places if not isinstance(x, str))
+    xs = {x for panel in panels for points in panel.lines.values() for x in points}
+    numbers = sorted(x for x in xs if not isinstance(x, str))
     if numbers:
         first.set_xscale("log", base=2)
         ticks_at(first.xaxis, numbers)
@@ -187,7 +187,7 @@ def _scales(chart: Chart, panels: list[Panel], grid: Any) -> None:
         axes.set_ylabel(chart.ylabel)
     for axes in grid.flat[max(0, len(panels) - grid.shape[1]) : len(panels)]:  # the lowest of each column
         axes.set_xlabel(chart.x)
-        axes.tick_params(axis="x", labelbottom=True, labelrotation=0 if len(places) < 5 else 90, labelsize=8)
+        axes.tick_params(axis="x", labelbottom=True, labelrotation=0 if len(xs) < 5 else 90, labelsize=8)
 
 
 def _sorted(points: Points) -> tuple[list, list]:
@@ -202,9 +202,9 @@ def drawings(records: list[Record]) -> dict[str, tuple[Chart, list[Record]]]:
     devices = list(dict.fromkeys(record.environment.device for record in records))
     found = {}
     for device in devices:
-        own = [record for record in records if record.environment.device == device]
+        of_device = [record for record in records if record.environment.device == device]
         suffix = "" if len(devices) == 1 else "_" + re.sub(r"\W+", "-", device).strip("-").lower()
-        found |= {f"{chart.name}{suffix}.png": (chart, own) for chart in CHARTS if panels_of(chart, own)}
+        found |= {f"{chart.name}{suffix}.png": (chart, of_device) for chart in CHARTS if panels_of(chart, of_device)}
     return found
 
 

@@ -29,8 +29,8 @@ from tritonattn.tuning.config import Target, legal_reasons
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.ptxas import ptxas_version, suspicion
 
-from .company import Case, differences
 from .devices import kernels_on, obstacle
+from .invariance_cases import Case, differences
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -53,7 +53,7 @@ def check_compiler() -> str:
 
 
 def check_driver(library: str = "libcuda.so.1") -> str:
-    """A driver runs code of its own major release of CUDA, and of older ones."""
+    """A driver runs code of its major release of CUDA, and of older ones."""
     if not _ptxas():
         return "not NVIDIA's"
     driver, version = ctypes.CDLL(library), ctypes.c_int()
@@ -126,7 +126,7 @@ def _splits(device: torch.device) -> None:
 
 
 def check_invariance(device: torch.device) -> str:
-    """Under batch_invariant, results against float64, and the bits of a sequence alone and in company."""
+    """Under batch_invariant, results against float64, and the bits of a sequence alone and with the rest of a batch."""
     with _watched(None) as launches:
         attempt("batch_invariant", lambda: _invariant(device))
     return f"{len(launches)} launches"
@@ -137,11 +137,11 @@ def _invariant(device: torch.device) -> None:
     tensors = harness.inputs(torch.bfloat16, device, q_len=37, k_len=53, head_dim=64, value_dim=64)
     options = {"scaling": scaling, "causal": True, "return_aux": True}
     harness.check(tensors, tritonattn.attention, **options, batch_invariant=True)
-    for company in ("packed", "paged"):
-        case = Case(company, "bf16", (64, 64), scaling, "causal", (1, 2), None, False, length=40, seed=0)
+    for batch in ("packed", "paged"):
+        case = Case(batch, "bf16", (64, 64), scaling, "causal", (1, 2), None, False, length=40, seed=0)
         with device:
             differing = differences(case, "triton")
-        assert not differing, f"{company}: other bits of {', '.join(differing)} than alone"
+        assert not differing, f"{batch}: other bits of {', '.join(differing)} than alone"
 
 
 def _decode(device: torch.device) -> None:

@@ -23,15 +23,16 @@ import torch
 import triton
 
 from tritonattn.backends.triton import KERNELS
-from tritonattn.cli.options import check_file, whole_number
+from tritonattn.cli.options import check_file, numbers, whole_number
 from tritonattn.cli.threads import usable_cores
 from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import commit
 from tritonattn.core.tables import table as layout
 from tritonattn.tuning import Problem, compile_kernel
+from tritonattn.tuning.config import WIDEST
 from tritonattn.tuning.ptxas import suspicion
 
-from .codegen import READ, Case, _head_dims, _targets, cases
+from .codegen import READ, Case, _targets, cases
 from .static.machine_code import read_machine_code
 
 RELEASES = ("12.8.93", "12.9.86", "13.0.88", "13.1.115", "13.5.37")
@@ -71,7 +72,7 @@ def all_cases(targets: tuple[str, ...], head_dims: tuple[int, ...]) -> list[Case
 
 
 def fetched(release: str, folder: Path) -> Path:
-    """The ptxas of a CUDA release such as "12.9.86", installed from PyPI into a folder of its own."""
+    """The ptxas of a CUDA release such as "12.9.86", installed from PyPI into another folder."""
     package = "nvidia-cuda-nvcc-cu12" if release.startswith("12.") else "nvidia-cuda-nvcc"
     into = folder / release
     if not into.exists():
@@ -133,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--releases", type=lambda text: text.split(","), default=RELEASES, help="12.9.86,...")
     parser.add_argument("--tools", type=Path, default=Path("ptxas"), metavar="DIR", help="where releases are installed")
     parser.add_argument("--targets", type=_targets, default=("sm_90", "sm_100"), help="sm_90,...")
-    parser.add_argument("--head-dims", type=_head_dims, default=(64, 128), help="64,128,...")
+    parser.add_argument("--head-dims", type=numbers(1, WIDEST), default=(64, 128), help="64,128,...")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--workers", type=whole_number, default=usable_cores(), help="processes")
     parser.set_defaults(run=run)

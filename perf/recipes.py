@@ -9,6 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import tritonattn
+from tritonattn.core.statistics import Statistics
+from tritonattn.core.visibility import Visibility
+
 from .contest import Unavailable
 
 
@@ -24,13 +28,13 @@ class Keys:
 
     def total(self, power: int) -> Tensor:
         """Sum ||k||^power over the visible keys: [B, Hkv, Sq] or [B, Hkv, 1]."""
-        lengths = self.k.norm(dim=-1) ** power
-        return lengths.cumsum(-1)[..., -self.q_len :] if self.causal else lengths.sum(-1, keepdim=True)
+        norms = self.k.norm(dim=-1) ** power
+        return norms.cumsum(-1)[..., -self.q_len :] if self.causal else norms.sum(-1, keepdim=True)
 
     def longest(self) -> Tensor:
         """Find the largest ||k|| of the visible keys, likewise."""
-        lengths = self.k.norm(dim=-1)
-        return lengths.cummax(-1).values[..., -self.q_len :] if self.causal else lengths.amax(-1, keepdim=True)
+        norms = self.k.norm(dim=-1)
+        return norms.cummax(-1).values[..., -self.q_len :] if self.causal else norms.amax(-1, keepdim=True)
 
 
 CONSTANTS: dict[str, Callable[[int], float]] = {
@@ -84,3 +88,12 @@ def rows_of(scaling: str, q: Tensor, k: Tensor, causal: bool) -> Tensor:
     if isinstance(multiplier, float):
         return torch.full(q.shape[:3], multiplier, device=q.device)
     return multiplier.expand(q.shape[:3]).contiguous()
+
+
+def scaled_by_mode(scaling: str, q: Tensor, k: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Multiply q by a mode's factor, and k by a mode's factor of keys, as the package computes them; rounded."""
+    visibility = Visibility.of(q, k, causal=causal)
+    scales = tritonattn.SCALINGS[scaling]().scales(q, k, visibility, Statistics(k, visibility))
+    multiplier = scales.constant if scales.query is None else (scales.constant * scales.query.float())[..., None]
+    keys = k if scales.key is None else (k * scales.key.float()[..., None]).to(k.dtype)
+    return (q * multiplier).to(q.dtype), keys

@@ -39,11 +39,11 @@ def tables(records: Iterable[Record]) -> str:
     ordered = sorted(records, key=lambda record: (record.suite, str(record.environment)))
     parts = []
     for (suite, environment), group in groupby(ordered, key=lambda record: (record.suite, str(record.environment))):
-        members = list(group)
-        dates = ", ".join(sorted({record.date for record in members}))
-        parts.append(f"## {suite}\n\n{members[0].origin}: {environment}, {dates}{_card(members)}.")
+        of_suite = list(group)
+        dates = ", ".join(sorted({record.date for record in of_suite}))
+        parts.append(f"## {suite}\n\n{of_suite[0].origin}: {environment}, {dates}{_card(of_suite)}.")
         table = _accuracy_table if suite == "accuracy" else _times_table
-        parts += [part for part in (table(members), _absent(members)) if part]
+        parts += [part for part in (table(of_suite), _absent(of_suite)) if part]
     return "\n\n".join(parts)
 
 
@@ -84,7 +84,7 @@ def _baselines(records: list[Record]) -> str:
 
 
 def _accuracy_table(records: list[Record]) -> str:
-    """Tabulate errors of ours and of the recipe by kind of keys, by their number, and by scaling."""
+    """Tabulate errors of ours and of the recipe by distribution of keys, by their number, and by scaling."""
     parts = ["Errors of the output over its largest exact value: median, and largest, of the cases in a row."]
     records = [record for record in records if record.status != "failed"]
     contestants = list(dict.fromkeys(implementation(record) for record in records))
@@ -92,8 +92,8 @@ def _accuracy_table(records: list[Record]) -> str:
         axis = {"number of keys": "length"}.get(name, name)
         rows = []
         for dtype, value in dict.fromkeys((r.axes["dtype"], r.axes.get(axis, r.scaling)) for r in records):
-            own = [r for r in records if (r.axes["dtype"], r.axes.get(axis, r.scaling)) == (dtype, value)]
-            errors = [[_size(r.error) for r in own if implementation(r) == who] for who in contestants]
+            alike = [r for r in records if (r.axes["dtype"], r.axes.get(axis, r.scaling)) == (dtype, value)]
+            errors = [[_size(r.error) for r in alike if implementation(r) == who] for who in contestants]
             rows.append([dtype, value, *(f"{statistics.median(e):.1e}, {max(e):.1e}" if e else "" for e in errors)])
         parts.append(layout(rows, ["dtype", name, *contestants], left=None))
     return "\n\n".join(parts)

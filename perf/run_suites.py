@@ -21,21 +21,21 @@ from .attention_cases import DTYPES
 from .contest import Contest, Effort
 from .peers import PACKAGES, PEERS
 from .records import Record, ResultsFile
-from .suites import MODES, SUITES, Axes, Place
+from .suites import MODES, SUITES, Axes, Machine
 
 _ROUNDS, _QUICK_ROUNDS = 25, 3
 _SECONDS = 20.0  # of rounds a case
 
 
 def measure(options: Namespace, command: str) -> tuple[list[Record], bool]:
-    """Run the cases that the options of a sweep ask for; options.device is the kind of a Place.
+    """Run the cases that the options of a sweep ask for; options.device is the name of a Machine.
 
     Returns the records of all cases, those that the file had included, and whether Ctrl-C ended the sweep.
     """
-    place, effort = Place(options.device), effort_of(options)
+    machine, effort = Machine(options.device), effort_of(options)
     deadline = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
-    plan = planned(options, place)
-    environment = Environment.of(place.device, command, PACKAGES, ptxas_of(place.device))
+    plan = planned(options, machine)
+    environment = Environment.of(machine.device, command, PACKAGES, ptxas_of(machine.device))
     file = ResultsFile(options.json, environment)
     todo = [case for case in plan if not file.has(case.suite, case.axes)]
     if len(todo) < len(plan):
@@ -49,7 +49,7 @@ def measure(options: Namespace, command: str) -> tuple[list[Record], bool]:
                     break
                 progress.set_postfix_str(f"{case.suite} {' '.join(map(str, case.axes.values()))}")
                 file.append(case.run(effort, file.environment))
-                _free(place.device)
+                _free(machine.device)
                 progress.update()
     except KeyboardInterrupt:
         print(f"stopped: {going_on}", file=sys.stderr)
@@ -64,22 +64,22 @@ def effort_of(options: Namespace) -> Effort:
     return Effort(options.rounds or _ROUNDS, seconds=_SECONDS, warm_up=0.3)
 
 
-def planned(options: Namespace, place: Place) -> list[Contest | AccuracyCase]:
+def planned(options: Namespace, machine: Machine) -> list[Contest | AccuracyCase]:
     """List the ceilings, then the suites' cases. SystemExit for an unknown name.
 
-    Options that are set replace the axes that a suite has of its own.
+    Options that are set replace the axes of the suites.
     """
-    names = options.suite or tuple(name for name in SUITES if name != "cpu" or place.kind == "cpu")
+    names = options.suite or tuple(name for name in SUITES if name != "cpu" or machine.name == "cpu")
     _check_names("--suite", names, SUITES)
     wanted = {axis.name: getattr(options, axis.name) for axis in fields(Axes)}
     wanted = {name: () if value == ("none",) else value for name, value in wanted.items() if value is not None}
     for option, known in (("peers", PEERS), ("dtypes", DTYPES), ("scalings", MODES)):
         _check_names(f"--{option}", wanted.get(option, ()), known)
-    axes = {name: replace(SUITES[name].chosen(place, options.quick), **wanted) for name in names}
+    axes = {name: replace(SUITES[name].chosen(machine, options.quick), **wanted) for name in names}
     dtypes = tuple(dict.fromkeys(dtype for one in axes.values() for dtype in one.dtypes))
-    cases: list[Contest | AccuracyCase] = list(roofline.contests(dtypes, place.device, options.quick))
+    cases: list[Contest | AccuracyCase] = list(roofline.contests(dtypes, machine.device, options.quick))
     for name in names:
-        cases += SUITES[name].contests(axes[name], place)
+        cases += SUITES[name].contests(axes[name], machine)
     return cases
 
 

@@ -58,7 +58,7 @@ def _finds_something(tool: str, arguments: argparse.Namespace) -> bool:
     soak = ["-m", "perf", "soak", "--bare", "--device", "cuda", "--minutes", str(arguments.minutes)]
     soak += ["--trials", str(arguments.trials), "--seed", str(arguments.seed)]
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *_only_our_kernels(sanitizer), sys.executable, *soak]
-    # Without torch's cache every tensor is an allocation with its own bounds.
+    # Without torch's cache every tensor is an allocation with bounds.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     print(f"== {tool}", flush=True)
     return subprocess.run(command, env=environment, check=False).returncode != 0

@@ -1,8 +1,8 @@
 """Model when the tiles of a causal forward end on a card's processors, in several orders of programs.
 
 List scheduling: programs start in the order of their grid, each where one ends first. A program takes a fixed time and
-one step for each block of keys that its rows see; memory, and the caches that the order is also chosen for, are left
-out. AMD's dies take programs in turn, and each has processors of its own.
+one step for each block of keys that is visible to its rows; memory, and the caches that the order is also chosen for,
+are left out. AMD's dies take programs in turn, and each has its processors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tritonattn.tuning.order import Sections, lanes, sections
 HEADING = """# Order of programs: a causal forward, head after head and in sections of heads
 
 Modelled by list scheduling at commit {commit} (`python -m perf schedule`); nothing ran. Tiles of {block_m} query
-rows and {block_n} keys in bf16, {fixed} steps for what a program does beside its loop.
+rows and {block_n} keys in bf16, {fixed} steps for what a program does outside of its loop.
 
 A cell has the time until the last tile ends, over that of longest first among all heads: head after head, the last
 block of rows first / in sections of heads that fit the L2 cache, longest first (tritonattn/tuning/order.py)."""
@@ -38,7 +38,7 @@ Tile = tuple[int, int]  # head, block of rows
 
 @dataclass(frozen=True)
 class Case:
-    """heads: of all batch entries; each has keys and values of its own."""
+    """heads: of all batch entries; each has other keys and values."""
 
     gpu: str
     head_dim: int
@@ -65,17 +65,17 @@ def by_head(case: Case) -> Iterator[Tile]:
 
 def in_sections(case: Case) -> Iterator[Tile | None]:
     """Order tiles as the kernels do, None for a program without a head."""
-    for place in places(case.heads, case.blocks, case.sections, lanes(case.target)):
-        yield place and (place[0], case.blocks - 1 - place[1])
+    for program in programs(case.heads, case.blocks, case.sections, lanes(case.target)):
+        yield program and (program[0], case.blocks - 1 - program[1])
 
 
-def places(heads: int, blocks: int, sections: Sections, dies: int) -> Iterator[Tile | None]:
+def programs(heads: int, blocks: int, sections: Sections, dies: int) -> Iterator[Tile | None]:
     """(head, number of the block among its head's) of programs: `backends.triton.block.program_in_section`."""
     size, count = sections
     for first in range(heads - size * count, heads, size):
         of_die, shared = divmod(min(first + size, size), dies)
-        for step, place in product(range(blocks), range(size)):
-            slot, die = divmod(place, dies)
+        for step, position in product(range(blocks), range(size)):
+            slot, die = divmod(position, dies)
             turn = (die + step * shared) % dies
             head = max(first, 0) + (die * of_die + slot if slot < of_die else dies * of_die + turn)
             has_head = slot < of_die or (slot == of_die and turn < shared)

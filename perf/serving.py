@@ -1,4 +1,4 @@
-"""The host's time a step of vLLM's engine spends in an attention layer: ours beside vLLM's own Triton backend.
+"""The host's time a step of vLLM's engine spends in an attention layer: ours next to the Triton backend of vLLM.
 
 On a stub of NVIDIA's driver, as `launches`; in the virtual environment of `make test-vllm`.
 """
@@ -41,8 +41,9 @@ def layers() -> dict[str, Any]:
 
 
 def measured(rounds: int, capability: int) -> list[tuple]:
-    """For each step and layer: microseconds of a step's first layer beyond another's, least of the rounds; of another,
-    least and median; launches and torch operators of another.
+    """Rows of the table: step, layer, microseconds of a first layer beyond another's, and what another layer takes.
+
+    Microseconds are the least of the rounds, another's also their median; then come its launches and torch operators.
     """
     os.environ |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_LOGGING_LEVEL": "ERROR"}
     from triton.backends import backends

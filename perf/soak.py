@@ -1,4 +1,4 @@
-"""Launch kernels on random calls for a while, and hold each result to float64 and to its own repetition."""
+"""Launch kernels on random calls for a while, and hold each result to float64 and to its repetition."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--go-on", type=Path, metavar="FILE", help="begin behind the last seed in this file; keep it there"
     )
-    where = "a GPU, Triton's interpreter, or emulated on a stub of NVIDIA's driver"
+    about = "a GPU, Triton's interpreter, or emulated on a stub of NVIDIA's driver"
     known = ("cuda", "cpu", "emulate")
-    parser.add_argument("--device", choices=known, default="cuda" if torch.cuda.is_available() else "cpu", help=where)
+    parser.add_argument("--device", choices=known, default="cuda" if torch.cuda.is_available() else "cpu", help=about)
     parser.add_argument(
         "--bare", action="store_true", help="tensors as they come, without NaN around and in them: for a sanitizer"
     )
@@ -47,30 +47,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Soak; print each failed call with a command that repeats it, and then exit with an error."""
-    kind = "interpret" if arguments.device == "cpu" else arguments.device
-    if reason := obstacle(kind):
+    where = "interpret" if arguments.device == "cpu" else arguments.device
+    if reason := obstacle(where):
         sys.exit(f"soak: {reason}")
     if arguments.instrument and (reason := instrument.obstacle(arguments.instrument)):
         sys.exit(f"soak: --instrument: {reason}")
     warnings.filterwarnings("ignore", ".*deterministic")
-    name = torch.cuda.get_device_name() if kind == "cuda" else kind
+    name = torch.cuda.get_device_name() if where == "cuda" else where
     first = max(arguments.seed, _next_seed(arguments.go_on))
     print(f"commit {commit()}, torch {torch.__version__}, {name}, seeds from {first}", flush=True)
     start = shown = time.monotonic()
     count = failed = 0
     with (
         instrument.instrumented(arguments.instrument),
-        kernels_on(kind) as device,
+        kernels_on(where) as device,
         soaking(guards=not arguments.bare) as executor,
     ):
-        for trial in trials(first, device, ON_A_GPU if kind == "cuda" else INTERPRETED):
+        for trial in trials(first, device, ON_A_GPU if where == "cuda" else INTERPRETED):
             now = time.monotonic()
             if (count and now - start > 60 * arguments.minutes) or count == arguments.trials:
                 break
             if now - shown > _SECONDS_BETWEEN_LINES:
                 print(f"{now - start:.0f} s: {count} calls, {executor.launches} launches, {failed} failed", flush=True)
                 shown = now
-            is_quick = kind == "cuda" and not arguments.instrument
+            is_quick = where == "cuda" and not arguments.instrument
             launch.config_for = CONFIGS[trial.stages] if is_quick else small_tiles
             failed += not _passes(trial, arguments)
             count += 1

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import tritonattn
-from tritonattn.calls.decode_checks import cache_operands, cache_visibility
+from tritonattn.calls.decode import cache_operands, cache_visibility
 from tritonattn.core.call import AttentionCall, Logits
 
 from .soak_trial import Tensors, Trial
@@ -138,8 +138,8 @@ def _dense(source: Draw, head_dim: int, stages: int | None = None) -> Trial:
 
 def _varlen(source: Draw, head_dim: int) -> Trial:
     dtype, (_, kv_heads, group) = source.one_of(*DTYPES), _heads(source)
-    members = source.between(1, 6)
-    lengths = [[0 if source.size.random() < 0.2 else n for n in source.lengths()] for _ in range(members)]
+    sequences = source.between(1, 6)
+    lengths = [[0 if source.size.random() < 0.2 else n for n in source.lengths()] for _ in range(sequences)]
     ends = [torch.tensor([0, *column]).cumsum(0).int().to(source.device) for column in zip(*lengths, strict=True)]
     totals = [int(end[-1]) + source.size.choice((0, 3, 40)) + 1 for end in ends]
     leaves = {

@@ -77,7 +77,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def small_tiles(kernel: str, problem: Problem, target: Target) -> TileConfig:
-    """Choose tiles of 16 x 16, which an interpreter computes quickly, with blocks of every kind in short sequences."""
+    """Choose tiles of 16 x 16, which an interpreter computes quickly, and which short sequences fill."""
     config = default_config(kernel, problem, target)
     return replace(config, block_m=16, block_n=16, num_stages=1) if kernel in TILED_KERNELS else config
 

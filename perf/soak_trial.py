@@ -95,10 +95,10 @@ class Trial:
             return sizes
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in double.items()}
         named = self._call("reference", leaves, self.options | {"return_aux": True})
-        sees = named["lse"].isfinite()
-        total = named["lse"][sees]
+        has_keys = named["lse"].isfinite()
+        total = named["lse"][has_keys]
         if "sinks" in leaves:
-            total = torch.logaddexp(total, leaves["sinks"][:, None].expand_as(sees)[sees])
+            total = torch.logaddexp(total, leaves["sinks"][:, None].expand_as(has_keys)[has_keys])
         found = torch.autograd.grad(total.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
         value = leaves["v"].nan_to_num().norm(dim=-1).max() * self._d_out(named["out"]).norm(dim=-1).max()
         kept = 1 - self.options.get("dropout_p", 0.0)

@@ -1,4 +1,4 @@
-"""Time the kernels with two and three stages of their pipeline, beside what the replay of their loops says.
+"""Time the kernels with two and three stages of their pipeline, next to what the replay of their loops says.
 
 Full attention in bf16, 8,192 tokens of 16 heads: the shipped config, and the same with other stages. Where three stages
 gain less than 1.15 over two in the forward on sm_90, the replay's loads are wrong, and the tables' ranks with them.

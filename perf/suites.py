@@ -37,25 +37,25 @@ class Axes:
 
 
 @dataclass(frozen=True)
-class Place:
+class Machine:
     """A device, and how kernels run: on "cuda", "cpu", or on CPU tensors in Triton's "interpret"er or "emulate"d."""
 
-    kind: str
+    name: str
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda" if self.kind == "cuda" else "cpu")
+        return torch.device("cuda" if self.name == "cuda" else "cpu")
 
     @property
     def backend(self) -> str:
-        return BACKENDS[self.kind]
+        return BACKENDS[self.name]
 
     def shape(self, length: int, head_dim: int, causal: bool) -> Shape:
         """Choose a training batch: equally many tokens for every length on a GPU, one sequence of 8 heads on a CPU."""
-        if self.kind == "cuda":
+        if self.name == "cuda":
             batch, heads = max(1, _TOKENS // length), max(1, _WIDTH // head_dim)
         else:
-            batch, heads = 1, 8 if self.kind == "cpu" else 1
+            batch, heads = 1, 8 if self.name == "cpu" else 1
         return Shape(batch, heads, heads, length, length, head_dim, causal)
 
 
@@ -66,80 +66,80 @@ class Suite:
     about: str
     axes: dict[str, Axes]
     quick: Axes
-    contests: Callable[[Axes, Place], Iterator[Contest | AccuracyCase]]
+    contests: Callable[[Axes, Machine], Iterator[Contest | AccuracyCase]]
 
-    def chosen(self, place: Place, quick: bool) -> Axes:
+    def chosen(self, machine: Machine, quick: bool) -> Axes:
         """Choose the axes; --quick takes one length and dtype of the suite's where kernels do not run on a device."""
-        own = self.axes[place.kind]
+        axes = self.axes[machine.name]
         if not quick:
-            return own
-        if place.kind in ("cuda", "cpu"):
+            return axes
+        if machine.name in ("cuda", "cpu"):
             return self.quick
-        return replace(own, lengths=own.lengths[:1], dtypes=own.dtypes[-1:])
+        return replace(axes, lengths=axes.lengths[:1], dtypes=axes.dtypes[-1:])
 
 
-def _against_peers(suite: str, passes: str) -> Callable[[Axes, Place], Iterator[Contest]]:
+def _against_peers(suite: str, passes: str) -> Callable[[Axes, Machine], Iterator[Contest]]:
     """Compare ours, the baseline, with every peer: one case for every scaling."""
 
-    def contests(axes: Axes, place: Place) -> Iterator[Contest]:
+    def contests(axes: Axes, machine: Machine) -> Iterator[Contest]:
         for scaling, dtype, length in product(axes.scalings, axes.dtypes, axes.lengths):
             for head_dim, causal in product(axes.head_dims, (False, True)):
-                peers = [peer for peer in axes.peers if peer != "flex" or place.kind != "cuda" or length in _FLEX]
+                peers = [peer for peer in axes.peers if peer != "flex" or machine.name != "cuda" or length in _FLEX]
                 who = ((OURS, scaling), *((peer, scaling) for peer in peers))
-                shape = place.shape(length, head_dim, causal)
-                yield Case(suite, shape, dtype, passes, who, place.device, place.backend).contest()
+                shape = machine.shape(length, head_dim, causal)
+                yield Case(suite, shape, dtype, passes, who, machine.device, machine.backend).contest()
 
     return contests
 
 
-def _overhead(axes: Axes, place: Place) -> Iterator[Contest]:
+def _overhead(axes: Axes, machine: Machine) -> Iterator[Contest]:
     """Compare ours with every scaling, statistics of the keys included, with ours with sqrt_dim."""
     who = tuple((OURS, scaling) for scaling in ("sqrt_dim", *(s for s in axes.scalings if s != "sqrt_dim")))
     for head_dim, dtype, length in product(axes.head_dims, axes.dtypes, axes.lengths):
         for passes in ("forward", "forward+backward"):
-            shape = place.shape(length, head_dim, causal=True)
-            yield Case("overhead", shape, dtype, passes, who, place.device, place.backend).contest()
+            shape = machine.shape(length, head_dim, causal=True)
+            yield Case("overhead", shape, dtype, passes, who, machine.device, machine.backend).contest()
 
 
-def _against_plain(axes: Axes, place: Place) -> Iterator[Contest]:
+def _against_plain(axes: Axes, machine: Machine) -> Iterator[Contest]:
     """Compare ours, and peers with the costliest scaling, with plain F.scaled_dot_product_attention."""
     plain = ("sdpa", "sqrt_dim")
     ours = tuple((OURS, scaling) for scaling in axes.scalings)
     peers = tuple((peer, axes.scalings[-1]) for peer in axes.peers if (peer, axes.scalings[-1]) != plain)
     for dtype, head_dim, length in product(axes.dtypes, axes.head_dims, axes.lengths):
         for causal, passes in product((False, True), ("forward", "forward+backward")):
-            shape = place.shape(length, head_dim, causal)
-            yield Case("cpu", shape, dtype, passes, (plain, *ours, *peers), place.device, place.backend).contest()
+            shape = machine.shape(length, head_dim, causal)
+            yield Case("cpu", shape, dtype, passes, (plain, *ours, *peers), machine.device, machine.backend).contest()
     # A call so small times Python alone.
     tiny = Shape(1, 1, 1, 16, 16, 16, causal=False)
     for passes in ("forward", "forward+backward"):
-        yield Case("cpu", tiny, "fp32", passes, (plain, *ours), place.device, place.backend, calls=100).contest()
+        yield Case("cpu", tiny, "fp32", passes, (plain, *ours), machine.device, machine.backend, calls=100).contest()
 
 
-def _decode(axes: Axes, place: Place) -> Iterator[Contest]:
+def _decode(axes: Axes, machine: Machine) -> Iterator[Contest]:
     """List decoding cases with groups of 4 query heads; on a GPU equally many cached tokens for every length."""
     for head_dim, dtype, scaling in product(axes.head_dims, axes.dtypes, axes.scalings):
         for length, paged in product(axes.lengths, (False, True)):
-            batch, heads = (max(1, _CACHED // length), 32) if place.kind == "cuda" else (2, 8)
+            batch, heads = (max(1, _CACHED // length), 32) if machine.name == "cuda" else (2, 8)
             shape = Shape(batch, heads, heads // 4, 1, length, head_dim, causal=False)
-            yield DecodeCase(shape, dtype, paged, scaling, axes.peers, place.device, place.backend).contest()
+            yield DecodeCase(shape, dtype, paged, scaling, axes.peers, machine.device, machine.backend).contest()
 
 
-def _varlen(axes: Axes, place: Place) -> Iterator[Contest]:
+def _varlen(axes: Axes, machine: Machine) -> Iterator[Contest]:
     """List cases of packed sequences."""
     for head_dim, dtype, scaling in product(axes.head_dims, axes.dtypes, axes.scalings):
         for length, passes in product(axes.lengths, ("forward", "forward+backward")):
-            lengths = spread(length, max(1, 2 * _TOKENS // length) if place.kind == "cuda" else 4)
-            heads = place.shape(length, head_dim, causal=True).heads
+            lengths = spread(length, max(1, 2 * _TOKENS // length) if machine.name == "cuda" else 4)
+            heads = machine.shape(length, head_dim, causal=True).heads
             yield VarlenCase(
-                lengths, heads, head_dim, dtype, passes, scaling, axes.peers, place.device, place.backend
+                lengths, heads, head_dim, dtype, passes, scaling, axes.peers, machine.device, machine.backend
             ).contest()
 
 
-def _accuracy(axes: Axes, place: Place) -> Iterator[AccuracyCase]:
-    """List cases of accuracy for every kind of keys."""
+def _accuracy(axes: Axes, machine: Machine) -> Iterator[AccuracyCase]:
+    """List cases of accuracy for every distribution of keys."""
     for head_dim, dtype, keys, count in product(axes.head_dims, axes.dtypes, DISTRIBUTIONS, axes.lengths):
-        yield AccuracyCase(keys, count, head_dim, dtype, axes.scalings, place.device, place.backend)
+        yield AccuracyCase(keys, count, head_dim, dtype, axes.scalings, machine.device, machine.backend)
 
 
 # Head dims of Stable Diffusion 1.5, SigLIP and DiT, Phi-2, ViT-g, Phi-3; 40 pads to 64, the others to 128.
@@ -231,7 +231,7 @@ SUITES = {
         _varlen,
     ),
     "accuracy": Suite(
-        "errors against float64, by kind and number of keys",
+        "errors against float64, by distribution and number of keys",
         _axes({"cuda": _KEY_COUNTS, "cpu": _KEY_COUNTS}, (64,), MODES, False, tuple(DTYPES)),
         Axes((1, 64, 1024), (32,), ("fp32", "bf16"), MODES),
         _accuracy,
@@ -240,6 +240,6 @@ SUITES = {
         "a product of matrices and a copy, which every sweep begins with, alone",
         _axes({"cuda": (), "cpu": ()}, (), (), False, tuple(DTYPES)),
         Axes((), (), tuple(DTYPES), ()),
-        lambda axes, place: iter(()),
+        lambda axes, machine: iter(()),
     ),
 }

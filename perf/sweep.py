@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     suites = "forward,backward,dims,decode,varlen,overhead,accuracy,scaling,cpu,ceilings; default: all for the device"
     parser.add_argument("--suite", type=names, metavar="A,B", help=suites)
     parser.add_argument("--device", choices=("cuda", "cpu", "interpret", "emulate"), help=_DEVICES)
-    parser.add_argument("--peers", type=names, help="sdpa,flex,...: implementations to run beside ours, or none")
+    parser.add_argument("--peers", type=names, help="sdpa,flex,...: implementations to run next to ours, or none")
     parser.add_argument("--quick", action="store_true", help="run few small cases and rounds, to see that it works")
     parser.add_argument("--lengths", type=whole_numbers, help="1024,2048,...: queries and keys, keys of a cache, ...")
     parser.add_argument("--head-dims", type=whole_numbers, help="64,128,...")
@@ -48,8 +48,8 @@ def run(options: argparse.Namespace) -> None:
 
     from .devices import kernels_on, obstacle
 
-    kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind != "cpu" and (reason := obstacle(kind)):
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and (reason := obstacle(name)):
         sys.exit(f"sweep: {reason}")
     check_file("--json", options.json)
     if options.threads:
@@ -58,8 +58,8 @@ def run(options: argparse.Namespace) -> None:
     from .run_suites import measure
 
     command = command_line("sweep", options)
-    options.device = kind
-    with kernels_on(kind):
+    options.device = name
+    with kernels_on(name):
         records, stopped = measure(options, command)
     print(tables(records))
     bad = [record for record in records if record.is_bad]

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import tritonattn
 
-from .attention_cases import DTYPES, OURS, entrant_name, our_rounding
+from .attention_cases import DTYPES, OURS, entrant_name, our_rounding, with_gradients
 from .check import Question, Sample, checker
 from .contest import Contest, Entrant, Results, Unavailable
 from .peers import package, require_16_bits, require_gpu
@@ -39,7 +39,7 @@ class Ragged:
         return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
 
     @property
-    def places(self) -> Tensor:
+    def slots(self) -> Tensor:
         """Index of every token in a flattened [N, longest]."""
         parts = [torch.arange(length) + n * self.longest for n, length in enumerate(self.lengths)]
         return torch.cat(parts).to(self.device)
@@ -47,7 +47,7 @@ class Ragged:
     def padded(self, x: Tensor) -> Tensor:
         """Pad x [T, H, D] with zeros to [N, H, longest, D]."""
         flat = x.new_zeros(len(self.lengths) * self.longest, *x.shape[1:])
-        flat[self.places] = x
+        flat[self.slots] = x
         return flat.unflatten(0, (len(self.lengths), self.longest)).transpose(1, 2).contiguous()
 
 
@@ -93,25 +93,25 @@ class VarlenCase:
 
     def enter(self) -> list[Entrant]:
         copies = [self._inputs(seed) for seed in range(_COPIES)]
-        parts = [self.packed_head(place) for place in self.places]
+        parts = [self.packed_head(position) for position in self.positions]
         heads = [[part(x) for x in copies[0]] for part in parts]
         questions = [Question(*x[:3], x[3] if self.passes != "forward" else None, causal=True) for x in heads]
         names = (PADDED, OURS, *self.peers)
         return [self._entrant(name, copies, questions) for name in names]
 
     @property
-    def places(self) -> tuple[int, ...]:
+    def positions(self) -> tuple[int, ...]:
         """The checked sequences: the last, and the first unless it is one token, whose gradients are 0."""
         return (0, -1) if self.lengths[0] > 1 else (-1,)
 
-    def packed_head(self, place: int) -> Callable[[Tensor], Tensor]:
+    def packed_head(self, position: int) -> Callable[[Tensor], Tensor]:
         """Make a function that takes [T, H, D] to one head [1, 1, S, D]: the first of all at 0, the last at -1."""
-        rows = slice(self.lengths[0]) if place == 0 else slice(-self.lengths[-1], None)
-        return lambda x: x[rows, place][None, None]
+        rows = slice(self.lengths[0]) if position == 0 else slice(-self.lengths[-1], None)
+        return lambda x: x[rows, position][None, None]
 
-    def padded_head(self, place: int) -> Callable[[Tensor], Tensor]:
+    def padded_head(self, position: int) -> Callable[[Tensor], Tensor]:
         """Make a function that takes [N, H, longest, D] to the same head."""
-        return lambda x: x[place, place, : self.lengths[place]][None, None]
+        return lambda x: x[position, position, : self.lengths[position]][None, None]
 
     def _inputs(self, seed: int) -> list[Tensor]:
         """Draw q, k, v and the gradient of out: [T, H, D]."""
@@ -125,7 +125,9 @@ class VarlenCase:
         ours = name in (OURS, PADDED)
         rounding = our_rounding(self.backend, self.dtype) if ours else "operands"
         part = self.padded_head if padded else self.packed_head
-        samples = [Sample(question, part(place)) for question, place in zip(questions, self.places, strict=True)]
+        samples = [
+            Sample(question, part(position)) for question, position in zip(questions, self.positions, strict=True)
+        ]
 
         def prepare() -> Callable[[int], Results]:
             attend = self._call(name)
@@ -142,10 +144,7 @@ class VarlenCase:
         def call(number: int) -> Results:
             copy = number % _COPIES
             out = attend(*leaves[copy])
-            if not backward:
-                return {"out": out}
-            found = torch.autograd.grad(out, leaves[copy], tensors[copy][3])
-            return {"out": out} | {f"gradient of {name}": x for name, x in zip("qkv", found, strict=True)}
+            return with_gradients(out, leaves[copy], tensors[copy][3]) if backward else {"out": out}
 
         return call
 

@@ -40,11 +40,11 @@ class Shape:
 def visible_pairs(q_len: int, k_len: int, causal: bool) -> int:
     """Count pairs (i, j) with j <= i + k_len - q_len where causal, in closed form; all pairs where not.
 
-    The last row sees all k_len keys, the one before it one key less, and so on, down to rows that see none.
+    The last row attends to all k_len keys, the one before it to one key less, and so on, down to rows without keys.
     """
     if not causal:
         return q_len * k_len
-    rows = min(q_len, k_len)  # rows that see a key
+    rows = min(q_len, k_len)  # rows with keys
     return rows * k_len - rows * (rows - 1) // 2
 
 

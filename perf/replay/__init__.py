@@ -1,4 +1,4 @@
-"""Replay the loops of kernels by their own control codes: the share of the tensor rate, and what warps wait for."""
+"""Replay the loops of kernels by their control codes: the share of the tensor rate, and what warps wait for."""
 
 from .command import add_arguments, run
 from .kernel import Replay, replay

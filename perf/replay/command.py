@@ -39,7 +39,7 @@ KERNELS = tuple(kernel for kernel in TILED_KERNELS if kernel != "decode")
 HEADING = """# Loops of the kernels, replayed
 
 Modelled: the unmasked loop of each kernel in bf16 with a query_scale, compiled by triton {triton} at commit {commit},
-replayed by its own control codes; nothing ran. `{command}`.
+replayed by its control codes; nothing ran. `{command}`.
 
 - The config is that of the shipped table, and the same with other stages of the pipeline. "in Gluon": the forward that
   no table has, its loads taken to be there in time.

@@ -31,21 +31,21 @@ def flight(path: list[Operation], stages: int) -> Flight:
     """
     found: list[tuple[float, int]] = []
     groups = None
-    commits, waits = _places(path, "commit"), _places(path, "copy wait")
+    commits, waits = _positions(path, "commit"), _positions(path, "copy wait")
     if commits and waits:
         groups = path[waits[0]].amount
-        back = len([place for place in commits if place < waits[0]]) - 1 - groups
-        iterations, place = -(back // len(commits)), commits[back % len(commits)]
-        found.append((iterations + (waits[0] - place) / len(path), iterations))
-    requests, polls = _places(path, "request"), _places(path, "poll")
+        back = len([position for position in commits if position < waits[0]]) - 1 - groups
+        iterations, position = -(back // len(commits)), commits[back % len(commits)]
+        found.append((iterations + (waits[0] - position) / len(path), iterations))
+    requests, polls = _positions(path, "request"), _positions(path, "poll")
     if requests and polls:
         found.append((stages - 1 + (polls[0] - requests[-1]) / len(path), stages - 1))
     apart, iterations = min(found, default=(0.0, 0))
     return Flight(iterations, apart, groups)
 
 
-def _places(path: list[Operation], act: str) -> list[int]:
-    return [place for place, operation in enumerate(path) if operation.act == act]
+def _positions(path: list[Operation], act: str) -> list[int]:
+    return [position for position, operation in enumerate(path) if operation.act == act]
 
 
 def bounded_clocks(

@@ -55,6 +55,6 @@ def loop_body(
     listing: Listing, controls: list[Control], span: Span
 ) -> tuple[list[tuple[Instruction, Control]], dict[str, int]]:
     """Return the instructions of a loop with their control codes, and the labels inside it as indices of the body."""
-    place = {index: number for number, index in enumerate(span.body)}
-    labels = {name: place[index] for name, index in listing.labels.items() if index in place}
+    position = {index: number for number, index in enumerate(span.body)}
+    labels = {name: position[index] for name, index in listing.labels.items() if index in position}
     return [(listing.instructions[index], controls[index]) for index in span.body], labels

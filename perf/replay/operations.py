@@ -1,4 +1,4 @@
-"""The instructions of a loop as the replay sees them: the unit that each takes, and what it starts or waits for."""
+"""The instructions of a loop as the replay takes them: the unit that each takes, and what it starts or waits for."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def operations(
 
 
 def of_consumer(path: list[Operation], takes_turns: bool, parameters: Parameters) -> list[Operation]:
-    """Change the path of a warpgroup that consumes what others load, whose barriers are its own.
+    """Change the path of a warpgroup that consumes what others load, whose barriers no other has.
 
     Where consumers take turns, the last wait for an mbarrier before the first product is that for a turn, and the first
     arrival behind the last product passes it on.
@@ -105,8 +105,8 @@ def of_consumer(path: list[Operation], takes_turns: bool, parameters: Parameters
         for one in path
     ]
     if takes_turns:
-        products = [place for place, one in enumerate(path) if one.act == "product"]
-        turn = max(place for place, one in enumerate(path) if one.act == "poll" and place < products[0])
+        products = [position for position, one in enumerate(path) if one.act == "product"]
+        turn = max(position for position, one in enumerate(path) if one.act == "poll" and position < products[0])
         is_arrival = [one.name == "SYNCS" and one.act == "" for one in path]
         path[turn] = path[turn]._replace(act="turn")
         behind = is_arrival.index(True, products[-1])
@@ -135,13 +135,13 @@ def _operands(instruction: Instruction, kept: set[str]) -> tuple[int, set[str]]:
 def _operation(
     instruction: Instruction, control: Control, operands: int, takes_turns: bool, parameters: Parameters
 ) -> Operation:
-    kind = instruction_class(instruction)
+    of_opcode = instruction_class(instruction)
     if instruction.name in ("HMMA", "HGMMA"):
         return _product(instruction, control, parameters)
     act, amount, latency = _act(instruction, takes_turns, parameters)
-    of_class = _CLASS_TIMINGS.get(kind) if not instruction.name.startswith("U") else _CLASS_TIMINGS["uniform"]
+    of_class = _CLASS_TIMINGS.get(of_opcode) if not instruction.name.startswith("U") else _CLASS_TIMINGS["uniform"]
     timing = _TIMINGS.get(instruction.name) or of_class
-    if act in ("request", "poll") or timing is None or kind == "control":
+    if act in ("request", "poll") or timing is None or of_opcode == "control":
         return Operation(instruction.name, control, latency=latency, act=act, amount=amount)
     unit, turn, own_latency = timing
     return Operation(
@@ -150,7 +150,7 @@ def _operation(
         unit,
         getattr(parameters, turn),
         getattr(parameters, own_latency) if own_latency else 0.0,
-        operands if kind in _WITH_OPERANDS else 0,
+        operands if of_opcode in _WITH_OPERANDS else 0,
         act,
         amount,
     )

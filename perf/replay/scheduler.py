@@ -1,4 +1,4 @@
-"""Replay of a loop by the warps of one scheduler: in order, one instruction a clock, by the loop's own control codes.
+"""Replay of a loop by the warps of one scheduler: in order, one instruction a clock, by the control codes of the loop.
 
 Event by event: each step goes to the next clock at which some warp may issue. By symmetry one of a processor's four
 schedulers stands for all: of every warpgroup it has one warp, and units that the four share are taken by them in step.
@@ -47,7 +47,7 @@ class Deadlock(RuntimeError):
 
 
 class _Warp:
-    """A warp; `own`: the clock from which on it could issue its next operation if all units were free."""
+    """A warp; `free`: the clock from which on it could issue its next operation if all units were free."""
 
     def __init__(self, program: int, rank: int, start: float) -> None:
         self.program, self.rank = program, rank
@@ -57,7 +57,7 @@ class _Warp:
         self.copies: list[float] = []  # completions of closed groups of cp.async
         self.open_bytes = 0
         self.ready, self.held_by = start, "fixed latency"
-        self.own, self.reason = start, "fixed latency"
+        self.free, self.reason = start, "fixed latency"
         self.since = start  # the clock after its last issue
         self.turn = 0.0 if rank == 0 else _NEVER
         self.heads: list[float] = []  # clocks of each iteration's first issue
@@ -111,7 +111,7 @@ class Scheduler:
             soonest = _NEVER
             for warp in orders[first]:
                 index = warp.index
-                clock = max(warp.own, gates[index].accepts)
+                clock = max(warp.free, gates[index].accepts)
                 if loop[index].operands and registers.accepts > clock:
                     clock = registers.accepts
                 if clock <= now:
@@ -163,7 +163,7 @@ class Scheduler:
         """Give the clocks since the warp's last issue to what held it longest, and the rest to other warps' turns."""
         held = max(warp.since, min(math.ceil(warp.ready), now))
         warp.waits[warp.held_by] += held - warp.since
-        limits = [(warp.own, warp.reason), (self._gates[warp.index].accepts, operation.unit)]
+        limits = [(warp.free, warp.reason), (self._gates[warp.index].accepts, operation.unit)]
         if operation.operands:
             limits.append((self._registers.accepts, "registers"))
         clock, reason = max(limits)
@@ -188,11 +188,11 @@ class Scheduler:
             other += self._parameters.poll_release if other > clock else 0.0
         elif act == "turn":
             other, why = warp.turn, "turn"
-        warp.own, warp.reason = (other, why) if other > clock else (clock, reason)
+        warp.free, warp.reason = (other, why) if other > clock else (clock, reason)
 
     def _wake(self, program: int) -> None:
         for warp in self._warps:
-            if warp.program == program and warp.own == _NEVER:
+            if warp.program == program and warp.free == _NEVER:
                 self._look_ahead(warp)
 
     # ---- What an operation does; each returns the clock at which its result is there

@@ -1,4 +1,4 @@
-"""Times of whole forward calls on an H100 from the clocks of their loops, beside published ones.
+"""Times of whole forward calls on an H100 from the clocks of their loops, next to published ones.
 
 A processor runs its tiles one after another: each fills its pipeline, runs its iterations, and drains. Fitted to
 FlashAttention-3: loops take LOOPS times as long as replayed, and fill and drain of a tile. The constants of Triton's

@@ -115,14 +115,14 @@ def is_ptx_mma(instruction: Instruction) -> bool:
 
 
 def _span(header: int, latches: list[int], blocks: dict[int, int], predecessors: dict[int, set[int]]) -> Span:
-    members, pending = {header}, list(latches)
+    inside, pending = {header}, list(latches)
     while pending:
         block = pending.pop()
-        if block not in members:
-            members.add(block)
+        if block not in inside:
+            inside.add(block)
             pending.extend(predecessors[block])
     end = max(blocks[latch] for latch in latches)
-    indices = {index for block in members for index in range(block, blocks[block])}
+    indices = {index for block in inside for index in range(block, blocks[block])}
     return Span(tuple(sorted(index for index in indices if header <= index < end)), frozenset(indices))
 
 

@@ -113,7 +113,7 @@ def modelled_clocks(kernel: str, problem: Problem, candidate: Judged, gpu: GPU) 
     its longest unit's time and, of the others' time, the share that one of a scheduler's warps leaves exposed; loads
     are exposed as far as the iterations between request and wait are shorter. A replay of the loop stands for all that.
     AMD's loops are not read: their units follow from the tiles.
-    Decoding has a model of its own, of memory.
+    Decoding has another model, of memory.
     """
     config, code, target, processors = candidate.config, candidate.code, gpu.target, gpu.processors
     assert code is not None

@@ -7,7 +7,7 @@ from typing import Any
 
 from tritonattn.tuner.candidates import candidates, tiles
 from tritonattn.tuner.gate import Compiler, Progress
-from tritonattn.tuner.static import fits, static_table
+from tritonattn.tuner.tune import fits, static_table
 from tritonattn.tuning.config import OPTIONS, Problem, Target, TileConfig, may_use_descriptors, padded_dim
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gpus import GPU
@@ -15,7 +15,7 @@ from tritonattn.tuning.table import Key, Table
 
 from .gate import Judged, modelled_clocks
 
-# A config replaces the default, or for long calls that of short ones, which then need no kernels of their own, only if
+# A config replaces the default, or for long calls that of short ones, which then need no other kernels, only if
 # it leads by this much in the model, which is no measurement.
 _CLEARLY_AHEAD = 0.95
 # Tiles of which a ranking also compiles the other numbers of stages.
@@ -26,7 +26,7 @@ def ranked_table(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Prog
     """Make the table of a GPU: examine in parallel the contenders of all keys, then other stages of the best."""
     compiler.examine([one for key in wanted for one in _contenders(key, gpu.target)], progress)
     compiler.examine([one for key in wanted for one in _refined(gpu, compiler, key)], progress)
-    return static_table(gpu, compiler, wanted, ranked, progress)
+    return static_table(gpu, compiler, wanted, progress, ranked)
 
 
 def static_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
@@ -58,7 +58,7 @@ def _typical(key: Key) -> Problem:
 
 
 def _contenders(key: Key, target: Target) -> list[tuple[str, Problem, TileConfig]]:
-    """List the configs by which a key's tiles are compared, its own default first: in as many stages as the default."""
+    """List the configs by which a key's tiles are compared, the default first: in as many stages as the default."""
     problem = _typical(key)
     few = _few_candidates(key.kernel, problem, target)
     configs = dict.fromkeys([default_config(key.kernel, key.problem, target), *few])

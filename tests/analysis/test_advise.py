@@ -1,4 +1,4 @@
-"""`advise`: the advice for each kind of attention, and its reason."""
+"""`advise`: the advice for every state of attention, and its reason."""
 
 import json
 import math
@@ -53,6 +53,7 @@ def test_models(factor, key, rule, mode):
     assert advice.mode == mode
     assert advice.keeps == (rule == "healthy")
     assert [one.layer for one in advice.findings] == [f"model.layers.{i}.self_attn" for i in (0, 1)]
+    assert {one.reading.bounded for one in advice.findings} == {""}
     for one in advice.findings:
         if one.after is not None:
             assert one.after.ill < 0.25 < one.reading.ill
@@ -140,18 +141,7 @@ def test_bounded_logits_are_recognised_and_fade_as_the_formula_says():
     assert advise(q, k, scaling=Cosine(5.0)).findings[0].reading.bounded == "cosine"
 
 
-def test_a_layer_that_normalises_keys_is_recognised():
-    config = transformers.Qwen3Config(
-        vocab_size=61, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16
-    )
-    config.num_key_value_heads = 2
-    for net, bounded in ((transformers.Qwen3ForCausalLM(config), "QK-norm"), (llama(), "")):
-        readings = [one.reading for one in advise(net.eval(), TOKENS).findings]
-        assert {one.bounded for one in readings} == {bounded}
-        assert all(one.gap > 0 for one in readings)
-
-
-def test_layers_that_fade_at_different_lengths_have_one_advice():
+def test_layers_that_normalise_keys_are_recognised_and_fade_at_different_n_with_one_advice():
     config = transformers.Qwen3Config(
         vocab_size=61, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=16
     )
@@ -165,7 +155,8 @@ def test_layers_that_fade_at_different_lengths_have_one_advice():
     advice = advise(net, TOKENS)
     first, last = advice.findings
     assert (first.rule.name, last.rule.name) == ("will fade", "will fade")
-    assert first.reading.gap > last.reading.gap
+    assert first.reading.gap > last.reading.gap > 0
+    assert first.reading.bounded == last.reading.bounded == "QK-norm"
     assert last.advice in advice.text
     assert advice.text.endswith("on all layers")
     assert "QK-norm" in advice.table()

@@ -25,20 +25,22 @@ def expected(q, k, scaling="sqrt_dim", gain=None, **masks):
     found: dict[str, list] = {field.name: [] for field in fields(Diagnosis) if field.name not in BY_GAPS}
     for head in range(q.shape[1]):
         row = {name: value[:, head] for name, value in rows.items()}
-        sees, several = row["key_count"] > 0, row["key_count"] > 1
+        attends, several = row["key_count"] > 0, row["key_count"] > 1
         relative = row["entropy"][several] / row["key_count"][several].log()
-        counts, norms = row["key_count"][sees], lengths[:, head // group][seen[:, head // group]]
+        counts, norms = row["key_count"][attends], lengths[:, head // group][seen[:, head // group]]
         for name in ("logit_std", "max_probability", "jacobian_norm", "gradient_norm"):
-            found[name].append(row[name][sees].mean())
-        found["max_logit"].append(row["max_logit"][sees].max() if sees.any() else torch.tensor(-torch.inf).double())
+            found[name].append(row[name][attends].mean())
+        found["max_logit"].append(
+            row["max_logit"][attends].max() if attends.any() else torch.tensor(-torch.inf).double()
+        )
         found["relative_entropy"].append(relative.mean())
-        found["near_one_hot"].append((row["max_probability"][sees] > 0.95).double().mean())
+        found["near_one_hot"].append((row["max_probability"][attends] > 0.95).double().mean())
         found["near_uniform"].append((relative > 0.98).double().mean())
         p, n = row["max_probability"][several], row["key_count"][several]
         found["gap"].append(((n - 1) * p / (1 - p)).log().mean())
         largest = torch.where(seen[:, head // group], lengths[:, head // group], 0).amax(-1, keepdim=True)
         bound = factor[:, head] * q[:, head].double().norm(dim=-1) * largest  # [B, Sq]
-        found["logit_bound"].append(bound[sees].mean())
+        found["logit_bound"].append(bound[attends].mean())
         for name, x in (("key_count", counts), ("key_norm", norms)):
             found[f"{name}_mean"].append(x.mean())
             found[f"{name}_variation"].append(x.std(correction=0) / x.mean())
@@ -73,7 +75,7 @@ HEADS, LENGTH = 6, 512
 
 
 def _standing_out(noise):
-    """Every row's own key stands out."""
+    """Every row's key of its number stands out."""
     noise.diagonal(dim1=-2, dim2=-1).fill_(6.0)
     return noise
 
@@ -117,11 +119,13 @@ def test_powers_under_every_mask(mask):
     masks = MASKS[mask](*sizes)
     found, visible = diagnose(q, k, **masks), visible_pairs(sizes, **masks)
     logits = (q @ k.repeat_interleave(2, 1).mT).masked_fill(~visible, -torch.inf).sort(descending=True).values
-    place, count = torch.arange(130).double(), visible.sum(-1)
-    slopes = place.log() / (logits[..., :1] - logits)
-    critical, place = slopes.masked_fill((place < 4) | (place >= count[..., None]), -torch.inf).max(-1)
+    competitors, count = torch.arange(130).double(), visible.sum(-1)
+    slopes = competitors.log() / (logits[..., :1] - logits)
+    critical, competitors = slopes.masked_fill((competitors < 4) | (competitors >= count[..., None]), -torch.inf).max(
+        -1
+    )
     for head in range(2):
-        n, b, c = (x[:, head][count[:, head] >= 16].double() for x in (count, critical, place))
+        n, b, c = (x[:, head][count[:, head] >= 16].double() for x in (count, critical, competitors))
         if len(n) == 0 or n.max() < 8 * n.min():
             assert found.count_power[head].isnan()
             continue

@@ -146,7 +146,7 @@ def test_a_nan_in_one_head_alarms_and_a_layer_without_rows_does_not():
 
 
 def test_an_alarm_says_of_which_head_it_is():
-    """Heads go by their place, also beside one without rows."""
+    """Heads go by their number, also next to one without rows."""
     net, stood = Net(), []
     sharpened(net, 1000)
     mask = (torch.arange(HEADS) > 0)[None, :, None, None]
@@ -178,36 +178,23 @@ def test_undo_on_alarm():
             monitor.step()
         assert patched(net) is None
         net(x)
-        record = monitor.step()  # it goes on, with the model's own attention
+        record = monitor.step()  # it goes on, with the model's attention
     assert len(record["layers"]) == 2
     assert record["alarms"] == []
     with torch.no_grad():
         assert torch.equal(net(x).logits, wanted)
 
 
-def test_tensorboard_gets_the_loss_and_every_layer_and_is_named_where_it_is_missing(monkeypatch):
-    net, scalars = Net(), {}
+def test_loggers_get_the_numbers_of_watched_steps_by_name_and_their_failure_ends_no_run(monkeypatch):
+    net, logged, scalars = Net(), [], {}
     writer = SimpleNamespace(add_scalar=lambda name, value, step: scalars.update({(name, step): value}))
-    with Monitor(net, every=1, tensorboard=writer, thresholds=QUIET) as monitor:
-        layer = step(net, monitor, 2.0)["layers"][NAME]
-    assert scalars["loss", 0] == 2.0
-    assert scalars["attention/max_logit", 0] == max(layer["max_logit"])
-    assert scalars["attention/k_gradient_norm", 0] == pytest.approx(sum(layer["k_gradient_norm"]) / 2)
-    assert len(scalars) == 8
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match=re.escape(install("monitor"))):
-        Monitor(Net(), tensorboard="runs")
-
-
-def test_log_gets_the_numbers_of_a_watched_step_by_name_and_its_failure_ends_no_run():
-    net, logged = Net(), []
 
     def log(values, step):
         logged.append((values, step))
         if step == 2:
             raise ConnectionError("no route")
 
-    with Monitor(net, every=2, log=log, thresholds=QUIET) as monitor:
+    with Monitor(net, every=2, log=log, tensorboard=writer, thresholds=QUIET) as monitor:
         layer = step(net, monitor, 2.0)["layers"][NAME]
         step(net, monitor)
         with pytest.warns(RuntimeWarning, match="a record was not written: no route"):
@@ -216,10 +203,14 @@ def test_log_gets_the_numbers_of_a_watched_step_by_name_and_its_failure_ends_no_
     assert (first, second) == (0, 2)
     assert values["loss"] == 2.0
     assert values["attention/max_logit"] == max(layer["max_logit"])
-    assert (
-        values.keys() - {"loss"} == later.keys() == {f"{NAME}/{one}" for one in layer if isinstance(layer[one], list)}
-    )
+    assert values["attention/k_gradient_norm"] == pytest.approx(sum(layer["k_gradient_norm"]) / 2)
+    named = {f"{NAME}/{one}" for one in layer if isinstance(layer[one], list)}
+    assert values.keys() - {"loss"} == later.keys() == named
     assert all(isinstance(value, float) for value in values.values())
+    assert scalars == {(name, at): value for numbers, at in logged for name, value in numbers.items()}
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=re.escape(install("monitor"))):
+        Monitor(Net(), tensorboard="runs")
 
 
 def test_the_loss_of_a_gpu_is_read_in_watched_steps_only(monkeypatch):

@@ -21,12 +21,12 @@ pytestmark = test_monitor.pytestmark
 
 
 @cache
-def trained(kind: str, watched: bool, reentrant: bool | None = None):
+def trained(how: str, watched: bool, reentrant: bool | None = None):
     """Weights after three steps and the last record; reentrant, or not, checkpoints: None, without."""
-    net = llama("sdpa" if kind == "sdpa" else "eager", attention_dropout=0.2)
+    net = llama("sdpa" if how == "sdpa" else "eager", attention_dropout=0.2)
     if reentrant is not None:
         net.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if kind == "patched":
+    if how == "patched":
         patch(net, "ssmax", layers=[1])
     before, optimizer = state(net), torch.optim.SGD(net.parameters(), 0.1)
     torch.manual_seed(3)
@@ -43,9 +43,9 @@ def trained(kind: str, watched: bool, reentrant: bool | None = None):
     return net.state_dict(), monitor and monitor.last
 
 
-@pytest.mark.parametrize("kind", ["eager", "sdpa", "patched"])
-def test_a_run_with_a_monitor_is_bit_for_bit_one_without(kind):
-    (plain, _), (watched, last) = trained(kind, watched=False), trained(kind, watched=True)
+@pytest.mark.parametrize("how", ["eager", "sdpa", "patched"])
+def test_a_run_with_a_monitor_is_bit_for_bit_one_without(how):
+    (plain, _), (watched, last) = trained(how, watched=False), trained(how, watched=True)
     assert plain.keys() == watched.keys()
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
     assert last["step"] == 2
@@ -53,9 +53,9 @@ def test_a_run_with_a_monitor_is_bit_for_bit_one_without(kind):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("kind", ["eager", "patched"])
-def test_checkpointed_layers_count_once(kind, reentrant):
-    (plain, _), (_, wanted), (weights, got) = trained(kind, False), trained(kind, True), trained(kind, True, reentrant)
+@pytest.mark.parametrize("how", ["eager", "patched"])
+def test_checkpointed_layers_count_once(how, reentrant):
+    (plain, _), (_, wanted), (weights, got) = trained(how, False), trained(how, True), trained(how, True, reentrant)
     assert all(torch.equal(plain[name], weights[name]) for name in plain)
     for name, layer in wanted["layers"].items():
         close(got["layers"][name], layer)

@@ -1,4 +1,4 @@
-"""Monitors in threads: each sees the calls of its own model, wherever they run, and leaves nothing behind."""
+"""Monitors in threads: each counts the calls of its model, wherever they run, and leaves nothing."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""`qk_clip`: each head's logits get its own factor, and no other's."""
+"""`qk_clip`: the logits of each head get one factor, and those of no other head do."""
 
 import math
 import warnings
@@ -93,7 +93,7 @@ def test_layouts_of_transformers(name):
 
 
 def latent(q_lora_rank: int | None):
-    """A DeepSeek V3 of 4 heads with 4 features of their own and 6 of a shared key."""
+    """A DeepSeek V3 of 4 heads with 4 features a head and 6 of a shared key."""
     torch.manual_seed(0)
     dims = {"qk_rope_head_dim": 6, "qk_nope_head_dim": 4, "v_head_dim": 8, "kv_lora_rank": 8}
     dims |= {"q_lora_rank": q_lora_rank, "num_key_value_heads": 4}

@@ -77,9 +77,9 @@ def test_nan_is_shown_in_a_visible_key_and_reaches_nothing_from_padding():
     for name in vars(clean):
         assert torch.equal(getattr(clean, name), getattr(dirty, name)), name
     q, k = tensors(1, 600)
-    for place in (3, 599):
+    for position in (3, 599):
         dirty = k.clone()
-        dirty[:, :, place] = torch.nan
+        dirty[:, :, position] = torch.nan
         ours = streamed(q, dirty, 1.0)
         assert ours.max_probability.isnan().all()
         assert ours.logit_std.isnan().all()

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from tritonattn.backends.triton import KERNELS, device, launch
+from tritonattn.backends.triton import KERNELS, device, launch, records
 from tritonattn.tuning.config import Problem, TileConfig
 
 pytestmark = pytest.mark.skipif(
@@ -98,7 +98,7 @@ def kernel(monkeypatch) -> Kernel:
 
 def arguments(tensor: torch.Tensor, **changed: Any) -> dict[str, Any]:
     values = dict.fromkeys(KERNELS["key_statistics"].arg_names, 5)
-    return values | {"k": launch.strided(tensor), "seen_ptr": None, "norms_ptr": torch.zeros(4), **changed}
+    return values | {"k": records.strided(tensor), "seen_ptr": None, "norms_ptr": torch.zeros(4), **changed}
 
 
 K = torch.zeros(2, 3, 16, 64, dtype=torch.float16)
@@ -112,15 +112,15 @@ def test_code_is_launched_again_with_the_arguments_in_their_order(kernel):
     assert [type(value) for value in code.launched[0][1]] == [type(value) for value in arguments(K).values()]
 
 
-def test_code_that_a_kind_keeps_is_launched_unbound(kernel, monkeypatch):
+def test_kept_code_is_launched_unbound(kernel, monkeypatch):
     """Unless an address is no multiple of 16 bytes: then Triton's binding decides, and nothing is kept."""
-    kind, bound, found = device.Kind(Problem(64, 64, torch.float16), False), [], device._bound_and_launched
+    special, bound, found = device.Specialisation(Problem(64, 64, torch.float16), False), [], device._bound_and_launched
     monkeypatch.setattr(device, "_bound_and_launched", lambda *given: bound.append(given) or found(*given))
     odd = {"norms_ptr": torch.zeros(5)[1:]}
     for config in (TILES, TileConfig(16, 64, 8, 1)):
         for changed, binds in ((odd, 1), ({}, 1), ({"norms_ptr": torch.ones(8)}, 0), (odd, 1), ({}, 0)):
             given = arguments(K, **changed)
-            given = device.ArgumentsOfKind(tuple(given), tuple(given.values()), kind)
+            given = device.KernelArguments(tuple(given), tuple(given.values()), special)
             bound.clear()
             device.launch_on(CUDA, kernel, (1, 1, 1), given, config)
             assert len(bound) == binds

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tritonattn.backends.triton import KERNELS, device, launch
+from tritonattn.backends.triton import KERNELS, device, launch, records
 from tritonattn.tuning.config import Problem, Target, TileConfig
 
 CPU = torch.device("cpu")
@@ -27,8 +27,8 @@ def test_grids_of_more_programs_than_triton_counts_take_several_launches(grid, m
     names = ("first_y", "x", "first_z", "WIDE", "BLOCK_M")
     in_order = operator.itemgetter(*names)
     made = launch.Plan(print, TILES, names, {"BLOCK_M": 64}, Target("cuda", "80"), in_order, (), None)
-    made.launch(grid, {"x": 5, "y": 6}, True)
-    assert list(seen[0][1].items()) == list(zip(names, (0, 5, 0, True, 64), strict=True)), "in the kernel's order"
+    made.launch(grid, {"x": 5, "y": 6})
+    assert list(seen[0][1].items()) == list(zip(names, (0, 5, 0, False, 64), strict=True)), "in the kernel's order"
     x, y, z = grid
     covered = 0
     for part, first in seen:
@@ -45,7 +45,7 @@ def test_grids_of_more_programs_than_triton_counts_take_several_launches(grid, m
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
 def test_lengths_are_bounded_whatever_holds_them(dtype):
     far = torch.iinfo(dtype).max
-    found = launch.bounded(torch.tensor([-far, -1, 0, 100, far], dtype=dtype), 70_000)
+    found = records.bounded(torch.tensor([-far, -1, 0, 100, far], dtype=dtype), 70_000)
     assert found.dtype == torch.int32
     assert found.tolist() == [0, 0, 0, 100, min(far, 70_000)]
 
@@ -56,9 +56,7 @@ def test_recorded_launches_are_not_run(monkeypatch):
     monkeypatch.setattr(launch, "config_for", lambda *_: pytest.fail("asked"))
     problem = Problem(64, 64, torch.float16)
     with launch.recording(Target("cuda", "100"), lambda *_: TILES) as launches:
-        launch.plan("row_terms", problem, CPU).launch(
-            (3, 2, 1), dict.fromkeys(KERNELS["row_terms"].arg_names, 7), False
-        )
+        launch.plan("row_terms", problem, CPU).launch((3, 2, 1), dict.fromkeys(KERNELS["row_terms"].arg_names, 7))
         with ThreadPoolExecutor(1) as pool, pytest.raises(pytest.fail.Exception, match="asked"):
             pool.submit(launch.plan, "row_terms", problem, CPU).result()
     assert [(one.kernel, one.grid, one.config) for one in launches] == [(KERNELS["row_terms"], (3, 2, 1), TILES)]
@@ -89,8 +87,8 @@ def test_offsets_in_a_tile_of_1024_rows_that_pass_int32(width, strides, wide):
 def test_code_that_spills_is_launched_no_more_where_its_entry_is_of_another_triton(monkeypatch):
     """The call that compiled it has its results; the plan of the next is made anew."""
     problem, compiled, asked = Problem(64, 64, torch.float16), SimpleNamespace(n_spills=3), []
-    kernel, kind = KERNELS["forward"], device.Kind(problem, False)
-    arguments = device.ArgumentsOfKind(("q",), (torch.zeros(1),), kind)
+    kernel, special = KERNELS["forward"], device.Specialisation(problem, False)
+    arguments = device.KernelArguments(("q",), (torch.zeros(1),), special)
     monkeypatch.setattr(launch, "launch_on", lambda *_: compiled)
     monkeypatch.setattr(launch.lookup, "refuse_spills", lambda *of: asked.append(of) or len(asked) == 2)
     plan = launch.plan("forward", problem, CPU)

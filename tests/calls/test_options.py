@@ -1,9 +1,9 @@
 """The overloads of the public functions have every argument, of the same type, whatever return_aux is."""
 
 import inspect
-import typing
 
 import pytest
+from typing_extensions import get_type_hints
 
 import tritonattn
 from tritonattn.calls import options
@@ -20,11 +20,8 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
-def test_options_are_the_arguments_that_a_call_may_leave_out(function):
-    optional = [
-        name
-        for name, one in inspect.signature(function).parameters.items()
-        if one.kind is one.KEYWORD_ONLY and one.default is not one.empty and name != "return_aux"
-    ]
-    hints = typing.get_type_hints(function)
-    assert typing.get_type_hints(FUNCTIONS[function]) == {name: hints[name] for name in optional}
+def test_options_are_the_arguments_by_name(function):
+    hints, options = get_type_hints(function), get_type_hints(FUNCTIONS[function])
+    named = {name: one for name, one in inspect.signature(function).parameters.items() if one.kind is one.KEYWORD_ONLY}
+    assert options == {name: hints[name] for name in named if name in options}
+    assert {name for name, one in named.items() if one.default is not one.empty} <= {*options, "return_aux"}

@@ -1,5 +1,7 @@
 """Ragged rows over paged caches: attention_varlen with a block table, attention_decode with query lengths."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from tritonattn.scaling import SCALINGS
 
 
 class FirstOfKeys(Scaling):
-    """A mode of one's own that reads k."""
+    """A user's mode that reads k."""
 
     name = "first of keys"
 
@@ -62,18 +64,16 @@ def record_of(batch: PagedBatch, dtype=torch.float64) -> PagedKeyStatistics:
 )
 @torch.no_grad()
 def test_each_sequence_alone(mode, way, layout, sight, form, is_read):
-    """is_read: whether values are read, as on a CPU, or not, as on a GPU."""
+    """is_read: True where values are read, as on a CPU; on a GPU they are not."""
     batch, scaling, (causal, window) = PagedBatch(ROWS, KEYS, *layout), MODES[mode](), WINDOWS[sight]
     gain = torch.linspace(-1, 1, batch.q.shape[0] * 4, dtype=torch.float64).view(4, -1)
     options = {"gain": gain, "causal": causal, "window": window, **FORMS[form](batch)}
     out, expected = one_by_one(batch.packed, batch.q, batch.k, batch.v, scaling=scaling, **options)
     arguments = {**batch.arguments(), **options, "scaling": scaling, "backend": way.split()[0], "return_aux": True}
     arguments["statistics"] = record_of(batch) if "record" in way else None
-    if is_read:
+    arguments |= {} if is_read else {"max_seqlen_k": 1000, "max_seqlen_q": 50}
+    with nullcontext() if is_read else values_unread():
         found, aux = attention_varlen(**arguments)
-    else:
-        with values_unread():
-            found, aux = attention_varlen(**arguments | {"max_seqlen_k": 1000, "max_seqlen_q": 50})
     torch.testing.assert_close(found, out, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(aux.lse, expected.lse, rtol=1e-9, atol=1e-11)
 
@@ -93,7 +93,7 @@ def test_the_bits_of_contiguous_keys(mode, dtype, sight, recorded, layout):
 
 @pairwise(mode=SOME, window=[None, (6, None)], page=[None, 16], recorded=[True, False], backend=["sdpa", "reference"])
 @torch.no_grad()
-def test_decoding_of_their_own_numbers_of_tokens(mode, window, page, recorded, backend):
+def test_decoding_of_as_many_tokens_as_each_sequence_has(mode, window, page, recorded, backend):
     rows, keys = (2, 0, 5, 1), (20, 7, 5, 48)
     batch, scaling = PagedBatch(rows, keys, page or 16), MODES[mode]()
     operands = (batch.q, batch.k, batch.v)
@@ -141,43 +141,30 @@ def test_no_old_key_is_read_for_a_scale(mode, sight, invariant, monkeypatch):
 def test_statistics_do_not_depend_on_how_keys_came(dtype, is_read):
     """In one append, in chunks of ragged sizes, over rejected guesses, and by the definition."""
     batch = PagedBatch((0,) * len(KEYS), KEYS, 19, dtype=dtype)
-    kind = torch.promote_types(dtype, torch.float32)
-    whole, chunked = record_of(batch, kind), PagedKeyStatistics(len(batch.pages), 19, 2, dtype=kind)
-    held, draw = [0] * len(KEYS), torch.Generator().manual_seed(1)
+    wide = torch.promote_types(dtype, torch.float32)
+    whole, chunked = record_of(batch, wide), PagedKeyStatistics(len(batch.pages), 19, 2, dtype=wide)
+    held, total, draw = torch.zeros(len(KEYS), dtype=torch.int64), torch.tensor(KEYS), torch.Generator().manual_seed(1)
+    first = batch.packed.arguments()["cu_seqlens_k"][:-1]
     for step in range(30):
-        most = [min(total - count, 9) for total, count in zip(KEYS, held, strict=True)]
-        counts = most if step > 22 else [int(torch.randint(highest + 1, (), generator=draw)) for highest in most]
-        parts = [
-            batch.k[keys][at : at + n] for (_, keys), at, n in zip(batch.packed.members(), held, counts, strict=True)
-        ]
-        ends = torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32)
-        after = torch.tensor(held) + torch.tensor(counts)
-        for guess in (torch.full_like, lambda x, _: x):  # first others, which are rejected
-            new = torch.cat([guess(part, 7.0) for part in parts])
-            if is_read:
-                chunked.append(new, ends, key_lengths=after, block_table=batch.table)
-            else:
-                with values_unread():
-                    more = torch.cat([new, torch.full_like(new[:1], torch.nan)])
-                    chunked.append(more, ends, key_lengths=after, block_table=batch.table)
-        held = after.tolist()
-    assert held == list(KEYS)
+        counts = (total - held).clamp(max=9)
+        if step <= 22:
+            counts = (torch.rand(len(KEYS), generator=draw) * (counts + 1)).long()
+        new = torch.cat([batch.k[start : start + n] for start, n in zip(first + held, counts, strict=True)])
+        new = new if is_read else torch.cat([new, torch.full_like(batch.k[:1], torch.nan)])
+        ends, held = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(), held + counts
+        for keys in (torch.full_like(new, 7.0), new):  # first others, which are rejected
+            with nullcontext() if is_read else values_unread():
+                chunked.append(keys, ends, key_lengths=held, block_table=batch.table)
+    assert torch.equal(held, total)
     for n, (_, keys) in enumerate(batch.packed.members()):
-        place = torch.arange(KEYS[n])
-        page, place = batch.table[n][place // 19].long(), place % 19
+        key = torch.arange(KEYS[n])
+        page, slot = batch.table[n][key // 19].long(), key % 19
         norms = batch.k[keys].double().norm(dim=-1)
-        wanted = {
-            "norms": norms,
-            "norm_sums": norms.cumsum(0),
-            "norm_square_sums": norms.square().cumsum(0),
-            "norm_maxima": norms.cummax(0).values if KEYS[n] else norms,
-        }
-        for name, expected in wanted.items():
-            found = getattr(chunked, name)[page, place]
-            assert torch.equal(found, getattr(whole, name)[page, place])
-            torch.testing.assert_close(
-                found.double(), expected, rtol=1e-6 if dtype == torch.bfloat16 else 1e-14, atol=0
-            )
+        totals = norms.cumsum(0), norms.square().cumsum(0), norms.cummax(0).values if KEYS[n] else norms
+        for found, at_once, expected in zip(chunked.buffers, whole.buffers, (norms, *totals), strict=True):
+            assert torch.equal(found[page, slot], at_once[page, slot])
+            rtol = 1e-6 if dtype == torch.bfloat16 else 1e-14
+            torch.testing.assert_close(found[page, slot].double(), expected, rtol=rtol, atol=0)
 
 
 def test_pages_that_lie_nowhere_are_zeros_where_they_are_not_read():

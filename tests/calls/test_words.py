@@ -12,7 +12,7 @@ import torch
 import tritonattn
 from tritonattn.analysis import Thresholds
 from tritonattn.calls import dispatch
-from tritonattn.calls.words import _HINTS
+from tritonattn.calls.public import _HINTS
 from tritonattn.distributed import context_parallel_attention, context_parallel_decode
 
 FUNCTIONS = (
@@ -50,7 +50,7 @@ Q = torch.ones(1, 2, 3, 4)
         ("scaled_attention", {"softmax_scale": 0.1}, "scaled_attention: expected scale= (a float), got softmax_scale="),
         ("attention_varlen", {"softmax_scale": 0.1}, "attention_varlen: expected scaling="),
         ("attention_decode", {"cache_seqlens": Q}, "attention_decode: expected key_lengths="),
-        ("attention_decode", {"is_causal": True}, "attention_decode: expected no is_causal=: a row sees the keys up"),
+        ("attention_decode", {"is_causal": True}, "attention_decode: expected no is_causal=: a row attends to the k"),
         ("attention_decode", {"attn_mask": Q}, "attention_decode: expected key_lengths= ([B]: the number of keys"),
         ("attention_varlen", {"attn_mask": Q}, "attention_varlen() got an unexpected keyword argument 'attn_mask'"),
         ("attention", {"casual": True}, "attention: expected causal=, got casual="),

@@ -1,4 +1,4 @@
-"""Visibility: every question it answers, against the dense definition."""
+"""Visibility: every question it answers, and sums and maxima over what it shows, against the dense definition."""
 
 import sys
 from itertools import product
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.support.masks import MASKS, visible_pairs
 from tritonattn.core import ranges
-from tritonattn.core.packing import PackedAxis
+from tritonattn.core.sequences import PackedAxis
 from tritonattn.core.statistics import max_over_keys, sum_over_keys
 from tritonattn.core.visibility import Visibility
 
@@ -23,151 +23,45 @@ def visibility_of(q_len, k_len, **arguments):
     return Visibility.of(q, k, **arguments)
 
 
-@pytest.fixture(params=[(name, *lengths) for name in MASKS for lengths in LENGTHS], ids=str)
-def case(request):
-    """A record and its visible pairs [B, Hq, Sq, Sk]."""
-    name, q_len, k_len = request.param
-    sizes = (B, HQ, q_len, k_len)
-    arguments = MASKS[name](*sizes)
-    return visibility_of(q_len, k_len, **arguments), visible_pairs(sizes, **arguments)
-
-
 def per_query_head(x):
     return x.repeat_interleave(HQ // x.shape[1], 1)
 
 
-def values(k_len, seed=0):
-    return torch.randn(B, HKV, k_len, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def test_counts_ranges_and_seen_keys_are_those_of_the_definition(case):
-    visibility, expected = case
+def check(visibility, expected):
+    """Compare all that a record says with its visible pairs, [B, Hq, Sq, Sk]."""
+    rows, k_len = expected.shape[:-1], expected.shape[-1]
     assert torch.equal(visibility.dense().expand_as(expected), expected)
-    assert torch.equal(visibility.counts().expand(expected.shape[:-1]), expected.sum(-1).double())
-    assert torch.equal(visibility.seeing_rows().expand(expected.shape[:-1]), expected.any(-1))
+    assert torch.equal(visibility.counts().expand(rows), expected.sum(-1).double())
+    assert torch.equal(visibility.seeing_rows().expand(rows), expected.any(-1))
     by_key_head = expected.any(-2).unflatten(1, (HKV, -1)).any(2)
-    assert torch.equal(visibility.seen_keys().expand(B, HKV, -1), by_key_head)
+    assert torch.equal(visibility.seen_keys().expand_as(by_key_head), by_key_head)
     lo, hi = visibility.ranges()
-    assert ((0 <= lo) & (lo <= hi) & (hi <= expected.shape[-1])).all()
-    if visibility.key_lengths is None and visibility.key_ranges is None:
-        assert lo.shape[0] == hi.shape[0] == 1
+    assert ((0 <= lo) & (lo <= hi) & (hi <= k_len)).all()
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(rows[0], HKV, k_len, dtype=torch.float64, generator=draw).mul(2).round()  # with ties
+    x, weight = x.requires_grad_(), torch.randn(rows, dtype=torch.float64, generator=draw)
 
-
-def assert_same_gradients(ours, theirs, x):
-    weights = torch.randn(theirs.shape, dtype=torch.float64)
-    gradients = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (per_query_head(ours), theirs))
-    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
-
-
-def test_sum_and_its_gradient(case):
-    visibility, expected = case
-    x = values(expected.shape[-1]).requires_grad_()
-    y = sum_over_keys(x, visibility)
-    dense = torch.where(expected, per_query_head(x)[:, :, None], 0).sum(-1)
-    assert y.dtype == torch.float64
-    assert y.shape[1] == (HQ if visibility.per_query_head else HKV)
-    torch.testing.assert_close(per_query_head(y), dense, rtol=1e-12, atol=1e-12)
-    assert_same_gradients(y, dense, x)
-
-
-def test_max_and_its_gradient(case):
-    visibility, expected = case
-    k_len = expected.shape[-1]
-    x = values(k_len).mul(2).round().requires_grad_()  # with ties
-    y = max_over_keys(x, visibility)
-    assert y.shape[1] == (HQ if visibility.per_query_head else HKV)
-
+    shown = torch.where(expected, per_query_head(x)[:, :, None], 0)
     padded = torch.nn.functional.pad(x, (0, 1), value=-99)  # a key below all, so that an empty row has a maximum
     hidden = torch.where(torch.nn.functional.pad(expected, (0, 1), value=True), per_query_head(padded)[:, :, None], -98)
     first = (hidden == hidden.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)
-    dense = torch.where(expected.any(-1), hidden.gather(-1, first).squeeze(-1), 0)
-    assert torch.equal(per_query_head(y), dense)
-    assert_same_gradients(y, dense, x)
+    largest = torch.where(expected.any(-1), hidden.gather(-1, first).squeeze(-1), 0)
+    for ours, theirs in ((sum_over_keys(x, visibility), shown.sum(-1)), (max_over_keys(x, visibility), largest)):
+        assert ours.dtype == torch.float64
+        assert ours.shape[1] == (HQ if visibility.per_query_head else HKV)
+        torch.testing.assert_close(per_query_head(ours), theirs, rtol=1e-12, atol=1e-12)
+        gradients = (torch.autograd.grad((per_query_head(y) * weight).sum(), x)[0] for y in (ours, theirs))
+        torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("row_counts", [None, torch.tensor([3, 1, 0])], ids=str)
-@pytest.mark.parametrize(("q_len", "left", "right"), [(1, None, 0), (1, 2, 0), (3, None, 0), (3, 1, 0), (3, 2, 1)])
-def test_rows_at_the_end_of_their_own_number_of_keys(q_len, left, right, row_counts):
-    """A cache and a padded batch; lengths outside [0, Sk] are clamped."""
-    k_len, key_lengths = 8, torch.tensor([5, 2, 99])
-    sizes = (3, HQ, HKV, q_len, k_len)
-    visible = Visibility.of_padded(sizes, torch.device("cpu"), key_lengths, row_counts, left=left, right=right)
-    rows = torch.full((3,), q_len) if row_counts is None else row_counts.clamp(max=q_len)
-    row, key, keys = torch.arange(q_len)[:, None], torch.arange(k_len), key_lengths.clamp(max=k_len)[:, None, None]
-    own = row + keys - rows[:, None, None]
-    dense = (key <= own + right) & (key < keys) & (row < rows[:, None, None])  # [B, Sq, Sk]
-    dense = dense if left is None else dense & (key >= own - left)
-    x = torch.rand(3, HKV, k_len, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    shown = torch.where(dense[:, None], x[:, :, None], 0)
-    for seen in (visible, visible.as_ranges()):
-        assert torch.equal(seen.dense()[:, 0], dense)
-        assert torch.equal(seen.counts()[:, 0], dense.sum(-1).double())
-        torch.testing.assert_close(sum_over_keys(x, seen), shown.sum(-1), rtol=1e-12, atol=1e-12)
-        assert torch.equal(max_over_keys(x, seen), shown.amax(-1))
-    part = Visibility.of_part(visible, 2, 4)
-    assert torch.equal(part.dense()[:, 0], dense[..., 2:6])
-    assert torch.equal(part.counts(), visible.counts())
-
-
-def test_properties():
-    assert visibility_of(4, 7, window=(-1, None)).is_full
-    assert visibility_of(7, 7, causal=True).is_square_causal
-    assert visibility_of(7, 7, window=(None, 0)).is_square_causal
-    assert not visibility_of(4, 7, causal=True).is_square_causal
-    assert not visibility_of(7, 7, causal=True, window=(3, 0)).is_square_causal
-    assert visibility_of(4, 7, mask=torch.ones(HQ, 1, 7, dtype=torch.bool)).per_query_head
-    assert not visibility_of(4, 7, mask=torch.ones(4, 7, dtype=torch.bool)).per_query_head
-
-
-@pytest.mark.parametrize("q_len", [1, 2, 5])
-def test_sizes_alone_tell_full_visibility(q_len):
-    sides = [None, 0, 1, 3, 6]
-    for k_len, left, right, causal in product([1, 2, 4, 7], sides, sides, [False, True]):
-        visible = visibility_of(q_len, k_len, window=(left, right), causal=causal)
-        dense = visible.dense()
-        assert visible.is_full == dense.all().item(), (k_len, left, right, causal)
-        assert visible.sees_every_key == dense.any(-2).all().item(), (k_len, left, right, causal)
-
-
-@pytest.mark.parametrize("far", [2**62 - 1, 2**62, sys.maxsize - 3, sys.maxsize, 2**64])
-def test_a_window_of_any_size_does_not_overflow(far):
-    for lengths, (window, same) in product(LENGTHS, (((far, far), None), ((2, far), (2, None)), ((far, 1), (None, 1)))):
-        visible = visibility_of(*lengths, window=window).dense()
-        assert torch.equal(visible, visibility_of(*lengths, window=same).dense())
-
-
-def test_a_window_narrower_than_causal_wins():
-    narrow = visibility_of(5, 5, causal=True, window=(1, 3)).dense()
-    assert torch.equal(narrow, visibility_of(5, 5, window=(1, 0)).dense())
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
-def test_bounds_of_dtypes_that_cannot_hold_the_number_of_keys(dtype):
-    """uint8 holds no Sk of 300, int16 no 40,000."""
-    k_len, bounds = (300, [7, 250]) if dtype == torch.uint8 else (40_000, [7, 30_000])
-    visibility = visibility_of(1, k_len, key_ranges=torch.tensor(bounds, dtype=dtype).expand(B, 1, 2))
-    assert torch.stack(visibility.ranges(), -1)[1, 0].tolist() == bounds
-    visibility = visibility_of(1, k_len, key_lengths=torch.tensor(bounds, dtype=dtype))
-    assert visibility.ranges()[1].flatten().tolist() == bounds
-
-
-@pytest.mark.parametrize("entries", [1, 2**10, 2**13])
-def test_a_mask_longer_than_a_block_of_rows(monkeypatch, entries):
-    """Blocks of 1, of 18 and of 146 rows."""
-    monkeypatch.setattr(ranges, "_ENTRIES", entries)
-    sizes = (B, HQ, 200, 7)
-    mask = torch.rand(B, HQ, 200, 7, generator=torch.Generator().manual_seed(3)) > 0.5
-    x = values(7).requires_grad_()
-    visibility = visibility_of(200, 7, mask=mask)
-    dense = visible_pairs(sizes, mask=mask)
-    assert torch.equal(visibility.counts(), dense.sum(-1).double())
-    assert torch.equal(visibility.seen_keys(), dense.any(-2).unflatten(1, (HKV, -1)).any(2))
-    y = sum_over_keys(x, visibility)
-    z = torch.where(dense, per_query_head(x)[:, :, None], 0).sum(-1)
-    torch.testing.assert_close(y, z)
-    torch.testing.assert_close(*(torch.autograd.grad(t.square().sum(), x)[0] for t in (y, z)))
-    largest = torch.where(dense, per_query_head(x)[:, :, None], -torch.inf).amax(-1)
-    torch.testing.assert_close(max_over_keys(x, visibility), torch.where(dense.any(-1), largest, 0))
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("name", MASKS)
+def test_every_mask(name, lengths):
+    arguments = MASKS[name](B, HQ, *lengths)
+    visibility = visibility_of(*lengths, **arguments)
+    check(visibility, visible_pairs((B, HQ, *lengths), **arguments))
+    if visibility.key_lengths is None and visibility.key_ranges is None:
+        assert visibility.ranges()[0].shape[0] == visibility.ranges()[1].shape[0] == 1
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -182,14 +76,64 @@ def test_any_combination_of_ranges(data):
     if data.draw(st.booleans()):
         bounds = [[[data.draw(bound), data.draw(bound)] for _ in range(q_len)] for _ in range(B)]
         arguments["key_ranges"] = torch.tensor(bounds, dtype=torch.int32).reshape(B, q_len, 2)
-    visibility = visibility_of(q_len, k_len, **arguments)
-    dense = visible_pairs((B, HQ, q_len, k_len), **arguments)
-    x = values(k_len).abs()
-    assert torch.equal(visibility.dense().expand_as(dense), dense)
-    assert torch.equal(visibility.seen_keys().expand(B, 1, -1), dense[:, :1].any(-2))
-    shown = torch.where(dense[:, :HKV], x[:, :, None], 0)
-    torch.testing.assert_close(sum_over_keys(x, visibility), shown.sum(-1), rtol=1e-12, atol=1e-12)
-    assert torch.equal(max_over_keys(x, visibility), torch.nn.functional.pad(shown, (0, 1)).amax(-1))
+    check(visibility_of(q_len, k_len, **arguments), visible_pairs((B, HQ, q_len, k_len), **arguments))
+
+
+@pytest.mark.parametrize("entries", [1, 2**10, 2**13])
+def test_a_mask_longer_than_a_block_of_rows(monkeypatch, entries):
+    """Blocks of 1, of 18 and of 146 rows."""
+    monkeypatch.setattr(ranges, "_ENTRIES", entries)
+    mask = torch.rand(B, HQ, 200, 7, generator=torch.Generator().manual_seed(3)) > 0.5
+    check(visibility_of(200, 7, mask=mask), visible_pairs((B, HQ, 200, 7), mask=mask))
+
+
+@pytest.mark.parametrize("row_counts", [None, torch.tensor([3, 1, 0])], ids=str)
+@pytest.mark.parametrize(("q_len", "left", "right"), [(1, None, 0), (1, 2, 0), (3, None, 0), (3, 1, 0), (3, 2, 1)])
+def test_rows_at_the_end_of_the_keys_of_their_entry(q_len, left, right, row_counts):
+    """A cache and a padded batch; lengths outside [0, Sk] are clamped."""
+    k_len, key_lengths = 8, torch.tensor([5, 2, 99])
+    sizes = (3, HQ, HKV, q_len, k_len)
+    visible = Visibility.of_padded(sizes, torch.device("cpu"), key_lengths, row_counts, left=left, right=right)
+    rows = torch.full((3,), q_len) if row_counts is None else row_counts.clamp(max=q_len)
+    row, key, keys = torch.arange(q_len)[:, None], torch.arange(k_len), key_lengths.clamp(max=k_len)[:, None, None]
+    position = row + keys - rows[:, None, None]
+    dense = (key <= position + right) & (key < keys) & (row < rows[:, None, None])  # [B, Sq, Sk]
+    dense = dense if left is None else dense & (key >= position - left)
+    dense = dense[:, None].expand(-1, HQ, -1, -1)
+    check(visible, dense)
+    check(visible.as_ranges(), dense)
+    part = Visibility.of_part(visible, 2, 4)
+    assert torch.equal(part.dense().expand(-1, HQ, -1, -1), dense[..., 2:6])
+    assert torch.equal(part.counts(), visible.counts())
+
+
+@pytest.mark.parametrize("q_len", [1, 2, 5])
+def test_sizes_alone_tell_full_visibility(q_len):
+    sides = [None, 0, 1, 3, 6]
+    for k_len, left, right, causal in product([1, 2, 5, 7], sides, sides, [False, True]):
+        visible = visibility_of(q_len, k_len, window=(left, right), causal=causal)
+        dense = visible.dense()
+        assert visible.is_full == dense.all().item(), (k_len, left, right, causal)
+        assert visible.sees_every_key == dense.any(-2).all().item(), (k_len, left, right, causal)
+        is_triangle = left is None and q_len == k_len and (causal or right == 0)
+        assert visible.is_square_causal == is_triangle, (k_len, left, right, causal)
+
+
+@pytest.mark.parametrize("far", [2**62 - 1, 2**62, sys.maxsize - 3, sys.maxsize, 2**64])
+def test_a_window_of_any_size_does_not_overflow(far):
+    for lengths, (window, same) in product(LENGTHS, (((far, far), None), ((2, far), (2, None)), ((far, 1), (None, 1)))):
+        visible = visibility_of(*lengths, window=window).dense()
+        assert torch.equal(visible, visibility_of(*lengths, window=same).dense())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_bounds_of_dtypes_that_cannot_hold_the_number_of_keys(dtype):
+    """uint8 holds no Sk of 300, int16 no 40,000."""
+    k_len, bounds = (300, [7, 250]) if dtype == torch.uint8 else (40_000, [7, 30_000])
+    visibility = visibility_of(1, k_len, key_ranges=torch.tensor(bounds, dtype=dtype).expand(B, 1, 2))
+    assert torch.stack(visibility.ranges(), -1)[1, 0].tolist() == bounds
+    visibility = visibility_of(1, k_len, key_lengths=torch.tensor(bounds, dtype=dtype))
+    assert visibility.ranges()[1].flatten().tolist() == bounds
 
 
 def test_entries_of_no_sequence_are_zero_there_and_back():
@@ -199,9 +143,9 @@ def test_entries_of_no_sequence_are_zero_there_and_back():
     padded = axis.unpacked(x)
     assert torch.equal(padded[0], torch.nn.functional.pad(x[0, :, :2], (0, 1)))
     assert torch.equal(padded[1], x[0, :, 2:5])
-    own = torch.arange(7) < 5
-    assert torch.equal(axis.packed(padded), x * own)
-    assert torch.equal(torch.autograd.grad(padded.sum(), x)[0], own.double().expand(1, 2, 7))
+    belongs = torch.arange(7) < 5
+    assert torch.equal(axis.packed(padded), x * belongs)
+    assert torch.equal(torch.autograd.grad(padded.sum(), x)[0], belongs.double().expand(1, 2, 7))
 
 
 def test_gradients_of_the_heads_of_a_group_add_up_in_one_order_where_invariant():

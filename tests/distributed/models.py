@@ -33,7 +33,7 @@ def tokens(step: int = 0, batch: int = 4, length: int = 16) -> torch.Tensor:
 
 
 def sharded(model: Any, mesh: DeviceMesh, apart: bool = False, **options: Any) -> Any:
-    """FSDP2; what scalings have learned is one group of its own, or that of its layer."""
+    """FSDP2; what scalings have learned is a separate group, or in that of its layer."""
     if apart:
         fully_shard([layer.self_attn.tritonattn for layer in model.model.layers], mesh=mesh)
     for layer in model.model.layers:

@@ -1,4 +1,4 @@
-"""Arguments that are to be the same on every rank: compared once for each kind of call, and refused by name."""
+"""Arguments that are to be the same on every rank: compared once for each signature of a call, and refused by name."""
 
 import re
 from typing import Any
@@ -64,7 +64,7 @@ def test_ranks_that_differ_raise_by_name(rank: int) -> None:
 
 @on_every_rank
 def test_arguments_are_compared_once(rank: int) -> None:
-    """A kind of call is compared once, whatever values its tensors have, and never while a compiler traces."""
+    """A signature of a call is compared once, whatever values its tensors have, and never while a compiler traces."""
     mesh, comparisons = mesh_of(2), []
     with pytest.MonkeyPatch.context() as patch:
         compare = agreement._compare

@@ -77,16 +77,16 @@ def errors(
     if "cu_seqlens" in given:
         given["cu_seqlens"] = torch.tensor(given["cu_seqlens"], dtype=torch.int32)
     wide = torch.promote_types(dtype, torch.float32)
-    *own, own_gain, own_sinks, own_bias = leaves(
+    *parts, own_gain, own_sinks, own_bias = leaves(
         *(shard(x, mesh=mesh, layout=layout) for x in whole),
         *(x.to(wide) for x in rows),
         shard(bias.to(wide), mesh=mesh, layout=layout, dim=1),
     )
     given |= {"scaling": learned, "gain": own_gain, "sinks": own_sinks, "key_bias": own_bias, **options}
-    got = context_parallel_attention(*own, mesh=mesh, method=method, layout=layout, **given)
+    got = context_parallel_attention(*parts, mesh=mesh, method=method, layout=layout, **given)
     got.backward(shard(d_out, mesh=mesh, layout=layout))
     pairs = {"out": (got, shard(out, mesh=mesh, layout=layout))}
-    for name, mine, all_of_it in zip("qkv", own, one, strict=True):
+    for name, mine, all_of_it in zip("qkv", parts, one, strict=True):
         pairs[name] = mine.grad, shard(all_of_it.grad, mesh=mesh, layout=layout)
     pairs["key_bias"] = own_bias.grad, shard(one_bias.grad, mesh=mesh, layout=layout, dim=1)
     parameters = [("gain", own_gain, gain), ("sinks", own_sinks, sinks)]
@@ -104,20 +104,20 @@ def errors(
 @pytest.mark.parametrize("method", METHODS)
 @on_every_rank
 def test_rows_do_not_depend_on_keys_behind_them(rank: int, size: int, method: str) -> None:
-    """A NaN, infinite or very long key does not reach the rows before it, nor a large gradient the keys behind it.
+    """A NaN, infinite or very long key does not reach the rows before it, nor a large gradient the keys after it.
 
-    A batch entry for every kind of token and every place.
+    A batch entry for every value and every position.
     """
     mesh, length = DeviceMesh("cpu", list(range(size))), 12
     if rank >= size:
         return
-    place = torch.arange(length).repeat(4)
+    position = torch.arange(length).repeat(4)
     torch.manual_seed(0)
-    *whole, d_out = (torch.randn(len(place), heads, length, 4, dtype=torch.float64) for heads in (6, 2, 2, 6))
+    *whole, d_out = (torch.randn(len(position), heads, length, 4, dtype=torch.float64) for heads in (6, 2, 2, 6))
     values = torch.tensor([torch.nan, torch.inf, 1e15, 1e15], dtype=torch.float64).repeat_interleave(length)
     for x, entries in ((whole[1], slice(0, 3 * length)), (d_out, slice(3 * length, None))):
-        x[torch.arange(len(place))[entries], :, place[entries]] = values[entries, None, None]
-    before, behind = (compare(torch.arange(length), place[:, None]) for compare in (torch.lt, torch.gt))
+        x[torch.arange(len(position))[entries], :, position[entries]] = values[entries, None, None]
+    before, after = (compare(torch.arange(length), position[:, None]) for compare in (torch.lt, torch.gt))
     for scaling in ("key_norm_sum", "key_norm_mean", "key_norm_rms", "key_norm_l2"):
         one = leaves(*whole)
         out = tritonattn.attention(*one, scaling=scaling, causal=True)
@@ -125,12 +125,12 @@ def test_rows_do_not_depend_on_keys_behind_them(rank: int, size: int, method: st
         wanted = [out.detach(), *(x.grad for x in one)]
         assert out.mT.isfinite()[before[:, None, None].expand_as(out.mT)].all()
         for layout in LAYOUTS:
-            own = leaves(*(shard(x, mesh=mesh, layout=layout) for x in whole))
+            parts = leaves(*(shard(x, mesh=mesh, layout=layout) for x in whole))
             got = context_parallel_attention(
-                *own, mesh=mesh, method=method, layout=layout, scaling=scaling, causal=True
+                *parts, mesh=mesh, method=method, layout=layout, scaling=scaling, causal=True
             )
             got.backward(shard(d_out, mesh=mesh, layout=layout))
-            for mine, x, there in zip([got, *(x.grad for x in own)], wanted, 2 * [before] + 2 * [behind], strict=True):
+            for mine, x, there in zip([got, *(x.grad for x in parts)], wanted, 2 * [before] + 2 * [after], strict=True):
                 x, there = shard(x, mesh=mesh, layout=layout), shard(there, mesh=mesh, layout=layout, dim=1)
                 there = there[:, None, :, None] & x.isfinite()
                 torch.testing.assert_close(mine[there], x[there], rtol=0, atol=1e-12)
@@ -146,10 +146,10 @@ def test_statistics_of_rows_and_repeated_bits(rank: int, method: str) -> None:
     _, wanted = tritonattn.attention(*(x.double() for x in whole), **options)
     bits = []
     for _ in range(2):
-        own = leaves(*(shard(x, mesh=mesh, layout="zigzag") for x in whole))
-        out, aux = context_parallel_attention(*own, mesh=mesh, method=method, layout="zigzag", **options)
+        parts = leaves(*(shard(x, mesh=mesh, layout="zigzag") for x in whole))
+        out, aux = context_parallel_attention(*parts, mesh=mesh, method=method, layout="zigzag", **options)
         (out * shard(d_out, mesh=mesh, layout="zigzag") + aux.lse[..., None]).sum().backward()
-        bits.append([out, *aux, *(x.grad for x in own)])
+        bits.append([out, *aux, *(x.grad for x in parts)])
     for mine, x in zip(aux, wanted, strict=True):
         torch.testing.assert_close(mine.double(), shard(x, mesh=mesh, layout="zigzag"), rtol=0, atol=4e-6)
     assert all(torch.equal(a, b) for a, b in zip(*bits, strict=True))
@@ -173,7 +173,7 @@ def test_shard_and_unshard_are_inverse_and_say_what_cannot_be_divided(rank: int)
 
 
 class Near(Scaling):
-    """A user's own mode with a bias of distances."""
+    """A user's mode with a bias of distances."""
 
     def relative_addend(self, q, k, distance):
         return 1 / (1 + distance.abs())
@@ -229,11 +229,11 @@ def decode(rank: int, scaling: str, q_len: int, window: Any, has_statistics: boo
     options = {"scaling": scaling, "gain": 3.0, "window": window, "softcap": 4.0, "return_aux": True}
     options |= {"sinks": torch.linspace(-1, 2, HEADS), "key_lengths": lengths.to(torch.uint8)}
     wanted, expected = tritonattn.attention_decode(q.double(), k.double(), v.double(), **options)
-    own = slice(rank * capacity, (rank + 1) * capacity)
-    k, v, statistics = k[:, :, own], v[:, :, own], None
+    parts = slice(rank * capacity, (rank + 1) * capacity)
+    k, v, statistics = k[:, :, parts], v[:, :, parts], None
     if has_statistics:
         statistics = tritonattn.KeyStatistics(5, KV_HEADS, capacity)
-        statistics.append(k.nan_to_num(), counts=(lengths - own.start).clamp(0, capacity))
+        statistics.append(k.nan_to_num(), counts=(lengths - parts.start).clamp(0, capacity))
     mesh = mesh_of(ranks)
     got, aux = context_parallel_decode(q, k, v, mesh=mesh, statistics=statistics, **options)
     worst = 0.0
@@ -245,7 +245,7 @@ def decode(rank: int, scaling: str, q_len: int, window: Any, has_statistics: boo
 
 
 class HalfOfLargest(Scaling):
-    """A user's own mode, which reads keys itself: 1 / (2 max_j |k_j1|), over all keys, and a bias of k_j2."""
+    """A user's mode, which reads keys itself: 1 / (2 max_j |k_j1|), over all keys, and a bias of k_j2."""
 
     def scales(self, q, k, visibility, statistics):
         return Scales(
@@ -261,8 +261,8 @@ class HalfOfLargest(Scaling):
         return k[:, :, None, :, 1]
 
 
-def check(pool, allowed, *place, **options):
-    for found in pool.run(errors, *place, options):
+def check(pool, allowed, *case, **options):
+    for found in pool.run(errors, *case, options):
         assert max(found.values()) <= allowed, found
 
 
@@ -279,7 +279,7 @@ def test_results_and_gradients(size, method, layout, mask, scaling, pool):
         (PerHead("key_norm_mean", heads=HEADS).double(), "causal"),
         (HalfOfLargest(), "full"),
     ],
-    ids=["ssmax", "per_head", "own"],
+    ids=["ssmax", "per_head", "of a user"],
 )
 def test_scalings_with_parameters_and_of_a_user(method, scaling, mask, pool):
     check(pool, 1e-12, 4, method, "zigzag", mask, scaling, softcap=3.0)

@@ -56,14 +56,14 @@ def layers(rank: int, form: str, layout: str, method: str, tensor: bool = False)
     mesh, cut = meshes(), {"mesh": meshes()["cp"], "layout": layout, "dim": -2}
     one = Block(tensor)
     nn.init.normal_(one.attention.sinks)
-    own, x = copy.deepcopy(one), torch.randn(WHOLE[form], dtype=torch.float64, requires_grad=True)
+    shared, x = copy.deepcopy(one), torch.randn(WHOLE[form], dtype=torch.float64, requires_grad=True)
     packing = {"cu_seqlens": ENDS, "max_seqlen": 14} if form == "packed" else {}
     if tensor:
         plan = {f"attention.{name}_proj": ColwiseParallel() for name in "qkv"}
         plan |= {"attention.o_proj": RowwiseParallel(), "attention.scaling": HeadParallel()}
         plan |= {"attention": HeadParallel("sinks"), "gate.proj": ColwiseParallel()}
-        parallelize_module(own, mesh["tp"], plan)
-    parallelize_module(own, mesh["cp"], ContextParallel(layout=layout, method=method))
+        parallelize_module(shared, mesh["tp"], plan)
+    parallelize_module(shared, mesh["cp"], ContextParallel(layout=layout, method=method))
     padded = pad(x, **cut)
     wanted = one(padded, **packing)
     d_out = torch.randn(wanted.shape, dtype=torch.float64)
@@ -71,12 +71,12 @@ def layers(rank: int, form: str, layout: str, method: str, tensor: bool = False)
     (dx,) = torch.autograd.grad(wanted, x, d_out, retain_graph=True)
     wanted.backward(d_out)
     part = shard(padded, **cut).detach().requires_grad_()
-    got = own(part, **packing)
+    got = shared(part, **packing)
     got.backward(shard(d_out, **cut))
     pairs = {"out": (unshard(got.detach(), **cut), wanted)}
     pairs["x"] = unshard(part.grad, **cut).narrow(-2, 0, LENGTH), dx
     theirs = dict(one.named_parameters())
-    for name, parameter in own.named_parameters():
+    for name, parameter in shared.named_parameters():
         gradient = whole(parameter.grad).contiguous()
         dist.all_reduce(gradient, group=mesh["cp"].get_group())
         pairs[name] = gradient, theirs[name].grad
@@ -92,27 +92,27 @@ def layers(rank: int, form: str, layout: str, method: str, tensor: bool = False)
         ("batched", "zigzag", "allgather", True),
     ],
 )
-def test_a_layer_its_gates_and_its_places_are_those_of_one_process(pool, form, layout, method, tensor):
+def test_a_layer_its_gates_and_its_positions_are_those_of_one_process(pool, form, layout, method, tensor):
     for found in pool.run(layers, form, layout, method, tensor):
         assert max(found.values()) < 1e-12, found
 
 
 @on_every_rank
-def test_what_head_parallel_has_sharded_goes_beside_plain_operands(rank: int) -> None:
-    """Gain and sinks as DTensors beside plain q are those of this rank's heads, gradients included."""
+def test_what_head_parallel_has_sharded_goes_with_plain_operands(rank: int) -> None:
+    """Gain and sinks as DTensors with plain q are those of this rank's heads, gradients included."""
     torch.manual_seed(0)
     mesh, part = meshes(), slice(2 * (rank % 2), 2 * (rank % 2) + 2)
     q, k, v, gain, sinks = *torch.randn(3, 1, 2, 8, 4), torch.rand(HEADS, 1), torch.randn(HEADS)
     lengths = torch.tensor([16])
     results = []
     for is_sharded in (False, True):
-        own = [gain[part].clone(), sinks[part].clone()]
+        shared = [gain[part].clone(), sinks[part].clone()]
         if is_sharded:
-            own = [distribute_tensor(x, mesh["tp"], [Shard(0)]) for x in (gain, sinks)]
-        given = dict(zip(("gain", "sinks"), (x.requires_grad_() for x in own), strict=True))
+            shared = [distribute_tensor(x, mesh["tp"], [Shard(0)]) for x in (gain, sinks)]
+        given = dict(zip(("gain", "sinks"), (x.requires_grad_() for x in shared), strict=True))
         out = context_parallel_attention(q, k, v, mesh=mesh["cp"], **given)
         out.square().sum().backward()
-        found = [out, *(whole(x.grad)[part] if is_sharded else x.grad for x in own)]
+        found = [out, *(whole(x.grad)[part] if is_sharded else x.grad for x in shared)]
         with torch.no_grad():
             found.append(context_parallel_decode(q[:, :, :1], k, v, mesh=mesh["cp"], key_lengths=lengths, **given))
         results.append(found)

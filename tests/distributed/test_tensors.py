@@ -18,7 +18,7 @@ from tritonattn.core.norms import key_norms_of
 from tritonattn.core.shards import whole
 from tritonattn.distributed import HeadParallel
 from tritonattn.ops import attend
-from tritonattn.ops.flat import flat
+from tritonattn.ops.operators import flat
 
 B, HQ, HKV, S, D = 4, 8, 4, 12, 8
 PLACEMENTS = {
@@ -72,10 +72,12 @@ def test_results_and_gradients_are_those_of_one_process(rank: int, placed: str, 
         return out, aux, list(torch.autograd.grad(loss, [*leaves.values(), *parameters]))
 
     out, aux, gradients = results({name: x.clone().requires_grad_() for name, x in named.items()})
-    own = {name: distribute_tensor(x, mesh, placements).requires_grad_() for name, x in named.items() if name in "qkv"}
-    alike = [name for name in named if name not in own]  # on all ranks
-    own |= {name: named[name].clone().requires_grad_() for name in alike}
-    got, got_aux, of_ranks = results(own)
+    spread = {
+        name: distribute_tensor(x, mesh, placements).requires_grad_() for name, x in named.items() if name in "qkv"
+    }
+    alike = [name for name in named if name not in spread]  # on all ranks
+    spread |= {name: named[name].clone().requires_grad_() for name in alike}
+    got, got_aux, of_ranks = results(spread)
     assert got.placements == placements
     pairs = [(got, out), (got_aux.entropy, aux.entropy), *zip(of_ranks, gradients, strict=True)]
     assert max(_error(*pair) for pair in pairs) < 1e-12
@@ -88,8 +90,8 @@ def others(rank: int) -> dict[str, float]:
     errors = {}
 
     def compared(name: str, function, operands: dict[str, Tensor], placements, **rest: Any) -> None:
-        own = {key: distribute_tensor(x, mesh, placements[key]) for key, x in operands.items()}
-        errors[name] = _error(function(**own, **rest), function(**operands, **rest))
+        spread = {key: distribute_tensor(x, mesh, placements[key]) for key, x in operands.items()}
+        errors[name] = _error(function(**spread, **rest), function(**operands, **rest))
 
     operands = {"q": _random(B, HQ, S, D), "k": _random(B, HKV, S, D), "v": _random(B, HKV, S, D)}
     both = dict.fromkeys(operands, (Shard(0), Shard(1)))
@@ -138,14 +140,14 @@ def operators(rank: int) -> dict[str, float]:
         return found, [x.grad for x in arguments if isinstance(x, Tensor) and x.requires_grad]
 
     def compared(name: str, arguments: Any, placements: list[Any], wanted: Any = both, case: str = "") -> None:
-        own, one = list(arguments), list(arguments)
+        spread, one = list(arguments), list(arguments)
         for i, x in enumerate(arguments):
             if isinstance(x, Tensor):
                 one[i] = x.detach().clone().requires_grad_(x.requires_grad)
-                own[i] = distribute_tensor(x.detach(), mesh, placements[i] if i < len(placements) else alike)
-                own[i].requires_grad_(x.requires_grad)
+                spread[i] = distribute_tensor(x.detach(), mesh, placements[i] if i < len(placements) else alike)
+                spread[i].requires_grad_(x.requires_grad)
         operator = getattr(torch.ops.tritonattn, name)
-        (found, gradients), (expected, theirs) = results(operator, own), results(operator, one)
+        (found, gradients), (expected, theirs) = results(operator, spread), results(operator, one)
         assert wanted is None or {x.placements for x in found} == {wanted}
         pairs = [(whole(got).clamp(min=-50), want.clamp(min=-50)) for got, want in zip(found, expected, strict=True)]
         pairs += [(got, want) for got, want in zip(gradients, theirs, strict=True) if want.any()]
@@ -155,8 +157,9 @@ def operators(rank: int) -> dict[str, float]:
         return [*flat(changed(example(**CALLS[case]), aux=aux)), False]
 
     for case, options in CALLS.items():
-        place = heads if "sequences" in options else both
-        compared("forward", arguments(case), [place] * 3, alike if "dropout" in options else place, case)
+        placements = heads if "sequences" in options else both
+        wanted = alike if "dropout" in options else placements
+        compared("forward", arguments(case), [placements] * 3, wanted, case)
     compared("forward", arguments("plain", aux=True), [both] * 3, both, "aux, with placements as before")
     compared("forward", arguments("bias"), [(Shard(2), Shard(1))] * 3, None, "redistributed")
     q, k, v = (_random(2, n, 16, D) for n in (4, 2, 2))

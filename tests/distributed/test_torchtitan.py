@@ -10,7 +10,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-with warnings.catch_warnings():  # torch's own, at the import of what torchtitan compiles
+with warnings.catch_warnings():  # torch's, at the import of what torchtitan compiles
     warnings.simplefilter("ignore")
     pytest.importorskip("torchtitan.models.common.attention", reason="pip install torchtitan")
 from torchtitan.config import OverrideConfig, apply_overrides
@@ -38,12 +38,12 @@ class Stock(ScaledDotProductAttention):
 
 
 def llama(scaling: str | None, window: tuple[int, int] = (-1, 0)) -> Any:
-    """Two layers in fp32, the same on every rank; torch's own attention where scaling is None."""
+    """Two layers in fp32, the same on every rank; torch's attention where scaling is None."""
     config = llama3_configs["debugmodel"](attn_backend="varlen")
     config.layers = config.layers[:2]
-    own = Stock.Config() if scaling is None else VarlenAttention.Config(window_size=window)
+    inner = Stock.Config() if scaling is None else VarlenAttention.Config(window_size=window)
     for layer in config.layers:
-        layer.attention = dataclasses.replace(layer.attention, inner_attention=own)
+        layer.attention = dataclasses.replace(layer.attention, inner_attention=inner)
     if scaling is not None:
         assert len(apply_overrides(OverrideConfig(imports=[(OVERRIDE, {"scaling": scaling})]), config)) == 2
     model = config.build()
@@ -59,8 +59,8 @@ def tokens(batch: int = 4) -> torch.Tensor:
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """[B, L, vocabulary]"""
     positions = POSITIONS.expand_as(ids)
-    own, places = (ids.flatten(), positions.flatten()) if FOLDED else (ids, positions)
-    return model(own, positions=places, attention_masks=model.get_attention_masks(places)).view(*ids.shape, -1)
+    given, positions = (ids.flatten(), positions.flatten()) if FOLDED else (ids, positions)
+    return model(given, positions=positions, attention_masks=model.get_attention_masks(positions)).view(*ids.shape, -1)
 
 
 def logits_alone(model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -39,19 +39,19 @@ def trained(model: Any, part, ranks: int = 1, shared=None) -> list[float]:
         ids = tokens(step % 2)
         labels = F.pad(ids, (0, 1), value=-100)[:, 1:].contiguous()  # the next token of each, none after the last
         positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
-        own = [part(x).clone() for x in (ids, positions, labels)]
+        parts = [part(x).clone() for x in (ids, positions, labels)]
 
-        def backward(own: list[Tensor], count: Tensor) -> Tensor:
-            logits = model(input_ids=own[0], position_ids=own[1]).logits.flatten(0, 1)
-            loss = F.cross_entropy(logits, own[2].flatten(), ignore_index=-100, reduction="sum") / count
+        def backward(parts: list[Tensor], count: Tensor) -> Tensor:
+            logits = model(input_ids=parts[0], position_ids=parts[1]).logits.flatten(0, 1)
+            loss = F.cross_entropy(logits, parts[2].flatten(), ignore_index=-100, reduction="sum") / count
             (loss * ranks).backward()
             return loss.detach().clone()
 
         if shared is None:
-            loss = backward(own, (labels >= 0).sum())
+            loss = backward(parts, (labels >= 0).sum())
         else:
-            with context_parallel(shared, buffers=own, buffer_seq_dims=[1, 1, 1]):
-                loss = backward(own, (labels >= 0).sum())
+            with context_parallel(shared, buffers=parts, buffer_seq_dims=[1, 1, 1]):
+                loss = backward(parts, (labels >= 0).sum())
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss)
@@ -77,7 +77,7 @@ def losses(rank: int, how: str) -> list[float]:
     else:
         model = sharded(model, mesh._flatten("all"))
     shared = {"fsdp x context": mesh["other"], "fsdp x tensor, context": data}.get(how)
-    rows = 1 if shared is data else data.size()  # FSDP's ranks share sequences, or have sequences of their own
+    rows = 1 if shared is data else data.size()  # FSDP's ranks share sequences, or have different ones
     averaged = 4 if how == "fsdp x context" else data.size()
     found = trained(model, lambda x: x.chunk(rows)[data.get_local_rank() % rows], averaged, shared)
     for total in found[:STEPS]:
@@ -100,7 +100,7 @@ def test_losses_and_learned_values_are_those_of_one_process(pool, one, how):
 
 
 @on_every_rank
-def test_what_is_learned_keeps_fp32_in_a_group_of_its_own(rank: int) -> None:
+def test_what_is_learned_keeps_fp32_in_a_separate_group(rank: int) -> None:
     """Under a policy of bf16 weights act in it, learned values in fp32, gradients are fp32."""
     model, seen = llama(), set()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -135,11 +135,11 @@ def test_checkpoints_go_from_world_to_world(rank: int, tmp_path: Path) -> None:
         "one": filled,
     }
     for source, target in (("both", "fsdp"), ("both", "one"), ("fsdp", "both")):
-        place = tmp_path / f"{source} {target}"
+        folder = tmp_path / f"{source} {target}"
         saved, loaded = worlds[source](0.25), worlds[target](7.0)
-        dcp.save(get_model_state_dict(saved), checkpoint_id=place)
+        dcp.save(get_model_state_dict(saved), checkpoint_id=folder)
         state = get_model_state_dict(loaded)
-        dcp.load(state, checkpoint_id=place)
+        dcp.load(state, checkpoint_id=folder)
         set_model_state_dict(loaded, state)
         wanted = dict(filled(0.25).named_parameters())
         for name, p in loaded.named_parameters():
@@ -147,7 +147,7 @@ def test_checkpoints_go_from_world_to_world(rank: int, tmp_path: Path) -> None:
 
 
 def planned(rank: int, folder: Path) -> float:
-    """Relative error of the logits and gradients of a saved patched model that transformers shards by its own plan."""
+    """Relative error of the logits and gradients of a saved patched model that transformers shards by its plan."""
     from transformers.distributed import DistributedConfig
 
     if rank == 0:

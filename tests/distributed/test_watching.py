@@ -37,14 +37,14 @@ def watched(rank: int, how: str, folder) -> dict[str, Any]:
         model = DistributedDataParallel(inner)
     else:
         model = sharded(by_heads(inner, mesh["tp"]) if how == "fsdp x tensor" else inner, mesh["dp"])
-    own = tokens().chunk(mesh["dp"].size())[mesh["dp"].get_local_rank()]
+    ids = tokens().chunk(mesh["dp"].size())[mesh["dp"].get_local_rank()]
     file = folder / f"{how}.jsonl"
     limits, clip = Thresholds(max_logit=THRESHOLD, near_uniform=None), qk_clip(inner, THRESHOLD)
     monitor, record = Monitor(inner, every=2, thresholds=limits, on_alarm=clip, file=file), None
     with monitor, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(2):  # the second step is not watched
-            loss = model(input_ids=own, labels=own).loss
+            loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
             record = monitor.step(loss) or record
     for layer, weight, name in zip(inner.model.layers, before, record["layers"], strict=True):

@@ -75,7 +75,7 @@ def test_parts_of_splits_are_joined(emulate, monkeypatch):
     """Scales of either sign, whose rows go through the memory of parts; a dead split, and one that begins in a head."""
     for name in ("splits_of_keys", "splits_of_rows"):
         monkeypatch.setattr(kernels, name, lambda *sizes: 3)
-    monkeypatch.setattr(launch, "_kinds", {})  # which keep grids
+    monkeypatch.setattr(launch, "_specialisations", {})  # which keep grids
     executor = emulate(GPU(80), SMALL)
     Case(HALF, tiles=SMALL, mask="causal", scales=BIAS, form="sinks", batch=1).check()
     assert (executor.launched.count("combine_splits"), executor.launched.count("sum_of_splits")) == (1, 3)

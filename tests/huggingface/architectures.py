@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 VOCABULARY = 61
-LENGTH = 13
+TOKENS = 13
 PADDINGS = {
     "none": None,
-    "left": [[0, 0, 0] + [1] * 10, [1] * LENGTH],
-    "right": [[1] * 9 + [0] * 4, [1] * LENGTH],
-    "holes": [[1, 1, 0, 1, 0, 0] + [1] * 7, [1] * LENGTH],
+    "left": [[0, 0, 0] + [1] * 10, [1] * TOKENS],
+    "right": [[1] * 9 + [0] * 4, [1] * TOKENS],
+    "holes": [[1, 1, 0, 1, 0, 0] + [1] * 7, [1] * TOKENS],
 }
 
 _TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
@@ -37,15 +37,15 @@ _VISION = {**_SIZES, "image_size": 12, "patch_size": 4}
 
 @dataclass(frozen=True)
 class Architecture:
-    """A class of models, the name and arguments of its config, and the kind of its inputs.
+    """A class of models, the name and arguments of its config, and the type of its inputs.
 
-    kind   "decoder", "encoder", "seq2seq", "speech", "image" or "image and text"
+    input_type   "decoder", "encoder", "seq2seq", "speech", "image" or "image and text"
     """
 
     model: str
     config: str
     arguments: dict[str, Any]
-    kind: str = "decoder"
+    input_type: str = "decoder"
     since: tuple[int, int] = (4, 54)  # a version of transformers in which it can be patched
 
     @property
@@ -59,11 +59,11 @@ class Architecture:
 
     @property
     def generates(self) -> bool:
-        return self.kind in ("decoder", "seq2seq", "speech")
+        return self.input_type in ("decoder", "seq2seq", "speech")
 
     @property
     def takes_padding(self) -> bool:
-        return self.kind in ("decoder", "encoder", "seq2seq", "image and text")
+        return self.input_type in ("decoder", "encoder", "seq2seq", "image and text")
 
     def build(self, implementation: str = "eager") -> Any:
         """The model, in evaluation, with the same weights every time."""
@@ -73,23 +73,23 @@ class Architecture:
         network = getattr(transformers, self.model)(config).eval()
         for module in network.modules():
             for name in ("sinks", "temp"):
-                if isinstance(own := getattr(module, name, None), nn.Parameter):
-                    nn.init.normal_(own)
+                if isinstance(parameter := getattr(module, name, None), nn.Parameter):
+                    nn.init.normal_(parameter)
         return network
 
     def inputs(self, padding: str = "none") -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(3, VOCABULARY, (2, LENGTH), generator=generator)
+        ids = torch.randint(3, VOCABULARY, (2, TOKENS), generator=generator)
         mask = None if PADDINGS[padding] is None else {"attention_mask": torch.tensor(PADDINGS[padding])}
-        if self.kind == "image":
+        if self.input_type == "image":
             return {"pixel_values": torch.randn(2, 3, 12, 12, generator=generator)}
-        if self.kind == "image and text":
+        if self.input_type == "image and text":
             pixels = torch.randn(2, 3, 12, 12, generator=generator)
-            ids = torch.where(torch.arange(LENGTH) == 8, VOCABULARY - 1, ids.clamp(max=VOCABULARY - 2))  # the end
+            ids = torch.where(torch.arange(TOKENS) == 8, VOCABULARY - 1, ids.clamp(max=VOCABULARY - 2))  # the end
             return {"input_ids": ids, "pixel_values": pixels, **(mask or {})}
-        if self.kind == "speech":
+        if self.input_type == "speech":
             return {"input_features": torch.randn(2, 8, 26, generator=generator), "decoder_input_ids": ids[:, :7]}
-        if self.kind == "seq2seq":
+        if self.input_type == "seq2seq":
             return {"input_ids": ids, "decoder_input_ids": ids[:, 2:9], **(mask or {})}
         return {"input_ids": ids, **(mask or {})}
 
@@ -97,11 +97,11 @@ class Architecture:
         """The model's outputs at inputs that are not padding, [..., any]."""
         options = {"use_cache": False} if self.generates else {}
         result = network(**inputs, **options)
-        if self.kind == "image and text":
+        if self.input_type == "image and text":
             return torch.cat([result.logits_per_text, result.text_embeds, result.image_embeds], dim=-1)
         out = result.logits if hasattr(result, "logits") else result.last_hidden_state
-        seen = inputs.get("attention_mask")
-        return out if seen is None or self.kind == "seq2seq" else out[seen.bool()]
+        mask = inputs.get("attention_mask")
+        return out if mask is None or self.input_type == "seq2seq" else out[mask.bool()]
 
 
 def _decoder(name: str, **changes: Any) -> Architecture:

@@ -1,4 +1,4 @@
-"""Models of many architectures, patched with sqrt_dim, give the results of their own eager attention."""
+"""Models of many architectures, patched with sqrt_dim, give the results of their eager attention."""
 
 import warnings
 from itertools import cycle
@@ -59,12 +59,12 @@ def test_attention_weights_are_the_models(subject):
         with patch(network), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             got = network(**inputs, output_attentions=True)
-    asked = {kind: weights for kind in WEIGHTS if (weights := getattr(wanted, kind, None))}
+    asked = {field: weights for field in WEIGHTS if (weights := getattr(wanted, field, None))}
     assert asked or name == "clip"  # some versions have none of CLIP's
     assert name == "clip" or any("output_attentions" in str(one.message) for one in said)
-    for kind, weights in asked.items():
-        assert len(weights) == 2, kind
-        torch.testing.assert_close(getattr(got, kind), weights, atol=1e-4, rtol=1e-3)
+    for field, weights in asked.items():
+        assert len(weights) == 2, field
+        torch.testing.assert_close(getattr(got, field), weights, atol=1e-4, rtol=1e-3)
 
 
 def test_undo_is_bit_identical(subject):

@@ -1,8 +1,8 @@
-"""Calls of transformers as calls of ours, refusals by name, and what the first use changes."""
+"""Calls of transformers as calls of ours, and refusals by name."""
 
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ import transformers
 import tritonattn
 from tests.support.refusals import refuses
 from tritonattn.huggingface import attention_forward, register, unregister
+from tritonattn.huggingface.context_parallel import over_ranks
 
 
 def module_with(**settings) -> SimpleNamespace:
@@ -30,12 +31,12 @@ def test_the_configs_scaling_is_relative_to_the_models_own(scaling):
 
 def test_a_scaling_that_the_model_learns_gets_its_gradient():
     q, k, v = torch.randn(3, 1, 2, 7, 16)
-    own = torch.tensor(0.3, requires_grad=True)
+    scaling = torch.tensor(0.3, requires_grad=True)
     for settings in ({}, {"scaling": "key_count"}, {"scaling": "sqrt_dim", "gain": 2.0}):
-        out, _ = attention_forward(module_with(**settings), q, k, v, None, scaling=own)
+        out, _ = attention_forward(module_with(**settings), q, k, v, None, scaling=scaling)
         wanted, _ = attention_forward(module_with(**settings), q, k, v, None, scaling=0.3)
         torch.testing.assert_close(out, wanted)
-        (gradient,) = torch.autograd.grad(out.square().sum(), own)
+        (gradient,) = torch.autograd.grad(out.square().sum(), scaling)
         assert gradient != 0
 
 
@@ -47,15 +48,6 @@ def test_unsupported_arguments_are_refused_by_name(name):
     with pytest.raises(NotImplementedError, match=name):
         attention_forward(module, q, q, q, None, scaling=0.5, **{name: torch.zeros(1)})
     attention_forward(module, q, q, q, None, scaling=0.5, **{name: None})
-
-
-def test_additive_masks_of_zero_and_very_negative_numbers_are_bool_masks():
-    q, module = torch.randn(1, 2, 3, 4), SimpleNamespace()
-    visible = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
-    wanted = attention_forward(module, q, q, q, visible, scaling=0.5)[0]
-    for low in (-torch.inf, torch.finfo(q.dtype).min, -1e4):
-        additive = torch.zeros(1, 1, 3, 3).masked_fill(~visible, low)
-        torch.testing.assert_close(attention_forward(module, q, q, q, additive, scaling=0.5)[0], wanted)
 
 
 @pytest.mark.parametrize("compiling", [False, True])
@@ -77,15 +69,13 @@ def test_other_numbers_of_an_additive_mask_are_a_bias(compiling, monkeypatch):
     torch.testing.assert_close(gradient, expected)
 
 
-def test_a_bias_of_packed_requests_is_refused_by_name():
-    q = torch.randn(1, 2, 3, 4)
-    packed = {"read_index": torch.arange(3), "cu_seq_lens_q": torch.tensor([0, 3]).int()}
-    refuses(
-        "NotImplementedError: position_bias: a bias of pairs of packed requests is not supported",
-        *(attention_forward, SimpleNamespace(), q, q, q, None, 0.5),
-        **packed,
-        position_bias=torch.zeros(1, 2, 3, 3),
-    )
+def test_a_bias_of_other_tokens_is_refused_by_name():
+    q, bias, context = torch.randn(1, 2, 3, 4), torch.zeros(1, 2, 3, 3), cast(Any, None)  # of no ranks
+    packed = {"read_index": torch.arange(3), "cu_seq_lens_q": torch.tensor([0, 3]).int(), "position_bias": bias}
+    message = "NotImplementedError: position_bias: a bias of pairs of packed requests is not supported"
+    refuses(message, attention_forward, SimpleNamespace(), q, q, q, None, 0.5, **packed)
+    message = "NotImplementedError: position_bias: expected none under context_parallel"
+    refuses(message, over_ranks, torch.nn.Identity(), q, q, q, {"dropout_p": 0.0, "bias": bias}, {}, context)
 
 
 def test_a_mask_of_more_keys_than_there_are_is_cut():
@@ -97,19 +87,9 @@ def test_a_mask_of_more_keys_than_there_are_is_cut():
         assert torch.equal(attention_forward(module, q, q, q, mask, scaling=0.5)[0], wanted)
 
 
-def test_a_bias_under_context_parallel_is_refused_by_name():
-    from tritonattn.huggingface.context_parallel import over_ranks
-
-    q = torch.randn(1, 2, 3, 4)
-    arguments = {"dropout_p": 0.0, "bias": torch.zeros(1, 2, 3, 3)}
-    context: Any = None  # of no ranks: it is not reached
-    message = "NotImplementedError: position_bias: expected none under context_parallel"
-    refuses(message, over_ranks, torch.nn.Identity(), q, q, q, arguments, {}, context)
-
-
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed_lengths_of_other_keys_than_rows(causal):
-    """Bottom-right in every document; rows past the last document see nothing."""
+    """Bottom-right in every document; rows past the last document attend to nothing."""
     q, (k, v) = torch.randn(1, 2, 11, 4), torch.randn(2, 1, 2, 13, 4)
     ends = {"cu_seq_lens_q": torch.tensor([0, 4, 6, 9]).int(), "cu_seq_lens_k": torch.tensor([0, 3, 9, 12]).int()}
     out, _ = attention_forward(SimpleNamespace(), q, k, v, None, scaling=0.5, is_causal=causal, **ends)
@@ -126,20 +106,20 @@ def test_packed_lengths_of_other_keys_than_rows(causal):
 
 def test_a_window_without_a_mask():
     q, k, v = torch.randn(3, 1, 2, 9, 4)
-    module = SimpleNamespace(is_causal=True)
-    out, _ = attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=3)
-    wanted = tritonattn.attention(q, k, v, scaling=0.5, causal=True, window=(2, None))
-    torch.testing.assert_close(out, wanted.transpose(1, 2))
-    wide, _ = attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=9)
-    torch.testing.assert_close(wide, tritonattn.attention(q, k, v, scaling=0.5, causal=True).transpose(1, 2))
+
+    def run(size: int, causal: bool = True) -> torch.Tensor:
+        module = SimpleNamespace(is_causal=causal)
+        return attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=size)[0].transpose(1, 2)
+
+    torch.testing.assert_close(run(3), tritonattn.attention(q, k, v, scaling=0.5, causal=True, window=(2, None)))
+    for causal in (True, False):
+        torch.testing.assert_close(run(9, causal), tritonattn.attention(q, k, v, scaling=0.5, causal=causal))
     with pytest.raises(NotImplementedError, match="sliding_window"):
-        attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=3, is_causal=False)
-    wide, _ = attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=9, is_causal=False)
-    torch.testing.assert_close(wide, tritonattn.attention(q, k, v, scaling=0.5).transpose(1, 2))
+        run(3, causal=False)
 
 
 def test_ulysses_of_another_implementation_is_refused(monkeypatch):
-    """UlyssesSPAttentionHF puts its function in the place of one name; layers of other names would see a part."""
+    """UlyssesSPAttentionHF puts its function in the place of one name; layers of other names would attend to a part."""
     home, interface = "deepspeed.runtime.sequence_parallel.ulysses_sp", transformers.AttentionInterface
     q, stand_in = torch.randn(1, 2, 3, 4), lambda *arguments, **keywords: None
     stand_in.__module__ = home

@@ -19,7 +19,7 @@ OPTIONS = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_t
 
 
 def requests() -> list[list[int]]:
-    """Three that share 33 tokens, the longest of which takes three chunks of 32, and four of their own."""
+    """Three that share 33 tokens, the longest of which takes three chunks of 32, and four others."""
     generator = torch.Generator().manual_seed(5)
     draw = [torch.randint(3, 61, (n,), generator=generator).tolist() for n in (33, 1, 5, 40, 1, 3, 17, 28)]
     return [draw[0] + tail for tail in draw[1:4]] + draw[4:]
@@ -43,16 +43,16 @@ def batched(network, **options) -> list[list[int]]:
 
 def events(monkeypatch) -> set[tuple[str, Any]]:
     """Results of the cache's methods from now on, by name: tokens found at a prefix, and whether a chunk fits."""
-    seen: set[tuple[str, Any]] = set()
+    found: set[tuple[str, Any]] = set()
     for name in ("search_prefix_match", "can_store_request_tokens"):
         method = getattr(PagedAttentionCache, name)
 
         def watched(cache: Any, *args: Any, name: str = name, real: Any = method, **options: Any) -> Any:
-            seen.add((name, result := real(cache, *args, **options)))
+            found.add((name, result := real(cache, *args, **options)))
             return result
 
         monkeypatch.setattr(PagedAttentionCache, name, watched)
-    return seen
+    return found
 
 
 CASES = {  # model, scaling, layers, and its implementation before the patch
@@ -72,7 +72,7 @@ def test_every_request_gets_its_tokens_alone(case, monkeypatch):
     architecture = ARCHITECTURES[model]
     untied = {**architecture.arguments, "tie_word_embeddings": False}  # tied, a random model repeats its last token
     network = replace(architecture, arguments=untied).build(implementation)
-    own, before, seen = alone(network, few=2), state(network), events(monkeypatch)
+    plain, before, found = alone(network, few=2), state(network), events(monkeypatch)
     packed, real = [], attention.attention_varlen
     monkeypatch.setattr(attention, "attention_varlen", lambda *args, **named: packed.append(1) or real(*args, **named))
     with patch(network, scaling=scaling, layers=layers):
@@ -81,9 +81,9 @@ def test_every_request_gets_its_tokens_alone(case, monkeypatch):
         assert batched(network) == wanted
         assert bool(packed) == ("part" not in case)  # a part needs the masks of the rest
         assert state(network) == patched_before
-    assert wanted[:2] != own
+    assert wanted[:2] != plain
     if model == "llama":  # windows share no blocks, and need few
-        assert {("search_prefix_match", 32), ("can_store_request_tokens", False)} <= seen
+        assert {("search_prefix_match", 32), ("can_store_request_tokens", False)} <= found
     assert state(network) == before
 
 

@@ -46,9 +46,9 @@ LAYERS = {
 LISTED = "config.tritonattn.layers: expected a dict from names of modules to their"
 WHOLES = {
     "layers null": ({"layers": None}, LISTED),
-    "an entry beside": ({"layers": {LAYER: {}}, "more": 1}, "config.tritonattn: expected a dict with keys out of"),
+    "another entry": ({"layers": {LAYER: {}}, "more": 1}, "config.tritonattn: expected a dict with keys out of"),
     "a string": ("ssmax", f"config.tritonattn: {KEYS}"),
-    "learned for all": ({"scaling": "ssmax"}, "config.tritonattn.scaling: expected a scaling without parameters of"),
+    "learned for all": ({"scaling": "ssmax"}, "config.tritonattn.scaling: expected a scaling without parameters"),
     "a learned gain for all": ({"gain": {"learned": [4, 1]}}, "config.tritonattn.gain: expected a number or None"),
 }
 CASES = {

@@ -15,7 +15,7 @@ from tests.huggingface.test_saving import without_tritonattn
 from tritonattn.huggingface import first_use, patch, register
 from tritonattn.huggingface.loading import follow_saved_settings
 
-# In a process of its own; the argument is a folder with a saved patched model.
+# In another process; the argument is a folder with a saved patched model.
 PROGRAM = """
 import json, peft, sys
 from transformers import AutoModelForCausalLM, PreTrainedModel, LlamaForCausalLM
@@ -30,7 +30,7 @@ names = [name for one, name in pairs if before[one].get(name) is not after[one].
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 layers = tritonattn.huggingface.patched(model).layers.values()
 refuses = hasattr(peft.PeftModel.load_adapter, "__wrapped__")
-print(json.dumps([names, [own.scaling.name for own in layers], refuses]))
+print(json.dumps([names, [layer.scaling.name for layer in layers], refuses]))
 """
 
 
@@ -46,38 +46,40 @@ def test_an_import_changes_no_class_and_a_saved_patch_loads_after_it(tmp_path):
 
 
 @pytest.fixture
-def uses(monkeypatch) -> list[str]:
-    """Filled at the first use from now on."""
-    found: list[str] = []
-    monkeypatch.setattr(first_use, "_waiting", [lambda: found.append("used")])
-    return found
+def waiting(monkeypatch) -> list:
+    """The calls that wait for the first use: none."""
+    monkeypatch.setattr(first_use, "_waiting", [])
+    return first_use._waiting
 
 
-def test_a_model_that_is_built_is_a_use(uses):
-    assert uses == []
-    LLAMA.build()
-    LLAMA.build()
-    assert uses == ["used"]
+USES = {
+    "built": lambda network: LLAMA.build(),
+    "wrapped": nn.Sequential,
+    "patched": lambda network: patch(network, scaling="key_count"),
+    "unpickled": lambda network: pickle.loads(pickle.dumps(network)),
+}
 
 
-def test_a_model_that_is_wrapped_is_a_use(uses):
-    first_use._waiting.clear()
-    network = LLAMA.build()
-    first_use._waiting.append(lambda: uses.append("wrapped"))
-    nn.Sequential(network)
-    assert uses == ["wrapped"]
+@pytest.mark.parametrize("use", USES)
+def test_the_first_use_of_a_model(use, waiting):
+    network, uses = LLAMA.build(), []
+    if use == "unpickled":
+        patch(network, scaling="key_count")
+    waiting.append(lambda: uses.append(use))
+    for _ in range(1 if use == "patched" else 2):
+        USES[use](network)
+    assert uses == [use]
 
 
-def test_imports_at_the_first_use_make_no_tensor_on_meta(monkeypatch):
+def test_imports_at_the_first_use_make_no_tensor_on_meta(waiting):
     devices: list[str] = []
-    monkeypatch.setattr(first_use, "_waiting", [lambda: devices.append(torch.tensor(1).device.type)])
+    waiting.append(lambda: devices.append(torch.tensor(1).device.type))
     with torch.device("meta"):  # as from_pretrained builds
         LLAMA.build()
     assert devices == ["cpu"]
 
 
-def test_a_model_that_lives_at_the_import_is_refused_early(monkeypatch):
-    monkeypatch.setattr(first_use, "_waiting", [])
+def test_a_model_that_lives_at_the_import_is_refused_early(waiting, monkeypatch):
     monkeypatch.setattr(first_use, "register_module_module_registration_hook", lambda hook: None)
     config = transformers.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9)
     with without_tritonattn():
@@ -88,43 +90,17 @@ def test_a_model_that_lives_at_the_import_is_refused_early(monkeypatch):
             network.set_attn_implementation("tritonattn")
 
 
-def test_a_model_that_was_built_before_is_used_once_it_is_patched_or_unpickled(uses):
-    first_use._waiting.clear()
-    network = LLAMA.build()
-    first_use._waiting.append(lambda: uses.append("patched"))
-    patch(network, scaling="key_count")
-    assert uses == ["patched"]
-    first_use._waiting.append(lambda: uses.append("unpickled"))
-    pickle.loads(pickle.dumps(network))
-    assert uses == ["patched", "unpickled"]
-
-
-def test_masks_of_a_model_that_was_built_before_are_explicit(uses):
-    """Its class may lack the flags by which layers do without masks."""
-    first_use._waiting.clear()
-    network, tokens = LLAMA.build(), torch.arange(5)[None]
+@pytest.mark.parametrize("supports_sdpa", [True, False])
+def test_masks_of_a_model_that_was_built_before_are_explicit(supports_sdpa, waiting, monkeypatch):
+    """Its class may lack the flags by which layers do without masks; without SDPA they may be wrong, and masks stay."""
+    network, tokens, masks = LLAMA.build(), torch.arange(5)[None], []
     network.set_attn_implementation("tritonattn")
-    masks: list[object] = []
+    monkeypatch.setattr(type(network), "_supports_sdpa", supports_sdpa)
     network.model.layers[0].register_forward_pre_hook(
         lambda layer, inputs, named: masks.append(named["attention_mask"]), with_kwargs=True
     )
-    expected = network(tokens).logits
-    first_use._waiting.append(lambda: uses.append("used"))
-    torch.testing.assert_close(network(tokens).logits, expected)
-    assert masks[0] is None
-    assert isinstance(masks[1], torch.Tensor)
-
-
-def test_masks_of_a_model_that_was_built_before_stay_explicit_where_its_class_has_no_sdpa(monkeypatch):
-    """The flags of its layers may be wrong; nobody noted that it chose this implementation."""
-    network = LLAMA.build()
-    network.set_attn_implementation("tritonattn")
-    monkeypatch.setattr(type(network), "_supports_sdpa", False)
-    monkeypatch.setattr(first_use, "_waiting", [follow_saved_settings])
-    masks: list[object] = []
-    network.model.layers[0].register_forward_pre_hook(
-        lambda layer, inputs, named: masks.append(named["attention_mask"]), with_kwargs=True
-    )
-    LLAMA.build()
-    network(torch.arange(5)[None])
-    assert isinstance(masks[0], torch.Tensor)
+    waiting.append(follow_saved_settings)
+    before = network(tokens).logits
+    LLAMA.build()  # the first use
+    torch.testing.assert_close(network(tokens).logits, before)
+    assert [mask is None for mask in masks] == [False, supports_sdpa]

@@ -27,14 +27,14 @@ def llama() -> Any:
     return LLAMA.build()
 
 
-def dynamic_cache(network: Any, length: int) -> Any:
+def dynamic_cache(network: Any, keys: int) -> Any:
     takes_config = "config" in inspect.signature(DynamicCache.__init__).parameters
     return DynamicCache(config=network.config) if takes_config else DynamicCache()
 
 
-def static_cache(network: Any, length: int) -> Any:
+def static_cache(network: Any, keys: int) -> Any:
     more = {"max_batch_size": 2} if transformers.__version__.startswith("4.") else {}
-    return transformers.StaticCache(config=network.config, max_cache_len=length, **more)
+    return transformers.StaticCache(config=network.config, max_cache_len=keys, **more)
 
 
 CACHES = {"dynamic": dynamic_cache, "static": static_cache}
@@ -71,7 +71,7 @@ def test_padding_and_steps_change_nothing(mode, cache, llama):
 def test_greedy_text_is_that_of_full_passes(name, mode):
     """Sliding and chunked layers forget keys; dynamic and static caches alike, in steps and in longer pieces."""
     if name == "llama4" and transformers.__version__.startswith("4."):
-        return  # its chunks follow the place in the cache
+        return  # its chunks follow the position in the cache
     network, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()
     ids = inputs["input_ids"]
     with patch(network, scaling=mode), torch.no_grad():

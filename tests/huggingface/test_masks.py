@@ -1,4 +1,4 @@
-"""Key ranges equal transformers' dense masks."""
+"""Key ranges equal transformers' dense masks, of all functions and of models."""
 
 import inspect
 
@@ -7,11 +7,12 @@ import torch
 from transformers import masking_utils
 from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask, sliding_window_overlay
 
+from tests.huggingface.architectures import ARCHITECTURES
 from tests.support.watch import Watch
-from tritonattn.huggingface import first_use, key_range_mask
+from tritonattn.huggingface import attention_forward, first_use, key_range_mask, patch, register
 
 BATCH = 3
-PADDINGS = {"none": None, "all seen": (0, 0), "left": (3, 0), "right": (0, 4), "both": (2, 3)}
+PADDINGS = {"none": None, "all visible": (0, 0), "left": (3, 0), "right": (0, 4), "both": (2, 3)}
 POSITIONAL = "cache_position" in inspect.signature(sdpa_mask).parameters  # transformers before 5.1
 CHUNKS_FOLLOW_PADDING = "left_padding" in inspect.signature(masking_utils.chunked_overlay).parameters
 
@@ -59,10 +60,10 @@ def mask_functions(length: int, square: bool) -> dict:
 def arguments(q_length: int, kv_length: int, q_offset=0, kv_offset: int = 0, padding=None, **rest) -> dict:
     if padding is not None:
         left, right = padding
-        seen = torch.ones(BATCH, kv_offset + kv_length, dtype=torch.bool)
-        seen[1:, kv_offset : kv_offset + left] = False
-        seen[2:, seen.shape[1] - right :] = False
-        padding = seen
+        visible = torch.ones(BATCH, kv_offset + kv_length, dtype=torch.bool)
+        visible[1:, kv_offset : kv_offset + left] = False
+        visible[2:, visible.shape[1] - right :] = False
+        padding = visible
     where = {"q_length": q_length, "q_offset": q_offset, "device": torch.device("cpu")}
     if POSITIONAL:
         where = {"cache_position": torch.arange(q_length) + q_offset}
@@ -118,9 +119,9 @@ def test_ranges_at_64k_are_small(padding):
 @pytest.mark.parametrize("padding", ["short", "of everything"])
 def test_padding_that_says_nothing_of_the_last_keys_hides_them(padding):
     """A padding mask is as long as the text, which may be shorter than a static cache; a row may be padding alone."""
-    seen = torch.ones(BATCH, 6 if padding == "short" else 9, dtype=torch.bool)
-    seen[1, : 2 if padding == "short" else None] = False
-    asked = arguments(4, 9, mask_function=sliding_window_overlay(20)) | {"attention_mask": seen}
+    visible = torch.ones(BATCH, 6 if padding == "short" else 9, dtype=torch.bool)
+    visible[1, : 2 if padding == "short" else None] = False
+    asked = arguments(4, 9, mask_function=sliding_window_overlay(20)) | {"attention_mask": visible}
     ranges = key_range_mask(**asked)
     assert ranges.dtype == torch.int32
     assert torch.equal(dense(ranges, 9), sdpa_mask(**asked).expand(BATCH, 1, -1, -1))
@@ -178,3 +179,43 @@ def test_compiled_ranges_and_the_assertion_on_holes():
     padding[1, 1] = True
     with pytest.raises(RuntimeError, match="masked keys between visible ones"):
         ranges(padding)
+
+
+class Spy:
+    """A mask function that compares every mask with transformers' dense one, and keeps its dtype."""
+
+    def __init__(self) -> None:
+        self.dtypes: list[torch.dtype | None] = []
+
+    def __call__(self, **asked):
+        mask = key_range_mask(**asked)
+        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        wanted = masking_utils.sdpa_mask(**{**asked, **skips})
+        self.dtypes.append(None if mask is None else mask.dtype)
+        if mask is None:
+            mask = key_range_mask(**{**asked, **skips})
+        if mask.dtype == torch.int32:
+            mask = dense(mask, asked["kv_length"])
+        assert torch.equal(mask.expand_as(wanted), wanted)
+        return key_range_mask(**asked)
+
+
+@pytest.fixture
+def spy():
+    one = Spy()
+    register("tritonattn", attention_forward, one)
+    yield one
+    register()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "llama4"])
+def test_masks_of_packed_documents(name, spy):
+    network, ids = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()["input_ids"][:1]
+    position = torch.tensor([[*range(6), *range(7)]])
+    with patch(network), torch.no_grad():
+        packed = network(input_ids=ids, position_ids=position, use_cache=False).logits
+        assert set(spy.dtypes) == {torch.int32}
+        parts = [network(input_ids=part, use_cache=False).logits for part in ids.split([6, 7], dim=1)]
+    if name in ("llama", "mistral", "gemma3"):  # Llama 4's chunks and temperatures follow the position in the batch
+        torch.testing.assert_close(packed, torch.cat(parts, dim=1), atol=1e-3, rtol=1e-3)

@@ -69,10 +69,10 @@ def test_layers_left_out_keep_their_own_numbers(implementation, padding):
             assert torch.equal(outputs[-2], outputs[0])
             assert layers[0].config is network.config or implementation == NAME
             assert network.config._attn_implementation == implementation
-    seen = inputs.get("attention_mask", torch.ones(2, 13)).bool()
+    visible = inputs.get("attention_mask", torch.ones(2, 13)).bool()
     assert [layer.config for layer in layers] == configs
-    torch.testing.assert_close(outputs[-1][seen], outputs[1][seen], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(got[seen], wanted[seen], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(outputs[-1][visible], outputs[1][visible], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got[visible], wanted[visible], atol=1e-3, rtol=1e-3)
 
 
 @in_turn(
@@ -80,7 +80,7 @@ def test_layers_left_out_keep_their_own_numbers(implementation, padding):
     implementation=["sdpa", "eager"],
 )
 def test_a_part_of_a_model_generates_as_before(name, implementation):
-    """Llama's prefill of a static cache has no mask: sdpa sees the upper left corner."""
+    """Llama's prefill of a static cache has no mask: sdpa shows the upper left corner."""
     architecture, options = ARCHITECTURES[name], {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     network, inputs = architecture.build(implementation), architecture.inputs("none" if name == "llama" else "left")
     if name == "llama":
@@ -108,7 +108,7 @@ def test_a_part_of_a_model_generates_as_before(name, implementation):
 )
 def test_layers_by_number_name_pattern_and_dict(layers, chosen):
     with patch(LLAMA.build(), scaling="none", layers=layers) as one:
-        assert {name: own.scaling.name for name, own in one.layers.items()} == chosen
+        assert {name: layer.scaling.name for name, layer in one.layers.items()} == chosen
     assert one.layers == {}
 
 
@@ -142,12 +142,12 @@ def test_a_mode_by_name_takes_the_settings_of_the_model_s_config(entries, made):
     for name, value in entries.items():
         setattr(network.config, name, value)
     with patch(network, scaling=made.name) as one:
-        assert [own.scaling for own in one.layers.values()] == [made, made]
+        assert [layer.scaling for layer in one.layers.values()] == [made, made]
         assert one.layers[FIRST].to_config()["scaling"] == {"name": made.name, **dataclasses.asdict(made)}
 
 
 def test_a_temperature_by_name_is_the_model_s_own():
-    """In Llama 4, with its own temperature turned off; with it a second one is refused."""
+    """In Llama 4, with its temperature turned off; with it a second one is refused."""
     architecture = ARCHITECTURES["llama4"]
     inputs, network = architecture.inputs("none"), architecture.build()
     wanted = logits(network, **inputs)
@@ -170,25 +170,25 @@ def test_learned_scalings_start_where_the_model_was_and_learn(scaling):
     with patch(network, scaling=scaling) as one:
         loss = network(tokens, labels=tokens).loss
         assert loss.item() == pytest.approx(wanted, abs=1e-4)
-        learned = [x for own in one.layers.values() for x in own.parameters() if x.requires_grad]
+        learned = [x for layer in one.layers.values() for x in layer.parameters() if x.requires_grad]
         assert all(gradient.any() for gradient in torch.autograd.grad(loss, learned))
 
 
-def test_every_layer_has_a_scaling_and_a_gain_of_its_own():
+def test_every_layer_has_a_scaling_and_a_gain_for_itself():
     """Copies start from the given tensor, which does not change."""
-    network, given, seen = LLAMA.build(), torch.ones(4, 1), {}
+    network, given, calls = LLAMA.build(), torch.ones(4, 1), {}
     with patch(network, gain=given) as one:
-        first, second = (own.gain for own in one.layers.values())
+        first, second = (layer.gain for layer in one.layers.values())
         with torch.no_grad():
             first.fill_(3.0)
         assert (second == 1).all()
         assert (given == 1).all()
     with (
         patch(network, layers={0: {"scaling": "key_count", "gain": 3.0}, 1: "dim"}) as one,
-        one.watch(lambda module, query, key, arguments, aux: seen.update({module.layer_idx: arguments})),
+        one.watch(lambda module, query, key, arguments, aux: calls.update({module.layer_idx: arguments})),
     ):
         logits(network)
-    assert [(seen[i]["scaling"].name, seen[i]["gain"]) for i in (0, 1)] == [("key_count", 3.0), ("dim", None)]
+    assert [(calls[i]["scaling"].name, calls[i]["gain"]) for i in (0, 1)] == [("key_count", 3.0), ("dim", None)]
 
 
 def test_a_gain_made_without_memory_is_reset_to_the_values_given():
@@ -198,9 +198,9 @@ def test_a_gain_made_without_memory_is_reset_to_the_values_given():
     with patch(network, layers={i: {"scaling": "ssmax", "gain": gain} for i, gain in given.items()}) as one:
         assert {x.device.type for x in network.parameters()} == {"meta"}
         network.to_empty(device="cpu")
-        for own in one.layers.values():
-            own.reset_parameters()
-        first, second = (own.gain for own in one.layers.values())
+        for layer in one.layers.values():
+            layer.reset_parameters()
+        first, second = (layer.gain for layer in one.layers.values())
         assert torch.equal(first, given[0])
         assert torch.equal(second, given[1].reshape(1))  # FSDP takes no parameter without an axis
 
@@ -241,7 +241,7 @@ def test_a_patched_model_is_not_patched_again():
 
 
 def test_models_without_the_interface_are_refused_by_name():
-    """transformers at most warns, and goes on with the model's own attention."""
+    """transformers at most warns, and goes on with the model's attention."""
     config = transformers.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9)
     bloom = r"Bloom.*: BloomAttention .*AttentionInterface"
     network = transformers.BloomForCausalLM(config)

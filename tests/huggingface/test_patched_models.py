@@ -14,7 +14,7 @@ from tritonattn.huggingface import patch, patched
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
-# The models' own factors of q . k, without scales that are part of q; all others have 1 / sqrt(8).
+# The models' factors of q . k, without scales that are part of q; all others have 1 / sqrt(8).
 MODEL_SCALINGS = {"gemma2": 3**-0.5, "gemma3": 3**-0.5, "granite": 0.3, "opt": 1.0, "whisper": 1.0, "t5": 1.0}
 RULE_CASES = [
     *(("llama", mode) for mode in ("key_count", "cosine", 0.05, None)),
@@ -31,24 +31,24 @@ RULE_CASES = [
 )
 def test_the_one_rule(name, scaling):
     """logit = model_scaling * sqrt(D) * factor * (q . k) + bias, densely; cosine replaces the model's scaling."""
-    architecture, models_own = ARCHITECTURES[name], MODEL_SCALINGS.get(name, 8**-0.5)
+    architecture, models_scaling = ARCHITECTURES[name], MODEL_SCALINGS.get(name, 8**-0.5)
     network, inputs = architecture.build(), architecture.inputs()
     checked = []
 
     def compare(module, query, key, arguments, aux):
-        own = models_own / (module.layer_idx + 1 if name == "gpt2_inverse_layer" else 1)
+        scale = models_scaling / (module.layer_idx + 1 if name == "gpt2_inverse_layer" else 1)
         q, k = query.double(), key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         parts = arguments.keys() & {"causal", "window", "key_ranges", "mask"}
         visible = Visibility.of(query, key, **{part: arguments[part] for part in parts}).dense()
-        lengths = (k.norm(dim=-1)[:, :, None] * visible).sum(-1, keepdim=True)
+        norms = (k.norm(dim=-1)[:, :, None] * visible).sum(-1, keepdim=True)
         count = visible.sum(-1, keepdim=True)
         dim = q.shape[-1]
         factor = {
-            "key_count": own * math.sqrt(dim) / count,
-            "key_norm_mean": own * math.sqrt(dim) / (lengths / count),
+            "key_count": scale * math.sqrt(dim) / count,
+            "key_norm_mean": scale * math.sqrt(dim) / (norms / count),
             "cosine": math.sqrt(dim) / (q.norm(dim=-1)[..., None] * k.norm(dim=-1)[:, :, None]),
-            0.05: own * math.sqrt(dim) * 0.05,
-            None: own,
+            0.05: scale * math.sqrt(dim) * 0.05,
+            None: scale,
         }[scaling]
         bias = arguments.get("bias")
         assert (bias is None) == (name != "t5")
@@ -65,7 +65,7 @@ def test_the_one_rule(name, scaling):
 def test_another_model_of_the_same_config_is_left_alone(layers, tmp_path):
     network = LLAMA.build("sdpa")
     other = transformers.LlamaForCausalLM(network.config).eval()
-    own, wanted = logits(network), logits(other)
+    plain, wanted = logits(network), logits(other)
     first = patch(network, scaling="key_norm_sum", layers=layers)
     assert torch.equal(logits(other), wanted)
     assert other.config._attn_implementation == "sdpa"
@@ -75,7 +75,7 @@ def test_another_model_of_the_same_config_is_left_alone(layers, tmp_path):
     second.undo()
     other.save_pretrained(tmp_path / "undone")
     assert network.config is other.config
-    assert torch.equal(logits(network), own)
+    assert torch.equal(logits(network), plain)
     for folder in ("unpatched", "undone"):
         again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / folder, attn_implementation="sdpa").eval()
         assert patched(again) is None

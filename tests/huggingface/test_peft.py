@@ -1,4 +1,4 @@
-"""PEFT: LoRA beside a learned scaling in `modules_to_save`, trained, saved, loaded and merged."""
+"""PEFT: LoRA with a learned scaling in `modules_to_save`, trained, saved, loaded and merged."""
 
 import pytest
 import torch
@@ -39,11 +39,11 @@ def test_the_adapters_copy_of_the_scaling_is_trained_saved_loaded_and_merged(tmp
         optimizer.zero_grad()
     scalings = {name: p for name, p in adapted.named_parameters() if "tritonattn" in name}
     learned = {name: p for name, p in scalings.items() if "modules_to_save.default" in name}
-    own = {name: p for name, p in scalings.items() if "original_module" in name}
-    assert len(learned) == len(own) == 4  # s and b of two layers
+    originals = {name: p for name, p in scalings.items() if "original_module" in name}
+    assert len(learned) == len(originals) == 4  # s and b of two layers
     assert all(p.requires_grad for p in learned.values())
-    assert not any(p.requires_grad for p in own.values())
-    for before, after in zip(own.values(), learned.values(), strict=True):
+    assert not any(p.requires_grad for p in originals.values())
+    for before, after in zip(originals.values(), learned.values(), strict=True):
         assert not torch.equal(before, after)
     with adapted.disable_adapter():
         torch.testing.assert_close(logits(adapted), logits(model()), rtol=0, atol=0)
@@ -64,7 +64,7 @@ def test_the_adapters_copy_of_the_scaling_is_trained_saved_loaded_and_merged(tmp
 @pytest.mark.parametrize(
     ("layers", "named"),
     [
-        ([], r"values of model\.layers\.0\.self_attn that the model has no place for"),
+        ([], r"values of model\.layers\.0\.self_attn that the model lacks"),
         ([1], r"lacks values of model\.layers\.1\.self_attn, which the model has patched"),
         (None, r"lacks values of model\.layers\.1\.self_attn, which the model has patched"),
     ],

@@ -46,10 +46,10 @@ def logits(network, architecture=LLAMA) -> torch.Tensor:
 
 def disturb(network) -> None:
     """Move learned values away from their start."""
-    for own in patched(network).layers.values():
-        for x in own.parameters():
+    for layer in patched(network).layers.values():
+        for x in layer.parameters():
             x.data.add_(torch.rand(x.shape, generator=torch.Generator().manual_seed(3)))
-        for buffer in own.buffers():
+        for buffer in layer.buffers():
             buffer.add_(2)
 
 
@@ -117,12 +117,12 @@ def test_learned_parameters_stay_in_float32(tmp_path):
     network = LLAMA.build()
     with patch(network, scaling="per_head", gain=torch.full((4, 1), 1.2345678)) as one:
         disturb(network)
-        wanted = {name: own.state_dict() for name, own in one.layers.items()}
+        wanted = {name: layer.state_dict() for name, layer in one.layers.items()}
         network.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
     assert again.dtype == torch.bfloat16
-    for name, own in patched(again).layers.items():
-        for key, x in own.state_dict().items():
+    for name, layer in patched(again).layers.items():
+        for key, x in layer.state_dict().items():
             assert x.dtype == torch.float32
             assert torch.equal(x, wanted[name][key])
     assert logits(again).isfinite().all()
@@ -135,8 +135,8 @@ def without_tritonattn() -> Iterator[None]:
     try:
         with pytest.MonkeyPatch.context() as patching:
             for name in ("post_init", "_initialize_missing_keys", "save_pretrained", "set_attn_implementation"):
-                if (own := getattr(getattr(PreTrainedModel, name, None), "__wrapped__", None)) is not None:
-                    patching.setattr(PreTrainedModel, name, own)
+                if (original := getattr(getattr(PreTrainedModel, name, None), "__wrapped__", None)) is not None:
+                    patching.setattr(PreTrainedModel, name, original)
             yield
     finally:
         register()
@@ -221,23 +221,23 @@ def test_a_scaling_of_ones_own(tmp_path, monkeypatch):
 def test_the_flat_form_of_the_config_holds_for_all_layers():
     network = LLAMA.build()
     network.set_attn_implementation("tritonattn")
-    own = logits(network)
+    plain = logits(network)
     network.config.tritonattn = {"scaling": {"name": "qwen_logn", "train_length": 4}, "gain": 2.0}
     changed = logits(network)
     with patch(network, scaling=tritonattn.scaling.QwenLogn(4), gain=2.0):
         assert torch.equal(logits(network), changed)
-    assert not torch.allclose(own, changed, atol=1e-2)
+    assert not torch.allclose(plain, changed, atol=1e-2)
     network.config.tritonattn = {"scaling": "ssmax"}
-    refuses("ValueError: ~ parameters of its own ~ patch", logits, network)
+    refuses("ValueError: ~ without parameters ~ patch", logits, network)
 
 
-def test_weights_without_what_was_learned_are_said_and_start_anew(tmp_path):
+def test_weights_without_what_was_learned_are_said_and_start_again(tmp_path):
     network = LLAMA.build()
     network.save_pretrained(tmp_path)
     plain = logits(network)
     with patch(network, scaling="per_head", gain=torch.ones(4, 1)) as one:
         network.config.save_pretrained(tmp_path)
-        learned = {f"{layer}.tritonattn.{name}" for layer, own in one.layers.items() for name in own.state_dict()}
+        learned = {f"{name}.tritonattn.{key}" for name, layer in one.layers.items() for key in layer.state_dict()}
     again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert set(report["missing_keys"]) == learned
     torch.testing.assert_close(logits(again.eval()), plain, atol=1e-3, rtol=1e-3)

@@ -1,4 +1,4 @@
-"""diffusers' attention backends, one a scaling, inside its own models."""
+"""diffusers' attention backends, one a scaling, inside its models."""
 
 import pytest
 import torch
@@ -65,10 +65,10 @@ def inputs():
     }
 
 
-def operands(q_len=6, k_len=6, heads=(4, 4), dtype=torch.float64):
+def operands(q_len=6, k_len=6, heads=(4, 4)):
     generator = torch.Generator().manual_seed(1)
     sizes = ((q_len, heads[0]), (k_len, heads[1]), (k_len, heads[1]))
-    return [torch.randn(2, n, h, 8, generator=generator, dtype=torch.float64).to(dtype) for n, h in sizes]
+    return [torch.randn(2, n, h, 8, generator=generator, dtype=torch.float64) for n, h in sizes]
 
 
 def sample(model, **attention_arguments):
@@ -84,13 +84,12 @@ def test_sqrt_dim_is_their_model_and_its_gradients(registered, biased):
     expected = sample(model, **given)
     assert biased == (not torch.allclose(expected, sample(model)))
     gradients = torch.autograd.grad(expected.square().sum(), leaves, allow_unused=True)
-    replaced = ours.use(model, name)
-    assert replaced.names == ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
-    found = sample(model, **given)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    own = torch.autograd.grad(found.square().sum(), leaves, allow_unused=True)
-    torch.testing.assert_close(own, gradients, rtol=1e-3, atol=1e-4)
-    replaced.undo()
+    with ours.use(model, name) as replaced:
+        assert replaced.names == ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
+        found = sample(model, **given)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        found = torch.autograd.grad(found.square().sum(), leaves, allow_unused=True)
+        torch.testing.assert_close(found, gradients, rtol=1e-3, atol=1e-4)
     assert torch.equal(sample(model, **given), expected)
 
 
@@ -108,48 +107,32 @@ MASKS = {
 }
 
 
+def assert_as_native(name, operands, **arguments):
+    backends = (AttentionBackendName(backend) for backend in (name, "native"))
+    torch.testing.assert_close(*(dispatch_attention_fn(*operands, backend=one, **arguments) for one in backends))
+
+
 @in_turn(mask=MASKS, scale=[None, 0.9], heads=[(4, 4), (4, 2), (4, 2)])
 def test_every_argument_is_as_natives(registered, mask, scale, heads):
-    name, arguments = registered(), MASKS[mask]
-    found, expected = (
-        dispatch_attention_fn(
-            *operands(heads=heads),
-            scale=scale,
-            enable_gqa=heads[0] != heads[1],
-            backend=AttentionBackendName(backend),
-            **arguments,
-        )
-        for backend in (name, "native")
-    )
-    torch.testing.assert_close(found, expected)
+    is_grouped = heads[0] != heads[1]
+    assert_as_native(registered(), operands(heads=heads), scale=scale, enable_gqa=is_grouped, **MASKS[mask])
 
 
 @pytest.mark.parametrize(("q_len", "k_len"), [(4, 7), (7, 4)])
 def test_causal_is_top_left_where_lengths_differ(registered, q_len, k_len):
-    name = registered()
-    found, expected = (
-        dispatch_attention_fn(*operands(q_len, k_len), is_causal=True, backend=AttentionBackendName(backend))
-        for backend in (name, "native")
-    )
-    torch.testing.assert_close(found, expected)
+    assert_as_native(registered(), operands(q_len, k_len), is_causal=True)
 
 
 def test_other_modes_by_hand(registered):
-    q, k, v = operands()
-    wide = [x.transpose(1, 2) for x in (q, k, v)]
+    given = {"causal": True, "return_aux": True, "backend": "reference"}
     for mode in ("key_norm_mean", "log_key_count"):
-        for scale in (None, 0.5):
-            gain = None if scale is None else scale * 8**0.5
-            given = {"scaling": mode, "gain": gain, "causal": True, "return_aux": True, "backend": "reference"}
-            expected, aux = attention(*wide, **given)
-            backend = AttentionBackendName(registered("tritonattn_mode", mode))
-            found = dispatch_attention_fn(q, k, v, is_causal=True, scale=scale, backend=backend)
-            torch.testing.assert_close(found, expected.transpose(1, 2))
-            out, lse = dispatch_attention_fn(
-                q, k, v, is_causal=True, scale=scale, attention_kwargs={"return_lse": True}, backend=backend
-            )
-            torch.testing.assert_close(out, found)
-            torch.testing.assert_close(lse, aux.lse.transpose(1, 2))
+        options = {"is_causal": True, "backend": AttentionBackendName(registered("tritonattn_mode", mode))}
+        for scale, gain in ((None, None), (0.5, 0.5 * 8**0.5)):
+            wanted, aux = attention(*(x.transpose(1, 2) for x in operands()), scaling=mode, gain=gain, **given)
+            out = dispatch_attention_fn(*operands(), scale=scale, **options)
+            torch.testing.assert_close(out, wanted.transpose(1, 2))
+            found = dispatch_attention_fn(*operands(), scale=scale, attention_kwargs={"return_lse": True}, **options)
+            torch.testing.assert_close(found, (out, aux.lse.transpose(1, 2)))
 
 
 @pytest.mark.parametrize("mode", ["cosine", nn.PerHead("cosine", heads=4)], ids=["mode", "per head"])
@@ -175,17 +158,17 @@ def test_refusals(registered):
         return dispatch_attention_fn(q, key, v, backend=member, **options)
 
     mask = torch.ones(6, 6).bool()
-    not_own = "name: expected one that `register` made, got 'native'"
+    not_made = "name: expected one that `register` made, got 'native'"
     linear = "model: expected attention processors that take a backend, got Linear"
     for error, message, call in (
         (ValueError, "attn_mask: expected None with is_causal", lambda: dispatch(attn_mask=mask, is_causal=True)),
         (NotImplementedError, "_parallel_config: context parallelism", lambda: dispatch(parallel_config=object())),
         (ValueError, "key: expected query's 4 heads without enable_gqa, got 2", lambda: dispatch(key=k[:, :, :2])),
-        (ValueError, "name: expected one that is not diffusers' own, got 'native'", lambda: ours.register("native")),
+        (ValueError, "name: expected one that diffusers does not have, got 'native'", lambda: ours.register("native")),
         (ValueError, "name: expected lower case", lambda: ours.register("TritonAttn")),
         (ValueError, "which is a module", lambda: ours.register("tritonattn_learned", "ssmax")),
-        (ValueError, not_own, lambda: ours.unregister("native")),
-        (ValueError, not_own, lambda: ours.use(flux(), "native")),
+        (ValueError, not_made, lambda: ours.unregister("native")),
+        (ValueError, not_made, lambda: ours.use(flux(), "native")),
         (ValueError, linear, lambda: ours.use(torch.nn.Linear(2, 2), registered())),
     ):
         with pytest.raises(error, match=message):

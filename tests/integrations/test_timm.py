@@ -1,4 +1,4 @@
-"""timm's attention with a scaling, inside timm's own models."""
+"""timm's attention with a scaling, inside timm's models."""
 
 import copy
 import pickle
@@ -10,6 +10,7 @@ timm = pytest.importorskip("timm", reason="pip install 'tritonattn[integrations]
 
 from timm.layers.attention import Attention
 
+from tests.support.layers import with_gradients
 from tests.support.refusals import refuses
 from tritonattn.integrations import timm as ours
 
@@ -34,13 +35,7 @@ def test_sqrt_dim_is_timms_model():
     theirs, made = model(), model(attn_layer=ours.attention_layer())
     made.load_state_dict(theirs.state_dict(), strict=True)
     assert [type(m).__name__ for m in made.modules() if isinstance(m, Attention)] == ["ScaledAttention"] * 2
-    outs = [x(images()) for x in (made, theirs)]
-    torch.testing.assert_close(*outs, rtol=1e-10, atol=1e-10)
-    gradients = [
-        torch.autograd.grad(out.square().sum(), list(x.parameters()))
-        for out, x in zip(outs, (made, theirs), strict=True)
-    ]
-    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(*(with_gradients(x, images()) for x in (made, theirs)), rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -63,23 +58,17 @@ def test_every_option_of_the_layer(options, fused):
         torch.testing.assert_close(layer(x, **masks), theirs(x, **masks))
 
 
+STAGES = {"img_size": 32, "embed_dim": 12, "depths": (2,), "num_heads": (3,), "window_size": 4, "num_classes": 5}
 BIASED = {
-    "relative positions": (
-        "vit_relpos_base_patch16_224",
-        {"rel_pos_type": "bias", "init_values": None, **SMALL},
-    ),
-    "beit": ("beit_base_patch16_224", {"init_values": None, **SMALL}),
-    "swin": (
-        "swin_tiny_patch4_window7_224",
-        {"img_size": 32, "embed_dim": 12, "depths": (2,), "num_heads": (3,), "window_size": 4, "num_classes": 5},
-    ),
+    "vit_relpos_base_patch16_224": {"rel_pos_type": "bias", "init_values": None, **SMALL},
+    "beit_base_patch16_224": {"init_values": None, **SMALL},
+    "swin_tiny_patch4_window7_224": STAGES,
 }
 
 
-@pytest.mark.parametrize("family", BIASED)
-def test_a_model_with_a_bias_of_pairs_keeps_it(family):
+@pytest.mark.parametrize(("name", "sizes"), BIASED.items(), ids=BIASED)
+def test_a_model_with_a_bias_of_pairs_keeps_it(name, sizes):
     """Tables of relative positions, and the masks of shifted windows."""
-    name, sizes = BIASED[family]
     torch.manual_seed(0)
     made = timm.create_model(name, **sizes).double().eval()
     with torch.no_grad():
@@ -88,18 +77,11 @@ def test_a_model_with_a_bias_of_pairs_keeps_it(family):
                 parameter.normal_()
             elif parameter.dim() == 2:  # of a size that makes the softmax matter
                 parameter.normal_(0, 0.3)
-    before = set(made.state_dict())
-
-    def run():
-        out = made(images())
-        return out, torch.autograd.grad(out.square().sum(), [p for p in made.parameters() if p.requires_grad])
-
-    (wanted, expected), plain = run(), copy.deepcopy(made)
+    before, plain = set(made.state_dict()), copy.deepcopy(made)
+    wanted, gradients = with_gradients(made, images())
     with ours.replace_attention(made) as replaced:
         assert len(replaced.names) == 2
-        out, gradients = run()
-        torch.testing.assert_close(out, wanted)
-        torch.testing.assert_close(gradients, expected)
+        torch.testing.assert_close(with_gradients(made, images()), (wanted, gradients))
     with ours.replace_attention(made, "ssmax"):
         assert set(made.state_dict()) - before == {
             f"{layer}.logit_scaling.{parameter}" for layer in replaced.names for parameter in ("s", "b")

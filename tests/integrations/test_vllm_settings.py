@@ -32,13 +32,13 @@ def test_settings_asked_for_come_before_those_of_the_checkpoint():
 
 
 def test_layers_are_found_by_the_ends_of_their_names():
-    name, own = settings.layer_settings({"scaling": "dim"}, LAYERS[1], LAYERS, 4)
-    assert (name, own.scaling.name) == (None, "dim")
+    name, found = settings.layer_settings({"scaling": "dim"}, LAYERS[1], LAYERS, 4)
+    assert (name, found.scaling.name) == (None, "dim")
     saved = {"layers": {"language_model.layers.1.self_attn": {"scaling": "ssmax", "gain": 2.0}}}
-    name, own = settings.layer_settings(saved, LAYERS[1], LAYERS, 4)
-    assert (name, own.scaling.s.shape, own.gain) == ("language_model.layers.1.self_attn", (4,), 2.0)
-    name, own = settings.layer_settings(saved, LAYERS[0], LAYERS, 4)
-    assert (name, own.scaling, own.gain) == (None, None, None)
+    name, found = settings.layer_settings(saved, LAYERS[1], LAYERS, 4)
+    assert (name, found.scaling.s.shape, found.gain) == ("language_model.layers.1.self_attn", (4,), 2.0)
+    name, found = settings.layer_settings(saved, LAYERS[0], LAYERS, 4)
+    assert (name, found.scaling, found.gain) == (None, None, None)
     for names in (["model.layers.7.self_attn"], ["self_attn"], [LAYERS[0][:-5], f"x.{LAYERS[0][:-5]}"]):
         with pytest.raises(ValueError, match=rf"layers\['{names[-1]}'\]: expected the name of one attention layer"):
             settings.layer_settings({"layers": {key: {"scaling": "dim"} for key in names}}, LAYERS[0], LAYERS, 4)
@@ -62,7 +62,7 @@ def test_a_loader_hands_learned_values_to_the_layers_alone(takes, saved):
     refused = [] if takes and saved else [MARK]  # by the model, which does not know it
     assert passed == (["embed", *refused] if takes else list(weights))
     if takes:
-        assert {name: list(own) for name, own in model[1].impl.learned.items()} == {
+        assert {name: list(found) for name, found in model[1].impl.learned.items()} == {
             "a": ["scaling.s", "gain"],
             "b": ["gain"],
         }
@@ -86,11 +86,11 @@ def test_each_rank_takes_the_values_of_its_heads():
         return Settings.from_config({"scaling": {"name": "ssmax", "bias": True}, "gain": {"learned": [4, 1]}}, 4)
 
     learned = {"scaling.s": torch.arange(4.0), "scaling.b": -torch.arange(4.0), "gain": torch.arange(4.0)[:, None]}
-    own = settings.with_learned(saved(), "layer", learned, rank=1, ranks=2)
-    assert own.scaling.s.tolist() == [2, 3]
-    assert own.scaling.b.tolist() == [-2, -3]
-    assert own.gain.tolist() == [[2], [3]]
-    assert not any(x.requires_grad for x in (own.gain, *own.scaling.parameters()))
+    found = settings.with_learned(saved(), "layer", learned, rank=1, ranks=2)
+    assert found.scaling.s.tolist() == [2, 3]
+    assert found.scaling.b.tolist() == [-2, -3]
+    assert found.gain.tolist() == [[2], [3]]
+    assert not any(x.requires_grad for x in (found.gain, *found.scaling.parameters()))
     assert settings.with_learned(saved(), "layer", None, rank=1, ranks=2).scaling.s.tolist() == [1, 1]
     for wrong in ({}, {**learned, "gain": torch.ones(2, 1)}):
         with pytest.raises(ValueError, match=r"layer.tritonattn: expected weights \{.*'gain': \[4, 1\].*got"):
@@ -103,22 +103,22 @@ def test_a_cache_holds_keys_values_and_norms_of_keys(dtype):
     k, v = torch.randn(2, keys, heads, head_dim).to(dtype)
     table = torch.tensor([[3, 1]], dtype=torch.int32)
     arguments = {"key_lengths": torch.tensor([keys]), "block_table": table}
-    own = PagedKeyStatistics(pages=4, page=page, kv_heads=heads)
+    found = PagedKeyStatistics(pages=4, page=page, kv_heads=heads)
     cache = torch.full((4, heads, page, 2 * head_dim + pages.RECORD), torch.nan, dtype=dtype)
     for order in ("as it is", "keys before heads"):
         cache = cache if order == "as it is" else cache.transpose(1, 2).contiguous().transpose(1, 2)
-        ours = pages.key_statistics(cache, head_dim)
-        for record in (own, ours):
+        inside = pages.key_statistics(cache, head_dim)
+        for record in (found, inside):
             record.append(k, torch.tensor([0, keys], dtype=torch.int32), **arguments)
-        places = table[0, torch.arange(keys) // page], torch.arange(keys) % page
+        cells = table[0, torch.arange(keys) // page], torch.arange(keys) % page
         for held, x in zip(pages.keys_and_values(cache, head_dim), (k, v), strict=True):
-            held[places] = x
-        for x, other in zip(pages.key_statistics(cache, head_dim).buffers, own.buffers, strict=True):
-            assert torch.equal(x[places], other[places])
+            held[cells] = x
+        for x, other in zip(pages.key_statistics(cache, head_dim).buffers, found.buffers, strict=True):
+            assert torch.equal(x[cells], other[cells])
         q = torch.randn(1, 4, 1, head_dim, dtype=dtype)
         options = {**arguments, "scaling": "key_norm_mean"}
         held = pages.keys_and_values(cache, head_dim)
-        out = attention_decode(q, *held, statistics=ours, **options)
+        out = attention_decode(q, *held, statistics=inside, **options)
         torch.testing.assert_close(out, attention_decode(q, *held, **options))
 
 

@@ -1,4 +1,4 @@
-"""x-transformers' attention with a scaling, inside its own models."""
+"""x-transformers' attention with a scaling, inside its models."""
 
 import copy
 from functools import partial
@@ -11,6 +11,7 @@ pytest.importorskip("x_transformers", reason="pip install 'tritonattn[integratio
 from x_transformers import CrossAttender, Decoder, Encoder, TransformerWrapper, XTransformer
 from x_transformers.attend import Attend
 
+from tests.support.layers import with_gradients
 from tests.support.pairs import in_turn
 from tritonattn import attention
 from tritonattn.integrations import x_transformers as ours
@@ -65,13 +66,7 @@ def test_sqrt_dim_is_their_model(options, layers):
     assert set(made.state_dict()) == set(theirs.state_dict())
     torch.testing.assert_close(made(TOKENS), theirs(TOKENS), rtol=1e-9, atol=1e-9)
     masks = {} if options == "memory" and layers == "Decoder" else {"mask": PADDING}
-    outs = [x(TOKENS, **masks) for x in (made, theirs)]
-    torch.testing.assert_close(*outs, rtol=1e-9, atol=1e-9)
-    gradients = [
-        torch.autograd.grad(out.square().sum(), list(x.parameters()), allow_unused=True)
-        for out, x in zip(outs, (made, theirs), strict=True)
-    ]
-    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(*(with_gradients(x, TOKENS, **masks) for x in (made, theirs)), rtol=1e-7, atol=1e-8)
     replaced.undo()
     assert torch.equal(made(TOKENS), theirs(TOKENS))
 
@@ -110,12 +105,9 @@ def test_other_modes_by_hand(kv_heads, scale, causal):
 
 
 REFUSED = {
+    **{name: {f"attn_{name}": True} for name in ("l2_distance", "add_zero_kv", "selective", "cog_signed")},
     "pre_softmax_talking_heads": {"attn_pre_talking_heads": True},
     "post_softmax_talking_heads": {"attn_post_talking_heads": True},
-    "l2_distance": {"attn_l2_distance": True},
-    "add_zero_kv": {"attn_add_zero_kv": True},
-    "selective": {"attn_selective": True},
-    "cog_signed": {"attn_cog_signed": True},
     "attn_fn: expected softmax, got sparse_topk_attn": {"attn_sparse_topk": 3},
     "attn_fn: expected softmax, got sigmoid": {"attn_sigmoid": True},
     "attn_fn: expected softmax, got one_hot_straight_through": {"attn_hard": True},
@@ -123,17 +115,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("message", REFUSED)
-def test_invalid_scalings_are_refused_by_name(message):
-    made = model(**REFUSED[message])
+SET = ("pre_scale_post_talking_heads", "inverted_attention", "cope", "flash_pack_seq")
+
+
+@pytest.mark.parametrize("message", [*REFUSED, *SET])
+def test_options_that_change_probabilities_are_refused_by_name(message):
+    made = model(**REFUSED.get(message, {}))
+    if message in SET:
+        setattr(next(x for x in made.modules() if isinstance(x, Attend)), message, True)
     with pytest.raises(NotImplementedError, match=message):
         ours.replace_attend(made)
     assert sum(isinstance(x, Attend) for x in made.modules()) == 2
-
-
-def test_options_that_change_probabilities_are_refused_by_name():
-    for option in ("pre_scale_post_talking_heads", "inverted_attention", "cope", "flash_pack_seq"):
-        made = model()
-        setattr(next(x for x in made.modules() if isinstance(x, Attend)), option, True)
-        with pytest.raises(NotImplementedError, match=option):
-            ours.replace_attend(made)

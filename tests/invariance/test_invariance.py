@@ -1,10 +1,10 @@
-"""Bits of a sequence alone and in company on a CPU; `python -m perf invariance` runs many more cases."""
+"""Bits of a sequence alone and with the rest of a batch on a CPU; `python -m perf invariance` runs many more cases."""
 
 import pytest
 import torch
 
 import tritonattn
-from perf.company import cases, differences
+from perf.invariance_cases import cases, differences
 from tests.support.calls import operands
 from tests.support.masks import MASKS
 from tests.support.refusals import refuses
@@ -13,7 +13,7 @@ CASES = list(cases(35, seed=1, lengths=(16, 300), dims=((64, 64), (20, 33))))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_bits_do_not_depend_on_company(case):
+def test_bits_do_not_depend_on_the_rest_of_the_batch(case):
     assert differences(case, "sdpa") == []
 
 

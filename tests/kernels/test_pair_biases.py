@@ -364,7 +364,7 @@ def test_splits(mask, device, monkeypatch):
     """Every pair has one writer where rows or keys are shared out among programs, too."""
     for name in ("splits_of_keys", "splits_of_rows"):
         monkeypatch.setattr(attention, name, lambda *sizes: 3)
-    monkeypatch.setattr(launch, "_kinds", {})  # which keep grids
+    monkeypatch.setattr(launch, "_specialisations", {})  # which keep grids
     sizes = (1, 2, 37, 60)
     tensors = harness.inputs(SINGLE, device, batch=1, q_len=37, k_len=60)
     tensors = with_biases(tensors, SINGLE, (1, 2, 37, 60), (1, 2, 37, 20))

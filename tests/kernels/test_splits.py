@@ -26,7 +26,7 @@ def in_splits(monkeypatch, small_tiles, launched):
     """Three splits of every call; the kernels that ran."""
     for name in ("splits_of_keys", "splits_of_rows"):
         monkeypatch.setattr(attention, name, lambda *sizes: SPLITS)
-    monkeypatch.setattr(launch, "_kinds", {})  # which keep grids
+    monkeypatch.setattr(launch, "_specialisations", {})  # which keep grids
     return launched
 
 

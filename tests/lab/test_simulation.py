@@ -65,7 +65,12 @@ def test_everything(pictures, tmp_path, capsys, monkeypatch):
     arguments = ["simulate", "--quick", *TINY, "--json", str(file), "--plot", str(folder), "--seed", "3"]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
-    parts = "entropy / ln n, by number of keys", "by kind of keys; n = 40, d = 4", "gaussian keys, n = 40", "seed 3"
+    parts = (
+        "entropy / ln n, by number of keys",
+        "by distribution of keys; n = 40, d = 4",
+        "gaussian keys, n = 40",
+        "seed 3",
+    )
     assert all(part in printed for part in parts)
     record = json.loads(file.read_text())
     assert (record["seed"], record["environment"]["torch"]) == (3, torch.__version__)

@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def run_forked(arguments: list[str], output: str, seconds: int) -> int:
-    """The exit status of a pytest of its own, which writes to a file; after so many seconds SIGALRM ends it."""
+    """The exit status of another pytest, which writes to a file; after so many seconds SIGALRM ends it."""
     child = os.fork()
     if child == 0:
         try:

@@ -12,7 +12,7 @@ class Mutant(NamedTuple):
 
     file    in the package, or one that begins with perf/
     line    as it stands, once in the file
-    fault   what takes its place
+    fault   what replaces it
     test    a pytest id; where it has parameters and the id names none, one of them must fail
     """
 
@@ -41,7 +41,7 @@ class Mutant(NamedTuple):
 
 
 def read_table(text: str | None = None) -> list[Mutant]:
-    """The faults of table.txt, or of a text like it: four lines each, beside comments and blank lines."""
+    """The faults of table.txt, or of a text like it: four lines each, between comments and blank lines."""
     lines = (TABLE.read_text(encoding="utf-8") if text is None else text).splitlines()
     lines = [line for line in lines if line and not line.startswith("#")]
     return [_mutant(lines[at : at + 4]) for at in range(0, len(lines), 4)]

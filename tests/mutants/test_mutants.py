@@ -11,7 +11,6 @@ COUNTS = "tests/scaling/test_values.py::test_counts"
 
 def test_every_layer_has_faults():
     folders = {mutant.file.split("/")[0] for mutant in MUTANTS}
-    assert len(MUTANTS) >= 60
     assert folders >= {path.parent.name for path in (ROOT / "tritonattn").glob("*/__init__.py")} - {"cli"}
 
 
@@ -21,15 +20,6 @@ def test_each_line_stands_once_in_its_file_and_its_test_exists():
         assert compile(changed, mutant.path, "exec")
         file, name = mutant.test.split("[")[0].split("::", 1)
         assert f"def {name.rsplit('::', 1)[-1]}(" in (ROOT / file).read_text(encoding="utf-8"), mutant.name
-
-
-def test_what_is_no_fault_is_refused():
-    mutant = Mutant("scaling/counts.py", "twice", "return", "return 1 +", COUNTS)
-    with pytest.raises(ValueError, match=r"expected .return. once in tritonattn.scaling.counts.py, got it 2 times"):
-        mutant.applied("return 1\nreturn 2")
-    for block in ("a name alone", "file: name\n- line\n+ fault", "name\n- line\n+ fault\ntest"):
-        with pytest.raises(ValueError, match=r"table.txt: expected file: name, - line, \+ fault and a test, got"):
-            read_table(block)
 
 
 @pytest.fixture(scope="module")

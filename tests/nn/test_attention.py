@@ -8,7 +8,7 @@ from tests.support.layers import assert_same
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import in_turn, pairwise
 from tritonattn import Scales, attention, nn
-from tritonattn.nn.rotary import rotated
+from tritonattn.nn.attention import rotated
 from tritonattn.scaling import LogKeyCount
 
 WIDTH, HEADS, KV, D = 24, 4, 2, 6
@@ -57,9 +57,9 @@ def test_masks(mask, scaling):
     made, x = layer(scaling, causal=True, window=(4, 0), softcap=1.5, sinks=True), tokens().requires_grad_()
     masks = MASKS[mask](2, HEADS, 7, 7)
     visible = visible_pairs((2, HEADS, 7, 7), causal=True, window=(4, 0), **masks)
-    sees = visible.any(-1).all(1)  # [B, Sq]
+    attends = visible.any(-1).all(1)  # [B, Sq]
     ours, expected = made(x, **masks), by_hand(made, x, visible=visible, softcap=1.5)
-    assert_same(made, ours[sees], expected[sees], x)
+    assert_same(made, ours[attends], expected[attends], x)
 
 
 def test_cross_attention():
@@ -164,12 +164,12 @@ def test_rotary_positions_turn_complex_pairs():
 @pytest.mark.parametrize("window", [None, (4, 0)])
 @torch.no_grad()
 def test_short_pieces_of_different_lengths(window):
-    """As where one sequence takes more guessed tokens than the other; positions are each sequence's own."""
+    """As where one sequence takes more guessed tokens than the other; positions are those of each sequence."""
     torch.manual_seed(0)
     made = Rotated(WIDTH, HEADS, kv_heads=KV, scaling="key_norm_mean", causal=True, window=window, dtype=torch.float64)
     x = 2 * tokens(length=16)
     whole, cache = made(x), made.cache(batch=2, capacity=12)
-    for counts in ([6, 2], [0, 3], [4, 1], [1, 1], None, [0, 4]):  # the last one beside a full sequence
+    for counts in ([6, 2], [0, 3], [4, 1], [1, 1], None, [0, 4]):  # the last one next to a full sequence
         taken = [1, 1] if counts is None else counts
         rows = cache.lengths[:, None] + torch.arange(max(taken))
         piece, expected = (z.gather(1, rows[..., None].expand(-1, -1, WIDTH)) for z in (x, whole))
@@ -250,8 +250,8 @@ def test_a_bias_of_distances_is_the_same_in_every_form():
     made, x = layer("ssmax", causal=True, window=(9, 0)), tokens(2, 22)
     table = torch.randn(1, HEADS, 1, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     whole, given = made(x, relative_bias=table, relative_right=1), {"relative_right": 1}
-    place = torch.arange(22)
-    entry = place[:, None] - place + 1
+    position = torch.arange(22)
+    entry = position[:, None] - position + 1
     pairs = torch.where((entry >= 0) & (entry < 7), table[0, :, 0][:, entry.clamp(0, 6)], 0)
     torch.testing.assert_close(made(x, bias=pairs), whole)
     assert not torch.allclose(made(x), whole)

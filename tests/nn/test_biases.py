@@ -22,8 +22,8 @@ def softmax_attention(q, k, v, pairs):
 )
 def test_alibi(heads, slopes):
     q, k, v = sequences(heads=(heads, heads), length=S)
-    place = torch.arange(S)
-    pairs = torch.tensor(slopes).double()[:, None, None] * (place - place[:, None])
+    position = torch.arange(S)
+    pairs = torch.tensor(slopes).double()[:, None, None] * (position - position[:, None])
     alibi = nn.ALiBi(heads)
     assert torch.equal(nn.ALiBi(heads, device="meta").to(torch.bfloat16).to_empty(device="cpu")(S), alibi(S))
     assert alibi.slopes.tolist() == slopes
@@ -40,8 +40,8 @@ def test_alibi(heads, slopes):
 def test_alibi_on_both_sides(lengths):
     q, k, v = sequences(heads=(H, H), length=S)
     q = q[:, :, -lengths[0] :]
-    place = torch.arange(S)
-    distance = (place[-lengths[0] :, None] - place).abs()
+    position = torch.arange(S)
+    distance = (position[-lengths[0] :, None] - position).abs()
     pairs = -torch.tensor([2**-2, 2**-4, 2**-6, 2**-8]).double()[:, None, None] * distance
     alibi = nn.ALiBi(H, bidirectional=True)
     wanted = (q @ k.mT / q.shape[-1] ** 0.5 + pairs).softmax(-1) @ v

@@ -15,7 +15,7 @@ from tritonattn.core.call import ForwardResult, Gradients
 from tritonattn.core.norms import key_norms_of
 from tritonattn.core.visibility import Visibility
 from tritonattn.ops import attend
-from tritonattn.ops.flat import flat
+from tritonattn.ops.operators import flat
 
 FIELDS = Gradients._fields
 

@@ -9,7 +9,7 @@ from tests.support.caches import GrowingCache, cached_call, sequences
 from tests.support.pairs import in_turn
 from tests.support.watch import Watch
 from tritonattn import KeyStatistics, attention_decode, ops
-from tritonattn.ops.flat import flat
+from tritonattn.ops.operators import flat
 
 pytestmark = [  # torch's own, while it traces and compiles
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),

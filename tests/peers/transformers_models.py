@@ -1,4 +1,4 @@
-"""Models for transformers' own model tests; `transformers_tests.py` copies this file beside them."""
+"""Models for the model tests of transformers; `transformers_tests.py` copies this file next to them."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Run transformers' own model tests against tritonattn: python -m tests.peers.transformers_tests [pytest arguments]
+"""Run the model tests of transformers against tritonattn: `python -m tests.peers.transformers_tests [OPTIONS]`.
 
 The source distribution of the installed version of transformers is downloaded with pip into a temporary folder, since
-it is the only place of its tests; nothing of it is kept. Two ways, on six models:
+its tests are nowhere else; nothing of it is kept. Two ways, on six models:
 
     A  flash_attn_inference_equivalence(attn_implementation="tritonattn"): eager and ours, bf16, padding left and right
     B  "sdpa" is ours under its name: test_eager_matches_sdpa_inference, all dtypes, with and without padding
 
 Weights are of size 0.2: at transformers' 0.02 a wrong scale passes all of these tests, and from 0.3 on rounding alone
-fails some, with PyTorch's own attention as with ours. --fault runs them with logits 1.3 times too large, and succeeds
+fails some, with PyTorch's attention as with ours. --fault runs them with logits 1.3 times too large, and succeeds
 when most of every model's tests fail.
 """
 
@@ -56,14 +56,14 @@ def fault_is_seen(results: Path) -> bool:
 
 
 def prepare(folder: Path) -> Path:
-    """The tests of transformers in folder, with ours beside them; the path of ours."""
+    """The tests of transformers in folder, with ours next to them; the path of ours."""
     wanted = f"transformers=={version('transformers')}"
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
     subprocess.run([*pip, "--no-build-isolation", "--dest", str(folder), wanted], check=True)
     archive = next(folder.glob("transformers-*.tar.gz"))
     with tarfile.open(archive) as tar:
-        members = [member for member in tar.getmembers() if "/tests/" in member.name]
-        tar.extractall(folder, members=members, filter="data")
+        inside = [file for file in tar.getmembers() if "/tests/" in file.name]
+        tar.extractall(folder, members=inside, filter="data")
     tests = folder / archive.name.removesuffix(".tar.gz") / "tests"
     for path, name in STUBS.items():
         stub = tests / path
@@ -84,7 +84,7 @@ def run(tests: Path, fault: float, rest: list[str]) -> int:
     environment = {**os.environ, "TRITONATTN_PEERS_FAULT": str(fault), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     root = tests.parents[2]
-    apart = ["-p", "no:cacheprovider", "-W", "ignore", "-c", os.devnull, f"--rootdir={root}"]  # from our own settings
+    apart = ["-p", "no:cacheprovider", "-W", "ignore", "-c", os.devnull, f"--rootdir={root}"]  # from our settings
     command = [sys.executable, "-m", "pytest", "-q", *apart, "-k", SELECTED, str(tests.relative_to(root)), *rest]
     return subprocess.run(command, cwd=root, env=environment, check=False).returncode
 

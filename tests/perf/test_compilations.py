@@ -1,6 +1,6 @@
 """Distinct kernels of ordinary work: a bound for each list, so that none is compiled twice for what does not matter.
 
-And the other way round: calls of one kind, whose code is kept, are calls of one code.
+And the other way round: calls of one specialisation, whose code is kept, are calls of one code.
 """
 
 import random
@@ -31,22 +31,22 @@ def test_few_kernels_are_compiled(name):
     assert sum(found.values()) <= MOST[name], found
 
 
-def test_calls_of_one_kind_are_calls_of_one_code(monkeypatch):
-    """Random calls of few sizes, some leaves with gradients, by Triton's own binding. Nothing runs."""
+def test_calls_of_one_specialisation_are_calls_of_one_code(monkeypatch):
+    """Random calls of few sizes, some leaves with gradients, by Triton's binding. Nothing runs."""
     bound, backend = defaultdict(list), triton.compiler.make_backend(GPUTarget("cuda", 80, 32))
     binders, chosen = {}, random.Random(0)
 
     def run(kernel, grid, arguments, config) -> None:
         values = tuple(arguments.values())
-        if arguments.kind is not None and device.kept_code(None, values, kernel).takes(values):
+        if arguments.special is not None and device.kept_code(None, values, kernel).takes(values):
             bind = binders.setdefault(kernel, device.binder(kernel, backend))
-            bound[arguments.kind, kernel, config].append((*bind(*values)[1],))
+            bound[arguments.special, kernel, config].append((*bind(*values)[1],))
         if "argmax_ptr" in arguments:
-            arguments["argmax_ptr"].zero_()  # places of keys, which torch reads
+            arguments["argmax_ptr"].zero_()  # positions of keys, which torch reads
 
     monkeypatch.setattr(launch, "run", run)
     monkeypatch.setattr(launch, "config_for", default_config)
-    launch._kinds.clear()
+    launch._specialisations.clear()
     for seed in range(128, 208):
         trial = draw(seed, torch.device("cpu"), Limits(3, (8, 16), 1))
         given = {**trial.leaves, **trial.options}

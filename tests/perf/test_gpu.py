@@ -22,7 +22,7 @@ def test_the_first_phase(tmp_path, monkeypatch, capsys):
 
 
 def check_phase(name, tmp_path, monkeypatch, capsys) -> None:
-    """Rehearse a phase, launches by Triton's own launcher on a stub driver, and all that it leaves."""
+    """Rehearse a phase, launches by Triton's launcher on a stub driver, and all that it leaves."""
     skip_without_stub()
     phases = gpu.phases("emulate", tmp_path, "tests/kernels/test_config_in_use.py")
     short = [replace(one, command=(*one.command, "--minutes", "0.02"), limit=None) for one in phases]

@@ -1,4 +1,4 @@
-"""Modelled milliseconds beside measured ones: which calls have them, and what they are made of."""
+"""Modelled milliseconds next to measured ones: which calls have them, and what they are made of."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -52,7 +52,7 @@ def test_blocks_that_a_tile_meets(q_len, k_len, mask):
         assert list(found.values()) == counts.tolist()
 
 
-def test_sequences_have_tiles_of_their_own():
+def test_each_sequence_has_other_tiles():
     """Sequences of 0, 70 and 20 rows: the programs of a block that a sequence has not end at once."""
     starts = torch.tensor([0, 0, 70, 90])
     arguments = _arguments(90, 90, heads=2, group=1, q_starts=starts, k_starts=starts, right=0)
@@ -69,13 +69,8 @@ def test_clocks_are_those_of_the_last_tile(monkeypatch):
     """4 heads and 3 blocks, 2 heads side by side, on 2 processors that hold 2 programs each."""
     replayed = SimpleNamespace(clocks=1000, programs=2, flops=4 * 64 * 32 * 16)
     monkeypatch.setattr(modelled, "_replayed", lambda *_: replayed)
-    kind = SimpleNamespace(problem=Problem(64, 64, torch.bfloat16, right=True), codes={})
-
-    class Arguments(dict):
-        pass
-
-    arguments = Arguments(_arguments(96, 96, heads=4, group=1, right=0))
-    arguments.kind = kind
+    special = SimpleNamespace(problem=Problem(64, 64, torch.bfloat16, right=True), codes={})
+    arguments = type("Arguments", (dict,), {"special": special})(_arguments(96, 96, heads=4, group=1, right=0))
     one = launch.Launch(KERNELS["forward"], (2, 3, 2), arguments, TileConfig(32, 32, 4, 2))
     # 3 3 2 2 | 1 1 of the first section, 3 3 .. of the second: processors end at 2 + 1 + 2 + 1, 3 + 3, ...
     steps = [3, 3, 2, 2, 1, 1, 3, 3, 2, 2, 1, 1]
@@ -83,7 +78,7 @@ def test_clocks_are_those_of_the_last_tile(monkeypatch):
     for step in steps:
         ends[ends.index(min(ends))] += FIXED + step
     assert modelled._clocks(one, H100, 2) == LAUNCH + max(ends) * 1000 * LOOPS
-    kind.problem = replace(kind.problem, mask=True)
+    special.problem = replace(special.problem, mask=True)
     assert modelled._clocks(one, H100, 99) == LAUNCH + (FIXED + 2 * 3) * 1000 * LOOPS, "two iterations a block"
 
 

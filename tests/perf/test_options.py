@@ -17,7 +17,7 @@ WHOLE = "expected a whole number from 1 up, got '0'"
         ("correctness --processes 0", WHOLE),
         ("monitor --device nowhere", "--device: cannot use 'nowhere'"),
         ("monitor --scaling nope", "--scaling: .* got 'nope'"),
-        ("codegen --head-dims 64,600", "expected numbers from 1 to 512, got '64,600'"),
+        ("codegen --head-dims 64,600", "expected a whole number from 1 to 512, got '600'"),
         ("codegen --targets h100", "expected sm_<number from 70> or gfx<name>, got 'h100'"),
         ("sweep --suite forwards", "--suite: expected some of forward, .*got 'forwards'"),
         ("sweep --peers sdp", "--peers: expected some of .*sdpa, .*got 'sdp'"),

@@ -80,17 +80,6 @@ def test_loads_asked_for_late_are_refused_where_another_stage_fits(late, program
     assert ranked(A100, Replayed(), KEY)[0] == replace(OTHER, num_stages=first)
 
 
-@pytest.mark.parametrize(
-    "change", [{"num_stages": 3}, {"num_stages": 4, "descriptors": True}, {"num_stages": 3, "block_n": 16}]
-)
-def test_a_stage_more_fits_by_either_kind_of_load(change):
-    """Tiles must be the same."""
-    code, late = MachineCode(128, 0, 0, 0), Latency(0.5, 1.0, 2, True)
-    one = Judged(replace(OTHER, num_stages=2), code, (), late)
-    longer = Judged(replace(OTHER, **change), code, (), replace(late, awaits_last=False))
-    assert ranking._in_time([one, longer]) == ([one, longer] if "block_n" in change else [longer])
-
-
 def test_an_entry_fits_with_every_option(clocks):
     """With all vectors and statistics that a call of its key may have."""
 

@@ -1,4 +1,4 @@
-"""A trial's check: it lets right results pass, and sees wrong ones, infinite ones and those that change."""
+"""A trial's check: it lets right results pass, and finds wrong ones, infinite ones and those that change."""
 
 import itertools
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.support.snippets import snippets
 
-PLACE = "import sys, tritonattn; assert tritonattn.__file__.startswith(sys.prefix), tritonattn.__file__"
+FOLDER = "import sys, tritonattn; assert tritonattn.__file__.startswith(sys.prefix), tritonattn.__file__"
 COMMANDS = (
     ("env",),
     ("configs", "--gpu", "h100"),
@@ -28,7 +28,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="tritonattn-wheel-") as name:
         python, empty = installed(Path(wheel).resolve(), Path(name, "venv")), Path(name, "empty")
         empty.mkdir()
-        programs = [("its place", [str(python), "-c", PLACE])]
+        programs = [("its folder", [str(python), "-c", FOLDER])]
         programs += [(f"README.md, {i}", [str(python), "-c", code]) for i, code in enumerate(snippets("README.md"))]
         programs += [(" ".join(words), [str(python.with_name("tritonattn")), *words]) for words in COMMANDS]
         with ThreadPoolExecutor(os.cpu_count()) as pool:

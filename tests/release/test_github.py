@@ -8,7 +8,7 @@ import pytest
 
 from tritonattn.cli import main as cli
 
-from .agreement import ROOT, repository
+from .agreement import ROOT
 
 yaml = pytest.importorskip("yaml")
 WORKFLOWS = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "workflows").glob("*.yml")}
@@ -41,9 +41,3 @@ def test_forms_ask_for_the_environment(name):
         assert fields["env"]["validations"]["required"]
     for words in re.findall(r"^ *tritonattn (.*?)(?: *#.*)?$|`tritonattn ([^`]+)`", FORMS[name], re.MULTILINE):
         cli._parser().parse_args(shlex.split("".join(words)))
-
-
-def test_the_repositorys_address_stands_in_one_place():
-    texts = [*WORKFLOWS.values(), *FORMS.values(), (ROOT / "mkdocs.yml").read_text(encoding="utf-8")]
-    texts += [path.read_text(encoding="utf-8") for folder in (ROOT, ROOT / "docs") for path in folder.glob("*.md")]
-    assert not [text for text in texts if repository().removeprefix("https://") in text]

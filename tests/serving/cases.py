@@ -25,7 +25,7 @@ _SIZES = {
 _CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**_SIZES),
     "mistral": lambda: transformers.MistralConfig(**_SIZES, sliding_window=24),
-    # Every other layer has the window. The factor beside the mode is 1 / sqrt(100), not 1 / sqrt(64).
+    # Every other layer has the window. The factor besides the mode is 1 / sqrt(100), not 1 / sqrt(64).
     "gemma2": lambda: transformers.Gemma2Config(
         **_SIZES | {"tie_word_embeddings": True},
         sliding_window=24,
@@ -50,7 +50,7 @@ _S, _B, _GAIN = [0.1, 0.4, 0.8, 0.3], [0.5, -0.25, 0.0, 0.25], [0.5, 1.5, 2.0, 0
 
 
 def learned(model: Any) -> None:
-    """Layer 0 ssmax, layer 1 the model's own, layer 2 key_norm_mean with a gain of each head."""
+    """Layer 0 ssmax, layer 1 the model's, layer 2 key_norm_mean with a gain of each head."""
     layers = {
         0: tritonattn.nn.SSMax(4, bias=True),
         2: {"scaling": "key_norm_mean", "gain": torch.tensor(_GAIN)[:, None]},
@@ -118,9 +118,9 @@ def prompts() -> list[list[int]]:
     """Prompts of 1 to 150 tokens, some of which begin alike."""
     numbers = torch.randint(3, VOCABULARY, (400,), generator=torch.Generator().manual_seed(1)).tolist()
     long, others = numbers[:100], iter(numbers[100:])
-    own = [[next(others) for _ in range(n)] for n in (1, 17, 40)]
+    others_alone = [[next(others) for _ in range(n)] for n in (1, 17, 40)]
     alike = [long[:keys] + [next(others) for _ in range(n)] for keys, n in ((64, 3), (100, 1), (100, 50))]
-    return [*own, *alike, long[:9] * 7]
+    return [*others_alone, *alike, long[:9] * 7]
 
 
 def generate(llm: Any, tokens: list[list[int]], **options: Any) -> list[Any]:

@@ -21,7 +21,7 @@ NAME = "model.layers.0.self_attn.attn"
 
 
 class Layer:
-    """A layer of its own engine's config; `step` is what a step of the engine asks of it.
+    """A layer of an engine's config; `step` is what a step of the engine asks of it.
 
     settings   of additional_config; None serves the model as it is
     page       keys of a page
@@ -87,7 +87,7 @@ class Layer:
     def batch(self, rows: list[int], keys: list[int], table: torch.Tensor | None = None) -> dict[str, Any]:
         """A step of sequences with new tokens and keys, new ones included: what vLLM's runner hands over.
 
-        table   their pages, int32 [sequences, WIDTH]; None: a number of pages of its own for each
+        table   their pages, int32 [sequences, WIDTH]; None: other pages for each
         """
         ends = torch.tensor([0, *rows]).cumsum(0, dtype=torch.int32)
         if table is None:

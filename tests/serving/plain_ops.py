@@ -33,7 +33,7 @@ def rotary(positions, query, key, head_size, table, is_neox) -> None:
 
 
 def accepted(out, draft_ends, drafts, best, after, is_greedy, longest) -> None:
-    """Guessed tokens up to the first that is not the model's, which takes its place, or that after the last."""
+    """Guessed tokens up to the first that is not the model's, which replaces it, or that after the last."""
     begin = 0
     for i, end in enumerate(draft_ends.tolist()):
         equal = int((drafts[begin:end] == best[begin:end]).cumprod(0).sum())

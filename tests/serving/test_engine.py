@@ -40,35 +40,35 @@ def served(request, tmp_path_factory):
 @pytest.fixture
 def paths(monkeypatch) -> Counter:
     """How often the engine called each function: with rows of a first chunk, of a later one, and of guessed tokens."""
-    seen, attend = Counter(), backend.TritonattnImpl._attend
+    calls, attend = Counter(), backend.TritonattnImpl._attend
 
     def counted(self, call):
         sequences = call.visibility.sequences
         if sequences is None:
-            seen["decode"] += 1
+            calls["decode"] += 1
         else:
             rows, keys = sequences.q_starts.diff(), sequences.k_starts.diff()
-            seen["chunk"] += 1
-            seen["later chunk"] += int((rows < keys).any())
-            seen["guesses"] += int(((rows < keys) & (rows <= 4)).any())
+            calls["chunk"] += 1
+            calls["later chunk"] += int((rows < keys).any())
+            calls["guesses"] += int(((rows < keys) & (rows <= 4)).any())
         return attend(self, call)
 
     monkeypatch.setattr(backend.TritonattnImpl, "_attend", counted)
-    return seen
+    return calls
 
 
 def test_tokens_and_logits_are_those_of_patched_transformers(served, paths):
     llm, patched, plain = served
     outputs = generate(llm, prompts())  # some begin with pages that others write in the same step
     assert outputs[5].num_cached_tokens >= 64
-    anew = generate(llm, prompts(), prompt_logprobs=-1)  # reads no cached prefix
-    assert sum(len(x.outputs[0].token_ids) for x in anew) == 7 * STEPS
+    uncached = generate(llm, prompts(), prompt_logprobs=-1)  # reads no cached prefix
+    assert sum(len(x.outputs[0].token_ids) for x in uncached) == 7 * STEPS
     again = generate(llm, [prompts()[i] for i in (5, 3)])
     assert again[0].num_cached_tokens >= 48
-    for found in (outputs, anew, again):
+    for found in (outputs, uncached, again):
         wrong, largest = difference(patched, found)
         assert (wrong, largest < TOLERANCE) == (0, True), largest
-    differing, largest = difference(plain, anew)
+    differing, largest = difference(plain, uncached)
     assert differing > STEPS
     assert largest > 50 * TOLERANCE
     assert paths["decode"] > 0

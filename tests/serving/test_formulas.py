@@ -12,10 +12,10 @@ from .layer import PAGES, WIDTH, Layer, exact
 
 plugin.register()
 TOLERANCE = 1e-5
-# Prompts; a decode step beside a later chunk; decode steps.
+# Prompts; a decode step with a later chunk; decode steps.
 STEPS = [([33, 40], [33, 40]), ([1, 57], [34, 97]), ([1, 1], [35, 98])]
 SINKS = torch.linspace(-1, 2.5, 8)
-CASES = {  # settings, what vLLM gives to the layer, and arguments of `exact` beside the settings
+CASES = {  # settings, what vLLM gives to the layer, and arguments of `exact` besides the settings
     "sqrt_dim": ({"scaling": "sqrt_dim"}, {}, {}),
     "log_key_count": ({"scaling": "log_key_count"}, {}, {}),
     "key_norm_mean": ({"scaling": "key_norm_mean", "gain": 1.5}, {}, {}),
@@ -56,7 +56,7 @@ def test_norms_of_keys_follow_the_cache():
     table[0, :2] = torch.tensor([1, 2])
     (prompt,) = layer.run([([28], [28], table)])
     copy_kv_cache_blocks_inplace([layer.cache], 5, [(2, 4)])
-    layer.run([([4], [32], table)], seed=1)  # the first request goes on in its own block
+    layer.run([([4], [32], table)], seed=1)  # the first request goes on in the first block
     table[0, 1] = 4
     batch = layer.batch([9], [30], table)  # the second repeats some keys, and goes on in the copy
     for name, x in zip("kv", prompt[2:], strict=True):

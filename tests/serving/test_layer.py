@@ -26,7 +26,7 @@ VIEWS = {"transpose", "slice", "select", "view", "alias", "detach"}
 class NoHostRead(TorchDispatchMode):
     """Raise where the host would wait for values of a device, or torch reads keys or values of a cache.
 
-    A layer's records beside them have another dtype.
+    A layer's records next to them have another dtype.
     """
 
     def __init__(self, cache):
@@ -56,15 +56,17 @@ def test_a_step_reads_no_value_and_its_pages_once(mode, window, monkeypatch):
     layer = Layer({"scaling": mode, "backend": "triton"}, per_layer_sliding_window=window)
     shapes = {}
     for rows, keys in (([1, 1, 1], [5, 40, 300]), ([1, 1, 1], [9, 1, 77]), ([1, 1, 30], [70, 2, 60])):
-        batch, seen = layer.batch(rows, keys), []
+        batch, launches = layer.batch(rows, keys), []
         counts = split(batch["common"], decode_threshold=1)
         monkeypatch.setattr(backend, "split_decodes_and_prefills", lambda *_, counts=counts, **__: counts)
-        with installed().active(90, seen.append), values_unread(), NoHostRead(layer.cache):
+        with installed().active(90, launches.append), values_unread(), NoHostRead(layer.cache):
             layer.parts(**batch)[1]()
         pages = layer.cache.data_ptr()
-        readers = [x.name for x in seen if pages in [a.data_ptr() for a in x.arguments if isinstance(a, torch.Tensor)]]
+        readers = [
+            x.name for x in launches if pages in [a.data_ptr() for a in x.arguments if isinstance(a, torch.Tensor)]
+        ]
         assert readers == ["attention_decode", "attention_forward"][: 1 + (max(rows) > 1)]
-        shapes.setdefault(tuple(rows), []).append([(x.name, x.grid) for x in seen])
+        shapes.setdefault(tuple(rows), []).append([(x.name, x.grid) for x in launches])
     assert shapes[(1, 1, 1)][0] == shapes[(1, 1, 1)][1]
     assert len(shapes[(1, 1, 30)][0]) > len(shapes[(1, 1, 1)][0])
     assert installed().messages() == []
@@ -106,7 +108,7 @@ def test_refused_by_name(monkeypatch):
         Layer({"layers": {"model.layers.7.self_attn": {"scaling": "none"}}})
     with pytest.raises(ValueError, match=r"expected weights \{'scaling.s': \[8\]\}, got \{\}"):
         Layer({"layers": {"model.layers.0.self_attn": {"scaling": "ssmax"}}})
-    layer = Layer({"scaling": "log_key_count"}, engine={"kv_transfer_config": connector})  # reads no lengths
+    layer = Layer({"scaling": "log_key_count"}, engine={"kv_transfer_config": connector})  # reads no norms
     batch = layer.batch([1], [9])
     batch["common"].causal = False
     with pytest.raises(NotImplementedError, match="expected causal attention, got causal=False"):

@@ -20,7 +20,7 @@ HOST = set(
 def values_unread() -> Iterator[None]:
     """Calls read no values of CPU tensors, as of a device's."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("checks", "decode_checks", "key_statistics", "page_checks", "paged_statistics", "varlen_checks"):
+        for module in ("checks", "decode", "key_statistics", "paged_statistics", "sequence_checks", "varlen"):
             patch.setattr(f"tritonattn.calls.{module}.values_are_read", lambda *x: False)
         yield
 

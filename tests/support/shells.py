@@ -28,7 +28,7 @@ def leave_bodies_out(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
     monkeypatch.setattr(ASTSource, "make_ir", made)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
-    monkeypatch.setattr(launch, "_kinds", {})
+    monkeypatch.setattr(launch, "_specialisations", {})
     monkeypatch.setattr(device, "_codes", {})
     for kernel in KERNELS.values():
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))

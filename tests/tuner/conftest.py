@@ -10,7 +10,7 @@ import torch
 def user(tmp_path, monkeypatch):
     """The folder of the user's tables; none is shipped."""
     from tritonattn.backends.triton import launch
-    from tritonattn.tuner import tune as commands
+    from tritonattn.tuner import tune
     from tritonattn.tuning import cache_dir, lookup
 
     from .stubs import FakeCompiler
@@ -18,25 +18,17 @@ def user(tmp_path, monkeypatch):
     (tmp_path / "shipped").mkdir()
     monkeypatch.setattr(cache_dir, "shipped_tables", lambda: tmp_path / "shipped")
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "user"))
-    monkeypatch.setattr(commands, "Compiler", FakeCompiler)
+    monkeypatch.setattr(tune, "Compiler", FakeCompiler)
     monkeypatch.setattr(launch, "interpreting", False)
     lookup.clear_cache()
     yield tmp_path / "user" / "autotune"
     lookup.clear_cache()
 
 
-class Searched(list):
-    """Keys searched for, with their sizes and efforts."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.efforts = [], []
-
-
 @pytest.fixture
 def on_h100(user, monkeypatch):
-    """A machine with an H100 on which every search finds BEST; it fills the list of keys searched for."""
-    from tritonattn.tuner import tune as commands
+    """A machine with an H100 on which every search finds BEST: the keys searched for, with their sizes."""
+    from tritonattn.tuner import tune
     from tritonattn.tuner.search import Result
     from tritonattn.tuner.timing import Timing
     from tritonattn.tuning.config import Target
@@ -44,14 +36,12 @@ def on_h100(user, monkeypatch):
 
     from .stubs import BEST, H100, MEASURED
 
-    searched = Searched()
+    searched = {}
 
     def search(key, configs, target, device, effort, size, dtypes):
         assert set(configs) <= {BEST}
         assert dtypes == (key.problem.dtype,)
-        searched.append(key)
-        searched.sizes.append(size)
-        searched.efforts.append(effort)
+        searched[key] = size
         entry = replace(MEASURED, details=MEASURED.details | {"rounds": effort.rounds})
         before, timing = default_config(key.kernel, key.problem, target), Timing(1.0, 0.9, 1.1, 20)
         return Result(key, before, Timing(2.0, 1.9, 2.1, 20), entry, timing)
@@ -59,5 +49,5 @@ def on_h100(user, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: H100))
-    monkeypatch.setattr(commands, "search", search)
+    monkeypatch.setattr(tune, "search", search)
     return searched

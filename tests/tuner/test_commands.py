@@ -19,7 +19,7 @@ OF_ANOTHER = Entry(TileConfig(16, 32, 4, 2), "static", {"triton": "3.1.4"})
 def test_unknown_names(user, capsys):
     for arguments, message in {
         "tune --static h1000": "--static: expected a100, a10",
-        "tune --workers -1": "--workers: expected at least 1, got -1",
+        "tune --workers -1": "--workers: expected a whole number from 1 up, got '-1'",
         "tune --budget nan": "--budget: expected minutes, got nan",
         "tune --head-dims 63": "--head-dims: expected 40, 64, 72, 80",
         "tune --static a100 --quick": "--static: expected neither --calls nor --quick with it",
@@ -90,12 +90,12 @@ def test_measured_entries_and_other_keys_are_kept(user, capsys):
 
 def test_configs_says_where_each_comes_from(user, capsys):
     entries = {Key("forward", 64, "none", "long"): MEASURED, Key("decode", 256, "none", "long"): OF_ANOTHER}
-    own = Exact("forward", Problem(64, 64, torch.float16, mask=True))
-    write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), entries | {own: MEASURED}))
+    single = Exact("forward", Problem(64, 64, torch.float16, mask=True))
+    write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), entries | {single: MEASURED}))
     status, out, _ = run(capsys, "configs", "--gpu", "h100")
     assert status == 0
     lines = {line.split("|")[1].strip(): line for line in out.splitlines()[2:]}
-    assert set(lines) == {*map(str, keys()), str(own)}
+    assert set(lines) == {*map(str, keys()), str(single)}
     assert "h100.json, measured  " in lines["forward/64/none/long"]
     assert "h100.json, static, for triton 3.1.4" in lines["decode/256/none/long"]
     assert "default" in lines["forward/64/none/short"]

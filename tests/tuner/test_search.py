@@ -23,16 +23,6 @@ BEST = TileConfig(16, 16, 4, 1)
 SM_80, CPU = Target("cuda", "80"), torch.device("cpu")
 
 
-class Workload:
-    """Stands for one of a key, whose launch meets an illegal address."""
-
-    def __init__(self, kernel, problem, size, device):
-        self.kernel, self.problem, self.size, self.device = kernel, problem, size, device
-
-    def error(self):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-
 OTHERS = [TileConfig(16, 16, 4, stages) for stages in (1, 2, 3, 4)]
 IN_USE = config_for(KEY.kernel, KEY.problem, SM_80)
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -44,15 +34,13 @@ def timed(monkeypatch):
 
     A config takes the milliseconds of its tiles, times the factors of its l2_percent and split_blocks.
     """
-    timed = SimpleNamespace(
-        wrong=set(),
-        milliseconds=dict(zip([IN_USE, *OTHERS], (8, 4, 2, 16, 32), strict=True)),
-        factors={},
-        calls=[],
-        rounds=[],
-    )
+    timed = SimpleNamespace(wrong=set(), factors={}, calls=[], rounds=[])
+    milliseconds = dict(zip([IN_USE, *OTHERS], (8, 4, 2, 16, 32), strict=True))
 
-    class Right(Workload):
+    class Workload:
+        def __init__(self, kernel, problem, size, device):
+            self.kernel, self.problem, self.size = kernel, problem, size
+
         def config(self):
             return launch.config_for(self.kernel, KEY.problem, SM_80)
 
@@ -69,10 +57,10 @@ def timed(monkeypatch):
             contestant(7)
             config = timed.calls[-1][1]
             factor = timed.factors.get(config.l2_percent, 1) * timed.factors.get(-config.split_blocks, 1)
-            taken[name] = [timed.milliseconds.get(replace(config, **SHARES), 8) * factor * x for x in (1, 0.5, 2)]
+            taken[name] = [milliseconds.get(replace(config, **SHARES), 8) * factor * x for x in (1, 0.5, 2)]
         return taken
 
-    monkeypatch.setattr(search, "Workload", Right)
+    monkeypatch.setattr(search, "Workload", Workload)
     monkeypatch.setattr(search, "take_turns", take_turns)
     return timed
 
@@ -94,7 +82,7 @@ def test_the_fastest_is_taken_and_the_next_are_noted(timed):
     assert next_ones == [(1, 4), (IN_USE.num_stages, 8), (3, 16)]
 
 
-def test_the_fastest_of_a_few_rounds_go_on_beside_the_one_in_use(timed):
+def test_the_fastest_of_a_few_rounds_go_on_with_the_one_in_use(timed):
     effort = search.Effort(first_rounds=3, timed=2, rounds=9)
     result = search.search(KEY, OTHERS, SM_80, CPU, effort, Size(2, 4, 16, 16))
     assert (result.entry.config, result.gain) == (OTHERS[1], 4.0)
@@ -149,24 +137,21 @@ def test_a_quick_search_starts_from_the_table(monkeypatch):
     assert len([one for one in others if one.kernel == "triton"]) < 12
 
 
-def test_a_machine_that_compiles_nothing_is_not_searched_on(monkeypatch):
-    """It would time the config in use alone, and call it the fastest."""
+def test_all_that_pass_the_gate_are_timed_and_nothing_where_nothing_compiles(monkeypatch):
+    """Else the config in use would be timed alone, and called the fastest."""
+    code, asked = Code(128, 0, 0), (KEY.kernel, KEY.problem, SM_80)
 
     def examine(self, wanted):
-        return [Candidate(config, None, ("does not compile: no nvdisasm",)) for _, _, config in wanted]
-
-    monkeypatch.setattr(Compiler, "examine", examine)
-    with Compiler(SM_80, 1) as compiler, pytest.raises(search.SearchError, match=r"no config compiles; .*no nvdisasm"):
-        search.passing(KEY, compiler, search.Effort())
-
-
-def test_all_that_pass_the_gate_are_timed(monkeypatch):
-    def examine(self, wanted):
-        code = Code(128, 0, 0)
-        return [Candidate(config, code, ("spills",) if config.num_warps == 8 else ()) for _, _, config in wanted]
+        return [
+            Candidate(config, code, ("spills",) if config.num_warps == 8 or code is None else ())
+            for _, _, config in wanted
+        ]
 
     monkeypatch.setattr(Compiler, "examine", examine)
     with Compiler(SM_80, 1) as compiler:
         found = search.passing(KEY, compiler, search.Effort())
-    assert found == [one for one in candidates(KEY.kernel, KEY.problem, SM_80) if one.num_warps != 8]
-    assert len(found) > search.Effort().timed
+        assert found == [one for one in candidates(*asked) if one.num_warps != 8]
+        assert len(found) > search.Effort().timed
+        code = None
+        with pytest.raises(search.SearchError, match=r"no config compiles; .*spills"):
+            search.passing(KEY, compiler, search.Effort())

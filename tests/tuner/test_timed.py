@@ -48,7 +48,7 @@ def test_a_search_that_is_stopped_goes_on(on_h100, user, instead, monkeypatch, c
     monkeypatch.setattr(commands, "search", search)
     _, out, _ = run(capsys, *SEARCH)
     assert "1 of 3 keys are measured already" in out
-    assert on_h100 == KEYS
+    assert list(on_h100) == KEYS
 
 
 def put_calls(path) -> list[Exact]:
@@ -62,16 +62,16 @@ def put_calls(path) -> list[Exact]:
 
 
 def test_the_calls_of_a_file_are_searched_for(on_h100, user, tmp_path, capsys):
-    """Each with its own size, in its dtype; their entries serve them, beside those of keys."""
+    """Each with its size, in its dtype; their entries serve them, next to those of keys."""
     run(capsys, *SEARCH)
     calls = put_calls(tmp_path / "calls.json")
     status, out, _ = run(capsys, "tune", "--calls", str(tmp_path / "calls.json"))
     assert status == 0
-    assert on_h100 == KEYS + calls
-    assert on_h100.sizes[-1] == Size(8, 8, 1, 4096, page=16)
+    assert list(on_h100) == KEYS + calls
+    assert on_h100[calls[-1]] == Size(8, 8, 1, 4096, page=16)
     assert str(calls[0]) in out
     assert set(read_table(user / "h100.json").entries) == {*KEYS, *calls}
     assert lookup.find(*calls[0], H100).key == calls[0]
     _, out, _ = run(capsys, "tune", "--calls", str(tmp_path / "calls.json"))
     assert "3 of 3 keys are measured already" in out
-    assert on_h100 == KEYS + calls
+    assert list(on_h100) == KEYS + calls

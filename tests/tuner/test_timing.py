@@ -1,4 +1,4 @@
-"""The timing protocol, also on a card that a clock stands for, and what is noted of a card beside its times."""
+"""The timing protocol, also on a card that a clock stands for, and what is noted of a card with its times."""
 
 import pytest
 import torch

@@ -1,10 +1,11 @@
 """A kernel that was compiled ahead of time is found by a launch: both ask Triton's cache for the same key.
 
-Triton's own JIT takes the launches of public calls, on a driver that has no card, up to where it compiles.
+The JIT of Triton takes the launches of public calls, on a driver that has no card, up to where it compiles.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,33 +21,30 @@ from tests.support.caches import cached_call
 from tests.support.packed import Packed
 from tests.support.paged_calls import paged_call
 from tritonattn.backends import triton as triton_backend
-from tritonattn.backends.triton import KERNELS, device, launch
+from tritonattn.backends.triton import KERNELS, device, launch, records
 from tritonattn.backends.triton import compile as ahead
-from tritonattn.tuning import Problem, compile_kernel, default_config
+from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel, default_config
 
 pytestmark = pytest.mark.skipif(
-    launch.interpreting or torch.cuda.is_available(), reason="the JIT is not asked, or has a driver of its own"
+    launch.interpreting or torch.cuda.is_available(), reason="the JIT is not asked, or has another driver"
 )
 SM_80 = GPUTarget("cuda", 80, 32)
 NAMES = {function: name for name, function in KERNELS.items()}
 HALF, BFLOAT, FULL = torch.float16, torch.bfloat16, torch.float32
 
 
-class Driver:
-    """The part of a driver that Triton's JIT uses before it launches."""
-
-    def get_current_device(self) -> object:
-        return self
-
-    def get_current_stream(self, device: object = None) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return SM_80
+def a_driver() -> SimpleNamespace:
+    """The part of a driver, of a new device, that Triton's JIT uses before it launches."""
+    device, stream = object(), 0
+    return SimpleNamespace(
+        get_current_device=lambda: device,
+        get_current_stream=lambda device: stream,
+        get_current_target=lambda: SM_80,
+    )
 
 
 def key_of(source: Any, options: dict[str, Any]) -> str:
-    """The part of a cache key that depends on the launch; the rest is the compiler's own."""
+    """The part of a cache key that depends on the launch; the rest is that of the compiler."""
     return source.hash() + make_backend(SM_80).parse_options(dict(options)).hash()
 
 
@@ -68,9 +66,9 @@ def keys(monkeypatch) -> dict[str, set[str]]:
         options = device.compile_options(config, arguments.get("INVARIANT", False))
         kernel.run(grid=grid, warmup=True, **arguments, **options)
         if "argmax_ptr" in arguments:
-            arguments["argmax_ptr"].zero_()  # torch takes it for places of keys
+            arguments["argmax_ptr"].zero_()  # torch takes it for positions of keys
 
-    monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", Driver())
+    monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", a_driver())
     monkeypatch.setattr(triton.compiler, "compile", asked)
     monkeypatch.setattr(ahead.triton, "compile", asked_ahead)
     monkeypatch.setattr(launch, "run", run)
@@ -95,9 +93,9 @@ def attend(dtype: torch.dtype, heads: int = 2, **options: Any) -> None:
     result.backward(torch.ones_like(result))
 
 
-def infer(scaling: str) -> None:
+def infer() -> None:
     q, k, v = (tensor(2, heads, 64, 64, dtype=BFLOAT).detach() for heads in (4, 2, 2))
-    tritonattn.attention(q, k, v, scaling=scaling, window=(20, 0), backend="triton")
+    tritonattn.attention(q, k, v, scaling="key_norm_mean", window=(20, 0), backend="triton")
 
 
 def pack() -> None:
@@ -154,6 +152,12 @@ def few_key_heads() -> None:
     tritonattn.attention(q, k, v, backend="triton").sum().backward()
 
 
+def unaligned() -> None:
+    """Call with rows that are copied nowhere, since batch entries share them."""
+    q = torch.zeros(1, 2, 64, 66, dtype=HALF)[..., :64].expand(2, 2, 64, 64)
+    tritonattn.attention(q, q, q, backend="triton")
+
+
 def everything() -> None:
     mask = torch.ones(2, 4, 64, 64, dtype=torch.bool)
     attend(FULL, 4, softcap=1.0, sinks=tensor(4), dropout_p=0.5, mask=mask, return_aux=True)
@@ -184,9 +188,9 @@ CALLS: dict[str, tuple[Callable[[], None], dict[Problem, str]]] = {
     ),
     "packed": (pack, {problem("right sequences rounding"): BACKWARD}),
     "few key heads": (few_key_heads, {problem("grouped"): "sum_of_splits"}),
-    "inference": (lambda: infer("sqrt_dim"), {problem("right left grouped", BFLOAT): "forward"}),
+    "unaligned": (unaligned, {replace(problem(""), aligned=False): "forward"}),
     "largest": (largest, {problem("", FULL): "key_statistics key_statistics_grad", STREAMING: "argmax_of_ranges"}),
-    "sums": (lambda: infer("key_norm_mean"), {STREAMING: "prefix_sums"}),
+    "sums": (infer, {problem("right left grouped query_scale", BFLOAT): "forward", STREAMING: "prefix_sums"}),
     "decode": (lambda: decode(None), {problem("query_scale grouped"): "decode combine_splits"}),
     "append in pages": (append_in_pages, {STREAMING: "append_to_pages"}),
     "append": (append, {problem(""): "append_keys"}),
@@ -211,6 +215,16 @@ def test_a_launch_asks_for_what_was_compiled_ahead(name, keys):
 
 
 def test_every_kernel_is_compared():
-    assert {kernel for _, compiled in CALLS.values() for one in compiled.values() for kernel in one.split()} == set(
-        KERNELS
-    )
+    compared = {kernel for _, compiled in CALLS.values() for one in compiled.values() for kernel in one.split()}
+    assert compared == set(KERNELS)
+
+
+def test_pages_of_any_number_and_size_have_one_code():
+    config, sources = TileConfig(64, 32, 4, 2), set()
+    asked = ahead.launch_of("forward", problem("sequences block_table"), config, Target("cuda", "90"))
+    for pages in (1, 32, 33), (16, 17, 2048), (10, 48, 1), (3, 2**17, 5), (3, 2**16, 5):
+        table = torch.empty(3, pages[2], dtype=torch.int32, device="meta")
+        arguments = {**asked.arguments, "pages": records.pages_of(table, *pages[:2])}
+        options = device.compile_options(config)
+        sources.add(ahead.specialised(asked.kernel, arguments, options, GPUTarget("cuda", 90, 32)).hash())
+    assert len(sources) == 1

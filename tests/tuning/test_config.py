@@ -1,4 +1,4 @@
-"""Targets, the classes of a problem, what tiles take of a card, and default configs; nothing is compiled."""
+"""Targets, legal configs, and default configs; nothing is compiled."""
 
 from dataclasses import replace
 from itertools import product
@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tritonattn.tuning import config
+from tritonattn.backends.triton import KERNELS
+from tritonattn.tuning import compile_kernel, config
 from tritonattn.tuning.config import TILED_KERNELS, Problem, Target, TileConfig, is_short, legal_reasons
 from tritonattn.tuning.defaults import default_config, obstacle
 
@@ -37,6 +38,25 @@ def test_a_target_is_that_of_the_device_meant(monkeypatch):
 def test_short_calls_have_at_most_1024_rows_and_keys():
     lengths = ((1024, 1024), (1, 1024), (1025, 1), (1, 1025))
     assert [is_short(*each) for each in lengths] == [True, True, False, False]
+
+
+ILLEGAL = (
+    (48, 64, 4, 2),
+    (64, 48, 4, 2),
+    (8, 64, 4, 2),
+    (64, 64, 3, 2),
+    (64, 64, 4, 0),
+    (256, 64, 8, 2),
+    (128, 128, 8, 5),
+)
+
+
+def test_illegal_configs_are_not_compiled():
+    assert reasons(TileConfig(128, 64, 8, 2), SM_80) == []
+    for tiles in (TileConfig(*one) for one in ILLEGAL):
+        assert reasons(tiles, SM_80), tiles
+        with pytest.raises(ValueError, match="config: expected a legal one"):
+            compile_kernel("forward", Problem(128, 128, HALF), tiles, "sm_80")
 
 
 def test_tiles_may_fill_the_memory_there_is():
@@ -78,6 +98,17 @@ def test_two_warps_are_not_legal_where_results_do_not_repeat(kernel):
 
 
 TARGETS = [Target.parse(name) for name in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")]
+FORMS = ("", "right", "left right", "key_lengths", "key_ranges", "mask", "dropout right", "block_table sequences")
+SCALES = ("", "query_scale", "query_scale key_scale query_scale_grad")
+
+
+@pytest.mark.parametrize("target", [*TARGETS, *map(Target.parse, ("sm_86", "gfx90a", "gfx950"))], ids=lambda x: x.name)
+def test_every_default_is_legal(target):
+    sizes = ((64, 64), (80, 80), (128, 128), (192, 128), (256, 256))
+    for size, dtype, form, scale in product(sizes, (HALF, FULL), FORMS, SCALES):
+        given = Problem(*size, dtype, **dict.fromkeys(f"{form} {scale}".split(), True))
+        for kernel in KERNELS:
+            assert legal_reasons(kernel, default_config(kernel, given, target), given, target) == []
 
 
 def problem(width: int, dtype: torch.dtype = HALF, **forms) -> Problem:
@@ -96,10 +127,8 @@ def values(kernel: str, config: TileConfig, width: int) -> float:
 def test_calls_that_take_many_registers_get_smaller_tiles(kernel, width, target):
     plain = default_config(kernel, problem(width), target)
     both = {"mask": True, "dropout": True}
-    forms = [{"mask": True}, {"dropout": True}, both]
-    if kernel == "grad_query":
-        forms.append({"query_scale": True, "query_scale_grad": True})
-    for form in forms:
+    summed = [{"query_scale": True, "query_scale_grad": True}] if kernel == "grad_query" else []
+    for form in ({"mask": True}, {"dropout": True}, both, *summed):
         given = problem(width, **form)
         found = default_config(kernel, given, target)
         assert legal_reasons(kernel, found, given, target) == []
@@ -112,12 +141,8 @@ def test_calls_that_take_many_registers_get_smaller_tiles(kernel, width, target)
 
 
 def test_wide_heads_are_refused_where_their_smallest_tiles_do_not_fit():
-    refused = {
-        (target.name, dtype)
-        for target in (*TARGETS, Target.parse("sm_75"))
-        for dtype in (HALF, FULL)
-        if obstacle(512, 384, dtype, target)
-    }
+    cases = product((*TARGETS, Target.parse("sm_75")), (HALF, FULL))
+    refused = {(target.name, dtype) for target, dtype in cases if obstacle(512, 384, dtype, target)}
     assert refused == {("sm_75", HALF), *((name, FULL) for name in ("sm_75", "sm_89", "sm_120", "gfx942"))}
     of_latent_attention = {target.name for target in TARGETS if obstacle(576, 512, HALF, target, ("decode",))}
     assert of_latent_attention == {"gfx942"}

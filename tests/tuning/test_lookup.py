@@ -21,9 +21,6 @@ NEEDS_GLUON = pytest.mark.skipif(TRITON < (3, 6), reason="Gluon needs triton 3.6
 SHIPPED = {gpu.name for gpu in GPUS}
 
 
-GLUON = {"num_warps": 4, "num_stages": 2, "descriptors": True, "kernel": "gluon"}
-
-
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     shipped, user = tmp_path / "shipped", tmp_path / "user"
@@ -35,18 +32,8 @@ def folders(tmp_path, monkeypatch):
     lookup.clear_cache()
 
 
-def put(
-    path,
-    block_n: int,
-    *,
-    target: Target = H100,
-    kernels: str | None = None,
-    key: Key = KEY,
-    version: str = "",
-    **config,
-) -> None:
-    details = {"triton": version or triton.__version__}
-    entry = Entry(TileConfig(64, block_n, 4, 2, **config), "static", details)
+def put(path, block_n: int, *, target=H100, kernels: str = "", key=KEY, version: str = "", **config) -> None:
+    entry = Entry(TileConfig(64, block_n, 4, 2, **config), "static", {"triton": version or triton.__version__})
     write_table(path, Table(path.stem, target, kernels or kernels_fingerprint(), {key: entry}))
     lookup.clear_cache()
 
@@ -81,16 +68,12 @@ def test_an_entry_of_the_head_dim_comes_before_one_of_its_padded_width(folders):
     assert (found(problem=odd), found()) == (16, 32)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("{", "Expecting"), ('{"schema_version": 7}', "expected 1, got 7"), ("null", "expected an object")],
-)
-def test_a_damaged_table_is_named_and_skipped(content, message, folders):
+def test_a_damaged_table_is_named_once_and_skipped(folders):
     shipped, user = folders
     put(shipped / "h100.json", 32)
     user.mkdir(parents=True)
-    (user / "h100.json").write_text(content, encoding="utf-8")
-    with pytest.warns(UserWarning, match=rf"skips a table .*user.autotune.h100.json.*{message}"):
+    (user / "h100.json").write_text('{"schema_version": 7}', encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"skips a table .*user.autotune.h100.json.*expected 1, got 7"):
         assert found() == 32
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -154,12 +137,9 @@ NEAREST = {
     ("NVIDIA H20", "sm_90"): ["h200", "h100"],
     ("NVIDIA GH200 480GB", "sm_90"): ["h100", "h200"],
     ("NVIDIA H200", "sm_90"): ["h200", "h100"],
-    ("NVIDIA L4", "sm_89"): ["l40s"],
     ("NVIDIA GeForce RTX 4090", "sm_89"): ["l40s"],
-    ("NVIDIA GeForce RTX 3090", "sm_86"): ["a10"],
     ("AMD Instinct MI325X", "gfx942"): ["mi300x"],
     ("NVIDIA GB10", "sm_121"): [],
-    ("Tesla T4", "sm_75"): [],
 }
 
 
@@ -181,9 +161,7 @@ def test_an_illegal_entry_never_runs(folders):
     assert found() == 64
     unaligned = Problem(64, 64, torch.bfloat16, aligned=False)
     assert found(problem=unaligned) == 32, "descriptors cannot address it"
-    entry = Entry(TileConfig(64, 1024, 4, 16), "static", {})
-    write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), {KEY: entry}))
-    lookup.clear_cache()
+    put(user / "h100.json", 1024)
     assert found() == 32, "too much shared memory"
 
 
@@ -193,7 +171,7 @@ def in_use(problem: Problem = PROBLEM, target: Target = H100) -> str:
 
 def put_gluon(path, fingerprint: str | None = None) -> None:
     details = {"triton": triton.__version__, "gluon": fingerprint or gluon_fingerprint()}
-    entry = Entry(TileConfig(192, 128, **GLUON), "measured", details)
+    entry = Entry(TileConfig(192, 128, 4, 2, descriptors=True, kernel="gluon"), "measured", details)
     write_table(path, Table(path.stem, H100, kernels_fingerprint(), {KEY: entry}))
     lookup.clear_cache()
 
@@ -209,7 +187,7 @@ def test_a_table_may_name_the_kernel_in_gluon(folders):
 
 
 @NEEDS_GLUON
-def test_the_kernel_in_gluon_is_forced_where_it_is_legal(folders, monkeypatch):
+def test_the_kernel_in_gluon_is_forced_where_it_is_legal_and_makes_way_where_refused(folders, monkeypatch):
     monkeypatch.setenv("TRITONATTN_GLUON", "1")
     assert in_use() == "gluon"
     assert lookup.config_for("grad_query", PROBLEM, H100).kernel == "triton"
@@ -224,15 +202,11 @@ def test_the_kernel_in_gluon_is_forced_where_it_is_legal(folders, monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert in_use(problem, target) == "triton"
-    monkeypatch.setattr(config, "triton_version", lambda: (3, 5))
-    with pytest.warns(UserWarning, match="gluon needs triton 3.6"):
-        assert in_use() == "triton"
-
-
-@NEEDS_GLUON
-def test_the_kernel_in_gluon_that_is_refused_makes_way(folders, monkeypatch):
-    monkeypatch.setenv("TRITONATTN_GLUON", "1")
     chosen = lookup.config_for("forward", PROBLEM, H100)
     with pytest.warns(UserWarning, match="TRITONATTN_GLUON: forward: .*no such name"):
         assert lookup.reject_config("forward", PROBLEM, H100, chosen, AttributeError("no such name"))
     assert in_use() == "triton"
+    lookup.clear_cache()
+    monkeypatch.setattr(config, "triton_version", lambda: (3, 5))
+    with pytest.warns(UserWarning, match="gluon needs triton 3.6"):
+        assert in_use() == "triton"

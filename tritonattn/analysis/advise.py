@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls.checks import batch_visibility, operands
+from ..calls.attention import batch_visibility
+from ..calls.checks import operands
 from ..core.errors import install
 from ..core.norms import key_norms_of
 from ..core.records import for_json
@@ -23,7 +24,7 @@ from ..scaling import SCALINGS, Scaling
 from .diagnosis import Diagnosis, diagnose
 from .fading import half_at
 from .gaps import layer_power, power_of
-from .rules import Reading, Rule, rule_for
+from .rules import RULES, Reading, Rule
 from .tally import counted_rows
 
 # The norm of the keys in transformers' models: Qwen 3, Gemma 3, OLMo 2; Phi; HunYuan; Idefics 2; Llama 4.
@@ -42,6 +43,13 @@ class Finding:
     advice   the mode to try, or another remedy
     mode     the mode to try; None to keep the present one
     after    the layer's reading with that mode on the same q and k; None without a mode
+
+    >>> import torch
+    >>> from tritonattn.analysis import advise
+    >>> q, k = torch.randn(2, 1, 4, 64, 32)
+    >>> finding = advise(q, 40 * k).findings[0]
+    >>> finding.rule.name, finding.mode
+    ('peaked', 'key_norm_mean')
     """
 
     reading: Reading
@@ -69,6 +77,12 @@ class Advice:
     layers     the layers that it is for
     why, watch, turn_back, evidence   of the rule behind most findings that are not healthy
     findings   one for each layer
+
+    >>> import torch
+    >>> from tritonattn.analysis import advise
+    >>> advice = advise(*torch.randn(2, 1, 4, 64, 32))
+    >>> advice.mode, advice.keeps, advice.text
+    ('sqrt_dim', True, 'keep sqrt_dim')
     """
 
     mode: str
@@ -107,9 +121,7 @@ class Advice:
 
     def as_dict(self) -> dict[str, Any]:
         """A dict for JSON, in which numbers that are not finite are None."""
-        names = ("mode", "text", "layers", "why", "watch", "turn_back", "evidence")
-        own = {name: getattr(self, name) for name in names}
-        layers = [
+        findings = [
             {
                 "rule": one.rule.name,
                 "condition": one.rule.condition,
@@ -120,7 +132,7 @@ class Advice:
             }
             for one in self.findings
         ]
-        return for_json({**own, "keeps": self.keeps, "findings": layers})
+        return for_json({**vars(self), "keeps": self.keeps, "findings": findings})
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,8 +176,8 @@ class _Layer:
 
     def _bounded(self, scaling: Any) -> str:
         """Name what bounds the logits."""
-        own = SCALINGS[scaling] if isinstance(scaling, str) else scaling
-        if getattr(own, "normalises_query", False):
+        mode = SCALINGS[scaling] if isinstance(scaling, str) else scaling
+        if getattr(mode, "normalises_query", False):
             return "cosine"
         return "QK-norm" if self.qk_norm else "" if self.softcap is None else f"softcap {self.softcap:g}"
 
@@ -249,8 +261,8 @@ def _findings_of_model(model: nn.Module, tokens: Any, context: int | None) -> li
         layer = _of_call(names[id(module)], q, k, arguments, aux, context)
         findings.append(_finding(dataclasses.replace(layer, qk_norm=_normalises(module))))
 
-    own = patched(model)
-    handle = patch(model, "sqrt_dim") if own is None else own
+    present = patched(model)
+    handle = patch(model, "sqrt_dim") if present is None else present
     training = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -259,7 +271,7 @@ def _findings_of_model(model: nn.Module, tokens: Any, context: int | None) -> li
     finally:
         for module, mode in training:
             module.training = mode
-        if own is None:
+        if present is None:
             handle.undo()
     if not findings:
         raise ValueError("model: expected one that computes attention from these inputs, got none")
@@ -272,8 +284,7 @@ def _of_call(name: str, q: Tensor, k: Tensor, arguments: dict[str, Any], aux: An
     relative = gain
     if not isinstance(scaling, (str, Scaling)):  # a float of the model's
         relative = scaling * q.shape[-1] ** 0.5 * (1.0 if gain is None else gain)
-    visible = _without_padding(q, k, visible)
-    return _Layer(name, q, k, scaling, gain, relative, visible, context, arguments["softcap"])
+    return _Layer(name, q, k, scaling, gain, relative, _without_padding(q, k, visible), context, arguments["softcap"])
 
 
 def _normalises(module: nn.Module) -> bool:
@@ -328,7 +339,7 @@ def _name(scaling: Any) -> str:
 
 def _finding(layer: _Layer) -> Finding:
     reading = layer.read(None)
-    rule = rule_for(reading)
+    rule = next(rule for rule in RULES if rule.applies(reading))
     for candidate in rule.candidates:
         mode = candidate.format(context=reading.context, counted=reading.counted)
         if mode == reading.mode:
@@ -348,22 +359,14 @@ def _joined(findings: list[Finding]) -> Advice:
     chosen = [one for one in findings if one.remedy == remedy]
     rule, first = chosen[0].rule, chosen[0].reading
     mode, text = chosen[0].mode, min(chosen, key=lambda one: one.reading.gap).advice
-    others = len(ill) - len(chosen) if ill else 0
+    layers = tuple(one.layer for one in chosen)
     if ill:
-        where = f"{len(chosen)} of {len(findings)} layers: {', '.join(one.layer for one in chosen)}"
+        where = f"{len(chosen)} of {len(findings)} layers: {', '.join(layers)}"
         text = f"{text}, on {'all layers' if len(chosen) == len(findings) > 1 else where}"
-        if others:
+        if others := len(ill) - len(chosen):
             text += f" ({others} more have other findings, see the table)"
-    return Advice(
-        first.mode if mode is None else mode,
-        text,
-        tuple(one.layer for one in chosen),
-        rule.why,
-        rule.watch,
-        rule.turn_back,
-        rule.evidence,
-        tuple(findings),
-    )
+    explained = {name: getattr(rule, name) for name in ("why", "watch", "turn_back", "evidence")}
+    return Advice(first.mode if mode is None else mode, text, layers, **explained, findings=tuple(findings))
 
 
 def _figures(one: Reading) -> tuple[str, ...]:

@@ -22,6 +22,10 @@ class Thresholds:
     near_uniform   share of rows with entropy / ln n above 0.98, mean over the heads; they average their values
     warmup         steps at the start of training in which near_uniform raises no alarm, since a fresh model is uniform;
                    0 for a pretrained model. All other alarms begin at step 0
+
+    >>> from tritonattn.analysis import Thresholds
+    >>> Thresholds(max_logit=50.0, near_uniform=None)
+    Thresholds(max_logit=50.0, near_one_hot=0.9, near_uniform=None, warmup=100)
     """
 
     max_logit: float | None = 100.0
@@ -56,7 +60,11 @@ class Alarm:
     value     the measure: the largest head's logit, else the heads' mean
     limit     the threshold; NaN for the loss
     heads     the measure by head, None for one without rows; () for the loss
-    new       whether the layer was within the threshold in the last watched step
+    new       True where the layer was within the threshold in the last watched step
+
+    >>> from tritonattn.analysis import Alarm
+    >>> print(Alarm(200, "layers.0", "max_logit", value=120.0, limit=100.0, heads=(120.0, 8.0)))
+    layers.0: max_logit 120, threshold 100
     """
 
     step: int

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calls.checks import batch_visibility, check, operands
+from ..calls.attention import batch_visibility
+from ..calls.checks import check, operands
 from ..calls.dispatch import logits
 from ..core.call import AttentionCall, Logits
 from ..core.norms import key_norms_of
@@ -46,6 +47,12 @@ class Diagnosis:
     logit_bound           mean over the rows of the largest logit that q and k of these norms can have
 
     NaN if there is no such row or key. The variation of zeros is 0.
+
+    >>> import torch
+    >>> from tritonattn.analysis import diagnose
+    >>> found = diagnose(*torch.randn(2, 1, 4, 64, 32), causal=True)
+    >>> found.key_count_mean.tolist()
+    [32.5, 32.5, 32.5, 32.5]
     """
 
     logit_std: Tensor
@@ -72,15 +79,13 @@ class Diagnosis:
 
     def table(self) -> str:
         """One line a head, as text."""
-        columns = [getattr(self, name).tolist() for name in _HEADERS]
-        powers = map(described, self.count_power.tolist(), self.count_power_error.tolist())
-        rows = [
-            [head, *(f"{x:.3g}" for x in row), power, f"{n:.3g}"]
-            for head, (row, power, n) in enumerate(
-                zip(zip(*columns, strict=True), powers, self.half_at.tolist(), strict=True)
-            )
-        ]
-        return table(rows, ["head", *_HEADERS.values(), "power of ln n\nby gaps", "mass half\nat n"], "simple")
+        columns = {header: [f"{x:.3g}" for x in getattr(self, name).tolist()] for name, header in _HEADERS.items()}
+        columns["power of ln n\nby gaps"] = list(
+            map(described, self.count_power.tolist(), self.count_power_error.tolist())
+        )
+        columns["mass half\nat n"] = [f"{n:.3g}" for n in self.half_at.tolist()]
+        rows = [[head, *values] for head, values in enumerate(zip(*columns.values(), strict=True))]
+        return table(rows, ["head", *columns], "simple")
 
 
 _HEADERS = {

@@ -17,7 +17,8 @@ from ..calls.checks import check_bool
 from ..core.errors import install
 from ..core.records import append
 from .alarms import Alarm, Alarms, Thresholds, layer_value
-from .over_ranks import joined, joined_losses, rank_and_size
+from .over_ranks import joined_losses, rank_and_size
+from .tally import over_ranks
 from .watch import Watch
 
 Action = Callable[[Sequence[Alarm]], Any]
@@ -128,9 +129,16 @@ class Monitor:
         self._reduce = reduce
         if on_alarm is not None and not reduce and rank_and_size()[1] > 1:
             raise ValueError("on_alarm: expected reduce=True, since actions would differ by rank, got reduce=False")
-        self._file = None if file is None or not self._speaks else _JsonLines(file)
-        self._scalars = None if tensorboard is None or not self._speaks else _Scalars(tensorboard)
-        self._log = None if log is None else _Log(log)
+        self._writers: list[Callable[[dict[str, Any]], None]] = []
+        self._scalars: _Scalars | None = None
+        if self._speaks:
+            if file is not None:
+                self._writers.append(_json_lines(file))
+            if tensorboard is not None:
+                self._scalars = _Scalars(tensorboard)
+                self._writers.append(_logged(self._scalars.add))
+            if log is not None:
+                self._writers.append(_logged(log))
         self._watch: Watch | None = None
         self._active = False
         self._not_finite: Tensor | None = None  # bool on the loss's device: one since the last check was not
@@ -139,12 +147,8 @@ class Monitor:
     def __enter__(self) -> Monitor:
         if self._active:
             raise RuntimeError("Monitor: expected one that is not in use, got one inside its with block")
+        self._begin()
         self._active = True
-        try:
-            self._begin()
-        except BaseException:
-            self._active = False
-            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -185,13 +189,18 @@ class Monitor:
         watch, step = self._watch, self.steps
         self._end()
         self.steps = step + 1
-        alarms = self._loss_alarms(step, loss, watch is not None)
-        record = None
+        if loss is None and watch is not None:
+            loss = watch.loss()
+        loss, alarms = self._loss_and_alarms(step, loss, watch is not None)
+        layers = {} if watch is None else self._layers(watch, grad_scale)
+        if watch is not None and not layers:
+            self._warn_blind(step)
+        alarms += self._alarms.of(step, layers)
         if watch is not None or alarms:
-            record = self._record(step, loss, watch, alarms, grad_scale)
+            self._record(step, loss, alarms, layers)
         if self._active:
             self._begin()
-        return record if watch is not None else None
+        return self.last if watch is not None else None
 
     def callback(self) -> Any:
         """Make a callback for transformers' Trainer: `Trainer(..., callbacks=[monitor.callback()])`.
@@ -219,69 +228,49 @@ class Monitor:
         if watch is not None:
             _untraced(watch.__exit__)()
 
-    def _loss_alarms(self, step: int, loss: float | Tensor | None, watched: bool) -> list[Alarm]:
-        if loss is None:
-            return []
-        if self._joins or (isinstance(loss, Tensor) and _is_elsewhere(loss)):
-            bad = ~torch.isfinite(torch.as_tensor(loss)).all()
-            self._not_finite = bad if self._not_finite is None else self._not_finite | bad
-            if not watched or self._joins:
-                return []
+    def _loss_and_alarms(
+        self, step: int, loss: float | Tensor | None, watched: bool
+    ) -> tuple[float | None, list[Alarm]]:
+        """The loss and its alarm. That of a GPU or of several ranks is read in watched steps only, for all before."""
+        failed = False
+        if self._joins or _is_elsewhere(loss):
+            if loss is not None:
+                bad = ~torch.isfinite(torch.as_tensor(loss)).all()
+                self._not_finite = bad if self._not_finite is None else self._not_finite | bad
+            if not watched:
+                return None, []
             failed, self._not_finite = bool(self._not_finite), None
-            value = float(loss)
-            return self._alarms.of_loss(step, math.nan if failed and math.isfinite(value) else value)
-        return self._alarms.of_loss(step, float(loss))
+        value = None if loss is None else float(loss)
+        if self._joins:
+            value, failed = joined_losses(step, value, failed)
+        if value is None:
+            return None, []
+        return value, self._alarms.of_loss(step, math.nan if failed and math.isfinite(value) else value)
 
-    def _record(
-        self, step: int, loss: float | Tensor | None, watch: Watch | None, alarms: list[Alarm], grad_scale: float
-    ) -> dict[str, Any]:
-        layers: dict[str, Any] = {}
-        if watch is not None:
-            totals = {name: one for name, tally in watch.tallies.items() if (one := tally.totals()) is not None}
-            if loss is None and (loss := watch.loss()) is not None and not self._joins:
-                alarms = self._alarms.of_loss(step, loss)
-            if self._joins:
-                loss, alarms = self._joined_loss(step, loss)
-                ranks = joined(totals, next(self.model.parameters(), torch.empty(0)).device)
-                layers = {name: one.summary(grad_scale * averaged) for name, (one, averaged) in ranks.items()}
-            else:
-                layers = {name: one.summary(grad_scale) for name, one in totals.items()}
-            if not layers:
-                self._warn_blind(step)
-        alarms = [*alarms, *self._alarms.of(step, layers)]
-        record = {
-            "step": step,
-            "loss": None if loss is None else float(loss),
-            "alarms": [
-                {"layer": one.layer, "measure": one.measure, "value": one.value, "limit": one.limit, "new": one.new}
-                for one in alarms
-            ],
-            "layers": layers,
-        }
-        self.last = record
-        for target in (self._file, self._scalars, self._log) if self._speaks else ():
-            if target is not None:
-                self._write(target, record)
+    def _layers(self, watch: Watch, grad_scale: float) -> dict[str, Any]:
+        """The summaries of the layers by name."""
+        totals = {name: one for name, tally in watch.tallies.items() if (one := tally.totals()) is not None}
+        if not self._joins:
+            return {name: one.summary(grad_scale) for name, one in totals.items()}
+        ranks = over_ranks(totals, next(self.model.parameters(), torch.empty(0)).device)
+        return {name: one.summary(grad_scale * averaged) for name, (one, averaged) in ranks.items()}
+
+    def _record(self, step: int, loss: float | None, alarms: list[Alarm], layers: dict[str, Any]) -> None:
+        """Keep and write the record of a step, and act on its alarms."""
+        said = [
+            {"layer": one.layer, "measure": one.measure, "value": one.value, "limit": one.limit, "new": one.new}
+            for one in alarms
+        ]
+        self.last = {"step": step, "loss": loss, "alarms": said, "layers": layers}
+        for write in self._writers if self._speaks else ():
+            try:
+                write(self.last)
+            except OSError as error:  # a full disk ends no training, in which other ranks would wait for this one
+                warnings.warn(f"Monitor: a record was not written: {error}", RuntimeWarning, stacklevel=3)
         if alarms and self._act is not None:
             self._act(alarms)
         if (new := [str(alarm) for alarm in alarms if alarm.new]) and self._speaks:
             warnings.warn(f"step {step}: {'; '.join(new)}", RuntimeWarning, stacklevel=3)
-        return record
-
-    def _write(self, target: Any, record: dict[str, Any]) -> None:
-        """Write a record; a full disk ends no training, in which other ranks would wait for this one."""
-        try:
-            target.write(record)
-        except OSError as error:
-            warnings.warn(f"Monitor: a record was not written: {error}", RuntimeWarning, stacklevel=4)
-
-    def _joined_loss(self, step: int, loss: float | Tensor | None) -> tuple[float | None, list[Alarm]]:
-        """The mean loss of the ranks, and its alarm: of a loss since the last watched step that was not finite."""
-        failed, self._not_finite = self._not_finite is not None and bool(self._not_finite), None
-        mean, failed = joined_losses(step, None if loss is None else float(loss), failed)
-        if mean is None:
-            return None, []
-        return mean, self._alarms.of_loss(step, math.nan if failed and math.isfinite(mean) else mean)
 
     def _warn_blind(self, step: int) -> None:
         if not self._warned_blind and self._speaks:
@@ -290,7 +279,7 @@ class Monitor:
                 f"step {step}: Monitor saw no attention: expected layers that compute it by tritonattn or transformers,"
                 " in training mode, got none",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
 
@@ -300,9 +289,9 @@ def _untraced(function: Callable[[], Any]) -> Callable[[], Any]:
     return disable(function)
 
 
-def _is_elsewhere(loss: Tensor) -> bool:
+def _is_elsewhere(loss: float | Tensor | None) -> bool:
     """True where reading a loss would wait for a device."""
-    return loss.device.type != "cpu"
+    return isinstance(loss, Tensor) and loss.device.type != "cpu"
 
 
 def _checked_loss(loss: Any) -> float | Tensor | None:
@@ -331,44 +320,38 @@ def _action(on_alarm: str | Action | None, model: nn.Module) -> Action | None:
     return lambda alarms: patched.undo()
 
 
-class _JsonLines:
-    """A file with one JSON object a line, each appended by one write: whenever a run ends, its lines are whole."""
-
-    def __init__(self, file: str | os.PathLike[str]) -> None:
-        self.path = Path(file)
-        if self.path.is_dir() or not self.path.absolute().parent.is_dir():
-            raise ValueError(f"file: expected a file in an existing folder, got {str(file)!r}")
-        append(self.path, [])  # the file exists, and can be written, before the run begins
-
-    def write(self, record: dict[str, Any]) -> None:
-        append(self.path, [record])
+def _json_lines(file: str | os.PathLike[str]) -> Callable[[dict[str, Any]], None]:
+    """Append a record as a line, by one write: whenever a run ends, its lines are whole."""
+    path = Path(file)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"file: expected a file in an existing folder, got {str(file)!r}")
+    append(path, [])  # the file exists, and can be written, before the run begins
+    return lambda record: append(path, [record])
 
 
-class _Log:
-    """The records as named numbers: the loss, and of every layer the largest logit and the heads' means."""
+def _logged(log: Log) -> Callable[[dict[str, Any]], None]:
+    """Log a record as named numbers: the loss, and of every layer the largest logit and the heads' means."""
 
-    def __init__(self, log: Log) -> None:
-        self._log = log
-
-    def write(self, record: dict[str, Any]) -> None:
+    def write(record: dict[str, Any]) -> None:
         values = {} if record["loss"] is None else {"loss": record["loss"]}
         for layer, measures in record["layers"].items():
             for name, heads in measures.items():
                 value = layer_value(name, heads) if isinstance(heads, list) else None
                 if value is not None:
                     values[f"{layer}/{name}"] = value
-        self._log(values, record["step"])
+        log(values, record["step"])
+
+    return write
 
 
-class _Scalars(_Log):
-    """The records as TensorBoard scalars."""
+class _Scalars:
+    """TensorBoard scalars: a writer of the caller's, or ours for a folder."""
 
     def __init__(self, target: Any) -> None:
-        super().__init__(self._add)
         self._owned = not hasattr(target, "add_scalar")
         self._writer = _writer(target) if self._owned else target
 
-    def _add(self, values: dict[str, float], step: int) -> None:
+    def add(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 

@@ -70,6 +70,11 @@ class QKClip:
     """QK-clip of a model, see `qk_clip`: a function of a Monitor's alarms, or of logits by `clip`.
 
     skipped   the layers that cannot be clipped, with the reason
+
+    >>> import tritonattn
+    >>> from tritonattn.analysis import qk_clip
+    >>> qk_clip(tritonattn.nn.ScaledAttention(32, heads=4)).skipped
+    {}
     """
 
     def __init__(self, model: nn.Module, threshold: float) -> None:
@@ -127,13 +132,12 @@ class QKClip:
         found = {name: self._gamma(values) for name, values in max_logits.items()}
         found = {name: gamma for name, gamma in found.items() if bool((gamma < 1).any())}
         plans = [_plan(name, modules[name], gamma) for name, gamma in found.items()]
-        for plan in plans:
-            for rows in plan:
-                rows.multiply()
+        for rows in itertools.chain(*plans):
+            rows.multiply()
         return found
 
     def _gamma(self, values: Any) -> Tensor:
-        largest = torch.tensor([float("nan") if value is None else float(value) for value in values]).double()
+        largest = torch.tensor([math.nan if value is None else float(value) for value in values]).double()
         gamma = (self.threshold / largest).clamp(max=1)
         return torch.where((largest > self.threshold) & largest.isfinite(), gamma, 1.0)
 
@@ -215,7 +219,7 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 
 
 def _by_reason(skipped: dict[str, str]) -> str:
-    """Layers and reasons in a line, a reason once."""
+    """Layers and reasons in a line, each reason once."""
     layers: dict[str, list[str]] = {}
     for name, reason in skipped.items():
         layers.setdefault(reason, []).append(name)
@@ -293,16 +297,13 @@ def _projections(name: str, module: Any) -> Projections:
     sizes = heads * head_dim, kv_heads * head_dim
     for query, key in _PAIRS:
         if hasattr(module, query) and hasattr(module, key):
-            q, k = _rows(name, query, getattr(module, query)), _rows(name, key, getattr(module, key))
-            _check_sizes(name, query, q, sizes[0])
-            _check_sizes(name, key, k, sizes[1])
+            q, k = _rows(name, module, query, sizes[0]), _rows(name, module, key, sizes[1])
             return Projections((q, k), _by_head(q.factor, heads), _by_head(k.factor, kv_heads), scaling)
     if hasattr(module, "kv_b_proj"):
         return _of_latent_attention(name, module, heads, scaling)
     for fused in ("qkv_proj", "c_attn"):
         if hasattr(module, fused):
-            rows = _rows(name, fused, getattr(module, fused))
-            _check_sizes(name, fused, rows, sizes[0] + 2 * sizes[1])
+            rows = _rows(name, module, fused, sizes[0] + 2 * sizes[1])
             q, k = rows.factor[: sizes[0]], rows.factor[sizes[0] : sum(sizes)]
             return Projections((rows,), _by_head(q, heads), _by_head(k, kv_heads), scaling)
     raise NotImplementedError(
@@ -314,8 +315,7 @@ def _projections(name: str, module: Any) -> Projections:
 def _description(name: str, module: Any) -> tuple[int, int, int, Any]:
     """Hq, Hkv, D and the scaling of an attention module."""
     if isinstance(module, ScaledAttention):
-        scaling = module.scaling
-        return module.heads, module.kv_heads, module.head_dim, scaling
+        return module.heads, module.kv_heads, module.head_dim, module.scaling
     if "transformers" in sys.modules:
         from ..huggingface import Settings
         from ..huggingface.architecture import head_dim, interface_keywords, key_heads, query_heads
@@ -334,7 +334,9 @@ def _refuse_norms(name: str, module: nn.Module) -> None:
             )
 
 
-def _rows(name: str, child: str, layer: Any) -> Rows:
+def _rows(name: str, module: Any, child: str, outputs: int) -> Rows:
+    """The rows of a linear layer with that number of outputs. Raises NotImplementedError for any other layer."""
+    layer: Any = getattr(module, child, None)
     name_of_type = type(layer).__name__
     if type(layer) is nn.Linear:
         weight = layer.weight
@@ -344,6 +346,10 @@ def _rows(name: str, child: str, layer: Any) -> Rows:
         raise NotImplementedError(f"{name}: QK-clip: expected a plain linear layer as {child}, got {name_of_type}")
     if not weight.is_floating_point():
         raise NotImplementedError(f"{name}: QK-clip: expected floating weights in {child}, got {weight.dtype}")
+    if weight.shape[0] != outputs:
+        raise NotImplementedError(
+            f"{name}: QK-clip: expected {outputs} outputs of {child}, got {weight.shape[0]}: it holds more than heads"
+        )
     return Rows.of(weight) if layer.bias is None else Rows.of(weight, layer.bias)
 
 
@@ -354,20 +360,11 @@ def _by_head(factor: Tensor, heads: int) -> tuple[Tensor]:
 def _of_latent_attention(name: str, module: Any, heads: int, scaling: Any) -> Projections:
     """Each head has `nope` rows of W_q for its keys, which kv_b_proj makes; its other rows meet a shared key."""
     query = "q_b_proj" if getattr(module, "q_b_proj", None) is not None else "q_proj"
-    q, kv = _rows(name, query, getattr(module, query, None)), _rows(name, "kv_b_proj", module.kv_b_proj)
     nope = module.qk_nope_head_dim
-    _check_sizes(name, query, q, heads * (nope + module.qk_rope_head_dim))
-    _check_sizes(name, "kv_b_proj", kv, heads * (nope + module.v_head_dim))
+    q = _rows(name, module, query, heads * (nope + module.qk_rope_head_dim))
+    kv = _rows(name, module, "kv_b_proj", heads * (nope + module.v_head_dim))
     (of_q,), (of_kv,) = _by_head(q.factor, heads), _by_head(kv.factor, heads)
     return Projections((q, kv), (of_q[:, :nope],), (of_kv[:, :nope],), scaling, (of_q[:, nope:],))
-
-
-def _check_sizes(name: str, child: str, rows: Rows, wanted: int) -> None:
-    got = rows.factor.shape[0]
-    if got != wanted:
-        raise NotImplementedError(
-            f"{name}: QK-clip: expected {wanted} outputs of {child}, got {got}: it holds more than heads"
-        )
 
 
 def _of_multihead_attention(module: Any) -> Projections:

@@ -31,6 +31,12 @@ class Reading:
     windowed   True where no row attends to all keys that the rows of its sequence do, as in a window
     gap        of the sharpest head, see `analysis.fading`
     logit_bound   the largest logit that q and k of these norms can have
+
+    >>> import torch
+    >>> from tritonattn.analysis import advise
+    >>> reading = advise(*torch.randn(2, 1, 4, 64, 32)).findings[0].reading
+    >>> reading.mode, reading.longest
+    ('sqrt_dim', 64)
     """
 
     layer: str
@@ -84,7 +90,11 @@ class Reading:
         return self.near_one_hot + self.near_uniform
 
 
-@dataclass(frozen=True)
+def _always(old: Reading, new: Reading) -> bool:
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rule:
     """A rule of `advise`.
 
@@ -94,30 +104,26 @@ class Rule:
     fixes        True where a mode's reading is better, given the old one
     otherwise    the advice if no candidate does
     why, watch, turn_back, evidence   explanations for the reader
+
+    >>> from tritonattn.analysis import RULES
+    >>> [rule.name for rule in RULES]
+    ['broken', 'peaked', 'uniform', 'beyond the context', 'varied norms', 'varied counts', 'will fade', 'healthy']
     """
 
     name: str
     condition: str
     applies: Callable[[Reading], bool]
-    candidates: tuple[str, ...]
-    fixes: Callable[[Reading, Reading], bool]
-    otherwise: str
+    candidates: tuple[str, ...] = ()
+    fixes: Callable[[Reading, Reading], bool] = _always
+    otherwise: str = ""
     why: str
     watch: str
     turn_back: str
     evidence: tuple[str, ...]
 
 
-def _fixed(old: Reading, new: Reading) -> bool:
+def _fixes(old: Reading, new: Reading) -> bool:
     return math.isfinite(new.max_logit) and new.max_logit <= LARGE_LOGIT and new.ill <= WELL
-
-
-def _always(old: Reading, new: Reading) -> bool:
-    return True
-
-
-def _past_context(one: Reading) -> bool:
-    return one.context is not None and one.longest > one.context
 
 
 def _will_fade(one: Reading) -> bool:
@@ -131,8 +137,6 @@ RULES: tuple[Rule, ...] = (
         name="broken",
         condition="a logit is NaN or infinite",
         applies=lambda one: not math.isfinite(one.max_logit),
-        candidates=(),
-        fixes=_always,
         otherwise="keep the scaling; mend the numbers first: find the layer before this one that gives inf or NaN,"
         " lower the learning rate, or leave float16",
         why="no scaling mends inputs that are not finite",
@@ -145,7 +149,7 @@ RULES: tuple[Rule, ...] = (
         condition=f"more than {ILL:.0%} of the rows give one key more than 0.95, or a logit is above {LARGE_LOGIT:g}",
         applies=lambda one: one.near_one_hot > ILL or one.max_logit > LARGE_LOGIT,
         candidates=("sqrt_dim", "key_norm_mean", "cosine"),
-        fixes=_fixed,
+        fixes=_fixes,
         otherwise="in training: qk_clip, or QK-norm, or a lower learning rate; without training: keep the scaling",
         why="rows are nearly one-hot: the softmax's Jacobian is nearly 0 there, and q and k learn from the few rows"
         " that are not",
@@ -167,7 +171,7 @@ RULES: tuple[Rule, ...] = (
         condition=f"entropy / ln n of more than {ILL:.0%} of the rows is above 0.98",
         applies=lambda one: one.near_uniform > ILL,
         candidates=("sqrt_dim", "key_norm_mean", "log_key_count", "cosine"),
-        fixes=_fixed,
+        fixes=_fixes,
         otherwise="a learned gain on the scaling: patch(..., gain=torch.ones(heads, 1)), or PerHead, started above 1",
         why="rows average their values: q and k hardly change the output",
         watch="near_uniform and relative_entropy, which should fall, output_variance, which should rise, and the loss",
@@ -185,10 +189,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="beyond the context",
         condition="rows attend to more keys than the model was trained for",
-        applies=_past_context,
+        applies=lambda one: one.context is not None and one.longest > one.context,
         candidates=("qwen_logn({context})",),
-        fixes=_always,
-        otherwise="",
         why="with more keys than in training a softmax spreads; ln(n) / ln(L) undoes that for n > L, and up to L the"
         " model is as it was",
         watch="the loss by position past L, with that of sqrt_dim",
@@ -204,8 +206,6 @@ RULES: tuple[Rule, ...] = (
         condition=f"the sequences' mean key norms vary by more than {NORMS:.0%}",
         applies=lambda one: one.key_norm_between > NORMS,
         candidates=("key_norm_mean",),
-        fixes=_always,
-        otherwise="",
         why="one factor is too sharp for the sequence with large keys and too flat for the one with small keys; the"
         " mean norm of its keys holds each at the same temperature",
         watch="relative_entropy, which should differ less between sequences; the loss of each",
@@ -220,7 +220,6 @@ RULES: tuple[Rule, ...] = (
         condition=f"not causal, and the number of keys varies by more than {COUNTS:.0%} among the rows",
         applies=lambda one: not one.causal and one.key_count_variation > COUNTS,
         candidates=("{counted}",),
-        fixes=_always,
         otherwise="keep {mode}: it grows with n as the gaps of the largest logits ask",
         why="the same logit gets less attention among many keys than among few; (ln(n) / ln(mean n))^p takes that back,"
         " and leaves rows of the mean number as they are. p is what the gaps of the largest logits ask for, 1 if they"
@@ -239,8 +238,6 @@ RULES: tuple[Rule, ...] = (
         condition="QK-norm, cosine or softcap bounds the logits, and the mass of the largest key, above 1/2 at the"
         f" trained length, falls below that within {FAR} times the length",
         applies=_will_fade,
-        candidates=(),
-        fixes=_always,
         otherwise="keep {mode} up to {trained:,} keys; {fading}. If inputs will be longer, train with ssmax or"
         " log_key_count({trained}), or try qwen_logn({trained}), which changes nothing up to there",
         why="bounded logits cannot answer more keys with a larger gap: the odds of the largest key fall like 1 / n",
@@ -259,8 +256,6 @@ RULES: tuple[Rule, ...] = (
         name="healthy",
         condition="none of these",
         applies=lambda one: True,
-        candidates=(),
-        fixes=_always,
         otherwise="keep {mode}",
         why="rows are neither one-hot nor uniform, logits are moderate: there is nothing for a scaling to repair",
         watch="a Monitor at its default thresholds, if the model is trained on",
@@ -268,8 +263,3 @@ RULES: tuple[Rule, ...] = (
         evidence=("the diagnosis itself", "docs/scalings.md, Modes: trained models expect sqrt_dim"),
     ),
 )
-
-
-def rule_for(reading: Reading) -> Rule:
-    """The first rule that applies."""
-    return next(rule for rule in RULES if rule.applies(reading))

@@ -1,10 +1,10 @@
-"""Statistics of one attention layer in a step, by head, from any number of calls."""
+"""Sums over the rows of one attention layer in a step, by head, which add over calls and over ranks."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,46 +12,41 @@ from torch import Tensor
 from ..core.observation import ObservedCall
 from ..core.visibility import Visibility
 from .diagnosis import ONE_HOT, UNIFORM
+from .over_ranks import gathered, reduced
 from .row_statistics import relative_entropy
-
-SUMS = ("real_rows", "rows", "entropy", "one_hot", "uniform")
 
 
 @dataclass(frozen=True, eq=False)
 class Totals:
-    """Sums over the rows of one layer in a step, by head, fp64 on the CPU.
+    """The rows of one layer in a step, by head, fp64 on the CPU.
 
     calls       the number of calls
-    sums        real_rows, rows, entropy, one_hot, uniform: [Hq]
+    sums        real_rows, rows (of several keys), entropy, one_hot, uniform: [Hq]; output [Hq, Dv]; output_squares
+                [Hq], mean over features; q_squares [Hq] and k_squares [Hkv] of gradients, where a backward was
     max_logit   [Hq]
-    mean        of the output over real rows, [Hq, Dv]
-    deviations  sum over real rows of squared deviations from it, mean over features: [Hq]
-    q_squares   sum of squares of the gradient of q [Hq], None without backward; k_squares [Hkv] likewise
     head_part   (number, of how many): which part of the layer's heads these are, (0, 1) being all
     """
 
     calls: int
     sums: dict[str, Tensor]
     max_logit: Tensor
-    mean: Tensor
-    deviations: Tensor
-    q_squares: Tensor | None
-    k_squares: Tensor | None
     head_part: tuple[int, int] = (0, 1)
 
     def summary(self, grad_scale: float = 1.0) -> dict[str, Any]:
         """The measures as lists, one number or None a head."""
-        real_rows, rows, entropy, one_hot, uniform = (self.sums[name] for name in SUMS)
+        sums = self.sums
+        real_rows, rows, count = sums["real_rows"], sums["rows"], sums["real_rows"].clamp(min=1)
+        means = (sums["output"] / count[:, None]).square().mean(-1)
         return {
             "calls": self.calls,
             "rows": int(real_rows.sum()),
             "max_logit": _numbers(self.max_logit, real_rows),
-            "relative_entropy": _numbers(entropy / rows, rows),
-            "near_one_hot": _numbers(one_hot / real_rows, real_rows),
-            "near_uniform": _numbers(uniform / rows, rows),
-            "q_gradient_norm": _norm(self.q_squares, grad_scale),
-            "k_gradient_norm": _norm(self.k_squares, grad_scale),
-            "output_variance": _numbers(self.deviations / real_rows.clamp(min=1), real_rows),
+            "relative_entropy": _numbers(sums["entropy"] / rows, rows),
+            "near_one_hot": _numbers(sums["one_hot"] / real_rows, real_rows),
+            "near_uniform": _numbers(sums["uniform"] / rows, rows),
+            "q_gradient_norm": _norms(sums.get("q_squares"), grad_scale),
+            "k_gradient_norm": _norms(sums.get("k_squares"), grad_scale),
+            "output_variance": _numbers((sums["output_squares"] / count - means).clamp(min=0), real_rows),
         }
 
 
@@ -60,29 +55,77 @@ class Tally:
 
     def __init__(self, head_part: tuple[int, int] = (0, 1)) -> None:
         self._head_part = head_part
-        self._calls: list[dict[str, Tensor]] = []
-        self._q_squares: list[Tensor] = []
-        self._k_squares: list[Tensor] = []
+        self._sums: list[dict[str, Tensor]] = []
+        self._largest: list[Tensor] = []
 
     def add(self, call: ObservedCall) -> None:
         """Count the rows of a call."""
-        self._calls.append(_sums(call))
+        sums, largest = _of_call(call)
+        self._sums.append(sums)
+        self._largest.append(largest)
 
     def follow_gradients(self, call: ObservedCall) -> None:
         """Collect the gradients of q and k when backward computes them."""
-        for x, squares in ((call.q, self._q_squares), (call.k, self._k_squares)):
+        for name, x in (("q_squares", call.q), ("k_squares", call.k)):
             if x.requires_grad:
-                x.register_hook(lambda g, squares=squares: squares.append(_square(g)))
+                x.register_hook(lambda g, name=name: self._sums.append({name: _square(g)}))
 
     def totals(self) -> Totals | None:
         """The sums over all calls; None if no call was counted."""
-        if not self._calls:
+        if not self._largest:
             return None
-        calls = [{name: x.cpu() for name, x in sums.items()} for sums in self._calls]
-        sums = {name: torch.stack([one[name] for one in calls]).sum(0).double() for name in SUMS}
-        largest = torch.stack([one["max_logit"] for one in calls]).amax(0)
-        squares = (_total(self._q_squares), _total(self._k_squares))
-        return Totals(len(calls), sums, largest, *_moments_of_all(calls), *squares, self._head_part)
+        total: dict[str, Tensor] = {}
+        for sums in self._sums:
+            for name, x in sums.items():
+                x = x.cpu().double()
+                total[name] = total[name] + x if name in total else x
+        largest = torch.stack([x.cpu() for x in self._largest]).amax(0)
+        return Totals(len(self._largest), total, largest, self._head_part)
+
+
+class _Facts(NamedTuple):
+    """Facts of a layer that ranks tell one another before they add: its sums have these shapes in each of the parts."""
+
+    parts: int
+    calls: int
+    shapes: dict[str, torch.Size]
+
+
+def over_ranks(totals: dict[str, Totals], device: torch.device) -> dict[str, tuple[Totals, int]]:
+    """The totals of every layer that a rank has seen, and by how many ranks the gradients of q and k are averaged.
+
+    Ranks with other heads (tensor parallelism) put theirs side by side; those with the same heads (data parallelism)
+    have other rows, and average the gradients of parameters. Two all-reduces on `device`.
+    """
+    everyone = gathered(
+        {
+            name: _Facts(one.head_part[1], one.calls, {key: x.shape for key, x in one.sums.items()})
+            for name, one in totals.items()
+        }
+    )
+    layers = {name: [facts[name] for facts in everyone if name in facts] for name in sorted(set().union(*everyone))}
+    sums, largest = {}, {}
+    for name, found in layers.items():
+        mine, parts = totals.get(name), found[0].parts
+        for key, shape in {key: shape for facts in found for key, shape in facts.shapes.items()}.items():
+            sums[name, key] = _placed(mine, None if mine is None else mine.sums.get(key), parts, shape)
+        heads = found[0].shapes["rows"]
+        largest[name] = _placed(mine, None if mine is None else mine.max_logit, parts, heads, -math.inf)
+    sums, largest = reduced(sums, "SUM", device), reduced(largest, "MAX", device)
+    result = {}
+    for name, found in layers.items():
+        of_layer = {key: x for (layer, key), x in sums.items() if layer == name}
+        total = Totals(max(facts.calls for facts in found), of_layer, largest[name])
+        result[name] = total, max(1, len(found) // found[0].parts)
+    return result
+
+
+def _placed(mine: Totals | None, x: Tensor | None, parts: int, shape: torch.Size, fill: float = 0.0) -> Tensor:
+    """A rank's numbers among the heads of all ranks, with `fill` at those of others."""
+    out = torch.full((parts, *shape), fill, dtype=torch.float64)
+    if mine is not None and x is not None:
+        out[mine.head_part[0]] = x
+    return out.flatten(0, 1)
 
 
 def counted_rows(seen: Visibility) -> Tensor:
@@ -97,7 +140,8 @@ def counted_rows(seen: Visibility) -> Tensor:
     return rows
 
 
-def _sums(call: ObservedCall) -> dict[str, Tensor]:
+def _of_call(call: ObservedCall) -> tuple[dict[str, Tensor], Tensor]:
+    """The sums over the rows of a call, but for those of gradients, and the largest logit of each head."""
     aux, real = call.aux(), counted_rows(call.visibility)
     n = call.visibility.counts().expand(aux.entropy.shape)  # [B, Hq, Sq]
     real = real.expand(n.shape)
@@ -110,56 +154,38 @@ def _sums(call: ObservedCall) -> dict[str, Tensor]:
     def count(x: Tensor, rows: Tensor) -> Tensor:  # [Hq]
         return torch.where(rows, x.double(), 0).sum((0, 2))
 
-    return {
+    sums = {
         "real_rows": real.sum((0, 2)),
         "rows": several.sum((0, 2)),
-        "max_logit": torch.where(real, top, -math.inf).amax((0, 2)),
         "entropy": count(relative, several),
         "one_hot": count(probability > ONE_HOT, real),
         "uniform": count(relative > UNIFORM, several),
-        **_moments(call.out, real),
+        **_of_output(call.out, real),
     }
+    return sums, torch.where(real, top, -math.inf).amax((0, 2))
 
 
-def _moments(out: Tensor, real: Tensor) -> dict[str, Tensor]:
-    """Mean and sum of squared deviations of every feature over the real rows: [Hq, Dv]."""
-    out, real = out.detach().float(), real[..., None]  # [B, Hq, Sq, Dv], [B, Hq, Sq, 1]
-    count = real.sum((0, 2)).clamp(min=1)  # [Hq, 1]
-    mean = torch.where(real, out, 0).sum((0, 2)) / count
-    deviations = torch.where(real, out - mean[:, None], 0).square().sum((0, 2))
-    return {"mean": mean.double(), "deviations": deviations.double()}
+def _of_output(out: Tensor, real: Tensor) -> dict[str, Tensor]:
+    """Sum of every feature over the real rows [Hq, Dv], and of its square, mean over features [Hq]; fp64.
 
-
-def _moments_of_all(calls: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Mean of every feature over the rows of all calls [Hq, Dv]; sum of squared deviations, mean over features [Hq].
-
-    Calls are joined by the formula of Chan, Golub and LeVeque, which does not cancel.
+    The squares are those of deviations from the mean plus that of the mean: fp32 takes squares of large numbers, and
+    their small differences, wrong.
     """
-    count = torch.zeros_like(calls[0]["mean"][:, :1])
-    mean, deviations = torch.zeros_like(calls[0]["mean"]), torch.zeros_like(calls[0]["mean"])
-    for one in calls:
-        more = one["real_rows"][:, None].double()
-        both = (count + more).clamp(min=1)
-        shift = one["mean"] - mean
-        deviations = deviations + one["deviations"] + shift.square() * count * more / both
-        mean, count = mean + shift * more / both, count + more
-    return mean, deviations.mean(-1)
+    out, real = out.detach().float(), real[..., None]  # [B, Hq, Sq, Dv], [B, Hq, Sq, 1]
+    count = real.sum((0, 2))  # [Hq, 1]
+    mean = torch.where(real, out, 0).sum((0, 2)) / count.clamp(min=1)
+    deviations = torch.where(real, out - mean[:, None], 0).square().sum((0, 2)).double()
+    mean = mean.double()
+    return {"output": mean * count, "output_squares": (deviations + mean.square() * count).mean(-1)}
 
 
 def _square(gradient: Tensor) -> Tensor:
-    """Sum of squares by head: fp32 [H]."""
+    """Sum of squares by head: fp64 [H], added in fp32."""
     return torch.linalg.vector_norm(gradient.detach(), dim=(0, 2, 3), dtype=torch.float32).double().square()
 
 
-def _total(squares: list[Tensor]) -> Tensor | None:
-    return torch.stack([x.cpu() for x in squares]).sum(0) if squares else None
-
-
-def _norm(squares: Tensor | None, grad_scale: float) -> list[float | None] | None:
-    if squares is None:
-        return None
-    norms = squares.sqrt() / grad_scale
-    return _numbers(norms, torch.ones_like(norms))
+def _norms(squares: Tensor | None, grad_scale: float) -> list[float] | None:
+    return None if squares is None else (squares.sqrt() / grad_scale).tolist()
 
 
 def _numbers(x: Tensor, count: Tensor) -> list[float | None]:

@@ -18,20 +18,17 @@ from .tally import Tally
 
 
 class _Hook:
-    """A hook of one model: in a copy of it, it does nothing."""
+    """A hook of one model: in a copy of the model, where it has no function, it does nothing."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., None] | None = None) -> None:
         self._function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self._function(*args, **kwargs)
+        if self._function is not None:
+            self._function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:  # also for copy.deepcopy
-        return _Hook, (_nothing,)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass
+        return _Hook, ()
 
 
 class _Running(threading.local):
@@ -103,13 +100,9 @@ class Watch:
             contexts.callback(self._observer.close)
             for name, module in self._model.named_modules():
                 enter = partial(self._enter, name or type(module).__name__)
-                for handle in (
-                    module.register_forward_pre_hook(_Hook(enter)),
-                    module.register_forward_hook(_Hook(self._leave), always_call=True),
-                ):
-                    contexts.callback(handle.remove)
-            handle = self._model.register_forward_hook(_Hook(self._take_loss), with_kwargs=True)
-            contexts.callback(handle.remove)
+                contexts.callback(module.register_forward_pre_hook(_Hook(enter)).remove)
+                contexts.callback(module.register_forward_hook(_Hook(self._leave), always_call=True).remove)
+            contexts.callback(self._model.register_forward_hook(_Hook(self._take_loss), with_kwargs=True).remove)
             self._contexts = contexts.pop_all()
         return self
 

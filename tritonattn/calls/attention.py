@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from ..core.call import AttentionCall, Logits
+from ..core.visibility import Visibility
 from ..scaling import Given, Scaling
-from .checks import batch_visibility, check, check_factor, check_number, operands, scale_dtype
+from .checks import (
+    FLOATS,
+    INTEGERS,
+    broadcasts,
+    check,
+    check_factor,
+    check_masks,
+    check_number,
+    check_tensor,
+    check_values,
+    operands,
+    scale_dtype,
+    shape_of,
+)
 from .dispatch import run
 from .public import public
 from .results import AttentionAux
@@ -84,8 +99,8 @@ def attention(
             invisible pairs are not read.
         relative_bias: Floating, [B or 1, Hq or 1, Sq or 1, extent]: a number for every distance; gets a gradient.
             relative[i, j] = relative_bias[..., i, i + Sk - Sq - j + relative_right], and 0 outside of the extent:
-            entry t belongs to the key t positions before the row's own, which is that of `causal`.
-        relative_right: How many entries, the first ones, belong to keys after the row's own: then entry
+            entry t belongs to the key t positions before the row's position, which is that of `causal`.
+        relative_right: How many entries, the first ones, belong to keys after the row's position: then entry
             t + relative_right belongs to the key t before.
         bias_after_softcap: Add the three biases after the softcap: logit -> c * tanh(logit / c) + biases, of which
             lse, entropy and max_logit then are. Without a bias it changes nothing.
@@ -225,3 +240,49 @@ def scaled_attention(
     given = Given(constant, query_scale, key_scale)
     call = AttentionCall(q, k, v, visible, terms, scaling=given, dropout_p=dropout_p, aux=return_aux, backend=backend)
     return run(check(call))
+
+
+def batch_visibility(
+    q: Tensor,
+    k: Tensor,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    key_ranges: Tensor | None = None,
+    mask: Tensor | None = None,
+    batch_invariant: bool | None = None,
+) -> Visibility:
+    """The keys visible to each row, of checked q [B, Hq, Sq, D] and k; raises for a mask that is none of theirs."""
+    invariant = check_masks(causal, window, batch_invariant)
+    if key_lengths is not None:
+        check_tensor("key_lengths", key_lengths, "[B]", INTEGERS, q, sizes=q.shape[:1])
+        check_values("key_lengths", key_lengths, k.shape[2])
+    if key_ranges is not None:
+        axes, sizes = "[B, Sq, 2]", (q.shape[0], q.shape[2], 2)
+        if isinstance(key_ranges, Tensor) and key_ranges.dim() == 4:
+            axes, sizes = "[B, 1, Sq, 2]", (q.shape[0], 1, q.shape[2], 2)
+        check_tensor("key_ranges", key_ranges, axes, INTEGERS, q, sizes=sizes)
+        check_values("key_ranges", key_ranges, k.shape[2])
+    if mask is not None:
+        _check_mask(mask, q, (*q.shape[:3], k.shape[2]))
+    return Visibility.of_shapes(
+        q.shape,
+        k.shape,
+        q.device,
+        causal=causal,
+        window=window,
+        key_lengths=key_lengths,
+        key_ranges=key_ranges,
+        mask=mask,
+        invariant=invariant,
+    )
+
+
+def _check_mask(mask: Any, q: Tensor, sizes: tuple[int, ...]) -> None:
+    check_tensor("mask", mask, "[B, Hq, Sq, Sk]", like=q)
+    if mask.dtype != torch.bool:
+        hint = "; of 0 and -inf give mask == 0, other numbers are attention's bias=" if mask.dtype in FLOATS else ""
+        raise TypeError(f"mask: expected dtype torch.bool, True for visible, got {mask.dtype}{hint}")
+    if not broadcasts(mask.shape, sizes):
+        expected = f"a shape broadcastable to [B, Hq, Sq, Sk] = {list(sizes)}"
+        raise ValueError(f"mask: expected {expected}, got {shape_of(mask)}; a padding mask is [B, 1, 1, Sk]")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.call import AttentionCall, Logits
-from ..core.relative import relative_pairs
+from ..core.pair_biases import relative_pairs
 from ..core.sequences import Sequences
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
@@ -27,12 +27,12 @@ _TOLERANCE = 1e-4  # of the larger one: parameters may be fp32
 def check_scaling(
     scaling: str | Scaling, *, heads: int | None = None, kv_heads: int | None = None, head_dim: int = 8
 ) -> dict[str, float]:
-    """Check a scaling of your own: `scales` against `multiplier`, `addend`, `relative_addend`, under every mask.
+    """Check a user's scaling: `scales` against `multiplier`, `addend`, `relative_addend`, under every mask.
 
     On random q and k in float64, without a mask and under causal, window, padding, range, packed and dense masks:
 
     - The factor of every visible pair, and its bias, are the same by both formulas.
-    - So are its gradients towards q, k and the scaling's own parameters.
+    - So are its gradients towards q, k and the scaling's parameters.
     - The factors and gradients of a row ignore keys that the row does not attend to: their values and their number.
     - With `reads_keys = False`, `scales` does not look at k.
 
@@ -87,8 +87,8 @@ def check_scaling(
 
 
 def _heads(scaling: Scaling, parameters: dict[str, Tensor]) -> int:
-    own = getattr(scaling, "heads", None)
-    return own if isinstance(own, int) else max((x.shape[0] for x in parameters.values() if x.dim() > 1), default=4)
+    heads = getattr(scaling, "heads", None)
+    return heads if isinstance(heads, int) else max((x.shape[0] for x in parameters.values() if x.dim() > 1), default=4)
 
 
 def _masks(device: torch.device) -> dict[str, tuple[int, dict[str, Any]]]:
@@ -131,14 +131,13 @@ class _Case:
             slow = torch.where(self.visible, slow.to(fast.device), 0)
             if method == "addend":
                 slow = slow.clamp(min=_LEAST)
-            about = f"scales() differs from {method}() [b, h, i, j]"
-            largest = max(largest, self._compare(about, fast, slow, _relative(fast, slow)))
+            largest = max(largest, self._compare(f"scales() differs from {method}() [b, h, i, j]", fast, slow))
             weights = torch.linspace(-1, 2, fast.numel(), dtype=torch.float64, device=fast.device).reshape(fast.shape)
             for name, leaf in leaves.items():
                 ours, theirs = (_gradient((x * weights).sum(), leaf) for x in (fast, slow))
-                relative = (ours - theirs).abs() / torch.maximum(ours.abs().amax(), theirs.abs().amax()).clamp(1e-30)
                 about = f"the gradient of scales() towards {name} differs from that of {method}()"
-                largest = max(largest, self._compare(about, ours, theirs, relative))
+                size = torch.maximum(ours.abs().amax(), theirs.abs().amax())
+                largest = max(largest, self._compare(about, ours, theirs, size))
         return largest
 
     def hidden_keys(self) -> None:
@@ -146,23 +145,20 @@ class _Case:
         with torch.no_grad():
             before = self._scales(self.k)
             for key in range(self.k.shape[2]):
-                sees = self.visible[..., key]  # [B, Hq, Sq]
+                attends = self.visible[..., key]  # [B, Hq, Sq]
                 changed = self.k.clone()
-                changed[:, :, key] = 3 * changed[:, :, key] + 1 if sees.any() else math.nan
+                changed[:, :, key] = 3 * changed[:, :, key] + 1 if attends.any() else math.nan
                 about = f"factors [b, h, i, j] change with key {key} in rows that do not attend to it"
                 for one, other in zip(before, self._scales(changed), strict=True):
-                    after = torch.where(sees[..., None], one, other)
-                    self._compare(about, after, one, _relative(after, one))
+                    self._compare(about, torch.where(attends[..., None], one, other), one)
             lengths = self.visibility.key_lengths
             if lengths is not None:
-                shortest = int(lengths.min())
-                entry = int(lengths.argmin())
+                entry, shortest = int(lengths.argmin()), int(lengths.min())
                 cut = _Case(self.name, self.scaling, self.q[entry, None], self.k[entry, None, :, :shortest], {})
                 about = "factors [b, h, i, j] change with the number of keys that padding hides"
                 padded_keys = self._scales(self.k, distances=False)  # distances count from the last key, hidden or not
                 for one, alone in zip(padded_keys, cut._scales(cut.k, distances=False), strict=True):
-                    padded = one[entry, None, :, :, :shortest]
-                    self._compare(about, padded, alone, _relative(padded, alone))
+                    self._compare(about, one[entry, None, :, :, :shortest], alone)
 
     def unread_keys(self) -> None:
         """Let `scales` have NaN for k, as a paged cache does for a scaling that does not read it."""
@@ -170,7 +166,7 @@ class _Case:
             about = "scales() looks at k, which reads_keys = False rules out"
             both = self._scales(self.k), self._scales(self.k, torch.full_like(self.k, math.nan))
             for with_keys, without in zip(*both, strict=True):
-                self._compare(about, without, with_keys, _relative(without, with_keys))
+                self._compare(about, without, with_keys)
 
     def _call(self) -> AttentionCall:
         return AttentionCall(self.q, self.k, self.k, self.visibility, Logits(), scaling=self.scaling)
@@ -195,9 +191,10 @@ class _Case:
             bias = bias + relative_pairs(terms.relative_bias, terms.relative_right, self.visibility)
         return torch.where(self.visible, factor, 0), torch.where(self.visible, bias, 0).clamp(min=_LEAST)
 
-    def _compare(self, about: str, got: Tensor, expected: Tensor, relative: Tensor) -> float:
-        """Return the largest relative difference. Raises ValueError where it is too large."""
-        relative = relative.detach().nan_to_num(math.inf)
+    def _compare(self, about: str, got: Tensor, expected: Tensor, size: Tensor | None = None) -> float:
+        """Return the largest difference, relative to the values or to `size`. Raises ValueError if it is too large."""
+        size = torch.maximum(got.abs(), expected.abs()) if size is None else size
+        relative = ((got - expected).abs() / size.clamp(min=1e-30)).detach().nan_to_num(math.inf)
         largest = float(relative.max())
         if largest > _TOLERANCE:
             at = int(relative.argmax())
@@ -209,10 +206,6 @@ class _Case:
                 f" difference, {largest:.2g}"
             )
         return largest
-
-
-def _relative(a: Tensor, b: Tensor) -> Tensor:
-    return (a - b).abs() / torch.maximum(a.abs(), b.abs()).clamp(min=1e-30)
 
 
 def _gradient(x: Tensor, leaf: Tensor) -> Tensor:

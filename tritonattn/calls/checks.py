@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from ..core.autograd import autocast_is_on, runs_eagerly
 from ..core.call import AttentionCall, Logits
 from ..core.invariance import switch
 from ..core.shards import unshard
-from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Given, Scaling
 from ..scaling.names import named_scaling
+from .layouts import BATCHED, SMALLEST_PAGE, Layout, names_of
 
 BACKENDS = ("auto", "triton", "flash", "sdpa", "reference")
 
@@ -30,26 +30,11 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-class Layout(NamedTuple):
-    """How q, k and v are laid out: the names of their axes, and which ones of k and v are heads and keys.
-
-    names   of q, k and v, in errors
-    """
-
-    q: str
-    k: str
-    v: str
-    heads: int
-    sequence: int
-    names: tuple[str, str, str] = ("q", "k", "v")
-
-
-CACHE = ("q", "k_cache", "v_cache")
-BATCHED = Layout("[B, Hq, Sq, D]", "[B, Hkv, Sk, D]", "[B, Hkv, Sk, Dv]", heads=1, sequence=2)
-PACKED = Layout("[T_q, Hq, D]", "[T_k, Hkv, D]", "[T_k, Hkv, Dv]", heads=1, sequence=0)
-PAGED = Layout("[T_q, Hq, D]", "[N, page, Hkv, D]", "[N, page, Hkv, Dv]", heads=2, sequence=1)
+_WORDS = {
+    FLOATS: "float16, bfloat16, float32 or float64",
+    INTEGERS: "an integer dtype",
+    (torch.int32,): "dtype torch.int32",
+}
 
 
 def operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,25 +44,38 @@ def operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) -> tuple
     """
     if isinstance(q, Tensor) and autocast_is_on(q):
         q, k, v = _in_autocast(q, k, v)
-    for name, x, axes in zip(layout.names, (q, k, v), (layout.q, layout.k, layout.v), strict=True):
+    names, given = layout.names, (q, k, v)
+    for name, x, axes, count in zip(names, given, layout.axes, layout.counts, strict=True):
         check_tensor(name, x, axes)
-        if x.dim() != (count := axes.count(",") + 1):
+        if x.dim() != count:
             raise ValueError(f"{name}: expected {count} axes {axes}, got {x.dim()} in {shape_of(x)}")
-        if x.dtype not in FLOATS:
-            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    if q.dtype not in FLOATS:
+        raise TypeError(f"q: expected {_WORDS[FLOATS]}, got {q.dtype}")
     if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"{', '.join(layout.names)}: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+        raise TypeError(f"{', '.join(names)}: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
-        raise ValueError(f"{', '.join(layout.names)}: expected one device, got {q.device}, {k.device}, {v.device}")
-    if layout.names is not CACHE:
-        _check_sizes(q.shape, k.shape, v.shape, layout)
-    elif k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"v_cache: expected k_cache's {shape_of(k)[:3]}, got {shape_of(v)}")
+        raise ValueError(f"{', '.join(names)}: expected one device, got {q.device}, {k.device}, {v.device}")
+    q_heads, kv_heads = q.shape[1], k.shape[layout.heads]
+    if q_heads != kv_heads and (kv_heads == 0 or q_heads % kv_heads != 0):
+        hint = layout.hint_of_order(q, k)
+        raise ValueError(f"{names[1]}: expected a number of heads that divides q's {q_heads}, got {kv_heads}{hint}")
+    if layout.heads == 2 and k.shape[1] < SMALLEST_PAGE:
+        hint = layout.hint_of_order(q, k)
+        raise ValueError(f"{names[1]}: expected pages of at least {SMALLEST_PAGE} keys, got {k.shape[1]}{hint}")
+    shapes = q.shape, k.shape, v.shape
+    for one, axis, other, its in layout.shared:
+        if shapes[one][axis] != shapes[other][its]:
+            axes, letter = layout.axes[one], names_of(layout.axes[one])[axis]
+            wanted = f"{axes} with {names[other]}'s {letter} = {shapes[other][its]}"
+            raise ValueError(f"{names[one]}: expected {wanted}, got {shape_of(given[one])}")
+    if q.shape[-1] == 0 or v.shape[-1] == 0:
+        got = f"{q.shape[-1]} in q and {v.shape[-1]} in {names[2]}"
+        raise ValueError(f"q, {names[2]}: expected head_dim of at least 1, got {got}")
     return q, k, v
 
 
 def _in_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in the dtype of torch.autocast, which is on; float64 stays, as in torch's own operators."""
+    """q, k and v in the dtype of torch.autocast, which is on; float64 stays, as in torch's operators."""
     dtype = torch.get_autocast_dtype(q.device.type)
 
     def cast(x: Tensor) -> Tensor:
@@ -85,37 +83,6 @@ def _in_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
         return x.to(dtype) if eligible else x
 
     return cast(q), cast(k), cast(v)
-
-
-def batch_visibility(
-    q: Tensor,
-    k: Tensor,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    key_lengths: Tensor | None = None,
-    key_ranges: Tensor | None = None,
-    mask: Tensor | None = None,
-    batch_invariant: bool | None = None,
-) -> Visibility:
-    """The keys visible to each row, of checked q [B, Hq, Sq, D] and k; raises for a mask that is none of theirs."""
-    invariant = check_masks(causal, window, batch_invariant)
-    if key_lengths is not None:
-        _check_key_lengths(key_lengths, q, k)
-    if key_ranges is not None:
-        _check_key_ranges(key_ranges, q, k)
-    if mask is not None:
-        _check_mask(mask, q, k)
-    return Visibility.of_shapes(
-        q.shape,
-        k.shape,
-        q.device,
-        causal=causal,
-        window=window,
-        key_lengths=key_lengths,
-        key_ranges=key_ranges,
-        mask=mask,
-        invariant=invariant,
-    )
 
 
 def check(call: AttentionCall, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or Hkv, Sk]") -> AttentionCall:
@@ -134,7 +101,7 @@ def check(call: AttentionCall, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or
     if terms.key_bias is not None:
         check_key_bias("key_bias", terms.key_bias, q, _last(visible.keys, keys), keys)
     if sinks is not None:
-        check_sinks(sinks, q)
+        check_tensor("sinks", sinks, "[Hq]", FLOATS, q, sizes=(q.shape[1],))
         sinks = sinks.to(scale_dtype(q))
     if not (softcap is None and sinks is None and is_after is False):
         check_bool("bias_after_softcap", is_after)
@@ -182,11 +149,7 @@ def scale_dtype(q: Tensor) -> torch.dtype:
 
 def check_factor(name: str, factor: Any, q: Tensor, shape: tuple[int, ...], axes: str) -> None:
     """Raise unless a factor of the logits is a floating tensor on q's device that broadcasts to `shape`."""
-    check_tensor(name, factor, axes)
-    if factor.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected a floating dtype, got {factor.dtype}")
-    if factor.device != q.device:
-        check_device(name, factor, q)
+    check_tensor(name, factor, axes, FLOATS, q)
     if factor.dim() == 1 and factor.shape[0] != 1:
         raise ValueError(
             f"{name}: expected a shape that says its axis, [H, 1] for a value a head or [1, S] for a value a"
@@ -218,7 +181,7 @@ def _with_pairs(terms: Logits, call: AttentionCall, rows: str) -> Logits:
         check_tensor("bias", bias, "[B, Hq, Sq, Sk]")
         bias = bias[None] if bias.dim() == 1 else bias
         check_factor("bias", bias, q, (*visible.rows, visible.k_len), "[B, Hq, Sq, Sk]")
-        bias = _in_own_dtype(bias[(None,) * (4 - bias.dim())], q)
+        bias = _in_its_dtype(bias[(None,) * (4 - bias.dim())], q)
     check_count("relative_right", right)
     if table is not None:
         table = relative_bias_of("", table, right, q, _last(visible.rows, rows), rows)
@@ -243,10 +206,10 @@ def relative_bias_of(owner: str, table: Any, right: Any, q: Tensor, rows: tuple[
     check_count(f"{owner}relative_right", right)
     if not right < extent:
         raise ValueError(f"{owner}relative_right: expected less than the extent, {extent}, got {right}")
-    return _in_own_dtype(table if table.dim() == 4 else table[None], q)
+    return _in_its_dtype(table if table.dim() == 4 else table[None], q)
 
 
-def _in_own_dtype(bias: Tensor, q: Tensor) -> Tensor:
+def _in_its_dtype(bias: Tensor, q: Tensor) -> Tensor:
     """A bias as backends take it: in 64 bits only for such q."""
     return bias.float() if bias.dtype == torch.float64 != q.dtype else bias
 
@@ -268,27 +231,6 @@ def refuse_scaling(scaling: Any) -> None:
         write = f"write {name}({', '.join(required)})"
         raise TypeError(f"scaling: expected an instance of a Scaling, got the class {name}; {write}")
     raise TypeError(f"scaling: expected a name, a Scaling, a float or a tensor, got {kind_of(scaling)}")
-
-
-def _check_sizes(q: torch.Size, k: torch.Size, v: torch.Size, layout: Layout) -> None:
-    heads, sequence = layout.heads, layout.sequence
-    q_heads, kv_heads, head_dim = q[1], k[heads], q[-1]
-    if layout is BATCHED and not q[0] == k[0] == v[0]:
-        raise ValueError(f"k, v: expected q's batch size {q[0]}, got {k[0]} in k and {v[0]} in v")
-    if layout is PAGED and k[:2] != v[:2]:
-        raise ValueError(f"v: expected k's [N, page] = {list(k[:2])}, got {list(v[:2])}")
-    if kv_heads != v[heads]:
-        raise ValueError(f"v: expected k's {kv_heads} heads, got {v[heads]}")
-    if q_heads != kv_heads and (kv_heads == 0 or q_heads % kv_heads != 0):
-        turned = layout is BATCHED and k[2] > 0 and q[2] % k[2] == 0
-        hint = ": they look like [B, S, H, D]; pass q, k and v each as x.transpose(1, 2)" if turned else ""
-        raise ValueError(f"k: expected a number of heads that divides q's {q_heads}, got {kv_heads}{hint}")
-    if k[sequence] != v[sequence]:
-        raise ValueError(f"v: expected k's length {k[sequence]}, got {v[sequence]}")
-    if k[-1] != head_dim:
-        raise ValueError(f"k: expected q's head_dim {head_dim}, got {k[-1]}")
-    if head_dim == 0 or v[-1] == 0:
-        raise ValueError(f"q, v: expected head_dim of at least 1, got {head_dim} in q and {v[-1]} in v")
 
 
 def check_settings(backend: Any, softcap: Any, dropout_p: Any) -> None:
@@ -326,52 +268,38 @@ def check_window(window: Any) -> None:
             raise ValueError(f"window: expected sides of at least 0, or -1 or None for unlimited, got {window!r}")
 
 
-def _check_key_lengths(key_lengths: Any, q: Tensor, k: Tensor) -> None:
-    check_integers("key_lengths", key_lengths, "[B]", q)
-    if key_lengths.shape != q.shape[:1]:
-        raise ValueError(f"key_lengths: expected shape [B] = [{q.shape[0]}], got {shape_of(key_lengths)}")
-    check_values("key_lengths", key_lengths, k.shape[2])
+def check_tensor(
+    name: str,
+    x: Any,
+    axes: str,
+    dtypes: tuple[torch.dtype, ...] = (),
+    like: Tensor | None = None,
+    owner: str = "q",
+    sizes: tuple[int | None, ...] | None = None,
+) -> None:
+    """Raise unless x is a dense tensor, of one of these dtypes, on the device of `like`, and of these sizes.
 
-
-def _check_key_ranges(key_ranges: Any, q: Tensor, k: Tensor) -> None:
-    check_integers("key_ranges", key_ranges, "[B, Sq, 2]", q)
-    batch, _, q_len, _ = q.shape
-    if key_ranges.shape != (batch, q_len, 2) and key_ranges.shape != (batch, 1, q_len, 2):
-        raise ValueError(
-            f"key_ranges: expected shape [B, Sq, 2] = {[batch, q_len, 2]} or {[batch, 1, q_len, 2]},"
-            f" got {shape_of(key_ranges)}"
-        )
-    check_values("key_ranges", key_ranges, k.shape[2])
-
-
-def _check_mask(mask: Any, q: Tensor, k: Tensor) -> None:
-    check_tensor("mask", mask, "[B, Hq, Sq, Sk]")
-    if mask.dtype != torch.bool:
-        hint = "; of 0 and -inf give mask == 0, other numbers are attention's bias=" if mask.dtype in FLOATS else ""
-        raise TypeError(f"mask: expected dtype torch.bool, True for visible, got {mask.dtype}{hint}")
-    check_device("mask", mask, q)
-    shape = (*q.shape[:3], k.shape[2])
-    if not broadcasts(mask.shape, shape):
-        raise ValueError(
-            f"mask: expected a shape broadcastable to [B, Hq, Sq, Sk] = {list(shape)}, got {shape_of(mask)};"
-            " a padding mask is [B, 1, 1, Sk]"
-        )
-
-
-def check_sinks(sinks: Any, q: Tensor) -> None:
-    check_tensor("sinks", sinks, "[Hq]")
-    if sinks.dtype not in FLOATS:
-        raise TypeError(f"sinks: expected a floating dtype, got {sinks.dtype}")
-    check_device("sinks", sinks, q)
-    if sinks.shape != q.shape[1:2]:
-        raise ValueError(f"sinks: expected shape [Hq] = [{q.shape[1]}], got {shape_of(sinks)}")
-
-
-def check_tensor(name: str, x: Any, axes: str) -> None:
+    axes    the names of its axes, in errors
+    like    a tensor of `owner`
+    sizes   of each axis, None where any will do
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor {axes}, got {kind_of(x)}")
     if x.is_nested or x.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor {axes}, got {kind_of(x)} and layout {x.layout}")
+    if dtypes and x.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {_WORDS[dtypes]}, got {x.dtype}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{name}: expected {owner}'s device {like.device}, got {x.device}")
+    if sizes is None:
+        return
+    fits = x.dim() == len(sizes)
+    for size, wanted in zip(x.shape, sizes, strict=False):
+        fits = fits and (wanted is None or size == wanted)
+    if not fits:
+        known = [letter if size is None else str(size) for letter, size in zip(names_of(axes), sizes, strict=True)]
+        equal = "" if known == names_of(axes) else f" = [{', '.join(known)}]"
+        raise ValueError(f"{name}: expected shape {axes}{equal}, got {shape_of(x)}")
 
 
 def check_device(name: str, x: Tensor, like: Tensor, owner: str = "q") -> None:
@@ -381,10 +309,7 @@ def check_device(name: str, x: Tensor, like: Tensor, owner: str = "q") -> None:
 
 def check_integers(name: str, x: Any, axes: str, like: Tensor, owner: str = "q") -> None:
     """Raise unless x is an integer tensor on the device of `like`, which belongs to `owner`."""
-    check_tensor(name, x, axes)
-    if x.dtype not in INTEGERS:
-        raise TypeError(f"{name}: expected an integer dtype, got {x.dtype}")
-    check_device(name, x, like, owner)
+    check_tensor(name, x, axes, INTEGERS, like, owner)
 
 
 def check_values(name: str, x: Tensor, highest: int, meaning: str = "Sk = ") -> None:
@@ -441,4 +366,4 @@ def check_bool(name: str, value: Any) -> None:
 def check_dtype(dtype: Any) -> None:
     """Raise unless dtype is one that attention takes, or None, which stands for torch's default."""
     if dtype is not None and dtype not in FLOATS:
-        raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype!r}")
+        raise TypeError(f"dtype: expected {_WORDS[FLOATS]}, got {dtype!r}")

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
 from torch import Tensor
 
-from ..core.call import AttentionCall, Logits
+from ..core.call import LONGEST_QUERY, AttentionCall, Logits
+from ..core.visibility import Visibility, window_sides
 from ..scaling import Scaling
-from .checks import check
-from .decode_checks import cache_operands, cache_visibility, check_statistics
+from .checks import (
+    INTEGERS,
+    check,
+    check_masks,
+    check_tensor,
+    check_values,
+    kind_of,
+    operands,
+    values_are_read,
+)
 from .dispatch import refuse_gradients, run
 from .key_statistics import KeyStatistics
-from .paged_statistics import PagedKeyStatistics
+from .layouts import CACHE, CACHE_PAGES
+from .paged_statistics import PagedKeyStatistics, check_paged_statistics
 from .public import public
 from .results import AttentionAux
+from .sequence_checks import check_block_table, check_page_numbers, check_record
 from .sharded import CACHED, CACHED_PAGES
 
 if TYPE_CHECKING:
@@ -25,33 +37,15 @@ if TYPE_CHECKING:
 
 @overload
 def attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    key_lengths: Tensor,
-    return_aux: Literal[False] = False,
-    **options: Unpack[DecodeOptions],
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, return_aux: Literal[False] = False, **options: Unpack[DecodeOptions]
 ) -> Tensor: ...
 @overload
 def attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    key_lengths: Tensor,
-    return_aux: Literal[True],
-    **options: Unpack[DecodeOptions],
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, return_aux: Literal[True], **options: Unpack[DecodeOptions]
 ) -> tuple[Tensor, AttentionAux]: ...
 @overload
 def attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    key_lengths: Tensor,
-    return_aux: bool,
-    **options: Unpack[DecodeOptions],
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, return_aux: bool, **options: Unpack[DecodeOptions]
 ) -> Tensor | tuple[Tensor, AttentionAux]: ...
 @public(CACHED, CACHED_PAGES)
 def attention_decode(
@@ -78,9 +72,9 @@ def attention_decode(
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention of the newest tokens over a KV cache that already holds their keys and values; no gradients.
 
-        own[i]      = i + key_lengths[b] - query_lengths[b]        the position of query row i
+        position[i] = i + key_lengths[b] - query_lengths[b]        of query row i
         logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j]) + key_bias[j] + relative[i, j]
-        out[i]      = sum_j softmax_j(logit[i, j]) * v[j]          over the keys j <= own[i] of sequence b
+        out[i]      = sum_j softmax_j(logit[i, j]) * v[j]          over the keys j <= position[i] of sequence b
 
     A prefill by `attention(..., causal=True)` followed by calls of this function gives what one full pass gives, for
     every scaling: n, sums and maxima are those of the keys that the row attends to.
@@ -96,17 +90,17 @@ def attention_decode(
         statistics: The `KeyStatistics` kept with the cache, or with pages the `PagedKeyStatistics`, to which the
             new keys have been appended: then no mode reads old keys. Without it the modes that need key norms
             (key_norm_*, cosine, inkling2) read the visible keys of the cache once more, half of the memory traffic of
-            the call itself, and gather pages to do so. A Scaling of your own gets k_cache, gathered where it lies in
+            the call itself, and gather pages to do so. A user's Scaling gets k_cache, gathered where it lies in
             pages unless its class says reads_keys = False. The reference follows the formulas and computes all of it
             from the keys.
         block_table: int32 [B, max_pages]: key j of sequence b is in page block_table[b, j // page], at j % page.
         query_lengths: Integers [B]: the new tokens of every sequence, up to Sq, the first of its rows; the other rows
             attend to nothing. None is Sq for all.
-        window: (left, right): row i attends to own[i] - left <= j; no key behind own[i] is visible, whatever right is.
+        window: (left, right): row i attends to position[i] - left <= j; no key behind it is visible, whatever right is.
         key_bias: Floating, broadcastable to [B, Hq, capacity] or [B, Hkv, capacity], as in `attention`: of key j of a
             sequence, also where it lies in a page.
         relative_bias: Floating, [B or 1, Hq or 1, Sq or 1, extent]: entry t is added to the logit of the key t
-            positions before own[i], 0 outside of the extent. relative_right, as in `attention`, moves the entries, of
+            positions before row i, 0 outside of the extent. relative_right, as in `attention`, moves the entries, of
             which those of later keys have no use here.
         bias_after_softcap, softcap, sinks, return_aux, backend: As in `attention`.
         batch_invariant: As in `attention`. The keys are then not split among programs.
@@ -160,3 +154,70 @@ def attention_decode(
     given = {"key_bias": key_bias, "relative_bias": relative_bias, "sinks": sinks, "scaling": scaling, "gain": gain}
     refuse_gradients(call.cached, q=q, k_cache=k, v_cache=v, **given)
     return run(call)
+
+
+def cache_operands(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k_cache and v_cache of a call, in autocast's dtype where it is on, and pages with heads before keys.
+
+    Raises TypeError or ValueError unless these are the operands of one call.
+    """
+    q, k, v = operands(q, k, v, CACHE if block_table is None else CACHE_PAGES)
+    if not 1 <= q.shape[2] <= LONGEST_QUERY:
+        raise ValueError(f"q: expected Sq of 1 to {LONGEST_QUERY}, got {q.shape[2]}; for more rows: attention")
+    if block_table is not None:
+        check_block_table(block_table, q.shape[0], q)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if capacity_of(k, block_table) == 0:
+        raise ValueError("k_cache: expected a capacity of at least 1 key, got 0")
+    return q, k, v
+
+
+def cache_visibility(
+    q: Tensor,
+    k: Tensor,
+    key_lengths: Tensor,
+    block_table: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    batch_invariant: bool | None = None,
+) -> Visibility:
+    """The keys that each row attends to, of `cache_operands`; raises for lengths and pages that are none of theirs."""
+    invariant = check_masks(True, window, batch_invariant)
+    (batch, q_heads, q_len, _), capacity = q.shape, capacity_of(k, block_table)
+    check_tensor("key_lengths", key_lengths, "[B]", INTEGERS, q, sizes=(batch,))
+    check_values("key_lengths", key_lengths, capacity, "capacity = ")
+    if query_lengths is not None:
+        check_tensor("query_lengths", query_lengths, "[B]", INTEGERS, q, sizes=(batch,))
+        check_values("query_lengths", query_lengths, q_len, "Sq = ")
+    left = None if window is None else window_sides(window)[0]
+    if block_table is not None:
+        lengths = key_lengths.long()  # uint8 has no number below 0
+        rows = q_len if query_lengths is None else query_lengths.long()
+        first = torch.zeros_like(lengths) if left is None else lengths - rows - left
+        check_page_numbers(block_table, k.shape[2], k.shape[0], first, lengths, "key_lengths")
+    sizes = (batch, q_heads, k.shape[1], q_len, capacity)
+    return Visibility.of_padded(sizes, q.device, key_lengths, query_lengths, left=left, invariant=invariant)
+
+
+def check_statistics(statistics: Any, q: Tensor, k: Tensor, key_lengths: Tensor, block_table: Tensor | None) -> None:
+    """Raise unless these are statistics of the keys of `cache_operands`."""
+    if isinstance(statistics, PagedKeyStatistics):
+        check_paged_statistics(statistics, q, k.transpose(1, 2), block_table)
+        return
+    if not isinstance(statistics, KeyStatistics):
+        raise TypeError(f"statistics: expected a KeyStatistics, got {kind_of(statistics)}")
+    wanted = (q.shape[0], k.shape[1], capacity_of(k, block_table))
+    check_record(statistics.norms, wanted, "[B, Hkv, capacity]", q)
+    if values_are_read(statistics.counts) and values_are_read(key_lengths):
+        missing = statistics.counts < key_lengths
+        if missing.any():
+            entry = int(missing.nonzero()[0])
+            raise ValueError(
+                f"statistics: expected all keys of key_lengths, new ones too (append first), got"
+                f" {int(statistics.counts[entry])} of {int(key_lengths[entry])} in sequence {entry}"
+            )
+
+
+def capacity_of(k: Tensor, block_table: Tensor | None) -> int:
+    """The most keys that a sequence can have: k [B, Hkv, capacity, D], or pages [N, Hkv, page, D]."""
+    return k.shape[2] if block_table is None else k.shape[2] * block_table.shape[1]

@@ -19,8 +19,8 @@ from ..core.call import AttentionCall, Logits, per_group
 from ..core.dropout import Dropout
 from ..core.key_records import RecordedStatistics
 from ..core.observation import ObservedCall, notify_observers, observers, unobserved
-from ..core.pages import PageTable
-from ..core.relative import sum_of_tables
+from ..core.pair_biases import sum_of_tables
+from ..core.sequences import PageTable
 from ..core.statistics import DoubleStatistics, Statistics
 from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Scales, Scaling

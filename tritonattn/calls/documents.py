@@ -9,14 +9,14 @@ from .checks import check_integers, shape_of
 
 
 def document_ranges(documents: Tensor) -> Tensor:
-    """The `key_ranges` of documents that share rows of one length: each token attends to its own document.
+    """The `key_ranges` of documents that share rows of one length: each token attends to its document.
 
         key_ranges[b, i] = (lo, hi), the run of equal ids documents[b, lo:hi] in which i lies
 
     `causal` and `window` narrow them. It takes O(B S) memory, and reads no value on the host.
 
     Args:
-        documents: Integers [B, S], the document of every token. Each run of equal ids is a document of its own. A
+        documents: Integers [B, S], the document of every token. Each run of equal ids is one document. A
             negative id is padding, whose rows attend to nothing and have the output 0.
 
     Returns:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ..core.call import AttentionCall, ForwardResult, per_group
-from ..core.relative import relative_pairs
+from ..core.pair_biases import relative_pairs
 from ..scaling import Scaling
 from .checks import FLOATS, broadcasts, check_number, scale_dtype, shape_of
 
@@ -31,9 +31,9 @@ def dense(call: AttentionCall, k: Tensor | None = None) -> tuple[Tensor | float,
     q, scaling, visibility, gain = call.q, call.scaling, call.visibility, call.gain
     group = visibility.q_heads // visibility.kv_heads
     visible = visibility.dense()
-    seen, sees = visible.any(-2)[..., None], visible.any(-1)  # [B, Hq, Sk, 1], [B, Hq, Sq]
-    keys = torch.where(seen, (call.k if k is None else k).repeat_interleave(group, dim=1), 0)
-    queries, pairs = torch.where(sees[..., None], q, 0), (*visibility.rows, visibility.k_len)
+    has_row, has_key = visible.any(-2)[..., None], visible.any(-1)  # [B, Hq, Sk, 1], [B, Hq, Sq]
+    keys = torch.where(has_row, (call.k if k is None else k).repeat_interleave(group, dim=1), 0)
+    queries, pairs = torch.where(has_key[..., None], q, 0), (*visibility.rows, visibility.k_len)
     factor, bias = scaling.multiplier(queries, keys, visible), scaling.addend(queries, keys, visible)
     if isinstance(factor, Tensor):
         _check_dense(scaling, "multiplier", factor, pairs)
@@ -55,7 +55,7 @@ def dense(call: AttentionCall, k: Tensor | None = None) -> tuple[Tensor | float,
         table = terms.relative_bias.to(scale_dtype(q))  # gradients of a distance are summed before they are rounded
         bias = _sum(bias, relative_pairs(table, terms.relative_right, visibility), q)
     if gain is not None:
-        factor = factor * (torch.where(sees, gain, 0)[..., None] if isinstance(gain, Tensor) else gain)
+        factor = factor * (torch.where(has_key, gain, 0)[..., None] if isinstance(gain, Tensor) else gain)
     return factor, bias
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from ..backends import kernels
 from ..core.autograd import runs_eagerly
-from ..core.key_records import TOTALS, KeyRecord, extended, zeros
+from ..core.key_records import TOTALS, KeyRecord, zeros
 from ..core.norms import key_norms_of
-from ..core.pages import PageTable
+from ..core.sequences import PageTable
 from .checks import (
     check_count,
     check_integers,
@@ -21,7 +22,7 @@ from .checks import (
     values_are_read,
 )
 from .dispatch import kernels_take
-from .page_checks import check_new_keys
+from .sequence_checks import check_new_keys
 
 _OWNER = "this KeyStatistics"
 
@@ -91,6 +92,11 @@ class KeyStatistics(KeyRecord):
         entries = buffer.gather(2, position)
         return entries if name in TOTALS else torch.where(found[:, None] >= 0, entries, 0)
 
+    def _put(self, found: Tensor, entries: tuple[Tensor, ...]) -> None:
+        position = torch.where(found >= 0, found, self.capacity)[:, None].expand_as(entries[0])
+        for buffer, values, shift in zip(self._memory, entries, (0, 1, 1, 1), strict=True):
+            buffer.scatter_(2, position + shift, values)
+
     def along_keys(self, k_len: int, table: PageTable | None) -> Tensor:
         return self.norms
 
@@ -126,7 +132,7 @@ class KeyStatistics(KeyRecord):
         if counts is not None:
             kept = kept & (order < counts[:, None])
         norms = key_norms_of(k_new, kept[:, None], invariant=True)  # whatever the call that reads them
-        self._write(norms, torch.where(kept, position, self.capacity))
+        self._extend(norms, torch.where(kept, position, -1), self.counts[:, None] - 1)
         self.counts += kept.sum(-1)
 
     @torch.no_grad()
@@ -144,11 +150,9 @@ class KeyStatistics(KeyRecord):
         Raises:
             TypeError, ValueError: A type, dtype, shape or device; on a CPU also values.
         """
-        last = len(self.counts) - 1
-        self._check_per_sequence("index", index, last)
-        index = index.long().clamp(0, max(last, 0))
-        for buffer in self._buffers():
-            buffer.copy_(buffer.index_select(0, index))
+        self._check_per_sequence("index", index, len(self.counts) - 1)
+        for buffer, chosen in self._chosen(index):
+            buffer.copy_(chosen)
 
     @torch.no_grad()
     def truncate(self, lengths: Tensor | int) -> None:
@@ -180,15 +184,10 @@ class KeyStatistics(KeyRecord):
         Raises:
             TypeError, ValueError: A type, dtype, shape or device; on a CPU also values.
         """
-        last = len(self.counts) - 1
-        check_integers("index", index, "[n]", self.counts, _OWNER)
-        if index.dim() != 1:
-            raise ValueError(f"index: expected shape [n], got {shape_of(index)}")
-        check_values("index", index, last, "")
-        index = index.long().clamp(0, max(last, 0))
+        self._check_per_sequence("index", index, len(self.counts) - 1, any_number=True)
         other = self._like(len(index), self.capacity)
-        for mine, its in zip(self._buffers(), other._buffers(), strict=True):
-            its.copy_(mine.index_select(0, index))
+        for buffer, (_, chosen) in zip(other._buffers(), self._chosen(index), strict=True):
+            buffer.copy_(chosen)
         return other
 
     @torch.no_grad()
@@ -201,8 +200,8 @@ class KeyStatistics(KeyRecord):
         check_count("capacity", capacity, self.capacity)
         other = self._like(len(self.counts), capacity)
         other.counts.copy_(self.counts)
-        for mine, its in zip(self._memory, other._memory, strict=True):
-            its[..., : mine.shape[-1] - 1].copy_(mine[..., :-1])
+        for buffer, held in zip(other._memory, self._memory, strict=True):
+            buffer[..., : held.shape[-1] - 1].copy_(held[..., :-1])
         return other
 
     @torch.no_grad()
@@ -227,7 +226,8 @@ class KeyStatistics(KeyRecord):
         norms = self._memory[0].gather(2, position[:, None].expand(-1, self.norms.shape[1], -1))
         kept = order < held[:, None]
         if keys:
-            other._write(torch.where(kept[:, None], norms, 0), torch.where(kept, order, capacity))
+            norms, order = torch.where(kept[:, None], norms, 0), torch.where(kept, order, -1)
+            other._extend(norms, order, other.counts[:, None] - 1)
         other.counts.copy_(held)
         return other
 
@@ -238,15 +238,10 @@ class KeyStatistics(KeyRecord):
     def _buffers(self) -> tuple[Tensor, ...]:
         return self.counts, *self._memory
 
-    def _write(self, norms: Tensor, position: Tensor) -> None:
-        """Write the norms [B, Hkv, n] of new keys to their positions [B, n], and extend the sums and maxima."""
-        norms = norms.to(self.norms.dtype)
-        before = tuple(self.at(name, self.counts[:, None] - 1) for name in TOTALS)
-        position = position[:, None].expand_as(norms)
-        first, *totals = self._memory
-        first.scatter_(2, position, norms)
-        for buffer, values in zip(totals, extended(before, norms), strict=True):
-            buffer.scatter_(2, position + 1, values)
+    def _chosen(self, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each of `_buffers`, with its sequences of these numbers."""
+        index = index.long().clamp(0, max(len(self.counts) - 1, 0))
+        return ((buffer, buffer.index_select(0, index)) for buffer in self._buffers())
 
     def _check_room(self, new: Tensor | int) -> None:
         if not values_are_read(self.counts):
@@ -255,8 +250,9 @@ class KeyStatistics(KeyRecord):
         if needed > self.capacity:
             raise ValueError(f"k_new: expected at most capacity = {self.capacity} keys, got {needed} with those held")
 
-    def _check_per_sequence(self, name: str, x: Any, highest: int) -> None:
-        check_integers(name, x, "[B]", self.counts, _OWNER)
-        if x.shape != self.counts.shape:
-            raise ValueError(f"{name}: expected shape [B] = {shape_of(self.counts)}, got {shape_of(x)}")
+    def _check_per_sequence(self, name: str, x: Any, highest: int, any_number: bool = False) -> None:
+        check_integers(name, x, "[n]" if any_number else "[B]", self.counts, _OWNER)
+        if x.dim() != 1 or not (any_number or x.shape == self.counts.shape):
+            wanted = "[n]" if any_number else f"[B] = {shape_of(self.counts)}"
+            raise ValueError(f"{name}: expected shape {wanted}, got {shape_of(x)}")
         check_values(name, x, highest, "")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 from torch import Tensor
+from typing_extensions import Required, TypedDict
 
 from ..scaling import Scaling
 from .key_statistics import KeyStatistics
@@ -63,8 +62,9 @@ class VarlenOptions(Factors, Terms, total=False):
 
 
 class DecodeOptions(Factors, Terms, total=False):
-    """Options of `attention_decode`, but for key_lengths, which it needs."""
+    """Options of `attention_decode`."""
 
+    key_lengths: Required[Tensor]
     statistics: KeyStatistics | PagedKeyStatistics | None
     block_table: Tensor | None
     query_lengths: Tensor | None

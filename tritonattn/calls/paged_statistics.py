@@ -9,15 +9,20 @@ from torch import Tensor
 
 from ..backends import kernels
 from ..core.autograd import runs_eagerly
-from ..core.key_records import TOTALS, KeyRecord, extended, zeros
+from ..core.key_records import KeyRecord, zeros
 from ..core.norms import key_norms_of
-from ..core.packing import PackedAxis
-from ..core.pages import Found, PageTable
-from ..core.sequences import Sequences
+from ..core.sequences import Found, PackedAxis, PageTable
 from .checks import check_count, check_integers, kind_of, shape_of, values_are_read
 from .dispatch import kernels_take
-from .page_checks import SMALLEST_PAGE, check_block_table, check_new_keys, check_page_numbers, check_record
-from .varlen_checks import check_offset_values, check_offsets
+from .layouts import SMALLEST_PAGE
+from .sequence_checks import (
+    check_block_table,
+    check_new_keys,
+    check_offset_values,
+    check_offsets,
+    check_page_numbers,
+    check_record,
+)
 
 _OWNER = "this PagedKeyStatistics"
 
@@ -101,6 +106,11 @@ class PagedKeyStatistics(KeyRecord):
     def at(self, name: str, found: Found) -> Tensor:
         return found.of(getattr(self, name)).movedim(-1, 1)
 
+    def _put(self, found: Found, entries: tuple[Tensor, ...]) -> None:
+        page = torch.where(found.is_held, found.page, self._spare)
+        for buffer, values in zip(self._memory, entries, strict=True):
+            buffer[page, found.slot] = values.movedim(1, -1)
+
     @torch.no_grad()
     def append(self, k_new: Tensor, cu_seqlens: Tensor, *, key_lengths: Tensor, block_table: Tensor) -> None:
         """Enter the newest keys of every sequence, before the attention that attends to them.
@@ -138,24 +148,14 @@ class PagedKeyStatistics(KeyRecord):
 
     def _append(self, k_new: Tensor, cu_seqlens: Tensor, key_lengths: Tensor, block_table: Tensor) -> None:
         """`append` by operators of torch."""
-        total, (sequences, _) = k_new.shape[0], block_table.shape
+        total = k_new.shape[0]
         longest = int(cu_seqlens.diff().max()) if values_are_read(cu_seqlens) else total
-        packed = Sequences.of(cu_seqlens, cu_seqlens, total, total, longest, longest)
-        new = PackedAxis(packed.q_starts.long(), longest, total)
-        first = key_lengths.long() - new.counts  # [B]
+        new = PackedAxis.of(cu_seqlens, longest, total)
+        first, order = (key_lengths.long() - new.counts)[:, None], torch.arange(longest, device=k_new.device)
         table = PageTable(block_table, self.page)
-        sequence, order = packed.position_of_keys(torch.arange(total, device=k_new.device))
-        position = first[sequence.clamp(max=sequences - 1)] + order
-        page, slot, found = table.locate(sequence, position, self.pages)  # [T]
-        norms = key_norms_of(k_new.transpose(0, 1)[None], found, invariant=True)  # as KeyStatistics does
-        norms = norms.to(self.norms.dtype)  # [1, Hkv, T]
-        last = self.find((first - 1)[:, None], table)
-        before = tuple(self.at(name, last) for name in TOTALS)  # [B, Hkv, 1]
-        totals = extended(before, new.unpacked(norms))  # [B, Hkv, longest]
-        at = torch.where(found, page, self._spare), torch.where(found, slot, 0)
-        entries = (norms, *(new.packed(values) for values in totals))  # [1, Hkv, T]
-        for buffer, values in zip(self._memory, entries, strict=True):
-            buffer[at] = values[0].T
+        found = self.find(torch.where(order < new.counts[:, None], first + order, -1), table)
+        norms = new.unpacked(key_norms_of(k_new.transpose(0, 1)[None], invariant=True))  # as KeyStatistics does
+        self._extend(torch.where(found.is_held[:, None], norms, 0), found, self.find(first - 1, table))
 
     def _check(self, k_new: Any, cu_seqlens: Any, key_lengths: Any, block_table: Any) -> None:
         check_new_keys(k_new, "[T, Hkv, D]", (None, self.norms.shape[2]), self.norms, _OWNER)

@@ -1,19 +1,21 @@
-"""The one decorator of the public functions and layers."""
+"""The one decorator of the public functions and layers, and its hints for words of other libraries."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import Parameter
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from ..core.hints import hint_for_keyword
 from ..core.shards import refuse_context_parallel
 from .sharded import Axes, call_of_parts
-from .words import hint_for
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,7 +49,7 @@ def public(
                                 return call_of_parts(function, signature, axes, paged, arguments, keywords)
                 return function(*arguments, **keywords)
             except TypeError:
-                hint = hint_for(arguments, keywords, signature.parameters)
+                hint = _hint_for(arguments, keywords, signature.parameters)
                 if hint is None:
                     raise
             raise TypeError(f"{function.__qualname__.removesuffix('.__init__')}: {hint}")
@@ -55,3 +57,73 @@ def public(
         return call
 
     return decorate
+
+
+_ADDED = "what it adds: key_bias=, relative_bias= or, in `attention`, bias="
+
+# Words of F.scaled_dot_product_attention, flash-attn, xformers and FlexAttention: the argument that stands for each (""
+# if none is needed), and what it takes. A function without that argument has the hint of that argument's name.
+_HINTS = {
+    "is_causal": ("causal", "bottom-right, where PyTorch's is top-left"),
+    "causal": ("", "a row attends to the keys up to its own"),
+    "attn_mask": ("mask", "bool, True is visible; key_lengths and key_ranges cost less; of floats, bias="),
+    "mask": ("key_lengths", "[B]: the number of keys of each sequence"),
+    "attn_bias": ("bias", "a number a pair, broadcastable to [B, Hq, Sq, Sk]; key_bias= and relative_bias= cost less"),
+    "position_bias": ("relative_bias", "a number a distance, on the last axis; `attention` has bias=, a number a pair"),
+    "rel_pos": ("relative_bias", "a number a distance, on the last axis"),
+    "bias": ("relative_bias", "a number a distance; key_bias= takes a number a key"),
+    "relative_bias": ("key_bias", "a number a key, [B, H, Sk], added to logits"),
+    "alibi_slopes": ("key_bias", "tritonattn.nn.ALiBi(heads)(Sk), in causal attention; in others relative_bias="),
+    "scale": ("scaling", "a float is the factor itself"),
+    "softmax_scale": ("scaling", "a float is the factor itself"),
+    "scaling": ("scale", "a float"),
+    "enable_gqa": ("", "k may have fewer heads than q, whose number they divide"),
+    "window_size": ("window", "a pair: left, right"),
+    "logits_soft_cap": ("softcap", "a number above 0"),
+    "embed_dim": ("width", "features of x"),
+    "num_heads": ("heads", "query heads"),
+    "num_kv_heads": ("kv_heads", "a divisor of heads"),
+    "key_padding_mask": ("key_lengths", "[B]: the number of keys of each sequence"),
+    "dropout": ("dropout_p", "a number in [0, 1)"),
+    "p": ("dropout_p", "a number in [0, 1)"),
+    "deterministic": ("", "every call is"),
+    "cache_seqlens": ("key_lengths", "the new keys included"),
+    "return_attn_probs": ("return_aux", "lse, largest logit and entropy"),
+    "return_lse": ("return_aux", "lse, largest logit and entropy"),
+    "block_mask": ("key_ranges", "[lo, hi) of every row; or mask"),
+    "score_mod": ("query_scale", f"and key_scale=, its factors; {_ADDED}"),
+    "query_scale": ("scaling", f"a Scaling, or factors; {_ADDED}"),
+}
+
+# The argument that a value without a name is for, by its type; of a tensor, by whether it is a mask.
+_BY_TYPE = {bool: "causal", str: "scaling", True: "mask", False: "bias"}
+
+
+def _hint_for(arguments: Sequence[Any], keywords: Iterable[str], known: Mapping[str, Parameter]) -> str | None:
+    """The hint for arguments that are not among the `known` ones of a function; None where all are."""
+    unknown = [word for word in keywords if word not in known]
+    hints = (_hint(word, known) or hint_for_keyword(word, known) for word in unknown)
+    return next(filter(None, hints), None) or _hint_for_order(arguments, known)
+
+
+def _hint(word: str, known: Any) -> str | None:
+    ours, note = _HINTS.get(word, (None, ""))
+    while ours and ours not in known:
+        ours, note = _HINTS.get(ours, (None, ""))
+    if ours is None:
+        return None
+    return f"expected {ours}= ({note}), got {word}=" if ours else f"expected no {word}=: {note}"
+
+
+def _hint_for_order(arguments: Sequence[Any], known: Mapping[str, Parameter]) -> str | None:
+    """The hint for arguments without a name beyond those that may come so, or None."""
+    ordered = [name for name, one in known.items() if one.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    if len(arguments) <= len(ordered):
+        return None
+    first = arguments[len(ordered)]
+    name = _BY_TYPE.get(first.dtype == torch.bool if isinstance(first, Tensor) else type(first), "")
+    value = "..." if isinstance(first, Tensor) else repr(first)
+    example = f", such as {name}={value}" if name in known else ""
+    names = [name for name in ordered if name != "self"]
+    got = len(arguments) - len(ordered) + len(names)
+    return f"expected at most {len(names)} positional arguments ({', '.join(names)}), got {got}; name the rest{example}"

@@ -50,5 +50,5 @@ def _lse_alone(name: str) -> NotImplementedError:
 
 def aux_of(result: ForwardResult) -> AttentionAux:
     """The `AttentionAux` of a result that was computed with aux."""
-    kind = AttentionAux if result.entropy is not None else LseAlone
-    return kind(result.lse, cast(Tensor, result.max_logit), cast(Tensor, result.entropy))
+    result_type = AttentionAux if result.entropy is not None else LseAlone
+    return result_type(result.lse, cast(Tensor, result.max_logit), cast(Tensor, result.entropy))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,7 +62,7 @@ CACHED = {
 }
 CACHED_PAGES = {**CACHED, **dict.fromkeys(("k_cache", "v_cache"), Axes(None, 2))}
 PACKED_PAGES = {**PACKED, **dict.fromkeys(("k", "v"), Axes(None, 2))}
-_OPERANDS = ("k", "v", "k_cache", "v_cache")
+_OPERANDS, _BY_HEAD = ("k", "v", "k_cache", "v_cache"), Axes(None, 0)
 
 
 def call_of_parts(
@@ -76,17 +77,22 @@ def call_of_parts(
 
     axes, paged   the axes of the arguments, and where there is a block table
 
-    Beside a plain q a DTensor that has a value a head stands for this rank's part, as parameters do in tensor
+    With a plain q a DTensor that has a value a head stands for this rank's part, as parameters do in tensor
     parallelism.
     """
     given = signature.bind(*arguments, **keywords).arguments
-    own = axes if paged is None or given.get("block_table") is None else paged
+    if paged is not None and given.get("block_table") is not None:
+        axes = paged
     if not is_dtensor(given["q"]):
-        return function(**{name: _part_with(given["q"], name, x, own) for name, x in given.items()})
-    shards = Shards.of(given, own)
+        return function(**{name: _part_with(given["q"], name, x, axes) for name, x in given.items()})
+    shards = Shards.of(given, axes)
     with stream(shards.number):
         result = function(**{name: shards.part(name, x) for name, x in given.items()})
-    return shards.wrapped(result)
+    if not isinstance(result, tuple):
+        return shards.wrapped(result, axes["q"])
+    out, aux = result
+    of_rows = (x if x is None else shards.wrapped(x, axes["aux"]) for x in aux)
+    return shards.wrapped(out, axes["q"]), type(aux)(*of_rows)
 
 
 def head_parts(q: Tensor, **values: Any) -> list[Any]:
@@ -100,15 +106,13 @@ def _part_with(q: Tensor, name: str, x: Any, axes: Mapping[str, Axes]) -> Any:
     """The part of an argument that goes with a plain q of this rank's heads."""
     if not is_dtensor(x):
         return x
-    own, meaning = axes.get(name, NOWHERE), axes["q"].heads
-    if name in _OPERANDS or own.heads is None or meaning is None:
+    of_name, heads = axes.get(name, NOWHERE), axes["q"].heads
+    if name in _OPERANDS or of_name.heads is None or heads is None:
         raise TypeError(f"{name}: expected a plain tensor with a plain q, got a DTensor placed {_placed(x)}")
-    axis, part = own.of(x, "heads"), x.to_local()
-    if axis is not None and part.shape[axis] != q.shape[meaning]:
-        raise ValueError(
-            f"{name}: expected a value for each of q's {q.shape[meaning]} heads on this rank, got {part.shape[axis]} of"
-            f" {x.shape[axis]}, placed {_placed(x)}"
-        )
+    axis, part = of_name.of(x, "heads"), x.to_local()
+    if axis is not None and part.shape[axis] != q.shape[heads]:
+        got = f"{part.shape[axis]} of {x.shape[axis]}, placed {_placed(x)}"
+        raise ValueError(f"{name}: expected a value for each of q's {q.shape[heads]} heads on this rank, got {got}")
     return part
 
 
@@ -128,10 +132,11 @@ class Shards(NamedTuple):
     @classmethod
     def of(cls, given: Mapping[str, Any], axes: Mapping[str, Axes]) -> Shards:
         """Raise TypeError or ValueError unless q's batch and heads alone are sharded, and keys and values as q's."""
-        q = given["q"]
-        meanings = []
+        q, meanings = given["q"], []
+        axis_of = axes["q"]._asdict().items()
+        sharded = {meaning: _tensors().Shard(axis) for meaning, axis in axis_of if axis is not None}
         for placement in q.placements:
-            meaning = next((m for m in ("batch", "heads") if placement == _shard(getattr(axes["q"], m))), None)
+            meaning = next((m for m, shard in sharded.items() if placement == shard), None)
             if meaning is None and not placement.is_replicate():
                 rest = "a sharded sequence is for tritonattn.distributed.context_parallel_attention"
                 raise ValueError(f"q: expected its batch or heads sharded, or replicas, got {_placed(q)}; {rest}")
@@ -144,8 +149,7 @@ class Shards(NamedTuple):
 
     def _check(self, name: str, x: Any) -> None:
         if not is_dtensor(x):
-            kind = f"a {type(x).__name__}"
-            raise TypeError(f"{name}: expected a DTensor, as q is, got {kind}")
+            raise TypeError(f"{name}: expected a DTensor, as q is, got a {type(x).__name__}")
         wanted, _ = self._wanted(x, self.axes[name])
         if x.device_mesh != self.mesh or tuple(x.placements) != wanted:
             raise ValueError(f"{name}: expected q's mesh, and {_listed(wanted)} there, got {_placed(x)}")
@@ -166,53 +170,34 @@ class Shards(NamedTuple):
 
     def part(self, name: str, x: Any) -> Any:
         """This rank's part of an argument: a DTensor, or a tensor or a module that all ranks hold alike."""
-        if isinstance(x, nn.Module):
-            return self._module(x)
+        if isinstance(x, nn.Module):  # a scaling: the first axis of a parameter is that of heads, if as long
+            return twin(x, lambda one: self._tensor(one, _BY_HEAD if one.shape[:1] == (self.heads,) else NOWHERE))
         return self._tensor(x, self.axes.get(name, NOWHERE)) if isinstance(x, Tensor) else x
-
-    def _module(self, module: nn.Module) -> nn.Module:
-        """A scaling with this rank's part of its parameters; the first axis of one is that of heads, if as long."""
-        return twin(module, lambda x: self._tensor(x, Axes(None, 0) if x.shape[:1] == (self.heads,) else NOWHERE))
 
     def _wanted(self, x: Tensor, axes: Axes) -> tuple[tuple[Any, ...], list[Any]]:
         """The placements of x where q's parts need it, and of its gradient: a rank has a part of that of replicas."""
-        from torch.distributed.tensor import Partial, Replicate
-
-        placements, gradients = [], []
+        tensors, placements, gradients = _tensors(), [], []
         for meaning in self.meanings:
             axis = axes.of(x, meaning)
-            placements.append(Replicate() if axis is None else _shard(axis))
-            gradients.append(Partial() if axis is None and meaning is not None else placements[-1])
+            placements.append(tensors.Replicate() if axis is None else tensors.Shard(axis))
+            gradients.append(tensors.Partial() if axis is None and meaning is not None else placements[-1])
         return tuple(placements), gradients
 
     def _tensor(self, x: Any, axes: Axes) -> Tensor:
-        from torch.distributed.tensor import DTensor, Replicate
-
         placements, gradients = self._wanted(x, axes)
         if not is_dtensor(x):
-            x = DTensor.from_local(x, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+            replicas = [_tensors().Replicate()] * self.mesh.ndim
+            x = _tensors().DTensor.from_local(x, self.mesh, replicas, run_check=False)
         return x.redistribute(self.mesh, placements).to_local(grad_placements=gradients)
 
-    def wrapped(self, result: Any) -> Any:
-        """out, or (out, aux), as DTensors."""
-        if not isinstance(result, tuple):
-            return self._wrap(result, self.axes["q"])
-        out, aux = result
-        of_rows = (x if x is None else self._wrap(x, self.axes["aux"]) for x in aux)
-        return self._wrap(out, self.axes["q"]), type(aux)(*of_rows)
-
-    def _wrap(self, x: Tensor, axes: Axes) -> Tensor:
-        from torch.distributed.tensor import DTensor, Replicate
-
-        axis_of = [None if meaning is None else getattr(axes, meaning) for meaning in self.meanings]
-        placements = [Replicate() if axis is None else _shard(axis) for axis in axis_of]
-        return DTensor.from_local(x, self.mesh, placements, run_check=False)
+    def wrapped(self, x: Tensor, axes: Axes) -> Tensor:
+        """A result on this rank as a DTensor."""
+        return _tensors().DTensor.from_local(x, self.mesh, self._wanted(x, axes)[0], run_check=False)
 
 
-def _shard(axis: int | None) -> Any:
-    from torch.distributed.tensor import Shard
-
-    return None if axis is None else Shard(axis)
+def _tensors() -> Any:
+    """The module of DTensors, which is there if one of them is."""
+    return sys.modules["torch.distributed.tensor"]
 
 
 def _placed(x: Any) -> str:

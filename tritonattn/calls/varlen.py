@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from ..core.call import AttentionCall, Logits
+from ..core.sequences import Sequences
+from ..core.visibility import Visibility, window_sides
 from ..scaling import Scaling
-from .checks import check, operands
+from . import layouts, sharded
+from .checks import check, check_count, check_masks, operands, values_are_read
 from .dispatch import refuse_gradients, run
 from .paged_statistics import PagedKeyStatistics, check_paged_statistics
 from .public import public
 from .results import AttentionAux
-from .sharded import PACKED, PACKED_PAGES
-from .varlen_checks import Packing, packed_visibility
+from .sequence_checks import check_block_table, check_offset_values, check_offsets, check_page_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,7 +65,7 @@ def attention_varlen(
     return_aux: bool,
     **options: Unpack[VarlenOptions],
 ) -> Tensor | tuple[Tensor, AttentionAux]: ...
-@public(PACKED, PACKED_PAGES)
+@public(sharded.PACKED, sharded.PACKED_PAGES)
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -96,7 +100,7 @@ def attention_varlen(
         logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j]) + key_bias[j] + relative[i, j]
         out[i]      = sum_j softmax_j(logit[i, j]) * v[j]          over the keys j of the sequence visible to row i
 
-    A row attends to no key of another sequence, and a scaling counts and measures only keys of the row's own sequence.
+    A row attends to no key of another sequence, and a scaling counts and measures only keys of the row's sequence.
 
     Args:
         q: [T_q, Hq, D], float16, bfloat16, float32 or (not in kernels) float64; any strides.
@@ -105,7 +109,7 @@ def attention_varlen(
         cu_seqlens_q: int32 [N + 1] on q's device: 0, then where each sequence's rows end, at most T_q. Equal
             neighbours are a sequence without rows.
         cu_seqlens_k: int32 [N + 1] likewise for the keys, at most T_k; with block_table the sums of their numbers.
-        max_seqlen_q: At least the rows of the longest sequence; a smaller one is an error, seen only on a CPU.
+        max_seqlen_q: At least the rows of the longest sequence; a smaller one is an error, noticed only on a CPU.
         max_seqlen_k: Likewise for the keys.
         scaling: As in `attention`; a tensor broadcasts to [Hq, T_q].
         gain: A float, or a tensor broadcastable to [Hq, T_q] (one a head: [Hq, 1]), which gets a gradient.
@@ -114,13 +118,13 @@ def attention_varlen(
             j % page. The cache holds the keys of the rows already. Sequences may share pages. There are no gradients
             and no dropout.
         statistics: The `PagedKeyStatistics` kept with such a cache, to which the new keys have been appended: then no
-            mode reads old keys. Without it, and for a Scaling of your own that reads keys, they are gathered.
+            mode reads old keys. Without it, and for a user's Scaling that reads keys, they are gathered.
         causal: Row i attends to the keys j <= i + Sk - Sq.
         window: (left, right): row i attends to i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: no limit.
         key_bias: Floating, broadcastable to [Hq, T_k] or [Hkv, T_k], as in `attention`; with block_table, too, key j of
             sequence n is at cu_seqlens_k[n] + j.
         relative_bias: Floating, [Hq or 1, T_q or 1, extent], with relative_right as in `attention`: a number for every
-            distance to the row's own position, which is that of `causal` in its sequence.
+            distance to the row's position, which is that of `causal` in its sequence.
         bias_after_softcap, softcap, sinks, dropout_p: As in `attention`.
         return_aux: Return (out, `AttentionAux`), its fields [Hq, T_q].
         backend, batch_invariant: As in `attention`.
@@ -148,7 +152,7 @@ def attention_varlen(
     Source: Dao 2023, arXiv:2307.08691, whose flash_attn_varlen_func has these names and this layout.
     """
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
-    q, k, v = operands(q, k, v, packing.layout)
+    q, k, v = operands(q, k, v, layouts.PACKED if block_table is None else layouts.PAGED)
     visible = packed_visibility(q, k, packing, causal, window, key_bias, batch_invariant)
     if statistics is not None:
         check_paged_statistics(statistics, q, k, block_table)
@@ -185,3 +189,88 @@ def attention_varlen(
 def _packed(out: Tensor) -> Tensor:
     """[1, Hq, T_q, Dv] as [T_q, Hq, Dv]."""
     return out[0].transpose(0, 1).contiguous()
+
+
+@dataclass(frozen=True, eq=False)  # Dynamo of torch 2.8 takes no property of a NamedTuple
+class Packing:
+    """The arguments that say where the sequences lie."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    block_table: Tensor | None = None
+
+    def keys(self, k: Tensor, key_bias: Tensor | None = None) -> int:
+        """T_k: the length of k, or with a block table of the axis along which keys in pages k are counted.
+
+        Where offsets are not read, all that there can be.
+        """
+        if self.block_table is None:
+            return k.shape[0]
+        if isinstance(key_bias, Tensor) and key_bias.dim() > 0 and key_bias.shape[-1] != 1:
+            return key_bias.shape[-1]
+        if values_are_read(self.cu_seqlens_k):
+            return int(self.cu_seqlens_k[-1])
+        return (self.cu_seqlens_k.shape[0] - 1) * self._longest_k(k)
+
+    def visibility(self, q: Tensor, k: Tensor, k_len: int, **masks: Any) -> Visibility:
+        """Which of the `keys` each row attends to, of checked arguments: q [T_q, Hq, D] and k, packed or in pages."""
+        q_len, longest_k = q.shape[0], min(self._longest_k(k), k_len)
+        longest_q = min(self.max_seqlen_q, q_len)
+        sequences = Sequences.of(self.cu_seqlens_q, self.cu_seqlens_k, q_len, k_len, longest_q, longest_k)
+        q_shape, k_shape = torch.Size((1, q.shape[1], q_len, 0)), torch.Size((1, k.shape[-2], k_len, 0))
+        return Visibility.of_shapes(q_shape, k_shape, q.device, sequences=sequences, **masks)
+
+    def _longest_k(self, k: Tensor) -> int:
+        """At least the keys of the longest sequence, of which no more count than the pages k of a table hold."""
+        if self.block_table is None:
+            return self.max_seqlen_k
+        return min(self.max_seqlen_k, self.block_table.shape[1] * k.shape[1])
+
+
+def packed_visibility(
+    q: Tensor,
+    k: Tensor,
+    packing: Packing,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    key_bias: Tensor | None = None,
+    batch_invariant: bool | None = None,
+) -> Visibility:
+    """The keys visible to each row, of checked q [T_q, Hq, D] and k, packed or in pages; raises for masks not of these.
+
+    key_bias   says how many keys there are, where they lie in pages
+    """
+    invariant = check_masks(causal, window, batch_invariant)
+    q_offsets, k_offsets = packing.cu_seqlens_q, packing.cu_seqlens_k
+    check_offsets("cu_seqlens_q", q_offsets, q)
+    check_offsets("cu_seqlens_k", k_offsets, q)
+    sequences, others = q_offsets.shape[0] - 1, k_offsets.shape[0] - 1
+    if sequences != others:
+        raise ValueError(f"cu_seqlens_k: expected as many sequences as cu_seqlens_q has, {sequences}, got {others}")
+    check_count("max_seqlen_q", packing.max_seqlen_q)
+    check_count("max_seqlen_k", packing.max_seqlen_k)
+    if packing.block_table is not None:
+        check_block_table(packing.block_table, sequences, q)
+    k_len = packing.keys(k, key_bias)
+    check_offset_values("cu_seqlens_q", q_offsets, q.shape[0], "T_q", packing.max_seqlen_q)
+    check_offset_values("cu_seqlens_k", k_offsets, k_len, "T_k", packing.max_seqlen_k)
+    if packing.block_table is not None:
+        _check_pages(packing, packing.block_table, k, window)
+    return packing.visibility(q, k, k_len, causal=causal, window=window, invariant=invariant)
+
+
+def _check_pages(packing: Packing, table: Tensor, k: Tensor, window: tuple[int | None, int | None] | None) -> None:
+    """Check that sequences fit into the table, and the pages that rows read."""
+    if not (values_are_read(packing.cu_seqlens_q) and values_are_read(packing.cu_seqlens_k)):
+        return
+    rows, keys = packing.cu_seqlens_q.diff().long(), packing.cu_seqlens_k.diff().long()
+    page, capacity = k.shape[1], table.shape[1] * k.shape[1]
+    if keys.numel() and int(keys.max()) > capacity:
+        raise ValueError(
+            f"cu_seqlens_k: expected at most max_pages * page = {capacity} keys a sequence, got {int(keys.max())}"
+        )
+    left, _ = window_sides(window)
+    first = torch.zeros_like(keys) if left is None else keys - rows - left
+    check_page_numbers(table, page, k.shape[0], first, torch.where(rows > 0, keys, 0), "cu_seqlens_k")

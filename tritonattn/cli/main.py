@@ -6,26 +6,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..core.errors import INTERRUPTED, CommandError, unguard
-from . import advise, compare, configs, demo, env, hub_kernel, length_study, simulate, train_compare, tune, watch
+from . import machine, models, studies
 
-# Each module has HELP, DESCRIPTION, add_arguments(parser) and run(options), which imports what only that command needs.
-COMMANDS = {
-    "demo": demo,
-    "compare": compare,
-    "advise": advise,
-    "simulate": simulate,
-    "train-compare": train_compare,
-    "length-study": length_study,
-    "watch": watch,
-    "tune": tune,
-    "configs": configs,
-    "hub-kernel": hub_kernel,
-    "env": env,
-}
+COMMANDS = models.COMMANDS | studies.COMMANDS | machine.COMMANDS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return COMMANDS[options.command].run(options)
         finally:
             sys.stdout.flush()
-    except CommandError as error:  # also of an option's type, so that the command's name comes from the words
+    except CommandError as error:
         return _ended(f"tritonattn {words[0]}: {error}", 2)
     except KeyboardInterrupt:
         return _ended("interrupted", INTERRUPTED)
@@ -68,7 +55,10 @@ def _ended(message: str | None, status: int) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises the error of a help text that stdout does not take, where argparse drops it."""
+    """A parser whose errors are one line, and that raises the error of a help text that stdout does not take."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(message)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if message and file is sys.stdout:
@@ -81,6 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="tritonattn", description="Attention whose logit scaling is a parameter.")
     parser.add_argument("--version", action="version", version=f"tritonattn {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for name, module in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION))
+    for name, command in COMMANDS.items():
+        command.add_arguments(commands.add_parser(name, help=command.help, description=command.description))
     return parser

@@ -64,7 +64,7 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
 def apply(function: type[Function], *arguments: Any) -> Any:
     """function.apply(*arguments), by shorter ways for real tensors: without a graph only its forward runs."""
     tensors = []
-    for argument in arguments:  # no comprehension: each is a call of its own before Python 3.12
+    for argument in arguments:  # no comprehension: each is one more call before Python 3.12
         if isinstance(argument, Tensor):
             tensors.append(argument)
     if not runs_eagerly(*tensors):

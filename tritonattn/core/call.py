@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .dropout import Dropout
-from .pages import PageTable
+from .pair_biases import relative_pairs
 from .ranges import rolled
-from .relative import relative_pairs
+from .sequences import PageTable
 from .visibility import Visibility
 
 LONGEST_QUERY = 16  # rows of a call over a KV cache
@@ -65,7 +65,7 @@ class AttentionCall:
     wide_q     fp32 of q's shape, or None: stands for q in the graph and takes its gradient in fp32; its values are not
                read, and it may have no memory
     wide_k     likewise k's
-    is_part    rows see other keys too: out and lse, which a backward gets, are of all of them
+    is_part    rows attend to other keys too: out and lse, which a backward gets, are of all of them
     block_table   int32 [N, max_pages] or None: k and v are then pages [P, Hkv, page, D or Dv], and key j of batch
                entry or sequence n of `visibility.sequences` lies in page block_table[n, j // page], at j % page.
                Vectors of keys still lie along the axis of visibility.k_len. Entries outside [0, P) are not followed:
@@ -134,8 +134,8 @@ class AttentionCall:
         A `bias` has all entries and keys, and there is no relative one.
         """
         terms = self.logits
-        own = _rolled(first, key_scale=terms.key_scale, key_bias=terms.key_bias, bias=terms.bias)
-        logits = terms._replace(**own)
+        vectors = _rolled(first, key_scale=terms.key_scale, key_bias=terms.key_bias, bias=terms.bias)
+        logits = terms._replace(**vectors)
         visible = self.visibility.from_keys(first)
         return replace(self, **_rolled(first, k=self.k, v=self.v), logits=logits, visibility=visible)
 
@@ -168,7 +168,7 @@ class AttentionCall:
         key = torch.arange(self.visibility.k_len, device=x.device)[None]
         end = self.visibility.k_len if sequences is None else sequences.k_starts[-1]
         end = end if lengths is None else lengths[:, None]
-        return table.gather(x.transpose(1, 2), key, key < end).transpose(1, 2)
+        return table.find(torch.where(key < end, key, -1), x.shape[0]).of(x.transpose(1, 2)).transpose(1, 2)
 
 
 def per_group(bias: Tensor, visibility: Visibility) -> Tensor:

@@ -43,7 +43,7 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
 
 
 def is_invariant(asked: bool | None) -> bool:
-    """The switch of a call: its own argument, or that of the context where it has none."""
+    """The switch of a call: its argument, or that of the context where it has none."""
     return switch.is_on if asked is None else asked
 
 

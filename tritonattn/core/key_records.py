@@ -1,33 +1,22 @@
-"""Norms of cached keys with running sums and maxima, in any layout, and statistics of rows that are read from them."""
+"""Norms of cached keys with running sums and maxima, in any layout, and the statistics of rows from them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .autograd import runs_eagerly
-from .pages import PageTable
 from .ranges import prefix_sum
-from .statistics import Renamed, Statistics
+from .sequences import PageTable
+from .statistics import Statistics, renamed
 
 TOTALS = ("norm_sums", "norm_square_sums", "norm_maxima")
 
 # Norms of windows that are held at a time: rows of a long prompt are taken in parts.
 _ENTRIES = 2**24
-
-
-def extended(before: tuple[Tensor, ...], norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`TOTALS` up to and with each of the next keys, [..., n], from their norms [..., n].
-
-    before   those of the keys before, [..., 1]. On a CPU the bits do not depend on how keys are cut into appends.
-    """
-    sums, squares, highest = before
-    sums = prefix_sum(torch.cat([sums, norms], -1))[..., 2:]
-    squares = prefix_sum(torch.cat([squares, norms.double().square()], -1))[..., 2:]
-    return sums, squares, torch.cat([highest, norms], -1).cummax(-1).values[..., 1:]
 
 
 def zeros(shapes: Iterable[tuple[int, ...]], dtype: Any, device: Any) -> tuple[Tensor, ...]:
@@ -38,18 +27,13 @@ def zeros(shapes: Iterable[tuple[int, ...]], dtype: Any, device: Any) -> tuple[T
     return tuple(torch.zeros(shape, dtype=x, device=device) for shape, x in zip(shapes, dtypes, strict=True))
 
 
-class KeyRecord(Renamed):
+@renamed(lengths="norms", length_sums="norm_sums", square_sums="norm_square_sums", length_maxima="norm_maxima")
+class KeyRecord:
     """The norm of each cached key, and `TOTALS` of the keys of its sequence up to and with it.
 
-    A layout says where the entries of a key are, and reads them: `find` and `at`.
+    A layout says where the entries of a key are, reads them and writes them: `find`, `at` and `_put`.
     """
 
-    renamed: ClassVar[dict[str, str]] = {
-        "lengths": "norms",
-        "length_sums": "norm_sums",
-        "square_sums": "norm_square_sums",
-        "length_maxima": "norm_maxima",
-    }
     _memory: tuple[Tensor, ...]  # norms and `TOTALS`, with entries for keys that are dropped
 
     @property
@@ -83,6 +67,21 @@ class KeyRecord(Renamed):
         """The entries of found keys in a buffer: [B, Hkv, n], 0 for a key that has none."""
         raise NotImplementedError
 
+    def _put(self, found: Any, entries: tuple[Tensor, ...]) -> None:
+        """Write the norms and `TOTALS`, [B, Hkv, n], of found keys; those that have no entries are dropped."""
+        raise NotImplementedError
+
+    def _extend(self, norms: Tensor, found: Any, last: Any) -> None:
+        """Enter the norms [B, Hkv, n] of the next keys, 0 where dropped; last: found keys before them, [B, 1].
+
+        On a CPU the bits do not depend on how keys are cut into appends.
+        """
+        norms = norms.to(self.norms.dtype)
+        sums, squares, highest = (self.at(name, last) for name in TOTALS)
+        sums = prefix_sum(torch.cat([sums, norms], -1))[..., 2:]
+        squares = prefix_sum(torch.cat([squares, norms.double().square()], -1))[..., 2:]
+        self._put(found, (norms, sums, squares, torch.cat([highest, norms], -1).cummax(-1).values[..., 1:]))
+
     def along_keys(self, k_len: int, table: PageTable | None) -> Tensor:
         """The norms of all keys: [B, Hkv, Sk]."""
         return self.at("norms", self.find(torch.arange(k_len, device=self.norms.device)[None], table))
@@ -94,10 +93,10 @@ class RecordedStatistics(Statistics):
     computed   statistics of the same keys: norms of queries are theirs, and prefix sums where `visibility.invariant`,
                since sums then come from the norms, as without a record
     table      of a cache in pages, or None
-    width      rows see at most as many keys, or None: all of their sequence before the end of their range
+    width      rows attend to at most as many keys, or None: all of their sequence before the end of their range
 
-    Rows that see all keys before theirs read the record's sums and maxima. Rows of a window read the norms inside it: a
-    difference of sums would keep the NaN, inf or rounding of keys that have left the window.
+    Rows that attend to all keys before theirs read the record's sums and maxima. Rows of a window read the norms inside
+    it: a difference of sums would keep the NaN, inf or rounding of keys that have left the window.
     """
 
     def __init__(self, computed: Statistics, record: KeyRecord, table: PageTable | None, width: int | None) -> None:
@@ -129,22 +128,18 @@ class RecordedStatistics(Statistics):
 
     def _of_rows(self, name: str, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         """The entry of each row's last key, or reduce(norms in its window [B, Hkv, rows, width]): [B, Hkv, Sq]."""
-        if self._width is not None:
-            return self._over_windows(reduce)
         record, table, visible = self._record, self._table, self.visibility
-        return record.at(name, visible.once("last keys", lambda: record.find(visible.last_keys(), table)))
-
-    def _over_windows(self, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        lo, hi = self.visibility.ranges()  # [B, Sq]
-        batch, kv_heads, k_len = self.visibility.keys
-        width = max(1, min(cast(int, self._width), k_len))  # an axis without entries has no maximum
-        q_len = lo.shape[1]
-        step = max(1, _ENTRIES // max(batch * kv_heads * width, 1)) if runs_eagerly(lo) else q_len
+        if self._width is None:
+            return record.at(name, visible.once("last keys", lambda: record.find(visible.last_keys(), table)))
+        lo, hi = visible.ranges()  # [B or 1, Sq]
+        batch, kv_heads, k_len = visible.keys
+        width = max(1, min(self._width, k_len))  # an axis without entries has no maximum
+        step = max(1, _ENTRIES // max(batch * kv_heads * width, 1) if runs_eagerly(lo) else visible.q_len)
         parts = []
-        for first in range(0, max(q_len, 1), max(step, 1)):
+        for first in range(0, max(visible.q_len, 1), step):
             rows = slice(first, first + step)
-            key = lo[:, rows, None] + torch.arange(width, device=lo.device)  # [B, rows, width]
+            key = lo[:, rows, None] + torch.arange(width, device=lo.device)  # [B or 1, rows, width]
             key = torch.where(key < hi[:, rows, None], key, -1)
-            norms = self._record.at("norms", self._record.find(key.flatten(1), self._table))
+            norms = record.at("norms", record.find(key.flatten(1), table))
             parts.append(reduce(norms.unflatten(2, (-1, width))))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

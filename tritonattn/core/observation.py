@@ -1,4 +1,4 @@
-"""Observers of attention: each sees the calls of the threads in which it has begun, and changes none."""
+"""Observers of attention: each is handed the calls of threads in which it has begun, and changes none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ObservedCall:
     q            [B, Hq, Sq, D], in the graph of the backward; packed sequences are [1, Hq, T, D]
     k            [B, Hkv, Sk, D], likewise
     out          [B, Hq, Sq, Dv], as the caller gets it, after dropout
-    visibility   which keys each row sees, a `tritonattn.core.visibility.Visibility`
+    visibility   which keys each row attends to, a `tritonattn.core.visibility.Visibility`
     softcap      or None
     aux          computes the call's `AttentionAux` in another pass, unobserved, without dropout and without a
                  graph; its max_logit is without the key_bias
@@ -38,9 +38,8 @@ class ObservedCall:
 class Observer:
     """Hand calls of attention to a function, in each thread (or context) between `begin` and `end`.
 
-    After `close` it sees nothing in any thread. Calls inside torch.compile, under torch.func and over a KV cache
-    (`attention_decode`, `attention_varlen` with a block table) are not seen, nor are calls that the function itself
-    makes.
+    After `close` it gets no call of any thread. Calls inside torch.compile, under torch.func and over a KV cache
+    (`attention_decode`, `attention_varlen` with a block table) are not handed on, nor are those of the function.
     """
 
     def __init__(self, function: Callable[[ObservedCall], None]) -> None:
@@ -72,7 +71,7 @@ def is_observed() -> bool:
 
 @contextmanager
 def unobserved() -> Iterator[None]:
-    """No observer sees the calls inside."""
+    """Hand the calls inside to no observer."""
     token = observers.set(())
     try:
         yield

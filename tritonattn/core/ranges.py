@@ -20,6 +20,8 @@ _ENTRIES = 2**22
 _ENTRIES_OF_GPU = 2**25
 _TRACED_ROWS = 256
 
+Scan = Callable[[Tensor], Tensor]  # `prefix_sum`, or another that computes it
+
 
 def later(bound: Tensor | None, other: Tensor) -> Tensor:
     """The later of two bounds; None is no bound."""
@@ -30,35 +32,34 @@ def earlier(bound: Tensor | None, other: Tensor) -> Tensor:
     return other if bound is None else torch.minimum(bound, other)
 
 
-def pairs(lo: Tensor, hi: Tensor, mask: Tensor | None, rows: slice, key: Tensor, keys: slice) -> Tensor:
-    """The visible pairs of some rows and of the keys numbered `key`, which are the slice `keys`."""
+def pairs(lo: Tensor, hi: Tensor, mask: Tensor | None, k_len: int, rows: slice = slice(None)) -> Tensor:
+    """The visible pairs of all or some rows, with all keys: bool [B or 1, 1 or Hq, rows, Sk]."""
     lo, hi = (bound[:, None, rows, None] for bound in (lo, hi))
+    key = torch.arange(k_len, device=lo.device)
     visible = (key >= lo) & (key < hi)
     if mask is None:
         return visible
-    mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
-    return visible & (mask if mask.shape[3] == 1 else mask[..., keys])
+    return visible & (mask if mask.shape[2] == 1 else mask[:, :, rows])
 
 
 def row_tiles(lo: Tensor, hi: Tensor, mask: Tensor, k_len: int, heads: int) -> Iterator[tuple[slice, Tensor]]:
-    """The visible pairs, a block of rows and all keys at a time: of as many rows as `heads` heads in all may take."""
-    q_len, key, keys = lo.shape[-1], torch.arange(k_len, device=lo.device), slice(0, k_len)
-    entries = _ENTRIES if lo.device.type == "cpu" else _ENTRIES_OF_GPU
+    """The `pairs` of a block of rows at a time: of as many as `heads` heads in all may take."""
+    q_len, entries = lo.shape[-1], _ENTRIES if lo.device.type == "cpu" else _ENTRIES_OF_GPU
     block = max(1, entries // max(heads * k_len, 1)) if runs_eagerly(lo, mask) else _TRACED_ROWS
     for start in range(0, max(q_len, 1), block):
         rows = slice(start, min(start + block, q_len))
-        yield rows, pairs(lo, hi, mask, rows, key, keys)
+        yield rows, pairs(lo, hi, mask, k_len, rows)
 
 
 def prefix_sum(x: Tensor) -> Tensor:
     """fp64 sums of x over [0, j) along the last axis, j = 0 .. n: [..., n] -> [..., n + 1]."""
-    total = torch.nn.functional.pad(x.double(), (1, 0))
+    total = F.pad(x.double(), (1, 0))
     if x.device.type == "cpu":
         return total.cumsum(-1)
     # torch.cumsum on CUDA refuses torch.use_deterministic_algorithms; doubling sums in a fixed order.
     shift = 1
     while shift < total.shape[-1]:
-        total = total + torch.nn.functional.pad(total[..., :-shift], (shift, 0))
+        total = total + F.pad(total[..., :-shift], (shift, 0))
         shift *= 2
     return total
 
@@ -111,33 +112,31 @@ def rows_begun(bound: Tensor, k_len: int) -> Tensor:
 
 
 def rows_of_keys(lo: Tensor, hi: Tensor, k_len: int, sorted_bounds: bool) -> Tensor:
-    """The number of rows that see each key: int64 [..., Sk]; sorted_bounds: lo and hi do not fall along the rows."""
+    """The number of rows that attend to each key: int64 [..., Sk]; sorted_bounds: neither falls along the rows."""
     bounds = (lo, hi) if sorted_bounds else (lo.sort(dim=-1).values, hi.sort(dim=-1).values)
     begun, ended = (rows_begun(bound, k_len) for bound in bounds)
     return begun - ended
 
 
-def sum_of_rows(
-    g: Tensor, lo: Tensor, hi: Tensor, k_len: int, sorted_bounds: bool, scan: Callable[[Tensor], Tensor]
-) -> Tensor:
+def sum_of_rows(g: Tensor, lo: Tensor | None, hi: Tensor, k_len: int, sorted_bounds: bool, scan: Scan) -> Tensor:
     """y[j] = sum of g[i] over the rows with lo[i] <= j < hi[i]: the transpose of a sum over ranges, without atomics.
 
-    g [B, H, Sq], lo and hi broadcastable to it; sorted_bounds says that lo and hi do not fall along the rows; scan is
-    `prefix_sum`, or another that computes it.
+    g [B, H, Sq], lo and hi broadcastable to it, lo None is 0; sorted_bounds: neither falls along the rows.
     """
-    if sorted_bounds:
-        prefix = scan(g)
-        begun, ended = (gather(prefix, rows_begun(bound, k_len)) for bound in (lo, hi))
-        return begun - ended
-
-    def ending_by_key(bound: Tensor) -> Tensor:  # sum of g over the rows with bound <= j
-        bound, order = bound.sort(dim=-1, stable=True)
-        return gather(scan(gather(g, order)), rows_begun(bound, k_len))
-
-    return ending_by_key(lo) - ending_by_key(hi)
+    if lo is not None and not sorted_bounds:
+        return _sum_of_begun(g, lo, k_len, scan) - _sum_of_begun(g, hi, k_len, scan)
+    sums = scan(g)
+    begun = sums[..., -1:] if lo is None else gather(sums, rows_begun(lo, k_len))
+    return begun - gather(sums, rows_begun(hi, k_len))
 
 
-def pick(x: Tensor, key: Tensor, seen: Tensor | None, sorted_keys: bool, scan: Callable[[Tensor], Tensor]) -> Tensor:
+def _sum_of_begun(g: Tensor, bound: Tensor, k_len: int, scan: Scan) -> Tensor:
+    """The sum of g over the rows with bound <= j, whose bounds are in no order."""
+    bound, order = bound.sort(dim=-1, stable=True)
+    return gather(scan(gather(g, order)), rows_begun(bound, k_len))
+
+
+def pick(x: Tensor, key: Tensor, seen: Tensor | None, sorted_keys: bool, scan: Scan) -> Tensor:
     """x[..., key] where seen, else 0; the gradient returns to the picked keys in a fixed order.
 
     seen None says that all are; sorted_keys says that key does not fall along the rows; scan as in `sum_of_rows`.

@@ -74,16 +74,16 @@ def append(file: Path, records: Iterable[dict[str, Any]], digits: int | None = N
         os.close(descriptor)
 
 
-def read(file: Path, decode: Callable[[dict[str, Any]], Record], kind: str) -> list[Record]:
+def read(file: Path, decode: Callable[[dict[str, Any]], Record], expected: str) -> list[Record]:
     """Read the records of a JSON lines file; none where there is no file.
 
-    A line that is no JSON, or that `decode` refuses (ValueError, TypeError, KeyError), is skipped and named on stderr
-    as no `kind`.
+    A line that is no JSON, or that `decode` refuses (ValueError, TypeError, KeyError), is skipped and named on stderr,
+    with what was expected.
     """
     records = []
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines() if file.exists() else (), 1):
         try:
             records.append(decode(json.loads(line)))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            print(f"{file}:{number}: expected {kind}, skipped: {error}", file=sys.stderr)
+            print(f"{file}:{number}: expected {expected}, skipped: {error}", file=sys.stderr)
     return records

@@ -1,11 +1,14 @@
-"""Sequences of different lengths, packed one after another along one axis."""
+"""Sequences of different lengths: packed one after another along one axis, padded, or with keys in pages."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .autograd import apply
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +52,7 @@ class Sequences:
 
     def position_of_keys(self, key: Tensor) -> tuple[Tensor, Tensor]:
         """The sequence of each key of the packed axis, N for none, and the key's number within it: int64, like key."""
-        starts = self.k_starts.long()
-        sequence = torch.searchsorted(starts[1:], key, right=True)
-        return sequence, key - starts[sequence]
+        return _position(self.k_starts.long(), key)
 
 
 def _in_order(offsets: Tensor, length: int) -> Tensor:
@@ -59,3 +60,119 @@ def _in_order(offsets: Tensor, length: int) -> Tensor:
     if ends.shape[0] > 1:
         ends = ends.cummax(0).values
     return torch.nn.functional.pad(ends, (1, 0))
+
+
+def _position(starts: Tensor, entry: Tensor) -> tuple[Tensor, Tensor]:
+    sequence = torch.searchsorted(starts[1:], entry, right=True)
+    return sequence, entry - starts[sequence]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedAxis:
+    """A packed axis of `total` entries, as a padded batch and back: sums must not run across sequences.
+
+    starts    int64 [N + 1]: sequence n has the entries from starts[n] up to starts[n + 1]
+    longest   at least the entries of every sequence
+    """
+
+    starts: Tensor
+    longest: int
+    total: int
+
+    @classmethod
+    def of(cls, offsets: Tensor, longest: int, total: int) -> PackedAxis:
+        """Build it from unchecked offsets, as `Sequences.of`."""
+        return cls(_in_order(offsets, total).long(), longest, total)
+
+    @property
+    def counts(self) -> Tensor:
+        """Entries of each sequence: [N]."""
+        return self.starts[1:] - self.starts[:-1]
+
+    def unpacked(self, x: Tensor) -> Tensor:
+        """[1, H, total] as [N, H, longest], 0 behind each sequence."""
+        return apply(_Moved, x, self, False)
+
+    def packed(self, x: Tensor) -> Tensor:
+        """[N, H, longest] as [1, H, total], 0 for entries of no sequence."""
+        return apply(_Moved, x, self, True)
+
+    def _moved(self, x: Tensor, packs: bool) -> Tensor:
+        return self._pack(x) if packs else self._unpack(x)
+
+    def _unpack(self, x: Tensor) -> Tensor:
+        if x.numel() == 0:
+            return x.new_zeros(self.starts.shape[0] - 1, x.shape[1], self.longest)
+        position = torch.arange(self.longest, device=x.device)
+        index = (self.starts[:-1, None] + position).clamp(max=max(self.total - 1, 0))  # [N, longest]
+        found = x[0][:, index].transpose(0, 1)
+        return torch.where((position < self.counts[:, None])[:, None], found, 0)
+
+    def _pack(self, x: Tensor) -> Tensor:
+        if x.numel() == 0:
+            return x.new_zeros(1, x.shape[1], self.total)
+        sequence, position = _position(self.starts, torch.arange(self.total, device=x.device))
+        found = x[sequence.clamp(max=x.shape[0] - 1), :, position.clamp(max=self.longest - 1)]  # [total, H]
+        return torch.where(sequence < x.shape[0], found.mT, 0)[None]
+
+
+class _Moved(torch.autograd.Function):
+    """`packed` or `unpacked`: each is the transpose of the other."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, axis, packs):
+        return axis._moved(x, packs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, ctx.axis, ctx.packs = inputs
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.axis._moved(g, not ctx.packs), None, None
+
+
+class Found(NamedTuple):
+    """Pages and slots of keys, int64 [N or 1, n], 0 for keys that lie nowhere; is_held: bool, the others."""
+
+    page: Tensor
+    slot: Tensor
+    is_held: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """Their entries of x [pages, size, ...]: [N or 1, n, ...], 0 for keys that lie nowhere."""
+        if x.shape[0] == 0:
+            return x.new_zeros(*self.is_held.shape, *x.shape[2:])
+        return torch.where(self.is_held.view(*self.is_held.shape, *[1] * (x.dim() - 2)), x[self.page, self.slot], 0)
+
+
+@dataclass(frozen=True, eq=False)
+class PageTable:
+    """Key j of sequence n lies in page numbers[n, j // size], at j % size.
+
+    numbers     int32 [N, max_pages]; a key whose number is outside of the pages that exist lies nowhere
+    size        keys of a page
+    sequences   keys are numbered along the packed axis of these; None: each sequence numbers those it has
+    """
+
+    numbers: Tensor
+    size: int
+    sequences: Sequences | None = None
+
+    def find(self, key: Tensor, pages: int) -> Found:
+        """Where `key`, int64 [N or 1, n], lies in so many pages; a key below 0 lies nowhere."""
+        count, longest = self.numbers.shape
+        if self.sequences is None:
+            sequence = torch.arange(count, device=key.device)[:, None]
+        else:
+            sequence, key = self.sequences.position_of_keys(key)
+        ordinal = key.div(self.size, rounding_mode="floor")
+        if self.numbers.numel() == 0:
+            nowhere = torch.zeros_like(ordinal)
+            return Found(nowhere, nowhere, nowhere.bool())
+        is_held = (ordinal >= 0) & (ordinal < longest) & (sequence < count)
+        page = self.numbers[sequence.clamp(max=count - 1), ordinal.clamp(0, longest - 1)].long()
+        is_held = is_held & (page >= 0) & (page < pages)
+        return Found(torch.where(is_held, page, 0), torch.where(is_held, key - ordinal * self.size, 0), is_held)

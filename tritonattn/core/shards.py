@@ -29,8 +29,8 @@ class TorchContext(NamedTuple):
 def context_parallel() -> TorchContext | None:
     """The context of torch.distributed.tensor.experimental.context_parallel in which this runs, if any.
 
-    torch offers no question of this kind: the context shows in what it puts in place of
-    F.scaled_dot_product_attention. Raises NotImplementedError under a torch whose private names are not known.
+    torch has no function that tells: the context shows in its replacement of F.scaled_dot_product_attention. Raises
+    NotImplementedError under a torch whose private names are not known.
     """
     replacement: Any = F.scaled_dot_product_attention
     if replacement is torch._C._nn.scaled_dot_product_attention:  # pyright: ignore[reportAttributeAccessIssue]
@@ -51,11 +51,11 @@ def context_parallel() -> TorchContext | None:
 
 
 def refuse_context_parallel(name: str) -> None:
-    """Raise where torch's context_parallel has cut the sequence: the function or layer would see this rank's part."""
+    """Raise where torch's context_parallel has cut the sequence: a function or layer would get one part of it."""
     if context_parallel() is not None:
         raise NotImplementedError(
             f"{name}: torch's context_parallel is active, and tensors are this rank's part of the sequence: expected"
-            " tritonattn.distributed.context_parallel_attention, or ContextParallel for layers, which see all of it"
+            " tritonattn.distributed.context_parallel_attention, or ContextParallel for layers, which take all of it"
         )
 
 
@@ -143,8 +143,8 @@ def own_rows(x: Any, values: Tensor) -> Tensor:
 def twin(module: nn.Module, parameter: Callable[[Tensor], Tensor]) -> Any:
     """A shallow copy of a module, with what `parameter` makes of its parameters."""
     copied = copy.copy(module)
-    own, children = module._parameters.items(), module._modules.items()
-    copied.__dict__["_parameters"] = {name: None if x is None else parameter(x) for name, x in own}
+    parameters, children = module._parameters.items(), module._modules.items()
+    copied.__dict__["_parameters"] = {name: None if x is None else parameter(x) for name, x in parameters}
     copied.__dict__["_modules"] = {name: None if x is None else twin(x, parameter) for name, x in children}
     return copied
 

@@ -6,7 +6,7 @@
     norm_max[i]        = max of norm[j]      likewise
 
 Everything here is differentiable with respect to k and takes O(S) memory more than k. A kernel that computes the
-same quantities takes the place of this class by overriding its underscore methods.
+same quantities stands in for this class by overriding its underscore methods.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +26,11 @@ from . import ranges
 from .autograd import apply, first_order, runs_eagerly
 from .call import AttentionCall
 from .norms import key_norms_of
-from .packing import PackedAxis
-from .ranges import argmax_over_ranges, prefix_sum
+from .ranges import Scan, argmax_over_ranges, prefix_sum
+from .sequences import PackedAxis
 from .visibility import Visibility
 
-Scan = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 Argmax = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Below it a statistic counts as zero: its reciprocal need not fit fp32.
@@ -40,26 +40,33 @@ _LARGEST_ZERO_SQUARE = math.nextafter(SMALLEST_STATISTIC**2, 0)
 _LARGEST_ZERO_OF_FLOAT32 = SMALLEST_STATISTIC - 2.0**-149
 
 
-class Renamed:
-    """A class whose attributes had other names: these raise an AttributeError with the present ones."""
+def renamed(**names: str) -> Callable[[type[T]], type[T]]:
+    """Class decorator: attributes by earlier names raise an AttributeError with the present ones."""
 
-    renamed: ClassVar[dict[str, str]] = {}
+    def refused(earlier: str, present: str) -> property:
+        def refuse(self: Any) -> Any:
+            raise AttributeError(f"{type(self).__name__}: expected {present}, got {earlier}")
+
+        return property(refuse)
 
     # No __getattr__: it would answer for properties that fail, and for names that a compiled scaling asks by hasattr.
-    def __init_subclass__(cls) -> None:
-        for earlier, present in cls.renamed.items():
-            setattr(cls, earlier, _refused(earlier, present))
+    def decorate(cls: type[T]) -> type[T]:
+        for earlier, present in names.items():
+            setattr(cls, earlier, refused(earlier, present))
+        return cls
+
+    return decorate
 
 
-def _refused(earlier: str, present: str) -> property:
-    def refuse(self: Any) -> Any:
-        raise AttributeError(f"{type(self).__name__}: expected {present}, got {earlier}")
-
-    return property(refuse)
-
-
+@renamed(
+    lengths="norms",
+    length_sum="norm_sum",
+    length_square_sum="norm_square_sum",
+    length_max="norm_max",
+    query_lengths="query_norms",
+)
 @dataclass(eq=False)
-class Statistics(Renamed):
+class Statistics:
     """Lazily computed statistics of the keys k, or k(), [B, Hkv, Sk, D] that each row of `visibility` attends to.
 
     norms             [B, Hkv, Sk]   fp32; 0 for a key that no row attends to, whatever it holds
@@ -67,18 +74,11 @@ class Statistics(Renamed):
     norm_square_sum   [B, Hkv, Sq]   fp64, since the square of an fp32 norm need not fit fp32
     norm_max          [B, Hkv, Sq]   fp32; the lowest key that attains the maximum takes its gradient
 
-    Row statistics are [B, Hq, Sq] where the query heads of a group see different keys
+    Row statistics are [B, Hq, Sq] where the query heads of a group attend to different keys
     (`visibility.per_query_head`), and 0 for a row without keys. k in fp64 gives fp64 everywhere. Each is
     computed at its first use and kept.
     """
 
-    renamed: ClassVar[dict[str, str]] = {
-        "lengths": "norms",
-        "length_sum": "norm_sum",
-        "length_square_sum": "norm_square_sum",
-        "length_max": "norm_max",
-        "query_lengths": "query_norms",
-    }
     _scan = staticmethod(prefix_sum)
     _argmax = staticmethod(argmax_over_ranges)
 
@@ -149,22 +149,11 @@ class DoubleStatistics(Statistics):
 
     def __init__(self, statistics: Statistics) -> None:
         super().__init__(lambda: statistics.k, statistics.visibility)
-        self._narrow = statistics
-
-    def query_norms(self, q: Tensor) -> Tensor:
-        return self._narrow.query_norms(q).double()
-
-    def _norms(self) -> Tensor:
-        return self._narrow.norms.double()
-
-    def _norm_sum(self) -> Tensor:
-        return self._narrow.norm_sum.double()
-
-    def _norm_square_sum(self) -> Tensor:
-        return self._narrow.norm_square_sum
-
-    def _norm_max(self) -> Tensor:
-        return self._narrow.norm_max.double()
+        self.query_norms = lambda q: statistics.query_norms(q).double()
+        self._norms = lambda: statistics.norms.double()
+        self._norm_sum = lambda: statistics.norm_sum.double()
+        self._norm_square_sum = lambda: statistics.norm_square_sum
+        self._norm_max = lambda: statistics.norm_max.double()
 
 
 def sum_over_keys(
@@ -172,44 +161,37 @@ def sum_over_keys(
 ) -> Tensor:
     """Sum of x [B, Hkv, Sk] over the keys visible to each row: [B, Hkv, Sq] in a dtype, 0 for a row without keys.
 
-    Where query heads see different keys (`per_query_head`) the result is [B, Hq, Sq]. Accumulates in fp64, so that a
-    short window late in a long sequence is as exact as an early one; scan is what computes prefix sums.
+    Where query heads attend to different keys (`per_query_head`) the result is [B, Hq, Sq]. Accumulates in fp64, so
+    that a short window late in a long sequence is as exact as an early one; scan is what computes prefix sums.
     """
-    if visible.invariant:  # bits that follow the row's sequence alone
-        return _invariant_sum(x, visible, scan, dtype)
-    if visible.left is None and visible.is_full:  # one number for all rows
+    if visible.invariant:  # in the order of the row's sequence: no bit follows the rest of the batch
+        if visible.mask is not None:
+            raise NotImplementedError(
+                "batch_invariant: not supported with sums of key norms under a mask; use key_ranges"
+            )
+        if visible.sequences is not None:
+            return _as_padded(x, visible, lambda x, padded: sum_over_keys(x, padded, scan, dtype))
+        if (first := visible.first_keys()) is not None:
+            x, visible = ranges.rolled(x, first, 2), visible.from_keys(first)
+    elif visible.left is None and visible.is_full:  # one number for all rows
         return x.sum(-1, keepdim=True, dtype=torch.float64).expand(*x.shape[:-1], visible.q_len).to(dtype)
-    if visible.mask is not None:  # holes, for which each pair is read
-        return ranges.sum_over_mask(_per_mask_head(x, visible), *visible.bounds(), visible.mask).to(dtype)
-    if visible.is_causal:  # a prefix sum a row, whose position the sizes tell
-        if x.device.type == "cpu" and scan is prefix_sum:  # which says why not elsewhere
-            return x.cumsum(-1, dtype=torch.float64)[..., visible.k_len - visible.q_len :].to(dtype)
-        return apply(_Sums, x, None, None, visible.q_len, True, scan, dtype)
-    return _sum_over_ranges(x, visible, scan, dtype)
-
-
-def _invariant_sum(x: Tensor, visible: Visibility, scan: Scan, dtype: torch.dtype) -> Tensor:
-    """`sum_over_keys` where sums run from the first key of the row's sequence on."""
-    if visible.mask is not None:
-        raise NotImplementedError("batch_invariant: not supported with sums of key norms under a mask; use key_ranges")
-    if visible.sequences is not None:
-        return _as_padded(x, visible, lambda x, padded: _invariant_sum(x, padded, scan, dtype))
-    if (first := visible.first_keys()) is not None:
-        x, visible = ranges.rolled(x, first, 2), visible.from_keys(first)
-    return _sum_over_ranges(x, visible, scan, dtype)
-
-
-def _sum_over_ranges(x: Tensor, visible: Visibility, scan: Scan, dtype: torch.dtype) -> Tensor:
-    if visible.begins_at_first:  # a prefix sum a row
-        return apply(_Sums, x, None, visible.ends()[:, None], visible.q_len, True, scan, dtype)
-    lo, hi = visible.bounds()  # a difference of two
-    return apply(_Sums, x, lo[:, None], hi[:, None], visible.q_len, visible.key_ranges is None, scan, dtype)
+    elif visible.mask is not None:  # holes, for which each pair is read
+        return ranges.sum_over_mask(_per_mask_head(x, visible), *visible.ranges(), visible.mask).to(dtype)
+    elif scan is prefix_sum and x.device.type == "cpu" and visible.is_causal:  # torch's own sums are differentiable
+        return x.cumsum(-1, dtype=torch.float64)[..., visible.k_len - visible.q_len :].to(dtype)
+    if visible.is_causal:  # a prefix sum a row, whose end the sizes tell
+        lo = hi = None
+    elif visible.begins_at_first:  # a prefix sum a row
+        lo, hi = None, visible.ends()[:, None]
+    else:  # a difference of two
+        lo, hi = (bound[:, None] for bound in visible.ranges())
+    return apply(_Sums, x, lo, hi, visible.q_len, visible.key_ranges is None, scan, dtype)
 
 
 class _Sums(Function):
     """Sums of x [B, H, Sk] over the ranges [lo, hi) of Sq rows, in fp64, rounded to a dtype: [B, H, Sq].
 
-    lo None is 0; hi None, with lo None, is hi[i] = i + 1 + Sk - Sq; sorted_bounds and scan as in `ranges.sum_of_rows`.
+    lo None is 0; hi None, with lo None, is hi[i] = i + 1 + Sk - Sq; sorted_bounds as in `ranges.sum_of_rows`.
     """
 
     generate_vmap_rule = True
@@ -222,7 +204,7 @@ class _Sums(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, lo, hi, ctx.q_len, ctx.sorted_bounds, ctx.scan, _ = inputs
+        x, lo, hi, _, ctx.sorted_bounds, ctx.scan, _ = inputs
         ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
         ctx.save_for_backward(lo, hi)
 
@@ -230,19 +212,13 @@ class _Sums(Function):
     @first_order
     def backward(ctx, saved, g: Tensor):
         lo, hi = saved
-        if hi is not None:  # the factor of a row without keys may have an infinite slope
-            g = torch.where(hi > (0 if lo is None else lo), g, 0)
-        if lo is not None and hi is not None:
-            d_x = ranges.sum_of_rows(g, lo, hi, ctx.k_len, ctx.sorted_bounds, ctx.scan)
-        else:
-            sums = ctx.scan(g)
-            if hi is not None:
-                ended = ranges.gather(sums, ranges.rows_begun(hi, ctx.k_len))
-            else:
-                ended = sums[..., :-1]
-                if ctx.k_len != ctx.q_len:
-                    ended = F.pad(ended, (ctx.k_len - ctx.q_len, 0))  # [..., Sk]
+        if hi is None:
+            sums, earlier_keys = ctx.scan(g), ctx.k_len - g.shape[-1]
+            ended = F.pad(sums[..., :-1], (earlier_keys, 0)) if earlier_keys else sums[..., :-1]
             d_x = sums[..., -1:] - ended
+        else:  # the factor of a row without keys may have an infinite slope
+            g = torch.where(hi > (0 if lo is None else lo), g, 0)
+            d_x = ranges.sum_of_rows(g, lo, hi, ctx.k_len, ctx.sorted_bounds, ctx.scan)
         return d_x.to(ctx.dtype), *[None] * 6
 
 
@@ -255,28 +231,27 @@ def max_over_keys(
     """
     if visible.invariant and visible.sequences is not None:  # gradients that follow the row's sequence alone
         return _as_padded(x, visible, lambda x, padded: max_over_keys(x, padded, scan, argmax))
+    seen, in_order = None, visible.key_ranges is None
     if visible.mask is not None:  # holes, for which each pair is read
-        x = _per_mask_head(x, visible)
-        first, seen = ranges.argmax_over_mask(x.detach(), *visible.bounds(), visible.mask)
-        return ranges.pick(x, first, seen, False, scan)
-    if visible.left is None and visible.is_full and visible.k_len > 0:  # one key for all rows
-        first = x.detach().argmax(-1, keepdim=True).expand(*x.shape[:-1], visible.q_len)
-        return ranges.pick(x, first, None, True, scan)
-    if visible.is_prefix_or_empty and argmax is argmax_over_ranges:  # a running maximum, in O(Sk) time
-        return _max_of_prefixes(x, visible, scan)
-    lo, hi = visible.bounds()
-    first = argmax(x.detach(), lo[:, None], hi[:, None])
-    seen = None if visible.every_row_sees else visible.seeing_rows()
-    return ranges.pick(x, first, seen, visible.key_ranges is None, scan)
+        x, in_order = _per_mask_head(x, visible), False
+        key, seen = ranges.argmax_over_mask(x.detach(), *visible.ranges(), visible.mask)
+    elif visible.left is None and visible.is_full and visible.k_len > 0:  # one key for all rows
+        key = x.detach().argmax(-1, keepdim=True).expand(*x.shape[:-1], visible.q_len)
+    else:
+        seen = None if visible.every_row_sees else visible.seeing_rows()
+        if visible.is_prefix_or_empty and argmax is argmax_over_ranges:  # a running maximum, in O(Sk) time
+            key = _argmax_of_prefixes(x.detach(), visible)
+        else:
+            key = argmax(x.detach(), *(bound[:, None] for bound in visible.ranges()))
+    return ranges.pick(x, key, seen, in_order, scan)
 
 
-def _max_of_prefixes(x: Tensor, visible: Visibility, scan: Scan) -> Tensor:
-    first = ranges.argmax_of_prefixes(x.detach())
+def _argmax_of_prefixes(x: Tensor, visible: Visibility) -> Tensor:
+    first = ranges.argmax_of_prefixes(x)
     if visible.is_causal:
-        return ranges.pick(x, first[..., visible.k_len - visible.q_len :], None, True, scan)
+        return first[..., visible.k_len - visible.q_len :]
     last = (visible.ends() - 1).clamp(min=0)[:, None]
-    first = last.expand(*x.shape[:-1], -1) if visible.k_len == 0 else ranges.gather(first, last)
-    return ranges.pick(x, first, visible.seeing_rows(), True, scan)
+    return last.expand(*x.shape[:-1], -1) if visible.k_len == 0 else ranges.gather(first, last)
 
 
 def _as_padded(x: Tensor, visible: Visibility, compute: Callable[[Tensor, Visibility], Tensor]) -> Tensor:
@@ -326,7 +301,7 @@ def reciprocal(statistic: Tensor) -> Tensor:
     return torch.threshold(statistic.double(), _LARGEST_ZERO, math.inf).reciprocal()
 
 
-class _Reciprocal(torch.autograd.Function):
+class _Reciprocal(Function):
     """`reciprocal` of fp32 in fp32: half the operators that fp64 takes. Its slope -1 / s^2 leaves fp32's range."""
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""The keys that each query row may see: one record for every mask.
+"""The keys that each query row attends to: one record for every mask.
 
-Row i of batch entry b sees the keys lo[b, i] <= j < hi[b, i]. Causal attention, windows, padding, packed documents and
-caches filled in part are all such ranges, so counts are differences, and sums over visible keys are differences of
-prefix sums. A dense bool mask is the fallback for holes; it is intersected with the ranges.
+Row i of batch entry b attends to the keys lo[b, i] <= j < hi[b, i]. Causal attention, windows, padding, packed
+documents and caches filled in part are all such ranges, so counts are differences, and sums over visible keys are
+differences of prefix sums. A dense bool mask is the fallback for holes; it is intersected with the ranges.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class Visibility:
     """The visible keys of every query row. Nothing changes it.
 
     sequences     row i attends to keys of its sequence of a packed batch alone; then B is 1
-    left, right   row i sees i + Sk - Sq - left <= j <= i + Sk - Sq + right; None is unlimited; causal is right = 0;
+    left, right   i + Sk - Sq - left <= j <= i + Sk - Sq + right for row i; None is unlimited; causal is right = 0;
                   i, j, Sq and Sk are those of the row's sequence where there are sequences
-    key_lengths   int [B]: row i sees j < key_lengths[b]
-    key_ranges    int [B, Sq, 2]: row i sees key_ranges[b, i, 0] <= j < key_ranges[b, i, 1]
+    key_lengths   int [B]: j < key_lengths[b]
+    key_ranges    int [B, Sq, 2]: key_ranges[b, i, 0] <= j < key_ranges[b, i, 1] for row i
     mask          bool, 4-D, each axis of [B, Hq, Sq, Sk] or 1: True is visible
     invariant     sums over visible keys do not depend on the batch, on padding and packing: `core.invariance`
     at_lengths    the last row of entry b stands at key_lengths[b] - 1, not at Sk - 1, and left and right count from
                   there
-    row_counts    int [B], where at_lengths: rows of entry b, the first of Sq; the others see nothing. None: Sq
+    row_counts    int [B], where at_lengths: rows of entry b, the first of Sq; the others attend to no key. None: Sq
     counted       `counts` are of the keys visible there; None: of those visible here
 
     Every part that is given narrows the rest. Values outside [0, Sk] are clamped, lo >= hi is a row without keys.
@@ -117,7 +117,7 @@ class Visibility:
         i + key_lengths[b] - row_counts[b].
         """
         q_len = sizes[3]
-        if row_counts is None and q_len == 1 and left is None:  # a lone row at the last key sees them all
+        if row_counts is None and q_len == 1 and left is None:  # a lone row at the last key attends to all
             return cls(*sizes, device, key_lengths=key_lengths, invariant=invariant, at_lengths=True)
         given = {"invariant": invariant, "at_lengths": True, "row_counts": row_counts}
         return cls(*sizes, device, left, right, key_lengths, **given)
@@ -165,7 +165,7 @@ class Visibility:
 
     @property
     def is_full(self) -> bool:
-        """True where sizes alone show that every row sees every key, as of a lone causal query or a window of all.
+        """True where sizes alone show that every row attends to every key: a lone causal query, a window of all.
 
         Lengths that a trace leaves free tell nothing: an answer would bind them.
         """
@@ -176,7 +176,7 @@ class Visibility:
 
     @property
     def sees_every_key(self) -> bool:
-        """True where sizes alone show that some row sees every key: windows of neighbours overlap or touch."""
+        """True where sizes alone show that each key has a row that attends to it: windows overlap or touch."""
         if not self.depends_on_sizes_only or self.q_len == 0:
             return False
         reaches_first = self.left is None or self.left >= self.k_len - self.q_len
@@ -184,7 +184,7 @@ class Visibility:
 
     @property
     def is_causal(self) -> bool:
-        """True where Sq <= Sk and row i sees exactly the keys j <= i + Sk - Sq."""
+        """True where Sq <= Sk and row i attends to exactly the keys j <= i + Sk - Sq."""
         return self.left is None and self.right == 0 and self.q_len <= self.k_len and self.depends_on_sizes_only
 
     @property
@@ -199,12 +199,12 @@ class Visibility:
 
     @property
     def is_prefix_or_empty(self) -> bool:
-        """True where the range of every row that sees a key begins at the first one."""
+        """True where the range of every row that attends to a key begins at the first one."""
         return self.left is None and self.key_ranges is None and self.sequences is None
 
     @property
     def every_row_sees(self) -> bool:
-        """True where sizes, causal and window alone show that every row sees a key."""
+        """True where sizes, causal and window alone show that every row attends to a key."""
         return self.q_len <= self.k_len and self.k_len > 0 and self.depends_on_sizes_only
 
     @property
@@ -214,16 +214,11 @@ class Visibility:
 
     @property
     def per_query_head(self) -> bool:
-        """True where the query heads of one key head may see different keys (a mask with a head axis)."""
+        """True where the query heads of one key head may attend to different keys (a mask with a head axis)."""
         return self.mask is not None and self.mask.shape[1] > 1
 
     def ranges(self) -> tuple[Tensor, Tensor]:
-        """lo and hi, int64, [B, Sq], or [1, Sq] where they are the same for all; 0 <= lo <= hi <= Sk."""
-        lo, hi = self.bounds()
-        return lo.clone(), hi.clone()
-
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """`ranges`, computed once and kept; read-only."""
+        """lo and hi, int64, [B, Sq], or [1, Sq] where they are the same for all; 0 <= lo <= hi <= Sk. Read-only."""
         return self.once("ranges", self._ranges)
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
@@ -296,7 +291,7 @@ class Visibility:
 
     def as_ranges(self) -> Visibility:
         """The same visible keys as key_ranges [B, Sq, 2], and the mask."""
-        bounds = torch.stack([bound.expand(self.batch, -1) for bound in self.bounds()], dim=-1)
+        bounds = torch.stack([bound.expand(self.batch, -1) for bound in self.ranges()], dim=-1)
         rest = {"left": None, "right": None, "key_lengths": None, "sequences": None, "row_counts": None}
         return replace(self, **rest, key_ranges=bounds, at_lengths=False)
 
@@ -313,43 +308,43 @@ class Visibility:
             return torch.cat([tile.sum(-1) for _, tile in self._mask_tiles(self.mask)], dim=-1).double()
         if self.begins_at_first:
             return self.ends()[:, None].double()
-        lo, hi = self.bounds()
+        lo, hi = self.ranges()
         return (hi - lo)[:, None].double()
 
     def first_keys(self) -> Tensor | None:
         """The first key of each entry's sequence, int64 [B], where the order of sums follows it; None for key 0.
 
-        It is the smallest lower bound that key_ranges give to a row that sees a key, as under padding on the left.
+        It is the smallest lower bound that key_ranges give a row that attends to a key, as with padding on the left.
         """
         if not self.invariant or self.key_ranges is None or self.mask is not None or self.q_len == 0:
             return None
-        lo, hi = self.bounds()
+        lo, hi = self.ranges()
         given = self.key_ranges[..., 0].long().clamp(0, self.k_len)
         return torch.where(lo < hi, given, self.k_len).amin(-1)
 
     def from_keys(self, first: Tensor) -> Visibility:
         """The same visible keys, counted from key first[b], int64 [B], of each entry; keys before it come last."""
-        counted = torch.stack([(bound - first[:, None]).clamp(min=0) for bound in self.bounds()], dim=-1)
+        counted = torch.stack([(bound - first[:, None]).clamp(min=0) for bound in self.ranges()], dim=-1)
         return replace(self, left=None, right=None, key_lengths=None, key_ranges=counted)
 
     def last_keys(self) -> Tensor:
         """The last key of each row without a mask, -1 for a row without keys: int64 [B or 1, Sq]."""
         if self.begins_at_first:
             return self.ends() - 1
-        lo, hi = self.bounds()
+        lo, hi = self.ranges()
         return torch.where(hi > lo, hi, 0) - 1
 
     def seeing_rows(self) -> Tensor:
-        """Rows that see at least one key: bool [B or 1, 1 or Hq, Sq]."""
+        """Rows that attend to at least one key: bool [B or 1, 1 or Hq, Sq]."""
         if self.mask is not None:
             return self.counts() > 0
-        lo, hi = self.bounds()
+        lo, hi = self.ranges()
         return (hi > lo)[:, None]
 
     def seen_keys(self) -> Tensor:
-        """Keys that at least one row sees: bool [B or 1, 1 or Hkv, Sk]."""
+        """Keys that at least one row attends to: bool [B or 1, 1 or Hkv, Sk]."""
         if self.mask is None:
-            return (ranges.rows_of_keys(*self.bounds(), self.k_len, self.key_ranges is None) > 0)[:, None]
+            return (ranges.rows_of_keys(*self.ranges(), self.k_len, self.key_ranges is None) > 0)[:, None]
         seen = torch.zeros((), dtype=torch.bool, device=self.device)
         for _, tile in self._mask_tiles(self.mask):
             seen = seen | tile.any(-2)
@@ -374,7 +369,7 @@ class Visibility:
         if self.sequences is not None:
             is_key = (key < self.sequences.k_starts[-1])[None, None]
         else:
-            is_key = (key < self.bounds()[1].amax(-1, keepdim=True))[:, None]
+            is_key = (key < self.ranges()[1].amax(-1, keepdim=True))[:, None]
         return seen | (is_key & (norms() < 1e15))  # next to a longer one, fp64 keeps no digit of 1
 
     def repeated(self, x: Tensor) -> Tensor:
@@ -386,12 +381,7 @@ class Visibility:
 
     def dense(self) -> Tensor:
         """The visible pairs, bool [B or 1, 1 or Hq, Sq, Sk]: O(Sq Sk), for the reference."""
-        return self.tile(slice(0, self.q_len), slice(0, self.k_len))
-
-    def tile(self, rows: slice, keys: slice) -> Tensor:
-        """The visible pairs of some rows and keys, bool [B or 1, 1 or Hq, rows, keys]."""
-        key = torch.arange(self.k_len, device=self.device)[keys]
-        return ranges.pairs(*self.bounds(), self.mask, rows, key, keys)
+        return ranges.pairs(*self.ranges(), self.mask, self.k_len)
 
     def _mask_tiles(self, mask: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        return ranges.row_tiles(*self.bounds(), mask, self.k_len, self.batch * mask.shape[1])
+        return ranges.row_tiles(*self.ranges(), mask, self.k_len, self.batch * mask.shape[1])

@@ -6,8 +6,7 @@ Built on torch.distributed: a `DeviceMesh` of one dimension names the ranks.
 from . import operators
 from .context_parallel import context_parallel_attention
 from .decode import context_parallel_decode
-from .head_parallel import HeadParallel
-from .layers import ContextParallel
+from .layers import ContextParallel, HeadParallel
 from .sharding import pad, shard, unshard
 
 operators.register()

@@ -6,8 +6,6 @@ If sizes differ between ranks, torch.distributed aborts or waits. If byte counts
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from numbers import Number
@@ -22,7 +20,6 @@ from torch.distributed import DebugLevel, get_debug_level  # pyright: ignore[rep
 
 from ..calls.checks import kind_of
 from ..scaling import Scaling
-from .collectives import all_gather
 from .layout import Split
 
 _SHOWN = 8  # ranks by number in an error
@@ -76,22 +73,17 @@ def _shown(x: Any) -> str:
 
 
 def _compare(split: Split, device: torch.device, shown: dict[str, str]) -> None:
-    text = json.dumps(shown).encode()
-    digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
-    digests, lengths = all_gather(torch.tensor([digest, len(text)], device=device), split).unbind(1)
-    if bool((digests == digest).all()):
-        return
-    padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
-    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    texts = all_gather(padded.to(device), split).cpu()
-    ranks = [json.loads(bytes(row[:n].tolist())) for row, n in zip(texts, lengths.tolist(), strict=True)]
-    name = next(name for name in shown if len({rank.get(name) for rank in ranks}) > 1)
-    values = [rank[name] for rank in ranks]
-    got = " and ".join(f"{value} on {_listed(values, value)}" for value in dict.fromkeys(values))
-    raise ValueError(f"{name}: expected the same on every rank of the mesh, got {got}")
+    ranks: list[Any] = [None] * split.size
+    with torch.cuda.device(device if device.type == "cuda" else -1):  # objects travel by the current one
+        dist.all_gather_object(ranks, shown, group=split.group)
+    for name in shown:
+        values = [rank.get(name) for rank in ranks]
+        if len(set(values)) > 1:
+            got = " and ".join(f"{value} on {_listed(values, value)}" for value in dict.fromkeys(values))
+            raise ValueError(f"{name}: expected the same on every rank of the mesh, got {got}")
 
 
-def _listed(values: list[str], value: str) -> str:
+def _listed(values: list[Any], value: Any) -> str:
     numbers = [str(rank) for rank, one in enumerate(values) if one == value]
     more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(numbers[:_SHOWN])}{more}"

@@ -26,7 +26,7 @@ def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
     def repeated(x: Tensor) -> Tensor:
         return x.repeat_interleave(repeats, dim=1) if repeats > 1 else x
 
-    def own(x: Tensor, dim: int) -> Tensor:
+    def of_rank(x: Tensor, dim: int) -> Tensor:
         count = x.shape[dim] // split.size
         return x.narrow(dim, split.rank * count, count)
 
@@ -35,11 +35,11 @@ def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
     query, key, sinks = logits.query_scale, logits.key_scale, logits.sinks
     if query is not None:
         query = heads_to_tokens(query[..., None], split, Wire(wide, wide))[..., 0]
-    key = None if key is None else own(repeated(key), 1)
-    sinks = None if sinks is None else own(sinks, 0)
+    key = None if key is None else of_rank(repeated(key), 1)
+    sinks = None if sinks is None else of_rank(sinks, 0)
     bias = logits.key_bias
     if bias is not None:  # [B, Hkv, Hq / Hkv, S]: a repeated key head takes its share of the query heads
-        bias = own(bias.unflatten(2, (repeats, -1)).flatten(1, 2), 1)
+        bias = of_rank(bias.unflatten(2, (repeats, -1)).flatten(1, 2), 1)
     local = Logits(logits.scale, query, key, bias, logits.softcap, sinks)
     visible, options = settings.sequence.of_all_rows(q, k), {"aux": settings.aux, "backend": settings.backend}
     result = ops.attention(AttentionCall(q, k, v, visible, local, **options))

@@ -1,4 +1,4 @@
-"""Collectives with gradients. All bytes between ranks pass through here; gradients are summed in the order of ranks."""
+"""Collectives with gradients, which all tensors between ranks pass; gradients are summed in the order of ranks."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def scattered(g: Tensor, split: Split, dim: int) -> Tensor:
 
 
 def gather(x: Tensor, split: Split, dim: int, reduce_dtype: torch.dtype | None = None) -> Tensor:
-    """`gathered`, with a gradient that is summed in reduce_dtype, or in its own where that is None."""
+    """`gathered`, with a gradient that is summed in reduce_dtype, or in its dtype where that is None."""
     return _Gather.apply(x, split, dim, reduce_dtype)
 
 

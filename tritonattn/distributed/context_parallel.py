@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..calls.checks import batch_visibility, check, check_count, check_dtype, operands
-from ..calls.dispatch import choose_backend
+from ..calls.attention import batch_visibility
+from ..calls.checks import check_count, check_dtype, operands
 from ..calls.public import public
 from ..calls.results import AttentionAux, aux_of
+from ..calls.sequence_checks import check_offset_values, check_offsets
 from ..calls.sharded import head_parts
-from ..calls.varlen_checks import check_offset_values, check_offsets
 from ..core.autograd import needs_graph, without_autocast
 from ..core.call import AttentionCall, Logits
 from ..core.invariance import refuse_over_ranks
@@ -21,7 +21,7 @@ from ..scaling import Scaling
 from . import by_heads, gathered, ring
 from .agreement import require_agreement
 from .layout import Split, refuse_dtensors
-from .sequence import Settings, SharedSequence, logits_of, refuse_relative_bias
+from .sequence import Settings, SharedSequence, check_over_ranks, logits_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -145,24 +145,21 @@ def context_parallel_attention(
     refuse_over_ranks(None)
     refuse_dtensors(q=q, k=k, v=v, key_bias=key_bias)
     q, k, v = operands(q, k, v)
-    own = batch_visibility(q, k, causal, window)  # of this rank's tokens, and only for its sizes
+    visible = batch_visibility(q, k, causal, window)  # of this rank's tokens, and only for its sizes
     terms = Logits(key_bias=key_bias, softcap=softcap, sinks=sinks)
-    call = AttentionCall(q, k, v, own, terms, scaling=scaling, gain=gain, aux=return_aux, backend=backend)
-    check(call, "[B, Hq, S / P]")
-    refuse_relative_bias(call)
+    call = AttentionCall(q, k, v, visible, terms, scaling=scaling, gain=gain, aux=return_aux, backend=backend)
+    check_over_ranks(call, "[B, Hq, S / P]")
     split = Split.of(mesh, layout)
     _check(q, k, split, method, cu_seqlens, reduce_dtype, head_group)
-    call.backend = choose_backend(call)
-    if call.backend in ("flash", "reference"):
-        raise NotImplementedError(f"backend: expected 'auto', 'triton' or 'sdpa' over ranks, got {call.backend!r}")
-    of_ranks = {"method": method, "layout": layout, "reduce_dtype": reduce_dtype, "head_group": head_group}
     of_masks = {"causal": causal, "window": window, "cu_seqlens": cu_seqlens}
     of_logits = {"scaling": scaling, "gain": gain, "key_bias": key_bias, "softcap": softcap, "sinks": sinks}
-    alike = {"q": q, "k": k, "v": v, **of_masks, **of_logits, "return_aux": return_aux, "backend": backend, **of_ranks}
+    of_results = {"return_aux": return_aux, "backend": backend}
+    of_ranks = {"method": method, "layout": layout, "reduce_dtype": reduce_dtype, "head_group": head_group}
+    alike = {"q": q, "k": k, "v": v, **of_masks, **of_logits, **of_results, **of_ranks}
     require_agreement(split, "context_parallel_attention", **alike)
     with without_autocast(q):
         keep_rounding = v.dtype.itemsize == 2 and needs_graph(q, k, v)
-        if keep_rounding:  # gradients of logits and of lengths add up before they are rounded
+        if keep_rounding:  # gradients of logits and of norms add up before they are rounded
             call.q, call.k = q.float(), k.float()
         sequence = SharedSequence.of(q, k, split, causal, window, cu_seqlens)
         call.logits = logits_of(call, sequence, reduce_dtype)

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import ops
-from ..calls.checks import check, check_integers, check_values
-from ..calls.decode_checks import cache_operands, cache_visibility, check_statistics
-from ..calls.dispatch import choose_backend, logits, refuse_gradients
+from ..calls.checks import check_integers, check_values
+from ..calls.decode import cache_operands, cache_visibility, check_statistics
+from ..calls.dispatch import logits, refuse_gradients
 from ..calls.key_statistics import KeyStatistics
 from ..calls.public import public
 from ..calls.results import AttentionAux
@@ -26,7 +26,7 @@ from ..scaling import Scaling
 from . import collectives
 from .agreement import require_agreement
 from .layout import Split, refuse_dtensors
-from .sequence import refuse_relative_bias, share_with_sinks
+from .sequence import check_over_ranks, share_with_sinks
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -142,32 +142,19 @@ def context_parallel_decode(
     check_integers("key_lengths", key_lengths, "[B]", q)
     capacity = k.shape[2]
     check_values("key_lengths", key_lengths, split.size * capacity, f"{split.size} * capacity = ")
-    own = (key_lengths.long() - split.rank * capacity).clamp(0, capacity)  # uint8 has no number below 0
-    visible = cache_visibility(q, k, own, window=window)
+    lengths = (key_lengths.long() - split.rank * capacity).clamp(0, capacity)  # uint8 has no number below 0
+    visible = cache_visibility(q, k, lengths, window=window)
     if statistics is not None:
-        check_statistics(statistics, q, k, own, None)
-    call = AttentionCall(
-        q,
-        k,
-        v,
-        visible,
-        Logits(softcap=softcap, sinks=sinks),
-        scaling=scaling,
-        gain=gain,
-        aux=return_aux,
-        backend=backend,
-        cached="context_parallel_decode",
-    )
-    check(call)
-    refuse_relative_bias(call)
+        check_statistics(statistics, q, k, lengths, None)
+    terms = Logits(softcap=softcap, sinks=sinks)
+    options = {"aux": return_aux, "backend": backend, "cached": "context_parallel_decode"}
+    call = AttentionCall(q, k, v, visible, terms, scaling=scaling, gain=gain, **options)
+    check_over_ranks(call)
     if call.scaling.reads_keys:
         raise NotImplementedError(
             f"scaling: expected one that reads no keys itself (reads_keys = False), got {type(call.scaling).__name__}"
         )
     refuse_gradients(call.cached, q=q, k_cache=k, v_cache=v, scaling=scaling, gain=gain, sinks=sinks)
-    call.backend = choose_backend(call)
-    if call.backend in ("flash", "reference"):
-        raise NotImplementedError(f"backend: expected 'auto', 'triton' or 'sdpa' over ranks, got {call.backend!r}")
     of_cache = {"k_cache": k, "v_cache": v, "key_lengths": key_lengths, "window": window}
     of_logits = {"scaling": scaling, "gain": gain, "softcap": softcap, "sinks": sinks}
     alike = {"q": q, **of_cache, **of_logits, "return_aux": return_aux, "backend": backend}

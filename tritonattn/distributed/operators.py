@@ -17,7 +17,7 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from ..calls.sharded import BATCHED, NOWHERE, OPERAND, ROWS, Axes
-from ..ops.schema import NAMESPACE, OPERATORS
+from ..ops.operators import NAMESPACE, OPERATORS
 
 _PAGES = Axes(None, 1)
 _AXES = {
@@ -39,7 +39,7 @@ def _rules(overload: Any, *arguments: Any) -> list[tuple[list[Placement], list[P
     """Placements of results and arguments, for every meaning that one dimension of the mesh can have."""
     given = {one.name: x for one, x in zip(overload._schema.arguments, arguments, strict=True)}
     tensors = {name: x for name, x in given.items() if hasattr(x, "placements")}
-    axes = dict.fromkeys(tensors, OPERAND) | {name: own for name, own in _AXES.items() if name in tensors}
+    axes = dict.fromkeys(tensors, OPERAND) | {name: axis for name, axis in _AXES.items() if name in tensors}
     if "block_table" in tensors:
         axes |= dict.fromkeys(("k", "v"), _PAGES)
     results = overload(*(_without_memory(x) if name in tensors else x for name, x in given.items()))
@@ -67,8 +67,8 @@ def _of_result(name: str, shape: torch.Size, meaning: str | None, placed: dict[s
         return Replicate()
     if not name.startswith("d_"):
         return _placed(None if meaning is None else getattr(OPERAND, meaning))
-    own = placed[name.removeprefix("d_")]
-    return Partial() if own.is_replicate() and meaning is not None else own
+    placement = placed[name.removeprefix("d_")]
+    return Partial() if placement.is_replicate() and meaning is not None else placement
 
 
 def _meanings(tensors: dict[str, Any], axes: dict[str, Axes]) -> Iterator[str | None]:

@@ -10,50 +10,73 @@ Source: Liu et al. 2023, arXiv:2310.01889; merging of parts: Milakov & Gimelshei
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function
 
-from ..core.autograd import first_order
-from ..core.call import AttentionCall, ForwardResult, Gradients, Needs
+from ..core.call import AttentionCall, ForwardResult, Gradients
 from ..core.rounding import before_rounding, lost_in_rounding
-from ..core.visibility import Visibility
-from ..ops.attend import backward_pass, forward_pass
 from . import collectives
-from .layout import Split
-from .sequence import Piece, Settings, SharedSequence, add_part, share_with_sinks
+from .pieces import ALL, ALL_KEYS, Held, Piece, Result, Schedule, attend
+from .sequence import Settings, SharedSequence, share_with_sinks
 
 
 def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
-    """Attend to the keys of all ranks; call.k and call.v are this rank's, call.logits' vectors of keys are of all."""
-    results = _Attend.apply(*call.tensors, settings.sequence.visibility.key_ranges, settings)
-    return ForwardResult(*results[: 4 if settings.aux else 2])
+    return attend(call, _Ring(settings))
 
 
-class Pair(NamedTuple):
-    """Rows of this rank and keys of a part, one or both chunks of each: rows attend to all keys, unless it hides some.
+class _Ring(Schedule):
+    """The part of each rank after the other; the next one is on its way meanwhile."""
 
-    first   the position in the sequence of the first key
-    whole   the keys among those of all ranks, part by part
-    """
+    is_part = True
 
-    rows: slice
-    keys: slice
-    first: int
-    whole: slice
-    is_diagonal: bool
-    hides: bool
+    def held(self, k: Tensor, v: Tensor, sums: Gradients | None = None) -> Iterator[Held]:
+        split = self.settings.sequence.split
+        part, moving = [k.to(v.dtype), v], None
+        for step in range(split.size):
+            coming = collectives.pass_on(part, split) if step < split.size - 1 else None
+            pieces = pieces_of(self.settings.sequence, (split.rank - step) % split.size)
+            held = Held(part[0], part[1], pieces, [None if sums is None else self.zeros(x) for x in part])
+            yield held
+            if sums is not None:
+                gradients = [x for x in held.gradients if x is not None]
+                if moving is not None:
+                    gradients = [mine + theirs for mine, theirs in zip(gradients, moving.wait(), strict=True)]
+                moving = collectives.pass_on(gradients, split)
+            if coming is not None:
+                part = coming.wait()
+        if sums is not None and moving is not None:
+            for total, x in zip(sums[1:3], moving.wait(), strict=True):
+                if total is not None:
+                    total.copy_(x)
 
-    @property
-    def has_own_keys(self) -> bool:
-        """True where the keys, of this rank's part, are also those of the rows' tokens."""
-        return self.keys.start <= self.rows.start and self.rows.stop <= self.keys.stop
+    def rows(self, q: Tensor, v: Tensor, sinks: Tensor | None, results: Iterable[Result]) -> tuple[Tensor, ...]:
+        rows, wide, aux = q.shape[:3], torch.promote_types(q.dtype, torch.float32), self.settings.aux
+        total = q.new_zeros((*rows, v.shape[3]), dtype=wide)  # over the keys so far
+        lse = q.new_full(rows, -torch.inf, dtype=wide)
+        max_logit, mean_logit = lse.clone(), torch.zeros_like(lse)
+        for piece, (out, part_lse, part_max, entropy, rounding) in results:
+            at = (ALL, ALL, piece.rows)
+            joined = torch.logaddexp(lse[at], part_lse)
+            shift = joined.masked_fill(joined == -torch.inf, 0)
+            kept, new = (lse[at] - shift).exp(), (part_lse - shift).exp()
+            exact = before_rounding(out, rounding) if rounding.numel() else out.to(wide)
+            total[at] = total[at] * kept[..., None] + exact * new[..., None]
+            if aux:
+                max_logit[at] = torch.maximum(max_logit[at], part_max)
+                mean = (part_lse - entropy).masked_fill(part_lse == -torch.inf, 0)
+                mean_logit[at] = mean_logit[at] * kept + mean * new
+            lse[at] = joined
+        if sinks is not None:
+            total = total * share_with_sinks(lse, sinks)[..., None]
+        out = total.to(v.dtype)
+        rounding = lost_in_rounding(total, out) if self.settings.keep_rounding else out.new_empty(0)
+        entropy = (lse - mean_logit).masked_fill(lse == -torch.inf, 0).clamp(min=0)
+        return out, lse, max_logit, entropy, rounding
 
 
-def pairs_of(sequence: SharedSequence, source: int) -> list[Pair]:
+def pieces_of(sequence: SharedSequence, source: int) -> list[Piece]:
     """The chunks of rows, and the chunks of the part of rank `source`, that sizes alone do not rule out.
 
     Two chunks that rows attend to up to the end, or but for the last one's diagonal, are taken at once.
@@ -62,144 +85,29 @@ def pairs_of(sequence: SharedSequence, source: int) -> list[Pair]:
     length = sequence.visibility.q_len
     n = length // split.chunks_per_rank
     left = None if whole.sequences is not None else whole.left
-    is_causal = sequence.ends_at_own and whole.left is None and whole.sequences is None
-    found: list[Pair] = []
+    is_causal = sequence.ends_at_rows and whole.left is None and whole.sequences is None
+    found: list[Piece] = []
     for i, row in enumerate(split.chunks()):
-        rows, own = slice(i * n, (i + 1) * n), []
+        of_rows: list[Piece] = []
         for j, key in enumerate(split.chunks(source)):
-            behind = sequence.ends_at_own and key > row
+            behind = sequence.ends_at_rows and key > row
             if behind or (left is not None and row * n - left >= (key + 1) * n):
                 continue
-            keys, whole_keys = (slice(start + j * n, start + (j + 1) * n) for start in (0, source * length))
-            hides = not (whole.is_full or (is_causal and key < row))
-            own.append(Pair(rows, keys, key * n, whole_keys, is_causal and key == row, hides))
-        if len(own) == 2 and not own[0].hides and (own[1].is_diagonal or not own[1].hides):
-            first, last = own
-            keys, whole_keys = slice(first.keys.start, last.keys.stop), slice(first.whole.start, last.whole.stop)
-            own = [last._replace(keys=keys, whole=whole_keys)]
-        found += own
-    if len(found) == 2 and found[0].keys == found[1].keys and not (found[0].hides or found[1].hides):
-        return [found[0]._replace(rows=slice(0, length))]
-    return found
+            keys, vectors = (slice(start + j * n, start + (j + 1) * n) for start in (0, source * length))
+            window = (None, 0) if is_causal and key == row else None
+            if whole.is_full or (is_causal and key < row):
+                window = ALL_KEYS
+            of_rows.append(Piece(slice(i * n, (i + 1) * n), keys, vectors, key * n, window))
+        if len(of_rows) == 2 and of_rows[0].window == ALL_KEYS and of_rows[1].window is not None:
+            first, last = of_rows
+            keys, vectors = slice(first.keys.start, last.keys.stop), slice(first.vectors.start, last.vectors.stop)
+            of_rows = [last._replace(keys=keys, vectors=vectors)]
+        found += of_rows
+    if len(found) == 2 and found[0].keys == found[1].keys and found[0].window == found[1].window == ALL_KEYS:
+        found = [found[0]._replace(rows=slice(0, length))]
+    return [piece._replace(has_sinks=source == split.rank and _has_keys_of_rows(piece)) for piece in found]
 
 
-def _by_part(tensors: Sequence[Any], split: Split) -> tuple[Any, ...]:
-    """The tensors of a call, with the vectors of keys part by part."""
-    q, k, v, query_scale, key_scale, key_bias, *rest = tensors
-    of_keys = (None if x is None else split.by_rank(x, -1) for x in (key_scale, key_bias))
-    return q, k, v, query_scale, *of_keys, *rest
-
-
-def _call(
-    tensors: Sequence[Any], part: Sequence[Tensor], ranges: Tensor | None, pair: Pair, settings: Settings, sinks: bool
-) -> AttentionCall:
-    own, logits = Piece(pair.rows, pair.whole).cut(tensors, settings)
-    keys, values = part[0][:, :, pair.keys].to(own.dtype), part[1][:, :, pair.keys]
-    if not pair.hides:
-        visible = Visibility.of(own, keys)
-    elif pair.is_diagonal:
-        visible = Visibility.of(own, keys, causal=True)
-    else:
-        assert ranges is not None
-        seen = (ranges[:, pair.rows] - pair.first).clamp(0, keys.shape[2])
-        visible = Visibility.of(own, keys, key_ranges=seen.contiguous())
-    logits = logits if sinks else logits._replace(sinks=None)
-    own_options = {"aux": settings.aux, "backend": settings.backend}
-    return AttentionCall(own, keys, values, visible, logits, is_part=True, **own_options)
-
-
-def _round(part: list[Tensor], settings: Settings) -> Iterator[tuple[int, list[Tensor]]]:
-    """(rank whose part it is, part) of every step; the next one is on its way meanwhile."""
-    split = settings.sequence.split
-    for step in range(split.size):
-        pending = collectives.pass_on(part, split) if step < split.size - 1 else None
-        yield (split.rank - step) % split.size, part
-        if pending is not None:
-            part = pending.wait()
-
-
-class _Merged(NamedTuple):
-    """Rows over the keys so far: out [B, Hq, S / P, Dv] and lse, max_logit, mean_logit [B, Hq, S / P], wide."""
-
-    out: Tensor
-    lse: Tensor
-    max_logit: Tensor
-    mean_logit: Tensor
-
-    @classmethod
-    def of_nothing(cls, q: Tensor, v: Tensor) -> _Merged:
-        rows, dtype = q.shape[:3], torch.promote_types(q.dtype, torch.float32)
-        lse = q.new_full(rows, -torch.inf, dtype=dtype)
-        return cls(q.new_zeros((*rows, v.shape[3]), dtype=dtype), lse, lse.clone(), torch.zeros_like(lse))
-
-    def add(self, rows: slice, results: tuple[Tensor, ...], aux: bool) -> None:
-        """Merge results of `forward_pass` into some rows."""
-        out, lse, max_logit, entropy, rounding = results
-        before = self.lse[:, :, rows]
-        total = torch.logaddexp(before, lse)
-        shift = total.masked_fill(total == -torch.inf, 0)
-        kept, new = (before - shift).exp(), (lse - shift).exp()
-        wide = before_rounding(out, rounding) if rounding.numel() else out.to(self.out.dtype)
-        self.out[:, :, rows] = self.out[:, :, rows] * kept[..., None] + wide * new[..., None]
-        if aux:
-            self.max_logit[:, :, rows] = torch.maximum(self.max_logit[:, :, rows], max_logit)
-            mean = (lse - entropy).masked_fill(lse == -torch.inf, 0)
-            self.mean_logit[:, :, rows] = self.mean_logit[:, :, rows] * kept + mean * new
-        self.lse[:, :, rows] = total
-
-
-class _Attend(Function):
-    @staticmethod
-    def forward(ctx, q, k, v, query_scale, key_scale, key_bias, sinks, bias, relative_bias, ranges, settings: Settings):
-        tensors = (q, k, v, query_scale, key_scale, key_bias, sinks, bias, relative_bias)
-        by_part = _by_part(tensors, settings.sequence.split)
-        merged = _Merged.of_nothing(q, v)
-        keep_rounding = v.dtype.itemsize == 2
-        for source, part in _round([k.to(v.dtype), v], settings):
-            for pair in pairs_of(settings.sequence, source):
-                call = _call(by_part, part, ranges, pair, settings, sinks=False)
-                merged.add(pair.rows, forward_pass(call, keep_rounding), settings.aux)
-        wide, lse = merged.out, merged.lse
-        if sinks is not None:
-            wide = wide * share_with_sinks(lse, sinks)[..., None]
-        out = wide.to(v.dtype)
-        rounding = lost_in_rounding(wide, out) if settings.keep_rounding else None
-        entropy = (lse - merged.mean_logit).masked_fill(lse == -torch.inf, 0).clamp(min=0)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(merged.max_logit, entropy)
-        ctx.save_for_backward(*tensors, ranges, out, lse, rounding)
-        ctx.settings = settings
-        return out, lse, merged.max_logit, entropy
-
-    @staticmethod
-    @first_order
-    def backward(ctx, saved, d_out, d_lse, *none):
-        *tensors, ranges, out, lse, rounding = saved
-        settings: Settings = ctx.settings
-        split = settings.sequence.split
-        needs = Needs(*ctx.needs_input_grad[: len(Needs._fields)])
-        _, k, v, *_ = tensors
-        by_part = _by_part(tensors, split)
-        sums = Gradients(*(x.new_zeros(x.shape) if need else None for x, need in zip(tensors, needs, strict=True)))
-        moving: collectives.Pending | None = None
-        for source, part in _round([k.to(v.dtype), v], settings):
-            of_part = [x.new_zeros(x.shape, dtype=torch.promote_types(settings.reduce_dtype, x.dtype)) for x in part]
-            for pair in pairs_of(settings.sequence, source):
-                rows, keys = (..., pair.rows, slice(None)), (..., pair.keys, slice(None))
-                call = _call(by_part, part, ranges, pair, settings, sinks=True)
-                results = out[rows], lse[:, :, pair.rows], None if rounding is None else rounding[rows]
-                of_rows = None if d_out is None else d_out[rows], None if d_lse is None else d_lse[:, :, pair.rows]
-                got = backward_pass(call, results, *of_rows, needs)
-                add_part(of_part[0], keys, got.k)
-                add_part(of_part[1], keys, got.v)
-                if not (source == split.rank and pair.has_own_keys):  # sinks count once a row
-                    got = got._replace(sinks=None)
-                Piece(pair.rows, pair.whole).add(sums, got)
-            if moving is not None:
-                of_part = [own + theirs for own, theirs in zip(of_part, moving.wait(), strict=True)]
-            moving = collectives.pass_on(of_part, split)
-        assert moving is not None
-        home = moving.wait()
-        d_k, d_v = (None if total is None else own.to(total.dtype) for total, own in zip(sums[1:3], home, strict=True))
-        d_key_scale, d_key_bias = (None if x is None else split.in_order(x, -1) for x in sums[4:6])
-        return sums.q, d_k, d_v, sums.query_scale, d_key_scale, d_key_bias, sums.sinks, None, None, None, None
+def _has_keys_of_rows(piece: Piece) -> bool:
+    """True where the keys, of this rank's part, are also those of the rows' tokens."""
+    return piece.keys.start <= piece.rows.start and piece.rows.stop <= piece.keys.stop

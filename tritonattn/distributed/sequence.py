@@ -1,23 +1,30 @@
-"""A sequence that ranks share, and the vectors of a scaling for this rank's rows, as one process computes them."""
+"""A sequence that ranks share, and the vectors of a scaling for this rank's rows, as one process computes them.
+
+Of key statistics totals of chunks travel, not keys: chunk c of a causal sequence adds the totals of all earlier chunks
+to its prefix sums, C numbers a head. Gradients go the other way: a key takes the sum of the rows behind it, those of
+later chunks by their totals. Where rows attend to other ranges, the norms themselves are gathered, 4 bytes a key.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..calls.dispatch import logits
-from ..core.call import AttentionCall, Gradients, Logits
+from ..calls.checks import check
+from ..calls.dispatch import choose_backend, logits
+from ..core.call import AttentionCall, Logits
+from ..core.norms import key_norms_of
+from ..core.ranges import argmax_of_prefixes, prefix_sum
 from ..core.sequences import Sequences
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling.base import has_relative_bias
 from . import collectives
 from .layout import Split
-from .statistics import SharedStatistics
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,19 +56,19 @@ class SharedSequence:
         if cu_seqlens is not None:
             documents = Sequences.of(cu_seqlens, cu_seqlens, length, length, length, length)
         whole = Visibility.of_shapes(q_shape, k_shape, q.device, causal=causal, window=window, sequences=documents)
-        own = None
+        ranges = None
         if not whole.is_full:
             positions = split.positions(q.shape[2], q.device)
-            own = torch.stack([bound[:, positions] for bound in whole.ranges()], -1).expand(q.shape[0], -1, -1)
-        return cls(split, whole, Visibility.of_shapes(q.shape, k_shape, q.device, key_ranges=own))
+            ranges = torch.stack([bound[:, positions] for bound in whole.ranges()], -1).expand(q.shape[0], -1, -1)
+        return cls(split, whole, Visibility.of_shapes(q.shape, k_shape, q.device, key_ranges=ranges))
 
     @property
     def length(self) -> int:
         return self.whole.k_len
 
     @property
-    def ends_at_own(self) -> bool:
-        """True where no row attends to a key behind its position."""
+    def ends_at_rows(self) -> bool:
+        """True where no row attends to a key after its position."""
         return self.whole.right == 0
 
     def of_all_rows(self, q: Tensor, k: Tensor) -> Visibility:
@@ -87,39 +94,6 @@ class Settings(NamedTuple):
     keep_rounding: bool
 
 
-_ALL = slice(None)
-
-
-class Piece(NamedTuple):
-    """Rows of this rank and keys of all ranks that one call computes, for some heads of q and of k."""
-
-    rows: slice
-    keys: slice
-    q_heads: slice = _ALL
-    kv_heads: slice = _ALL
-
-    @property
-    def indices(self) -> Gradients:
-        """Indices of the piece in the tensors of a call; k and v differ by method."""
-        rows, keys = (_ALL, self.q_heads, self.rows), (_ALL, self.kv_heads, self.keys)
-        of_bias: Any = (_ALL, self.kv_heads, _ALL, self.keys)
-        return Gradients(rows, None, None, rows, keys, of_bias, self.q_heads)  # pyright: ignore[reportArgumentType]
-
-    def cut(self, tensors: Sequence[Tensor | None], settings: Settings) -> tuple[Tensor, Logits]:
-        """q and the terms of the logits of the piece."""
-        q, _, _, query, key, bias, sinks, *_ = (
-            None if x is None or index is None else x[index] for x, index in zip(tensors, self.indices, strict=True)
-        )
-        assert q is not None
-        return q, Logits(settings.scale, query, key, bias, settings.softcap, sinks)
-
-    def add(self, sums: Gradients, got: Gradients) -> None:
-        """Add the piece's gradients, but those of k and v, to the sums that are asked for."""
-        for total, index, gradient in zip(sums, self.indices, got, strict=True):
-            if index is not None:
-                add_part(total, index, gradient)
-
-
 def logits_of(call: AttentionCall, sequence: SharedSequence, reduce_dtype: torch.dtype) -> Logits:
     """The terms of a call's logits, those of rows of this rank, those of keys of all; differentiable.
 
@@ -136,25 +110,79 @@ def logits_of(call: AttentionCall, sequence: SharedSequence, reduce_dtype: torch
         by_totals = sequence.length > 0 and (sequence.whole.is_full or sequence.whole.is_square_causal)
         statistics = SharedStatistics(k, visible, split, by_totals)
     if key_bias is not None:
-        own = key_bias.expand((*key_bias.shape[:-1], k.shape[2]))
-        key_bias = collectives.gather(own, split, -1, torch.promote_types(reduce_dtype, own.dtype))
+        of_rank = key_bias.expand((*key_bias.shape[:-1], k.shape[2]))
+        key_bias = collectives.gather(of_rank, split, -1, torch.promote_types(reduce_dtype, of_rank.dtype))
         call.logits = Logits(key_bias=key_bias, softcap=call.logits.softcap, sinks=call.logits.sinks)
     return logits(call, statistics, whole)
 
 
-def refuse_relative_bias(call: AttentionCall) -> None:
-    """Raise for a checked call whose scaling adds a bias of distances: ranks have rows from anywhere."""
+def check_over_ranks(call: AttentionCall, rows: str = "[B, Hq, Sq]") -> None:
+    """Check a call and choose its backend. Raises NotImplementedError for what ranks with rows from anywhere lack."""
+    check(call, rows)
     if has_relative_bias(call.scaling, call.q):
         name = type(call.scaling).__name__
         raise NotImplementedError(f"scaling: expected one without a relative bias over ranks, got {name}")
-
-
-def add_part(total: Tensor | None, index: Any, gradient: Tensor | None) -> None:
-    """Add the gradient of a part of a tensor to that of the whole, where both are asked for."""
-    if total is not None and gradient is not None:
-        total[index] += gradient
+    call.backend = choose_backend(call)
+    if call.backend in ("flash", "reference"):
+        raise NotImplementedError(f"backend: expected 'auto', 'triton' or 'sdpa' over ranks, got {call.backend!r}")
 
 
 def share_with_sinks(lse: Tensor, sinks: Tensor) -> Tensor:
     """The weight of keys with a sink [Hq]: exp(lse) / (exp(lse) + exp(sink)), 0 for a row without keys."""
     return torch.sigmoid(lse - sinks[:, None]).masked_fill(lse == -torch.inf, 0)
+
+
+class SharedStatistics(Statistics):
+    """`Statistics` of this rank's rows and of all keys, from the keys k [B, Hkv, S / P, D] that this rank holds.
+
+    by_totals   row i of the sequence attends to the keys j <= i, or, where no row's range ends early, all of them
+    """
+
+    def __init__(self, k: Tensor, visibility: Visibility, split: Split, by_totals: bool) -> None:
+        super().__init__(k, visibility)
+        self._split = split
+        self._by_totals = by_totals
+
+    @property
+    def _local(self) -> Tensor:
+        """Norms of this rank's keys: [B, Hkv, S / P]. The row of a key attends to it at least."""
+        return self._once("local", lambda: key_norms_of(self.k))
+
+    def _norms(self) -> Tensor:
+        return collectives.gather(self._local, self._split, 2)
+
+    def _norm_sum(self) -> Tensor:
+        return self._total(self._local).to(self._local.dtype) if self._by_totals else super()._norm_sum()
+
+    def _norm_square_sum(self) -> Tensor:
+        return self._total(self._local.double().square()) if self._by_totals else super()._norm_square_sum()
+
+    def _total(self, x: Tensor) -> Tensor:
+        if not self.visibility.is_full:
+            return running_sum(x, self._split)
+        sums = in_chunks(x.double(), self._split).sum(-1)  # [B, Hkv, chunks of this rank]
+        total = collectives.gather(sums, self._split, -1).sum(-1, keepdim=True)
+        return total.expand(*x.shape[:2], self.visibility.q_len)
+
+    def _norm_max(self) -> Tensor:
+        if not self._by_totals:
+            return super()._norm_max()
+        split, x = self._split, in_chunks(self._local.double(), self._split)  # [B, Hkv, chunks of this rank, n]
+        local = x.gather(-1, argmax_of_prefixes(x.detach()))  # the lowest of equal keys takes the gradient
+        of_chunks = collectives.gather(local[..., -1], split, -1)  # [B, Hkv, chunks]
+        best = of_chunks.gather(-1, argmax_of_prefixes(of_chunks.detach()))
+        if self.visibility.is_full:
+            return best[..., -1:].expand(*best.shape[:2], self.visibility.q_len).to(self._local.dtype)
+        before = pad(best, (1, -1), value=-torch.inf)[..., split.chunks(), None]  # of earlier chunks
+        return torch.where(before >= local, before, local).flatten(-2).to(self._local.dtype)
+
+
+def running_sum(x: Tensor, split: Split) -> Tensor:
+    """Sums of x [..., S / P] over j <= i of the whole sequence: fp64 [..., S / P]."""
+    sums = prefix_sum(in_chunks(x, split))  # [..., chunks of this rank, n + 1]
+    earlier = prefix_sum(collectives.gather(sums[..., -1], split, -1))[..., split.chunks()]
+    return (earlier[..., None] + sums[..., 1:]).flatten(-2)
+
+
+def in_chunks(x: Tensor, split: Split) -> Tensor:
+    return x.unflatten(-1, (split.chunks_per_rank, -1))

@@ -11,11 +11,10 @@ try:
 except ImportError as error:
     raise ImportError(f"tritonattn.huggingface needs transformers: {install('hf')}") from error
 
-from .adapters import follow_adapters
 from .attention import NAME, attention_forward, call_arguments, register, unregister
 from .continuous import follow_continuous_batching
 from .first_use import at_first_use
-from .loading import follow_saved_settings, restore
+from .loading import follow_adapters, follow_saved_settings, restore
 from .masks import key_range_mask
 from .observed import register_observed
 from .patching import Patched, patch, patched

@@ -20,35 +20,35 @@ _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 class AttentionModule:
     """An attention module of a model.
 
-    name       in the model that was searched
-    module     an nn.Module, whose attributes differ from model to model
-    own_name   in the outermost transformers model that holds it: shorter than name if that model is wrapped, and None
-               if the search began inside it
-    inner      the innermost transformers model that holds it, or None
-    obstacle   the reason why it cannot be patched, or None
+    name         in the model that was searched
+    module       an nn.Module, whose attributes differ from model to model
+    saved_name   in the outermost transformers model that holds it: shorter than name if that model is wrapped, and None
+                 if the search began inside it
+    inner        the innermost transformers model that holds it, or None
+    obstacle     the reason why it cannot be patched, or None
     """
 
     name: str
     module: Any
-    own_name: str | None
+    saved_name: str | None
     inner: Any = None
     obstacle: str | None = None
 
     @property
     def config(self) -> Any:
-        """The config that decides its masks: its own, else that of the model around it."""
-        own = getattr(self.module, "config", None)
-        return getattr(self.inner, "config", None) if own is None else own
+        """The config that decides its masks: the module's, else that of the model around it."""
+        config = getattr(self.module, "config", None)
+        return getattr(self.inner, "config", None) if config is None else config
 
     @property
     def number(self) -> int | None:
         """The number of its layer, from 0."""
-        return layer_number(self.own_name or self.name)
+        return layer_number(self.saved_name or self.name)
 
     @property
     def stack(self) -> str:
         """The name before the number: an encoder and a decoder number their layers each."""
-        return f".{self.own_name or self.name}".partition(f".{self.number}.")[0]
+        return f".{self.saved_name or self.name}".partition(f".{self.number}.")[0]
 
     @property
     def keeps_output_attentions(self) -> bool:
@@ -67,32 +67,29 @@ def outermost_models(model: nn.Module) -> dict[str, Any]:
     """The transformers models in a model that lie in no other, by name: the model itself, or those that it wraps."""
     outermost: dict[str, Any] = {}
     for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and not any(_name_inside(outer, name) for outer in outermost):
+        if isinstance(module, PreTrainedModel) and not any(_holds(outer, name) for outer in outermost):
             outermost[name] = module
     return outermost
 
 
 def attention_modules(model: nn.Module) -> list[AttentionModule]:
     """The attention modules of a model in its order, with an obstacle if they cannot be patched."""
+    modules = dict(model.named_modules())
+    models = [name for name, module in modules.items() if isinstance(module, PreTrainedModel)]
+    calling = [name for name, module in modules.items() if interface_keywords(type(module)) is not None]
     found: list[AttentionModule] = []
-    models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
-
-    def add(name: str, module: nn.Module, obstacle: str | None) -> None:
-        around = [outer for outer in models if _name_inside(outer, name)]  # from the outermost in
-        own_name = _name_inside(around[0], name) if around else None
-        inner = models[around[-1]] if around else None
-        found.append(AttentionModule(name, module, own_name, inner, obstacle))
-
-    calling = {name for name, module in model.named_modules() if interface_keywords(type(module)) is not None}
-    outer: str | None = None  # the attention module without an interface that holds the modules that follow
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if name in calling:
-            add(name, module, _obstacle(module))
-        elif not re.search("Attention|SelfAttn", type(module).__name__) or (outer and _holds(outer, name)):
+            obstacle = _obstacle(module)
+        elif not re.search("Attention|SelfAttn", type(module).__name__) or any(
+            _holds(name, other) or _holds(other, name) for other in (*calling, *(one.name for one in found))
+        ):
             continue
-        elif not any(_holds(name, other) or _holds(other, name) for other in calling):
-            outer = name
-            add(name, module, "takes no attention from transformers' AttentionInterface")
+        else:
+            obstacle = "takes no attention from transformers' AttentionInterface"
+        around = [outer for outer in models if _holds(outer, name)]  # from the outermost in
+        saved_name = name.removeprefix(around[0]).removeprefix(".") if around else None
+        found.append(AttentionModule(name, module, saved_name, modules[around[-1]] if around else None, obstacle))
     return found
 
 
@@ -106,48 +103,36 @@ def refuse_unsupported(model: nn.Module, found: list[AttentionModule]) -> None:
 @functools.cache
 def interface_keywords(cls: type) -> frozenset[str] | None:
     """The keywords that a class passes to AttentionInterface by name, from its code; None if it does not call it."""
-    function = interface_function(cls)
-    return None if function is None else _keywords_in(function)
+    if (function := interface_function(cls)) is None:
+        return None
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # no source: an argument is refused when it comes
+        return frozenset()
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    passed = [
+        keyword
+        for call in calls
+        if getattr(call.func, "id", None) == "attention_interface"
+        for keyword in call.keywords
+        if keyword.arg is not None and ast.unparse(keyword.value) != "None"
+    ]
+    return frozenset(str(keyword.arg) for keyword in passed)
 
 
 def interface_function(cls: type) -> Any:
     """The method of a class that calls AttentionInterface, as a function; None if none does."""
     if issubclass(cls, PreTrainedModel):  # names the interface, to choose an implementation
         return None
-    methods: dict[str, Any] = {}
-    for base in cls.__mro__:
-        if base is nn.Module or not issubclass(base, nn.Module):
-            continue
-        for name, attribute in vars(base).items():
-            methods.setdefault(name, attribute)
-    for method in methods.values():
-        function = inspect.unwrap(method) if callable(method) else None
-        code = getattr(function, "__code__", None)
-        if code is not None and _INTERFACE in code.co_names:
-            return function
-    return None
-
-
-def _keywords_in(function: Any) -> frozenset[str]:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):  # no source: an argument is refused when it comes
-        return frozenset()
-    keywords = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "attention_interface":
-            for keyword in node.keywords:
-                is_none = isinstance(keyword.value, ast.Constant) and keyword.value.value is None
-                if keyword.arg is not None and not is_none:
-                    keywords.add(keyword.arg)
-    return frozenset(keywords)
+    methods = (inspect.unwrap(method) for _, method in inspect.getmembers(cls, inspect.isfunction))
+    return next((one for one in methods if inspect.isfunction(one) and _INTERFACE in one.__code__.co_names), None)
 
 
 def _obstacle(module: nn.Module) -> str | None:
     passed = interface_keywords(type(module)) or frozenset()
     if "indices" in passed:
         return "selects keys by an indexer"
-    # GPT-2 up to transformers 4: only its own eager attention reads these.
+    # GPT-2 up to transformers 4: only its eager attention reads these.
     if passed and "scaling" not in passed:
         if getattr(module, "scale_attn_by_inverse_layer_idx", False) or not getattr(module, "scale_attn_weights", True):
             return (
@@ -159,14 +144,8 @@ def _obstacle(module: nn.Module) -> str | None:
 
 
 def _holds(outer: str, inner: str) -> bool:
-    return inner.startswith(f"{outer}.")
-
-
-def _name_inside(outer: str, name: str) -> str | None:
-    """A module's name counted from the module `outer` ("" is the root); None if it lies elsewhere."""
-    if not outer:
-        return name
-    return name[len(outer) + 1 :] if _holds(outer, name) else None
+    """True where the module `outer` ("" is the root) is `inner` or holds it."""
+    return not outer or f"{inner}.".startswith(f"{outer}.")
 
 
 def query_heads(module: Any) -> int:
@@ -181,21 +160,20 @@ def key_heads(module: Any) -> int:
     """Hkv; by default as many as query heads."""
     if isinstance(groups := getattr(module, "num_key_value_groups", None), int):
         return query_heads(module) // groups
-    own = _first(module, ("num_key_value_heads", "num_kv_heads"), "")
-    return query_heads(module) if own is None else own
+    return _first(module, ("num_key_value_heads", "num_kv_heads"), "") or query_heads(module)
 
 
 def head_dim(module: Any) -> int | None:
     """D, or None if neither the module nor its config has it."""
-    own = _first(module, ("head_dim", "attention_head_size", "qk_head_dim", "head_size"), "head_dim")
-    if own is not None:
-        return own
+    size = _first(module, ("head_dim", "attention_head_size", "qk_head_dim", "head_size"), "head_dim")
+    if size is not None:
+        return size
     width = getattr(module.config, "hidden_size", None)
     return width // query_heads(module) if isinstance(width, int) else None
 
 
 def layer_type(found: AttentionModule) -> str:
-    """The model's own name of the layer's type, or "cross_attention", "sliding_attention" or "full_attention"."""
+    """The model's name of the layer's type, or "cross_attention", "sliding_attention" or "full_attention"."""
     module = found.module
     types, index = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
     names = f"{type(module).__name__}.{found.name.rpartition('.')[2]}"
@@ -209,8 +187,5 @@ def layer_type(found: AttentionModule) -> str:
 
 
 def _first(module: Any, names: tuple[str, ...], config_name: str) -> int | None:
-    for owner, name in [*((module, name) for name in names), (module.config, config_name)]:
-        value = getattr(owner, name, None) if name else None
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
+    values = [*(getattr(module, name, None) for name in names), getattr(module.config, config_name, None)]
+    return next((value for value in values if type(value) is int and value > 0), None)

@@ -21,9 +21,8 @@ from ..core.shards import context_parallel
 from ..scaling import SqrtDim
 from ..scaling.base import relative_gain
 from .architecture import query_heads
-from .masks import key_range_mask
+from .masks import is_packed, key_range_mask, packed_arguments, visible_arguments
 from .settings import Settings, layer_scaling
-from .visible import is_packed, packed_arguments, visible_arguments
 
 NAME = "tritonattn"
 _ULYSSES = "deepspeed.runtime.sequence_parallel.ulysses_sp"
@@ -56,7 +55,7 @@ def attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The function for AttentionInterface: [B, Hq, Q, D], [B, Hkv, K, D], [B, Hkv, K, Dv] to [B, Q, Hq, Dv].
+    """The function for AttentionInterface.
 
         logit = model_scaling * sqrt(D) * (gain * the mode's factor) * (q . k) + position_bias
 
@@ -64,13 +63,25 @@ def attention_forward(
     1 / sqrt(D). So "sqrt_dim" gives the model as it was, and factors beyond 1 / sqrt(D), or in q, are kept. A scaling
     that normalises q (cosine) replaces the model's.
 
-    With output_attentions the weights [B, Hq, Q, K] are returned too, from the reference and with a warning.
-    Raises NotImplementedError naming an argument that changes the result and is not supported (sparse indices,
-    a paged cache).
+    Args:
+        module: The attention module that calls.
+        query: [B, Hq, Q, D].
+        key: [B, Hkv, K, D].
+        value: [B, Hkv, K, Dv].
+        attention_mask: That of `key_range_mask`; int32, bool or floating [B, 1, Q, K or 2], or None.
+        scaling: model_scaling.
+        dropout: Chance in [0, 1) to drop a probability.
+        kwargs: Further arguments of transformers, such as softcap, s_aux, sliding_window and position_bias.
 
     Under torch's context_parallel query, key and value are this rank's part of a sequence: a full causal layer attends
     to all of it, and another one raises. A layer also raises where DeepSpeed's Ulysses has cut sequences for another
     implementation than this one.
+
+    Returns:
+        [B, Q, Hq, Dv], and with output_attentions the weights [B, Hq, Q, K], from the reference and with a warning.
+
+    Raises:
+        NotImplementedError: An argument that changes the result and is not supported (sparse indices, a paged cache).
     """
     _refuse_ulysses_of_others(module)
     observer, parallel = getattr(layer_scaling(module), "observer", None), context_parallel()
@@ -78,9 +89,9 @@ def attention_forward(
     if is_packed(attention_mask, kwargs) and observer is None and not with_weights:
         if kwargs.get("position_bias") is not None:
             _refuse("position_bias", "a bias of pairs of packed requests", module)
-        own = _arguments_but_visibility(module, query, scaling, dropout, **kwargs)
+        options = _options(module, query, scaling, dropout, **kwargs)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # packed requests: no mask of T_q x T_k
-        return attention_varlen(q, k, v, **packed_arguments(kwargs), **own)[None], None
+        return attention_varlen(q, k, v, **packed_arguments(kwargs), **options)[None], None
     arguments = call_arguments(module, query, key, attention_mask, scaling, dropout, **kwargs)
     weights = _attention_weights(module, query, key, arguments) if with_weights else None
     options = arguments if observer is None else {**arguments, "return_aux": True}
@@ -121,22 +132,30 @@ def call_arguments(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """Translate a call of transformers into keyword arguments of `tritonattn.attention`."""
-    own = _arguments_but_visibility(module, query, scaling, dropout, **kwargs)
+    """Translate a call of transformers, as `attention_forward` gets it, into arguments of `tritonattn.attention`.
+
+    Returns:
+        Keyword arguments, without query, key and value.
+
+    Raises:
+        TypeError, ValueError: A mask, or settings in the config.
+        NotImplementedError: An argument that changes the result and is not supported.
+    """
+    options = _options(module, query, scaling, dropout, **kwargs)
     if kwargs.get("read_index") is not None and attention_mask is None:
         raise NotImplementedError(
             "read_index: continuous batching without masks is not supported by tritonattn in layers that are watched or"
             f" return attention weights, got such a {type(module).__name__}: call"
             " model.set_attn_implementation('sdpa') after patching"
         )
-    arguments = {**own, **visible_arguments(module, query, key, attention_mask, kwargs)}
+    arguments = {**options, **visible_arguments(module, query, key, attention_mask, kwargs)}
     if position_bias is not None:
         bias = position_bias[..., : key.shape[2]]
         arguments["bias"] = bias if arguments.get("bias") is None else arguments["bias"] + bias
     return arguments
 
 
-def _arguments_but_visibility(
+def _options(
     module: nn.Module,
     query: Tensor,
     scaling: float | Tensor | None,
@@ -146,6 +165,7 @@ def _arguments_but_visibility(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
+    """The arguments of `tritonattn.attention` but those of visibility and bias."""
     for name, meaning in _REFUSED.items():
         if kwargs.get(name) is not None:
             _refuse(name, meaning, module)
@@ -180,44 +200,55 @@ def register(
 ) -> None:
     """Register an attention function with transformers, for `model.set_attn_implementation(name)`; repeatable.
 
-    Importing `tritonattn.huggingface` registers "tritonattn": call this only for a name or function of your own.
-    Without a mask function transformers would pass no mask, even with padding.
+    Importing `tritonattn.huggingface` registers "tritonattn": call this only for another name or function.
+
+    Args:
+        name: The attention implementation.
+        function: As `attention_forward`.
+        mask_function: As `key_range_mask`. Without one transformers would pass no mask, even with padding.
+
+    >>> from tritonattn.huggingface import attention_forward, register, unregister
+    >>> def in_float32(module, query, key, value, *arguments, **options):
+    ...     operands = (x.float() for x in (query, key, value))
+    ...     out, weights = attention_forward(module, *operands, *arguments, **options)
+    ...     return out.to(query.dtype), weights
+    >>> register("tritonattn_float32", in_float32)
+    >>> unregister("tritonattn_float32")
     """
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask_function)
 
 
 def unregister(name: str = NAME) -> None:
-    """Undo `register`. Models that still use the name fail at their next call."""
+    """Undo `register`, by name. Models that still use the name fail at their next call."""
     for interface in (AttentionInterface, AttentionMaskInterface):
         interface._global_mapping.pop(name, None)
 
 
-def scaling_arguments(settings: Settings, own: float | Tensor | None, head_dim: int) -> dict[str, Any]:
-    """Arguments scaling and gain, so that logit = own * sqrt(D) * gain * factor * (q . k)."""
+def scaling_arguments(settings: Settings, model_scaling: float | Tensor | None, head_dim: int) -> dict[str, Any]:
+    """Arguments scaling and gain, so that logit = model_scaling * sqrt(D) * gain * factor * (q . k)."""
     scaling, gain = settings.scaling, settings.gain
     if scaling is None or type(scaling) is SqrtDim:  # exactly the model's
-        if isinstance(own, Tensor):
-            return {"scaling": 1.0, "gain": own if gain is None else own * gain}
-        return {"scaling": "sqrt_dim" if own is None else float(own), "gain": gain}
-    return {"scaling": scaling, "gain": relative_gain(scaling, own, head_dim, gain)}
+        if isinstance(model_scaling, Tensor):
+            return {"scaling": 1.0, "gain": model_scaling if gain is None else model_scaling * gain}
+        return {"scaling": "sqrt_dim" if model_scaling is None else float(model_scaling), "gain": gain}
+    return {"scaling": scaling, "gain": relative_gain(scaling, model_scaling, head_dim, gain)}
 
 
 def note_wanted_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a patched module that does not pass output_attentions on: keep its value."""
     arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    own = layer_scaling(module)
-    own.weights_wanted = bool(arguments.get("output_attentions"))
+    layer_scaling(module).weights_wanted = bool(arguments.get("output_attentions"))
 
 
 def _wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """True where the model is asked for attention weights: by argument, by config, or by a recording hook."""
-    own = layer_scaling(module)
-    if kwargs.get("output_attentions") or getattr(own, "weights_wanted", False):
+    layer = layer_scaling(module)
+    configs = (getattr(module, "config", None), getattr(layer, "shared", None))
+    if kwargs.get("output_attentions") or getattr(layer, "weights_wanted", False):
         return True
-    for config in (getattr(module, "config", None), getattr(own, "shared", None)):
-        if getattr(config, "output_attentions", False):
-            return True
+    if any(getattr(config, "output_attentions", False) for config in configs):
+        return True
     # transformers may drop the argument and record the modules' results instead: up to 4.57 by replacing their
     # forward, later by hooks that write into a collector.
     forward = module.__dict__.get("forward")

@@ -26,23 +26,23 @@ def over_ranks(
     Masks of a part say nothing of the whole, so they must be those of one causal sequence: position_ids say whether it
     is one. Raises NotImplementedError or ValueError for anything else.
     """
-    kind = type(module).__name__
+    name = type(module).__name__
     if arguments["dropout_p"] > 0:
-        raise NotImplementedError(f"dropout: expected 0 under context_parallel, got {arguments['dropout_p']} in {kind}")
+        raise NotImplementedError(f"dropout: expected 0 under context_parallel, got {arguments['dropout_p']} in {name}")
     if arguments.get("bias") is not None:
         raise NotImplementedError(
-            f"position_bias: expected none under context_parallel, whose ranks know its entries for their own tokens"
-            f" alone, got one in {kind}; leave the layer to attn_implementation='eager'"
+            f"position_bias: expected none under context_parallel, whose ranks know its entries for their tokens alone,"
+            f" got one in {name}; leave the layer to attn_implementation='eager'"
         )
     split = Split.of(context.mesh, context.layout)
     if not _is_causal(module, query, key, arguments, keywords, split):
         raise NotImplementedError(
             f"attention_mask: expected full causal attention without padding and cache under context_parallel, got"
-            f" another mask in {kind}; leave the layer to attn_implementation='sdpa'"
+            f" another mask in {name}; leave the layer to attn_implementation='sdpa'"
         )
     positions, expected = keywords.get("position_ids"), split.positions(query.shape[2], query.device)
     if not isinstance(positions, Tensor):
-        raise NotImplementedError(f"position_ids: expected to reach {kind} under context_parallel, got none")
+        raise NotImplementedError(f"position_ids: expected to reach {name} under context_parallel, got none")
     if positions.shape[-1] != query.shape[2] or not bool((positions == expected).all()):
         raise ValueError(
             f"position_ids: expected the positions in the sequence of this rank's tokens, {int(expected[0])} and so on,"

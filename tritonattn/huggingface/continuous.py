@@ -22,7 +22,7 @@ from transformers.generation import continuous_batching
 from ..core.extension import extend
 from .architecture import attention_modules, interface_keywords
 from .attention import NAME, register
-from .own_configs import IMPLEMENTATION
+from .configs import IMPLEMENTATION
 from .settings import layer_scaling
 
 PACKED = f"{NAME}_flash"
@@ -57,7 +57,13 @@ def _renaming(original: Any) -> Any:
     def switch(self: Any, model: Any, auto_switch_to_flash: bool = True) -> None:
         if _uses_tritonattn(model):
             auto_switch_to_flash = False  # layers that are not patched need masks, as these read them
-            _refuse_flash(model.config._attn_implementation)
+            implementation = model.config._attn_implementation
+            if "flash" in (implementation or "") and implementation != PACKED:
+                raise ValueError(
+                    f"model: expected the attention implementation {NAME!r}, 'sdpa' or 'eager' in continuous batching"
+                    f" of a patched model, got {implementation!r}: call model.set_attn_implementation({NAME!r}), or"
+                    " 'sdpa' if only some layers are patched"
+                )
             _refuse_dropped_softcap(model)
             setattr(self, _RENAMED, _rename(model))
         original(self, model, auto_switch_to_flash)
@@ -91,21 +97,12 @@ def _uses_tritonattn(model: nn.Module) -> bool:
     )
 
 
-def _refuse_flash(implementation: str | None) -> None:
-    if "flash" in (implementation or "") and implementation != PACKED:
-        raise ValueError(
-            f"model: expected the attention implementation {NAME!r}, 'sdpa' or 'eager' in continuous batching of a"
-            f" patched model, got {implementation!r}: call model.set_attn_implementation({NAME!r}), or 'sdpa' if only"
-            " some layers are patched"
-        )
-
-
 def _refuse_dropped_softcap(model: nn.Module) -> None:
     """Refuse layers for which transformers has no softcap here: the eager attention of a manager drops it."""
     for one in attention_modules(model):
         softcap = getattr(one.module, "attn_logit_softcapping", None)
-        is_own = layer_scaling(one.module) is None and "eager" in (one.config._attn_implementation or "eager")
-        if is_own and softcap is not None and "softcap" in (interface_keywords(type(one.module)) or ()):
+        is_eager = layer_scaling(one.module) is None and "eager" in (one.config._attn_implementation or "eager")
+        if is_eager and softcap is not None and "softcap" in (interface_keywords(type(one.module)) or ()):
             raise NotImplementedError(
                 f"layers: continuous batching of a model with a softcap needs all its layers patched, got"
                 f" {one.name} left to transformers, whose eager attention drops its softcap {softcap:g} there: patch"

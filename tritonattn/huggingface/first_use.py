@@ -31,9 +31,7 @@ def at_first_use(*calls: Callable[[], None]) -> None:
 
 def living_models() -> Iterator[PreTrainedModel]:
     """The models of transformers in this process that have a config."""
-    for one in gc.get_objects():
-        if issubclass(type(one), PreTrainedModel) and "config" in vars(one):
-            yield one
+    return (one for one in gc.get_objects() if issubclass(type(one), PreTrainedModel) and "config" in vars(one))
 
 
 def is_waiting() -> bool:

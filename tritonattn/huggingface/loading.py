@@ -1,4 +1,4 @@
-"""Saving the scalings of a model, and applying them when it is loaded.
+"""Saving the scalings of a model, applying them when it is loaded, and checking those of PEFT's adapters.
 
 `patch` writes them into the config, together with attn_implementation = "tritonattn". So a process without
 `tritonattn.huggingface` refuses the checkpoint instead of computing something else, if its version of transformers
@@ -16,7 +16,7 @@ import contextvars
 import importlib.util
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -27,21 +27,37 @@ from transformers import PreTrainedModel
 from ..core.extension import extend
 from .architecture import AttentionModule, attention_modules, query_heads, refuse_unsupported
 from .attention import NAME
+from .configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, state_masks
 from .first_use import living_models
 from .masks import STATED
-from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, state_masks
 from .patching import Patched, apply, patched
 from .settings import ATTRIBUTE, LAYERS, MARK, LayerScaling, Settings, layer_scaling, saved_layers
 
 _ASKED = "_tritonattn_implementation_asked_for"
-_OF_VLLM = "vllm"  # in models that vLLM builds, whose attention is its own: its plugin reads the settings
+_OF_VLLM = "vllm"  # in models that vLLM builds, whose attention it brings: its plugin reads the settings
 
 
 def restore(model: PreTrainedModel) -> Patched:
     """Apply the settings that a `patch` left in model.config to a model that was built without them.
 
-    from_pretrained does so by itself, and loads learned values; here they start again. Raises ValueError if the config
-    has no settings, or names a module that the model lacks.
+    from_pretrained does so by itself, and loads learned values; here they start again.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        A `Patched`, whose `undo()` leaves no settings in the config.
+
+    Raises:
+        ValueError: A config without settings, or one that names a module that the model lacks.
+
+    >>> import transformers, tritonattn.huggingface
+    >>> config = transformers.LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+    ...     num_attention_heads=2, vocab_size=50)
+    >>> model = transformers.LlamaForCausalLM(config)
+    >>> model.config.tritonattn = {"layers": {"model.layers.1.self_attn": {"scaling": "key_norm_mean"}}}
+    >>> tritonattn.huggingface.restore(model)
+    <Patched LlamaForCausalLM: key_norm_mean, backend auto, layers 1>
     """
     saved = _saved(model)
     if saved is None:
@@ -101,44 +117,33 @@ def _saved(model: PreTrainedModel) -> dict[str, Any] | None:
 
 @contextmanager
 def _saved_as_patched(model: PreTrainedModel, arguments: dict[str, Any]) -> Iterator[None]:
-    own = {one.name: layer_scaling(one.module) for one in attention_modules(model)}
-    layers = {name: one.to_config() for name, one in own.items() if one is not None and not one.temporary}
-    with _marked(model, arguments) if layers else nullcontext(), _settings_in_config(model, layers):
-        yield
+    """While a patched model is saved, have MARK among its weights, and the settings in its config.
 
-
-@contextmanager
-def _marked(model: PreTrainedModel, arguments: dict[str, Any]) -> Iterator[None]:
-    """Add MARK to the weights that are saved; not to those of adapters alone, nor where `Patched.mark` is False."""
+    Weights of adapters alone are not marked, nor those of a `Patched` whose mark is False. The config lacks the
+    settings where a part of the model was patched.
+    """
+    found = {one.name: layer_scaling(one.module) for one in attention_modules(model)}
+    layers = {name: layer.to_config() for name, layer in found.items() if layer is not None and not layer.temporary}
     unwanted = any(not one.mark for module in model.modules() if (one := patched(module)) is not None)
-    if unwanted or getattr(model, "_hf_peft_config_loaded", False):
-        yield
-        return
-    mark = torch.ones(1, dtype=torch.uint8)
-    if arguments.get("state_dict") is not None:
-        arguments["state_dict"] = {**arguments["state_dict"], MARK: mark}
-    model.register_buffer(MARK, mark)
+    is_marked = bool(layers) and not unwanted and not getattr(model, "_hf_peft_config_loaded", False)
+    entries, stated = vars(model.config), {}
+    if layers and not hasattr(model.config, ATTRIBUTE):
+        stated = {ATTRIBUTE: {LAYERS: layers}, SAVED_IMPLEMENTATION: NAME}
+    before = {name: entries[name] for name in stated.keys() & entries.keys()}
+    entries.update(stated)
+    if is_marked:
+        mark = torch.ones(1, dtype=torch.uint8)
+        if arguments.get("state_dict") is not None:
+            arguments["state_dict"] = {**arguments["state_dict"], MARK: mark}
+        model.register_buffer(MARK, mark)
     try:
         yield
     finally:
-        delattr(model, MARK)
-
-
-@contextmanager
-def _settings_in_config(model: PreTrainedModel, layers: dict[str, Any]) -> Iterator[None]:
-    """State the settings of patched layers in a config that does not: that of a model of which a part was patched."""
-    if not layers or hasattr(model.config, ATTRIBUTE):
-        yield
-        return
-    entries = vars(model.config)
-    before = {name: entries[name] for name in (SAVED_IMPLEMENTATION,) if name in entries}
-    entries.update({ATTRIBUTE: {LAYERS: layers}, SAVED_IMPLEMENTATION: NAME})
-    try:
-        yield
-    finally:
-        for name in (ATTRIBUTE, SAVED_IMPLEMENTATION):
+        for name in stated:
             entries.pop(name)
         entries.update(before)
+        if is_marked:
+            delattr(model, MARK)
 
 
 def _follow(model: PreTrainedModel, _: dict[str, Any]) -> None:
@@ -149,7 +154,8 @@ def _follow(model: PreTrainedModel, _: dict[str, Any]) -> None:
         if (for_all := getattr(model.config, ATTRIBUTE, None)) is not None:
             Settings.from_config(for_all)  # refuse a damaged one now
         if model.config._attn_implementation == NAME:
-            _refuse_when_called(model)
+            if not any(one.obstacle is None for one in attention_modules(model)):
+                model.register_forward_pre_hook(_refuse_when_called)
         state_masks(model)
         return
     found = attention_modules(model)
@@ -173,14 +179,9 @@ def _refuse(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     state_masks(model)
 
 
-def _refuse_when_called(model: PreTrainedModel) -> None:
-    def check(model: PreTrainedModel, _: Any) -> None:
-        if model.config._attn_implementation == NAME:
-            refuse_unsupported(model, attention_modules(model))
-
-    found = attention_modules(model)
-    if found and all(one.obstacle is not None for one in found):
-        model.register_forward_pre_hook(check)
+def _refuse_when_called(model: PreTrainedModel, _: Any) -> None:
+    if model.config._attn_implementation == NAME:
+        refuse_unsupported(model, attention_modules(model))
 
 
 def _of_saved_names(
@@ -236,15 +237,11 @@ def _shard_by_head(model: PreTrainedModel, patch: Patched) -> None:
     plan: Any = getattr(model, "_tp_plan", None)
     if not plan or importlib.util.find_spec("transformers.distributed.tensor_parallel") is None:
         return
-    for layer, own in patch.layers.items():
-        if plan.get(_generic(f"{layer}.q_proj")) == "colwise":
-            by_head = [name for name, x in own.named_parameters() if x.dim() and x.shape[0] > 1]
-            plan.update({_generic(f"{layer}.{ATTRIBUTE}.{name}"): "colwise" for name in by_head})
-
-
-def _generic(name: str) -> str:
-    """A name as plans have it, with * for numbers of layers."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    for name, layer in patch.layers.items():
+        planned = re.sub(r"\.\d+(?=\.|$)", ".*", name)  # as plans have it, with * for numbers of layers
+        if plan.get(f"{planned}.q_proj") == "colwise":
+            by_head = [parameter for parameter, x in layer.named_parameters() if x.dim() and x.shape[0] > 1]
+            plan.update({f"{planned}.{ATTRIBUTE}.{parameter}": "colwise" for parameter in by_head})
 
 
 def _layer_scaling(saved: dict[str, Any], name: str, module: nn.Module) -> LayerScaling:
@@ -256,16 +253,57 @@ def _layer_scaling(saved: dict[str, Any], name: str, module: nn.Module) -> Layer
 def _start_again(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     """Initialise learned values that have no weights, which transformers leaves undefined."""
     one = patched(model)
+    layers = {} if one is None else one.layers
     # transformers marks the tensors that it has read; 4.54 passes their names instead.
     read = arguments.get("loaded_keys", ())
-    for layer, own in one.layers.items() if one is not None else ():
+    for name, layer in layers.items():
         missing = {
             key: x
-            for key, x in own.state_dict(keep_vars=True).items()
-            if f"{layer}.{ATTRIBUTE}.{key}" not in read and not getattr(x, "_is_hf_initialized", False)
+            for key, x in layer.state_dict(keep_vars=True).items()
+            if f"{name}.{ATTRIBUTE}.{key}" not in read and not getattr(x, "_is_hf_initialized", False)
         }
         if missing:
             with torch.device("cpu"):
-                fresh = _layer_scaling({layer: own.to_config()}, layer, model.get_submodule(layer)).state_dict()
+                fresh = _layer_scaling({name: layer.to_config()}, name, model.get_submodule(name)).state_dict()
             for key, x in missing.items():
                 x.copy_(fresh[key])
+
+
+def follow_adapters() -> None:
+    """Let PEFT refuse adapters whose scalings are not those of the model's layers. Repeating it is harmless.
+
+    PEFT itself drops weights of modules that the model lacks, and the model computes with its scaling.
+    """
+    try:
+        from peft import PeftModel
+    except Exception:  # none, or one that is broken in any way: it loads no adapters either
+        return
+    extend(PeftModel, "load_adapter", _refusing)
+
+
+def _refusing(original: Any) -> Any:
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            result = original(self, *args, **kwargs)
+        except KeyError as error:
+            if layers := _layers(map(str, error.args)):
+                raise _refusal(f"it lacks values of {layers}, which the model has patched") from error
+            raise
+        if layers := _layers(result.unexpected_keys):
+            raise _refusal(f"it has values of {layers} that the model lacks")
+        return result
+
+    return load_adapter
+
+
+def _layers(keys: Iterable[str]) -> str:
+    """The layers of the base model whose scalings have these keys of a state_dict."""
+    names = [key.partition(f".{ATTRIBUTE}.")[0] for key in keys if f".{ATTRIBUTE}." in key]
+    return ", ".join(dict.fromkeys(name.removeprefix("base_model.model.") for name in names))
+
+
+def _refusal(got: str) -> ValueError:
+    return ValueError(
+        f"adapter: expected learned scalings of the layers that the model has patched, but {got}: load the base model"
+        " again, and patch it with the scaling and layers of the adapter's training before PEFT wraps it"
+    )

@@ -16,11 +16,11 @@ from ..core.observation import ObservedCall, is_observed, notify_observers, unob
 from ..core.visibility import Visibility
 from .architecture import AttentionModule, attention_modules, interface_function
 from .attention import NAME, call_arguments
-from .own_configs import IMPLEMENTATION, install
+from .configs import IMPLEMENTATION, install
 from .settings import ATTRIBUTE, LayerScaling, Settings, layer_scaling, remove, remove_abandoned
 
 _OBSERVED = "tritonattn_observed"
-_VISIBLE = ("causal", "window", "key_ranges", "mask")
+_VISIBLE = {"causal", "window", "key_ranges", "mask"}
 _READABLE = ("eager", "sdpa")
 _EAGER = "eager_attention_forward"
 
@@ -51,17 +51,15 @@ def observable(layers: list[AttentionModule]) -> Iterator[None]:
 
     Their results do not change; only the name of their implementation does.
     """
-    installed: list[tuple[Any, LayerScaling]] = []
+    installed = [(one.module, LayerScaling(Settings(), temporary=True)) for one in layers]
     try:
-        for one in layers:
-            own = LayerScaling(Settings(), temporary=True)
-            installed.append((one.module, own))
-            install(one.module, own, _OBSERVED)
+        for module, layer in installed:
+            install(module, layer, _OBSERVED)
         yield
     finally:
-        for module, own in installed:
-            own.watched = False
-            if layer_scaling(module) is own:
+        for module, layer in installed:
+            layer.watched = False
+            if layer_scaling(module) is layer:
                 remove(module)
 
 
@@ -84,24 +82,24 @@ def _observed_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Call the module's own attention function, and notify observers."""
+    """Call the module's attention function, and notify observers."""
     name = getattr(getattr(module, ATTRIBUTE).shared, IMPLEMENTATION, None) or "eager"
     if name == "eager":
-        function = interface_function(type(module))  # it names its file's eager attention
-        own = next(function.__globals__[own] for own in function.__code__.co_names if own.endswith(_EAGER))
+        caller = interface_function(type(module))  # it names its file's eager attention
+        function = next(caller.__globals__[one] for one in caller.__code__.co_names if one.endswith(_EAGER))
     else:
-        own = AttentionInterface()[name]
+        function = AttentionInterface()[name]
     rest = dict(kwargs) if scaling is None else {**kwargs, "scaling": scaling}
-    out, weights = own(module, query, key, value, attention_mask, dropout=dropout, **rest)
+    out, weights = function(module, query, key, value, attention_mask, dropout=dropout, **rest)
     if is_observed():
         with torch.no_grad():
             arguments = call_arguments(module, query, key, attention_mask, scaling, **kwargs)
-        seen = Visibility.of(query, key, **{name: arguments[name] for name in arguments.keys() & set(_VISIBLE)})
+        visible = Visibility.of(query, key, **{name: arguments[name] for name in arguments.keys() & _VISIBLE})
 
         def aux() -> AttentionAux:
             with unobserved(), torch.no_grad():
                 narrow = key.detach()[..., :1]
                 return attention(query, key, narrow, **arguments, return_aux=True)[1]
 
-        notify_observers(ObservedCall(query, key, out.transpose(1, 2), seen, arguments["softcap"], aux))
+        notify_observers(ObservedCall(query, key, out.transpose(1, 2), visible, arguments["softcap"], aux))
     return out, weights

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,7 +25,7 @@ from .architecture import (
     refuse_unsupported,
 )
 from .attention import NAME, note_wanted_weights
-from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, OwnConfigs, install, state_masks
+from .configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, PatchedConfigs, install, state_masks
 from .scalings import make_scaling, to_config
 from .settings import (
     ATTRIBUTE,
@@ -46,15 +45,6 @@ _MASKS = ("eager", "sdpa", NAME)
 Selector = int | str
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One attention module in the report, with a note if it was left alone."""
-
-    found: AttentionModule
-    before: str | None
-    note: str | None = None
-
-
 class Patched:
     """The handle of a patch: report it, watch it, undo it. A context manager that undoes at its end.
 
@@ -62,41 +52,42 @@ class Patched:
            do not know tritonattn stop or warn instead of computing with another scaling
     """
 
-    def __init__(self, model: nn.Module, entries: list[_Entry], configs: OwnConfigs) -> None:
+    def __init__(
+        self, model: nn.Module, found: list[AttentionModule], chosen: set[str], configs: PatchedConfigs
+    ) -> None:
         self.model = model
-        self._entries = entries
-        self._configs = configs
         self.mark = True
-        self._own: list[tuple[Any, Any]] = []  # modules and their former configs
+        self._found, self._chosen, self._configs = found, chosen, configs
+        self._before = {one.name: _implementation(one.module) for one in found}
+        self._former: list[tuple[Any, Any]] = []  # modules and their configs before
         self._hooks: list[Any] = []
 
     def __repr__(self) -> str:
         """The scaling, gain and backend of layers, by their numbers, or names without one."""
-        layers, numbers = self.layers, {entry.found.name: entry.found.number for entry in self._entries}
-        groups: dict[str, list[Any]] = {}
-        for name, own in layers.items():
-            known = groups.setdefault(f"{_summary(own)}, backend {own.backend}", [])
-            known.append(name if numbers[name] is None else numbers[name])
-        parts = [f"{text}, layers {', '.join(map(str, dict.fromkeys(known)))}" for text, known in groups.items()]
+        layers, groups = self.layers, {}
+        for one in self._found:
+            if (layer := layers.get(one.name)) is not None:
+                known = groups.setdefault(f"{_summary(layer)}, backend {layer.backend}", {})
+                known[one.name if one.number is None else str(one.number)] = None  # a set in order
+        parts = [f"{text}, layers {', '.join(known)}" for text, known in groups.items()]
         return f"<Patched {type(self.model).__name__}: {'; '.join(parts) or 'undone'}>"
 
     @property
     def layers(self) -> dict[str, LayerScaling]:
         """The settings of every patched module, by the module's name; empty after `undo`."""
-        chosen = {entry.found.name: entry.found.module for entry in self._entries if entry.note is None}
-        settings = {name: layer_scaling(module) for name, module in chosen.items()}
-        return {name: own for name, own in settings.items() if own is not None}
+        chosen = {one.name: layer_scaling(one.module) for one in self._found if one.name in self._chosen}
+        return {name: layer for name, layer in chosen.items() if layer is not None}
 
     def report(self) -> str:
         """A table with a row for each attention module: layer type, former implementation, and scaling or obstacle."""
-        layers = self.layers
-        rows = []
-        for entry in self._entries:
-            found, own = entry.found, layers.get(entry.found.name)
-            scaling = f"left alone: {entry.note or 'undone'}"
-            if own is not None:
-                scaling = _summary(own) + f", {own.backend}" * (own.backend != "auto")
-            rows.append((found.name, *_shape(found), entry.before or "its own", scaling))
+        layers, rows = self.layers, []
+        for one in self._found:
+            if (layer := layers.get(one.name)) is not None:
+                scaling = _summary(layer) + f", {layer.backend}" * (layer.backend != "auto")
+            else:
+                asked = "undone" if one.name in self._chosen else "not among the layers asked for"
+                scaling = f"left alone: {one.obstacle or asked}"
+            rows.append((one.name, *_shape(one), self._before[one.name] or "its own", scaling))
         return table(rows, ("module", "layer type", "heads", "head_dim", "before", "scaling"), "simple", left=None)
 
     @contextmanager
@@ -106,24 +97,24 @@ class Patched:
         query [B, Hq, Q, D] and key [B, Hkv, K, D] come from the module, arguments are those of `tritonattn.attention`,
         and aux is its `AttentionAux`.
         """
-        before = [(own, own.observer) for own in self.layers.values()]
-        for own, _ in before:
-            own.observer = observer
+        before = [(layer, layer.observer) for layer in self.layers.values()]
+        for layer, _ in before:
+            layer.observer = observer
         try:
             yield self
         finally:
-            for own, observer_before in before:
-                own.observer = observer_before
+            for layer, observer_before in before:
+                layer.observer = observer_before
 
     def undo(self) -> None:
         """Restore modules, parameters, hooks and configs as they were before. Repeating it is harmless."""
         for hook in self._hooks:
             hook.remove()
-        for module, config in self._own:
+        for module, config in self._former:
             delattr(module, ATTRIBUTE)
             module.config = config
         self._configs.undo()
-        self._hooks, self._own = [], []
+        self._hooks, self._former = [], []
         self.model.__dict__.pop(_HANDLE, None)
 
     def __enter__(self) -> Patched:
@@ -148,7 +139,7 @@ def patch(
 
         logit = model_scaling * sqrt(D) * gain * factor * (q . k)
 
-    factor is the mode's; model_scaling is the model's own factor of q . k, usually 1 / sqrt(D). So "sqrt_dim" gives
+    factor is the mode's; model_scaling is the model's factor of q . k, usually 1 / sqrt(D). So "sqrt_dim" gives
     the model as it was, and factors beyond 1 / sqrt(D) are kept (query_pre_attn_scalar, YaRN's, a q scaled beforehand
     as in Whisper and OPT). A scaling that normalises q, "cosine", replaces the model's.
 
@@ -175,7 +166,7 @@ def patch(
     it has not.
 
     Layers that are left out keep their implementation and masks. If all layers are patched, masks are ranges of
-    keys and O(Q); otherwise they are those of the model's own implementation, which must be "eager" or "sdpa".
+    keys and O(Q); otherwise they are those of the model's implementation, which must be "eager" or "sdpa".
 
     Returns:
         A `Patched`. Until its `undo()`, `model.set_attn_implementation` does not change patched layers.
@@ -192,25 +183,36 @@ def patch(
     >>> with tritonattn.huggingface.patch(model, scaling="qwen_logn", layers=[1]) as patched:
     ...     out = model(torch.ones(1, 5, dtype=torch.int64)).logits
     """
-    found = _modules_of(model)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    found = _patchable_modules(model)
     if batch_invariant is not None:
         check_bool("batch_invariant", batch_invariant)
-    common = {"scaling": scaling, "gain": gain, "backend": backend}
-    chosen = _chosen(found, layers, common)
+    wishes = _wishes(found, layers, {"scaling": scaling, "gain": gain, "backend": backend})
     plans = {
-        one.name: LayerScaling(replace(_settings(wish, one.module), batch_invariant=batch_invariant))
+        one.name: LayerScaling(_settings(one.module, batch_invariant, **wishes[one.name]))
         for one in found
-        if (wish := chosen.get(one.name)) is not None
+        if one.name in wishes
     }
     return apply(model, found, plans, copied=True)
 
 
 def patched(model: nn.Module) -> Patched | None:
-    """The `Patched` of a model, also of one that was loaded with its patch; None if it is not patched.
+    """The `Patched` of a model, also of one that was loaded with its patch.
 
     A module that wraps a patched transformers model (PEFT's, DDP, torch.compile's) has that model's.
+
+    Args:
+        model: A transformers model, a module that wraps one, or a part of one.
+
+    Returns:
+        The handle that `patch` returned, or None if the model is not patched.
+
+    >>> import transformers, tritonattn.huggingface
+    >>> config = transformers.LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+    ...     num_attention_heads=2, vocab_size=50)
+    >>> model = transformers.LlamaForCausalLM(config)
+    >>> with tritonattn.huggingface.patch(model, scaling="key_count") as handle:
+    ...     tritonattn.huggingface.patched(model) is handle
+    True
     """
     inside = [one.__dict__[_HANDLE] for one in outermost_models(model).values() if _HANDLE in one.__dict__]
     return model.__dict__.get(_HANDLE, inside[0] if len(inside) == 1 else None)
@@ -224,26 +226,27 @@ def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, Layer
             f"model: expected one that is not distributed yet, got a {type(model).__name__} for learned parameters, but"
             f" {obstacle}: nothing would reduce their gradients over ranks; patch first, then wrap or shard"
         )
-    entries = []
-    for one in found:
-        note = None if one.name in plans else (one.obstacle or "not among the layers asked for")
-        entries.append(_Entry(one, getattr(getattr(one.module, "config", None), "_attn_implementation", None), note))
-    _check_masks(found, plans)
-    configs = OwnConfigs(model, _configs(model, found, plans), copied)
-    result = Patched(model, entries, configs)
-    for config in configs.own:
-        if _all_patched(found, plans) or _all_of_config_patched(config, found, plans):  # then masks are tritonattn's
+    # Configs of modules that stay as they are; of a part of a model the rest is not known.
+    shared = {id(one.config) for one in found if one.name not in plans or one.saved_name is None}
+    whole = {id(one.config) for one in found} - shared
+    _check_masks(one.config for one in found if one.name in plans and id(one.config) in shared)
+    configs = PatchedConfigs(model, _configs(model, found, plans, not shared), copied)
+    result = Patched(model, found, set(plans), configs)
+    for original, config in zip(configs.originals, configs.writable, strict=True):
+        if not shared or id(original) in whole:  # then masks are tritonattn's
             setattr(config, IMPLEMENTATION, NAME)
     for one in found:
-        if one.name in plans:
-            _install(result, one, plans[one.name])
-        elif one.obstacle is None and one.module.config._attn_implementation == NAME and not _all_patched(found, plans):
-            _install(result, one, LayerScaling(Settings()))
+        is_left = one.obstacle is None and shared and _implementation(one.module) == NAME
+        layer = plans.get(one.name, LayerScaling(Settings()) if is_left else None)
+        if layer is not None:
+            result._former.append((one.module, one.module.config))
+            install(one.module, layer, NAME)
+            if one.keeps_output_attentions:
+                result._hooks.append(one.module.register_forward_pre_hook(note_wanted_weights, with_kwargs=True))
     for root in outermost_models(model).values():
         inside = {id(module) for module in root.modules()}
-        mine = [one for one in found if one.name in plans and id(one.module) in inside]
-        saved = AppliedLayers({one.own_name: plans[one.name].to_config() for one in mine})
-        if saved:
+        patched_inside = [one for one in found if one.name in plans and id(one.module) in inside]
+        if saved := AppliedLayers({one.saved_name: plans[one.name].to_config() for one in patched_inside}):
             setattr(root.config, ATTRIBUTE, {LAYERS: saved})
             setattr(root.config, SAVED_IMPLEMENTATION, NAME)
         result._hooks.append(root.register_load_state_dict_pre_hook(_take_mark))
@@ -257,7 +260,11 @@ def _take_mark(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) 
     state_dict.pop(f"{prefix}{MARK}", None)
 
 
-def _modules_of(model: Any) -> list[AttentionModule]:
+def _implementation(module: Any) -> str | None:
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+def _patchable_modules(model: Any) -> list[AttentionModule]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     found = attention_modules(model)
@@ -275,19 +282,19 @@ def _modules_of(model: Any) -> list[AttentionModule]:
     return found
 
 
-def _chosen(found: list[AttentionModule], layers: Any, common: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The arguments of `patch` for each chosen module, by its name."""
+def _wishes(found: list[AttentionModule], layers: Any, common: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The scaling, gain and backend asked for each chosen module, by its name."""
     if layers is None:
         return {one.name: common for one in found if one.obstacle is None}
     if isinstance(layers, (int, str)):
         layers = [layers]
-    wishes = layers.items() if isinstance(layers, Mapping) else [(selector, None) for selector in layers]
-    chosen: dict[str, dict[str, Any]] = {}
-    lengths: dict[str, int] = {}
+    asked_for = layers.items() if isinstance(layers, Mapping) else [(selector, None) for selector in layers]
+    wishes: dict[str, dict[str, Any]] = {}
+    depths: dict[str, int] = {}
     for one in found:
-        lengths[one.stack] = max(lengths.get(one.stack, 0), 1 + (one.number or 0))
-    for selector, wish in wishes:
-        matching = [one for one in found if _matches(selector, one, lengths)]
+        depths[one.stack] = max(depths.get(one.stack, 0), 1 + (one.number or 0))
+    for selector, wish in asked_for:
+        matching = [one for one in found if _matches(selector, one, depths)]
         if not matching:
             names = ", ".join(one.name for one in found if one.obstacle is None)
             raise ValueError(
@@ -295,85 +302,63 @@ def _chosen(found: list[AttentionModule], layers: Any, common: dict[str, Any]) -
             )
         able = [one for one in matching if one.obstacle is None]
         if not able:
-            one = matching[0]
-            kind = type(one.module).__name__
-            raise NotImplementedError(f"layers: {one.name} ({kind}) cannot be patched: {one.obstacle}")
-        own = wish if isinstance(wish, dict) else {} if wish is None else {"scaling": wish}
-        chosen.update({one.name: {**common, **own} for one in able})
-    if not chosen:
+            name, module = matching[0].name, type(matching[0].module).__name__
+            raise NotImplementedError(f"layers: {name} ({module}) cannot be patched: {matching[0].obstacle}")
+        asked = wish if isinstance(wish, dict) else {} if wish is None else {"scaling": wish}
+        if unknown := asked.keys() - common.keys():
+            raise ValueError(f"layers: expected {', '.join(map(repr, common))}, got {', '.join(map(repr, unknown))}")
+        wishes.update({one.name: {**common, **asked} for one in able})
+    if not wishes:
         raise ValueError("layers: expected at least one layer, got none")
-    return chosen
+    return wishes
 
 
-def _matches(selector: Any, one: AttentionModule, lengths: dict[str, int]) -> bool:
+def _matches(selector: Any, one: AttentionModule, depths: dict[str, int]) -> bool:
     if isinstance(selector, bool) or not isinstance(selector, (int, str)):
         raise TypeError(f"layers: expected numbers or names, got {type(selector).__name__}")
     if isinstance(selector, int):
-        return one.number is not None and one.number == selector + lengths[one.stack] * (selector < 0)
-    names = {one.name, one.own_name or one.name}
+        return one.number is not None and one.number == selector + depths[one.stack] * (selector < 0)
+    names = {one.name, one.saved_name or one.name}
     return any(fnmatchcase(name, selector) or name.startswith(f"{selector}.") for name in names)
 
 
-def _settings(wish: dict[str, Any], module: nn.Module) -> Settings:
+def _settings(module: Any, batch_invariant: bool | None, scaling: Any, gain: Any, backend: Any) -> Settings:
     """The settings of one module, with copies of what is learned."""
-    unknown = set(wish) - {"scaling", "gain", "backend"}
-    if unknown:
-        raise ValueError(f"layers: expected 'scaling', 'gain' and 'backend', got {', '.join(map(repr, unknown))}")
-    heads, gain = query_heads(module), wish["gain"]
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    heads = query_heads(module)
     if isinstance(gain, Tensor):
         if not gain.is_floating_point():
             raise TypeError(f"gain: expected a float or a tensor of a floating dtype, got {gain.dtype}")
         if not is_gain_shape(gain.shape, heads):
             wanted = f"a tensor broadcastable to [Hq, 1] = [{heads}, 1]"
             raise ValueError(f"gain: expected {wanted}, got {list(gain.shape)}")
-        own = gain.detach().clone()
-        gain = nn.Parameter(own.reshape(1) if own.dim() == 0 else own)  # FSDP takes no parameter without an axis
+        copied = gain.detach().clone()
+        gain = nn.Parameter(copied.reshape(1) if gain.dim() == 0 else copied)  # FSDP takes no parameter without an axis
     elif gain is not None and (isinstance(gain, bool) or not isinstance(gain, (int, float))):
         raise TypeError(f"gain: expected a float or a tensor, got {type(gain).__name__}")
-    scaling = make_scaling(wish["scaling"], heads, module.config)
+    scaling = make_scaling(scaling, heads, module.config)
     to_config(scaling)  # refuse now, not at save_pretrained
-    return Settings(scaling, gain, wish["backend"])
+    return Settings(scaling, gain, backend, batch_invariant)
 
 
-def _check_masks(found: list[AttentionModule], plans: dict[str, LayerScaling]) -> None:
-    """Refuse to patch a part of a model whose masks only its own implementation can read."""
-    for one in found:
-        if one.name in plans and not _all_of_config_patched(one.module.config, found, plans):
-            before = one.module.config._attn_implementation
-            if before is not None and before not in _MASKS:
-                raise ValueError(
-                    f"layers: expected an attention implementation out of {', '.join(_MASKS)} if only some layers are"
-                    f" patched, got {before!r}: call model.set_attn_implementation('sdpa') first"
-                )
+def _check_masks(configs: Iterable[Any]) -> None:
+    """Refuse configs of models of which a part is patched, and whose masks only their implementation can read."""
+    for config in configs:
+        if config._attn_implementation not in (None, *_MASKS):
+            raise ValueError(
+                f"layers: expected an attention implementation out of {', '.join(_MASKS)} if only some layers are"
+                f" patched, got {config._attn_implementation!r}: call model.set_attn_implementation('sdpa') first"
+            )
 
 
-def _configs(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> list[Any]:
+def _configs(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling], is_whole: bool) -> list:
     """The configs, each once, of outermost models, of patched modules and, if all is patched, of the models inside."""
     configs = [root.config for root in outermost_models(model).values()]
     configs += [one.module.config for one in found if one.name in plans]
-    if _all_patched(found, plans):
+    if is_whole:
         configs += [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     return list({id(config): config for config in configs}.values())
-
-
-def _all_patched(found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
-    """True where all attention modules of a model are patched; False for a part of a model, whose rest is not known."""
-    return all(one.name in plans and one.own_name is not None for one in found)
-
-
-def _all_of_config_patched(config: Any, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
-    """True where a config has attention modules, and all are patched."""
-    users = [one for one in found if one.config is config]
-    return bool(users) and _all_patched(users, plans)
-
-
-def _install(result: Patched, one: AttentionModule, own: LayerScaling) -> None:
-    """Give a module its settings, and a config of its own that names tritonattn."""
-    module = one.module
-    result._own.append((module, module.config))
-    install(module, own, NAME)
-    if one.keeps_output_attentions:
-        result._hooks.append(module.register_forward_pre_hook(note_wanted_weights, with_kwargs=True))
 
 
 def _shape(found: AttentionModule) -> tuple[str, str, str]:
@@ -385,12 +370,12 @@ def _shape(found: AttentionModule) -> tuple[str, str, str]:
     return layer_type(found), f"{heads}" if heads == keys else f"{heads}/{keys}", str(head_dim(module) or "-")
 
 
-def _summary(own: LayerScaling) -> str:
-    scaling = to_config(own.scaling)
-    text = "the model's own" if scaling is None else str(scaling)
+def _summary(layer: LayerScaling) -> str:
+    scaling = to_config(layer.scaling)
+    text = "the model's" if scaling is None else str(scaling)
     if isinstance(scaling, dict):
         parameters = ", ".join(f"{key}={value}" for key, value in scaling.items() if key != "name")
         text = f"{scaling['name']}({parameters})"
-    if own.gain is not None:
-        text += ", learned gain" if isinstance(own.gain, Tensor) else f", gain {own.gain:g}"
+    if layer.gain is not None:
+        text += ", learned gain" if isinstance(layer.gain, Tensor) else f", gain {layer.gain:g}"
     return text

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 import math
 import reprlib
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..nn import LEARNED, LearnedCosine, LearnedLogPower, PerHead, QueryAdaptiveSSMax, Scheduled, SSMax
+from ..nn import LEARNED, LearnedCosine, QueryAdaptiveSSMax, Scheduled, SSMax
 from ..nn.learned import Learned
 from ..nn.registry import scaling_of_layer
 from ..scaling import SCALINGS, Scaling
 
-_MODES = ("mode", "mode_a", "mode_b")  # arguments that are scalings themselves
+_MODES = ("mode", "mode_a", "mode_b")  # arguments that are scalings
 _DEPTH = 8  # scalings inside one another, at most
 _OF_THE_LAYER = {"heads", "device", "dtype"}  # arguments that no config gives
 
@@ -31,7 +30,7 @@ _FROM_MODEL = {
     "inkling": _INKLING,
     "inkling2": {**_INKLING, "threshold": "qk_l2_clip_threshold"},
 }
-# Modes by which a model's own code has multiplied q, by the model's type.
+# Modes by which a model's code has multiplied q, by the model's type.
 _IN_MODEL = {
     "llama4_text": ("llama4",),
     "ministral3": ("ministral3",),
@@ -44,10 +43,8 @@ _IN_MODEL = {
 
 
 def make_scaling(scaling: Any, heads: int, config: Any) -> Any:
-    """The scaling of one attention module with that many query heads: a Scaling, a float or None.
+    """The scaling of one attention module with that many query heads: a Scaling, a float or None, as `patch` says.
 
-    A learned one is a new module each time; by name or class of nn.LEARNED it starts at sqrt_dim, as the model was.
-    A mode by name takes its settings from the model's config, where that has all of them.
     Raises TypeError or ValueError for anything else, ValueError for the name of a mode that is in the model's code.
     """
     if scaling is None:
@@ -78,10 +75,10 @@ def _settings_in(config: Any, mode: str) -> dict[str, Any]:
         settings[setting] = value
     if None in settings.values():
         return {}
-    kind = getattr(config, "model_type", "")
-    if mode in _IN_MODEL.get(kind, ()) and getattr(config, "attn_temperature_tuning", True):
+    model = getattr(config, "model_type", "")
+    if mode in _IN_MODEL.get(model, ()) and getattr(config, "attn_temperature_tuning", True):
         raise ValueError(
-            f"scaling: expected another mode than {mode!r} for a {kind}, whose own code has multiplied q by it:"
+            f"scaling: expected another mode than {mode!r} for a {model}, whose code has multiplied q by it:"
             " 'sqrt_dim' is the model as it was"
         )
     return settings
@@ -89,32 +86,25 @@ def _settings_in(config: Any, mode: str) -> dict[str, Any]:
 
 def to_config(scaling: Any, depth: int = 1) -> Any:
     """A scaling as JSON: its name, or a dict of its name and arguments. Learned values are in the state_dict."""
-    _check_depth("scaling", depth)
     if not isinstance(scaling, Scaling):
         return scaling
-    name, arguments = getattr(scaling, "name", type(scaling).__name__), {}
-    if dataclasses.is_dataclass(scaling):
-        arguments = dataclasses.asdict(scaling)
-    elif isinstance(scaling, LearnedCosine):
+    _check_depth("scaling", depth)
+    name = getattr(scaling, "name", type(scaling).__name__)
+    if isinstance(scaling, LearnedCosine):
         arguments = {"tau": getattr(scaling.mode, "tau", None)}
-    elif isinstance(scaling, PerHead):
-        arguments = {"mode": to_config(scaling.mode, depth + 1)}
     elif isinstance(scaling, SSMax):
         arguments = {"bias": scaling.b is not None}
-    elif isinstance(scaling, LearnedLogPower):
-        arguments = {"base": scaling.base}
-    elif isinstance(scaling, QueryAdaptiveSSMax):
-        arguments = {"head_dim": scaling.head_dim}
-    elif isinstance(scaling, Scheduled):
-        modes = {"mode_a": to_config(scaling.mode_a, depth + 1), "mode_b": to_config(scaling.mode_b, depth + 1)}
-        arguments = {**modes, "steps": scaling.steps, "blend": scaling.blend}
+    else:  # those that it keeps: others are starts of what it learns
+        taken = [one for one in inspect.signature(type(scaling)).parameters if one not in _OF_THE_LAYER]
+        kept = {one: getattr(scaling, one) for one in taken if hasattr(scaling, one)}
+        arguments = {one: to_config(x, depth + 1) for one, x in kept.items() if not isinstance(x, Tensor)}
     return {"name": name, **arguments} if arguments else name
 
 
 def from_config(saved: Any, heads: int | None, entry: str, depth: int = 1) -> Any:
     """The scaling that `to_config` wrote. A `Scaling` comes back as it is.
 
-    heads   the query heads of its attention module; None refuses modes with parameters of their own
+    heads   the query heads of its attention module; None refuses modes with parameters
     entry   of the config, for errors
     depth   scalings around this one, and itself
 
@@ -145,13 +135,13 @@ def _class_of(name: str, heads: int | None, entry: str) -> Any:
     cls = SCALINGS.get(name) or LEARNED.get(name) or others.get(name)
     if cls is None:
         raise ValueError(
-            f"{entry}: expected a name in tritonattn.SCALINGS, got {name!r}; a Scaling of your own has to be put there,"
-            f" as SCALINGS[{name!r}] = its class, before the model is loaded"
+            f"{entry}: expected a name in tritonattn.SCALINGS, got {name!r}; another Scaling has to be put there, as"
+            f" SCALINGS[{name!r}] = its class, before the model is loaded"
         )
     if issubclass(cls, nn.Module) and heads is None:
         raise ValueError(
-            f"{entry}: expected a scaling without parameters of its own, which every layer needs for itself, got"
-            f" {name!r}: use tritonattn.huggingface.patch(model, scaling={name!r})"
+            f"{entry}: expected a scaling without parameters, which every layer needs for itself, got {name!r}: use"
+            f" tritonattn.huggingface.patch(model, scaling={name!r})"
         )
     return cls
 

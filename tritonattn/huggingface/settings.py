@@ -29,7 +29,7 @@ class AppliedLayers(dict[Any, Any]):
 class Settings:
     """How one attention module scales its logits.
 
-    scaling   as in `tritonattn.attention`; None keeps the model's own
+    scaling   as in `tritonattn.attention`; None keeps the model's
     gain      a float, or a tensor broadcastable to [Hq, 1], that multiplies the scaling
     backend, batch_invariant   as in `tritonattn.attention`
     """
@@ -46,10 +46,9 @@ class Settings:
         Raises ValueError for unknown entries, and RuntimeError where the config holds the settings of a patch that was
         not applied when the model was loaded.
         """
-        own = layer_scaling(module)
-        if own is not None:
-            unshard(own)
-            return cls(own.scaling, own.gain, own.backend, own.batch_invariant)
+        if (layer := layer_scaling(module)) is not None:
+            unshard(layer)
+            return cls(layer.scaling, layer.gain, layer.backend, layer.batch_invariant)
         saved = getattr(getattr(module, "config", None), ATTRIBUTE, None)
         if saved is None:
             return cls()
@@ -84,9 +83,9 @@ class LayerScaling(nn.Module):
 
     shared           the config of the module's model, whose attention implementation says what masks arrive
     observer         called with every computed attention: `Patched.watch`
-    weights_wanted   whether the running call of the module is to return attention weights
-    temporary        whether a Monitor added it, to watch a layer that is not patched
-    watched          whether that Monitor is going to remove it; a copy of the model keeps it until `remove_abandoned`
+    weights_wanted   True while the running call of the module is to return attention weights
+    temporary        True if a Monitor added it, to watch a layer that is not patched
+    watched          True if that Monitor is going to remove it; a copy of the model keeps it until `remove_abandoned`
     """
 
     def __init__(self, settings: Settings, temporary: bool = False) -> None:
@@ -100,8 +99,8 @@ class LayerScaling(nn.Module):
         self.weights_wanted = False
         self.temporary = self.watched = temporary
         self.observer: Callable[..., None] | None = None
-        gain, self._start = self.gain, None
-        if isinstance(gain, Tensor):
+        self._start = None  # of a learned gain
+        if isinstance(gain := settings.gain, Tensor):
             self._start = torch.ones(gain.shape, device="cpu") if gain.is_meta else gain.detach().cpu().clone()
 
     def reset_parameters(self) -> None:
@@ -138,7 +137,7 @@ def is_gain_shape(shape: Any, heads: int) -> bool:
 
 
 def _gain(saved: Any, heads: int | None, entry: str) -> float | Tensor | None:
-    """The gain that `LayerScaling.to_config` wrote; a learned one, only with heads, starts at 1."""
+    """The gain that `LayerScaling.to_config` wrote. A learned one, which needs heads, starts at 1."""
     if saved is None or isinstance(saved, Tensor) or is_finite(saved):
         return saved
     shape = saved.get("learned") if isinstance(saved, dict) and saved.keys() == {"learned"} else None
@@ -174,6 +173,6 @@ def remove(module: Any) -> None:
 def remove_abandoned(modules: Iterable[Any]) -> None:
     """Remove temporary LayerScalings that came with a copy of a watched model."""
     for module in modules:
-        own = layer_scaling(module)
-        if getattr(own, "temporary", False) and not own.watched:
+        layer = layer_scaling(module)
+        if getattr(layer, "temporary", False) and not layer.watched:
             remove(module)

@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.masks import mask_arguments
+from ..core.pair_biases import mask_arguments
 from ..nn.registry import scaling_of_layer
 from ..scaling import Scaling
 
 
-def scaling_for(scaling: str | Scaling, heads: int, device: torch.device | None = None) -> Scaling:
-    """The Scaling of a layer that may be trained: by a learned name a new module at sqrt_dim, a `Scaling` as it is."""
-    own = scaling_of_layer(scaling, heads, trained=True)
-    return own.to(device) if isinstance(own, nn.Module) else own
+def scaling_for(
+    scaling: str | Scaling, heads: int, device: torch.device | None = None, *, trained: bool = True
+) -> Scaling:
+    """The Scaling of a layer that is trained already: `scaling_of_layer` on a device."""
+    made = scaling_of_layer(scaling, heads, trained=trained)
+    return made.to(device) if isinstance(made, nn.Module) else made
 
 
 def keys_and_masks(

@@ -36,14 +36,14 @@ def register(name: str = NAME, scaling: str | Scaling = "sqrt_dim", backend: str
     backends.
 
     Raises:
-        TypeError, ValueError: An invalid scaling; a name that is not lower case, or one of diffusers' own.
+        TypeError, ValueError: An invalid scaling; a name that is not lower case, or one of diffusers'.
     """
     mode = as_mode(scaling)
     if name != name.lower():
         raise ValueError(f"name: expected lower case, the only case that diffusers looks for, got {name!r}")
     member = AttentionBackendName._value2member_map_.get(name)
     if member is not None and member not in _OURS:
-        raise ValueError(f"name: expected one that is not diffusers' own, got {name!r}")
+        raise ValueError(f"name: expected one that diffusers does not have, got {name!r}")
     member = _member(name) if member is None else member
     _OURS.add(member)
     _AttentionBackendRegistry.register(cast(Any, member))(_function(mode, backend))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
 from pathlib import Path
 
 from ..core.errors import CommandError
@@ -89,20 +87,25 @@ globals().update({{name: value for name, value in vars(_module).items() if name 
 
 
 def write(folder: Path, repo_id: str, version: int = 1) -> list[str]:
-    """Write a kernel repository into a new or empty folder, and return the names of its built variants.
+    """Write a kernel repository into a new or empty folder.
 
         build.toml, flake.nix, CARD.md     for `kernel-builder build` and the hub
         torch-ext/tritonattn/              the sources: relative imports, torch and triton only
         build/torch-cpu/, -cuda/, -rocm/   the same with metadata.json: what `kernels.get_local_kernel(folder)` loads
 
-    repo_id    owner/name on the hub
-    version    the kernel's version on the hub, counted up at a change that breaks callers
+    The operators of every copy have another namespace, so that a kernel loads with an installed tritonattn, and
+    several versions of it in one process. A call that fails or is interrupted leaves nothing behind.
 
-    The operators of every copy have a namespace of their own, so that a kernel loads with an installed tritonattn,
-    and several versions of it in one process.
+    Args:
+        folder: A new or empty folder.
+        repo_id: OWNER/NAME on the hub.
+        version: The kernel's version on the hub, counted up at a change that breaks callers.
 
-    Raises CommandError where the folder holds something, or repo_id or version are none. A call that fails or is
-    interrupted leaves nothing behind.
+    Returns:
+        The names of the built variants.
+
+    Raises:
+        CommandError: A folder that holds something, an invalid repo_id or version.
     """
     if repo_id.count("/") != 1 or not all(repo_id.split("/")):
         raise CommandError(f"--repo-id: expected OWNER/NAME, got {repo_id!r}")
@@ -110,24 +113,13 @@ def write(folder: Path, repo_id: str, version: int = 1) -> list[str]:
         raise CommandError(f"--version: expected at least 1, got {version}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CommandError(f"folder: expected a new or empty folder, got {str(folder)!r}")
-    with _all_or_nothing(folder):
-        return _fill(folder, repo_id, version)
-
-
-@contextmanager
-def _all_or_nothing(folder: Path) -> Iterator[None]:
-    """Make a folder; remove what was made in it, and the folders above that are new, if an error or Ctrl-C comes."""
-    made = next((one for one in reversed((folder, *folder.parents)) if not one.exists()), None)
-    try:
+    existing = next(one for one in (folder, *folder.parents) if one.exists())
+    with tempfile.TemporaryDirectory(dir=existing) as made:
+        variants = _fill(Path(made), repo_id, version)
         folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        for path in list(folder.iterdir()) if made is None else [made]:
-            if path.is_file():
-                path.unlink()
-            else:
-                shutil.rmtree(path, ignore_errors=True)
-        raise
+        for path in Path(made).iterdir():
+            path.rename(folder / path.name)
+    return variants
 
 
 def _fill(folder: Path, repo_id: str, version: int) -> list[str]:

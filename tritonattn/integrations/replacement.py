@@ -19,7 +19,7 @@ class Replacement:
         """Make the changes: (a module's name, owner, attribute, new value). Raises ValueError where there are none."""
         if not changes:
             raise ValueError(f"model: expected {wanted}, got {type(model).__name__}")
-        self.names = [name for name, *_ in changes]
+        self.names = list(dict.fromkeys(name for name, *_ in changes))
         self._before: list[tuple[Any, str, Any]] = []
         for _, owner, attribute, value in changes:
             self.put(owner, attribute, value)
@@ -46,7 +46,7 @@ class Replacement:
 
 
 def _set(owner: Any, attribute: str, value: Any) -> None:
-    """Set an attribute; torch puts nothing but a module in the place of a module."""
+    """Set an attribute; torch replaces a module by nothing but a module."""
     if isinstance(getattr(owner, attribute, None), nn.Module) and not isinstance(value, nn.Module):
         delattr(owner, attribute)
     setattr(owner, attribute, value)

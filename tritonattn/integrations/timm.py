@@ -26,11 +26,11 @@ def attention_layer(scaling: str | Scaling = "sqrt_dim", backend: str = "auto") 
     """A subclass of timm.layers.Attention whose logits are scaled by a mode: its arguments, state_dict and results.
 
     Args:
-        scaling: A name in `tritonattn.SCALINGS`; one in `tritonattn.nn.LEARNED`, of which every layer makes its own
-            module that starts at sqrt_dim, as pretrained weights want; or a `Scaling`, which all layers share.
+        scaling: A name in `tritonattn.SCALINGS`; one in `tritonattn.nn.LEARNED`, of which every layer makes a module
+            that starts at sqrt_dim, as pretrained weights want; or a `Scaling`, which all layers share.
         backend: As in `tritonattn.attention`.
 
-    Pretrained weights load as into timm's own layer. attn_mask is bool, True for visible, or additive. Models that do
+    Pretrained weights load as into timm's layer. attn_mask is bool, True for visible, or additive. Models that do
     not take `attn_layer` say so themselves, by a TypeError: `replace_attention` reaches their layers.
 
     Raises:
@@ -89,12 +89,10 @@ def replace_attention(model: nn.Module, scaling: str | Scaling = "sqrt_dim", bac
     changes: list[tuple[str, Any, str, Any]] = []
     for name, module in model.named_modules():
         if isinstance(getattr(module, "fused_attn", None), bool):
-            own = scaling_for(scaling, getattr(module, "num_heads", 1), next(module.parameters()).device)
+            scaled = scaling_for(scaling, getattr(module, "num_heads", 1), next(module.parameters()).device)
             changes.append((name, module, "forward", partial(_scaled_forward, module, backend)))
-            changes += [(name, module, "logit_scaling", own), (name, module, "fused_attn", True)]
-    replaced = Replacement(model, "one with attention layers of timm", changes)
-    replaced.names = list(dict.fromkeys(replaced.names))
-    return replaced
+            changes += [(name, module, "logit_scaling", scaled), (name, module, "fused_attn", True)]
+    return Replacement(model, "one with attention layers of timm", changes)
 
 
 def _scaled_forward(layer: Any, backend: str, *arguments: Any, **keywords: Any) -> Any:

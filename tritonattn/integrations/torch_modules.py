@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..calls.attention import attention
-from ..core.masks import mask_arguments
-from ..nn.registry import scaling_of_layer
+from ..core.pair_biases import mask_arguments
 from ..scaling import Scaling
 from .arguments import scaling_for
 from .replacement import Replacement
@@ -22,8 +21,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Args:
         embed_dim, num_heads, dropout, bias, kdim, vdim, batch_first, device, dtype: As in torch.
-        scaling: A name in `tritonattn.SCALINGS` or in `tritonattn.nn.LEARNED` (then a module of this layer's own), or a
-            `Scaling`.
+        scaling: A name in `tritonattn.SCALINGS` or in `tritonattn.nn.LEARNED` (then a new module), or a `Scaling`.
         backend: As in `tritonattn.attention`.
 
     With "sqrt_dim" it is torch's layer, except that rows that attend to no key give o_proj of 0 instead of NaN.
@@ -48,32 +46,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         self,
         embed_dim: int,
         num_heads: int,
-        dropout: float = 0.0,
-        bias: bool = True,
-        add_bias_kv: bool = False,
-        add_zero_attn: bool = False,
-        kdim: int | None = None,
-        vdim: int | None = None,
-        batch_first: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
+        *arguments: Any,
         scaling: str | Scaling = "sqrt_dim",
         backend: str = "auto",
+        **keywords: Any,
     ) -> None:
-        _refuse_added_keys(add_bias_kv, add_zero_attn)
-        super().__init__(
-            embed_dim,
-            num_heads,
-            dropout=dropout,
-            bias=bias,
-            kdim=kdim,
-            vdim=vdim,
-            batch_first=batch_first,
-            device=device,
-            dtype=dtype,
-        )
-        self._scaled(scaling_of_layer(scaling, num_heads), backend)
+        super().__init__(embed_dim, num_heads, *arguments, **keywords)
+        self._set_scaling(scaling, backend, trained=False)
 
     @classmethod
     def of(
@@ -83,16 +62,18 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         A learned name starts at sqrt_dim, as the layer was.
         """
-        _refuse_added_keys(layer.bias_k is not None, layer.add_zero_attn)
         made = cls.__new__(cls)
         made.__dict__.update(layer.__dict__)
         for name in ("_parameters", "_buffers", "_modules"):
             made.__dict__[name] = dict(layer.__dict__[name])
-        made._scaled(scaling_for(scaling, made.num_heads), backend)
+        made._set_scaling(scaling, backend, trained=True)
         return made
 
-    def _scaled(self, scaling: Scaling, backend: str) -> None:
-        self.scaling = scaling_for(scaling, self.num_heads, self.out_proj.weight.device)
+    def _set_scaling(self, scaling: str | Scaling, backend: str, trained: bool) -> None:
+        for name, given in (("add_bias_kv", self.bias_k is not None), ("add_zero_attn", self.add_zero_attn)):
+            if given:
+                raise NotImplementedError(f"{name}: keys that the layer adds are not supported, got True")
+        self.scaling = scaling_for(scaling, self.num_heads, self.out_proj.weight.device, trained=trained)
         self.backend = backend
         self._qkv_same_embed_dim = False  # torch's encoders check it before they bypass this layer's forward
 
@@ -219,11 +200,11 @@ def replace_multihead_attention(
             if not isinstance(layer, nn.MultiheadAttention):
                 continue
             full = f"{parent_name}.{name}".removeprefix(".")
-            own = scaling(full, layer) if callable(scaling) and not isinstance(scaling, Scaling) else scaling
-            if own is None:
+            chosen = scaling(full, layer) if callable(scaling) and not isinstance(scaling, Scaling) else scaling
+            if chosen is None:
                 continue
             if layer not in made:
-                made[layer] = MultiheadAttention.of(layer, cast("str | Scaling", own), backend)
+                made[layer] = MultiheadAttention.of(layer, cast("str | Scaling", chosen), backend)
             changes.append((full, parent, name, made[layer]))
     replaced = Replacement(model, "one with a torch.nn.MultiheadAttention inside", changes)
     # An encoder would turn padded batches into nested tensors for the fused path, in inference only.
@@ -236,9 +217,3 @@ def replace_multihead_attention(
 def _mask_arguments(name: str, mask: Tensor) -> dict[str, Tensor]:
     """`mask_arguments` of torch's mask, bool with True for hidden, or additive."""
     return mask_arguments(name, ~mask if mask.dtype == torch.bool else mask)
-
-
-def _refuse_added_keys(bias: bool, zero: bool) -> None:
-    for name, given in (("add_bias_kv", bias), ("add_zero_attn", zero)):
-        if given:
-            raise NotImplementedError(f"{name}: keys that the layer adds are not supported, got True")

@@ -101,7 +101,7 @@ def replace_attend(model: nn.Module, scaling: str | Scaling = "sqrt_dim", backen
 
     Args:
         model: A TransformerWrapper, Encoder, Decoder, ViTransformerWrapper, ...
-        scaling: A name in `tritonattn.SCALINGS`; one in `tritonattn.nn.LEARNED`, of which every layer makes its own
+        scaling: A name in `tritonattn.SCALINGS`; one in `tritonattn.nn.LEARNED`, of which every layer makes a
             module that starts at sqrt_dim, as the model was (give its parameters to the optimiser); or a `Scaling`,
             which all layers share.
         backend: As in `tritonattn.attention`.
@@ -127,8 +127,8 @@ def replace_attend(model: nn.Module, scaling: str | Scaling = "sqrt_dim", backen
         attend = getattr(module, "attend", None)
         if isinstance(attend, Attend):
             device = next(module.parameters()).device
-            own = ScaledAttend(attend, cast(int, module.heads), scaling, backend).to(device)
-            changes.append((f"{name}.attend".removeprefix("."), module, "attend", own))
+            scaled = ScaledAttend(attend, cast(int, module.heads), scaling, backend).to(device)
+            changes.append((f"{name}.attend".removeprefix("."), module, "attend", scaled))
     return Replacement(model, "one with an Attend of x-transformers", changes)
 
 

@@ -1,4 +1,4 @@
-"""Modules: logit scalings with parameters of their own, and an attention layer around any scaling.
+"""Modules: logit scalings that learn, and an attention layer around any scaling.
 
 Every learned scaling is an `nn.Module` and a `tritonattn.Scaling`: pass it as `scaling=` to `attention`,
 `attention_varlen` or `attention_decode`. Its parameters get exact gradients, through the kernels' query_scale and

@@ -23,11 +23,11 @@ from ..calls.checks import (
 )
 from ..calls.decode import attention_decode
 from ..calls.public import public
+from ..calls.sequence_checks import check_offsets
 from ..calls.varlen import attention_varlen
-from ..calls.varlen_checks import check_offsets
 from ..core.autograd import needs_graph
 from ..core.call import LONGEST_QUERY
-from ..core.relative import reflected
+from ..core.pair_biases import reflected
 from ..core.shards import SharesSequence
 from ..core.visibility import window_sides
 from ..scaling import Scaling
@@ -35,7 +35,6 @@ from ..scaling.base import check_positive, has_relative_bias
 from .cache import KeyValueCache
 from .learned import describe
 from .registry import scaling_of_layer
-from .rotary import rotated
 
 
 class ScaledAttention(SharesSequence, nn.Module):
@@ -109,28 +108,30 @@ class ScaledAttention(SharesSequence, nn.Module):
         check_dtype(dtype)
         kv_heads = heads if kv_heads is None else kv_heads
         context_width = width if context_width is None else context_width
-        _check_sizes(width, heads, kv_heads, head_dim, context_width)
+        self.head_dim = _checked_head_dim(width, heads, kv_heads, head_dim, context_width)
         if rotary is not None:
             check_positive("rotary", rotary)
-            if (width // heads if head_dim is None else head_dim) % 2:
-                raise ValueError(f"head_dim: expected an even number with rotary, got {head_dim or width // heads}")
+            if self.head_dim % 2:
+                raise ValueError(f"head_dim: expected an even number with rotary, got {self.head_dim}")
+        self.scaling: Scaling | float
+        if isinstance(scaling, (str, Scaling, type)):
+            self.scaling = scaling_of_layer(scaling, heads, device=device, dtype=dtype)
+        else:
+            check_number("scaling", scaling)
+            self.scaling = scaling
         self.rotary = rotary
         self.width, self.context_width = width, context_width
         self.heads, self.kv_heads = heads, kv_heads
-        self.head_dim = width // heads if head_dim is None else head_dim
-        self.scaling = self._own_scaling(scaling, device, dtype)
         self.causal, self.window, self.softcap = causal, window, softcap
         self.dropout_p, self.backend, self.batch_invariant = dropout_p, backend, batch_invariant
-        own = {"bias": bias, "device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(width, heads * self.head_dim, **own)
-        self.k_proj = nn.Linear(context_width, kv_heads * self.head_dim, **own)
-        self.v_proj = nn.Linear(context_width, kv_heads * self.head_dim, **own)
-        self.o_proj = nn.Linear(heads * self.head_dim, width, **own)
-        norms = [
-            nn.RMSNorm(self.head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else nn.Identity()
-            for _ in range(2)
-        ]
-        self.q_norm, self.k_norm = norms
+        options = {"bias": bias, "device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(width, heads * self.head_dim, **options)
+        self.k_proj = nn.Linear(context_width, kv_heads * self.head_dim, **options)
+        self.v_proj = nn.Linear(context_width, kv_heads * self.head_dim, **options)
+        self.o_proj = nn.Linear(heads * self.head_dim, width, **options)
+        norm = {"eps": 1e-6, "device": device, "dtype": dtype}
+        self.q_norm = nn.RMSNorm(self.head_dim, **norm) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, **norm) if qk_norm else nn.Identity()
         self.sinks: Tensor | None
         learned = nn.Parameter(torch.empty(heads, device=device, dtype=dtype)) if sinks else None
         self.register_parameter("sinks", learned)
@@ -140,14 +141,6 @@ class ScaledAttention(SharesSequence, nn.Module):
         """Start the sinks again from 0; projections, norms and the scaling are modules that reset themselves."""
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
-
-    def _own_scaling(
-        self, scaling: str | Scaling | float, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> Scaling | float:
-        if isinstance(scaling, (str, Scaling, type)):
-            return scaling_of_layer(scaling, self.heads, device=device, dtype=dtype)
-        check_number("scaling", scaling)
-        return scaling
 
     def extra_repr(self) -> str:
         sizes = f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, causal={self.causal}"
@@ -300,7 +293,7 @@ class ScaledAttention(SharesSequence, nn.Module):
         return self.o_proj(out.flatten(1))
 
     def _cached(self, x: Tensor, cache: KeyValueCache, counts: Tensor | None, biases: dict[str, Any]) -> Tensor:
-        """[B, Hq, Sq, D]"""
+        """The result before the last projection: [B, Hq, Sq, D]."""
         if not self.causal:
             raise ValueError("cache: expected a causal layer, got causal=False")
         if not isinstance(cache, KeyValueCache):
@@ -308,8 +301,8 @@ class ScaledAttention(SharesSequence, nn.Module):
         q, k, v = self._projected(x)
         if needs_graph(q, k, v):
             raise NotImplementedError("cache: no gradient goes through it; call under torch.no_grad()")
-        own = cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)  # [B, Sq]
-        q, k = self.positioned(q, k, own)
+        positions = cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)  # [B, Sq]
+        q, k = self.positioned(q, k, positions)
         cache.append(k, v, counts)
         settings = self._settings(biases)
         if counts is None and x.shape[1] <= LONGEST_QUERY:
@@ -330,15 +323,33 @@ class ScaledAttention(SharesSequence, nn.Module):
         if settings.get("relative_bias") is not None:
             table, right = settings.pop("relative_bias"), settings.pop("relative_right")
             table = relative_bias_of("", table, right, q, q.shape[:3], "[B, Hq, Sq]")
-            settings["bias"] = reflected(table, own + right, slice(0, cache.k.shape[2]))
+            settings["bias"] = reflected(table, positions + right, slice(0, cache.k.shape[2]))
         left, _ = window_sides(self.window)
-        first = torch.zeros_like(own) if left is None else (own - left).clamp(min=0)
-        end = torch.where(own < cache.lengths[:, None], own + 1, 0)  # rows past counts attend to nothing
+        first = torch.zeros_like(positions) if left is None else (positions - left).clamp(min=0)
+        end = torch.where(positions < cache.lengths[:, None], positions + 1, 0)  # rows past counts attend to nothing
         key_ranges = torch.stack([torch.minimum(first, end), end], dim=-1)
         return attention(q, cache.k, cache.v, key_ranges=key_ranges, **settings)
 
 
-def _check_sizes(width: Any, heads: Any, kv_heads: Any, head_dim: Any, context_width: Any) -> None:
+def rotated(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """x with its pairs (x[d], x[d + D / 2]) turned by the angle position * base^(-2 d / D), in fp32 at least.
+
+    Products of q and k then depend on distances alone, and norms stay. Su et al. 2021, arXiv:2104.09864; the pairs are
+    those of Llama's and of transformers' models.
+
+    x           [B, H, S, D], D even
+    positions   [B or 1, S]
+    """
+    half, exact = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
+    frequencies = base ** (-torch.arange(half, device=x.device, dtype=exact) / half)
+    angles = positions[:, None, :, None] * frequencies  # [B or 1, 1, S, D / 2]
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x.to(exact).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
+
+def _checked_head_dim(width: Any, heads: Any, kv_heads: Any, head_dim: Any, context_width: Any) -> int:
+    """D of a layer. Raises TypeError or ValueError for sizes that do not describe one."""
     sizes = {"width": width, "heads": heads, "kv_heads": kv_heads, "context_width": context_width}
     for name, size in (sizes if head_dim is None else sizes | {"head_dim": head_dim}).items():
         check_count(name, size, 1)
@@ -346,6 +357,7 @@ def _check_sizes(width: Any, heads: Any, kv_heads: Any, head_dim: Any, context_w
         raise ValueError(f"kv_heads: expected a divisor of heads = {heads}, got {kv_heads}")
     if head_dim is None and width % heads != 0:
         raise ValueError(f"head_dim: expected an int where heads = {heads} do not divide width = {width}, got None")
+    return width // heads if head_dim is None else head_dim
 
 
 def _check_features(name: str, x: Any, axes: str, width: int) -> None:

@@ -20,7 +20,7 @@ class ALiBi(SharesSequence, nn.Module):
     Numbers near -m_h * keys are rounded to float32: differences of logits are off by at most m_h * keys * 2^-23, 0.002
     for the steepest slope among 2^15 keys.
 
-    Where rows see keys on both sides, the paper's term becomes -m_h * |i - j|, a bias of the distance:
+    Where rows attend to keys on both sides, the paper's term becomes -m_h * |i - j|, a bias of the distance:
     relative[h, t] = -m_h * |t| for the key t positions before the row.
 
     Args:
@@ -42,9 +42,11 @@ class ALiBi(SharesSequence, nn.Module):
     >>> tritonattn.attention(q, k, v, relative_bias=alibi(16), relative_right=15).shape
     torch.Size([1, 4, 16, 8])
 
-    Source: Press et al. 2022, "Train short, test long", arXiv:2108.12409. Raises TypeError or ValueError for an
-    invalid number of heads or keys, NotImplementedError under torch's context_parallel, and for a bidirectional one
-    under `ContextParallel`.
+    Source: Press et al. 2022, "Train short, test long", arXiv:2108.12409.
+
+    Raises:
+        TypeError, ValueError: An invalid number of heads or keys.
+        NotImplementedError: In a call: torch's context_parallel; a bidirectional one under `ContextParallel`.
     """
 
     bidirectional: bool = False  # of a pickle that has none
@@ -113,8 +115,11 @@ class ForgetGate(SharesSequence, nn.Module):
     >>> layer(x, key_bias=gate(x)).shape
     torch.Size([2, 10, 32])
 
-    Source: Lin et al. 2025, "Forgetting Transformer: Softmax Attention with a Forget Gate", arXiv:2503.02130. Raises
-    TypeError or ValueError for an invalid size, dtype or shape, NotImplementedError under torch's context_parallel.
+    Source: Lin et al. 2025, "Forgetting Transformer: Softmax Attention with a Forget Gate", arXiv:2503.02130.
+
+    Raises:
+        TypeError, ValueError: An invalid size, dtype or shape.
+        NotImplementedError: In a call: torch's context_parallel.
     """
 
     def __init__(

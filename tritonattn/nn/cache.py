@@ -27,10 +27,11 @@ class KeyValueCache:
         value_dim: Dv; None is D.
         device, dtype: The device and dtype of k and v; None are torch's defaults.
 
-    Raises TypeError or ValueError for an invalid size or dtype.
-
     Buffers have fixed shapes and change in place, and nothing waits for the device: a step can be compiled and captured
     in a CUDA graph. On a GPU keys past the capacity are dropped, on a CPU they raise ValueError.
+
+    Raises:
+        TypeError, ValueError: An invalid size or dtype.
 
     >>> import torch, tritonattn
     >>> cache = tritonattn.nn.KeyValueCache(batch=1, kv_heads=2, capacity=16, head_dim=8)
@@ -82,9 +83,12 @@ class KeyValueCache:
     def append(self, k_new: Tensor, v_new: Tensor, counts: Tensor | None = None) -> None:
         """Write the next keys [B, Hkv, n, D] and values [B, Hkv, n, Dv] of every sequence.
 
-        counts   integers [B]: how many of the n are those of sequence b, the first ones; None is all
+        Args:
+            k_new, v_new: The keys and values, which are converted to the cache's dtype.
+            counts: Integers [B]: how many of the n are those of sequence b, the first ones; None is all.
 
-        Raises TypeError or ValueError as `KeyStatistics.append`, and where keys or values do not match the cache.
+        Raises:
+            TypeError, ValueError: As `KeyStatistics.append`; keys or values that do not match the cache.
         """
         self._check_new("k_new", k_new, self._k, "[B, Hkv, n, D]")
         self._check_new("v_new", v_new, self._v, "[B, Hkv, n, Dv]")

@@ -148,7 +148,9 @@ class LearnedCosine(PerHead):
 
     Source: Liu et al. 2021, "Swin Transformer V2", arXiv:2111.09883, equation 2 (a learned tau a head, without weight
     decay); Henry et al. 2020, "Query-key normalization for transformers", arXiv:2010.04245, equation 4.
-    Raises TypeError or ValueError for an invalid tau or number of heads.
+
+    Raises:
+        TypeError, ValueError: An invalid tau, number of heads or dtype.
 
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
@@ -157,6 +159,7 @@ class LearnedCosine(PerHead):
     """
 
     name = "learned_cosine"
+    reads_keys = PerHead.reads_keys
 
     def __init__(
         self,
@@ -167,10 +170,6 @@ class LearnedCosine(PerHead):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(cosine.Cosine(tau), heads=heads, device=device, dtype=dtype)
-
-    @property
-    def reads_keys(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.mode.reads_keys
 
 
 Cosine = LearnedCosine  # its former name, which programs and pickles have
@@ -194,8 +193,9 @@ class SSMax(Learned):
     Source: Nakanishi 2025, "Scalable-Softmax is superior for attention", arXiv:2501.19399: s learned for every layer
     and head; the bias is a variant that it compares. With it, the factor is that of Mistral Large 4, whose layers
     have s and b as softmax_scaling.scale and .bias.
-    Raises TypeError or ValueError for an invalid number of heads, mode or dtype, ValueError unless base is finite and
-    above 1.
+
+    Raises:
+        TypeError, ValueError: An invalid number of heads, bias, mode or dtype; a base that is not finite and above 1.
 
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
@@ -248,7 +248,8 @@ class SSMax(Learned):
 def scaling_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of every `Scaling` inside a module, each once: those to optimise without weight decay.
 
-    Raises TypeError for a value that is no module.
+    Raises:
+        TypeError: A value that is no module.
 
     >>> import tritonattn
     >>> layer = tritonattn.nn.ScaledAttention(64, heads=4, scaling="ssmax")

@@ -35,8 +35,10 @@ class LearnedLogPower(Learned):
 
     Source: the power depends on the gaps between a row's largest logits, 1/2, 1 and 2 being its cases:
     arXiv:2605.12697; "Critical attention scaling in long-context transformers", arXiv:2510.05554.
-    Raises TypeError or ValueError for an invalid number of heads, mode or dtype, ValueError unless power is finite and
-    above 0, base finite and above 1.
+
+    Raises:
+        TypeError, ValueError: An invalid number of heads, mode or dtype; a power that is not finite and above 0; a base
+            that is not finite and above 1.
 
     >>> import torch, tritonattn
     >>> scaling = tritonattn.nn.LearnedLogPower(heads=4, base=512)
@@ -101,8 +103,9 @@ class QueryAdaptiveSSMax(Learned):
 
     Source: Vasylenko et al. 2025, "Long-context generalization with sparse attention", arXiv:2506.16640, where the
     factor stands before alpha-entmax (ASEntmax); here it stands before the softmax.
-    Raises TypeError or ValueError for invalid sizes, mode or dtype; a call whose q has another head dim raises
-    ValueError.
+
+    Raises:
+        TypeError, ValueError: Invalid sizes, mode or dtype; in a call, a q of another head dim.
 
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)

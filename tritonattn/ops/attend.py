@@ -1,4 +1,4 @@
-"""An attention call and the statistics of its keys, with their gradients, as autograd functions and operators."""
+"""An attention call and the statistics of its keys, with gradients, as autograd functions and operators."""
 
 from __future__ import annotations
 
@@ -24,11 +24,19 @@ from ..core.autograd import (
 )
 from ..core.call import AttentionCall, ForwardResult, Gradients, Logits, Needs
 from ..core.statistics import Statistics
-from .flat import ARGUMENTS, GRADIENTS, NAMES, TENSORS, call_of, flat, with_values, without_repeats
-from .mapping import in_a_loop, in_one_batch
-from .schema import operator, schema_of
-
-_CALL = schema_of(ARGUMENTS)
+from .operators import (
+    ARGUMENTS,
+    GRADIENTS,
+    SCHEMA,
+    TENSORS,
+    call_of,
+    flat,
+    in_one_batch,
+    operator,
+    vmap_of_call,
+    with_values,
+    without_repeats,
+)
 
 
 def attention(call: AttentionCall) -> ForwardResult:
@@ -78,6 +86,7 @@ def backward_pass(
 
 
 def _forward(call: AttentionCall, rounding: Tensor | None = None, *, has_graph: bool) -> ForwardResult:
+    """Run a call on its backend. With a graph, forward and backward must multiply in the same tiles."""
     aux, visible, runs_kernels = call.aux, call.visibility, call.backend == "triton"
     if call.cached and visible.sequences is None:
         if runs_kernels and not visible.invariant:
@@ -88,13 +97,14 @@ def _forward(call: AttentionCall, rounding: Tensor | None = None, *, has_graph: 
     if not runs_kernels or call.k.shape[0] == 0:
         call = call.gathered()
     if call.q.numel() == 0 or call.k.numel() == 0:
-        return _forward_of_nothing(call, aux)
+        out, lse, max_logit, entropy, _ = _allocate_forward(call, keep_rounding=False)
+        rows = (out.zero_(), lse.fill_(-torch.inf), max_logit.fill_(-torch.inf), entropy.zero_())
+        return ForwardResult(*rows[: 4 if aux else 2])
     if visible.invariant and (first := visible.first_keys()) is not None:
         call = call.from_keys(first)
     if not runs_kernels:
         with without_autocast(call.q):
             return blockwise.forward(call, aux, rounding)
-    # With a graph, forward and backward must multiply in the same tiles.
     if not (has_graph or visible.invariant) and kernels().are_few_rows(call):
         return kernels().decode(call, aux)
     return kernels().forward(call, aux, rounding)
@@ -115,11 +125,10 @@ def _backward(
     d_lse: Tensor | None,
     needs: Needs,
 ) -> Gradients:
-    """Compute gradients from `results`: out, lse and rounding."""
     out, lse, rounding = results
     if call.q.numel() == 0 or call.k.numel() == 0:
-        pairs = zip(call.tensors, needs, strict=True)
-        return Gradients(*(_zeros(x) if need else None for x, need in pairs))
+        pairs: Any = zip(call.tensors, needs, strict=True)
+        return Gradients(*(x.new_zeros(x.shape) if need else None for x, need in pairs))
     d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype).resolve_neg()  # a compiler may widen it
     d_lse = None if d_lse is None else d_lse.resolve_neg()
     first = call.visibility.first_keys() if call.visibility.invariant else None
@@ -133,23 +142,12 @@ def _backward(
     return found if first is None else found.rolled(call.visibility.k_len - first)
 
 
-def _zeros(x: Any) -> Tensor:
-    return x.new_zeros(x.shape)
-
-
-def _forward_of_nothing(call: AttentionCall, aux: bool) -> ForwardResult:
-    out, lse, max_logit, entropy, _ = _allocate_forward(call.q, call.v, aux, keep_rounding=False)
-    result = ForwardResult(out.zero_(), lse.fill_(-torch.inf), max_logit.fill_(-torch.inf), entropy.zero_())
-    return result if aux else ForwardResult(out, lse)
-
-
-def _allocate_forward(q: Tensor, v: Tensor, aux: bool, keep_rounding: bool) -> tuple[Tensor, ...]:
-    rows, aux_rows = q.shape[:3], q.shape[:3] if aux else (0,)
-    out_shape = (*rows, v.shape[3])
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    lse, max_logit, entropy = (q.new_empty(shape, dtype=dtype) for shape in (rows, aux_rows, aux_rows))
-    rounding = v.new_empty(out_shape, dtype=torch.int8) if keep_rounding else lse.new_empty(0)
-    return v.new_empty(out_shape), lse, max_logit, entropy, rounding
+def _allocate_forward(call: AttentionCall, keep_rounding: bool) -> tuple[Tensor, ...]:
+    rows, out_shape = call.q.shape[:3], (*call.q.shape[:3], call.v.shape[3])
+    lse = call.q.new_empty(rows, dtype=torch.promote_types(call.q.dtype, torch.float32))
+    max_logit, entropy = (lse.new_empty(rows if call.aux else (0,)) for _ in range(2))
+    rounding = call.v.new_empty(out_shape, dtype=torch.int8) if keep_rounding else lse.new_empty(0)
+    return call.v.new_empty(out_shape), lse, max_logit, entropy, rounding
 
 
 def _filled(results: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -161,7 +159,7 @@ def _filled(results: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
 
 @operator(
     "forward",
-    f"{_CALL}, bool keep_rounding",
+    f"{SCHEMA}, bool keep_rounding",
     "(Tensor out, Tensor lse, Tensor max_logit, Tensor entropy, Tensor rounding)",
 )
 def _forward_operator(*arguments):
@@ -172,13 +170,12 @@ def _forward_operator(*arguments):
 @_forward_operator.register_fake
 def _(*arguments):
     *arguments, keep_rounding = arguments
-    call = call_of(arguments)
-    return _allocate_forward(call.q, call.v, call.aux, keep_rounding)
+    return _allocate_forward(call_of(arguments), keep_rounding)
 
 
 @operator(
     "backward",
-    f"{_CALL}, Tensor out, Tensor lse, Tensor? rounding, Tensor? d_out, Tensor? d_lse, bool[] needs",
+    f"{SCHEMA}, Tensor out, Tensor lse, Tensor? rounding, Tensor? d_out, Tensor? d_lse, bool[] needs",
     f"({', '.join(f'Tensor d_{name}' for name in Gradients._fields)})",
 )
 def _backward_operator(*arguments):
@@ -210,10 +207,8 @@ class _Attention(Function):
         ctx.set_materialize_grads(False)
         if call.aux:
             ctx.mark_non_differentiable(*aux)
-        vectors = (terms.query_scale, terms.key_scale, terms.key_bias, terms.sinks)
-        of_pairs = (terms.bias, terms.relative_bias)
-        wide = (call.wide_q, call.wide_k)
-        ctx.save_for_backward(out, lse, rounding, call.q, call.k, call.v, *vectors, *of_pairs, *wide, *masks)
+        wide = call.wide_q, call.wide_k
+        ctx.save_for_backward(out, lse, rounding, call.q, call.k, *arguments[2:-1], *wide, *masks)
         return out, lse, *aux
 
     @staticmethod
@@ -259,16 +254,9 @@ class _Transformed(Function):
     backward = staticmethod(_of_operator)
 
 
-def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
-    """Map in one batch, except where dropout depends on the position in it, or an argument has no batch axis."""
-    named = dict(zip(NAMES, arguments, strict=False))
-    one_by_one = any(named[name] is not None for name in ("dropout_state", "sinks", "q_starts", "block_table"))
-    return (in_a_loop if one_by_one else in_one_batch)(operator, info.batch_size, in_dims, arguments)
-
-
 _forward_operator.register_autograd(_of_operator, setup_context=_keep_arguments)
-_forward_operator.register_vmap(functools.partial(_vmap, _forward_operator))
-_backward_operator.register_vmap(functools.partial(_vmap, _backward_operator))
+_forward_operator.register_vmap(functools.partial(vmap_of_call, _forward_operator))
+_backward_operator.register_vmap(functools.partial(vmap_of_call, _backward_operator))
 
 
 # ---- Statistics of keys
@@ -319,8 +307,7 @@ def _prefix_sums(x: Tensor) -> Tensor:
 
 def _argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     """`ranges.argmax_over_ranges`: one launch instead of a dozen a power of two."""
-    run = kernels().argmax_over_ranges if runs_eagerly(x, lo, hi) else _argmax_operator
-    return run(x, lo, hi)
+    return (kernels().argmax_over_ranges if runs_eagerly(x, lo, hi) else _argmax_operator)(x, lo, hi)
 
 
 def _key_norms(k: Tensor, seen: Tensor | None) -> Tensor:
@@ -397,8 +384,7 @@ class _NormsAndInput(Function):
         x, seen, norms = saved
         if d_norms is None:
             return (None if d_wide is None else d_wide.to(x.dtype)), None, None
-        eager = runs_eagerly(*saved, d_norms, d_wide)
-        run = kernels().key_norms_backward if eager else _key_norms_backward_operator
+        run = kernels().key_norms_backward if runs_eagerly(*saved, d_norms, d_wide) else _key_norms_backward_operator
         return run(x, seen, norms, d_norms, d_wide), None, None
 
 

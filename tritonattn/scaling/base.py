@@ -28,6 +28,12 @@ class Scales:
     relative_bias, relative_right   as of `attention`, of a packed batch [1, Hq or 1, T_q or 1, extent]; None is 0
 
     A call raises ValueError for another shape, and TypeError for another type.
+
+    >>> import torch, tritonattn
+    >>> q, k = torch.randn(2, 1, 4, 16, 8)
+    >>> scales = tritonattn.Scales(8**-0.5, query=k.norm(dim=-1).mean(-1, keepdim=True).reciprocal())
+    >>> scales.query.shape  # one number a key head
+    torch.Size([1, 4, 1])
     """
 
     constant: float
@@ -100,7 +106,7 @@ class Scaling:
     def relative_addend(self, q: Tensor, k: Tensor, distance: Tensor) -> Tensor | None:
         """The bias of every pair by its distance, of shape as of `multiplier`; None, where a mode has none, is 0.
 
-        distance   int64 [B or 1, 1, Sq, Sk]: how many positions each key lies before the row's own
+        distance   int64 [B or 1, 1, Sq, Sk]: how many positions each key lies before the row's position
         """
         return None
 
@@ -111,14 +117,14 @@ def has_relative_bias(scaling: Scaling, q: Tensor) -> bool:
     return scaling.relative_addend(row, row, torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=q.device)) is not None
 
 
-def relative_gain(scaling: Any, own: float | Tensor | None, head_dim: int, gain: Any = None) -> Any:
-    """The gain that keeps a model's factor of q . k with a mode: own * sqrt(D) * gain.
+def relative_gain(scaling: Any, factor: float | Tensor | None, head_dim: int, gain: Any = None) -> Any:
+    """The gain that keeps a model's factor of q . k with a mode: factor * sqrt(D) * gain.
 
-    gain   a float, a tensor or None, which is 1; returned where own is None or 1 / sqrt(D), or the mode a cosine
+    gain   a float, a tensor or None, which is 1; returned where factor is None or 1 / sqrt(D), or the mode a cosine
     """
-    if own is None or getattr(scaling, "normalises_query", False):
+    if factor is None or getattr(scaling, "normalises_query", False):
         return gain
-    relative = own * math.sqrt(head_dim)
+    relative = factor * math.sqrt(head_dim)
     if not isinstance(relative, Tensor) and math.isclose(relative, 1.0, rel_tol=1e-9):
         return gain
     return relative if gain is None else gain * relative

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypedDict
 
     class Modes(TypedDict, extra_items=type[Scaling]):
-        """Classes by name, with the arguments of each; a `Scaling` of a user's own may be put there too."""
+        """Classes by name, with the arguments of each; a user's `Scaling` may be put there too."""
 
         sqrt_dim: type[SqrtDim]
         dim: type[Dim]
@@ -59,28 +59,9 @@ class _Modes(dict[str, type[Scaling]]):
         raise KeyError(_unknown(name, self))
 
 
-_NAMED: Modes = {
-    "sqrt_dim": SqrtDim,
-    "dim": Dim,
-    "none": Unscaled,
-    "key_count": KeyCount,
-    "sqrt_key_count": SqrtKeyCount,
-    "key_norm_sum": KeyNormSum,
-    "key_norm_mean": KeyNormMean,
-    "key_norm_rms": KeyNormRms,
-    "key_norm_max": KeyNormMax,
-    "key_norm_l2": KeyNormL2,
-    "log_key_count": LogKeyCount,
-    "log_power": LogPower,
-    "qwen_logn": QwenLogn,
-    "llama4": Llama4,
-    "ministral3": Ministral3,
-    "inkling": Inkling,
-    "inkling2": Inkling2,
-    "beam": Beam,
-    "cosine": Cosine,
-}
-SCALINGS: Modes = cast("Modes", _Modes(_NAMED.items()))
+_CLASSES = (SqrtDim, Dim, Unscaled, KeyCount, SqrtKeyCount, KeyNormSum, KeyNormMean, KeyNormRms, KeyNormMax, KeyNormL2)
+_CLASSES += (LogKeyCount, LogPower, QwenLogn, Llama4, Ministral3, Inkling, Inkling2, Beam, Cosine)
+SCALINGS: Modes = cast("Modes", _Modes({mode.name: mode for mode in _CLASSES}))
 
 
 def named_scaling(name: str, learned: Iterable[str] = ()) -> Scaling:
@@ -94,7 +75,7 @@ def _unknown(name: Any, known: Iterable[str]) -> str:
     """The message for a name that selects no mode."""
     if name in _LEARNED:
         return (
-            f"scaling: expected a mode without a state of its own, got {name!r}, which is a module: make it once, keep"
+            f"scaling: expected a mode without a state, got {name!r}, which is a module: make it once, keep"
             f" it with the model, and pass it, scaling=tritonattn.nn.{_LEARNED[name]}"
         )
     close = difflib.get_close_matches(str(name), known, n=1)

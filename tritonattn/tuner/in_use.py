@@ -15,9 +15,10 @@ from ..core.errors import CommandError
 from ..core.tables import table
 from ..tuning import cache_dir, lookup
 from ..tuning.config import OPTIONS, SHARES, Target, TileConfig
+from ..tuning.fingerprint import kernels_fingerprint
 from ..tuning.gpus import GPU, GPUS
 from ..tuning.ptxas import ptxas_of, suspicion
-from ..tuning.table import Entry, EntryKey, TableError, kernels_fingerprint, keys, read_table
+from ..tuning.table import Entry, EntryKey, TableError, keys, read_table
 from .timing import card_state
 
 
@@ -77,7 +78,7 @@ def _of_others(entries: Mapping[EntryKey, Entry]) -> str:
 
 
 def configs(gpu: str | None) -> int:
-    """Print the config of every key on a GPU, and of problems with their own, and its source; None: this machine's."""
+    """Print the config and source of every key on a GPU, and of single problems with entries; None: of this machine."""
     if gpu is None and not torch.cuda.is_available():
         raise CommandError(f"expected --gpu NAME, one of {', '.join(one.name for one in GPUS)}: there is no GPU here")
     target = Target.of(torch.device("cuda")) if gpu is None else _named_target(gpu)
@@ -109,7 +110,7 @@ def shown(config: TileConfig) -> str:
 
 
 def _named_target(name: str) -> Target:
-    """Return the target of a GPU; the name of an architecture stands for a card without a table of its own."""
+    """Return the target of a GPU; the name of an architecture stands for a card for which no table is shipped."""
     return named_gpus("--gpu", (name,), everything=())[0].target._replace(card=name)
 
 

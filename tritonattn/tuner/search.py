@@ -6,6 +6,7 @@ other splits of a cache's keys: `candidates.shares`.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -17,11 +18,12 @@ import triton
 from ..backends.triton import launch
 from ..tuning.calls import Size
 from ..tuning.config import Problem, Target, TileConfig, one_line
+from ..tuning.fingerprint import gluon_fingerprint
 from ..tuning.lookup import config_for
-from ..tuning.table import Entry, EntryKey, gluon_fingerprint
+from ..tuning.table import Entry, EntryKey
 from .candidates import candidates, in_gluon, neighbours, shares
 from .gate import Compiler, compiler_versions
-from .timing import Timing, card_state, median_ratio, take_turns
+from .timing import Contestant, Timing, card_state, median_ratio, take_turns
 from .workload import Workload
 
 # Another order or split replaces the default only where its rounds take at most this share of the default's time.
@@ -101,17 +103,16 @@ def _search(
         return Result(key, before, None, None, None, trial.wrong())
     taken = trial.times([before, *fastest], effort.rounds)
     best, *others = _sorted(taken)
-    details: dict[str, Any] = {
-        "runners_up": [one.as_record() | {"milliseconds": _median(taken, one)} for one in others[:3]]
-    }
+    runners_up = [one.as_record() | {"milliseconds": round(statistics.median(taken[one]), 4)} for one in others[:3]]
     if found := shares(key, best):
         taken = trial.times([before, best, *found], effort.rounds)
         best = _clearly_ahead([one for one in (*found, best) if one in taken], taken)
     timing = Timing.of(taken[best])
     before_timing = Timing.of(taken[before]) if before in taken else None
+    details = _details(workloads, device, timing) | {"runners_up": runners_up}
     if best.kernel == "gluon":
         details["gluon"] = gluon_fingerprint()
-    entry = Entry(best, "measured", _details(workloads, device, timing) | details)
+    entry = Entry(best, "measured", details)
     return Result(key, before, before_timing, entry, timing, trial.wrong())
 
 
@@ -130,20 +131,38 @@ class _Trial:
         configs = list(dict.fromkeys(configs))
         for config in configs:
             if config not in self.errors:
-                self.errors[config] = _error(self.workloads, self.key, config)
+                self.errors[config] = self._error(config)
         right = {str(n): config for n, config in enumerate(configs) if not self.errors[config]}
         if not right:
             return {}
-        running = {name: _Running(self.workloads, self.key, config) for name, config in right.items()}
+        running = {name: self._contestant(config) for name, config in right.items()}
         taken = take_turns(running, self.device, rounds, self.effort.warm_up)
         return {right[name]: milliseconds for name, milliseconds in taken.items()}
+
+    def _contestant(self, config: TileConfig) -> Contestant:
+        """Make a call of the kernel in a config, once for each dtype."""
+
+        def run(number: int) -> object:
+            with launch.configured(self.key.kernel, config):
+                return [workload(number) for workload in self.workloads]
+
+        return run
+
+    def _error(self, config: TileConfig) -> str | None:
+        """Describe what is wrong with a config's results, or the exception that it raised; None if nothing is."""
+        try:
+            with launch.configured(self.key.kernel, config):
+                return next(filter(None, (workload.error() for workload in self.workloads)), None)
+        except Exception as error:  # a compiler or driver may raise anything; the config is refused
+            _refuse_if_lost(f"{self.key} {config}", self.device, error)
+            return one_line(error)
 
     def wrong(self) -> tuple[str, ...]:
         return tuple(f"{self.key} {config}: {error}" for config, error in self.errors.items() if error)
 
 
 def _sorted(taken: dict[TileConfig, list[float]]) -> list[TileConfig]:
-    return sorted(taken, key=lambda config: Timing.of(taken[config]).median)
+    return sorted(taken, key=lambda config: statistics.median(taken[config]))
 
 
 def _clearly_ahead(configs: list[TileConfig], taken: dict[TileConfig, list[float]]) -> TileConfig:
@@ -151,10 +170,6 @@ def _clearly_ahead(configs: list[TileConfig], taken: dict[TileConfig, list[float
     ratios = {config: median_ratio(taken[config], taken[configs[0]]) for config in configs}
     fastest = min(configs, key=ratios.__getitem__)
     return fastest if ratios[fastest] <= _CLEARLY_AHEAD else configs[0]
-
-
-def _median(taken: dict[TileConfig, list[float]], config: TileConfig) -> float:
-    return round(Timing.of(taken[config]).median, 4)
 
 
 def passing(key: EntryKey, compiler: Compiler, effort: Effort) -> list[TileConfig]:
@@ -167,47 +182,17 @@ def passing(key: EntryKey, compiler: Compiler, effort: Effort) -> list[TileConfi
     return [one.config for one in examined if not one.reasons]
 
 
-@dataclass(frozen=True)
-class _Running:
-    """A contestant: the kernel in one config, once for each dtype."""
-
-    workloads: list[Workload]
-    key: EntryKey
-    config: TileConfig
-
-    def __call__(self, number: int) -> object:
-        with launch.configured(self.key.kernel, self.config):
-            return [workload(number) for workload in self.workloads]
-
-
-def _error(workloads: list[Workload], key: EntryKey, config: TileConfig) -> str | None:
-    """Describe what is wrong with a config's results, or the exception that it raised; None if nothing is."""
-    try:
-        with launch.configured(key.kernel, config):
-            return next(filter(None, (workload.error() for workload in workloads)), None)
-    except Exception as error:  # a compiler or driver may raise anything; the config is refused
-        _refuse_if_lost(f"{key} {config}", workloads[0].device, error)
-        return one_line(error)
-
-
 def _refuse_if_lost(what: str, device: torch.device, error: Exception) -> None:
-    """Raise SearchError where an error has left the card unusable."""
-    if _is_lost(device):
+    """Raise SearchError where every call of a GPU fails from now on, as after an illegal address."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
         raise SearchError(
             f"{what} left the card unusable to this process: {one_line(error)}; "
             "--kernels, --head-dims and --lengths name others"
         ) from error
-
-
-def _is_lost(device: torch.device) -> bool:
-    """Find out if every call of a GPU fails from now on, as after an illegal address."""
-    if device.type != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
-    return False
 
 
 def _details(workloads: list[Workload], device: torch.device, timing: Timing) -> dict[str, Any]:
@@ -228,10 +213,10 @@ def _details(workloads: list[Workload], device: torch.device, timing: Timing) ->
 
 def pending(keys: Iterable[EntryKey], done: dict[EntryKey, Entry], effort: Effort) -> list[EntryKey]:
     """List the keys not measured with this Triton in as many rounds: a search that was stopped goes on with them."""
-    return [key for key in keys if key not in done or not _is_done(done[key], effort)]
 
+    def is_done(entry: Entry) -> bool:
+        rounds = entry.details.get("rounds")
+        is_recent = entry.source == "measured" and entry.details.get("triton") == triton.__version__
+        return is_recent and isinstance(rounds, int) and rounds >= effort.rounds
 
-def _is_done(entry: Entry, effort: Effort) -> bool:
-    rounds = entry.details.get("rounds")
-    is_recent = entry.details.get("triton") == triton.__version__
-    return entry.source == "measured" and is_recent and isinstance(rounds, int) and rounds >= effort.rounds
+    return [key for key in keys if key not in done or not is_done(done[key])]

@@ -20,17 +20,19 @@ from ..core.progress import Progress as Bar
 from ..core.tables import table as layout
 from ..tuning import cache_dir, lookup
 from ..tuning.calls import Size, read_calls
-from ..tuning.config import Target
+from ..tuning.config import Problem, Target, TileConfig, shared_limit
 from ..tuning.defaults import default_config
+from ..tuning.fingerprint import kernels_fingerprint
 from ..tuning.gpus import GPU, GPUS, table_name
-from ..tuning.table import LENGTHS, Entry, EntryKey, Key, Table, TableError, kernels_fingerprint, keys, write_table
-from .gate import Compiler, Examine, Progress, examine
+from ..tuning.table import LENGTHS, SCALES, Entry, EntryKey, Key, Table, TableError, keys, write_table
+from .candidates import candidates
+from .gate import Candidate, Compiler, Examine, Progress, compiler_versions, examine
 from .in_use import named_gpus, shown
 from .search import QUICK, Effort, Result, SearchError, passing, pending, search
-from .static import in_use_first, static_table
 from .workload import typical_size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Rank = Callable[[GPU, Compiler, Key], list[TileConfig]]
 MakeTable = Callable[[GPU, Compiler, list[Key], Progress], Table]
 
 
@@ -38,8 +40,6 @@ def tune(options: Namespace) -> int:
     """Search on this machine's GPU, or write static tables; `options` are those of `tritonattn tune`."""
     if launch.interpreting:
         raise CommandError("expected compiled kernels, got TRITON_INTERPRET=1, which leaves none: unset it")
-    if options.workers < 1:
-        raise CommandError(f"--workers: expected at least 1, got {options.workers}")
     if options.budget is not None and math.isnan(options.budget):
         raise CommandError("--budget: expected minutes, got nan")
     end = math.inf if options.budget is None else time.monotonic() + 60 * options.budget
@@ -75,15 +75,53 @@ def _recorded(options: Namespace) -> dict[EntryKey, Size]:
     return wanted
 
 
-def _checked_table(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Progress) -> Table:
-    return static_table(gpu, compiler, wanted, in_use_first, progress)
+def in_use_first(gpu: GPU, compiler: Compiler, key: Key) -> list[TileConfig]:
+    """List the config that a call takes on a card now, then the default, then the other candidates."""
+    card = gpu.target._replace(card=" ".join(gpu.words))
+    in_use = lookup.config_for(key.kernel, key.problem, card)
+    return list(dict.fromkeys([in_use, *candidates(key.kernel, key.problem, gpu.target)]))
+
+
+def static_table(
+    gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Progress | None = None, ranked: Rank = in_use_first
+) -> Table:
+    """Make the table of a GPU, with entries for the wanted keys for which some config passes.
+
+    It passes for the key's call, and fits with every option that such a call may have.
+
+    ranked   lists the configs of a key on a card, the most promising first
+    """
+    ranks = {key: ranked(gpu, compiler, key) for key in wanted}
+    compiler.examine([one for key, configs in ranks.items() for one in _calls(key, configs[0])], progress)
+    entries = {}
+    for key, configs in ranks.items():
+        for config in configs:
+            found, fullest = compiler.examine(_calls(key, config), progress)
+            if not found.reasons and fits(fullest, gpu.target):
+                entries[key] = Entry(config, "static", compiler_versions(gpu.target) | found.details())
+                break
+    return Table(gpu.name, gpu.target, kernels_fingerprint(), entries)
+
+
+def _calls(key: Key, config: TileConfig) -> list[tuple[str, Problem, TileConfig]]:
+    return [(key.kernel, problem, config) for problem in (key.problem, _fullest(key))]
+
+
+def _fullest(key: Key) -> Problem:
+    """Return the call of a key that takes most shared memory: with every vector and statistic that it may have."""
+    scaled = key._replace(scales=SCALES[key.kernel][-1]).problem
+    return replace(scaled, left=True, key_bias=True, softcap=True, aux=key.kernel == "forward", sinks=True)
+
+
+def fits(found: Candidate, target: Target) -> bool:
+    return found.code is not None and found.code.shared_bytes <= shared_limit(target)
 
 
 def tune_static(
     options: Namespace,
     wanted: list[Key],
     end: float,
-    make_table: MakeTable = _checked_table,
+    make_table: MakeTable = static_table,
     examine: Examine = examine,
 ) -> int:
     """Write tables of configs whose code, as `examine` finds it, passes; begin no architecture after `end`."""
@@ -156,8 +194,8 @@ def _static_summary(table: Table, before: dict[EntryKey, Entry], wanted: list[Ke
     return layout(rows, ["key", "config", "registers", "source"], left=None)
 
 
-def _tune_here(options: Namespace, wanted: dict[EntryKey, Size], end: float) -> int:
-    """Search on this machine's GPU; no search begins after `end`, of time.monotonic."""
+def _gpu_here() -> tuple[torch.device, Target]:
+    """Return this machine's GPU. Raises CommandError where there is none, or one that is too old."""
     if not torch.cuda.is_available():
         raise CommandError(
             "expected a GPU, got none. Without one, `--static NAME` compiles for "
@@ -169,6 +207,12 @@ def _tune_here(options: Namespace, wanted: dict[EntryKey, Size], end: float) -> 
         raise CommandError(
             f"expected a GPU of sm_80 or later, got {target.name}, for whose tensor cores Triton has no code"
         )
+    return device, target
+
+
+def _tune_here(options: Namespace, wanted: dict[EntryKey, Size], end: float) -> int:
+    """Search on this machine's GPU; no search begins after `end`, of time.monotonic."""
+    device, target = _gpu_here()
     path = _path(table_name(target), options.write)
     _check_folder(path)
     effort = QUICK if options.quick else Effort()

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
-import torch.utils.deterministic
 from torch import Tensor
 
 from ..backends import reference
 from ..backends import triton as triton_backend
 from ..backends.triton.operands import Operands
 from ..core.call import ForwardResult, Needs
-from ..core.relative import relative_pairs
+from ..core.pair_biases import relative_pairs
 from ..tuning.calls import Size
 from ..tuning.config import Problem
 from ..tuning.table import Key
@@ -178,12 +176,9 @@ def _results(found: ForwardResult, aux: bool) -> tuple[Tensor, ...]:
 @contextmanager
 def _poisoned_memory() -> Iterator[None]:
     """Fill fresh memory with NaN inside the context, so that a kernel that skips a result shows."""
-    settings: Any = torch.utils.deterministic
-    before = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
-    torch.set_deterministic_debug_mode("warn")
-    settings.fill_uninitialized_memory = True
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # with torch.utils.deterministic.fill_uninitialized_memory, its default
     try:
         yield
     finally:
-        torch.set_deterministic_debug_mode(before[0])
-        settings.fill_uninitialized_memory = before[1]
+        torch.set_deterministic_debug_mode(before)

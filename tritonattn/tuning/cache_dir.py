@@ -27,7 +27,7 @@ def user_cache() -> Path:
     $XDG_CACHE_HOME is ignored, as the XDG base directory specification asks. Raises RuntimeError where a user without
     a home asks for it.
     """
-    if own := os.environ.get("TRITONATTN_CACHE_DIR"):
-        return Path(own).expanduser()
+    if folder := os.environ.get("TRITONATTN_CACHE_DIR"):
+        return Path(folder).expanduser()
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "tritonattn"

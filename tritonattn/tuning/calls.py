@@ -76,7 +76,7 @@ class Calls:
         return len(self._counts)
 
     def __repr__(self) -> str:
-        return f"Calls({len(self)} kinds of launches, {sum(self._counts.values())} launches)"
+        return f"Calls({len(self)} distinct launches, {sum(self._counts.values())} launches)"
 
     def counts(self) -> dict[Call, int]:
         """By call, the most frequent first."""
@@ -122,7 +122,7 @@ def record() -> Iterator[Calls]:
 
     Launches run as ever, and no value of a tensor is read: what counts is masks, scales, options, dtype and sizes.
     Lengths above 31 are rounded up to one of 16 an octave, so that a cache that grows is few calls. Left out are fp32
-    and `batch_invariant` calls, for which tables hold nothing. A CUDA graph is seen when it is captured, not when it is
+    and `batch_invariant` calls, for which tables hold nothing. A CUDA graph counts when it is captured, not when it is
     replayed.
 
     The `Calls` that it yields grows inside; `calls.write(path)` keeps it for `tritonattn tune --calls path`.
@@ -133,7 +133,7 @@ def record() -> Iterator[Calls]:
     >>> with record() as calls:
     ...     out = tritonattn.attention(q, q, q, causal=True, backend="sdpa")  # takes no kernel of tritonattn's
     >>> calls
-    Calls(0 kinds of launches, 0 launches)
+    Calls(0 distinct launches, 0 launches)
     """
     global recorders
     calls = Calls()

@@ -49,7 +49,7 @@ GPUS = (
     _gpu("mi300x", "gfx942", 304, 1307, 5.3),
     _gpu("mi350x", "gfx950", 256, 2300, 8.0),
 )
-# Cards without a table of their own.
+# Cards for which no table is shipped.
 OTHERS = (
     _gpu("a30", "sm_80", 56, 165, 0.933),
     _gpu("a800", "sm_80", 108, 312, 2.039),

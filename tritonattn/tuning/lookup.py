@@ -15,10 +15,11 @@ import triton
 from . import cache_dir
 from .config import Problem, Target, TileConfig, legal_reasons, one_line
 from .defaults import GLUON, default_config, gluon_config
+from .fingerprint import kernels_fingerprint
 from .gpus import nearest, table_name
-from .table import EntryKey, Exact, Table, TableError, kernels_fingerprint, keys_of, read_table
+from .table import EntryKey, Exact, Table, TableError, keys_of, read_table
 
-# Asks for the forward in Gluon wherever it is legal, with 1; read where a kind of call is new.
+# Asks for the forward in Gluon wherever it is legal, with 1; read where a problem is new.
 FORCE_GLUON = "TRITONATTN_GLUON"
 
 # Configs that a compiler or a card refused although they are legal by the estimates.
@@ -85,7 +86,7 @@ def reject_config(kernel: str, problem: Problem, target: Target, config: TileCon
 
 
 def problems(target: Target) -> list[Exact]:
-    """The problems that have entries of their own."""
+    """The single problems that have entries."""
     return [key for key in _entries(target) if isinstance(key, Exact)]
 
 
@@ -147,11 +148,9 @@ def usable_table(path: Path, target: Target) -> Table:
         raise TableError(f"{path}: gpu: expected {path.stem}, got {table.gpu[:40]!r}")
     if table.target[:2] != target[:2]:
         raise TableError(f"{path}: target: expected {target.name}, got {table.target.name}")
-    if table.kernels != kernels_fingerprint():
-        wanted = kernels_fingerprint()
-        raise TableError(
-            f"{path}: kernels: expected {wanted}, got {table.kernels[:40]!r}: of other kernels, tune again"
-        )
+    if not table.is_of_these_kernels:
+        expected = f"expected {kernels_fingerprint()}, got {table.kernels[:40]!r}"
+        raise TableError(f"{path}: kernels: {expected}: of other kernels, tune again")
     return table
 
 

@@ -31,7 +31,7 @@ _L2_BYTES = {
 _SMALLEST = 4 * 2**20
 # Programs along the second and the third axis of a grid (CUDA C++ Programming Guide, table of compute capabilities).
 LONGEST_AXIS = 65535
-# Dies with an L2 cache of their own, to which the hardware deals programs in turn (CDNA 3 and 4 whitepapers).
+# Dies with one L2 cache each, to which the hardware deals programs in turn (CDNA 3 and 4 whitepapers).
 _LANES = {"gfx942": 8, "gfx950": 8}
 
 
@@ -43,7 +43,7 @@ def lanes(target: Target) -> int:
 class Sections(NamedTuple):
     """Heads that run side by side, section after section.
 
-    size    places of a section, a multiple of the dies
+    size    heads of a section, a multiple of the dies
     count   sections; the first has the heads that fill no section
     """
 

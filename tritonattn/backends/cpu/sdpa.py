@@ -106,13 +106,15 @@ def _needs_fp32(call: AttentionCall) -> bool:
 
 
 def _without_lone_keys(query_scale: Tensor | None, call: AttentionCall) -> Tensor:
-    """query_scale, or [1, 1, Sq] of ones, with 0 for rows of one key: their softmax is 1, whatever the one logit.
+    """query_scale, or 1 a row, with 0 for rows of one key, whose softmax is 1, whatever the one logit.
 
-    The gradients of that logit are then exactly 0. PyTorch's kernel leaves their rounding, which can exceed all other
-    gradients: with two tokens, or with a scale of 1 / n, which is largest in the first causal row.
+    They are all rows over one key, or the first of a square causal call. The gradients of that logit are then exactly
+    0. PyTorch's kernel leaves their rounding, which can exceed all other gradients: with two tokens, or with a scale of
+    1 / n, which is largest in the first causal row.
     """
-    sees_more = call.visibility.counts() > 1
-    return sees_more.to(call.q.dtype) if query_scale is None else query_scale * sees_more
+    scale = torch.ones(call.q.shape[2], dtype=call.q.dtype, device=call.q.device)
+    (scale if call.k.shape[2] == 1 else scale[:1]).zero_()
+    return scale if query_scale is None else query_scale * scale
 
 
 def _fold(x: Tensor, scale: Tensor) -> Tensor:

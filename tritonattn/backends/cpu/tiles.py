@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core.call import AttentionCall, Gradients
-from ...core.relative import reflected
+from ...core.pair_biases import reflected
 from ...core.visibility import Visibility
 
 # Rows (over all query heads of a group) and keys of a tile; pairs of all tiles that are computed together.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -26,24 +25,20 @@ from ...tuning.config import (
 from ...tuning.order import sections
 from ...tuning.splits import splits_of_keys, splits_of_rows
 from ...tuning.table import Exact
-from .device import Grid
+from .device import Grid, Layout
 from .launch import (
-    Arguments,
-    Kind,
     Plan,
+    Specialisation,
     are_aligned,
     drop_config,
     forms_of,
     is_aligned,
     is_wide,
-    kept_kind,
-    logit_arguments,
-    pages_of,
+    kept_specialisation,
     plan,
-    range_arguments,
-    strided,
 )
 from .ranges import rows_of_key_blocks, seen_bytes, seen_keys
+from .records import Arguments, logit_arguments, pages_of, range_arguments, strided
 
 
 def are_few_rows(call: AttentionCall) -> bool:
@@ -64,36 +59,71 @@ def are_few_rows(call: AttentionCall) -> bool:
 
 def launch_kernel(
     kernel: str,
-    kind: Kind,
+    special: Specialisation,
     call: AttentionCall,
     available: Arguments,
     d_out: Tensor | None = None,
-    in_splits: Callable[[Plan, Grid, Arguments, Kind, AttentionCall], None] | None = None,
+    in_splits: Callable[[Plan, Grid, Arguments, Specialisation, AttentionCall], None] | None = None,
 ) -> None:
-    """A program for each block of rows, or of keys, of each head of each sequence; or several, `in_splits`."""
+    """A program for each block of rows, or of keys, of each head of each sequence; or several, `in_splits`.
+
+    available   of all passes of a call, to which this one adds what its config decides
+    """
     if recorded.recorders and kernel in TILED_KERNELS:
-        recorded.note(Exact(kernel, kind.problem), size_of(call))
+        recorded.note(Exact(kernel, special.problem), size_of(call))
 
     device = call.q.device
     while True:
-        chosen = plan(kernel, kind.problem, device)
-        config = chosen.config
+        chosen = plan(kernel, special.problem, device)
         try:
-            of_config = _descriptors(chosen, call, d_out) if config.descriptors else dict.fromkeys(chosen.descriptors)
+            layout = special.layouts.get(chosen)
+            if layout is None:
+                layout = special.layouts[chosen] = _layout(kernel, chosen, call, d_out)
+            available.update(layout.arguments)
+            if layout.descriptors:
+                operands = {"q_descriptor": call.q, "k_descriptor": call.k, "v_descriptor": call.v}
+                operands["d_out_descriptor"] = d_out
+                make = _Descriptor if chosen.variant is None else chosen.variant.described
+                for name, tile in layout.descriptors.items():
+                    available[name] = make(operands[name], *tile)
             if call.visibility.key_ranges is not None and kernel == "grad_key_value":
-                of_config["row_bounds_ptr"] = rows_of_key_blocks(call.visibility, available, config.block_n)
-            found = kind.grids.get(key := (kernel, config, chosen.target))
-            if found is None:
-                found = kind.grids[key] = _grid(kernel, chosen, call)
-            grid, of_grid = found
-            of_config.update(of_grid)
-            if in_splits is None or of_grid["splits"] is None:
-                chosen.launch(grid, available | of_config, kind.wide, kind)
+                bounds = rows_of_key_blocks(call.visibility, available, chosen.config.block_n)
+                available["row_bounds_ptr"] = bounds
+            if in_splits is None or available["splits"] is None:
+                chosen.launch(layout.grid, available, special)
             else:
-                in_splits(chosen, grid, available | of_config, kind, call)
+                in_splits(chosen, layout.grid, available, special, call)
             return
         except (TritonError, RuntimeError) as error:
-            drop_config(kernel, kind.problem, device, chosen, error)
+            drop_config(kernel, special.problem, device, chosen, error)
+
+
+def _layout(kernel: str, chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Layout:
+    grid, arguments = _grid(kernel, chosen, call)
+    if not chosen.config.descriptors:
+        return Layout(grid, arguments | dict.fromkeys(chosen.descriptors), {})
+    config, variant = chosen.config, chosen.variant
+    tiles = {
+        "q_descriptor": (call.q, config.block_m if variant is None else variant.rows),
+        "k_descriptor": (call.k, config.block_n),
+        "v_descriptor": (call.v, config.block_n),
+        "d_out_descriptor": (d_out, config.block_m),
+    }
+    return Layout(grid, arguments, {name: _described(*tiles[name]) for name in chosen.descriptors})
+
+
+def _described(tensor: Tensor, rows: int) -> tuple[list[int], list[int], list[int]]:
+    """Shape, strides and tile, of `rows` rows of one (batch, head); an axis of one entry gets a legal stride."""
+    shape, width = tensor.shape, 16 // tensor.dtype.itemsize
+    strides = [stride if size > 1 else width for size, stride in zip(shape, tensor.stride(), strict=True)]
+    return list(shape), [*strides[:3], 1], [1, 1, rows, padded_dim(shape[3])]
+
+
+class _Descriptor(TensorDescriptor):
+    """A descriptor of an aligned tensor, which leaves nothing to check."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> tuple[Grid, Arguments]:
@@ -105,7 +135,7 @@ def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> tuple[Grid, Argumen
     """
     visible, config, (sequences, rows, keys) = call.visibility, chosen.config, _sizes(call)
     if kernel == "row_terms":
-        return (-(-aligned_rows(rows) // config.block_m), visible.q_heads, sequences), {}
+        return (-(-aligned_rows(rows) // config.block_m), visible.q_heads, sequences), {"splits": None}
     bytes_of_row = (call.k.shape[3] + call.v.shape[3]) * call.k.dtype.itemsize
     if kernel == "grad_key_value":
         blocks, heads = -(-keys // config.block_n), visible.kv_heads * sequences
@@ -114,11 +144,11 @@ def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> tuple[Grid, Argumen
         blocks, heads = -(-rows // config.block_m), visible.q_heads * sequences
         read = keys * bytes_of_row * visible.kv_heads // visible.q_heads
     size, count = sections(heads, read, chosen.target, config.l2_percent)
-    splits, arguments = _splits(kernel, chosen, call), {"first_head": heads - size * count, "splits": None}
-    if splits > 1:
-        arguments["splits"], operand = splits, call.q if kernel == "forward" else call.k
-        arguments["part_rows"] = operand.shape[:3].numel()
-    return (size, blocks * splits, count), {"part_rows": None, **arguments}
+    splits, first_head = _splits(kernel, chosen, call), heads - size * count
+    if splits == 1:
+        return (size, blocks, count), {"first_head": first_head, "splits": None, "part_rows": None}
+    part_rows = (call.q if kernel == "forward" else call.k).shape[:3].numel()
+    return (size, blocks * splits, count), {"first_head": first_head, "splits": splits, "part_rows": part_rows}
 
 
 def _splits(kernel: str, chosen: Plan, call: AttentionCall) -> int:
@@ -161,11 +191,14 @@ def size_of(call: AttentionCall) -> Size:
     )
 
 
-def new_results(call: AttentionCall, shape: tuple[int, ...], dtype: torch.dtype, fill: float = 0.0) -> Tensor:
-    """A contiguous tensor for a kernel's results, with `fill` in it where rows may belong to no packed sequence."""
+def new_results(call: AttentionCall, like: Tensor, dtype: torch.dtype = torch.float32, fill: float = 0.0) -> Tensor:
+    """A contiguous tensor for a kernel's results, with `fill` in it where rows may belong to no packed sequence.
+
+    empty_like takes half of the time of new_empty, which reads a shape.
+    """
     if call.visibility.sequences is None:
-        return call.q.new_empty(shape, dtype=dtype)
-    return call.q.new_full(shape, fill, dtype=dtype)
+        return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.full_like(like, fill, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def aligned_rows(rows: int) -> int:
@@ -218,23 +251,10 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -
     return replace(problem, **asked)
 
 
-def _descriptors(chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Arguments:
-    """The descriptors that a kernel takes."""
-    config, variant = chosen.config, chosen.variant
-    tiles = {
-        "q_descriptor": (call.q, config.block_m if variant is None else variant.rows),
-        "k_descriptor": (call.k, config.block_n),
-        "v_descriptor": (call.v, config.block_n),
-        "d_out_descriptor": (d_out, config.block_m),
-    }
-    make: Callable[..., Any] = _Descriptor if variant is None else variant.described
-    return {name: _descriptor(make, *tiles[name]) for name in chosen.descriptors}
-
-
-def of_kind(
+def with_specialisation(
     call: AttentionCall, d_out: Tensor | None = None, needs: Needs | None = None, **asked: bool
-) -> tuple[AttentionCall, Kind]:
-    """The call and its kind. An operand is copied where that alone makes it aligned, as a view at an odd offset.
+) -> tuple[AttentionCall, Specialisation]:
+    """The call and its specialisation. An operand is copied where that alone makes it aligned, as one at an odd offset.
 
     All kernels then load 16 bytes at a time, and are those of other calls. An expanded operand stays as it is, and so
     do pages, which hold more than the call's keys.
@@ -243,16 +263,18 @@ def of_kind(
         call = call.narrowed()
     if call.visibility.invariant:
         call = _with_one_layout(call)
-    kind = _kind(call, d_out, needs, asked)
-    if not kind.problem.aligned:
-        names = ("q", "k", "v") if call.block_table is None else ("q",)
-        operands = {name: getattr(call, name) for name in names}
-        call = replace(call, **{name: x if 0 in x.stride() else aligned_copy(x) for name, x in operands.items()})
-        kind = _kind(call, d_out, needs, asked)
-    return call, kind
+    special = _specialisation(call, d_out, needs, asked)
+    if special.problem.aligned:
+        return call, special
+    names = ("q", "k", "v") if call.block_table is None else ("q",)
+    operands = {name: getattr(call, name) for name in names}
+    call = replace(call, **{name: x if 0 in x.stride() else aligned_copy(x) for name, x in operands.items()})
+    return call, _specialisation(call, d_out, needs, asked)
 
 
-def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked: dict[str, bool]) -> Kind:
+def _specialisation(
+    call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked: dict[str, bool]
+) -> Specialisation:
     visible, sequences = call.visibility, call.visibility.sequences
     _, query_scale, key_scale, key_bias, softcap, sinks, bias, relative_bias, _, bias_after = call.logits
     vectors = (query_scale, key_scale, key_bias, sinks, bias, relative_bias)
@@ -268,8 +290,12 @@ def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked:
         None if sequences is None else (sequences.longest_q, sequences.longest_k, len(sequences.q_starts)),
         (needs, *asked.values()),
     )
-    page = 0 if call.block_table is None else call.k.shape[2]
-    return kept_kind(key, lambda: (problem_of(call, d_out, **asked), is_wide(call.q, call.k, call.v, d_out, page=page)))
+
+    def found() -> tuple[Problem, bool]:
+        page = 0 if call.block_table is None else call.k.shape[2]
+        return problem_of(call, d_out, **asked), is_wide(call.q, call.k, call.v, d_out, page=page)
+
+    return kept_specialisation(key, found)
 
 
 def aligned_copy(tensor: Tensor) -> Tensor:
@@ -300,27 +326,6 @@ def _has_whole_vectors(*tensors: Tensor) -> bool:
         if x.shape[3] * x.dtype.itemsize % 16:
             return False
     return True
-
-
-class _Descriptor(TensorDescriptor):
-    """A descriptor of an aligned tensor, which leaves nothing to check."""
-
-    def __post_init__(self) -> None:
-        pass
-
-
-def _descriptor(make: Callable[..., Any], tensor: Tensor, rows: int) -> Any:
-    """A descriptor of tiles of `rows` rows of one (batch, head); an axis of one entry gets a legal stride."""
-    return make(tensor, *_described(tensor.shape, tensor.stride(), tensor.dtype.itemsize, rows))
-
-
-@functools.lru_cache(maxsize=4096)
-def _described(
-    shape: torch.Size, strides: tuple[int, ...], itemsize: int, rows: int
-) -> tuple[list[int], list[int], list[int]]:
-    """Shape, strides and tile of a descriptor, which nothing changes."""
-    legal = [stride if size > 1 else 16 // itemsize for size, stride in zip(shape, strides, strict=True)]
-    return list(shape), [*legal[:3], 1], [1, 1, rows, padded_dim(shape[3])]
 
 
 def call_arguments(call: AttentionCall) -> Arguments:

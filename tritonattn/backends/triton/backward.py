@@ -7,10 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.call import AttentionCall, Gradients, Needs
+from ...core.call import AttentionCall, Gradients, Logits, Needs
 from ...tuning.config import ROW_TERMS_ALIGNMENT as ALIGNMENT
 from ...tuning.config import corrects_delta
-from .attention import aligned_copy, aligned_rows, call_arguments, launch_kernel, new_results, of_kind, one_layout
+from .attention import (
+    aligned_copy,
+    aligned_rows,
+    call_arguments,
+    largest,
+    launch_kernel,
+    new_results,
+    one_layout,
+    seen_scales,
+    with_specialisation,
+)
 from .block import (
     LENGTHS,
     LOG2_E,
@@ -25,10 +35,12 @@ from .block import (
     tile_offsets,
     vector_from,
 )
-from .grad_key_value import grad_key_value
-from .grad_query import grad_query
-from .launch import KERNELS, Arguments, Kind, strided
-from .records import Results
+from .combine import add_splits
+from .device import Grid
+from .grad_key_value import attention_grad_key_value
+from .grad_query import attention_grad_query
+from .launch import KERNELS, Plan, Specialisation
+from .records import Arguments, Results, strided
 
 
 @triton.jit
@@ -134,7 +146,11 @@ def attention_row_terms(
     store_term(terms_ptr + 2 * term_offsets + 1, gradient_term, factor, keep_term)
 
 
-KERNELS["row_terms"] = attention_row_terms
+KERNELS |= {
+    "row_terms": attention_row_terms,
+    "grad_query": attention_grad_query,
+    "grad_key_value": attention_grad_key_value,
+}
 
 
 def backward(
@@ -146,7 +162,7 @@ def backward(
     needs: Needs,
     rounding: Tensor | None = None,
 ) -> Gradients:
-    """Gradients by the row-terms, grad_query and grad_key_value kernels.
+    """Compute the gradients of a call by the row-terms, grad_query and grad_key_value kernels.
 
     out, lse and rounding as `forward` left them; d_out [B, Hq, Sq, Dv] in out's dtype and d_lse fp32 [B, Hq, Sq], any
     strides.
@@ -154,7 +170,7 @@ def backward(
     wide_q = call.wide_q is not None or call.q.dtype != call.v.dtype
     wide_k = call.wide_k is not None or call.k.dtype != call.v.dtype
     d_out = one_layout(d_out) if call.visibility.invariant else aligned_copy(d_out)
-    call, kind = of_kind(
+    call, special = with_specialisation(
         call,
         d_out,
         needs,
@@ -165,30 +181,115 @@ def backward(
         wide_k=wide_k,
         is_part=call.is_part,
     )
-    shared = call_arguments(call) | {"d_out": strided(d_out)}
-    shared["d_lse_ptr"] = None if d_lse is None else d_lse.contiguous()
-    corrects = needs.query_scale or kind.problem.has_bias or corrects_delta(kind.problem)
-    takes_sinks = call.logits.sinks is not None and (needs.sinks or corrects)
-    d_sinks = new_results(call, lse.shape, torch.float32) if takes_sinks else None
-    shared["d_sinks_ptr"] = d_sinks
+    arguments = call_arguments(call)
+    arguments["d_out"] = strided(d_out)
+    arguments["d_lse_ptr"] = None if d_lse is None else d_lse.contiguous()
     rounding = None if rounding is None else rounding.contiguous()
     results = Results(out.contiguous(), rounding, lse.contiguous(), None, None)
-    shared |= _row_terms(kind, call, shared, results, d_out)
-    d_q, d_query_scale = grad_query(kind, call, shared, needs, d_out)
-    of_keys = grad_key_value(kind, call, shared, needs, d_out)
+    d_sinks = None
+    if call.logits.sinks is not None:
+        corrects = needs.query_scale or special.problem.has_bias or corrects_delta(special.problem)
+        d_sinks = new_results(call, lse) if needs.sinks or corrects else None
+    _row_terms(special, call, arguments, results, d_out, d_sinks)
+    of_pairs = needs.key_bias or needs.bias or needs.relative_bias
+    d_q = d_query_scale = None
+    # The pass over keys reads the terms that the one over rows corrects.
+    if needs.q or needs.query_scale or of_pairs or ((needs.k or needs.key_scale) and corrects_delta(special.problem)):
+        d_q, d_query_scale = _grad_query(special, call, arguments, needs, d_out)
+    found = Gradients()
+    if needs.k or needs.v or needs.key_scale or of_pairs:
+        found = _grad_key_value(special, call, arguments, needs, d_out)
     d_sinks = d_sinks.sum((0, 2)) if d_sinks is not None and needs.sinks else None
-    d_q = d_q if needs.q else None
-    return of_keys._replace(q=d_q, query_scale=d_query_scale, sinks=d_sinks)
+    return found._replace(q=d_q if needs.q else None, query_scale=d_query_scale, sinks=d_sinks)
 
 
-def _row_terms(kind: Kind, call: AttentionCall, shared: Arguments, results: Results, d_out: Tensor) -> Arguments:
+def _row_terms(
+    special: Specialisation,
+    call: AttentionCall,
+    arguments: Arguments,
+    results: Results,
+    d_out: Tensor,
+    d_sinks: Tensor | None,
+) -> None:
+    """Launch the pass whose terms the two others read: they stay among the arguments."""
     visible, sequences = call.visibility, call.visibility.sequences
     terms_len = aligned_rows(visible.q_len)
     if sequences is not None:
         terms_len += ALIGNMENT * (len(sequences.q_starts) - 1)
     shape = (*call.q.shape[:2], terms_len)
     joined = torch.float32 if call.logits.query_scale is None else torch.int64
-    both, delta = call.q.new_empty((*shape, 2), dtype=joined), call.q.new_empty(shape, dtype=torch.float32)
-    terms = {"terms_ptr": both, "delta_ptr": delta, "terms_len": terms_len}
-    launch_kernel("row_terms", kind, call, shared | terms | {"results": results}, d_out)
-    return terms
+    arguments["terms_ptr"] = call.q.new_empty((*shape, 2), dtype=joined)
+    arguments["delta_ptr"] = call.q.new_empty(shape, dtype=torch.float32)
+    arguments |= {"terms_len": terms_len, "results": results, "d_sinks_ptr": d_sinks}
+    launch_kernel("row_terms", special, call, arguments, d_out)
+
+
+def _grad_query(
+    special: Specialisation, call: AttentionCall, arguments: Arguments, needs: Needs, d_out: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of q and query_scale."""
+    d_q = new_results(call, call.q, torch.float32 if special.problem.wide_q else call.q.dtype)
+    d_query_scale = new_results(call, arguments["results"].lse) if needs.query_scale else None
+    key_size = None
+    if call.logits.key_scale is not None and call.q.dtype == torch.float16:
+        key_size = largest(seen_scales(call.logits.key_scale, call.visibility))
+    arguments |= {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size": key_size}
+    launch_kernel("grad_query", special, call, arguments, d_out)
+    return d_q, d_query_scale
+
+
+def _grad_key_value(
+    special: Specialisation, call: AttentionCall, arguments: Arguments, needs: Needs, d_out: Tensor
+) -> Gradients:
+    """The gradients of k, v, key_scale and the three biases."""
+    terms, bias = call.logits, call.logits.key_bias
+    d_k = new_results(call, call.k, torch.float32 if special.problem.wide_k else call.k.dtype)
+    d_v = new_results(call, call.v, call.v.dtype)
+    d_key_scale = new_results(call, call.k.select(3, 0)) if needs.key_scale else None
+    d_key_bias = new_results(call, bias) if bias is not None and needs.key_bias else None
+    arguments |= {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "d_key_bias_ptr": d_key_bias}
+    arguments |= {"factor_size": None, "row_bounds_ptr": None, "d_bias": None, "d_relative_bias": None}
+    pairs = _of_pairs(call, needs) if needs.bias or needs.relative_bias else {}
+    for name, x in pairs.items():
+        arguments[f"d_{name}"] = strided(x)
+    if terms.query_scale is not None and call.q.dtype == torch.float16:
+        factor = terms.query_scale * (terms.scale * LOG2_E.value)
+        arguments["factor_size"] = largest(factor.unflatten(1, (call.visibility.kv_heads, -1)).flatten(2))
+    launch_kernel("grad_key_value", special, call, arguments, d_out, _in_splits)
+    d_k, d_v = d_k if needs.k else None, d_v if needs.v else None
+    found = Gradients(k=d_k, v=d_v, key_scale=d_key_scale, key_bias=d_key_bias)
+    return found._replace(**_summed(pairs, terms)) if pairs else found
+
+
+def _of_pairs(call: AttentionCall, needs: Needs) -> dict[str, Tensor]:
+    """Room for the gradients of the biases of all pairs, of which the kernel writes those of visible pairs."""
+    found = {}
+    for name, bias in (("bias", call.logits.bias), ("relative_bias", call.logits.relative_bias)):
+        if bias is not None and getattr(needs, name):
+            width = call.visibility.k_len if name == "bias" else bias.shape[3]
+            padded = -(-width // 16) * 16  # rows begin where wide stores can
+            room = call.q.new_zeros((*call.q.shape[:3], padded), dtype=torch.float32)
+            found[name] = room[..., :width]
+    return found
+
+
+def _summed(pairs: dict[str, Tensor], terms: Logits) -> dict[str, Tensor]:
+    """The gradients of biases: sums, in fp32 and one order, over the axes that a bias has once."""
+    found = {}
+    for name, x in pairs.items():
+        bias = getattr(terms, name)
+        found[name] = x.sum_to_size(bias.shape).to(bias.dtype)
+    return found
+
+
+def _in_splits(chosen: Plan, grid: Grid, arguments: Arguments, special: Specialisation, call: AttentionCall) -> None:
+    """Launch with the rows of each key shared out among splits, and add their parts up."""
+    names = ("d_k_ptr", "d_v_ptr", "d_key_scale_ptr", "d_key_bias_ptr")
+    results = {name: arguments[name] for name in names if arguments[name] is not None}
+    splits = arguments["splits"]
+    parts = {name: new_results(call, x.expand(splits, *x.shape)) for name, x in results.items()}
+    if "d_key_bias_ptr" in parts:
+        parts["d_key_bias_ptr"].zero_()  # a split writes the heads that it has rows of
+    chosen.launch(grid, arguments | parts, special)
+    for name, result in results.items():
+        add_splits(special, parts[name], result)

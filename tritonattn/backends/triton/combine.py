@@ -10,8 +10,8 @@ from torch import Tensor
 from ...core.call import AttentionCall
 from .attention import new_results
 from .block import LENGTHS, LN_2, LOG2_E, lost_in_rounding, program_position
-from .launch import KERNELS, Arguments, Kind, plan
-from .records import Results
+from .launch import KERNELS, Specialisation, plan
+from .records import Arguments, Results
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -116,24 +116,24 @@ KERNELS |= {"combine_splits": combine_splits, "sum_of_splits": sum_of_splits}
 
 def parts_of(call: AttentionCall, results: Results, splits: int) -> Results:
     """Room for the parts of results, [splits, B, Hq, Sq, ...] in fp32."""
-    rows, aux = (splits, *results.lse.shape), results.max_logit is not None
-    out = new_results(call, (splits, *results.out.shape), torch.float32)
-    lse = new_results(call, rows, torch.float32, fill=-torch.inf)
-    max_logit = new_results(call, rows, torch.float32, fill=-torch.inf) if aux else None
-    return Results(out, None, lse, max_logit, new_results(call, rows, torch.float32) if aux else None)
+    rows, aux = results.lse.expand(splits, -1, -1, -1), results.max_logit is not None
+    out = new_results(call, results.out.expand(splits, -1, -1, -1, -1))
+    lse = new_results(call, rows, fill=-torch.inf)
+    max_logit = new_results(call, rows, fill=-torch.inf) if aux else None
+    return Results(out, None, lse, max_logit, new_results(call, rows) if aux else None)
 
 
-def combine(kind: Kind, parts: Results, results: Results, sinks: Tensor | None) -> None:
+def combine(special: Specialisation, parts: Results, results: Results, sinks: Tensor | None) -> None:
     """Join the parts of rows into results."""
     splits, batch, q_heads, q_len = parts.lse.shape
     arguments: Arguments = {"parts": parts, "results": results, "sinks_ptr": sinks, "q_len": q_len, "q_heads": q_heads}
     arguments |= {"splits": splits, "part_rows": batch * q_heads * q_len}
-    chosen = plan("combine_splits", kind.problem, parts.lse.device)
-    chosen.launch((q_len, q_heads, batch), arguments, False, kind)
+    chosen = plan("combine_splits", special.problem, parts.lse.device)
+    chosen.launch((q_len, q_heads, batch), arguments, special)
 
 
-def add_splits(kind: Kind, parts: Tensor, result: Tensor) -> None:
+def add_splits(special: Specialisation, parts: Tensor, result: Tensor) -> None:
     """Add up the parts [splits, ...] of a gradient; each of a call's gradients has code of its own, so none is kept."""
-    chosen = plan("sum_of_splits", kind.problem, parts.device)
+    chosen = plan("sum_of_splits", special.problem, parts.device)
     arguments = {"parts_ptr": parts, "sum_ptr": result, "splits": parts.shape[0], "size": result.numel()}
-    chosen.launch((-(-result.numel() // chosen.config.block_n), 1, 1), arguments, False)
+    chosen.launch((-(-result.numel() // chosen.config.block_n), 1, 1), arguments)

@@ -20,13 +20,14 @@ from ...tuning.defaults import default_config
 from .backward import backward
 from .combine import add_splits
 from .decode import decode
-from .device import Kind, binder, compile_options
+from .device import Specialisation, binder, compile_options
 from .forward import forward
 from .key_norms import key_norms, key_norms_backward, prefix_sums
 from .key_records import append_keys, append_to_pages
 from .launch import KERNELS, Launch, Plan, overriding, recording
 from .operands import Operands
-from .ranges import argmax_over_ranges, range_arguments, rows_of_key_blocks, seen_keys
+from .ranges import argmax_over_ranges, rows_of_key_blocks, seen_keys
+from .records import range_arguments
 
 _PAGE = 16
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -93,10 +94,10 @@ def specialised(
     if hasattr(function, "_pack_args"):
         _, types, constants, attributes = function._pack_args(backend, options, bound, specialization, unbound)
     else:  # triton 3.4
-        kinds, notes = (list(column) for column in zip(*specialization, strict=True))
-        types = dict(zip(bound, kinds, strict=True))
+        types_of, notes = (list(column) for column in zip(*specialization, strict=True))
+        types = dict(zip(bound, types_of, strict=True))
         values = list(bound.values())
-        paths = find_paths_if(kinds, lambda _, kind: kind == "constexpr")
+        paths = find_paths_if(types_of, lambda _, one: one == "constexpr")
         constants = {path: get_iterable_path(values, path) for path in paths}
         paths = find_paths_if(notes, lambda _, note: isinstance(note, str))
         attributes = {path: backend.parse_attr(get_iterable_path(notes, path)) for path in paths}
@@ -162,8 +163,8 @@ def _decode(problem: Problem) -> None:
 
 
 def _sum_of_splits(problem: Problem) -> None:
-    kind, result = Kind(problem, wide=False), _tensor(2, 2, 1024, problem.head_dim, dtype=problem.dtype)
-    add_splits(kind, _tensor(4, *result.shape), result)
+    special, result = Specialisation(problem, wide=False), _tensor(2, 2, 1024, problem.head_dim, dtype=problem.dtype)
+    add_splits(special, _tensor(4, *result.shape), result)
 
 
 def _keys(problem: Problem) -> tuple[Tensor, Tensor | None]:

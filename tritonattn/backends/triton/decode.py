@@ -31,22 +31,8 @@ from .block import (
     vector_from,
 )
 from .combine import combine, parts_of
-from .launch import (
-    KERNELS,
-    Arguments,
-    Kind,
-    Plan,
-    bounded,
-    drop_config,
-    forms_of,
-    is_wide,
-    kept_kind,
-    logit_arguments,
-    pages_of,
-    plan,
-    strided,
-)
-from .records import Results
+from .launch import KERNELS, Plan, Specialisation, drop_config, forms_of, is_wide, kept_specialisation, plan
+from .records import Arguments, Results, bounded, logit_arguments, pages_of, strided
 
 SHORTEST_SPLIT = tl.constexpr(config.SHORTEST_SPLIT)
 _SIZES = ["group", "length_words"]
@@ -262,28 +248,28 @@ def decode(call: AttentionCall, aux: bool) -> ForwardResult:
 
     The rows of a call stand at the end of its keys: those of a cache, and where they `are_few_rows`.
     """
-    kind = _kind(call, aux)
+    special = _specialisation(call, aux)
     if recorded.recorders:
-        recorded.note(Exact("decode", kind.problem), size_of(call))
+        recorded.note(Exact("decode", special.problem), size_of(call))
     while True:
-        chosen = plan("decode", kind.problem, call.q.device)
+        chosen = plan("decode", special.problem, call.q.device)
         try:
-            return _launch(call, aux, kind, chosen)
+            return _launch(call, aux, special, chosen)
         except (TritonError, RuntimeError) as error:
-            drop_config("decode", kind.problem, call.q.device, chosen, error)
+            drop_config("decode", special.problem, call.q.device, chosen, error)
 
 
-def _kind(call: AttentionCall, aux: bool) -> Kind:
+def _specialisation(call: AttentionCall, aux: bool) -> Specialisation:
     visible = call.visibility
     _, query_scale, key_scale, key_bias, softcap, sinks, bias, relative_bias, _, bias_after = call.logits
     vectors = (query_scale, key_scale, key_bias, sinks, bias, relative_bias)
     masks = (visible.key_lengths, visible.key_ranges, call.block_table, visible.row_counts)
     key = (*forms_of(call.q, call.k, call.v, *vectors, *masks), softcap is None, bias_after, visible.left, aux)
     page = 0 if call.block_table is None else call.k.shape[2]
-    return kept_kind(key, lambda: (_problem(call, aux), is_wide(call.k, call.v, page=page)))
+    return kept_specialisation(key, lambda: (_problem(call, aux), is_wide(call.k, call.v, page=page)))
 
 
-def _launch(call: AttentionCall, aux: bool, kind: Kind, chosen: Plan) -> ForwardResult:
+def _launch(call: AttentionCall, aux: bool, special: Specialisation, chosen: Plan) -> ForwardResult:
     visible = call.visibility
     splits, group = _splits(visible, chosen.config), visible.q_heads // visible.kv_heads
     tiles = -(-group * visible.q_len // chosen.config.block_m)
@@ -294,9 +280,9 @@ def _launch(call: AttentionCall, aux: bool, kind: Kind, chosen: Plan) -> Forward
     arguments["results"], arguments["splits"], sinks = parts, splits, arguments["sinks_ptr"]
     arguments["part_rows"] = joined.lse.numel()
     arguments["sinks_ptr"] = sinks if splits == 1 else None
-    chosen.launch((splits * tiles, visible.kv_heads, visible.batch), arguments, kind.wide, kind)
+    chosen.launch((splits * tiles, visible.kv_heads, visible.batch), arguments, special)
     if splits > 1:
-        combine(kind, parts, joined, sinks)
+        combine(special, parts, joined, sinks)
     return ForwardResult(joined.out, joined.lse, joined.max_logit, joined.entropy)
 
 

@@ -16,8 +16,8 @@ from triton.runtime import driver
 from triton.runtime.jit import create_function_from_signature
 
 from ...tuning.config import REGISTERS, Problem, TileConfig
+from .records import Arguments
 
-Arguments = dict[str, Any]
 Grid = tuple[int, int, int]
 
 
@@ -26,15 +26,15 @@ class NotCompiledError(RuntimeError):
 
 
 @dataclass(eq=False, slots=True)
-class ArgumentsOfKind(Mapping[str, Any]):
-    """A kernel's arguments in its order, and the kind of the call that they belong to, or None.
+class KernelArguments(Mapping[str, Any]):
+    """A kernel's arguments in its order, and the specialisation of the call that they belong to, or None.
 
     A launch on a device reads the values alone, so that no dict is made of them.
     """
 
     _names: tuple[str, ...]
     _values: tuple[Any, ...]
-    kind: Kind | None
+    special: Specialisation | None
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._names:
@@ -52,18 +52,26 @@ class ArgumentsOfKind(Mapping[str, Any]):
 
 
 @dataclass(frozen=True, eq=False)
-class Kind:
+class Specialisation:
     """Calls that differ in addresses, and in numbers that select no code: one `Problem`, and one code of each kernel.
 
     wide    `launch.is_wide` of its tensors
     codes   by kernel, config, device and settings, code for arguments whose addresses are all multiples of 16
-    grids   by kernel, config and target, each with the arguments that go with it
+    layouts by `launch.Plan`
     """
 
     problem: Problem
     wide: bool
     codes: dict[tuple, KeptCode] = field(default_factory=dict)
-    grids: dict[tuple, tuple[Grid, Arguments]] = field(default_factory=dict)
+    layouts: dict[Any, Layout] = field(default_factory=dict)
+
+
+class Layout(NamedTuple):
+    """The grid of a launch, the arguments that go with it, and shape, strides and tile of each descriptor."""
+
+    grid: Grid
+    arguments: Arguments
+    descriptors: dict[str, tuple[list[int], list[int], list[int]]]
 
 
 class KeptCode(NamedTuple):
@@ -116,9 +124,9 @@ _thread = _Thread()
 def launch_on(
     device: torch.device, kernel: Any, grid: Grid, arguments: Mapping[str, Any], config: TileConfig
 ) -> CompiledKernel | None:
-    """Launch on a CUDA or HIP device, with the code that Triton compiled for a call of the same kind, or as its first.
+    """Launch on a CUDA or HIP device: the code that Triton compiled for the specialisation, or as its first call.
 
-    `kernel[grid](...)` finds that code too, in three to four times the host's time. Returns the code of a kind's first.
+    `kernel[grid](...)` finds that code too, in three to four times the host's time. Returns the code of a first call.
     """
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
@@ -128,16 +136,16 @@ def launch_on(
         torch.cuda.is_current_stream_capturing()  # torch 2.8 skips set_device of a current device, but not this
         _thread.has_context = True
     values, switches = tuple(arguments.values()), _switches()
-    kind: Kind | None = getattr(arguments, "kind", None)
+    special: Specialisation | None = getattr(arguments, "special", None)
     key = (id(kernel), config, device.index, *switches)
-    if kind is not None and (kept := kind.codes.get(key)) and kept.takes(values):
+    if special is not None and (kept := special.codes.get(key)) and kept.takes(values):
         _launch(kept.compiled, grid, device.index, values)
         return None
     compiled = _bound_and_launched(device.index, kernel, grid, arguments, config, switches)
-    if kind is not None and compiled is not None:
+    if special is not None and compiled is not None:
         kept = kept_code(compiled, values, kernel)
         if kept.takes(values):
-            kind.codes[key] = kept
+            special.codes[key] = kept
             return compiled
     return None
 

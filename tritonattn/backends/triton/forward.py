@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.call import AttentionCall, ForwardResult
-from .attention import call_arguments, launch_kernel, new_results, of_kind
+from .attention import call_arguments, launch_kernel, new_results, with_specialisation
 from .block import (
     LENGTHS,
     LOG2_E,
@@ -36,8 +36,8 @@ from .block import (
 )
 from .combine import combine, parts_of
 from .device import Grid
-from .launch import KERNELS, Arguments, Kind, Plan
-from .records import Results, View
+from .launch import KERNELS, Plan, Specialisation
+from .records import Arguments, Results, View
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "group"])
@@ -302,22 +302,21 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
 
     rounding   int8 [B, Hq, Sq, Dv], contiguous, or None; receives what out lost when it was rounded: `core.rounding`
     """
-    call, kind = of_kind(call, aux=aux, rounding=rounding is not None)
+    call, special = with_specialisation(call, aux=aux, rounding=rounding is not None)
     q, v = call.q, call.v
-    out = new_results(call, (*q.shape[:3], v.shape[-1]), q.dtype)
-    lse = new_results(call, q.shape[:3], torch.float32, fill=-torch.inf)
-    max_logit = entropy = None
-    if aux:
-        max_logit = new_results(call, q.shape[:3], torch.float32, fill=-torch.inf)
-        entropy = new_results(call, q.shape[:3], torch.float32)
+    row = q.select(3, 0)
+    out = new_results(call, q if v.shape[3] == q.shape[3] else row[..., None].expand(-1, -1, -1, v.shape[3]), q.dtype)
+    lse = new_results(call, row, fill=-torch.inf)
+    max_logit = new_results(call, row, fill=-torch.inf) if aux else None
+    entropy = new_results(call, row) if aux else None
     arguments = call_arguments(call)
     arguments["results"] = Results(out, rounding, lse, max_logit, entropy)
-    launch_kernel("forward", kind, call, arguments, in_splits=_in_splits)
+    launch_kernel("forward", special, call, arguments, in_splits=_in_splits)
     return ForwardResult(out, lse, max_logit, entropy)
 
 
-def _in_splits(chosen: Plan, grid: Grid, arguments: Arguments, kind: Kind, call: AttentionCall) -> None:
+def _in_splits(chosen: Plan, grid: Grid, arguments: Arguments, special: Specialisation, call: AttentionCall) -> None:
     """Launch with the keys of each row shared out among splits, and join their parts."""
     results, parts = arguments["results"], parts_of(call, arguments["results"], arguments["splits"])
-    chosen.launch(grid, arguments | {"results": parts, "sinks_ptr": None}, kind.wide, kind)
-    combine(kind, parts, results, arguments["sinks_ptr"])
+    chosen.launch(grid, arguments | {"results": parts, "sinks_ptr": None}, special)
+    combine(special, parts, results, arguments["sinks_ptr"])

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...core.call import AttentionCall, Gradients, Logits, Needs
-from .attention import largest, launch_kernel, new_results
 from .block import (
     LENGTHS,
     LN_2,
@@ -31,9 +27,6 @@ from .block import (
     vector_from,
     whole_blocks,
 )
-from .combine import add_splits
-from .device import Grid
-from .launch import KERNELS, Arguments, Kind, Plan, strided
 from .records import View
 
 
@@ -391,63 +384,3 @@ def attention_grad_key_value(
     keep_v = keep_key[:, None] & (tl.arange(0, BLOCK_DV)[None, :] < VALUE_DIM)
     tl.store(d_k_ptrs, dk.to(d_k_ptr.dtype.element_ty), mask=keep_k)
     tl.store(d_v_ptrs, dv.to(d_v_ptr.dtype.element_ty), mask=keep_v)
-
-
-KERNELS["grad_key_value"] = attention_grad_key_value
-
-
-def grad_key_value(kind: Kind, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor) -> Gradients:
-    """The gradients of k, v, key_scale and the three biases."""
-    if not (needs.k or needs.v or needs.key_scale or needs.key_bias or needs.bias or needs.relative_bias):
-        return Gradients()
-    terms, bias = call.logits, call.logits.key_bias
-    d_k = new_results(call, call.k.shape, torch.float32 if kind.problem.wide_k else call.k.dtype)
-    d_v = new_results(call, call.v.shape, call.v.dtype)
-    d_key_scale = new_results(call, call.k.shape[:3], torch.float32) if needs.key_scale else None
-    d_key_bias = new_results(call, bias.shape, torch.float32) if bias is not None and needs.key_bias else None
-    results: Arguments = {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "factor_size": None}
-    results |= {"d_key_bias_ptr": d_key_bias, "row_bounds_ptr": None, "d_bias": None, "d_relative_bias": None}
-    pairs = _of_pairs(call, needs) if needs.bias or needs.relative_bias else {}
-    for name, x in pairs.items():
-        results[f"d_{name}"] = strided(x)
-    if terms.query_scale is not None and call.q.dtype == torch.float16:
-        factor = terms.query_scale * (terms.scale * LOG2_E.value)
-        results["factor_size"] = largest(factor.unflatten(1, (call.visibility.kv_heads, -1)).flatten(2))
-    launch_kernel("grad_key_value", kind, call, shared | results, d_out, _in_splits)
-    d_k, d_v = d_k if needs.k else None, d_v if needs.v else None
-    found = Gradients(k=d_k, v=d_v, key_scale=d_key_scale, key_bias=d_key_bias)
-    return found._replace(**_summed(pairs, terms)) if pairs else found
-
-
-def _of_pairs(call: AttentionCall, needs: Needs) -> dict[str, Tensor]:
-    """Room for the gradients of the biases of all pairs, of which the kernel writes those of visible pairs."""
-    found = {}
-    for name, bias in (("bias", call.logits.bias), ("relative_bias", call.logits.relative_bias)):
-        if bias is not None and getattr(needs, name):
-            width = call.visibility.k_len if name == "bias" else bias.shape[3]
-            padded = -(-width // 16) * 16  # rows begin where wide stores can
-            room = call.q.new_zeros((*call.q.shape[:3], padded), dtype=torch.float32)
-            found[name] = room[..., :width]
-    return found
-
-
-def _summed(pairs: dict[str, Tensor], terms: Logits) -> dict[str, Tensor]:
-    """The gradients of biases: sums, in fp32 and one order, over the axes that a bias has once."""
-    found = {}
-    for name, x in pairs.items():
-        bias = getattr(terms, name)
-        found[name] = x.sum_to_size(bias.shape).to(bias.dtype)
-    return found
-
-
-def _in_splits(chosen: Plan, grid: Grid, arguments: Arguments, kind: Kind, call: AttentionCall) -> None:
-    """Launch with the rows of each key shared out among splits, and add their parts up."""
-    names = ("d_k_ptr", "d_v_ptr", "d_key_scale_ptr", "d_key_bias_ptr")
-    results = {name: arguments[name] for name in names if arguments[name] is not None}
-    splits = arguments["splits"]
-    parts = {name: new_results(call, (splits, *x.shape), torch.float32) for name, x in results.items()}
-    if "d_key_bias_ptr" in parts:
-        parts["d_key_bias_ptr"].zero_()  # a split writes the heads that it has rows of
-    chosen.launch(grid, arguments | parts, kind.wide, kind)
-    for name, result in results.items():
-        add_splits(kind, parts[name], result)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...core.call import AttentionCall, Needs
-from ...tuning.config import corrects_delta
-from .attention import largest, launch_kernel, new_results, seen_scales
 from .block import (
     LENGTHS,
     LOG2_E,
@@ -34,7 +29,6 @@ from .block import (
     vector_from,
     visible,
 )
-from .launch import KERNELS, Arguments, Kind
 from .records import View
 
 # Few keys, over which a block of rows loops twice. Among more, some row's exact gradient is far larger than an error.
@@ -298,22 +292,3 @@ def attention_grad_query(
     d_q_ptrs = d_q_ptr + row_base * HEAD_DIM + tile_offsets(block_rows, BLOCK_D, HEAD_DIM, 1, False)
     keep_q = keep_row[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
     tl.store(d_q_ptrs, dq.to(d_q_ptr.dtype.element_ty), mask=keep_q)
-
-
-KERNELS["grad_query"] = attention_grad_query
-
-
-def grad_query(
-    kind: Kind, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    if not (needs.q or needs.query_scale or needs.key_bias or needs.bias or needs.relative_bias):
-        # The pass over keys reads the corrected terms.
-        if not ((needs.k or needs.key_scale) and corrects_delta(kind.problem)):
-            return None, None
-    d_q = new_results(call, call.q.shape, torch.float32 if kind.problem.wide_q else call.q.dtype)
-    d_query_scale = new_results(call, call.q.shape[:3], torch.float32) if needs.query_scale else None
-    results: Arguments = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size": None}
-    if call.logits.key_scale is not None and call.q.dtype == torch.float16:
-        results["key_size"] = largest(seen_scales(call.logits.key_scale, call.visibility))
-    launch_kernel("grad_query", kind, call, shared | results, d_out)
-    return d_q, d_query_scale

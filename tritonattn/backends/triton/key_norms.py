@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...tuning.config import Problem
 from .block import LENGTHS, from_row, load_tile, program_position, tile_offsets
-from .launch import KERNELS, Arguments, forms_of, is_aligned, is_wide, kept_kind, plan, strided
+from .launch import KERNELS, forms_of, is_aligned, is_wide, kept_specialisation, plan
 from .ranges import NO_HEADS, seen_bytes
+from .records import Arguments, strided
 
 # Below fp32's smallest normal number a norm counts as 0.
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
@@ -174,8 +175,8 @@ def prefix_sums(addends: Tensor) -> Tensor:
     batch, heads, count = addends.shape
     sums = torch.empty((batch, heads, count + 1), dtype=torch.float64, device=addends.device)
     arguments = {"addends_ptr": addends.contiguous(), "sums_ptr": sums, "addends_len": count, "q_heads": heads}
-    kind = kept_kind((addends.dtype,), lambda: (NO_HEADS, False))
-    plan("prefix_sums", NO_HEADS, addends.device).launch((1, heads, batch), arguments, False, kind)
+    special = kept_specialisation((addends.dtype,), lambda: (NO_HEADS, False))
+    plan("prefix_sums", NO_HEADS, addends.device).launch((1, heads, batch), arguments, special)
     return sums
 
 
@@ -195,10 +196,10 @@ def launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
     key: list[Any] = forms_of(k)
     for value in available.values():  # no comprehension: each is a call of its own before Python 3.12
         key.append(getattr(value, "dtype", value is None))
-    kind = kept_kind(tuple(key), lambda: (_problem(k), is_wide(k)))
-    chosen = plan(kernel, kind.problem, k.device)
+    special = kept_specialisation(tuple(key), lambda: (_problem(k), is_wide(k)))
+    chosen = plan(kernel, special.problem, k.device)
     blocks = 1 if kernel == "append_keys" else -(-k_len // chosen.config.block_n)  # its sums go through all keys
-    chosen.launch((blocks, heads, batch), available, kind.wide, kind)
+    chosen.launch((blocks, heads, batch), available, special)
 
 
 def _problem(k: Tensor) -> Problem:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .block import LENGTHS, from_row, load_tile, page_slots, program_position, tile_offsets
 from .key_norms import key_arguments, key_norms, launch_keys, norms_of, with_usual_strides
-from .launch import KERNELS, Arguments, forms_of, kept_kind, pages_of, plan, scale_of
+from .launch import KERNELS, forms_of, kept_specialisation, plan
 from .ranges import NO_HEADS
-from .records import KeyBuffers
+from .records import Arguments, KeyBuffers, pages_of, scale_of
 
 
 @triton.jit
@@ -220,8 +220,8 @@ def append_to_pages(
         "k_len": total,
         "kv_heads": kv_heads,
     }
-    kind = kept_kind(tuple(forms_of(block_table, *buffers)), lambda: (NO_HEADS, False))
-    chosen = plan("append_to_pages", kind.problem, k.device)
+    special = kept_specialisation(tuple(forms_of(block_table, *buffers)), lambda: (NO_HEADS, False))
+    chosen = plan("append_to_pages", special.problem, k.device)
     grid = (-(-kv_heads // chosen.config.block_m), 1, len(key_lengths_after))
     for _ in range(passes):
-        chosen.launch(grid, arguments, False, kind)
+        chosen.launch(grid, arguments, special)

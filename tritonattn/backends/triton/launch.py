@@ -9,14 +9,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from ...core.call import Logits
-from ...core.visibility import Visibility
 from ...tuning import lookup
 from ...tuning.config import (
     Problem,
@@ -30,8 +29,7 @@ from ...tuning.config import (
 )
 from ...tuning.defaults import default_config
 from ...tuning.order import LONGEST_AXIS, lanes
-from .device import Arguments, ArgumentsOfKind, Grid, Kind, NotCompiledError, launch_on
-from .records import Pages, Scale, Strided
+from .device import Arguments, Grid, KernelArguments, NotCompiledError, Specialisation, launch_on
 
 KERNELS: dict[str, Any] = {}  # by name: each file of kernels enters its own
 
@@ -58,7 +56,7 @@ def run_on_device(kernel: Any, grid: Grid, arguments: Mapping[str, Any], config:
     device = device_of(arguments.values())
     compiled = launch_on(device, kernel, grid, arguments, config)
     if compiled is not None and compiled.n_spills:
-        _hold_to_gate(kernel, arguments.kind.problem, device, config, compiled.n_spills)  # pyright: ignore[reportAttributeAccessIssue]
+        _hold_to_gate(kernel, arguments.special.problem, device, config, compiled.n_spills)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _hold_to_gate(kernel: Any, problem: Problem, device: torch.device, config: TileConfig, spills: int) -> None:
@@ -124,7 +122,8 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" or run is not run_on_device
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Plan:
     """A kernel with its config and constexprs for one problem and target, and the names of its arguments.
 
     in_order   picks the arguments from all that are available
@@ -148,19 +147,19 @@ class Plan(NamedTuple):
         descriptors = tuple(name for name in names if name.endswith("_descriptor"))
         return cls(function, config, names, constexprs, target, operator.itemgetter(*names), descriptors, variant)
 
-    def launch(self, grid: Grid, available: Arguments, wide: bool, kind: Kind | None = None) -> None:
-        """Run with the kernel's own arguments out of those available, in its order; kind: of the call, where kept.
+    def launch(self, grid: Grid, available: Arguments, special: Specialisation | None = None) -> None:
+        """Run with the kernel's own arguments out of those available, in its order; special: of the call, where kept.
 
         grid   programs along each axis; past LONGEST_AXIS or MOST_PROGRAMS in several launches
         """
         execute = recorder.run if (recorder := _recorder.get()) else run
         values = available | self.constexprs
-        values["WIDE"] = wide
+        values["WIDE"] = special is not None and special.wide
         x, y, z = grid
         is_one = 0 < y <= LONGEST_AXIS and 0 < z <= LONGEST_AXIS and x * y * z <= MOST_PROGRAMS
         for part, first_y, first_z in ((grid, 0, 0),) if is_one else _parts(x, y, z):
             values["first_y"], values["first_z"] = first_y, first_z
-            execute(self.kernel, part, ArgumentsOfKind(self.names, self.in_order(values), kind), self.config)
+            execute(self.kernel, part, KernelArguments(self.names, self.in_order(values), special), self.config)
 
 
 def _parts(x: int, y: int, z: int) -> Iterable[tuple[Grid, int, int]]:
@@ -287,67 +286,9 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
     }
 
 
-def strided(tensor: Tensor) -> Strided:
-    return Strided(tensor, *tensor.stride())
-
-
-def stretched(tensor: Tensor) -> Strided:
-    """The record of a tensor whose axes of length 1 stand for any length."""
-    steps = [0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
-    return Strided(tensor, *steps)
-
-
-def scale_of(tensor: Tensor) -> Scale:
-    """The record of a factor [B, H, S], or of a bias [B, Hkv, group, Sk]."""
-    b, h, *g, s = tensor.stride()
-    return Scale(tensor, 16 * b, 16 * h, 16 * g[0] if g else 0, s)
-
-
-def logit_arguments(logits: Logits) -> Arguments:
-    """The arguments that say what a logit is, and the softmax's other terms."""
-    return {
-        "scale": float(logits.scale),
-        "query_scale": None if logits.query_scale is None else scale_of(logits.query_scale),
-        "key_scale": None if logits.key_scale is None else scale_of(logits.key_scale),
-        "key_bias": None if logits.key_bias is None else scale_of(logits.key_bias),
-        "bias": None if logits.bias is None else stretched(logits.bias),
-        "relative_bias": None if logits.relative_bias is None else stretched(logits.relative_bias),
-        "extent": None if logits.relative_bias is None else logits.relative_bias.shape[3],
-        "relative_right": None if logits.relative_bias is None else logits.relative_right,
-        "softcap": None if logits.softcap is None else float(logits.softcap),
-        "sinks_ptr": None if logits.sinks is None else logits.sinks.contiguous(),
-    }
-
-
-def pages_of(block_table: Tensor, count: int, size: int) -> Pages:
-    """The record of a block table, int32 [sequences, max_pages], of `count` pages of `size` keys."""
-    bits = (size - 1).bit_length()
-    magic = 16 * (2 ** (31 + bits) // size + 1)
-    return Pages(block_table.contiguous(), 16 * size, 16 * count, 16 * block_table.shape[1], magic, 16 * (bits - 1))
-
-
-def range_arguments(visible: Visibility) -> Arguments:
-    """The arguments of kernels that use `block.key_range`."""
-    lengths, ranges = visible.key_lengths, visible.key_ranges
-    reach = visible.q_len + visible.k_len
-    return {
-        "left": None if visible.left is None else min(visible.left, reach),
-        "right": None if visible.right is None else min(visible.right, reach),
-        "key_lengths": None if lengths is None else bounded(lengths, visible.k_len).contiguous(),
-        "key_ranges": None if ranges is None else bounded(ranges, visible.k_len).contiguous(),
-        "q_len": visible.q_len,
-        "k_len": visible.k_len,
-    }
-
-
-def bounded(x: Tensor, highest: int) -> Tensor:
-    """Integers clamped to [0, highest], int32; a dtype of fewer bits is widened first, as it may not hold `highest`."""
-    return (x.int() if x.dtype.itemsize < 4 else x).clamp(0, highest).int()
-
-
 Form = tuple[torch.Size, tuple[int, ...], torch.dtype, bool]
-_kinds: dict[Any, Kind] = {}
-_MOST_KINDS = 4096
+_specialisations: dict[Any, Specialisation] = {}
+_MOST_SPECIALISATIONS = 4096
 
 
 def forms_of(*tensors: Tensor | None) -> list[Form | None]:
@@ -358,14 +299,14 @@ def forms_of(*tensors: Tensor | None) -> list[Form | None]:
     return found
 
 
-def kept_kind(key: tuple[Any, ...], found: Callable[[], tuple[Problem, bool]]) -> Kind:
-    """The one `Kind` of a key: the forms of a call's tensors, and its options. found: its problem and `wide`."""
-    kind = _kinds.get(key)
-    if kind is None:
-        if len(_kinds) >= _MOST_KINDS:
-            _kinds.clear()
-        kind = _kinds[key] = Kind(*found())
-    return kind
+def kept_specialisation(key: tuple[Any, ...], found: Callable[[], tuple[Problem, bool]]) -> Specialisation:
+    """The one `Specialisation` of a key: the forms of a call's tensors, and its options. found: problem and `wide`."""
+    special = _specialisations.get(key)
+    if special is None:
+        if len(_specialisations) >= _MOST_SPECIALISATIONS:
+            _specialisations.clear()
+        special = _specialisations[key] = Specialisation(*found())
+    return special
 
 
 def is_wide(*tensors: Tensor | None, page: int = 0) -> bool:

@@ -10,8 +10,8 @@ from torch import Tensor
 from ...core.visibility import Visibility
 from ...tuning.config import Problem
 from .block import LENGTHS, key_range, pass_bounds, program_position, whole_blocks
-from .launch import KERNELS, Arguments, Plan, plan, range_arguments
-from .records import View
+from .launch import KERNELS, Plan, plan
+from .records import Arguments, View, range_arguments
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -170,7 +170,7 @@ def argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
         "bounds_len": q_len if lo.shape[0] > 1 else 0,
     }
     chosen = _plan("argmax_of_ranges", x.device)
-    chosen.launch((-(-q_len // chosen.config.block_m), heads, batch), arguments, False)
+    chosen.launch((-(-q_len // chosen.config.block_m), heads, batch), arguments)
     return argmax
 
 
@@ -185,7 +185,7 @@ def seen_keys(visible: Visibility, arguments: Arguments | None = None) -> Tensor
     chosen = _plan("keys_seen", visible.device)
     grid = (-(-visible.k_len // chosen.config.block_n), 1, visible.batch)
     arguments = range_arguments(visible) if arguments is None else arguments
-    chosen.launch(grid, arguments | {"keys_seen_ptr": seen}, False)
+    chosen.launch(grid, arguments | {"keys_seen_ptr": seen})
     return seen.view(torch.bool)[:, None]
 
 
@@ -197,7 +197,7 @@ def rows_of_key_blocks(visible: Visibility, arguments: Arguments, key_block: int
     blocks = -(-visible.k_len // key_block)
     bounds = torch.empty((visible.batch, blocks, 2), dtype=torch.int32, device=visible.device)
     arguments = arguments | {"bounds_ptr": bounds, "key_block": key_block}
-    _plan("row_bounds", visible.device).launch((blocks, 1, visible.batch), arguments, False)
+    _plan("row_bounds", visible.device).launch((blocks, 1, visible.batch), arguments)
     return bounds
 
 

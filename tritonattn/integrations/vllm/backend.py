@@ -27,9 +27,9 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from ... import ops
 from ...calls.dispatch import choose_backend, with_logits
 from ...calls.formulas import by_formulas
-from ...calls.page_checks import SMALLEST_PAGE
+from ...calls.layouts import SMALLEST_PAGE
 from ...calls.paged_statistics import PagedKeyStatistics
-from ...calls.varlen_checks import Packing
+from ...calls.varlen import Packing
 from ...core.call import AttentionCall, Logits
 from ...core.invariance import is_invariant
 from ...core.visibility import Visibility, window_sides
@@ -223,8 +223,8 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Find this layer's scaling, now that all layers exist and what they have learned is loaded."""
-        own = {name: x for name, x in self._layers.items() if isinstance(getattr(x, "impl", None), TritonattnImpl)}
-        name, layer = next((name, x) for name, x in own.items() if x.impl is self)
+        layers = {name: x for name, x in self._layers.items() if isinstance(getattr(x, "impl", None), TritonattnImpl)}
+        name, layer = next((name, x) for name, x in layers.items() if x.impl is self)
         if type(layer) is not Attention or layer.head_size_v != self.head_size:
             raise NotImplementedError(
                 f"attention_backend {NAME}: expected an Attention with values of {self.head_size}, got a"
@@ -233,7 +233,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         ranks = get_tensor_model_parallel_world_size()
         if not self._overrides:
             check_all_taken(self.saved, self.learned)
-        saved, settings = layer_settings(self.saved, name, tuple(own), self.num_heads * ranks)
+        saved, settings = layer_settings(self.saved, name, tuple(layers), self.num_heads * ranks)
         if saved is not None:
             learned = None if self._is_random else self.learned.get(saved, {})
             settings = with_learned(settings, saved, learned, get_tensor_model_parallel_rank(), ranks)
@@ -271,10 +271,15 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         if self._factor.reads_norms:
             statistics = key_statistics(kv_cache, self.head_size)
             statistics.enter(key[: m.tokens], m.new_ends, m.lengths, m.block_table, m.passes)
+        k, v = (x.transpose(1, 2) for x in pages)
         if first := m.decodes:
-            output[:first] = self._attend(self._decode_call(query[:first, :, None], pages, m, statistics))[:, :, 0]
+            q, table = query[:first, :, None], m.block_table[:first]
+            call = self._call(q, k, v, self._decode_visibility(q, k, m), table, statistics)
+            output[:first] = self._attend(call)[:, :, 0]
         if m.chunks is not None:
-            call = self._chunk_call(query[first : m.tokens], pages, m, m.chunks, statistics)
+            rows = query[first : m.tokens]
+            visible, q = self._chunk_visibility(rows, pages[0], m, m.chunks), rows.transpose(0, 1)[None]
+            call = self._call(q, k, v, visible, m.chunks.block_table, statistics)
             output[first : m.tokens] = self._attend(call)[0].transpose(0, 1)
         return output
 
@@ -283,45 +288,33 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         for held, new in zip(pages, (key, value), strict=True):
             held[page, position] = new[: m.tokens]
 
-    def _decode_call(
-        self, q: Tensor, pages: tuple[Tensor, Tensor], m: TritonattnMetadata, record: PagedKeyStatistics | None
-    ) -> AttentionCall:
-        lengths, table = m.lengths[: m.decodes], m.block_table[: m.decodes]
-        _, page, kv_heads, _ = pages[0].shape
-        sizes = (q.shape[0], q.shape[1], kv_heads, 1, page * table.shape[1])
-        left, invariant = window_sides(self._window)[0], is_invariant(self._invariant)
+    def _decode_visibility(self, q: Tensor, k: Tensor, m: TritonattnMetadata) -> Visibility:
+        lengths, left, invariant = m.lengths[: m.decodes], window_sides(self._window)[0], is_invariant(self._invariant)
+        sizes = (q.shape[0], q.shape[1], k.shape[1], 1, k.shape[2] * m.block_table.shape[1])
 
         def visible() -> Visibility:
             return Visibility.of_padded(sizes, q.device, lengths, left=left, invariant=invariant)
 
-        return self._call(q, pages, m.once(("decodes", sizes, left, invariant), visible), table, record)
+        return m.once(("decodes", sizes, left, invariant), visible)
 
-    def _chunk_call(
-        self,
-        q: Tensor,
-        pages: tuple[Tensor, Tensor],
-        m: TritonattnMetadata,
-        packing: Packing,
-        record: PagedKeyStatistics | None,
-    ) -> AttentionCall:
-        invariant = is_invariant(self._invariant)
-        sizes = ("chunks", q.shape[1], pages[0].shape[2], self._window, invariant)
+    def _chunk_visibility(self, rows: Tensor, pages: Tensor, m: TritonattnMetadata, packing: Packing) -> Visibility:
+        window, invariant = self._window, is_invariant(self._invariant)
 
         def visible() -> Visibility:
-            keys = packing.keys(pages[0], None)
-            return packing.visibility(q, pages[0], keys, causal=True, window=self._window, invariant=invariant)
+            keys = packing.keys(pages)
+            return packing.visibility(rows, pages, keys, causal=True, window=window, invariant=invariant)
 
-        return self._call(q.transpose(0, 1)[None], pages, m.once(sizes, visible), packing.block_table, record)
+        return m.once(("chunks", rows.shape[1], pages.shape[2], window, invariant), visible)
 
     def _call(
         self,
         q: Tensor,
-        pages: tuple[Tensor, Tensor],
+        k: Tensor,
+        v: Tensor,
         visible: Visibility,
         block_table: Tensor | None,
         record: PagedKeyStatistics | None,
     ) -> AttentionCall:
-        k, v = (x.transpose(1, 2) for x in pages)
         call = AttentionCall(
             q,
             k,
@@ -352,7 +345,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
 
 
 def _invariant(settings: Settings, name: str) -> bool | None:
-    """The switch of a layer, which vLLM's own turns on."""
+    """The switch of a layer, which vLLM's turns on."""
     if not envs.VLLM_BATCH_INVARIANT:
         return settings.batch_invariant
     if settings.batch_invariant is False:

@@ -43,7 +43,7 @@ def saved_settings(config: Any) -> Any | None:
     if (asked := asked_settings(config)) is not None or config.model_config is None:
         return asked
     configs = (config.model_config.hf_config, config.model_config.hf_text_config)
-    return next((own for one in configs if (own := getattr(one, ATTRIBUTE, None))), None)
+    return next((saved for one in configs if (saved := getattr(one, ATTRIBUTE, None))), None)
 
 
 def layer_settings(saved: Any, layer: str, layers: tuple[str, ...], heads: int) -> tuple[str | None, Settings]:
@@ -129,19 +129,19 @@ def with_learned(settings: Settings, name: str, learned: dict[str, Tensor] | Non
 
     Raises ValueError for values that are missing, unexpected or of another shape.
     """
-    own = LayerScaling(settings)
-    wanted = own.state_dict()
+    layer = LayerScaling(settings)
+    wanted = layer.state_dict()
     learned = wanted if learned is None else learned
     if wanted.keys() != learned.keys() or any(x.shape != learned[key].shape for key, x in wanted.items()):
         shapes = [{key: list(x.shape) for key, x in values.items()} for values in (wanted, learned)]
         raise ValueError(f"{name}{_CHILD[:-1]}: expected weights {shapes[0]}, got {shapes[1]}")
-    own.load_state_dict(learned)
-    for parameter in own.parameters():
+    layer.load_state_dict(learned)
+    for parameter in layer.parameters():
         parameter.requires_grad_(False)
         if parameter.dim() and parameter.shape[0] > 1:  # one value a head
             heads = parameter.shape[0] // ranks
             parameter.data = parameter.data.narrow(0, rank * heads, heads)
-    return Settings(own.scaling, own.gain, own.backend, own.batch_invariant)
+    return Settings(layer.scaling, layer.gain, layer.backend, layer.batch_invariant)
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ class LayerFactor:
         call = check(AttentionCall(q, k, k, visibility, Logits(), **given), "[1, Hq, 1]")
         query = logits(call, Statistics(lambda: read.append(True) or k, visibility)).query_scale
         reads_query = query is not None and bool(query.isnan().any())
-        is_own = any(isinstance(part, (nn.Module, Tensor)) for part in (call.scaling, call.gain))
-        shared = None if read or reads_query or is_own else repr((to_config(given["scaling"]), call.gain))
+        is_learned = any(isinstance(part, (nn.Module, Tensor)) for part in (call.scaling, call.gain))
+        shared = None if read or reads_query or is_learned else repr((to_config(given["scaling"]), call.gain))
         return cls(call.scaling, call.gain, bool(read), shared)
 
     def to(self, device: torch.device) -> LayerFactor:

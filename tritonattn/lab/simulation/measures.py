@@ -22,7 +22,7 @@ _MOST_SETS, _KEYS = 64, 1 << 13  # the most sets of keys, and the most keys in a
 
 @dataclass(frozen=True)
 class Point:
-    """A point of the sweep: the kind of keys, their number n, and the head dim."""
+    """A point of the sweep: the distribution of keys, their number n, and the head dim."""
 
     keys: str
     count: int
@@ -47,10 +47,9 @@ class Sample:
         random = torch.Generator().manual_seed(seed)
         sets = max(1, min(_MOST_SETS, _KEYS // point.count))
 
-        def normal(length: int) -> Tensor:
-            return torch.randn(sets, 1, length, point.dim, generator=random, dtype=torch.float64)
-
-        q, k, v, weights = (normal(length) for length in (_ROWS, point.count, point.count, _ROWS))
+        counts = _ROWS, point.count, point.count, _ROWS
+        shapes = ((sets, 1, count, point.dim) for count in counts)
+        q, k, v, weights = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes)
         k = DISTRIBUTIONS[point.keys](k, random)
         return cls(*(x.to(device) for x in (q, k, v, weights / weights.norm(dim=-1, keepdim=True))))
 
@@ -119,6 +118,6 @@ def measure(sample: Sample, mode: str) -> Measures:
 
 
 def points_of(counts: tuple[int, ...], dims: tuple[int, ...], keys: tuple[str, ...]) -> list[Point]:
-    """Combine every count with all dimensions for the first kind of keys, with all kinds for the first dimension."""
-    pairs = [(keys[0], dim) for dim in dims] + [(kind, dims[0]) for kind in keys[1:]]
-    return [Point(kind, count, dim) for kind, dim in pairs for count in counts]
+    """Combine every count with all dimensions for the first distribution, with all others for the first dimension."""
+    pairs = [(keys[0], dim) for dim in dims] + [(name, dims[0]) for name in keys[1:]]
+    return [Point(name, count, dim) for name, dim in pairs for count in counts]

@@ -141,15 +141,15 @@ def _by_keys(findings: Findings) -> Figure:
     points = findings.along("keys")
     figure = Figure(figsize=(10.5, 5.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    kinds = [point.keys for point in points]
+    names = [point.keys for point in points]
     entropy = [_values(findings, points, mode, "relative_entropy") for mode in findings.modes]
-    _heatmap(left, entropy, findings.modes, kinds, 2, (0.0, 1.0))
+    _heatmap(left, entropy, findings.modes, names, 2, (0.0, 1.0))
     left.set_title("entropy / ln n: 0 is one key, 1 is uniform", fontsize=9)
     gradient = torch.tensor([_values(findings, points, mode, "q_gradient") for mode in findings.modes]).log10()
-    _heatmap(right, gradient.tolist(), findings.modes, kinds, 1, None)
+    _heatmap(right, gradient.tolist(), findings.modes, names, 1, None)
     right.set_title("log10 of the gradient that reaches a row of q", fontsize=9)
     same = _quoted(mode for mode in findings.modes if not _moves(findings, points, mode)) or "no mode"
-    figure.suptitle(f"Entropy / ln n is within {_MOVED} for all kinds of keys only with {same}", fontsize=11)
+    figure.suptitle(f"Entropy / ln n is within {_MOVED} for all distributions of keys only with {same}", fontsize=11)
     foot(figure, f"{findings.source()}; n = {points[0].count:,}, d = {points[0].dim}")
     return figure
 
@@ -179,7 +179,7 @@ def _two_ways(findings: Findings) -> Figure:
     least = min(findings.modes, key=lambda mode: sum(shares[mode]))
     title = f"Gradients vanish where rows are uniform (left) or one-hot (right): least often with {least}"
     figure.suptitle(title, fontsize=11)
-    rows_of = f"a point is a number and kind of keys; rows are uniform from entropy / ln n {UNIFORM}"
+    rows_of = f"a point is a number and distribution of keys; rows are uniform from entropy / ln n {UNIFORM}"
     foot(figure, f"{findings.source()}; {rows_of}, one-hot from max probability {ONE_HOT}")
     return figure
 

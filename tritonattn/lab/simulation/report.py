@@ -18,7 +18,7 @@ from .measures import MEASURES, Measures, Point
 from .paper import Component
 from .verdict import Condition, Reach
 
-_REFERENCE = 1024  # dimensions and kinds of keys are compared at this number of keys, or the nearest
+_REFERENCE = 1024  # dimensions and distributions are compared at this number of keys, or the nearest
 BY_COUNT = ("logit_std", "max_probability", "relative_entropy", "output_variance", "jacobian_norm", "gradient_norm")
 BY_DIM = ("relative_entropy", "gradient_norm")
 BY_KEYS = ("max_probability", "relative_entropy", "q_gradient")
@@ -113,7 +113,10 @@ class Findings:
         axes = {
             "count": (f"by number of keys; {first.keys} keys, d = {first.dim}", BY_COUNT),
             "dim": (f"by dimension; {first.keys} keys, n = {dims[0].count}", BY_DIM if len(dims) > 1 else ()),
-            "keys": (f"by kind of keys; n = {keys[0].count}, d = {first.dim}", BY_KEYS if len(keys) > 1 else ()),
+            "keys": (
+                f"by distribution of keys; n = {keys[0].count}, d = {first.dim}",
+                BY_KEYS if len(keys) > 1 else (),
+            ),
         }
         tables = []
         for axis, (title, measures) in axes.items():

@@ -1,4 +1,4 @@
-"""A bias of each distance between a row and a key, as a bias of pairs, and back."""
+"""Biases of pairs of a row and a key: from a table by their distance, and from masks as other libraries have them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .autograd import runs_eagerly
 from .visibility import Visibility
+
+# An additive mask hides a key by a number at most this, whose exp is 0 in every dtype.
+_HIDDEN = -1e4
+
+
+def mask_arguments(name: str, mask: Tensor | None) -> dict[str, Tensor]:
+    """The arguments mask and bias of `tritonattn.attention` for a mask, additive or bool with True for visible.
+
+    An additive mask that takes no gradient is read on the host: one that only hides keys is no bias. While compiling,
+    and under torch.func, every additive mask is one. Raises TypeError for integers.
+    """
+    if mask is None:
+        return {}
+    if mask.dtype == torch.bool:
+        return {"mask": mask}
+    if not mask.is_floating_point():
+        raise TypeError(f"{name}: expected a bool or floating mask, got {mask.dtype}")
+    hidden = mask <= _HIDDEN
+    if not mask.requires_grad and runs_eagerly(mask) and bool((hidden | (mask == 0)).all()):
+        return {"mask": ~hidden}
+    return {"mask": ~hidden, "bias": mask}
 
 
 def relative_pairs(table: Tensor, right: int, visibility: Visibility) -> Tensor:
@@ -19,8 +41,9 @@ def sum_of_tables(a: Tensor, a_right: int, b: Tensor, b_right: int) -> tuple[Ten
     right = max(a_right, b_right)
     extent = right + max(a.shape[3] - a_right, b.shape[3] - b_right)
 
-    def whole(x: Tensor, own: int) -> Tensor:
-        return pad(x, (right - own, extent - x.shape[3] - (right - own)))
+    def whole(x: Tensor, its_right: int) -> Tensor:
+        before = right - its_right
+        return pad(x, (before, extent - x.shape[3] - before))
 
     return whole(a, a_right) + whole(b, b_right), right
 

@@ -1,6 +1,6 @@
-"""Calls that differ in one property that selects code are of different kinds: none meets the code of another.
+"""Calls that differ in one property that selects code have different specialisations: none meets code of another.
 
-A kind keeps code for calls that share it. No kernel runs, and no GPU is needed.
+A specialisation keeps code for calls that share it. No kernel runs, and no GPU is needed.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 
 from tritonattn.backends import triton as attention
 from tritonattn.backends.triton import launch
-from tritonattn.backends.triton.device import Kind, binder
+from tritonattn.backends.triton.device import Specialisation, binder
 from tritonattn.core.call import AttentionCall, Logits, Needs
 from tritonattn.core.dropout import Dropout
 from tritonattn.core.sequences import Sequences
@@ -128,18 +128,18 @@ PROPERTIES = [
 ]
 
 
-Codes = list[tuple[Kind, tuple]]
+Codes = list[tuple[Specialisation, tuple]]
 
 
 def codes(run: Callable[..., None], given: dict[str, Any]) -> Codes:
-    """Kind and selected code of each launch that belongs to a kind, with Triton's own binding."""
+    """Specialisation and selected code of each launch that belongs to a kind, with Triton's own binding."""
     with launch.recording(Target("cuda", "80")) as launches:
         run(**given)
     found = []
     for kernel, _, arguments, config in launches:
-        if arguments.kind is not None:
+        if arguments.special is not None:
             bound = binder(kernel, BACKEND)(*arguments.values())[1]
-            found.append((arguments.kind, (kernel.__name__, config, str(bound))))
+            found.append((arguments.special, (kernel.__name__, config, str(bound))))
     return found
 
 
@@ -147,12 +147,12 @@ def codes(run: Callable[..., None], given: dict[str, Any]) -> Codes:
     ("run", "plain", "other"), PROPERTIES, ids=[f"{f.__name__}-{'-'.join(other)}" for f, _, other in PROPERTIES]
 )
 def test_a_call_behind_another_has_the_code_that_it_has_alone(run, plain, other):
-    launch._kinds.clear()
+    launch._specialisations.clear()
     alone = codes(run, other)
-    launch._kinds.clear()
+    launch._specialisations.clear()
     before, behind = codes(run, plain), codes(run, other)
     kept = {}
-    for kind, code in (*before, *behind):
-        assert kept.setdefault((kind, *code[:2]), code) == code
-    found, expected = ([(kind.problem, kind.wide, code) for kind, code in one] for one in (behind, alone))
+    for special, code in (*before, *behind):
+        assert kept.setdefault((special, *code[:2]), code) == code
+    found, expected = ([(special.problem, special.wide, code) for special, code in one] for one in (behind, alone))
     assert found == expected

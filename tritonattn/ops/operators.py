@@ -1,11 +1,15 @@
-"""An attention call as the arguments of an operator, and back. The record itself says which arguments there are."""
+"""Operators: their schemas, an attention call as their arguments and back, and their vmap rules.
+
+The record of a call says which arguments there are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args, get_type_hints
 
+import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
@@ -13,7 +17,36 @@ from ..core.call import AttentionCall, Gradients, Logits
 from ..core.dropout import Dropout
 from ..core.sequences import Sequences
 from ..core.visibility import Visibility
-from .schema import SCHEMA_TYPES
+
+# The package's name: "tritonattn", and in a kernel loaded from a hub the one that its loader gives to this copy.
+NAMESPACE = __name__.split(".")[0]
+OPERATORS: list[str] = []  # names without the namespace
+
+SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    float | None: "float?",
+    int: "SymInt",
+    int | None: "SymInt?",
+    bool: "bool",
+    str: "str",
+}
+
+
+def operator(name: str, arguments: str, results: str) -> Callable[[Callable], Any]:
+    """Decorator: make a function an operator, which a process can register once.
+
+    Sharding rules go by the names of tensors (`distributed/operators.py`): d_x is the gradient of x.
+    """
+
+    def register(function: Callable) -> Any:
+        OPERATORS.append(name)
+        schema = f"({arguments}) -> {results}"
+        return torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=schema)
+
+    return register
+
 
 _RECORDS = (Visibility, Logits, Dropout, Sequences)
 # Parts that are no arguments: sizes, which tensors have, and what has done its work before a backend is called.
@@ -30,12 +63,12 @@ class Argument:
     """
 
     path: tuple[str, ...]
-    kind: Any
+    type: Any
     name: str
 
     @property
     def is_tensor(self) -> bool:
-        return Tensor in (self.kind, *get_args(self.kind))
+        return Tensor in (self.type, *get_args(self.type))
 
     def of(self, call: AttentionCall) -> Any:
         value: Any = call
@@ -45,15 +78,16 @@ class Argument:
 
 
 def _leaves(record: type, path: tuple[str, ...] = (), optional: bool = False) -> Iterator[Argument]:
-    for field, kind in get_type_hints(record).items():
-        own, parts = (*path, field), get_args(kind) or (kind,)
+    for field, hint in get_type_hints(record).items():
+        inside, parts = (*path, field), get_args(hint) or (hint,)
         inner = next((part for part in parts if part in _RECORDS), None)
-        if own in _NO_ARGUMENTS:
+        if inside in _NO_ARGUMENTS:
             continue
         if inner is not None:
-            yield from _leaves(inner, own, optional or type(None) in parts)
-        elif kind in SCHEMA_TYPES:
-            yield Argument(own, kind | None if optional else kind, "_".join(own) if own[0] == "dropout" else field)
+            yield from _leaves(inner, inside, optional or type(None) in parts)
+        elif hint in SCHEMA_TYPES:
+            name = "_".join(inside) if inside[0] == "dropout" else field
+            yield Argument(inside, hint | None if optional else hint, name)
 
 
 def _rank(argument: Argument) -> tuple[int, bool]:
@@ -64,6 +98,7 @@ def _rank(argument: Argument) -> tuple[int, bool]:
 
 ARGUMENTS = tuple(sorted(_leaves(AttentionCall), key=_rank))
 NAMES = tuple(argument.name for argument in ARGUMENTS)
+SCHEMA = ", ".join(f"{SCHEMA_TYPES[argument.type]} {argument.name}" for argument in ARGUMENTS)
 GRADIENTS = len(Gradients._fields)
 TENSORS = sum(argument.is_tensor for argument in ARGUMENTS)
 
@@ -89,9 +124,9 @@ def call_of(values: Sequence[Any]) -> AttentionCall:
     return AttentionCall(**tree)
 
 
-def _record(kind: Any, fields: dict[str, Any]) -> Any:
+def _record(record: Any, fields: dict[str, Any]) -> Any:
     """The record of these fields, or None where all are missing."""
-    return None if all(value is None for value in fields.values()) else kind(**fields)
+    return None if all(value is None for value in fields.values()) else record(**fields)
 
 
 def with_values(call: AttentionCall) -> AttentionCall:
@@ -130,3 +165,46 @@ def without_repeats(call: AttentionCall) -> AttentionCall:
     if k is not q and v is not q and v is not k:
         return call
     return replace(call, k=k.view_as(k), v=v.view_as(v))
+
+
+def vmap_of_call(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
+    """Map in one batch, except where dropout depends on the position in it, or an argument has no batch axis."""
+    named = dict(zip(NAMES, arguments, strict=False))
+    one_by_one = any(named[name] is not None for name in ("dropout_state", "sinks", "q_starts", "block_table"))
+    return (in_a_loop if one_by_one else in_one_batch)(operator, info.batch_size, in_dims, arguments)
+
+
+def in_one_batch(operator: Callable, size: int, in_dims: Sequence, arguments: Sequence):
+    """Fold the mapped axis into the batch axis, the first of every tensor. A 1-D result stands for None."""
+    dims = _tensor_dims(in_dims, arguments)
+    batch = arguments[0].shape[0 if dims[0] is None else int(dims[0] == 0)]
+    folded = (_fold(x, dim, size, batch) for x, dim in zip(arguments, dims, strict=True))
+    outputs = operator(*folded)
+    if isinstance(outputs, Tensor):
+        return outputs.unflatten(0, (size, batch)), 0
+    unfolded = (x if x.dim() == 1 else x.unflatten(0, (size, batch)) for x in outputs)
+    return tuple(unfolded), tuple(None if x.dim() == 1 else 0 for x in outputs)
+
+
+def in_a_loop(operator: Callable, size: int, in_dims: Sequence, arguments: Sequence):
+    """Call the operator once for every entry of the mapped axis."""
+    dims = _tensor_dims(in_dims, arguments)
+
+    def entry(i: int):
+        pairs = zip(arguments, dims, strict=True)
+        return operator(*(x if dim is None else x.select(dim, i) for x, dim in pairs))
+
+    outputs = [entry(i) for i in range(size)]
+    return tuple(torch.stack(output) for output in zip(*outputs, strict=True)), (0,) * len(outputs[0])
+
+
+def _tensor_dims(in_dims: Sequence, arguments: Sequence) -> list[int | None]:
+    return [dim if isinstance(x, Tensor) else None for x, dim in zip(arguments, in_dims, strict=True)]
+
+
+def _fold(x: Any, dim: int | None, size: int, batch: int) -> Any:
+    """[B or 1, ...] with a mapped axis at `dim`, or without: [size * B, ...]; a shared mask stays."""
+    if not isinstance(x, Tensor) or (dim is None and x.shape[0] == 1 != batch):
+        return x
+    x = x[None] if dim is None else x.movedim(dim, 0)
+    return x.expand(size, batch, *x.shape[2:]).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""One sequence computed alone, and again in the company of others: every result must have the same bits."""
+"""One sequence computed alone, and again with the rest of a batch: every result must have the same bits."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ ROWS = 5  # the first names: results of rows
 
 @dataclass(frozen=True)
 class Case:
-    """A sequence of `length` tokens in one of COMPANIES. reach: "full", "causal" or a causal window's left side."""
+    """A sequence of `length` tokens in one of BATCHES. reach: "full", "causal" or a causal window's left side."""
 
-    company: str
+    batch: str
     dtype: str
     dims: tuple[int, int]
     scaling: str
@@ -38,7 +38,7 @@ class Case:
     @property
     def has_gradients(self) -> bool:
         """True where gradients are compared: those of fp16 with scales are refused in kernels."""
-        return self.company not in ("decode", "paged") and (self.dtype != "fp16" or self.scaling == "sqrt_dim")
+        return self.batch not in ("decode", "paged") and (self.dtype != "fp16" or self.scaling == "sqrt_dim")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def differences(case: Case, backend: str, invariant: bool = True) -> list[str]:
     draw = random.Random(case.seed)
     attend, one = Attend(case, backend, invariant), Sequence.random(case, case.length)
     alone = attend.alone(one)
-    expected, found = COMPANIES[case.company](attend, one, alone, draw)
+    expected, found = BATCHES[case.batch](attend, one, alone, draw)
     pairs = zip(NAMES, expected, found, strict=False)
     return [name for name, x, y in pairs if not torch.equal(x, y)]
 
@@ -154,31 +154,33 @@ def _others(attend: Attend, draw: random.Random, longest: int) -> list[Sequence]
 
 def _batch(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random):
     """Other entries of the same length."""
-    place, batch = draw.randrange(3), 3
-    others = [Sequence.random(attend.case, one.length) for _ in range(batch - 1)]
-    members = [*others[:place], one, *others[place:]]
-    tensors = [torch.stack([getattr(each, name) for each in members]) for name in ("q", "k", "v", "d_out", "d_lse")]
-    return alone, [x[place] for x in attend.batched(*tensors)]
+    position, size = draw.randrange(3), 3
+    others = [Sequence.random(attend.case, one.length) for _ in range(size - 1)]
+    sequences = [*others[:position], one, *others[position:]]
+    tensors = [torch.stack([getattr(each, name) for each in sequences]) for name in ("q", "k", "v", "d_out", "d_lse")]
+    return alone, [x[position] for x in attend.batched(*tensors)]
 
 
 def _padded_batch(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random):
     """Padding on the right: NaN in keys and values, rows without a gradient."""
-    members = [one, *_others(attend, draw, 2 * one.length)]
-    lengths = torch.tensor([each.length for each in members])
+    sequences = [one, *_others(attend, draw, 2 * one.length)]
+    lengths = torch.tensor([each.length for each in sequences])
     fills = {"q": 1.0, "k": torch.nan, "v": torch.nan, "d_out": 0.0, "d_lse": 0.0}
-    tensors = [_padded([getattr(each, name) for each in members], fill) for name, fill in fills.items()]
+    tensors = [_padded([getattr(each, name) for each in sequences], fill) for name, fill in fills.items()]
     found = attend.batched(*tensors, key_lengths=lengths)
     return alone, [x[0, :, : one.length] for x in found]
 
 
 def _left_padded_batch(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random):
     """Padding on the left, told by key_ranges: NaN in keys and values. All rows, or the last 1 to 16."""
-    members = [one, *_others(attend, draw, 2 * one.length)]
-    longest = max(each.length for each in members)
+    sequences = [one, *_others(attend, draw, 2 * one.length)]
+    longest = max(each.length for each in sequences)
     rows = slice(longest - draw.choice([longest, one.length, draw.randint(1, 16)]), longest)
     fills = {"q": 1.0, "k": torch.nan, "v": torch.nan, "d_out": 0.0, "d_lse": 0.0}
-    q, k, v, d_out, d_lse = (_padded([getattr(each, x) for each in members], fill, "left") for x, fill in fills.items())
-    first = torch.tensor([longest - each.length for each in members])[:, None]
+    q, k, v, d_out, d_lse = (
+        _padded([getattr(each, x) for each in sequences], fill, "left") for x, fill in fills.items()
+    )
+    first = torch.tensor([longest - each.length for each in sequences])[:, None]
     is_row = torch.arange(longest) >= first
     ranges = torch.stack([first.expand(is_row.shape), torch.where(is_row, longest, 0)], dim=-1)
     q, d_out, d_lse = (x[:, :, rows] for x in (q, d_out, d_lse))
@@ -189,14 +191,14 @@ def _left_padded_batch(attend: Attend, one: Sequence, alone: list[Tensor], draw:
 
 def _packed_batch(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random):
     others = _others(attend, draw, 2 * one.length)
-    place = draw.randint(0, len(others))
-    first = sum(each.length for each in others[:place])
-    found = attend.packed([*others[:place], one, *others[place:]])
+    position = draw.randint(0, len(others))
+    first = sum(each.length for each in others[:position])
+    found = attend.packed([*others[:position], one, *others[position:]])
     return alone, [x[:, first : first + one.length] for x in found]
 
 
 def _more_keys(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random):
-    """The sequence goes on: causal rows do not see it; others are told by key_ranges."""
+    """The sequence goes on, which causal rows do not attend to; others are told by key_ranges."""
     more = Sequence.random(attend.case, draw.randint(1, 150))
     q, d_out, d_lse = one.q, one.d_out, one.d_lse
     k, v = torch.cat([one.k, more.k], 1), torch.cat([one.v, more.v], 1)
@@ -229,7 +231,7 @@ def _paged(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Rand
     return _decoded(attend, one, alone, draw, page=draw.choice([16, 24, 64]))
 
 
-COMPANIES = {
+BATCHES = {
     "batch": _batch,
     "padded": _padded_batch,
     "left padded": _left_padded_batch,
@@ -242,15 +244,15 @@ COMPANIES = {
 
 
 def cases(count: int, seed: int, lengths: tuple[int, int], dims: tuple[tuple[int, int], ...]) -> Iterator[Case]:
-    """Random cases; each company, dtype and scaling in turn."""
+    """Random cases; each batch, dtype and scaling in turn."""
     draw = random.Random(seed)
     scalings = [*tritonattn.SCALINGS, *LEARNED]
     for number in range(count):
-        company = list(COMPANIES)[number % len(COMPANIES)]
-        decodes = company in ("decode", "paged")
+        batch = list(BATCHES)[number % len(BATCHES)]
+        decodes = batch in ("decode", "paged")
         reaches = ["causal"] if decodes else ["causal", "full"]
         yield Case(
-            company,
+            batch,
             draw.choice(list(DTYPES)),
             draw.choice(dims),
             scalings[number // 3 % len(scalings)],

@@ -1,6 +1,4 @@
-"""Biases of pairs, of every pair and of every distance: the formulas, -inf and NaN, who else computes the same."""
-
-import warnings
+"""Biases of keys, of pairs and of distances: the formula, -inf and NaN, modes that return one."""
 
 import pytest
 import torch
@@ -10,12 +8,12 @@ from torch import Tensor
 import tritonattn
 from tests.support.calls import operands
 from tests.support.masks import MASKS, visible_pairs
-from tests.support.packed import Packed, packed_operands
 from tests.support.pairs import pairwise
 from tritonattn import Scales, Scaling, attention, check_scaling
 
 BACKENDS = ("sdpa", "reference")
-B, HQ, HKV, SQ, SK = SIZES = 2, 4, 2, 5, 7
+B, HQ, HKV, SQ, SK = 2, 4, 2, 5, 7
+SIZES = B, HQ, SQ, SK
 
 
 def random(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -31,30 +29,33 @@ def pairs_of(table: Tensor, right: int, q_len: int, k_len: int) -> Tensor:
     return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
 
-def formula(q, k, v, bias, visible, softcap=None, after=False):
-    """(out, lse, max_logit, entropy), written out, of rows that see a key of finite bias."""
+def formula(q, k, v, bias, hidden, softcap=None, after=False, sinks=None):
+    """(out, lse, max_logit, entropy), written out, of rows that attend to a key."""
     k, v = (x.repeat_interleave(HQ // HKV, 1) for x in (k, v))
-    logits, hidden = q @ k.mT * q.shape[-1] ** -0.5, ~visible | (bias == -torch.inf)
-    bias = bias.masked_fill(hidden, 0)
+    logits, bias = q @ k.mT * q.shape[-1] ** -0.5, bias.masked_fill(hidden, 0)
     logits = logits if after else logits + bias
     capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     capped = (capped + bias if after else capped).masked_fill(hidden, -torch.inf)
-    weights = capped.softmax(-1)
+    lse, weights = capped.logsumexp(-1), capped.softmax(-1)
     largest = (capped if after else logits.masked_fill(hidden, -torch.inf)).amax(-1)
-    return weights @ v, capped.logsumexp(-1), largest, torch.special.entr(weights).sum(-1)
+    total = lse if sinks is None else torch.logaddexp(lse, sinks[:, None])
+    return (capped - total[..., None]).exp() @ v, lse, largest, torch.special.entr(weights).sum(-1)
 
 
-FORMS = {  # shapes of a bias, and of a table with its relative_right
-    "every pair": ((B, HQ, SQ, SK), None, 0),
-    "a row": ((SQ, 1), None, 0),
-    "keys of heads": ((HQ, 1, SK), None, 0),
-    "one": ((1,), None, 0),
-    "a head": (None, (1, HQ, 1, 4), 0),
-    "both sides": (None, (1, HQ, 1, SQ + SK - 1), SK - 1),
-    "of rows": (None, (B, HQ, SQ, 3), 1),
-    "extent of 1": (None, (B, 1, SQ, 1), 0),
-    "longer than keys": (None, (1, 1, SQ, 20), 9),
-    "both": ((B, 1, SQ, SK), (1, HQ, SQ, 5), 2),
+FORMS = {  # shapes of a bias of keys, of one of pairs, and of a table with its relative_right
+    "every key": ((B, HQ, SK), None, None, 0),
+    "keys of key heads": ((HKV, SK), None, None, 0),
+    "keys of all heads": ((B, 1, SK), None, None, 0),
+    "every pair": (None, (B, HQ, SQ, SK), None, 0),
+    "a row": (None, (SQ, 1), None, 0),
+    "pairs of heads": (None, (HQ, 1, SK), None, 0),
+    "one": (None, (1,), None, 0),
+    "a head": (None, None, (1, HQ, 1, 4), 0),
+    "both sides": (None, None, (1, HQ, 1, SQ + SK - 1), SK - 1),
+    "of rows": (None, None, (B, HQ, SQ, 3), 1),
+    "extent of 1": (None, None, (B, 1, SQ, 1), 0),
+    "longer than keys": (None, None, (1, 1, SQ, 20), 9),
+    "all": ((B, HQ, SK), (B, 1, SQ, SK), (1, HQ, SQ, 5), 2),
 }
 
 
@@ -62,61 +63,57 @@ FORMS = {  # shapes of a bias, and of a table with its relative_right
     form=FORMS,
     mask=["full", "causal", "window", "lengths", "ranges", "mask of heads", "everything"],
     softcap=[None, "before", "after"],
+    sinks=[None, torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64)],
     backend=BACKENDS,
 )
-def test_the_formula(form, mask, softcap, backend):
-    dense, table, right = FORMS[form]
-    tensors, arguments = operands(), MASKS[mask](B, HQ, SQ, SK) | {"relative_right": right, "backend": backend}
-    total = torch.zeros(B, HQ, SQ, SK, dtype=torch.float64)
+def test_the_formula(form, mask, softcap, sinks, backend):
+    of_keys, dense, table, right = FORMS[form]
+    tensors, options = operands(), MASKS[mask](*SIZES) | {"relative_right": right, "backend": backend, "sinks": sinks}
+    total, hidden = torch.zeros(SIZES, dtype=torch.float64), ~visible_pairs(SIZES, **MASKS[mask](*SIZES))
+    if of_keys is not None:
+        bias = tensors["key_bias"] = random(*of_keys).index_fill_(-1, torch.tensor([2]), -torch.inf).requires_grad_()
+        total = total + bias.repeat_interleave(HQ // bias.shape[-2], -2)[..., None, :]
+        hidden = hidden | (torch.arange(SK) == 2)
     if dense is not None:
         tensors["bias"] = random(*dense).requires_grad_()
         total = total + tensors["bias"]
     if table is not None:
         tensors["relative_bias"] = random(*table, seed=2).requires_grad_()
         total = total + pairs_of(tensors["relative_bias"], right, SQ, SK)
-    if softcap is not None:
-        arguments |= {"softcap": 1.5, "bias_after_softcap": softcap == "after"}
-    out, aux = attention(**tensors, **arguments, return_aux=True)
-    visible = visible_pairs((B, HQ, SQ, SK), **MASKS[mask](B, HQ, SQ, SK))
-    sees = visible.any(-1).expand(B, HQ, SQ)
+    cap = {} if softcap is None else {"softcap": 1.5}
+    after = softcap == "after"
+    out, aux = attention(**tensors, **options, **cap, bias_after_softcap=after, return_aux=True)
+    attends = ~hidden.all(-1)
     q, k, v = (tensors[name] for name in "qkv")
-    cap = {} if softcap is None else {"softcap": 1.5, "after": softcap == "after"}
-    wanted = formula(q, k, v, total, visible | ~sees[..., None], **cap)
-    for ours, theirs in zip((out, *aux), wanted, strict=True):
-        torch.testing.assert_close(ours[sees], theirs[sees])
+    wanted = formula(q, k, v, total, hidden & attends[..., None], after=after, sinks=sinks, **cap)
+    for ours, theirs, otherwise in zip((out, *aux), wanted, (0.0, -torch.inf, -torch.inf, 0.0), strict=True):
+        torch.testing.assert_close(ours[attends], theirs[attends])
+        assert (ours[~attends] == otherwise).all()
     weights = random(*out.shape, seed=3)
-    found = torch.autograd.grad((out * weights).sum() + aux.lse[sees].sum(), tensors.values())
-    expected = torch.autograd.grad((wanted[0] * weights)[sees].sum() + wanted[1][sees].sum(), tensors.values())
-    for name, ours, theirs in zip(tensors, found, expected, strict=True):
+    found = torch.autograd.grad((out * weights).sum() + aux.lse[attends].sum(), tensors.values())
+    expected = (wanted[0] * weights)[attends].sum() + wanted[1][attends].sum()
+    for name, ours, theirs in zip(tensors, found, torch.autograd.grad(expected, tensors.values()), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("after", [False, True])
-def test_gradcheck(backend, after):
-    tensors = {"bias": random(1, HQ, SQ, 1).requires_grad_(), "relative_bias": random(1, HQ, 1, 4).requires_grad_()}
-
-    def function(*leaves):
-        named = dict(zip(tensors, leaves, strict=True))
-        options = {"softcap": 1.5, "bias_after_softcap": after, "relative_right": 1, "causal": True}
-        out, aux = attention(**operands(), **named, **options, return_aux=True, backend=backend)
-        return out, aux.lse
-
-    assert torch.autograd.gradcheck(function, tuple(tensors.values()))
-
-
+@pytest.mark.parametrize("name", ["key_bias", "bias"])
 @pytest.mark.parametrize("softcap", [{}, {"softcap": 2.0}, {"softcap": 2.0, "bias_after_softcap": True}], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_minus_infinity_is_a_mask(softcap, backend):
-    mask = random(B, HQ, SQ, SK) > 0
-    mask[0, 0, 1] = False
+def test_minus_infinity_takes_all_weight(name, softcap, backend):
+    """As a mask, but for what a scaling counts; a row of such keys is as one without keys."""
+    tensors, rows = operands(), 1 if name == "key_bias" else SQ
+    mask = random(B, HQ, rows, SK) > 0
+    mask[0, 0] = False
+    bias = torch.where(mask, 0.0, -torch.inf)
+    hidden = {name: bias[:, :, 0] if name == "key_bias" else bias}
     options = {"sinks": torch.zeros(HQ), "return_aux": True, "backend": backend, **softcap}
-    (ours, aux), (theirs, masked) = (
-        attention(**operands(), **hidden, **options)
-        for hidden in ({"bias": torch.where(mask, 0.0, -torch.inf)}, {"mask": mask, "bias": torch.zeros(())})
-    )
-    for one, other in zip((ours, *aux), (theirs, *masked), strict=True):
-        torch.testing.assert_close(one, other)
+    results = []
+    for given in (hidden, {"mask": mask, "bias": torch.zeros(())}):
+        out, aux = attention(**tensors, **given, **options)
+        results.append((out, *aux, *torch.autograd.grad(out.square().sum(), tensors.values())))
+    torch.testing.assert_close(*results)
+    counted = attention(**tensors, scaling="key_count", **hidden, backend=backend)
+    torch.testing.assert_close(counted, attention(**tensors, scaling=1 / SK, mask=mask, backend=backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -195,42 +192,6 @@ def test_torchs_float_mask_is_a_bias(shape):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_a_score_mod_of_flex_attention_is_a_relative_bias():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    q, k, v = (x.detach().float() for x in operands(heads=(HQ, HQ), lengths=(SK, SK), dims=(8, 8)).values())
-    table = random(HQ, 2 * SK - 1, dtype=torch.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it runs uncompiled
-        theirs = flex_attention(q, k, v, lambda score, b, h, i, j: score + table[h, i - j + SK - 1])
-    ours = attention(q, k, v, relative_bias=table[None, :, None], relative_right=SK - 1)
-    torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rows", [False, True])
-def test_a_packed_sequence_is_as_alone(backend, rows):
-    packed, right = Packed((4, 1, 3), (5, 2, 3)), 2
-    tensors = packed_operands(packed)
-    table = random(HQ, sum(packed.q_lengths) if rows else 1, 6).requires_grad_()
-    options = {"causal": True, "window": (3, 0), "relative_right": right, "backend": backend}
-    out = tritonattn.attention_varlen(**tensors, relative_bias=table, **packed.arguments(), **options)
-    alone, row, key = [], 0, 0
-    for q_len, k_len in zip(packed.q_lengths, packed.k_lengths, strict=True):
-        q, k, v = (
-            tensors[name][at : at + length].transpose(0, 1)[None]
-            for name, at, length in (("q", row, q_len), ("k", key, k_len), ("v", key, k_len))
-        )
-        own = table[None, :, row : row + q_len] if rows else table[None]
-        alone.append(attention(q, k, v, relative_bias=own, **options)[0].transpose(0, 1))
-        row, key = row + q_len, key + k_len
-    alone = torch.cat(alone)
-    torch.testing.assert_close(out, alone)
-    leaves = (*tensors.values(), table)
-    for ours, theirs in zip(*(torch.autograd.grad(x.square().sum(), leaves) for x in (out, alone)), strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("new", [1, 3])
 @pytest.mark.parametrize("invariant", [False, True])
@@ -257,48 +218,6 @@ def test_decoding_one_row_without_a_window_counts_from_the_last_key():
     ours = tritonattn.attention_decode(q, k, v, key_lengths=lengths, relative_bias=table)
     short = attention(q[:1], k[:1, :, :3], v[:1, :, :3], relative_bias=table)
     torch.testing.assert_close(ours[:1], short)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (
-            {"bias": torch.zeros(3, SK)},
-            ValueError,
-            r"bias: expected a shape broadcastable to \[B, Hq, Sq, Sk\] .* got \[3, 7\]",
-        ),
-        ({"bias": torch.zeros(SQ, SK).int()}, TypeError, "bias: expected a floating dtype, got torch.int32"),
-        ({"relative_bias": torch.zeros(HQ, 3)}, ValueError, r"relative_bias: expected \[B, Hq, Sq, extent\]"),
-        ({"relative_bias": torch.zeros(1, 3, 1, 3)}, ValueError, "relative_bias: expected a shape broadcastable"),
-        ({"relative_bias": torch.zeros(1, 1, 1, 0)}, ValueError, "relative_bias: expected an extent of at least 1"),
-        ({"relative_bias": [1.0]}, TypeError, r"relative_bias: expected a tensor \[B, Hq, Sq, extent\], got list"),
-        ({"relative_right": 1}, ValueError, "relative_right: expected 0 without relative_bias, got 1"),
-        (
-            {"relative_bias": torch.zeros(1, 1, 1, 3), "relative_right": 3},
-            ValueError,
-            "relative_right: expected less than the extent, 3, got 3",
-        ),
-        (
-            {"relative_bias": torch.zeros(1, 1, 1, 3), "relative_right": 1.0},
-            TypeError,
-            "relative_right: expected an int",
-        ),
-        ({"bias_after_softcap": 1}, TypeError, "bias_after_softcap: expected a bool"),
-        (
-            {
-                "relative_bias": torch.zeros(1, 1, 1, 3),
-                "key_ranges": torch.zeros(B, SQ, 2).int(),
-                "batch_invariant": True,
-            },
-            NotImplementedError,
-            "relative_bias: not supported with key_ranges under batch_invariant",
-        ),
-    ],
-    ids=str,
-)
-def test_errors_name_the_argument(arguments, error, message):
-    with pytest.raises(error, match=message):
-        attention(**operands(torch.float32), **arguments)
 
 
 @pytest.mark.parametrize("lengths", [(0, SK), (SQ, 0)])
@@ -328,6 +247,25 @@ def test_a_batch_invariant_row_is_as_alone():
         assert torch.equal(out[1:], attention(**lone, bias=bias, batch_invariant=True, **own))
 
 
+class Recent(Scaling):
+    """logit = q . k / sqrt(D) + slope_h j + ||k||: a bias of each key."""
+
+    name = "recent"
+
+    def slopes(self, k):
+        return torch.arange(1, HQ + 1, dtype=k.dtype)[:, None] * torch.arange(k.shape[2], dtype=k.dtype)
+
+    def scales(self, q, k, visibility, statistics):
+        norms = statistics.norms.repeat_interleave(HQ // HKV, 1)
+        return Scales(q.shape[-1] ** -0.5, key_bias=self.slopes(k) + norms)
+
+    def multiplier(self, q, k, visible):
+        return torch.tensor(q.shape[-1] ** -0.5)
+
+    def addend(self, q, k, visible):
+        return (self.slopes(k) + k.norm(dim=-1))[:, :, None]
+
+
 class Distant(Scaling):
     """logit = q . k / sqrt(D) - slope_h |t| + 1 / (1 + ||q||) for t from -2 to 3: a bias of each distance."""
 
@@ -349,26 +287,34 @@ class Distant(Scaling):
         return torch.where((distance >= -2) & (distance < 4), bias, 0)
 
 
-class Wrong(Distant):
+class WrongRecent(Recent):
+    def addend(self, q, k, visible):
+        return super().addend(q, k, visible) * 1.01
+
+
+class WrongDistant(Distant):
     def relative_addend(self, q, k, distance):
         return super().relative_addend(q, k, distance + 1)
 
 
-def test_a_scaling_may_return_a_relative_bias():
-    assert max(check_scaling(Distant()).values()) < 1e-6
+@pytest.mark.parametrize(
+    ("mode", "wrong", "given"),
+    [
+        (Recent(), WrongRecent(), {"key_bias": random(B, HKV, SK)}),
+        (Distant(), WrongDistant(), {"relative_bias": random(B, 1, SQ, 9)}),
+        (Distant(), WrongDistant(), {"relative_bias": random(B, 1, SQ, 9), "relative_right": 5}),
+    ],
+)
+def test_a_scaling_may_return_a_bias(mode, wrong, given):
+    assert max(check_scaling(mode).values()) < 1e-6
     with pytest.raises(ValueError, match=r"mask 'full', .*addend\(\)"):
-        check_scaling(Wrong())
-    tensors, table = operands(), random(B, 1, SQ, 9)
-    scaling = tritonattn.nn.PerHead(Distant(), heads=HQ)
-    for right in (0, 5):
-        ours, theirs = (
-            attention(**tensors, scaling=scaling, relative_bias=table, relative_right=right, backend=backend)
-            for backend in BACKENDS
-        )
-        torch.testing.assert_close(ours, theirs)
+        check_scaling(wrong)
+    tensors, scaling = operands(), tritonattn.nn.PerHead(mode, heads=HQ)
+    ours, theirs = (attention(**tensors, scaling=scaling, **given, backend=backend) for backend in BACKENDS)
+    torch.testing.assert_close(ours, theirs)
     assert not torch.allclose(ours, attention(**tensors, scaling=scaling))
     with pytest.raises(ValueError, match="mode_b: expected modes without a bias"):
-        attention(**tensors, scaling=tritonattn.nn.Scheduled("sqrt_dim", Distant(), steps=3))
+        attention(**tensors, scaling=tritonattn.nn.Scheduled("sqrt_dim", mode, steps=3))
 
 
 class OfWrongShape(Distant):
@@ -376,6 +322,6 @@ class OfWrongShape(Distant):
         return Scales(1.0, relative_bias=torch.zeros(1, 3, 1, 4))
 
 
-def test_a_scaling_s_relative_bias_is_checked():
+def test_a_relative_bias_of_a_scaling_is_checked():
     with pytest.raises(ValueError, match=r"distant.scales\(\).relative_bias: expected a shape broadcastable"):
         attention(**operands(), scaling=OfWrongShape())

