@@ -70,7 +70,7 @@ def draw() -> Figure:
     left.set_title(f"Modelled: share of an H100's tensor rate; lines: may be off by {OFF:.0%}", fontsize=10)
     left.set_ylim(0, 1.08)
     _bars(right, {FORMS[form]: values for form, values in counts.items()}, (COLOURS[7], *COLOURS[4:]))
-    right.set_title(f"Static: instructions a logit beside the products, head dim {HEAD_DIM}", fontsize=10)
+    right.set_title(f"Static: instructions a logit besides the products, head dim {HEAD_DIM}", fontsize=10)
     title = f"Nothing here was timed on a GPU. A factor a row adds at most {more:.2f} instructions a logit to a loop"
     figure.suptitle(title, fontsize=12)
     foot(figure, source())

@@ -56,18 +56,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measures:
-    """Means over the rows of a sample; the first seven as in `RowStatistics`.
+    """Means over the rows of a sample; the first six are of the fields of `RowStatistics` with these names.
 
-    logit_std          standard deviation of a row's logits
-    max_probability    the largest probability
-    relative_entropy   entropy / ln(n)
-    output_variance    variance of the softmax's output over the keys
-    jacobian_norm      ||J||_F, J = diag(p) - p p^T
-    gradient_norm      ||J||_F times the factor: what reaches q . k
-    near_one_hot       share of the rows whose max probability is above 0.95
-    near_uniform       share of the rows whose entropy / ln(n) is above 0.98
-    q_gradient         ||dL/dq|| of a row, where dL/dout of every row has norm 1 and v is standard normal
-    k_gradient         ||dL/dk|| over all keys of a set, divided by sqrt(rows): what one row adds
+    near_one_hot   share of the rows whose max probability is above 0.95
+    near_uniform   share of the rows whose entropy / ln(n) is above 0.98
+    q_gradient     ||dL/dq|| of a row, where dL/dout of every row has norm 1 and v is standard normal
+    k_gradient     ||dL/dk|| over all keys of a set, divided by sqrt(rows): what one row adds
 
     The last two go through v and through the factor's dependence on q and k.
     """

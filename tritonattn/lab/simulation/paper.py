@@ -1,11 +1,7 @@
 """The simulations of Bernhard 2023, arXiv:2311.09406: 32 keys, 500 queries, independent standard normal components.
 
-Figures 1 and 2 of the paper are density plots of one component of a row, the value of key 1, over the queries. They
-were made with the author's R package, https://github.com/James-Bernhard/attnsims, whose `simulate_attentions` mixes
-rows and columns: `apply(queries, 1, f)` gives a matrix [keys, queries], which `matrix(..., nrow = n_queries)` refills
-in R's column order. Its "column 1" is then all 32 values of queries 1 to 15 and 20 of query 16, not the value of key 1
-for 500 queries. Here a component is that of key 1 over the 500 queries, as the paper's text has it; the other reading
-is kept, too.
+Figures 1 and 2 of the paper are density plots of one component of a row, the value of key 1, over the queries. The R
+package that drew them mixes rows and columns, as docs/simulation.md says; so both readings are measured.
 """
 
 from __future__ import annotations
