@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,15 +14,6 @@ from ...core.tables import table
 from .measurement import Measurement
 
 AGREEMENT = 1e-4
-_HEADERS = (
-    "mode",
-    "loss/\ntoken",
-    "perplexity",
-    "entropy\n/ ln n",
-    "largest\nlogit",
-    "loss\nmoved",
-    "logit\nmoved",
-)
 
 
 @dataclass(frozen=True)
@@ -45,20 +35,13 @@ class Report:
         """True where sqrt_dim, which is every model's scaling, gives the model's loss."""
         return abs(self.difference) <= AGREEMENT
 
-    def table(self, columns: int | None = None) -> str:
-        """One row a mode, or one block a mode where a row is wider than the terminal."""
-        rows = [self._row(measurement) for measurement in self.measurements]
-        text = table(rows, _HEADERS, "simple")
-        columns = columns or shutil.get_terminal_size().columns
-        if max(map(len, text.splitlines())) <= columns:
-            return text
-        names = [header.replace("/\n", "/").replace("\n", " ") for header in _HEADERS]
-        width = max(map(len, names))
-        blocks = ["\n".join(f"{name:{width}}  {x}" for name, x in zip(names, row, strict=True)) for row in rows]
-        return "\n\n".join(blocks)
+    def table(self) -> str:
+        """Tabulate the measures, a row a mode."""
+        headers = ("loss/\ntoken", "perplexity", "entropy\n/ ln n", "largest\nlogit", "loss\nmoved", "logit\nmoved")
+        return table([self._row(one) for one in self.measurements], ("mode", *headers), "simple")
 
     def layers(self) -> str:
-        """One table a mode, one row a layer: entropy of the layer and of its heads, and logits."""
+        """Tabulate the entropy of each layer and of its heads, and logits: a table a mode, a row a layer."""
         tables = []
         for one in self.measurements:
             headers = (one.mode, "entropy\n/ ln n", "of heads", "mean row's\nlargest logit", "largest\nlogit")
