@@ -34,6 +34,22 @@ NON_MMA_PER_LOGIT = {
     ("grad_query", "sm_90", 512): 51.0,
 }
 
+# The same with a bias of pairs, causal, and bytes a thread that loops may spill: kernel, target, head_dim, bias. Tiles
+# without spills have more instructions a logit, 8 % to a third.
+PAIR_BIASES = {
+    ("forward", "sm_80", 64, "bias"): (12.9, 0),
+    ("forward", "sm_90", 128, "relative_bias"): (24.6, 0),
+    ("forward", "sm_100", 64, "bias"): (13.0, 0),
+    ("grad_key_value", "sm_80", 64, "relative_bias"): (29.8, 0),
+    ("grad_key_value", "sm_90", 128, "bias"): (26.0, 52),
+    ("grad_key_value", "sm_90", 128, "relative_bias"): (36.8, 172),
+    ("grad_key_value", "sm_100", 64, "relative_bias"): (39.8, 0),
+    ("grad_query", "sm_80", 128, "bias"): (16.4, 0),
+    ("grad_query", "sm_90", 64, "relative_bias"): (20.3, 0),
+    ("grad_query", "sm_90", 128, "relative_bias"): (24.1, 28),
+    ("grad_query", "sm_100", 128, "bias"): (20.5, 0),
+}
+
 # The same of the forward in Gluon, sm_90, by head_dim; and the least share of the tensor rate that its replay may have.
 GLUON_NON_MMA_PER_LOGIT = {64: 6.4, 128: 7.1}
 GLUON_SHARE = {64: 0.66, 128: 0.88}

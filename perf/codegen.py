@@ -26,7 +26,7 @@ from tritonattn.core.tables import table as layout
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config
 from tritonattn.tuning.config import STREAMING_KERNELS, WIDEST, TileConfig
 
-from .ceilings import NON_MMA_PER_LOGIT
+from .ceilings import NON_MMA_PER_LOGIT, PAIR_BIASES
 from .static.machine_code import CLASSES, MachineCode, flops_per_logit, read_machine_code
 from .static.model import RATES, UNITS, cycles, programs_per_sm, utilisation
 
@@ -259,10 +259,11 @@ def _mix(readings: list[Reading]) -> list[str]:
 
 
 def _ceiling(reading: Reading) -> str:
-    """The ceiling of a reading, where there is one: bf16 with query_scale."""
-    if reading.dtype != "bf16" or reading.form != "query_scale":
+    """The ceiling of a reading, where there is one: bf16 with query_scale, and maybe a bias of pairs."""
+    key, (first, *bias) = (reading.kernel, reading.target, reading.head_dim), reading.form.split(" + ")
+    if reading.dtype != "bf16" or first != "query_scale":
         return ""
-    return _text(NON_MMA_PER_LOGIT.get((reading.kernel, reading.target, reading.head_dim)))
+    return _text(PAIR_BIASES.get((*key, *bias), (None, 0))[0] if bias else NON_MMA_PER_LOGIT.get(key))
 
 
 def _text(figure: float | None) -> str:

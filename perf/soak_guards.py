@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonattn.backends.triton import launch
+from tritonattn.backends.triton import interpreter, launch
 from tritonattn.tuning.config import TILED_KERNELS, Problem, Target, TileConfig, legal_reasons
 from tritonattn.tuning.defaults import default_config
 
@@ -40,7 +40,7 @@ class Executor:
 
             if hasattr(value, "base"):  # a TensorDescriptor
                 return replace(value, base=copied(value.base))
-            return launch.map_tensors(copied, value)
+            return interpreter.map_tensors(copied, value)
 
         self.run(kernel, grid, {name: guarded(name, value) for name, value in arguments.items()}, config)
         for name, copy in copies:

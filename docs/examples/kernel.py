@@ -8,7 +8,7 @@
 q, k, v, out   [B, H, S, D] of fp32, bf16 or fp16, contiguous; D is a power of two >= 16
 scales, lse    [B, H, S] of fp32
 
-A kernel gets B * H heads one behind the other: row i of head h is row h * S + i of a matrix [B * H * S, D]. Products
+A kernel takes B * H heads one behind the other: row i of head h is row h * S + i of a matrix [B * H * S, D]. Products
 accumulate in fp32, and the scales act on them there; p and ds are rounded to the operands' dtype before a product.
 Without a GPU, Triton's interpreter runs this file. docs/kernels.md leads from here to the kernels of tritonattn.
 
@@ -47,9 +47,9 @@ def forward_kernel(
     q = tl.load(q_ptr + tile_m, mask=live_m[:, None], other=0.0)  # [BLOCK_M, D]
     query_scale = tl.load(query_scale_ptr + first + offs_m, mask=live_m, other=0.0) * LOG2_E  # [BLOCK_M]
 
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)  # finite from the first block on: every row attends to key 0
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)  # [BLOCK_M]; finite after a block: all rows have key 0
+    l_i = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M]
+    acc = tl.zeros([BLOCK_M, D], tl.float32)  # [BLOCK_M, D]
     for start_n in range(0, tl.minimum(start_m + BLOCK_M, S), BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         tile_n, live_n = (first + offs_n)[:, None] * D + offs_d[None, :], offs_n < S  # [BLOCK_N, D], [BLOCK_N]
@@ -95,7 +95,7 @@ def grad_query_kernel(
     lse = tl.load(lse_ptr + first + offs_m, mask=live_m, other=0.0) * LOG2_E  # [BLOCK_M]
     delta = tl.load(delta_ptr + first + offs_m, mask=live_m, other=0.0)  # [BLOCK_M]
 
-    dq = tl.zeros([BLOCK_M, D], tl.float32)
+    dq = tl.zeros([BLOCK_M, D], tl.float32)  # [BLOCK_M, D]
     for start_n in range(0, tl.minimum(start_m + BLOCK_M, S), BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         tile_n, live_n = (first + offs_n)[:, None] * D + offs_d[None, :], offs_n < S  # [BLOCK_N, D], [BLOCK_N]
@@ -125,8 +125,8 @@ def grad_key_value_kernel(
         dk[j] = sum_i ds[i, j] * query_scale[i] * q[i]    the gradient of key_scale[j] * k[j]; ds: grad_query_kernel
 
     Hence the gradient of k[j] is key_scale[j] * dk[j], and that of key_scale[j] is k[j] . dk[j]. The loop goes over
-    query rows, from the first that attends to a key of the block; rows past S add 0, since their q and do are 0. Tiles
-    lie transposed, keys by queries, so that p and ds meet do and q as they are. One writer an element: no atomics.
+    query rows, from the first that attends to the block; rows past S add 0, since their q and do are 0. Tiles lie
+    transposed, keys by queries, so that p and ds meet do and q as they are. Each element has one writer: no atomics.
     """
     start_n = tl.program_id(0) * BLOCK_N
     first = tl.program_id(1).to(tl.int64) * S
@@ -136,7 +136,7 @@ def grad_key_value_kernel(
     v = tl.load(v_ptr + tile_n, mask=live_n[:, None], other=0.0)  # [BLOCK_N, D]
     key_scale = tl.load(key_scale_ptr + first + offs_n, mask=live_n, other=0.0)  # [BLOCK_N]
 
-    dk, dv = tl.zeros([BLOCK_N, D], tl.float32), tl.zeros([BLOCK_N, D], tl.float32)
+    dk, dv = tl.zeros([BLOCK_N, D], tl.float32), tl.zeros([BLOCK_N, D], tl.float32)  # [BLOCK_N, D]
     for start_m in range(start_n, S, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         tile_m, live_m = (first + offs_m)[:, None] * D + offs_d[None, :], offs_m < S  # [BLOCK_M, D], [BLOCK_M]

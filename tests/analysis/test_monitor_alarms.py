@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import sys
 import warnings
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ import torch
 
 from tests.analysis.models import Net
 from tests.support.llama import HEADS, ids, llama
+from tests.support.refusals import refuses
 from tritonattn.analysis import Monitor, Thresholds, qk_clip
 from tritonattn.analysis.alarms import Alarms, layer_value
 from tritonattn.core.errors import install
@@ -209,8 +209,7 @@ def test_loggers_get_the_numbers_of_watched_steps_by_name_and_their_failure_ends
     assert all(isinstance(value, float) for value in values.values())
     assert scalars == {(name, at): value for numbers, at in logged for name, value in numbers.items()}
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match=re.escape(install("monitor"))):
-        Monitor(Net(), tensorboard="runs")
+    refuses(f"ImportError: ~ {install('monitor')}", Monitor, Net(), tensorboard="runs")
 
 
 def test_the_loss_of_a_gpu_is_read_in_watched_steps_only(monkeypatch):

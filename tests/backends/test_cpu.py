@@ -96,7 +96,7 @@ def test_rows_of_few_keys(form, root, dim):
 @pytest.mark.parametrize("form", ["ranges", "mask", "dropout"])
 @pytest.mark.usefixtures("small_tiles")
 def test_a_row_of_one_key_gives_its_query_what_lse_asks_for(form, dtype):
-    """And no rounding, among rows that see the keys of several tiles."""
+    """And no rounding, among rows that attend to keys of several tiles."""
     row, keys = torch.arange(21), torch.arange(29)
     lone = row % 3 == 1
     first, end = torch.where(lone, row, 0), torch.where(lone, row + 1, 29)
@@ -186,7 +186,7 @@ def packed(length, document):
 
 
 LENGTH = 2048
-LONG = {  # and the keys that a block of rows sees
+LONG = {  # and the keys of a block of rows
     "window": ({"causal": True, "window": (256, None)}, 512),
     "lengths": ({"key_lengths": torch.tensor([500])}, 512),
     "ranges": ({"key_ranges": packed(LENGTH, 512)}, 512),

@@ -1,6 +1,5 @@
 """Backend "flash" on stand-ins for FlashAttention 2, 3 and 4: results, gradients, and what the libraries are given."""
 
-import inspect
 import sys
 
 import pytest
@@ -17,7 +16,7 @@ from tests.support.packed import RAGGED, offsets
 from tests.support.pairs import in_turn
 from tests.support.refusals import refuses
 from tritonattn.backends.flash import libraries, obstacles
-from tritonattn.backends.flash.fold import folded
+from tritonattn.backends.flash.run import folded
 from tritonattn.calls import dispatch
 from tritonattn.core.observation import Observer
 from tritonattn.ops import attend
@@ -182,9 +181,9 @@ def test_aux_is_lse_alone(monkeypatch):
 
 @pytest.mark.parametrize("version", NEWEST)
 def test_gradients_of_keys_are_added_before_they_are_rounded(version, monkeypatch):
-    """Through logits and through norms, by kernels of statistics too, whose gradient comes in a tensor of its own."""
+    """Through logits and through norms, by kernels of statistics too, whose gradient comes in another tensor."""
     flash.install(monkeypatch, version)
-    with pytest.raises(AssertionError):  # the library's own gradient of keys, in fp16, is infinite
+    with pytest.raises(AssertionError):  # the library's gradient of keys, in fp16, is infinite
         assert_gradients_of_keys_add_up("flash")
     tensors = harness.inputs(torch.bfloat16, CPU, scales=("gain",))
     used = []
@@ -346,7 +345,7 @@ def test_cudnn(monkeypatch):
         refuses(error, tritonattn.attention, **tensors, **options, backend="flash")
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of Dynamo's own, at a break
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of Dynamo, at a break
 def test_a_compiler_leaves_it_out(monkeypatch):
     (module,) = flash.install(monkeypatch, FOUR)
     q, k, v = (x.bfloat16().requires_grad_() for x in torch.randn(3, 1, 2, 12, 16))
@@ -374,11 +373,3 @@ def test_a_monitor_gets_its_statistics_from_another_backend(monkeypatch):
     wanted = tritonattn.attention(q, k, v, causal=True, backend="sdpa", return_aux=True)[1]
     torch.testing.assert_close(found[0].entropy, wanted.entropy)
     assert len(module.calls) == 1
-
-
-@pytest.mark.parametrize("version", flash.VERSIONS)
-def test_stand_ins_have_the_recorded_signatures(version):
-    module = flash.StandIn(version, 9)
-    for name in flash.FUNCTIONS:
-        declared = ", ".join(map(str, inspect.signature(getattr(module, name)).parameters.values()))
-        assert declared == flash.recorded(version, name)

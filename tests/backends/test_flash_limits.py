@@ -38,11 +38,10 @@ def test_a_window_that_the_second_lacks(monkeypatch):
     tensors = harness.inputs(torch.bfloat16, CPU, q_len=30, k_len=9)
     options = {"window": (3, None), "backend": "flash"}
     flash.install(monkeypatch, TWO)
-    error = "NotImplementedError: window of up to 30 queries and 9 keys: ~ by flash-attn-2 ~ 'triton'"
-    refuses(error, tritonattn.attention, **tensors, **options)
     packed = Packed((30, 2), (9, 20))  # a side of the longest sequence, as the library has it
     packed_tensors = harness.packed_inputs(packed, torch.bfloat16, CPU)
-    refuses(error.replace("9", "20"), tritonattn.attention_varlen, **packed_tensors, **packed.arguments(), **options)
+    error = "NotImplementedError: window of up to 30 queries and 20 keys: ~ by flash-attn-2 ~ 'triton'"
+    refuses(error, tritonattn.attention_varlen, **packed_tensors, **packed.arguments(), **options)
     two, three = flash.install(monkeypatch, TWO, THREE, card=9)
     tritonattn.attention(**tensors, **options)
     assert (len(two.calls), len(three.calls)) == (0, 1)
@@ -94,16 +93,6 @@ def test_nan_in_hidden_rows_and_scales(monkeypatch):
 
 
 @pytest.mark.parametrize("version", NEWEST)
-def test_nan_behind_packed_keys_reaches_no_row(version, monkeypatch):
-    flash.install(monkeypatch, version)
-    packed = Packed((4, 3), (4, 5), k_tail=3)  # `packed_inputs` fills the tail with NaN
-    tensors = harness.packed_inputs(packed, torch.bfloat16, CPU)
-    with torch.no_grad():
-        out = tritonattn.attention_varlen(**tensors, **packed.arguments(), backend="flash")
-    assert out.isfinite().all()
-
-
-@pytest.mark.parametrize("version", NEWEST)
 def test_gradients_of_odd_strides(version, monkeypatch):
     """Gradients of out are handed on in aligned rows, and operands of axes of one entry lose their odd strides."""
     flash.install(monkeypatch, version)
@@ -120,7 +109,7 @@ def test_gradients_of_odd_strides(version, monkeypatch):
         torch.testing.assert_close(found, wanted, atol=0.05, rtol=0.05)
 
 
-# Card, head dims, options, the name of what FlashAttention 4 lacks there, and whether it has it without gradients.
+# Card, head dims, options, the name of what FlashAttention 4 lacks there, and True where it has it without gradients.
 FOUR_LACKS = [
     (12, (64, 64), {"softcap": 2.0}, "softcap with gradients", True),
     (12, (64, 64), {"sinks": True}, "sinks", False),

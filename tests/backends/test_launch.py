@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tritonattn.backends.triton import KERNELS, device, launch, records
+from tritonattn.backends.triton import KERNELS, device, launch
 from tritonattn.tuning.config import Problem, Target, TileConfig
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def test_grids_of_more_programs_than_triton_counts_take_several_launches(grid, m
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
 def test_lengths_are_bounded_whatever_holds_them(dtype):
     far = torch.iinfo(dtype).max
-    found = records.bounded(torch.tensor([-far, -1, 0, 100, far], dtype=dtype), 70_000)
+    found = launch.bounded(torch.tensor([-far, -1, 0, 100, far], dtype=dtype), 70_000)
     assert found.dtype == torch.int32
     assert found.tolist() == [0, 0, 0, 100, min(far, 70_000)]
 
@@ -85,7 +85,7 @@ def test_offsets_in_a_tile_of_1024_rows_that_pass_int32(width, strides, wide):
 
 
 def test_code_that_spills_is_launched_no_more_where_its_entry_is_of_another_triton(monkeypatch):
-    """The call that compiled it has its results; the plan of the next is made anew."""
+    """The call that compiled it has its results; the plan of the next is made again."""
     problem, compiled, asked = Problem(64, 64, torch.float16), SimpleNamespace(n_spills=3), []
     kernel, special = KERNELS["forward"], device.Specialisation(problem, False)
     arguments = device.KernelArguments(("q",), (torch.zeros(1),), special)

@@ -126,7 +126,7 @@ def test_supports_what_shapes_tell(lengths, masks, check):
 
 
 def test_supports_nothing_else(verdicts):
-    """Neither rows that see some keys alone, nor masks of values, nor extras."""
+    """Neither rows of some keys alone, nor masks of values, nor extras."""
     others = [((37, 37), mask(2, 4, 37, 37)) for name, mask in MASKS.items() if name not in ("full", "causal")]
     others += [*HIDDEN_BY_SHAPES, *(((37, 37), one) for one in ({"softcap": 2.0}, {"dropout_p": 0.1}))]
     others += [((37, 37), {"sinks": torch.zeros(4)}), ((37, 37), {"return_aux": True})]
@@ -136,20 +136,20 @@ def test_supports_nothing_else(verdicts):
 
 
 @pairwise(length=[1, 2, 15, 16, 17], causal=[False, True], dtype=[torch.float32, torch.bfloat16, torch.float64])
-def test_nan_that_a_row_sees_is_in_its_results(length, causal, dtype):
-    """With fewer than 16 keys PyTorch's own kernel returns 0 or stale memory."""
+def test_nan_in_a_visible_key_is_in_results(length, causal, dtype):
+    """With fewer than 16 keys PyTorch's kernel returns 0 or stale memory."""
     visible = torch.ones(length, length, dtype=torch.bool).tril(0 if causal else length)
-    for name, place, learns in itertools.product(("q", "k", "gain"), {0, length // 2, length - 1}, (False, True)):
+    for name, position, learns in itertools.product(("q", "k", "gain"), {0, length // 2, length - 1}, (False, True)):
         q, k, v = torch.randn(3, 1, 2, length, 8).to(dtype).unbind(0)
         operands = {"q": q.clone(), "k": k.clone(), "v": v.clone()}
         operands["gain"] = torch.ones(1, 2, length, dtype=torch.promote_types(dtype, torch.float32))
-        operands[name][:, :, place] = torch.nan
+        operands[name][:, :, position] = torch.nan
         leaves = {key: x.requires_grad_(learns) for key, x in operands.items()}
         out = tritonattn.attention(**leaves, scaling="key_count", causal=causal)
-        touched = visible[:, place] if name == "k" else torch.arange(length) == place
-        assert torch.equal(out.isnan(), touched[:, None].expand_as(out)), (name, place, learns)
+        touched = visible[:, position] if name == "k" else torch.arange(length) == position
+        assert torch.equal(out.isnan(), touched[:, None].expand_as(out)), (name, position, learns)
         aux = tritonattn.attention(**leaves, scaling="key_count", causal=causal, return_aux=True)[1]
-        assert all(torch.equal(x.isnan(), touched.expand_as(x)) for x in aux), (name, place, learns)
+        assert all(torch.equal(x.isnan(), touched.expand_as(x)) for x in aux), (name, position, learns)
 
 
 LAYOUTS = {

@@ -49,12 +49,14 @@ BEFORE = {"key_bias": BIAS, "softcap": 1.5}  # of a bias that is added behind a 
 
 
 def called(**given: Any) -> AttentionCall:
-    """A call on QKV; given: what it has beside or instead of them, by the name of a tensor, a term or a mask."""
+    """A call on QKV; given: more, or others, by the name of a tensor, a term or a mask."""
     tensors = {name: given.pop(name, x) for name, x in QKV.items()}
     logits = Logits(0.3, **{name: given.pop(name) for name in Logits._fields if name in given})
-    own = {name: given.pop(name) for name in ("dropout", "block_table", "wide_q", "wide_k", "is_part") if name in given}
+    rest = {
+        name: given.pop(name) for name in ("dropout", "block_table", "wide_q", "wide_k", "is_part") if name in given
+    }
     visible = Visibility.of(tensors["q"], tensors["k"], **given)
-    return AttentionCall(**tensors, visibility=visible, logits=logits, **own)
+    return AttentionCall(**tensors, visibility=visible, logits=logits, **rest)
 
 
 def packed(longest: int) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def decode(aux: bool = False, **given: Any) -> None:
     attention.decode(AttentionCall(**tensors, visibility=visible, logits=logits, block_table=table), aux)
 
 
-# Options that a call has or not, alone or beside another: by these it differs from the same call without.
+# Options that a call has or not, alone or with another: by these it differs from the same call without.
 MASKS = {
     "window": (4, None),
     "causal": True,
@@ -132,7 +134,7 @@ Codes = list[tuple[Specialisation, tuple]]
 
 
 def codes(run: Callable[..., None], given: dict[str, Any]) -> Codes:
-    """Specialisation and selected code of each launch that belongs to a kind, with Triton's own binding."""
+    """Specialisation and selected code of each launch that has one, with Triton's binding."""
     with launch.recording(Target("cuda", "80")) as launches:
         run(**given)
     found = []

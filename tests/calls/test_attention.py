@@ -9,7 +9,7 @@ from torch import Tensor
 import tritonattn
 from tests.kernels import harness
 from tests.support.calls import (
-    KINDS,
+    TYPICAL,
     assert_extreme_sink,
     assert_extreme_sink_of_decode,
     assert_gradients_of_keys_add_up,
@@ -127,7 +127,7 @@ def gradients_beside_nan(leaves: dict[str, Tensor], fill: float, call) -> list[T
     return [out, *torch.autograd.grad(out, list(inputs.values()), d_out.to(out.dtype))]
 
 
-@pairwise(scaling=[*KINDS, "given"], backend=["sdpa", "reference"], dtype=[torch.float64, torch.bfloat16])
+@pairwise(scaling=[*TYPICAL, "given"], backend=["sdpa", "reference"], dtype=[torch.float64, torch.bfloat16])
 def test_a_row_without_keys_may_hold_nan(scaling, backend, dtype):
     leaves = {name: x.to(dtype) for name, x in operands().items()}
     rows = torch.rand(2, 4, 5, dtype=torch.promote_types(dtype, torch.float32))
@@ -152,7 +152,7 @@ SHAPES = {
 }
 
 
-@pairwise(scaling=KINDS, shape=SHAPES, backend=["auto", "triton", "sdpa", "reference"])
+@pairwise(scaling=TYPICAL, shape=SHAPES, backend=["auto", "triton", "sdpa", "reference"])
 def test_nothing_to_compute(scaling, shape, backend):
     batch, heads, lengths = SHAPES[shape]
     leaves = operands(torch.float32, batch, heads, lengths)

@@ -44,31 +44,27 @@ def test_calls_that_triton_refuses(argument, dtype, dims):
         tritonattn.attention(*leaves.values(), backend=backend)
 
 
-def test_wide_heads_that_a_card_has_no_memory_for(monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "dim", "chosen", "reason"),
+    [
+        (torch.float32, 320, {"90": "triton", "75": "sdpa"}, "head_dim 320 of torch.float32"),
+        (torch.float16, 8, {"75": "sdpa", "80": "triton"}, "sm_75, for whose tensor cores"),  # as a T4
+    ],
+)
+def test_a_card_that_lacks_memory_or_tensor_cores(dtype, dim, chosen, reason, monkeypatch):
     config = pytest.importorskip("tritonattn.tuning.config")
-    q, k, v = (x.detach().as_subclass(OnGpu) for x in operands(torch.float32, dims=(320, 8)).values())
-    for arch, backend in (("90", "triton"), ("75", "sdpa")):
-        monkeypatch.setattr(config.Target, "of", lambda _, arch=arch: config.Target("cuda", arch))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            assert dispatch.choose_backend(called(q, k, v)) == backend
-        assert ["head_dim 320 of torch.float32" in str(one.message) for one in caught] == [True] * (arch == "75")
-
-
-def test_a_card_whose_tensor_cores_triton_does_not_use(monkeypatch):
-    """As a T4: kernels would compile, and multiply on its fp32 units."""
-    config = pytest.importorskip("tritonattn.tuning.config")
-    q, k, v = (x.detach().as_subclass(OnGpu) for x in operands(torch.float16).values())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for arch, backend in (("75", "sdpa"), ("80", "triton")):
-        monkeypatch.setattr(config.Target, "of", lambda _, arch=arch: config.Target("cuda", arch, "Tesla T4"))
+    q, k, v = (x.detach().as_subclass(OnGpu) for x in operands(dtype, dims=(dim, 8)).values())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: dim == 8)
+    for arch, backend in chosen.items():
+        monkeypatch.setattr(config.Target, "of", lambda _, arch=arch: config.Target("cuda", arch, "a card"))
         dispatch._kept_obstacle_of_card.cache_clear()
+        dispatch._warn.cache_clear()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert dispatch.choose_backend(called(q, k, v)) == backend
-        assert ["sm_75, for whose tensor cores" in str(one.message) for one in caught] == [True] * (arch == "75")
-        if arch == "75":
-            with pytest.raises(NotImplementedError, match=r"sm_75, for whose tensor cores .*'triton' does not"):
+        assert [reason in str(one.message) for one in caught] == [True] * (backend == "sdpa")
+        if backend == "sdpa":
+            with pytest.raises(NotImplementedError, match=f"{reason}.*'triton' does not support"):
                 dispatch.choose_backend(called(q, k, v, backend="triton"))
     dispatch._kept_obstacle_of_card.cache_clear()
 
@@ -97,7 +93,7 @@ class OnGpu(torch.Tensor):
 )
 def test_auto_on_a_gpu(installed, dtype, dim, arguments, backend, reason, monkeypatch):
     monkeypatch.setattr(dispatch, "_HAS_TRITON", installed)
-    dispatch._warn.cache_clear()
+    dispatch._warn_once.cache_clear()
     q, k, v = (x.detach().as_subclass(OnGpu) for x in operands(dtype, dims=(dim, 8)).values())
     if reason is None:
         assert dispatch.choose_backend(called(q, k, v, **arguments)) == backend

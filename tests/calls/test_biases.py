@@ -204,9 +204,9 @@ def test_decoding_is_the_end_of_a_full_pass(backend, new, invariant):
     options = {"relative_bias": table, "backend": backend, "batch_invariant": invariant}
     ours = tritonattn.attention_decode(q, k, v, key_lengths=lengths, window=(5, 0), relative_right=1, **options)
     for b, length in enumerate(lengths.tolist()):
-        own = {**options, "relative_bias": table[b, None], "relative_right": 1, "batch_invariant": False}
+        alone = {**options, "relative_bias": table[b, None], "relative_right": 1, "batch_invariant": False}
         theirs = attention(
-            q[b, None], k[b, None, :, :length], v[b, None, :, :length], causal=True, window=(5, 0), **own
+            q[b, None], k[b, None, :, :length], v[b, None, :, :length], causal=True, window=(5, 0), **alone
         )
         torch.testing.assert_close(ours[b, None], theirs)
 
@@ -243,8 +243,8 @@ def test_a_batch_invariant_row_is_as_alone():
         ):
             torch.testing.assert_close(ours, theirs)
         lone = {name: x[1:] for name, x in tensors.items()}
-        own = {"key_ranges": ranges[1:]} if "key_ranges" in options else options
-        assert torch.equal(out[1:], attention(**lone, bias=bias, batch_invariant=True, **own))
+        of_one = {"key_ranges": ranges[1:]} if "key_ranges" in options else options
+        assert torch.equal(out[1:], attention(**lone, bias=bias, batch_invariant=True, **of_one))
 
 
 class Recent(Scaling):

@@ -1,8 +1,10 @@
-"""`check_scaling`: right scalings pass, and each kind of mistake is named with its mask."""
+"""`check_scaling`: right scalings pass, and each mistake is named with its mask."""
 
 import pytest
 import torch
 
+from tests.support.learned import small
+from tests.support.pairs import pairwise
 from tests.support.refusals import refuses
 from tritonattn import SCALINGS, Scales, Scaling, check_scaling, nn
 
@@ -10,9 +12,9 @@ MASKS = {"full", "causal", "causal, last rows", "window", "padding", "padding on
 MASKS |= {"ranges, rows without keys"}
 
 
-@pytest.mark.parametrize("mode", SCALINGS)
-def test_every_mode_passes(mode):
-    found = check_scaling(mode)
+@pairwise(mode=SCALINGS, kv_heads=[1, 2, 4])
+def test_every_mode_passes(mode, kv_heads):
+    found = check_scaling(small(mode), heads=4, kv_heads=kv_heads)
     assert set(found) == MASKS
     assert max(found.values()) < 1e-12
 
@@ -21,7 +23,7 @@ def test_every_mode_passes(mode):
     "scaling",
     [nn.SSMax(6, bias=True), nn.PowerLaw(3, "key_norm_sum"), nn.PerHead("key_norm_rms", heads=2), nn.LearnedCosine(4)],
 )
-def test_learned_scalings_pass_with_their_own_number_of_heads(scaling):
+def test_learned_scalings_pass_with_their_number_of_heads(scaling):
     assert max(check_scaling(scaling).values()) < 1e-5
 
 
@@ -122,14 +124,14 @@ def test_what_is_no_scaling_is_refused():
 
 
 def test_sizes_are_as_asked_and_the_generator_stays():
-    seen = set()
+    sizes = set()
 
     class Watched(Counts):
         def scales(self, q, k, visibility, statistics):
-            seen.add((q.shape[1], k.shape[1], q.shape[3]))
+            sizes.add((q.shape[1], k.shape[1], q.shape[3]))
             return super().scales(q, k, visibility, statistics)
 
     before = torch.get_rng_state()
     check_scaling(Watched(), heads=6, kv_heads=3, head_dim=5)
-    assert seen == {(6, 3, 5)}
+    assert sizes == {(6, 3, 5)}
     assert torch.equal(torch.get_rng_state(), before)

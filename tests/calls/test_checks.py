@@ -166,7 +166,7 @@ OF_ONE: dict[str, list[Case]] = {
         ({"cu_seqlens_q": CU.long()}, "TypeError: cu_seqlens_q: expected dtype torch.int32, got torch.int64"),
         ({"cu_seqlens_k": CU.to(META)}, "ValueError: cu_seqlens_k: expected q's device cpu, got meta"),
         ({"cu_seqlens_q": CU[None]}, "ValueError: cu_seqlens_q: expected shape [N + 1] ~ got [1, 3]"),
-        ({"cu_seqlens_k": offsets((5,))}, "ValueError: cu_seqlens_k: expected as many ~ 2, got 1"),
+        ({"cu_seqlens_k": offsets((5,))}, "ValueError: cu_seqlens_k: expected shape [N + 1] = [3], got [2]"),
         ({"cu_seqlens_q": CU + 1}, "ValueError: cu_seqlens_q: expected a first offset of 0, got 1"),
         ({"cu_seqlens_k": torch.tensor([0, 4, 3]).int()}, "ValueError: cu_seqlens_k: expected offsets that do"),
         ({"cu_seqlens_k": offsets((3, 3))}, "ValueError: cu_seqlens_k: ~ at most T_k = 5, got 6"),

@@ -13,7 +13,7 @@ from tests.support.packed import Packed, offsets, packed_operands
 from tests.support.versions import TORCH, skip_where_export_binds_lengths
 
 pytestmark = [
-    # torch's own, while it compiles or falls back
+    # of torch, while it compiles or falls back
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.torch.jit.script"),
 ]
@@ -149,8 +149,8 @@ def test_export_of_packed_sequences():
         return *leaves, offsets(packed.q_lengths), offsets(packed.k_lengths)
 
     first, second = Packed((3, 4, 2), (4, 5, 2)), Packed((5, 1, 7, 3, 0), (2, 2, 9, 4, 1))
-    rows, keys, members = ({0: torch.export.Dim(name, min=3, max=64)} for name in ("rows", "keys", "members"))
-    shapes = ((rows, keys, keys, members, members),)
+    rows, keys, starts = ({0: torch.export.Dim(name, min=3, max=64)} for name in ("rows", "keys", "starts"))
+    shapes = ((rows, keys, keys, starts, starts),)
     program = torch.export.export(Layer(), arguments(first), strict=TORCH < (2, 13), dynamic_shapes=shapes)
     for packed in (first, second):
         torch.testing.assert_close(program.module()(*arguments(packed)), Layer()(*arguments(packed)))

@@ -6,20 +6,16 @@ import pytest
 import torch
 
 from tests.support.caches import GrowingCache, check_rows_without_keys, sequences
-from tests.support.calls import KINDS
-from tests.support.learned import LEARNED, learned
+from tests.support.calls import TYPICAL
+from tests.support.learned import LEARNED, learned, small
 from tests.support.pairs import pairwise
 from tritonattn import attention, attention_decode
-from tritonattn.scaling import SCALINGS, Beam, Inkling, Inkling2, Llama4, Ministral3, QwenLogn
+from tritonattn.scaling import SCALINGS
 
 BACKENDS = ("sdpa", "reference")
 WINDOWS = (None, (5, None), (0, 0), (40, 3), (1 << 40, 0))
-# With thresholds that short sequences reach.
-SMALL = {"qwen_logn": lambda: QwenLogn(3), "llama4": lambda: Llama4(0.5, 2), "ministral3": lambda: Ministral3(0.5, 2)}
-SMALL |= {"inkling": lambda: Inkling(0.5, 2), "inkling2": lambda: Inkling2(0.5, 2, 2.0), "beam": lambda: Beam(0.5, 2)}
-MODES = {**SCALINGS, **SMALL}
-EVERY = {**MODES, **{name: partial(learned, name) for name in LEARNED}}
-every_mode = pytest.mark.parametrize("mode", MODES)
+EVERY = {**{name: partial(small, name) for name in SCALINGS}, **{name: partial(learned, name) for name in LEARNED}}
+every_mode = pytest.mark.parametrize("mode", SCALINGS)
 PAGES = (None, 16, 19)
 
 
@@ -56,17 +52,17 @@ def test_prefill_then_decode_is_one_full_pass(mode, backend, statistics, page, w
             torch.testing.assert_close(row, cache.newest(getattr(aux, name), count), msg=name)
 
 
-@pairwise(mode=KINDS, backend=BACKENDS, page=PAGES)
+@pairwise(mode=TYPICAL, backend=BACKENDS, page=PAGES)
 def test_rows_without_keys_give_zeros(backend, page, mode):
-    check_rows_without_keys(24, page, scaling=MODES[mode](), backend=backend)
+    check_rows_without_keys(24, page, scaling=small(mode), backend=backend)
 
 
 @every_mode
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 def test_a_key_that_has_left_the_window_reaches_nothing(mode, value):
-    """A record of it, in lengths and sums, is in no result of the rows that no longer see it."""
+    """A record of it, in norms and sums, is in no result of the rows that no longer attend to it."""
     q, k, v = sequences()
-    scaling, results = MODES[mode](), []
+    scaling, results = small(mode), []
     for spoilt in (1.0, value):
         k[:, :, 2] = spoilt
         cache = GrowingCache(k, v, 24, statistics=True)
@@ -78,10 +74,10 @@ def test_a_key_that_has_left_the_window_reaches_nothing(mode, value):
 
 
 @every_mode
-def test_a_record_of_more_keys_than_a_call_sees(mode):
+def test_a_record_of_more_keys_than_a_call_attends_to(mode):
     """key_lengths says how many keys of the record count, as it does for the cache."""
     q, k, v = sequences()
-    scaling, cache = MODES[mode](), GrowingCache(k, v, 24, statistics=True)
+    scaling, cache = small(mode), GrowingCache(k, v, 24, statistics=True)
     cache.write([9, 20])
     arguments = cache.arguments() | {"scaling": scaling, "key_lengths": torch.tensor([7, 20])}
     found = attention_decode(q[:, :, 5:7], **arguments)

@@ -25,7 +25,7 @@ def kernels(monkeypatch) -> Iterator[list[str]]:
 
     def run(kernel, grid, arguments, config) -> None:
         launched.append(kernel.__name__)
-        if "argmax_ptr" in arguments:  # what torch takes for places of keys; by numpy, which no profiler of torch sees
+        if "argmax_ptr" in arguments:  # positions of keys to torch; by numpy, which its profiler does not record
             arguments["argmax_ptr"].numpy()[:] = 0
 
     monkeypatch.setattr(launch, "run", run)
@@ -116,6 +116,6 @@ def test_keys_whose_kernel_may_not_be_compiled_are_refused(monkeypatch):
     with pytest.raises(device.NotCompiledError, match="append_keys"):
         statistics.append(torch.ones(1, 1, 2, 4))
     ends, table = torch.tensor([0, 2], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
-    with pytest.raises(device.NotCompiledError, match="key_norms"):
+    with pytest.raises(device.NotCompiledError, match="key_statistics"):
         paged.append(torch.ones(2, 1, 4), ends, key_lengths=torch.tensor([2]), block_table=table)
     assert statistics.counts.tolist() == [0]

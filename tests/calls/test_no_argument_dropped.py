@@ -41,8 +41,8 @@ DISTANCES: dict[str, Any] = {
 PAIRS: dict[str, Any] = {"bias": torch.linspace(-1, 1, SQ * SK).view(SQ, SK), **DISTANCES}
 OF_PACKED: dict[str, Any] = DISTANCES | {"relative_bias": DISTANCES["relative_bias"][0]}
 PACKING: dict[str, Any] = {"cu_seqlens_q": offsets((2, 3)), "cu_seqlens_k": offsets((4, 3))}
-# Arguments that have no effect alone, and those beside which they have.
-BESIDE = {"relative_right": ("relative_bias",), "bias_after_softcap": ("relative_bias", "softcap")}
+# Arguments that have no effect alone, and those with which they have one.
+WITH = {"relative_right": ("relative_bias",), "bias_after_softcap": ("relative_bias", "softcap")}
 REFUSED: dict[str, Any] = {"max_seqlen_q": 1, "max_seqlen_k": 1}  # no other effect on a CPU: they plan launches
 
 CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -72,7 +72,7 @@ def outcome(call: str, backend: str, **arguments) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("call", "argument"), CASES)
 def test_an_argument_makes_a_difference(call, argument, backend):
     base, arguments = CALLS[call]
-    base = base | {name: arguments[name] for name in BESIDE.get(argument, ())}
+    base = base | {name: arguments[name] for name in WITH.get(argument, ())}
     changed = base | {argument: arguments[argument]}
     if argument in REFUSED:
         with pytest.raises(ValueError, match=argument):

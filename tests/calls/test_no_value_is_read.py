@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import tritonattn
-from tests.support.calls import KINDS
+from tests.support.calls import TYPICAL
 from tests.support.pairs import pairwise
 from tritonattn import ops
 from tritonattn.backends.triton import backward, launch
@@ -33,7 +33,7 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture(scope="module")
 def _guard(tmp_path_factory) -> None:
-    """A device guard for cuda, which torch's builds for CUDA have of their own."""
+    """A device guard for cuda, which torch's builds for CUDA have."""
     if torch.version.cuda:
         return
     source, made = Path(__file__).with_name("cuda_guard.cpp"), tmp_path_factory.mktemp("guard") / "guard.so"
@@ -69,14 +69,14 @@ def kernels(monkeypatch, _guard):
 @pytest.fixture
 def calls(monkeypatch) -> list[AttentionCall]:
     """The calls that reached the operators."""
-    seen, attention = [], ops.attention
+    reached, attention = [], ops.attention
 
     def keep(call):
-        seen.append(call)
+        reached.append(call)
         return attention(call)
 
     monkeypatch.setattr(ops, "attention", keep)
-    return seen
+    return reached
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -116,7 +116,7 @@ def take_back(call: AttentionCall) -> None:
     backward(call, out, lse, torch.empty_like(out), None, needs, torch.empty_like(out))
 
 
-@pairwise(scaling=KINDS, mask=["full", "causal", "window", "lengths", "ranges", "mask"], form=["plain", "everything"])
+@pairwise(scaling=TYPICAL, mask=["full", "causal", "window", "lengths", "ranges", "mask"], form=["plain", "everything"])
 def test_attention(scaling, mask, form, calls, kernels):
     options = masks(mask)
     if form == "everything":
@@ -138,7 +138,7 @@ def test_packed_sequences(scaling, calls, kernels):
     assert "attention_grad_key_value" in kernels
 
 
-@pytest.mark.parametrize("scaling", ["sqrt_dim", *KINDS])
+@pytest.mark.parametrize("scaling", ["sqrt_dim", *TYPICAL])
 def test_decoding(scaling, kernels):
     q, lengths = tensor(B, H, 1, D), integers(B)
     k, v = tensor(B, KV, 4096, D), tensor(B, KV, 4096, D)
@@ -158,7 +158,7 @@ def test_decoding(scaling, kernels):
     assert {"append_keys_kernel", "combine_splits"} <= set(kernels)
 
 
-@pytest.mark.parametrize("scaling", KINDS)
+@pytest.mark.parametrize("scaling", TYPICAL)
 def test_ragged_rows_over_pages(scaling, kernels):
     q, starts, lengths, table = tensor(S, H, D), integers(B + 1), integers(B), integers(B, 20)
     k, v = tensor(50, KV, 16, 2 * D).transpose(1, 2).split(D, -1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tritonattn
-from tests.support.calls import KINDS
+from tests.support.calls import TYPICAL
 from tests.support.device_work import values_unread
 from tests.support.packed import one_by_one
 from tests.support.pages import PagedBatch
@@ -36,7 +36,7 @@ def learned(module):
 
 
 MODES = {**SCALINGS, "first of keys": FirstOfKeys, "power_law": lambda: learned(nn.PowerLaw(heads=4))}
-SOME = (*KINDS, "power_law", "first of keys")
+SOME = (*TYPICAL, "power_law", "first of keys")
 # Chunks of a prefill, single tokens, a prefix hit, guesses; sequences without rows, without keys.
 ROWS, KEYS = (5, 1, 0, 33, 3, 4, 16), (21, 48, 7, 33, 2, 0, 40)
 WINDOWS = {"full": (False, None), "causal": (True, None), "window": (True, (6, None)), "both sides": (False, (3, 2))}
@@ -100,24 +100,24 @@ def test_decoding_of_as_many_tokens_as_each_sequence_has(mode, window, page, rec
     expected, of_rows = one_by_one(batch.packed, *operands, scaling=scaling, causal=True, window=window)
     q, k, v = torch.full((4, 4, 5, 8), torch.nan, dtype=torch.float64), batch.k, batch.v
     cache = {"key_lengths": batch.key_lengths, "query_lengths": torch.tensor(rows)}
-    for n, (own, _) in enumerate(batch.packed.members()):
-        q[n, :, : rows[n]] = batch.q[own].transpose(0, 1)
+    for n, (part, _) in enumerate(batch.packed.sequences()):
+        q[n, :, : rows[n]] = batch.q[part].transpose(0, 1)
     if page:
         cache |= {name + "_cache": batch.arguments()[name] for name in ("k", "v")} | {"block_table": batch.table}
         cache["statistics"] = record_of(batch) if recorded else None
     else:
         k, v = (torch.full((4, 2, 48, x.shape[2]), torch.nan, dtype=torch.float64) for x in (k, v))
-        for n, (_, own) in enumerate(batch.packed.members()):
-            k[n, :, : keys[n]], v[n, :, : keys[n]] = batch.k[own].transpose(0, 1), batch.v[own].transpose(0, 1)
+        for n, (_, part) in enumerate(batch.packed.sequences()):
+            k[n, :, : keys[n]], v[n, :, : keys[n]] = batch.k[part].transpose(0, 1), batch.v[part].transpose(0, 1)
         cache |= {"k_cache": k, "v_cache": v}
         if recorded:
             cache["statistics"] = tritonattn.KeyStatistics(4, 2, 48, dtype=torch.float64)
             cache["statistics"].append(k, batch.key_lengths)
     options = {"scaling": scaling, "window": window, "backend": backend, "return_aux": True}
     found, aux = attention_decode(q, **cache, **options)
-    for n, (own, _) in enumerate(batch.packed.members()):
-        torch.testing.assert_close(found[n, :, : rows[n]], expected[own].transpose(0, 1), rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(aux.lse[n, :, : rows[n]], of_rows.lse[:, own], rtol=1e-9, atol=1e-11)
+    for n, (part, _) in enumerate(batch.packed.sequences()):
+        torch.testing.assert_close(found[n, :, : rows[n]], expected[part].transpose(0, 1), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(aux.lse[n, :, : rows[n]], of_rows.lse[:, part], rtol=1e-9, atol=1e-11)
         assert not found[n, :, rows[n] :].any()
         assert (aux.lse[n, :, rows[n] :] == -torch.inf).all()
 
@@ -156,7 +156,7 @@ def test_statistics_do_not_depend_on_how_keys_came(dtype, is_read):
             with nullcontext() if is_read else values_unread():
                 chunked.append(keys, ends, key_lengths=held, block_table=batch.table)
     assert torch.equal(held, total)
-    for n, (_, keys) in enumerate(batch.packed.members()):
+    for n, (_, keys) in enumerate(batch.packed.sequences()):
         key = torch.arange(KEYS[n])
         page, slot = batch.table[n][key // 19].long(), key % 19
         norms = batch.k[keys].double().norm(dim=-1)

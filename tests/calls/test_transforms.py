@@ -8,13 +8,13 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonattn
 from tests.calls.test_compile import objective, operands
-from tests.support.calls import KINDS
+from tests.support.calls import TYPICAL
 from tests.support.masks import MASKS
 from tests.support.packed import Packed, offsets, packed_operands
 from tests.support.pairs import pairwise
 
 pytestmark = [
-    # torch's own, while it falls back
+    # of torch, while it falls back
     pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:torch.searchsorted")
 ]
 
@@ -63,8 +63,8 @@ def test_vmap_over_biases_of_pairs_and_gradients_of_one_that_entries_share():
         given = [x if dim == 0 else x[0] for x, dim in zip((biases, tables), dims, strict=True)]
         together = torch.func.vmap(gradient, in_dims=dims)(*given)
         for i in range(3):
-            own = [x[i] if dim == 0 else x for x, dim in zip(given, dims, strict=True)]
-            leaves = [x.clone().requires_grad_() for x in own]
+            chosen = [x[i] if dim == 0 else x for x, dim in zip(given, dims, strict=True)]
+            leaves = [x.clone().requires_grad_() for x in chosen]
             expected = torch.autograd.grad(function(*leaves), leaves)
             for ours, theirs in zip(together, expected, strict=True):
                 torch.testing.assert_close(ours[i], theirs)
@@ -113,7 +113,7 @@ def test_vmap_with_dropout(randomness):
         torch.func.vmap(function)(qs)
 
 
-@pytest.mark.parametrize("scaling", KINDS)
+@pytest.mark.parametrize("scaling", TYPICAL)
 def test_vmap_over_the_offsets(scaling):
     q, k, v = (x.detach() for x in packed_operands(Packed((7,), (9,)), torch.float32).values())
     rows = torch.stack([offsets(lengths) for lengths in ((3, 4), (7, 0), (1, 5))])

@@ -111,13 +111,13 @@ lengths = st.integers(0, 6)
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
-    members=st.lists(st.tuples(lengths, lengths), max_size=5),
+    lengths_of=st.lists(st.tuples(lengths, lengths), max_size=5),
     tails=st.tuples(lengths, lengths),
     causal=st.booleans(),
     window=st.tuples(st.none() | lengths, st.none() | lengths),
 )
-def test_rows_see_the_keys_of_their_own_sequence(members, tails, causal, window):
-    packed = Packed(tuple(q for q, _ in members), tuple(k for _, k in members), *tails)
+def test_rows_attend_to_the_keys_of_their_sequence(lengths_of, tails, causal, window):
+    packed = Packed(tuple(q for q, _ in lengths_of), tuple(k for _, k in lengths_of), *tails)
     dense = packed.visible(causal, window)
     q, k = torch.empty(1, 2, packed.q_len, 1), torch.empty(1, 1, packed.k_len, 1)
     given = packed.arguments()

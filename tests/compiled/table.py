@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from perf.ceilings import NON_MMA_PER_LOGIT
+from perf.ceilings import NON_MMA_PER_LOGIT, PAIR_BIASES
 from tests.support.pairs import all_pairs, thinned
 from tests.support.versions import OLDER_TRITON
 from tritonattn.tuning import Problem, Target
@@ -32,13 +32,8 @@ FORMS_OF_DECODE = (
     *("block_table", "sequences", EVERYTHING, f"{EVERYTHING} block_table"),
 )
 PACKED_ROWS = (16, 32, 64, 256)
-# Bytes a thread of `of_biases_of_pairs`. Tiles without spills have more instructions a logit, 8 % to a third.
-SPILLS_OF_PAIRS = {
-    ("grad_query", "sm_86"): 8,
-    ("grad_query", "sm_120"): 72,
-    ("grad_key_value", "sm_90"): 52,
-    ("grad_key_value", "sm_120"): 12,
-}
+# Bytes a thread of `of_biases_of_pairs` without a ceiling.
+SPILLS_OF_PAIRS = {("grad_query", "sm_86"): 8, ("grad_query", "sm_120"): 72, ("grad_key_value", "sm_120"): 12}
 
 
 class Case(NamedTuple):
@@ -133,14 +128,23 @@ def of_pages() -> list[Case]:
     return cases
 
 
+def of_pair_ceilings() -> dict[Case, float]:
+    return {_of_pairs(*key, spills): ceiling for key, (ceiling, spills) in PAIR_BIASES.items()}
+
+
 def of_biases_of_pairs() -> list[Case]:
     """Each kernel on each target, causal, with a dense bias or a relative one, of head dim 64 or 128, in turn."""
-    cases = []
+    with_ceiling, cases = {(kernel, target) for kernel, target, *_ in PAIR_BIASES}, []
     for (number, kernel), (turn, target) in product(enumerate(TILED_KERNELS), enumerate(TARGETS)):
         bias, dim = ("bias", "relative_bias")[(number + turn) % 2], (64, 128)[(number // 2 + turn // 2) % 2]
-        problem = Problem(dim, dim, BFLOAT, right=kernel != "decode", query_scale=True, **{bias: True})
-        cases.append(Case(kernel, problem, target, SPILLS_OF_PAIRS.get((kernel, target), 0)))
+        if (kernel, target) not in with_ceiling:
+            cases.append(_of_pairs(kernel, target, dim, bias, SPILLS_OF_PAIRS.get((kernel, target), 0)))
     return cases
+
+
+def _of_pairs(kernel: str, target: str, dim: int, bias: str, spills: int) -> Case:
+    problem = Problem(dim, dim, BFLOAT, right=kernel != "decode", query_scale=True, **{bias: True})
+    return Case(kernel, problem, target, spills)
 
 
 def of_streaming_kernels() -> list[Case]:
@@ -154,8 +158,9 @@ def of_streaming_kernels() -> list[Case]:
     ]
 
 
-CEILINGS = of_ceilings()
+CEILINGS, PAIR_CEILINGS = of_ceilings(), of_pair_ceilings()
 CASES = [*CEILINGS, *of_every_choice(), *of_wide_heads(), *of_pages(), *of_biases_of_pairs(), *of_streaming_kernels()]
+CASES += PAIR_CEILINGS
 
 
 def soonest(kernel: str, target: str) -> Case:

@@ -31,7 +31,7 @@ from tritonattn.tuning.lookup import usable_table
 from tritonattn.tuning.table import Key
 
 from .facts import facts
-from .table import CASES, CEILINGS, QUICK, SCALES, TARGETS, Case, problem_of
+from .table import CASES, CEILINGS, PAIR_CEILINGS, QUICK, SCALES, TARGETS, Case, problem_of
 
 pytestmark = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
@@ -64,10 +64,12 @@ def check(case: Case) -> None:
         assert exponentials < (1.1 if dim <= 256 else 2.3), f"warps repeat each other's softmax: {code}"
         if case.problem.right and dim == 64:
             check_loops(case)
+    if case in PAIR_CEILINGS and not OLDER_TRITON:
+        assert per_logit(case) <= PAIR_CEILINGS[case], facts(*case[:3])
 
 
 def per_logit(case: Case, what: str | None = None) -> float:
-    """Instructions of all lanes for a logit of the unmasked loop's tile: of one class, or all beside the MMAs."""
+    """Instructions of all lanes for a logit of the unmasked loop's tile: of one class, or all but the MMAs."""
     config = default_config(case.kernel, case.problem, Target.parse(case.target))
     loop = facts(*case[:3]).unmasked_loop
     count = loop.instructions[what] if what else loop.other
@@ -150,7 +152,7 @@ def test_kernels_compile(name, products, arch, product, monkeypatch):
     tensors = (f"{tensor}_ptr" for tensor in ("q", "k", "v", "out", "do", "dq", "dk", "dv"))
     types = dict.fromkeys(tensors, "*bf16") | dict.fromkeys(sizes, "constexpr") | {"S": "i32"}
     signature = {argument: types.get(argument, "*fp32") for argument in kernel.arg_names}
-    aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if "*" in kind}
+    aligned = {(at,): [["tt.divisibility", 16]] for at, type in enumerate(signature.values()) if "*" in type}
     source = ASTSource(kernel, signature, sizes, aligned)
     options = {"num_warps": lesson.LAUNCH["num_warps"], "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -182,7 +184,7 @@ def test_tiles_load_16_bytes_at_a_time(case):
 
 
 def check_loads(kernel: str, target: str, dim: int, dtype: torch.dtype, form: dict[str, bool]) -> None:
-    """Narrow loads are as many as at the next multiple of 16, where Triton itself sees the alignment."""
+    """Narrow loads are as many as at the next multiple of 16, where Triton itself finds the alignment."""
     wider = -(-dim // 16) * 16
     assert narrow_loads(kernel, target, dim, dtype, form) == narrow_loads(kernel, target, wider, dtype, form)
 

@@ -39,12 +39,12 @@ def check(head_dim: int, causal: bool) -> None:
     barriers = [one for one in instructions if one.name == "BAR"]
     assert all(one.operands.endswith(", 0x80") for one in barriers), "barriers are of a consumer, not of the program"
     path = operations(loop.body, loop.labels, PARAMETERS["90"])
-    products = [place for place, one in enumerate(path) if one.act == "product"]
-    waits = [(place, one.amount) for place, one in enumerate(path) if one.act == "product wait"]
+    products = [at for at, one in enumerate(path) if one.act == "product"]
+    waits = [(at, one.amount) for at, one in enumerate(path) if one.act == "product wait"]
     (first_wait, _), (last_wait, _) = waits
     assert [amount for _, amount in waits] == [1, 0]
     assert products[-1] < first_wait, "both products are issued before either is waited for"
-    exponentials = [place for place, one in enumerate(path) if one.name == "MUFU"]
+    exponentials = [at for at, one in enumerate(path) if one.name == "MUFU"]
     assert first_wait < exponentials[0]
     between = sum(one.name.startswith("FMNMX") for one in path[first_wait:last_wait])
     assert between >= 30, "rows take their maxima under the second product; ptxas puts the exponentials behind its wait"

@@ -1,4 +1,4 @@
-"""Visibility: every question it answers, and sums and maxima over what it shows, against the dense definition."""
+"""Visibility: all that it says, and sums and maxima over the keys that it shows, against the dense definition."""
 
 import sys
 from itertools import product

@@ -165,11 +165,10 @@ def test_shard_and_unshard_are_inverse_and_say_what_cannot_be_divided(rank: int)
         (whole * x).sum().backward()
         assert torch.equal(part.grad, 4 * part)  # from four ranks
     message = (
-        r"x: expected a number of tokens that 8 divides \('zigzag' over 4 ranks\), got 12; pad the sequence"
-        r" \(tritonattn\.distributed\.pad\), or end it with a document of padding"
+        "ValueError: x: expected a number of tokens that 8 divides ('zigzag' over 4 ranks), got 12; pad the sequence"
+        " (tritonattn.distributed.pad), or end it with a document of padding"
     )
-    with pytest.raises(ValueError, match=message):
-        shard(x[..., :12], mesh=mesh, layout="zigzag")
+    refuses(message, shard, x[..., :12], mesh=mesh, layout="zigzag")
 
 
 class Near(Scaling):
@@ -189,8 +188,8 @@ def test_every_rank_refuses(rank: int) -> None:
         return context_parallel_decode(q, k, v, mesh=mesh, key_lengths=torch.tensor([1, 1]), **options)
 
     for offsets, message in (([0, 9, 3], "that do not fall, got 3 after 9"), ([0, 999], "of at most S = 48, got 999")):
-        with pytest.raises(ValueError, match=f"cu_seqlens: expected offsets {message}"):
-            context_parallel_attention(q, k, v, mesh=mesh, cu_seqlens=torch.tensor(offsets).int())
+        given = {"mesh": mesh, "cu_seqlens": torch.tensor(offsets).int()}
+        refuses(f"ValueError: cu_seqlens: expected offsets {message}", context_parallel_attention, q, k, v, **given)
     sharded = distribute_tensor(q, mesh, [Shard(1)])
     message = (
         r": expected a plain tensor, got a DTensor placed \(S(hard)?\((dim=)?1\)\) on a mesh of \(4,\);"
@@ -203,16 +202,13 @@ def test_every_rank_refuses(rank: int) -> None:
     }.items():
         with pytest.raises(TypeError, match=name + message):
             call()
-    with pytest.raises(TypeError, match=r"got ProcessGroup; DeviceMesh.from_group\(group, device_type\) makes one"):
-        shard(q, mesh=mesh.get_group())
+    message = "TypeError: ~ got ProcessGroup; DeviceMesh.from_group(group, device_type) makes one"
+    refuses(message, shard, q, mesh=mesh.get_group())
     for call in (
         lambda: context_parallel_attention(q, k, v, mesh=mesh, scaling=Near()),
         lambda: decoded(q[:, :, :1], k, scaling=Near()),
     ):
-        with pytest.raises(
-            NotImplementedError, match="scaling: expected one without a relative bias over ranks, got N"
-        ):
-            call()
+        refuses("NotImplementedError: scaling: expected one without a relative bias over ranks, got Near", call)
     refuses("TypeError: q: expected a tensor [B, Hq, Sq, D], got NoneType", decoded, None, k)
     refuses("ValueError: k_cache: expected 4 axes [B, Hkv, capacity, D], got 3", decoded, q[:, :, :1], k[0])
 

@@ -69,9 +69,9 @@ def copied(arguments: list) -> list:
         if not isinstance(argument, Tensor):
             return argument
         storage = argument.untyped_storage()
-        own = storages.setdefault(storage.data_ptr(), None) or storage.clone()
-        storages[storage.data_ptr()] = own
+        kept = storages.setdefault(storage.data_ptr(), None) or storage.clone()
+        storages[storage.data_ptr()] = kept
         empty = torch.empty(0, dtype=argument.dtype)
-        return empty.set_(own, argument.storage_offset(), argument.shape, argument.stride())
+        return empty.set_(kept, argument.storage_offset(), argument.shape, argument.stride())
 
     return [copy(argument) for argument in arguments]

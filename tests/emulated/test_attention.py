@@ -33,7 +33,7 @@ FAST = (
     (GPU(90, True), Case(BFLOAT, (32, 32), WARPGROUP, "causal", PAIRS, "after", lengths=(70, 90), batch=1)),
 )
 
-# Every head dim and every kind of loop on every GPU in the default config; tests/kernels has pairs of the rest.
+# Every head dim and every loop on every GPU in the default config; tests/kernels has pairs of the rest.
 DIMS = ((16, 16), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (17, 40), (72, 136))
 ON = [(gpu, dtype) for gpu in GPUS for dtype in (HALF, BFLOAT, SINGLE) if not (gpu.descriptors and dtype == SINGLE)]
 CHOICES = {
@@ -49,7 +49,7 @@ FREE = [*combinations(("dims", "mask", "form", "scales", "heads", "lengths"), 2)
 
 
 def cases_of(make, rows, free) -> list:
-    """(GPU, case) of the rows, as few as hold the pairs, where a GPU and a dtype are choices of their own."""
+    """(GPU, case) of the rows, as few as hold the pairs, where GPU and dtype are separate choices."""
     rows = thinned([dict(zip(("gpu", "dtype"), row.pop("on"), strict=True)) | row for row in rows], free)
     return [(row.pop("gpu"), make(**row)) for row in rows]
 
@@ -65,7 +65,7 @@ EVERYTHING = [
 def test_attention(gpu, case, emulate):
     executor = emulate(gpu, case.tiles)
     case.check()
-    of_ranges, of_keys = (executor.launched.count(name) for name in ("rows_of_key_block", "keys_seen"))
+    of_ranges, of_keys = (executor.launched.count(name) for name in ("row_bounds_kernel", "keys_seen"))
     assert of_ranges == (case.mask in ("ranges", "causal ranges", "everything"))
     assert of_keys == 2 * (case.mask in ("ranges", "causal ranges"))
     assert len(executor.launched) == 4 + of_ranges + of_keys  # forward, row terms, both backward kernels
@@ -82,27 +82,27 @@ def test_parts_of_splits_are_joined(emulate, monkeypatch):
 
 
 @in_turn(name=["q", "k", "gain"], softcap=[None, None, 2.0])
-def test_nan_that_a_row_sees_is_in_its_results(name, softcap, emulate):
+def test_nan_of_a_visible_pair_is_in_its_row(name, softcap, emulate):
     """A GPU's maximum passes over NaN: it must not leave a row of NaN, and its statistics, as those without keys."""
     emulate(GPU(80), SMALL)
     q, k, v = torch.randn(3, 1, 1, 24, 16, dtype=BFLOAT).unbind(0)
     operands = {"q": q, "k": k, "v": v, "gain": torch.ones(1, 1, 24)}
-    place = 0 if name == "k" else 20
-    operands[name][:, :, place] = torch.nan
+    row = 0 if name == "k" else 20
+    operands[name][:, :, row] = torch.nan
     operands |= padded_operands({key: operands[key] for key in "qkv"})
     out, aux = tritonattn.attention(
         **operands, scaling="key_count", causal=True, softcap=softcap, return_aux=True, backend="triton"
     )
-    nan = torch.arange(24) >= 0 if name == "k" else torch.arange(24) == place
+    nan = torch.arange(24) >= 0 if name == "k" else torch.arange(24) == row
     assert torch.equal(out.isnan(), nan[:, None].expand_as(out))
     for statistic in aux:
         assert torch.equal(statistic.isnan(), nan.expand_as(statistic))
 
 
 def test_bits_of_batch_invariant_rows(emulate, monkeypatch):
-    """Causal rows among all rows, told their keys by ranges, and in decoding; tests/invariance has more companies.
+    """Causal rows among all rows, told their keys by ranges, and in decoding; tests/invariance has more batches.
 
-    `cosine` divides by the queries' lengths, whose last bit shows in lse behind a softcap.
+    `cosine` divides by the queries' norms, whose last bit shows in lse behind a softcap.
     """
     emulate(GPU(80), SMALL)
     torch.manual_seed(0)

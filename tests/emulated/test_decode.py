@@ -96,7 +96,7 @@ def test_decode(case, capability, emulate):
 
 
 @in_turn(name=["q", "k"], length=[60, 150])
-def test_nan_that_a_row_sees_is_in_its_results(name, length, emulate):
+def test_nan_of_a_visible_pair_is_in_its_row(name, length, emulate):
     """One split, or several of which one or all are NaN; the other sequence is as before."""
     executor = emulate(GPU(80), SMALL)
     operands = dict(zip("qkv", sequences(BFLOAT, heads=(2, 1), length=length, dims=(16, 16)), strict=True))

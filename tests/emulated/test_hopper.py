@@ -39,7 +39,7 @@ ORDERS = (("random", 1), ("last-warp", 0), ("round-robin", 0))
 QUERY = ("query_scale",)
 TERMS = ("query_scale", "key_scale", "key_bias", "sinks")
 
-# A fast selection: three consumers and two, every term of a logit, keys that no row sees.
+# A fast selection: three consumers and two, every term of a logit, keys hidden from all rows.
 FAST = (
     Case(BFLOAT, (64, 64), None, "causal", QUERY, "plain", (1, 1), (150, 300), 1),
     Case(HALF, (64, 64), None, "sides, lengths and ranges", TERMS, "softcap aux", (1, 1), (100, 300), 1),
@@ -59,7 +59,7 @@ CHOICES = {
     "batch": [1],
 }
 FREE = [pair for pair in combinations(CHOICES, 2) if {*pair} != {"dims", "mask"}]
-PADDED = {  # those of other dims, each with a form of its own
+PADDED = {  # other dims, each with another form
     (80, 80): {"mask": "causal", "scales": QUERY},
     (96, 112): {"mask": "wide causal window", "form": "aux"},
     (192, 192): {"mask": "full", "scales": ("query_scale", "key_scale")},
@@ -109,18 +109,18 @@ class InOrders(Executor):
         kernel, grid, arguments, names = launched
         before, found = copied(arguments), []
         for policy, seed in ORDERS:
-            own = copied(before)
+            copies = copied(before)
             try:
-                report = run(kernel, grid, own, names=names, policy=policy, seed=seed)
+                report = run(kernel, grid, copies, names=names, policy=policy, seed=seed)
             except PTXError as error:  # a deadlock
                 raise AssertionError(f"{policy}: {error}") from error
             assert not any(map(is_ours, report.problems())), f"{policy}: {report}"
-            found.append([one for one in own if isinstance(one, torch.Tensor)])
+            found.append([one for one in copies if isinstance(one, torch.Tensor)])
         for other in found[1:]:
             for x, y in zip(other, found[0], strict=True):
                 assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
-        for result, own in zip(filter(torch.is_tensor, arguments), found[0], strict=True):
-            result.copy_(own)
+        for result, computed in zip(filter(torch.is_tensor, arguments), found[0], strict=True):
+            result.copy_(computed)
         self.reports.append(report)
         self.launches.append(Launch(launched, before, report))
 

@@ -43,7 +43,11 @@ def check(dtype: torch.dtype, head_dim: int, k_len: int, some_unseen: bool) -> N
 def test_key_statistics(emulate):
     executor = emulate(GPU(90))
     check(torch.float16, head_dim=17, k_len=1100, some_unseen=True)
-    assert executor.launched == ["key_norms_kernel", *["prefix_sums_kernel"] * 2, *["key_statistics_grad"] * 2]
+    assert executor.launched == [
+        "key_statistics_kernel",
+        *["prefix_sums_kernel"] * 2,
+        *["key_statistics_grad_kernel"] * 2,
+    ]
 
 
 def test_append_keys(emulate):
@@ -56,7 +60,12 @@ def test_append_keys(emulate):
         counts = None if counts is None else torch.tensor(counts)
         theirs.append(k, counts)
         triton_backend.append_keys(padded(k), counts, ours._buffers())
-    assert executor.launched == ["key_norms_kernel", "append_keys_kernel", "append_keys_kernel", "append_keys_kernel"]
+    assert executor.launched == [
+        "key_statistics_kernel",
+        "append_keys_kernel",
+        "append_keys_kernel",
+        "append_keys_kernel",
+    ]
     assert ours.counts.tolist() == theirs.counts.tolist() == [131, 71]
     for found, expected in zip(ours._buffers()[1:], theirs._buffers()[1:], strict=True):
         for one, other, count in zip(found, expected, [131, 71], strict=True):
@@ -72,9 +81,9 @@ def test_sums_of_appended_keys_do_not_depend_on_how_they_are_cut(emulate):
         k, [(134,), (63, 2, 1, 68)], lambda new, ours: triton_backend.append_keys(padded(new), None, ours._buffers())
     )
     assert executor.launched == [
-        "key_norms_kernel",
+        "key_statistics_kernel",
         *["append_keys_kernel"] * 4,
-        "key_norms_kernel",
+        "key_statistics_kernel",
         "append_keys_kernel",
     ]
 
@@ -91,9 +100,9 @@ def test_passes_over_ranges(emulate):
     lo, hi = visibility.ranges()
     largest = ranges.argmax_over_ranges(x, lo[:, None], hi[:, None])
     seen = ranges.seen_keys(visibility)
-    assert executor.launched == ["rows_of_key_block", "argmax_of_ranges", "keys_seen"]
+    assert executor.launched == ["row_bounds_kernel", "argmax_of_ranges", "keys_seen"]
     pairs = visible_pairs((2, 1, 33, 50), causal=True, key_lengths=key_lengths, key_ranges=key_ranges)
     assert_rows_of_key_blocks(bounds, pairs[:, 0], 16)
     assert torch.equal(seen, pairs.any(2))
-    sees = pairs.any(-1).expand_as(largest)
-    assert torch.equal(largest[sees], largest_keys(x, pairs)[sees])
+    has_keys = pairs.any(-1).expand_as(largest)
+    assert torch.equal(largest[has_keys], largest_keys(x, pairs)[has_keys])

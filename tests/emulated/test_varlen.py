@@ -11,7 +11,7 @@ import torch
 
 from tests.kernels import harness
 from tests.support.packed import Packed
-from tests.support.paged_calls import check_appends, paged_call
+from tests.support.pages import check_appends, paged_call
 from tests.support.pairs import all_pairs
 from tritonattn import attention_varlen
 from tritonattn.backends import triton as triton_backend
@@ -122,4 +122,4 @@ def test_pages(name, emulate):
 def test_appended_norms(emulate):
     executor = emulate(GPU(90))
     check_appends(torch.bfloat16, 24)
-    assert executor.launched == ["key_norms_kernel", "append_to_pages_kernel"] * 5
+    assert executor.launched == ["key_statistics_kernel", "append_to_pages_kernel"] * 5

@@ -35,7 +35,7 @@ def test_the_layout(repository):
     for backend in BACKENDS:
         built = repository / "build" / f"torch-{backend}"
         found = {path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file()}
-        assert found == names | {"metadata.json", "tritonattn/__init__.py"}
+        assert found == names | {"metadata.json"}
         for name in names:
             assert (built / name).read_bytes() == (source / name).read_bytes()
         metadata = json.loads((built / "metadata.json").read_text())

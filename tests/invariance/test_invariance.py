@@ -85,10 +85,10 @@ def test_results_and_gradients_are_those_of_the_definition(mask):
     leaves = {name: torch.randn(shape, dtype=torch.float64).requires_grad_() for name, shape in shapes.items()}
     options = {"softcap": 3.0, "return_aux": True, **MASKS[mask](2, 4, 40, 300)}
     found = []
-    for own in ({"backend": "sdpa", "batch_invariant": True}, {"backend": "reference"}):
-        out, aux = tritonattn.scaled_attention(**leaves, **options, **own)
-        seen = aux.lse.masked_fill(aux.lse.isneginf(), 0)
-        found.append([out, *aux, *torch.autograd.grad(out.square().sum() + seen.sum(), list(leaves.values()))])
+    for options_of in ({"backend": "sdpa", "batch_invariant": True}, {"backend": "reference"}):
+        out, aux = tritonattn.scaled_attention(**leaves, **options, **options_of)
+        lse = aux.lse.masked_fill(aux.lse.isneginf(), 0)
+        found.append([out, *aux, *torch.autograd.grad(out.square().sum() + lse.sum(), list(leaves.values()))])
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
@@ -103,13 +103,13 @@ def test_a_patched_model_with_padding_on_the_left():
     model, padding, length = llama(), 37, 300
     module = model.model.layers[0].self_attn
     q, k, v = torch.randn(2, 4, length, 32), torch.randn(2, 2, length, 32), torch.randn(2, 2, length, 32)
-    seen = torch.ones(2, length, dtype=torch.bool)
-    seen[0, :padding] = False
+    is_token = torch.ones(2, length, dtype=torch.bool)
+    is_token[0, :padding] = False
     with patch(model, scaling="key_norm_mean", batch_invariant=True):
         for first in (0, length - 1):
             position = torch.arange(first, length)
             sizes = {"batch_size": 2, "q_length": length - first, "q_offset": first, "cache_position": position}
-            mask = key_range_mask(**sizes, kv_length=length, attention_mask=seen)
+            mask = key_range_mask(**sizes, kv_length=length, attention_mask=is_token)
             batch, _ = attention_forward(module, q[:, :, first:], k, v, mask)
             rows = slice(max(first, padding), length)
             alone, _ = attention_forward(module, q[:1, :, rows], k[:1, :, padding:], v[:1, :, padding:], None)
@@ -132,7 +132,7 @@ def test_a_window_of_the_last_rows_with_padding_on_the_left(scaling):
 @pytest.mark.parametrize("scaling", ["key_norm_mean", "key_norm_rms", "key_norm_max", "cosine"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e30])
 def test_keys_that_left_every_window_may_hold_anything(scaling, poison):
-    """Alone, packed and decoded, 2 rows see the last 4 of 9 keys; and a call without rows, or without members."""
+    """Alone, packed and decoded, 2 rows attend to the last 4 of 9 keys; and calls without rows or sequences."""
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
     settings = {"scaling": scaling, "window": (2, 0), "batch_invariant": True}
@@ -157,10 +157,10 @@ def test_keys_that_left_every_window_may_hold_anything(scaling, poison):
         )
         assert torch.equal(decoded, out.detach())
     assert tritonattn.attention(q[:, :, :0], k, v, **settings).shape == (1, 4, 0, 8)
-    for ends in (none, torch.zeros(3, dtype=torch.int32)):  # rows and keys of no member
+    for ends in (none, torch.zeros(3, dtype=torch.int32)):  # rows and keys of no sequence
         assert not tritonattn.attention_varlen(*packed, ends, ends, 0, 0, **settings).any()
     pages, table = torch.randn(1, 16, 2, 8), torch.zeros(1, 0, dtype=torch.int32)
-    for statistics in (None, tritonattn.PagedKeyStatistics(1, 16, 2)):  # rows that see no key
+    for statistics in (None, tritonattn.PagedKeyStatistics(1, 16, 2)):  # rows that attend to no key
         given = {"block_table": table, "statistics": statistics, **settings}
         assert not tritonattn.attention_varlen(packed[0], pages, pages, q_ends, q_ends * 0, 2, 0, **given).any()
 

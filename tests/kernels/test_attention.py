@@ -41,7 +41,7 @@ def test_every_pair_of_choices(mask, form, scales, dtype, heads, lengths, dims, 
     (kv_heads, group), (q_len, k_len), (head_dim, value_dim) = heads, lengths, dims
     sizes = {"kv_heads": kv_heads, "group": group, "q_len": q_len, "k_len": k_len}
     tensors, arguments = of_form(form, dtype, device, scales=scales, head_dim=head_dim, value_dim=value_dim, **sizes)
-    cancelling = 1.0 if q_len == 1 else 0.0  # a lone row that sees one key: its exact gradients are 0
+    cancelling = 1.0 if q_len == 1 else 0.0  # a lone row with one key: its exact gradients are 0
     arguments = arguments | harness.mask(mask, device, 2, kv_heads * group, q_len, k_len)
     harness.check(tensors, summands=cancelling, scale=0.3, **arguments)
 
@@ -60,7 +60,7 @@ def test_terms_of_keys_in_blocks_that_need_no_mask(has_ranges, device):
 
 @pytest.mark.parametrize("window", [(1, 0), (17, 3), (30, 0), (None, 14), (None, 1)], ids=str)
 def test_windows_whose_edge_is_that_of_a_tile(window, device):
-    """A single row of the last tile of 16 sees a block of keys, or all rows but a single one do."""
+    """A single row of the last tile of 16 attends to a block of keys, or all rows but a single one do."""
     harness.check(harness.inputs(torch.float32, device, q_len=48, k_len=48, batch=1, group=1), window=window)
 
 
@@ -237,18 +237,18 @@ def test_the_gradient_of_k_alone_is_no_other(device):
 
 @pytest.mark.parametrize("lone", ["one key", "a row of many"])
 def test_a_row_of_one_key_gives_its_query_no_rounding(lone, device):
-    """In fp32, where a block of rows sees few keys: its softmax is 1, whatever its logit."""
-    sees_one = torch.arange(21, device=device) % (1 if lone == "one key" else 3) == 0
+    """In fp32, where a block of rows has few keys: its softmax is 1, whatever its logit."""
+    has_one = torch.arange(21, device=device) % (1 if lone == "one key" else 3) == 0
     tensors = harness.inputs(torch.float32, device, k_len=1 if lone == "one key" else 35)
     first = torch.arange(21, device=device).clamp(max=tensors["k"].shape[2] - 1)
-    last = torch.where(sees_one, first + 1, 35)
-    ranges = torch.stack([torch.where(sees_one, first, 0), last], -1).expand(2, 21, 2)
+    last = torch.where(has_one, first + 1, 35)
+    ranges = torch.stack([torch.where(has_one, first, 0), last], -1).expand(2, 21, 2)
     masks = {} if lone == "one key" else {"key_ranges": ranges}
     q, k, v = (x.requires_grad_() for x in tensors.values())
     out = tritonattn.attention(q, k, v, scaling="key_count", backend="triton", **masks)
     d_q = torch.autograd.grad((out * torch.linspace(-1, 2, 16, device=device)).sum(), q)[0]
-    assert d_q[:, :, sees_one].count_nonzero() == 0
-    assert (d_q[:, :, ~sees_one] != 0).all()
+    assert d_q[:, :, has_one].count_nonzero() == 0
+    assert (d_q[:, :, ~has_one] != 0).all()
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -64,7 +64,7 @@ def test_a_config_that_is_refused_is_named_and_the_default_runs(error, device, r
     assert [config == TUNED for _, config in ran] == [True, False, False]
 
 
-def test_an_error_beside_the_config_is_raised(device, ran, monkeypatch):
+def test_an_error_of_another_cause_is_raised(device, ran, monkeypatch):
     refuse(monkeypatch, RuntimeError("an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal memory access"):
         tritonattn.attention(*operands(device), backend="triton")

@@ -11,7 +11,7 @@ from tritonattn import attention, attention_decode
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import launch
 
-KINDS = ("sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_rms", "key_norm_max", "cosine")
+MODES = ("sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_rms", "key_norm_max", "cosine")
 # With 16 keys a block and 4 blocks in the shortest split: up to 3 splits.
 LENGTH, CAPACITY = 150, 171
 
@@ -27,8 +27,8 @@ def test_dtypes_layouts_and_new_tokens(dtype, page, count, invariant, device):
     _check(dtype, device, page=page, count=count, invariant=invariant, scaling="cosine")
 
 
-@in_turn(mode=[*KINDS, "key_norm_max", "cosine"], statistics=[True, True, True, True, True, True, False, False])
-def test_every_kind_of_mode(mode, statistics, device):
+@in_turn(mode=[*MODES, "key_norm_max", "cosine"], statistics=[True, True, True, True, True, True, False, False])
+def test_modes(mode, statistics, device):
     _check(torch.float32, device, scaling=mode, statistics=statistics, page=19, count=2, window=(80, None))
 
 
@@ -138,8 +138,8 @@ def test_wild_pages_count_as_zeros(device):
 
 
 @pairwise(page=[None, 16], window=[None, 40], capacity=[60, CAPACITY])
-def test_own_numbers_of_new_tokens(page, window, capacity, device):
-    """Rows of each sequence as in a call of that many rows; those behind them see nothing."""
+def test_new_tokens_of_each_sequence(page, window, capacity, device):
+    """Rows of each sequence as in a call of that many rows; those behind them have no keys."""
     q, k, v = sequences(torch.float32, batch=3, length=LENGTH, dims=(16, 24), device=device)
     cache = GrowingCache(k, v, capacity, page)
     cache.write([30, 58, 3])
@@ -151,8 +151,8 @@ def test_own_numbers_of_new_tokens(page, window, capacity, device):
         if count:
             one = slice(b, b + 1)
             keys = (cache.k, cache.v) if page else (cache.k[one], cache.v[one])
-            own = *keys, cache.lengths[one], None if table is None else table[one]
-            alone = triton_backend.decode(cached_call(q[one, :, :count], *own, left=window), aux=True)
+            given = *keys, cache.lengths[one], None if table is None else table[one]
+            alone = triton_backend.decode(cached_call(q[one, :, :count], *given, left=window), aux=True)
             for x, y in zip(found, alone, strict=True):
                 torch.testing.assert_close(x[one, :, :count], y, rtol=1e-6, atol=1e-6)
         assert (found.out[b, :, count:] == 0).all()
@@ -173,23 +173,6 @@ def test_offsets_past_int32(device, monkeypatch):
     pages = wide.transpose(1, 2), v.transpose(1, 2)
     found = attention_decode(q[:, :, -1:], *pages, key_lengths=lengths, block_table=table, backend="triton")
     assert torch.equal(found, expected)
-
-
-def test_results_repeat_and_neighbours_change_nothing(device):
-    q, k, v = sequences(torch.float16, batch=3, length=LENGTH, dims=(16, 16), device=device)
-    cache = GrowingCache(k, v, CAPACITY, page=16, statistics=True)
-    cache.write([80, 150, 3])
-    query = cache.newest(q, 2)
-    options = {"scaling": "key_norm_sum", "backend": "triton", "return_aux": True}
-    first, second = (attention_decode(query, **cache.arguments(), **options) for _ in range(2))
-    assert all(map(torch.equal, (first[0], *first[1]), (second[0], *second[1])))
-    assert torch.equal(attention_decode(query, **cache.arguments(), **{**options, "return_aux": False}), first[0])
-    for b in range(3):
-        alone = GrowingCache(k[b : b + 1], v[b : b + 1], CAPACITY, page=16, statistics=True)
-        alone.write([int(cache.lengths[b])])
-        found = attention_decode(query[b : b + 1], **alone.arguments(), **options)
-        for x, y in zip((found[0], *found[1]), (first[0], *first[1]), strict=True):
-            assert torch.equal(x[0], y[b])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

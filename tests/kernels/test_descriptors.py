@@ -70,8 +70,3 @@ def test_packed_sequences(device, monkeypatch):
     tensors = harness.packed_inputs(packed, torch.float16, device, scales=("gain",))
     attend = partial(tritonattn.attention_varlen, **packed.arguments(device))
     _check(tensors, monkeypatch, attend, causal=True, return_aux=True)
-
-
-def test_every_form_at_once(device, monkeypatch):
-    tensors = harness.inputs(torch.float16, device, batch=1, scales=("query_scale", "sinks"))
-    _check(tensors, monkeypatch, causal=True, softcap=1.5, dropout_p=0.3, return_aux=True)

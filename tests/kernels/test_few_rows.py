@@ -20,8 +20,8 @@ FEW = {
 }
 MANY = {
     "too many rows": (17, {"causal": True}),
-    "rows that see all": (2, {}),
-    "rows that see beyond their own": (2, {"window": (None, 1)}),
+    "rows that attend to all": (2, {}),
+    "rows that attend to later keys": (2, {"window": (None, 1)}),
     "rows of lengths": (2, {"causal": True, "key_lengths": [0, 133]}),
     "a window of lengths": (1, {"window": (90, None), "key_lengths": [0, 133]}),
     "dropout": (1, {"dropout_p": 0.5}),
@@ -38,7 +38,7 @@ def test_few_rows_of_attention(form, device, launched):
         q = sequences(torch.float32, heads=(3, 1), length=q_len, dims=(16, 24), device=device)[0]
         masks = {name: torch.tensor(x, device=device) if isinstance(x, list) else x for name, x in given.items()}
         if "key_ranges" in masks and k_len == 150:
-            k[:, :, :5], v[:, :, :5] = torch.nan, torch.inf  # which no row of the first sequence sees
+            k[:, :, :5], v[:, :, :5] = torch.nan, torch.inf  # hidden from all rows of the first sequence
             k[1, :, :5], v[1, :, :5] = 0.5, 0.5
         options = {"scaling": "key_norm_mean", "softcap": 3.0, "sinks": torch.arange(3.0, device=device), **masks}
         torch.manual_seed(0)

@@ -51,7 +51,7 @@ def test_a_sink_far_below_and_far_above_the_logits(size, aux, device):
 
 
 @pytest.mark.parametrize("size", [5.0, 14.0, 25.0])
-def test_the_gradient_of_lse_beside_a_sink_above_the_logits(size, device):
+def test_the_gradient_of_lse_with_a_sink_above_the_logits(size, device):
     """lse is without the sink, whose probability leaves the keys almost none of the row's."""
     tensors = harness.inputs(torch.float32, device, batch=1, scales=("gain",))
     tensors["sinks"] = torch.full((2,), size, device=device)

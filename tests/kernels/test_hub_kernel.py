@@ -1,4 +1,4 @@
-"""Kernels of the hub's repository, without the package beside it."""
+"""Kernels of the hub's repository, without the installed package."""
 
 import importlib.util
 import sys

@@ -18,7 +18,7 @@ BOTH, BIAS = ("query_scale", "key_scale"), ("query_scale", "key_bias")
 
 
 def _wide_ranges(batch: int, _: int, q_len: int, __: int) -> dict[str, Any]:
-    row = torch.arange(q_len) - 1  # row 1 sees 65 keys, more than are gone through again; row 0's scale is 0
+    row = torch.arange(q_len) - 1  # row 1 has 65 keys, more than are repeated; row 0's scale is 0
     return {"key_ranges": torch.stack([5 + row % 20, 70 - row % 9], -1).int().expand(batch, -1, -1)}
 
 
@@ -43,7 +43,7 @@ def test_every_mask(mask, form, scales, dtype, heads, lengths, dims, device):
     tensors, arguments = of_form(form, dtype, device, scales=scales, head_dim=head_dim, value_dim=value_dim, **sizes)
     masks = (MASKS | WIDE_MASKS)[mask](2, kv_heads * group, q_len, k_len)
     arguments |= {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in masks.items()}
-    cancelling = 1.0 if q_len == 1 else 0.0  # a lone row that sees one key: its exact gradients are 0
+    cancelling = 1.0 if q_len == 1 else 0.0  # a lone row with one key: its exact gradients are 0
     harness.check(tensors, summands=cancelling, scale=0.3, batch_invariant=True, **arguments)
 
 
@@ -68,14 +68,14 @@ def wide_steps(monkeypatch):
 
 
 def test_masked_steps_have_the_bits_of_others(device, wide_steps):
-    """A row beside one that sees few keys, and keys in a block of which others are padding."""
+    """A row next to one with few keys, and keys in a block of which others are padding."""
     tensors = harness.inputs(torch.float32, device, batch=1, q_len=80, k_len=75)
     ranges = torch.tensor([0, 75], device=device).repeat(1, 80, 1)
     alone = harness.by_kernels(tensors, batch_invariant=True)
     ranges[:, ::2, 1] = 5
-    beside = harness.by_kernels(tensors, key_ranges=ranges, batch_invariant=True)
+    mixed = harness.by_kernels(tensors, key_ranges=ranges, batch_invariant=True)
     for name in ("out", "q"):
-        assert torch.equal(beside[name][:, :, 1::2], alone[name][:, :, 1::2]), name
+        assert torch.equal(mixed[name][:, :, 1::2], alone[name][:, :, 1::2]), name
     padded = {name: torch.nn.functional.pad(tensors[name], (0, 0, 0, 7)) for name in "kv"}
     lengths = torch.tensor([75], device=device)
     found = harness.by_kernels(tensors | padded, key_lengths=lengths, batch_invariant=True)

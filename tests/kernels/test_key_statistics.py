@@ -48,9 +48,9 @@ def test_statistics_equal_those_of_torch(mask, device):
     k = torch.randn(2, 2, 40, 24, generator=torch.Generator().manual_seed(0)).to(device)
     visibility = Visibility.of(k.new_empty(2, 4, 21, 24), k, **harness.mask(mask, device, 2, 4, 21, 40))
     results = []
-    for kind in STATISTICS.values():
+    for statistics_of in STATISTICS.values():
         leaf = k.clone().requires_grad_()
-        statistics = kind(leaf, visibility)
+        statistics = statistics_of(leaf, visibility)
         values = [statistics.norm_sum, statistics.norm_square_sum, statistics.norm_max]
         weights = torch.linspace(-1, 2, 21, device=device)
         total = sum((value * weights).sum() for value in values)

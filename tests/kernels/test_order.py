@@ -1,4 +1,4 @@
-"""Programs take every block of every head of every member once, in the order that the model of perf assumes."""
+"""Programs take every block of every head of every sequence once, in the order that the model of perf assumes."""
 
 from dataclasses import replace
 from functools import partial
@@ -20,19 +20,19 @@ from tritonattn.tuning.order import Sections, sections
 @triton.jit
 def positions(out, heads, first_head, first_y, first_z, LAST_FIRST: tl.constexpr, LANES: tl.constexpr):
     """out int32 [programs, 3], in the order in which programs start."""
-    block, head, member = program_in_section(heads, first_head, first_y, first_z, LAST_FIRST, LANES)
+    block, head, sequence = program_in_section(heads, first_head, first_y, first_z, LAST_FIRST, LANES)
     x, y, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    place = out + 3 * ((z * tl.num_programs(1) + y) * tl.num_programs(0) + x)
-    tl.store(place, block)
-    tl.store(place + 1, head)
-    tl.store(place + 2, member)
+    pointer = out + 3 * ((z * tl.num_programs(1) + y) * tl.num_programs(0) + x)
+    tl.store(pointer, block)
+    tl.store(pointer + 1, head)
+    tl.store(pointer + 2, sequence)
 
 
 def started(device, grid, heads, first_head=0, last_first=True, lanes=1, first=(0, 0)) -> list[tuple[int, ...] | None]:
-    """(block, head, member) of each program, None where it has no head."""
+    """(block, head, sequence) of each program, None where it has no head."""
     out = torch.full((grid[0] * grid[1] * grid[2], 3), -1, dtype=torch.int32, device=device)
     positions[grid](out, heads, first_head, *first, last_first, lanes)
-    return [None if place[2] < 0 else tuple(place) for place in out.tolist()]
+    return [None if one[2] < 0 else tuple(one) for one in out.tolist()]
 
 
 SHAPES = {
@@ -67,10 +67,12 @@ def test_every_kernel_of_a_call_covers_its_blocks(name, target, device, monkeypa
         assert len(ordered) == 6
         for one in ordered:
             is_of_keys = one.kernel.__name__ == "attention_grad_key_value"
-            own, size = (kv_heads, one.config.block_n) if is_of_keys else (heads, one.config.block_m)
+            of_kernel, size = (kv_heads, one.config.block_n) if is_of_keys else (heads, one.config.block_m)
             first, dies = one.arguments["first_head"], one.arguments["LANES"]
-            found = started(device, one.grid, own, first, not is_of_keys, dies)
-            assert sorted(filter(None, found)) == list(product(range(-(-length // size)), range(own), range(batch)))
+            found = started(device, one.grid, of_kernel, first, not is_of_keys, dies)
+            assert sorted(filter(None, found)) == list(
+                product(range(-(-length // size)), range(of_kernel), range(batch))
+            )
     sections.cache_clear()
 
 
@@ -107,13 +109,13 @@ def test_the_model_of_perf_has_the_order_of_the_kernels(gpu, heads, length, devi
     size, count = case.sections
     grid, dies = (size, case.blocks, count), schedule.lanes(case.target)
     found = started(device, grid, heads, heads - size * count, lanes=dies)
-    assert [place and (place[1], place[0]) for place in found] == list(schedule.in_sections(case))
+    assert [one and (one[1], one[0]) for one in found] == list(schedule.in_sections(case))
 
 
 def test_launches_of_a_grid_past_the_limit_of_its_axes_cover_all_of_it(device, monkeypatch):
     monkeypatch.setattr(launch, "LONGEST_AXIS", 2)
     parts = launch._parts(2, 5, 9)
-    found = [place for part, y, z in parts for place in started(device, part, 17, -1, first=(y, z))]
+    found = [one for part, y, z in parts for one in started(device, part, 17, -1, first=(y, z))]
     assert sorted(filter(None, found)) == list(product(range(5), range(17), range(1)))
 
 
@@ -125,5 +127,5 @@ def test_sections_fill_the_cache():
     assert sections(32, 2**30, h100) == Sections(1, 32)
     assert sections(32, 8 * mib, mi300x) == Sections(8, 4), "a head a die"
     assert sections(35, 8 * mib, mi300x) == Sections(8, 5), "three heads are shared by the dies"
-    assert sections(20, 2 * mib, mi300x) == Sections(24, 1), "places of three heads a die"
+    assert sections(20, 2 * mib, mi300x) == Sections(24, 1), "three heads a die"
     assert sections(0, 5, h100).count == 0

@@ -1,4 +1,4 @@
-"""Passes over the ranges of keys that rows see: which keys some row sees, which rows see a block, the largest."""
+"""Passes over the ranges of rows: which keys are visible to some row, which rows attend to a block, the largest."""
 
 import pytest
 import torch
@@ -76,8 +76,8 @@ def test_largest_of_ranges(extra, with_ranges, device):
     lo, hi = visibility.ranges()
     found = ranges.argmax_over_ranges(x.to(device), lo[:, None], hi[:, None]).cpu()
     expected = largest_keys(x, pairs[:, None])
-    sees = pairs.any(-1)[:, None].expand_as(found)
-    assert torch.equal(found[sees], expected[sees])
+    has_keys = pairs.any(-1)[:, None].expand_as(found)
+    assert torch.equal(found[has_keys], expected[has_keys])
     if not with_ranges:
         assert (found.diff() >= 0).all()  # also of rows without keys
     assert ((found >= 0) & (found < K_LEN)).all()

@@ -1,4 +1,4 @@
-"""8 bits beside a 16-bit number restore what it was before it was rounded, in kernels as on a CPU."""
+"""8 bits next to a 16-bit number restore what it was before it was rounded, in kernels as on a CPU."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def _round_trip(exact_ptr, rounded_ptr, lost_ptr, restored_ptr, SIZE: tl.constex
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_restored_numbers(dtype, device):
-    """Every fp32 beside 1, where the last place changes, ties, random numbers of every size, and special ones."""
+    """Every fp32 next to 1, where the last place changes, ties, random numbers of every size, and special ones."""
     near = torch.arange(-(2**16), 2**16, dtype=torch.int32) + torch.tensor(1.0).view(torch.int32)
     random = torch.randn(2**14, generator=torch.Generator().manual_seed(0))
     sizes = torch.linspace(-40, 15, 2**14).exp2()

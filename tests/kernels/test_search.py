@@ -27,28 +27,28 @@ def half(key: Key) -> Problem:
 
 
 # Problems of recorded calls: between them every option, dims that differ, packed sequences and pages.
-TERMS = {"query_scale": True, "key_scale": True, "key_bias": True, "softcap": True, "sinks": True}
+TERMS = "query_scale key_scale key_bias softcap sinks"
 OF_CALLS = {
-    "ranges": {"left": True, "right": True, "key_lengths": True, "key_ranges": True, **TERMS},
-    "mask": {"mask": True, "dropout": True, "aux": True, "grouped": True, "aligned": False},
-    "packed": {"sequences": True, "right": True, "left": True, "grouped": True, "key_bias": True, "rounding": True},
-    "pages": {"sequences": True, "right": True, "block_table": True, "grouped": True, "aux": True, "key_scale": True},
-    "pairs": {"right": True, "grouped": True, "softcap": True, "bias": True, "relative_bias": True, "key_bias": True},
-    "pairs behind": {
-        "left": True,
-        "softcap": True,
-        "bias_after_softcap": True,
-        "relative_bias": True,
-        "query_scale": True,
-    },
-    "wide": {"wide_q": True, "wide_k": True, "is_part": True, "query_scale": True, "query_scale_grad": True},
+    "ranges": f"left right key_lengths key_ranges {TERMS}",
+    "mask": "mask dropout aux grouped unaligned",
+    "packed": "sequences right left grouped key_bias rounding",
+    "pages": "sequences right block_table grouped aux key_scale",
+    "pairs": "right grouped softcap bias relative_bias key_bias",
+    "pairs behind": "left softcap bias_after_softcap relative_bias query_scale",
+    "wide": "wide_q wide_k is_part query_scale query_scale_grad",
 }
-OF_DECODE = {
-    "cache": {"left": True, "aux": True, "packed_rows": 16, **TERMS},
-    "rows of their own": {"sequences": True, "grouped": True, "block_table": True, "packed_rows": 32},
-    "ranges": {"key_ranges": True, "grouped": True, "aligned": False, "packed_rows": 16},
-    "pairs": {"grouped": True, "block_table": True, "relative_bias": True, "bias": True, "packed_rows": 16},
+OF_DECODE = {  # and packed rows
+    f"left aux {TERMS}": 16,
+    "sequences grouped block_table": 32,
+    "key_ranges grouped unaligned": 16,
+    "grouped block_table relative_bias bias": 16,
 }
+
+
+def problem_of(options: str, **others: Any) -> Problem:
+    names = dict.fromkeys(options.split(), True)
+    aligned = not names.pop("unaligned", False)
+    return Problem(32, 16, torch.float16, short=True, aligned=aligned, **names, **others)
 
 
 def recorded() -> Iterator[Call]:
@@ -60,22 +60,23 @@ def recorded() -> Iterator[Call]:
             "wide": ("grad_query", "grad_key_value"),
         }
         for kernel in kernels.get(name, ("forward", "grad_query", "grad_key_value")):
-            yield Call(Exact(kernel, Problem(32, 16, torch.float16, short=True, **options)), size_of(20, 40, **options))
-    for options in OF_DECODE.values():
-        size = replace(size_of(9 if options["packed_rows"] > 16 else 1, 48, **options), q_total=0, k_total=0)
-        yield Call(Exact("decode", Problem(32, 16, torch.float16, short=True, **options)), size)
+            yield Call(Exact(kernel, problem_of(options)), size_of(20, 40, problem_of(options)))
+    for options, rows in OF_DECODE.items():
+        problem = problem_of(options, packed_rows=rows)
+        size = replace(size_of(9 if rows > 16 else 1, 48, problem), q_total=0, k_total=0)
+        yield Call(Exact("decode", problem), size)
 
 
-def size_of(q_len: int, k_len: int, **options: Any) -> Size:
-    group, page = 1 + ("grouped" in options), 16 * ("block_table" in options)
+def size_of(q_len: int, k_len: int, problem: Problem) -> Size:
+    group, page = 1 + problem.grouped, 16 * problem.block_table
     size = Size(2, 2 * group, q_len, k_len, group=group, page=page)
-    totals = {"q_total": 30, "k_total": 60} if "sequences" in options else {}
-    return replace(size, **totals, left=9 * ("left" in options), right=3 * ("right" in options))
+    totals = {"q_total": 30, "k_total": 60} if problem.sequences else {}
+    return replace(size, **totals, left=9 * problem.left, right=3 * problem.right)
 
 
 @pytest.mark.parametrize("call", list(recorded()), ids=lambda call: str(call.of))
 def test_a_recorded_call_is_made_again_and_agrees_with_the_reference(call, device):
-    """With its own problem and size, so that an entry serves the calls that it was found for."""
+    """With the same problem and size, so that an entry serves the calls that it was found for."""
     (kernel, problem), size = call
     workload = Workload(kernel, problem, size, device, copies=1)
     with record() as calls, launch.configured(kernel, BEST):

@@ -10,7 +10,7 @@ from tests.kernels.test_pages import CASES, ROWS
 from tests.kernels.test_varlen import MASKS as PACKED_MASKS
 from tests.kernels.test_varlen import PACKED, attend
 from tests.support.masks import MASKS
-from tests.support.paged_calls import paged_call
+from tests.support.pages import paged_call
 from tests.support.pairs import in_turn
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import attention, launch
@@ -70,7 +70,7 @@ def test_pages(name, device, in_splits):
 
 @pytest.mark.usefixtures("in_splits")
 def test_neighbours_change_nothing(device):
-    """All bits of an entry are those of a batch of its own."""
+    """All bits of an entry are those of a batch of one."""
     tensors = harness.inputs(torch.float16, device, batch=3, k_len=70, scales=("query_scale", "key_scale"))
     d_out = torch.randn(tensors["q"].shape, generator=torch.Generator().manual_seed(5)).to(tensors["q"])
     whole = harness.by_kernels(tensors, d_out=d_out, causal=True)

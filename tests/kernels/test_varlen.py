@@ -71,7 +71,7 @@ def test_nan_in_a_sequence_stays_there(device):
     tensors = harness.packed_inputs(FEW, torch.float32, device, group=1, scales=("gain", "sinks"))
     arguments = {"causal": True, "scaling": "log_key_count", **EVERYTHING}
     clean = harness.by_kernels(tensors, attend(FEW, device), **arguments)
-    rows, keys = FEW.members()[0]
+    rows, keys = FEW.sequences()[0]
     for name, index in {"q": rows, "k": keys, "v": keys}.items():
         tensors[name][index] = torch.nan
     found = harness.by_kernels(tensors, attend(FEW, device), **arguments)
@@ -88,12 +88,12 @@ def test_neighbours_change_nothing(device):
     arguments = {"causal": True, "scaling": "key_count"}
     d_out = torch.randn(tensors["q"].shape, generator=torch.Generator().manual_seed(5)).to(device)
     whole = harness.by_kernels(tensors, attend(FEW, device), d_out, **arguments)
-    for member in (0, 2):
-        rows, keys = FEW.members()[member]
+    for sequence in (0, 2):
+        rows, keys = FEW.sequences()[sequence]
         part = {"q": rows, "k": keys, "v": keys}
-        own = {name: tensors[name][index].clone() for name, index in part.items()}
-        own["gain"] = tensors["gain"][:, rows].clone()
+        one = {name: tensors[name][index].clone() for name, index in part.items()}
+        one["gain"] = tensors["gain"][:, rows].clone()
         alone = Packed((rows.stop - rows.start,), (keys.stop - keys.start,))
-        found = harness.by_kernels(own, attend(alone, device), d_out[rows], **arguments)
+        found = harness.by_kernels(one, attend(alone, device), d_out[rows], **arguments)
         expected = {name: whole[name][index] for name, index in {"out": rows, **part}.items()}
         harness.assert_same(found, expected | {"gain": whole["gain"][:, rows]})

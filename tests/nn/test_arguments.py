@@ -86,13 +86,14 @@ def test_arguments_that_exclude_one_another():
     cache, lengths = made.cache(2, 8), torch.tensor([3, 7])
     with torch.no_grad():
         for name, value in {"context": x, "key_lengths": lengths, "mask": torch.ones(7, 7).bool()}.items():
-            with pytest.raises(ValueError, match=f"{name}: expected None with cache, got a tensor"):
-                made(x, cache=cache, **{name: value})
+            refuses(
+                f"ValueError: {name}: expected None with cache, got a tensor", made, x, cache=cache, **{name: value}
+            )
         refuses("ValueError: cache: expected a causal layer", layer(), x, cache=cache)
     refuses("ValueError: counts: expected None with no cache", made, x, counts=lengths)
     refuses("ValueError: max_seqlen: expected None with no cu_seqlens, got int 7", made, x, max_seqlen=7)
-    with pytest.raises(ValueError, match="key_lengths: expected None with cu_seqlens"):
-        made(x[0], cu_seqlens=torch.tensor([0, 7]).int(), max_seqlen=7, key_lengths=lengths)
+    packed = {"cu_seqlens": OFFSETS, "max_seqlen": 7}
+    refuses("ValueError: key_lengths: expected None with cu_seqlens", made, x[0], **packed, key_lengths=lengths)
     refuses("NotImplementedError: cache: no gradient goes through it", made, x, cache=cache)
     assert cache.lengths.tolist() == [0, 0]
 
@@ -100,9 +101,9 @@ def test_arguments_that_exclude_one_another():
 @pytest.mark.parametrize(
     ("new", "error", "message"),
     [
-        ((K, V.int()), TypeError, "v_new: expected a floating dtype, got torch.int32"),
-        ((K[..., :5], V), ValueError, r"k_new: expected \[B, Hkv, n, D\] = \[2, 2, n, 6\], got \[2, 2, 3, 5\]"),
-        ((K, V[0]), ValueError, r"v_new: expected \[B, Hkv, n, Dv\] = \[2, 2, n, 4\], got \[2, 3, 4\]"),
+        ((K, V.int()), TypeError, "v_new: expected float16, bfloat16, float32 or float64, got torch.int32"),
+        ((K[..., :5], V), ValueError, r"k_new: expected shape \[B, Hkv, n, D\] = \[2, 2, n, 6\], got \[2, 2, 3, 5\]"),
+        ((K, V[0]), ValueError, r"v_new: expected shape \[B, Hkv, n, Dv\] = \[2, 2, n, 4\], got \[2, 3, 4\]"),
         ((K, V[:, :, :2]), ValueError, "v_new: expected k_new's n = 3, got 2"),
         ((K, V.to("meta")), ValueError, "v_new: expected this KeyValueCache's device cpu, got meta"),
     ],

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.support.caches import sequences
+from tests.support.refusals import refuses
 from tritonattn import attention, attention_decode, attention_varlen, nn
 
 B, H, S, WIDTH = 2, 4, 24, 5
@@ -48,11 +49,9 @@ def test_alibi_on_both_sides(lengths):
     for backend in ("sdpa", "reference"):
         out = attention(q, k, v, relative_bias=alibi(S), relative_right=S - 1, backend=backend)
         torch.testing.assert_close(out, wanted)
-    with pytest.raises(ValueError, match="keys: expected at least 1, got 0"):
-        alibi(0)
+    refuses("ValueError: keys: expected at least 1, got 0", alibi, 0)
     alibi.sequence_part = object()
-    with pytest.raises(NotImplementedError, match="bidirectional=False under ContextParallel"):
-        alibi(S)
+    refuses("NotImplementedError: ~ bidirectional=False under ContextParallel", alibi, S)
 
 
 def forgetting(gate, x):

@@ -37,7 +37,7 @@ def _rounded(call):
     )
 
 
-# opcheck's own, from torch 2.15 on
+# opcheck's, from torch 2.15 on
 opcheck_reads_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 
@@ -129,7 +129,7 @@ def test_forward_mode_is_refused():
         ops.attention(changed(call, q=forward_ad.make_dual(call.q.detach(), tangent)))
 
 
-# The pass over the keys, with torch in the kernels' place.
+# The pass over the keys, with torch instead of kernels.
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_key_norms_pass_opcheck():
     opcheck(torch.ops.tritonattn.argmax_over_ranges.default, (norms, lo, hi))
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's
 @pytest.mark.usefixtures("torch_kernels")
 def test_key_statistics_under_transforms_and_compilers():
     q = torch.empty(2, 4, 5, 8)

@@ -11,7 +11,7 @@ from tests.support.watch import Watch
 from tritonattn import KeyStatistics, attention_decode, ops
 from tritonattn.ops.operators import flat
 
-pytestmark = [  # torch's own, while it traces and compiles
+pytestmark = [  # torch's, while it traces and compiles
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.torch.jit.script"),
 ]
@@ -117,7 +117,7 @@ def test_lengths_and_pages_that_are_not_read_are_clamped():
 
 
 def test_pages_that_no_row_looks_into_may_be_given_away():
-    """Row 0 of 2, with 40 keys, sees those from 38 - left on; page 1 holds the keys 16 to 31."""
+    """Row 0 of 2, with 40 keys, attends to those from 38 - left on; page 1 holds the keys 16 to 31."""
     q, k, v = sequences(length=50)
     cache = GrowingCache(k, v, 64, page=16)
     cache.write([40, 50])

@@ -62,7 +62,7 @@ TEMPERATURES = ("llama4", "ministral3", "inkling", "beam")
 
 @pytest.mark.parametrize("name", ["key_count", "sqrt_key_count", "log_key_count", "qwen_logn", *TEMPERATURES])
 @pytest.mark.parametrize("keys", [0, 1, 7, 20000])
-def test_where_all_rows_see_all_keys_the_factor_is_a_number(name, keys):
+def test_where_all_rows_attend_to_all_keys_the_factor_is_a_number(name, keys):
     """The number is the factor of a causal mask's last row."""
     q, k = torch.empty(1, 1, 1, 4), torch.empty(1, 1, keys, 4)
     alone = scales_of(SCALINGS[name](), q, k)
@@ -107,32 +107,28 @@ def test_counts_on_a_gpu_belong_to_a_stream_and_to_no_captured_graph(monkeypatch
 # ---- Presets
 
 
-@pytest.mark.parametrize("length", [7, 64])
-def test_qwen(length):
-    """QWenAttention.logn_tensor: math.log(i, seq_length) if i > seq_length else 1, i from 1."""
-    model = [(math.log(i, length) if i > length else 1) / 4 for i in range(1, 200)]
-    assert factors(QwenLogn(train_length=length), 199) == pytest.approx(model, rel=1e-12)
-
-
-def test_llama4():
-    positions = torch.arange(200)
-    model = (torch.log1p(torch.floor((positions.double() + 1.0) / 16)) * 0.3 + 1.0) / 4
-    assert factors(Llama4(scale=0.3, floor_scale=16), 200) == pytest.approx(model.tolist(), rel=1e-12)
-
-
-def test_ministral3_is_its_models_function():
-    modeling = pytest.importorskip("transformers.models.ministral3.modeling_ministral3")
-    model = modeling.get_llama_4_attn_scale(torch.arange(200)[None], 0.2, 16).flatten() / 4
-    assert factors(Ministral3(beta=0.2, original_length=16), 200) == pytest.approx(model.tolist(), rel=1e-6)
-
-
 def modeling(model):
     return pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
 
 
-def test_beam_is_its_models_function():
-    model = modeling("beam").compute_attention_scaling(torch.arange(5000)[None]).flatten() / 4
-    assert factors(Beam(), 5000) == pytest.approx(model.tolist(), rel=1e-6)
+# Each of positions from 0; of Qwen, which transformers lacks, and of Llama 4, where it is no function, written out.
+POSITIONS = torch.arange(5000)
+TEMPERATURES = {
+    "qwen": (QwenLogn(64), lambda: [math.log(i, 64) if i > 64 else 1 for i in range(1, 5001)]),
+    "llama4": (Llama4(0.3, 16), lambda: torch.log1p(torch.floor((POSITIONS.double() + 1.0) / 16)) * 0.3 + 1.0),
+    "ministral3": (
+        Ministral3(0.2, 16),
+        lambda: modeling("ministral3").get_llama_4_attn_scale(POSITIONS[None], 0.2, 16).flatten(),
+    ),
+    "beam": (Beam(), lambda: modeling("beam").compute_attention_scaling(POSITIONS[None]).flatten()),
+}
+
+
+@pytest.mark.parametrize("name", TEMPERATURES)
+def test_temperatures_are_those_of_their_models(name):
+    scaling, model = TEMPERATURES[name]
+    wanted = torch.as_tensor(model(), dtype=torch.float64) / 4
+    assert factors(scaling, len(POSITIONS)) == pytest.approx(wanted.tolist(), rel=1e-6)
 
 
 def log_scale(rows):
@@ -143,7 +139,7 @@ def log_scale(rows):
 
 def test_inkling_is_its_models_function(monkeypatch):
     """A layer without a window, its position bias at 0: with the temperature, and q, k, v of the layer without it."""
-    inkling, eager, seen = modeling("inkling"), modeling("inkling").eager_attention_forward, []
+    inkling, eager, calls = modeling("inkling"), modeling("inkling").eager_attention_forward, []
     sizes = {
         "hidden_size": 16,
         "num_hidden_layers": 1,
@@ -159,15 +155,15 @@ def test_inkling_is_its_models_function(monkeypatch):
     torch.nn.init.zeros_(layer.rel_logits_proj.proj)
 
     def noted(module, *tensors, **arguments):
-        seen.append((*tensors[:3], eager(module, *tensors, **arguments)[0]))
-        return seen[-1][-1], None
+        calls.append((*tensors[:3], eager(module, *tensors, **arguments)[0]))
+        return calls[-1][-1], None
 
     monkeypatch.setattr(inkling, "eager_attention_forward", noted)
     x, mask = torch.randn(1, 40, 16), torch.full((40, 40), -torch.inf).triu(1)[None, None]
     layer(x, mask)
     config.log_scaling_n_floor = 16
     layer(x, mask)
-    (q, k, v, plain), (_, _, _, wanted) = seen
+    (q, k, v, plain), (_, _, _, wanted) = calls
     assert (wanted - plain).abs().max() > 1e-2
     ours = attention(q, k, v, scaling=Inkling(0.3, 16), gain=8**-0.5, causal=True).transpose(1, 2)
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
@@ -296,7 +292,7 @@ def test_statistics_below_the_normal_range_count_as_zero():
         assert (torch.autograd.grad(row.sum(), k)[0] == 0).all()
 
 
-def test_a_nan_that_a_row_sees_is_not_hidden():
+def test_a_nan_that_a_row_attends_to_is_not_hidden():
     k = KEYS.clone()
     k[0, 0, 1, 0] = torch.nan
     for mode in STATISTICS:
@@ -305,7 +301,7 @@ def test_a_nan_that_a_row_sees_is_not_hidden():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_smallest_statistic_that_counts(dtype):
-    """In fp32, where it is a node of its own, as in fp64; a root counts where its square is the smallest's."""
+    """In fp32, where autograd has a node for it, as in fp64; a root counts where its square is the smallest's."""
     limit = torch.tensor(SMALLEST_STATISTIC, dtype=dtype)
     below = limit.nextafter(torch.zeros_like(limit))
     s = torch.stack([limit, below, torch.zeros_like(limit), limit * 0 + torch.nan]).requires_grad_()
@@ -334,7 +330,7 @@ def test_logits_are_cosines(tau):
     torch.testing.assert_close(logits, cosine * (tau or 4.0))
 
 
-def test_lengths_whose_product_is_below_fp32():
+def test_norms_whose_product_is_below_fp32():
     """Their factor is above it, and the products of q and k are 0 unless scales are folded into q and k."""
     q, k = (x.float() * size for x, size in zip(vectors(), (1e-20, 1e-25), strict=True))
     for backend in ("sdpa", "reference"):

@@ -22,26 +22,19 @@ _SIZES = {
     "initializer_range": 0.15,
     "tie_word_embeddings": False,
 }
+_GEMMA = {**_SIZES, "tie_word_embeddings": True, "sliding_window": 24, "final_logit_softcapping": None}
 _CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**_SIZES),
     "mistral": lambda: transformers.MistralConfig(**_SIZES, sliding_window=24),
     # Every other layer has the window. The factor besides the mode is 1 / sqrt(100), not 1 / sqrt(64).
-    "gemma2": lambda: transformers.Gemma2Config(
-        **_SIZES | {"tie_word_embeddings": True},
-        sliding_window=24,
-        attn_logit_softcapping=5.0,
-        query_pre_attn_scalar=100,
-        final_logit_softcapping=None,
-    ),
+    "gemma2": lambda: transformers.Gemma2Config(**_GEMMA, attn_logit_softcapping=5.0, query_pre_attn_scalar=100),
     # Head dims 64 in the first layer, which has the window, and 512 in the others.
     "gemma4": lambda: transformers.Gemma4TextConfig(
-        **_SIZES | {"tie_word_embeddings": True},
+        **_GEMMA,
         global_head_dim=512,
-        sliding_window=24,
         layer_types=["sliding_attention", "full_attention", "full_attention"],
         hidden_size_per_layer_input=0,
         num_kv_shared_layers=0,
-        final_logit_softcapping=None,
     ),
 }
 
@@ -95,8 +88,7 @@ class Case:
             patched.save_pretrained(folder)
         else:
             tritonattn.huggingface.patch(patched, scaling=self.scaling)
-            settings = {"scaling": self.scaling, **options.pop("settings", {})}
-            options["additional_config"] = {"tritonattn": settings}
+            options["additional_config"] = {"tritonattn": {"scaling": self.scaling}}
         return patched, plain, {"model": str(folder), **ENGINE, **options}
 
 
@@ -118,9 +110,9 @@ def prompts() -> list[list[int]]:
     """Prompts of 1 to 150 tokens, some of which begin alike."""
     numbers = torch.randint(3, VOCABULARY, (400,), generator=torch.Generator().manual_seed(1)).tolist()
     long, others = numbers[:100], iter(numbers[100:])
-    others_alone = [[next(others) for _ in range(n)] for n in (1, 17, 40)]
+    alone = [[next(others) for _ in range(n)] for n in (1, 17, 40)]
     alike = [long[:keys] + [next(others) for _ in range(n)] for keys, n in ((64, 3), (100, 1), (100, 50))]
-    return [*others_alone, *alike, long[:9] * 7]
+    return [*alone, *alike, long[:9] * 7]
 
 
 def generate(llm: Any, tokens: list[list[int]], **options: Any) -> list[Any]:

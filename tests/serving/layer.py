@@ -11,6 +11,7 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel, model_parallel_is_initialized
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import customize_attention_spec
 
@@ -65,14 +66,9 @@ class Layer:
             self._build(given)
 
     def _build(self, given: dict[str, Any]) -> None:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
-        try:
-            self.layer = Attention(
-                HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, cache_config=self.config.cache_config, prefix=NAME, **given
-            )
-        finally:
-            torch.set_default_dtype(before)
+        given |= {"cache_config": self.config.cache_config, "prefix": NAME}
+        with set_default_torch_dtype(self.dtype):
+            self.layer = Attention(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, **given)
         self.layer.process_weights_after_loading(self.dtype)
         backend = self.layer.get_attn_backend()
         spec = customize_attention_spec(backend, self.layer.get_kv_cache_spec(self.config))

@@ -1,4 +1,4 @@
-"""A stand-in for NVIDIA's driver: Triton's own CudaDriver and launcher run on a machine without a GPU.
+"""A stand-in for NVIDIA's driver: Triton's CudaDriver and launcher run on a machine without a GPU.
 
     stub = installed()                         # one a process: the devices of DEVICES
     with stub.active(90, on_launch=seen.append):
@@ -6,11 +6,11 @@
     seen[0].kernel, seen[0].grid, seen[0].arguments         # what the driver was handed
     stub.messages()                            # what it refused, and why
 
-A C library takes the place of libcuda.so.1 and holds every call to the rules of the driver API (libcuda.c). Each
+A C library replaces libcuda.so.1 and holds every call to the rules of the driver API (libcuda.c). Each
 launch's raw parameters are compared with the kernel's arguments (launched.py). Nothing runs, unless `on_launch` hands
 the launch to tests/emulator, as the tests in tests/emulated do.
 
-Not covered: torch's own CUDA code, streams and asynchrony, the allocator, graphs, clusters beyond their size, AMD. One
+Not covered: torch's CUDA code, streams and asynchrony, the allocator, graphs, clusters beyond their size, AMD. One
 thread may launch at a time.
 """
 

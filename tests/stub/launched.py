@@ -11,7 +11,7 @@ from ptx_emulator.tensor_map import MAP_BYTES, host_map
 from torch import Tensor
 
 _FLOATS = {"fp16": "<e", "fp32": "<f", "fp64": "<d"}
-_MARK = 8  # bytes at the end of a map by which the driver knows its own
+_MARK = 8  # bytes at the end of a map by which the driver knows it
 
 
 class Launched(NamedTuple):
@@ -66,21 +66,21 @@ def launched(
 def _expected(arguments: list[Argument], metadata: Any) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of each parameter: a descriptor's are its map, its sizes and its strides."""
     layouts = list(getattr(metadata, "tensordesc_meta", None) or ())
-    for name, value, kind in arguments:
-        if kind.startswith("tensordesc"):
+    for name, value, type_ in arguments:
+        if type_.startswith("tensordesc"):
             yield name, bytes(host_map(value.base.data_ptr(), value, layouts.pop(0)))[:-_MARK]
             yield from ((name, struct.pack("<i", size)) for size in value.shape)
             yield from ((name, struct.pack("<q", stride)) for stride in value.strides)
         else:
-            yield name, _encoded(value, kind)
+            yield name, _encoded(value, type_)
 
 
-def _encoded(value: Any, kind: str) -> bytes:
+def _encoded(value: Any, type_: str) -> bytes:
     """The bytes of an argument of one of Triton's types: "*bf16", "i32", "u1", "fp32", ..."""
     if isinstance(value, Tensor):
-        assert kind.startswith("*"), f"a tensor where {kind} is expected"
+        assert type_.startswith("*"), f"a tensor where {type_} is expected"
         return struct.pack("<Q", value.data_ptr())
-    if kind in _FLOATS:
-        return struct.pack(_FLOATS[kind], value)
-    size = max(int(kind[1:]) // 8, 1)
+    if type_ in _FLOATS:
+        return struct.pack(_FLOATS[type_], value)
+    size = max(int(type_[1:]) // 8, 1)
     return (int(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little")

@@ -1,4 +1,4 @@
-"""The devices that the stub library shows, and Triton and torch set up to see them."""
+"""The devices that the stub library shows to Triton and torch."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _NOT_PERMITTED = 800  # CUDA_ERROR_NOT_PERMITTED
 
 
 class Stub:
-    """Triton's CudaDriver on a stub libcuda. `driver` and `library` are for calls of your own.
+    """Triton's CudaDriver on a stub libcuda. `driver` and `library` are for direct calls.
 
     index         the current device
     streams       the stream on which Triton launches, by device; 0 is the default stream
-    is_capturing  whether torch says that a CUDA graph is captured
+    is_capturing  torch says that a CUDA graph is captured
     """
 
     def __init__(self) -> None:
@@ -174,5 +174,5 @@ def _keep_kernels(kernels: dict[int, Any]) -> None:
 
 @functools.cache
 def installed() -> Stub:
-    """The stub of this process. Once it is there, Triton's active driver is its own."""
+    """The stub of this process. From then on it has Triton's active driver."""
     return Stub()

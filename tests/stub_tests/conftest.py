@@ -1,4 +1,4 @@
-"""The stub of NVIDIA's driver, for its own tests."""
+"""The stub of NVIDIA's driver, for its tests."""
 
 from __future__ import annotations
 

@@ -152,11 +152,11 @@ SOUND = {"shift": 0, "strides": (128,), "shape": (64, 64), "box": (64, 16), "cap
 )
 def test_tensor_maps(change, message, stub, x):
     """Axes are innermost first, strides in bytes."""
-    of, place = SOUND | change, torch.empty(256, dtype=torch.uint8)
+    of, memory = SOUND | change, torch.empty(256, dtype=torch.uint8)
     with stub.active(of["capability"]):
         before = len(stub.messages())
         code = stub.library.cuTensorMapEncodeTiled(
-            ctypes.c_void_p((place.data_ptr() + 63) // 64 * 64),
+            ctypes.c_void_p((memory.data_ptr() + 63) // 64 * 64),
             BFLOAT16,
             2,
             ctypes.c_void_p(x.data_ptr() + of["shift"]),
@@ -182,8 +182,8 @@ class Rows(NamedTuple):
 def scaled(rows, x_descriptor, nothing, factor, shift, count, COLUMNS: tl.constexpr):
     x = x_descriptor.load([0, 0]).to(tl.float32) * factor + shift
     offs = tl.arange(0, 16)
-    places = offs[:, None] * rows.stride + tl.arange(0, COLUMNS)[None, :]
-    tl.store(rows.ptr + places, x, mask=offs[:, None] < count)
+    offsets = offs[:, None] * rows.stride + tl.arange(0, COLUMNS)[None, :]
+    tl.store(rows.ptr + offsets, x, mask=offs[:, None] < count)
 
 
 def described(x: torch.Tensor, rows: int = 16, stride: int = 64) -> TensorDescriptor:
@@ -232,11 +232,11 @@ def test_launches_are_handed_on(arguments, stub):
 )
 def test_other_parameters_than_those_of_the_call(name, change, arguments, stub, monkeypatch):
     """As from a launcher that keeps an argument of an earlier call."""
-    own = launch.run_on_device
+    run = launch.run_on_device
     monkeypatch.setattr(
         launch,
         "run_on_device",
-        lambda kernel, grid, given, config: own(kernel, grid, {**given, **change(given)}, config),
+        lambda kernel, grid, given, config: run(kernel, grid, {**given, **change(given)}, config),
     )
     seen = []
     with stub.active(90, seen.append), pytest.raises(AssertionError, match=f"scaled, {name}: expected the bytes"):

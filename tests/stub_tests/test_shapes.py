@@ -102,7 +102,7 @@ def test_launches(case, stub, launches):
     assert (launches == []) == (case == "nothing")
 
 
-def test_devices_of_one_kind_load_a_kernel_each(stub, launches):
+def test_devices_of_one_model_load_a_kernel_each(stub, launches):
     q, loads = normal(1, 2, 24, 16), []
     with stub.active(90, launches.append):
         for device in (3, 4, 3):
@@ -153,7 +153,7 @@ def test_more_programs_than_triton_counts(stub, launches):
     q = normal(1, 1, 16).expand(longest, heads, 16)
     with stub.active(90, launches.append):
         tritonattn.attention_varlen(q, q, q, starts, starts, longest, longest, backend="triton")
-    programs = [blocks * of_heads * members for _, (blocks, of_heads, members), *_ in launches]
+    programs = [blocks * of_heads * of_sequences for _, (blocks, of_heads, of_sequences), *_ in launches]
     assert max(programs) < 2**31 <= sum(programs)
     (size,) = {one.grid[0] for one in launches}
     assert sum(one.grid[2] for one in launches) == -(-sequences * heads // size), "sections of heads"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-# Units of float32's eps: every result, and gradients on a CPU that PyTorch's own kernel computes.
+# Units of float32's eps: every result, and gradients on a CPU that PyTorch's kernel computes.
 BAND = 16
 PYTORCH_GRADIENT_BAND = 64
 
@@ -21,7 +21,7 @@ def assert_within_bound(
 
     exact is float64, eager the eager computation in `dtype`. `band` is that of float32; in 16 bits it is 1, and for
     float64, which has nothing more exact, 2^14. Where exact is the remainder of `summands` that cancel, their size
-    takes the place of max |exact|.
+    stands for max |exact|.
     """
     assert ours.shape == exact.shape, f"{name}: expected shape {tuple(exact.shape)}, got {tuple(ours.shape)}"
     assert ours.isfinite().all(), f"{name}: expected finite values, got {ours[~ours.isfinite()][:3].tolist()}"

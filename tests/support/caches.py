@@ -35,8 +35,8 @@ def cached_call(
     capacity = k.shape[2] * (1 if block_table is None else block_table.shape[1])
     sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], capacity)
     visible = Visibility.of_padded(sizes, q.device, key_lengths, row_counts, left=left)
-    own = {"block_table": block_table, "aux": given.pop("aux", False), "backend": "sdpa", "cached": "a test"}
-    return AttentionCall(q, k, v, visible, Logits(0.25, **given), **own)
+    options = {"block_table": block_table, "aux": given.pop("aux", False), "backend": "sdpa", "cached": "a test"}
+    return AttentionCall(q, k, v, visible, Logits(0.25, **given), **options)
 
 
 class GrowingCache:
@@ -77,10 +77,10 @@ class GrowingCache:
         new = self.keys.new_full((*self.keys.shape[:2], max(counts), self.keys.shape[3]), torch.nan)
         for b, (start, count) in enumerate(zip(self.lengths.tolist(), counts, strict=True)):
             for i in range(start, start + count):
-                place = (b, slice(None), i)
+                slot = (b, slice(None), i)
                 if self.page is not None:
-                    place = (int(self.numbers[b, i // self.page]), i % self.page)
-                self.k[place], self.v[place] = self.keys[b, :, i], self.values[b, :, i]
+                    slot = (int(self.numbers[b, i // self.page]), i % self.page)
+                self.k[slot], self.v[slot] = self.keys[b, :, i], self.values[b, :, i]
             new[b, :, :count] = self.keys[b, :, start : start + count]
         counts = torch.tensor(counts, device=self.lengths.device)
         if self.record is not None:
@@ -94,7 +94,7 @@ class GrowingCache:
             self.record.truncate(self.lengths)
 
     def reorder(self, index: Tensor) -> None:
-        """Let sequence b go on from what sequence index[b] holds, in memory of its own."""
+        """Let sequence b go on from what sequence index[b] holds, in other memory."""
         for x in (self.k, self.v):
             if self.numbers is None:
                 x.copy_(x[index])
@@ -181,7 +181,7 @@ def check_newest(
         bias = torch.randn(2, bias_heads, length, generator=torch.Generator().manual_seed(1)).to(device)
         bias[:, 0, :66], bias[..., ::7] = -torch.inf, -torch.inf
     whole = {"key_bias": bias, "causal": True, "window": window, "backend": "reference", "return_aux": True, **options}
-    exact, eager = (tritonattn.attention(*(x.to(kind) for x in (q, k, v)), **whole) for kind in (torch.float64, dtype))
+    exact, eager = (tritonattn.attention(*(x.to(one) for x in (q, k, v)), **whole) for one in (torch.float64, dtype))
     cache = GrowingCache(k, v, capacity, page, statistics)
     cache.write([end - count for end in written])
     cache.write(count)

@@ -18,8 +18,8 @@ from tritonattn.core.visibility import Visibility
 
 from .packed import offsets
 
-# One mode of every kind: a constant, counts, positions, sums, squares in fp64, maxima, both scales.
-KINDS = ("dim", "log_key_count", "llama4", "key_norm_mean", "key_norm_rms", "key_norm_max", "cosine")
+# A mode for each way to a factor: a constant, counts, positions, sums, squares in fp64, maxima, both scales.
+TYPICAL = ("dim", "log_key_count", "llama4", "key_norm_mean", "key_norm_rms", "key_norm_max", "cosine")
 
 
 def operands(dtype=torch.float64, batch=2, heads=(4, 2), lengths=(5, 7), dims=(8, 6), seed=0) -> dict[str, Tensor]:
@@ -98,7 +98,7 @@ def example(
 def torch_kernels() -> SimpleNamespace:
     """The kernels of statistics that `tritonattn.ops.attend` calls, by torch."""
     return SimpleNamespace(
-        key_norms=lambda k, seen: key_norms_of(k, seen).detach(),
+        key_norms=lambda k, counted: key_norms_of(k, counted).detach(),
         prefix_sums=prefix_sum,
         argmax_over_ranges=argmax_over_ranges,
         seen_keys=Visibility.seen_keys,
@@ -106,14 +106,14 @@ def torch_kernels() -> SimpleNamespace:
     )
 
 
-def _key_norms_backward(k, seen, norms, d_norms, added=None):
+def _key_norms_backward(k, counted, norms, d_norms, added=None):
     rate = torch.where(norms > 0, d_norms / norms.clamp(min=1e-30), 0)
     d_k = torch.where((norms > 0)[..., None], rate[..., None] * k, 0)
     return (d_k if added is None else d_k + added).to(k.dtype).contiguous()
 
 
 def assert_extreme_sink(sink: float, backend: str, device: torch.device | str = "cpu") -> None:
-    """-inf is no sink, +inf gives zeros, NaN gives NaN in rows that see keys; rows without keys give zeros."""
+    """-inf is no sink, +inf gives zeros, NaN gives NaN in rows that attend to keys; rows without keys give zeros."""
     q, k, v = (x.detach().float().to(device).requires_grad_() for x in operands().values())
     ranges = torch.tensor([[0, 0], [0, 3], [1, 4], [0, 7], [2, 2]], device=device).expand(2, 5, 2).int()
     of_values = []
@@ -139,18 +139,18 @@ def assert_extreme_sink_of_decode(sink: float, backend: str, keys: int, device: 
     _assert_third_sink(sink, results, (lengths > 0)[:, None, None, None])
 
 
-def _assert_third_sink(sink: float, results: Callable[[Tensor | None], tuple[Tensor, ...]], sees: Tensor) -> None:
-    """`sink` changes the results [B, Hq, Sq, ...] of the third of four heads alone; sees [B, 1, Sq, 1]."""
-    found, finite = (results(torch.tensor([0.0, 1.0, one, 2.0], device=sees.device)) for one in (sink, 0.0))
+def _assert_third_sink(sink: float, results: Callable[[Tensor | None], tuple[Tensor, ...]], attends: Tensor) -> None:
+    """`sink` changes the results [B, Hq, Sq, ...] of the third of four heads alone; attends [B, 1, Sq, 1]."""
+    found, finite = (results(torch.tensor([0.0, 1.0, one, 2.0], device=attends.device)) for one in (sink, 0.0))
     for x, same, without in zip(found, finite, results(None), strict=True):
         assert torch.equal(x[:, [0, 1, 3]], same[:, [0, 1, 3]])
-        assert (x.masked_fill(sees, 0) == 0).all()
+        assert (x.masked_fill(attends, 0) == 0).all()
         if sink == torch.inf:
             assert (x[:, 2] == 0).all()
         elif sink == -torch.inf:
             torch.testing.assert_close(x[:, 2], without[:, 2])
         else:
-            assert x[:, 2:3].isnan().logical_or(~sees).all()
+            assert x[:, 2:3].isnan().logical_or(~attends).all()
 
 
 def assert_gradients_of_keys_add_up(

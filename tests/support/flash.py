@@ -61,9 +61,9 @@ def signature(parameters: str) -> inspect.Signature:
     assert isinstance(node, ast.FunctionDef)
     names, defaults = [one.arg for one in node.args.args], [ast.literal_eval(one) for one in node.args.defaults]
     defaults = [inspect.Parameter.empty] * (len(names) - len(defaults)) + defaults
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
     pairs = zip(names, defaults, strict=True)
-    return inspect.Signature([inspect.Parameter(name, kind, default=default) for name, default in pairs])
+    return inspect.Signature([inspect.Parameter(name, either, default=default) for name, default in pairs])
 
 
 class StandIn(ModuleType):
@@ -265,7 +265,7 @@ class _Dropped(Function):
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *versions: str, card: int | None = None) -> list[StandIn]:
-    """Put stand-ins in the place of all libraries, on a card for the first; CPU tensors then lie on that card."""
+    """Put stand-ins for all libraries, on a card for the first; CPU tensors then lie on that card."""
     card = VERSIONS[versions[0]] if card is None and versions else card
     modules = [StandIn(version, cast(int, card)) for version in versions]
     for name, module in MODULES.items():

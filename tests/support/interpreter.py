@@ -21,7 +21,7 @@ def quicken() -> None:
     It replaces the builtins of triton.language at each launch of a kernel, and once more at every call of a function
     inside, tl.sum and tl.max included, though nobody has put them back in between. It repeats all arithmetic of int32
     in int64, to look for an overflow, but reports one only where its option `debug` is set, which is off. And it
-    describes anew the type and shape of every value, of which there are few.
+    describes again the type and shape of every value, of which there are few.
     """
     interpreter.InterpretedFunction.__call__ = _called
     builder = interpreter.interpreter_builder
@@ -61,5 +61,5 @@ def _numpy_type_of(type: core.dtype):
     return _numpy_types[name]
 
 
-def _broadcast_other_shapes(own: semantic.TritonSemantic, x: core.tensor, y: core.tensor):
-    return (x, y) if x.shape is y.shape else _broadcast(own, x, y)
+def _broadcast_other_shapes(of: semantic.TritonSemantic, x: core.tensor, y: core.tensor):
+    return (x, y) if x.shape is y.shape else _broadcast(of, x, y)

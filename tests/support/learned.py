@@ -1,12 +1,21 @@
-"""One example of every learned scaling away from where it starts, for q of 4 heads and head dim 8."""
+"""Modes at thresholds that short sequences reach, and learned ones away from where they start, for 4 heads of dim 8."""
 
 from collections.abc import Callable
 
 import torch
 
-from tritonattn import nn
+from tritonattn import SCALINGS, nn
+from tritonattn.scaling import Scaling
 
 HEADS, HEAD_DIM = 4, 8
+_SMALL = {
+    "qwen_logn": {"train_length": 3},
+    "llama4": {"scale": 0.5, "floor_scale": 2},
+    "ministral3": {"beta": 0.5, "original_length": 2},
+    "inkling": {"alpha": 0.5, "n_floor": 2},
+    "inkling2": {"alpha": 0.5, "n_floor": 2, "threshold": 2.0},
+    "beam": {"power": 0.5, "length": 2},
+}
 SIGNS = (0.9, 0.0, -1.2, 1e-3)  # what a learned factor passes on its way through zero
 
 
@@ -72,3 +81,8 @@ LEARNED: dict[str, Callable[[], torch.nn.Module]] = {
 def learned(name: str) -> torch.nn.Module:
     """A fresh example, its parameters float64 and asking for gradients."""
     return LEARNED[name]().double()
+
+
+def small(name: str) -> Scaling:
+    """The mode of a name, at thresholds that a short test reaches."""
+    return SCALINGS[name](**_SMALL.get(name, {}))

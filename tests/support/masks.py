@@ -1,4 +1,4 @@
-"""One example of every kind of mask, and the definition of visibility that the package is held to."""
+"""One example of every mask, and the definition of visibility that the package is held to."""
 
 from collections.abc import Callable
 
@@ -65,16 +65,16 @@ def visible_pairs(
 ) -> Tensor:
     """The visible pairs by their definition, bool [B, Hq, Sq, Sk]; sizes = (B, Hq, Sq, Sk)."""
     q_len, k_len = sizes[2:]
-    own = torch.arange(q_len)[:, None] + k_len - q_len
+    position = torch.arange(q_len)[:, None] + k_len - q_len
     key = torch.arange(k_len)
     visible = torch.ones(sizes, dtype=torch.bool)
     if causal:
-        visible &= key <= own
+        visible &= key <= position
     left, right = window or (None, None)
     if left is not None:
-        visible &= key >= own - left
+        visible &= key >= position - left
     if right is not None:
-        visible &= key <= own + right
+        visible &= key <= position + right
     if key_lengths is not None:
         visible &= key < key_lengths[:, None, None, None]
     if key_ranges is not None:
@@ -93,7 +93,7 @@ def largest_keys(x: Tensor, pairs: Tensor) -> Tensor:
 
 
 def assert_rows_of_key_blocks(bounds: Tensor, pairs: Tensor, block: int) -> None:
-    """bounds [B, blocks, 2] are the first and one past the last row of pairs [B, Sq, Sk] that sees a block of keys."""
+    """Check that bounds [B, blocks, 2] are the first and last rows of pairs [B, Sq, Sk] that attend to each block."""
     for of_blocks, visible in zip(bounds.tolist(), pairs, strict=True):
         for (first, end), keys in zip(of_blocks, visible.split(block, -1), strict=True):
             rows = keys.any(-1).nonzero().flatten().tolist()

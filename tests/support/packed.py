@@ -36,14 +36,14 @@ class Packed:
             "max_seqlen_k": max(self.k_lengths, default=0),
         }
 
-    def members(self) -> list[tuple[slice, slice]]:
+    def sequences(self) -> list[tuple[slice, slice]]:
         """Rows and keys of every sequence."""
         return list(zip(_slices(self.q_lengths), _slices(self.k_lengths), strict=True))
 
     def visible(self, causal: bool = False, window: tuple[int | None, int | None] | None = None) -> Tensor:
         """The visible pairs by their definition, bool [T_q, T_k]."""
         pairs = torch.zeros(self.q_len, self.k_len, dtype=torch.bool)
-        for rows, keys in self.members():
+        for rows, keys in self.sequences():
             sizes = (1, 1, rows.stop - rows.start, keys.stop - keys.start)
             pairs[rows, keys] = visible_pairs(sizes, causal, window)[0, 0]
         return pairs
@@ -85,7 +85,7 @@ def one_by_one(
 ) -> tuple[Tensor, tritonattn.AttentionAux]:
     """The results of `attention_varlen` with return_aux, from one reference call a sequence."""
     outs, aux = [], []
-    for rows, keys in packed.members():
+    for rows, keys in packed.sequences():
         arrays = (x[part].transpose(0, 1)[None] for x, part in ((q, rows), (k, keys), (v, keys)))
         arguments["gain"] = gain if gain is None or gain.shape[-1] == 1 else gain[:, rows]
         arguments["key_bias"] = key_bias if key_bias is None else key_bias[:, keys]

@@ -11,6 +11,6 @@ def refuses(error: str, call: Callable, *arguments: Any, **keywords: Any) -> Non
     with pytest.raises(Exception) as caught:  # noqa: PT011  all of it is compared
         call(*arguments, **keywords)
     found = f"{caught.type.__name__}: {caught.value}"
-    kind, message = error.split(": ", 1)
-    missing = [part for part in (f"{kind}: ", *message.split(" ~ ")) if part.removeprefix("~ ") not in found]
+    error_type, message = error.split(": ", 1)
+    missing = [part for part in (f"{error_type}: ", *message.split(" ~ ")) if part.removeprefix("~ ") not in found]
     assert not missing, f"{found} lacks {missing}"

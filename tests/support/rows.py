@@ -29,29 +29,29 @@ def dense(q, k, scaling="sqrt_dim", gain=None, **masks):
     factor = call.scaling.multiplier(q, k, visible)
     factor = factor * (1.0 if gain is None else gain[..., None] if isinstance(gain, torch.Tensor) else gain)
     factor = torch.where(visible, torch.as_tensor(factor, dtype=torch.float64).detach(), 0)
-    sees, products = visible.flatten(0, 2), (q @ k.mT).flatten(0, 2)
+    attended, products = visible.flatten(0, 2), (q @ k.mT).flatten(0, 2)
     z = factor.flatten(0, 2) * products
 
-    def softmax(z, sees):
-        return torch.where(sees, z, -torch.inf).softmax(-1)
+    def softmax(z, attended):
+        return torch.where(attended, z, -torch.inf).softmax(-1)
 
     def norms(function, *operands):
         return vmap(jacrev(function))(*operands).flatten(1).norm(dim=1)
 
-    p, n = softmax(z, sees), sees.sum(-1)
+    p, n = softmax(z, attended), attended.sum(-1)
 
     def variance(x):
-        mean = torch.where(sees, x, 0).sum(-1, keepdim=True) / n[:, None]
-        return torch.where(sees, x - mean, 0).square().sum(-1) / n
+        mean = torch.where(attended, x, 0).sum(-1, keepdim=True) / n[:, None]
+        return torch.where(attended, x - mean, 0).square().sum(-1) / n
 
     found = {
         "key_count": n.double(),
         "logit_std": variance(z).sqrt(),
-        "max_logit": torch.where(sees, z, -torch.inf).amax(-1),
+        "max_logit": torch.where(attended, z, -torch.inf).amax(-1),
         "max_probability": p.amax(-1),
         "entropy": torch.special.entr(p).sum(-1),
         "output_variance": variance(p),
-        "jacobian_norm": norms(softmax, z, sees),
-        "gradient_norm": norms(lambda x, f, sees: softmax(f * x, sees), products, factor.flatten(0, 2), sees),
+        "jacobian_norm": norms(softmax, z, attended),
+        "gradient_norm": norms(lambda x, f, keys: softmax(f * x, keys), products, factor.flatten(0, 2), attended),
     }
     return {name: torch.where(n > 0, values, 0).view(sizes[:3]) for name, values in found.items()}

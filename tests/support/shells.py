@@ -13,7 +13,7 @@ from tritonattn.backends.triton import KERNELS, device, launch
 
 
 def leave_bodies_out(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Compile kernels that take their arguments and do nothing, into caches of this test's own: `folder` on disk."""
+    """Compile kernels that take their arguments and do nothing, into caches of this test alone: `folder` on disk."""
     make_ir, parse = ASTSource.make_ir, JITFunction.parse
 
     def empty(kernel: Any) -> ast.Module:

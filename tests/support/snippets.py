@@ -14,7 +14,7 @@ def snippets(document: str, language: str = "python") -> list[str]:
 
 
 def run(document: str, position: int) -> dict[str, Any]:
-    """Execute a Python block as a program of its own: its names."""
+    """Execute a Python block as a program; return its names."""
     code = compile(snippets(document)[position], f"{document} snippet {position}", "exec")
     names = {"__name__": "__main__"}
     exec(code, names)

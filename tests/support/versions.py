@@ -31,4 +31,4 @@ def skip_without_stub() -> None:
     if launch.interpreting:
         pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile")
     if torch.cuda.is_available():
-        pytest.skip("NVIDIA's own driver is loaded: tests/kernels run on the GPU")
+        pytest.skip("NVIDIA's driver is loaded: tests/kernels run on the GPU")

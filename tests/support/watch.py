@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Watch(TorchDispatchMode):
-    """Counts operators by name ("aten::bmm") and notes the most bytes of a result in memory of its own."""
+    """Counts operators by name ("aten::bmm") and notes the most bytes of a result in new memory."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -156,7 +156,10 @@ class _Layer:
 
     def read(self, mode: str | None) -> Reading:
         """Diagnose the layer with a mode; None is its present scaling."""
-        scaling, gain = (self.scaling, self.gain) if mode is None else self._with(mode)
+        scaling, gain = self.scaling, self.gain
+        if mode is not None:
+            scaling = mode_of(mode)
+            gain = None if scaling.normalises_query else self.relative
         found = diagnose(self.q, self.k, scaling=scaling, gain=gain, softcap=self.softcap, **self.visible)
         longest = int(self.seen.counts().max())
         lo, hi = self.seen.ranges()
@@ -180,10 +183,6 @@ class _Layer:
         if getattr(mode, "normalises_query", False):
             return "cosine"
         return "QK-norm" if self.qk_norm else "" if self.softcap is None else f"softcap {self.softcap:g}"
-
-    def _with(self, mode: str) -> tuple[Scaling, Any]:
-        scaling = mode_of(mode)
-        return scaling, None if scaling.normalises_query else self.relative
 
 
 def advise(
@@ -230,8 +229,12 @@ def advise(
     if isinstance(model, Tensor):
         if not isinstance(tokens, Tensor):
             raise TypeError(f"k: expected a tensor with q, got {type(tokens).__name__}")
-        layer = _of_tensors(model, tokens, scaling, gain, visible, context)
-        return _joined([_finding(dataclasses.replace(layer, softcap=softcap))])
+        if unknown := set(visible) - set(_VISIBLE):
+            raise TypeError(f"{', '.join(sorted(unknown))}: expected arguments out of {', '.join(_VISIBLE)}")
+        q, k, _ = operands(model, tokens, tokens)
+        batch_visibility(q, k, **visible)
+        visible = _without_padding(q, k, visible)
+        return _joined([_finding(_Layer("q, k", q, k, scaling, gain, None, visible, context, softcap))])
     others = {"scaling": None if scaling == "sqrt_dim" else scaling, "gain": gain, "softcap": softcap}
     names = [*visible, *(name for name, value in others.items() if value is not None)]
     if names:
@@ -258,8 +261,15 @@ def _findings_of_model(model: nn.Module, tokens: Any, context: int | None) -> li
     names = {id(module): name for name, module in model.named_modules()}
 
     def observe(module: nn.Module, q: Tensor, k: Tensor, arguments: dict[str, Any], aux: Any) -> None:
-        layer = _of_call(names[id(module)], q, k, arguments, aux, context)
-        findings.append(_finding(dataclasses.replace(layer, qk_norm=_normalises(module))))
+        visible = _without_padding(q, k, {part: arguments[part] for part in arguments.keys() & set(_VISIBLE)})
+        scaling, gain, softcap = (arguments[name] for name in ("scaling", "gain", "softcap"))
+        relative = gain
+        if not isinstance(scaling, (str, Scaling)):  # a float of the model's
+            relative = scaling * q.shape[-1] ** 0.5 * (1.0 if gain is None else gain)
+        children = module.named_children()
+        qk_norm = any(name in _KEY_NORMS and not isinstance(child, nn.Identity) for name, child in children)
+        name = names[id(module)]
+        findings.append(_finding(_Layer(name, q, k, scaling, gain, relative, visible, context, softcap, qk_norm)))
 
     present = patched(model)
     handle = patch(model, "sqrt_dim") if present is None else present
@@ -276,29 +286,6 @@ def _findings_of_model(model: nn.Module, tokens: Any, context: int | None) -> li
     if not findings:
         raise ValueError("model: expected one that computes attention from these inputs, got none")
     return findings
-
-
-def _of_call(name: str, q: Tensor, k: Tensor, arguments: dict[str, Any], aux: Any, context: int | None) -> _Layer:
-    visible = {part: arguments[part] for part in arguments.keys() & set(_VISIBLE)}
-    scaling, gain = arguments["scaling"], arguments["gain"]
-    relative = gain
-    if not isinstance(scaling, (str, Scaling)):  # a float of the model's
-        relative = scaling * q.shape[-1] ** 0.5 * (1.0 if gain is None else gain)
-    return _Layer(name, q, k, scaling, gain, relative, _without_padding(q, k, visible), context, arguments["softcap"])
-
-
-def _normalises(module: nn.Module) -> bool:
-    """True for an attention layer that normalises its keys."""
-    return any(name in _KEY_NORMS and not isinstance(child, nn.Identity) for name, child in module.named_children())
-
-
-def _of_tensors(q: Tensor, k: Tensor, scaling: Any, gain: Any, visible: dict[str, Any], context: int | None) -> _Layer:
-    unknown = set(visible) - set(_VISIBLE)
-    if unknown:
-        raise TypeError(f"{', '.join(sorted(unknown))}: expected arguments out of {', '.join(_VISIBLE)}")
-    q, k, _ = operands(q, k, k)
-    batch_visibility(q, k, **visible)
-    return _Layer("q, k", q, k, scaling, gain, None, _without_padding(q, k, visible), context)
 
 
 def _without_padding(q: Tensor, k: Tensor, visible: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.shards import is_dtensor, local, own_rows, twin, whole
+from ..core.shards import is_dtensor, local, rows_of_rank, twin, whole
 from ..integrations.torch_modules import MultiheadAttention
 from ..nn import ScaledAttention
 from ..scaling import Scaling
@@ -45,7 +45,7 @@ class Rows:
         if bool((self.factor == 1).all()):
             return
         for x in self.tensors:
-            factor, x = own_rows(x, self.factor), local(x)
+            factor, x = rows_of_rank(x, self.factor), local(x)
             x.copy_(x.double() * factor.to(x.device).reshape(-1, *(1,) * (x.dim() - 1)))
 
 
@@ -83,9 +83,9 @@ class QKClip:
         layers = _attention_layers(model)
         for name, module in layers.items():
             try:
-                _plan(name, module, None)
+                _plan(module, None)
             except (NotImplementedError, ValueError) as error:
-                self.skipped[name] = str(error).removeprefix(f"{name}: ")
+                self.skipped[name] = str(error)
         if len(self.skipped) == len(layers):
             reasons = _by_reason(self.skipped) or f"it holds no {_KNOWN} and no attention of transformers"
             raise NotImplementedError(f"model: QK-clip cannot clip a layer of this {type(model).__name__}: {reasons}")
@@ -131,8 +131,13 @@ class QKClip:
         modules = {name: _module(self.model, name) for name in max_logits}
         found = {name: self._gamma(values) for name, values in max_logits.items()}
         found = {name: gamma for name, gamma in found.items() if bool((gamma < 1).any())}
-        plans = [_plan(name, modules[name], gamma) for name, gamma in found.items()]
-        for rows in itertools.chain(*plans):
+        plans = []
+        for name, gamma in found.items():
+            try:
+                plans += _plan(modules[name], gamma)
+            except (NotImplementedError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from error
+        for rows in plans:
             rows.multiply()
         return found
 
@@ -235,15 +240,15 @@ def _largest(values: list[Any]) -> list[float]:
     return [max(column, default=math.nan) for column in known][: len(longest)]
 
 
-def _plan(name: str, module: nn.Module, gamma: Tensor | None) -> tuple[Rows, ...]:
+def _plan(module: nn.Module, gamma: Tensor | None) -> tuple[Rows, ...]:
     """The rows to multiply, with their factors; none without gamma. Raises for a layer that cannot be clipped."""
-    found = _projections(name, module)
-    degree = _degree_in_keys(found, name)
+    found = _projections(module)
+    degree = _degree_in_keys(found)
     if gamma is None:
         return ()
     heads, kv_heads = found.query[0].shape[0], found.key[0].shape[0]
     if gamma.shape[0] != heads:
-        raise ValueError(f"{name}: expected {heads} largest logits, got {gamma.shape[0]}")
+        raise ValueError(f"expected {heads} largest logits, got {gamma.shape[0]}")
     both = degree == 1 and heads == kv_heads
     for factors in (*found.query, *(found.key if both else ())):
         factors.mul_((gamma.sqrt() if both else gamma)[:, None])
@@ -252,7 +257,7 @@ def _plan(name: str, module: nn.Module, gamma: Tensor | None) -> tuple[Rows, ...
     return found.rows
 
 
-def _degree_in_keys(found: Projections, name: str) -> int:
+def _degree_in_keys(found: Projections) -> int:
     """1 if doubled keys double the logits, 0 if they leave them; found by the scaling's formula.
 
     Raises NotImplementedError if the logits are not proportional to q, or depend on the size of k in another way.
@@ -284,35 +289,35 @@ def _degree_in_keys(found: Projections, name: str) -> int:
         if torch.allclose(2 * other_k, one, rtol=1e-4):
             return 0
     raise NotImplementedError(
-        f"{name}: QK-clip does not work with the scaling {getattr(scaling, 'name', type(scaling).__name__)}: its logits"
+        f"QK-clip does not work with the scaling {getattr(scaling, 'name', type(scaling).__name__)}: its logits"
         " are not proportional to q"
     )
 
 
-def _projections(name: str, module: Any) -> Projections:
-    _refuse_norms(name, module)
+def _projections(module: Any) -> Projections:
+    _refuse_norms(module)
     if isinstance(module, MultiheadAttention):
         return _of_multihead_attention(module)
-    heads, kv_heads, head_dim, scaling = _description(name, module)
+    heads, kv_heads, head_dim, scaling = _description(module)
     sizes = heads * head_dim, kv_heads * head_dim
     for query, key in _PAIRS:
         if hasattr(module, query) and hasattr(module, key):
-            q, k = _rows(name, module, query, sizes[0]), _rows(name, module, key, sizes[1])
+            q, k = _rows(module, query, sizes[0]), _rows(module, key, sizes[1])
             return Projections((q, k), _by_head(q.factor, heads), _by_head(k.factor, kv_heads), scaling)
     if hasattr(module, "kv_b_proj"):
-        return _of_latent_attention(name, module, heads, scaling)
+        return _of_latent_attention(module, heads, scaling)
     for fused in ("qkv_proj", "c_attn"):
         if hasattr(module, fused):
-            rows = _rows(name, module, fused, sizes[0] + 2 * sizes[1])
+            rows = _rows(module, fused, sizes[0] + 2 * sizes[1])
             q, k = rows.factor[: sizes[0]], rows.factor[sizes[0] : sum(sizes)]
             return Projections((rows,), _by_head(q, heads), _by_head(k, kv_heads), scaling)
     raise NotImplementedError(
-        f"{name}: expected projections named q_proj and k_proj, query and key, q_lin and k_lin, qkv_proj, c_attn or"
+        "expected projections named q_proj and k_proj, query and key, q_lin and k_lin, qkv_proj, c_attn or"
         f" kv_b_proj, got a {type(module).__name__} without them"
     )
 
 
-def _description(name: str, module: Any) -> tuple[int, int, int, Any]:
+def _description(module: Any) -> tuple[int, int, int, Any]:
     """Hq, Hkv, D and the scaling of an attention module."""
     if isinstance(module, ScaledAttention):
         return module.heads, module.kv_heads, module.head_dim, module.scaling
@@ -322,19 +327,19 @@ def _description(name: str, module: Any) -> tuple[int, int, int, Any]:
 
         if interface_keywords(type(module)) is not None and (dim := head_dim(module)) is not None:
             return query_heads(module), key_heads(module), dim, Settings.of(module).scaling
-    raise NotImplementedError(f"{name}: QK-clip does not know the layout of {type(module).__name__}")
+    raise NotImplementedError(f"QK-clip does not know the layout of {type(module).__name__}")
 
 
-def _refuse_norms(name: str, module: nn.Module) -> None:
+def _refuse_norms(module: nn.Module) -> None:
     for child, norm in module.named_children():
         if _NORM.fullmatch(child) and not isinstance(norm, nn.Identity):
             raise NotImplementedError(
-                f"{name}: QK-clip does nothing before a norm of q and k, got {child} ({type(norm).__name__}); lower"
+                f"QK-clip does nothing before a norm of q and k, got {child} ({type(norm).__name__}); lower"
                 " that norm's weight, or give the layer a gain"
             )
 
 
-def _rows(name: str, module: Any, child: str, outputs: int) -> Rows:
+def _rows(module: Any, child: str, outputs: int) -> Rows:
     """The rows of a linear layer with that number of outputs. Raises NotImplementedError for any other layer."""
     layer: Any = getattr(module, child, None)
     name_of_type = type(layer).__name__
@@ -343,12 +348,12 @@ def _rows(name: str, module: Any, child: str, outputs: int) -> Rows:
     elif name_of_type == "Conv1D" and isinstance(layer.weight, nn.Parameter):  # transformers': [in, out]
         weight = layer.weight.t()
     else:
-        raise NotImplementedError(f"{name}: QK-clip: expected a plain linear layer as {child}, got {name_of_type}")
+        raise NotImplementedError(f"QK-clip: expected a plain linear layer as {child}, got {name_of_type}")
     if not weight.is_floating_point():
-        raise NotImplementedError(f"{name}: QK-clip: expected floating weights in {child}, got {weight.dtype}")
+        raise NotImplementedError(f"QK-clip: expected floating weights in {child}, got {weight.dtype}")
     if weight.shape[0] != outputs:
         raise NotImplementedError(
-            f"{name}: QK-clip: expected {outputs} outputs of {child}, got {weight.shape[0]}: it holds more than heads"
+            f"QK-clip: expected {outputs} outputs of {child}, got {weight.shape[0]}: it holds more than heads"
         )
     return Rows.of(weight) if layer.bias is None else Rows.of(weight, layer.bias)
 
@@ -357,12 +362,12 @@ def _by_head(factor: Tensor, heads: int) -> tuple[Tensor]:
     return (factor.unflatten(0, (heads, -1)),)
 
 
-def _of_latent_attention(name: str, module: Any, heads: int, scaling: Any) -> Projections:
+def _of_latent_attention(module: Any, heads: int, scaling: Any) -> Projections:
     """Each head has `nope` rows of W_q for its keys, which kv_b_proj makes; its other rows meet a shared key."""
     query = "q_b_proj" if getattr(module, "q_b_proj", None) is not None else "q_proj"
     nope = module.qk_nope_head_dim
-    q = _rows(name, module, query, heads * (nope + module.qk_rope_head_dim))
-    kv = _rows(name, module, "kv_b_proj", heads * (nope + module.v_head_dim))
+    q = _rows(module, query, heads * (nope + module.qk_rope_head_dim))
+    kv = _rows(module, "kv_b_proj", heads * (nope + module.v_head_dim))
     (of_q,), (of_kv,) = _by_head(q.factor, heads), _by_head(kv.factor, heads)
     return Projections((q, kv), (of_q[:, :nope],), (of_kv[:, :nope],), scaling, (of_q[:, nope:],))
 

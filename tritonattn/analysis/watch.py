@@ -150,9 +150,9 @@ class Watch:
 def _contexts_of(model: nn.Module) -> list[Any]:
     if "transformers" not in sys.modules:  # then no model is one of transformers
         return []
-    from ..huggingface.observed import observable, own_attention
+    from ..huggingface.observed import observable, unpatched_attention
 
-    return [observable(own_attention(model))]
+    return [observable(unpatched_attention(model))]
 
 
 def _in_backward() -> bool:

@@ -46,7 +46,7 @@ def attention(
     Operands keep their dtype; logits, softmax and accumulation are in fp32 (fp64 for fp64 q); p is rounded to
     v's dtype before it meets v. out and lse are differentiable, max_logit and entropy are not. A row without
     keys, or with a bias of -inf at all of them, gives out 0, lse = max_logit = -inf, entropy 0 and no gradient,
-    whatever d_out holds there. Keys that no row sees, and queries that see no key, are replaced by zeros first, so
+    whatever d_out holds there. Keys that no row attends to, and queries without keys, are replaced by zeros first, so
     that NaN and inf in them reach no result and no gradient.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)

@@ -15,7 +15,7 @@ from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scaling
 from ..scaling.names import named_scaling
-from .checks import check_count, check_number, kind_of, refuse_scaling
+from .checks import check_count, check_number, refuse_scaling, type_of
 from .dispatch import logits
 from .formulas import dense
 
@@ -58,7 +58,7 @@ def check_scaling(
     mode = named_scaling(scaling) if isinstance(scaling, str) else scaling
     if not isinstance(mode, Scaling):
         if not isinstance(mode, type):
-            raise TypeError(f"scaling: expected a name or a Scaling, got {kind_of(mode)}")
+            raise TypeError(f"scaling: expected a name or a Scaling, got {type_of(mode)}")
         refuse_scaling(mode)
     parameters: dict[str, Tensor] = dict(mode.named_parameters()) if isinstance(mode, nn.Module) else {}
     heads = _heads(mode, parameters) if heads is None else heads

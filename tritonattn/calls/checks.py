@@ -217,7 +217,7 @@ def _in_its_dtype(bias: Tensor, q: Tensor) -> Tensor:
 def check_number(name: str, value: Any) -> None:
     """Raise unless value is a finite number."""
     if not isinstance(value, _NUMBERS) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, got {kind_of(value)}")
+        raise TypeError(f"{name}: expected a number, got {type_of(value)}")
     if not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{name}: expected a finite number, got {value!r} (the largest is {_LARGEST:.4g})")
 
@@ -230,7 +230,7 @@ def refuse_scaling(scaling: Any) -> None:
         name = scaling.__name__
         write = f"write {name}({', '.join(required)})"
         raise TypeError(f"scaling: expected an instance of a Scaling, got the class {name}; {write}")
-    raise TypeError(f"scaling: expected a name, a Scaling, a float or a tensor, got {kind_of(scaling)}")
+    raise TypeError(f"scaling: expected a name, a Scaling, a float or a tensor, got {type_of(scaling)}")
 
 
 def check_settings(backend: Any, softcap: Any, dropout_p: Any) -> None:
@@ -284,9 +284,9 @@ def check_tensor(
     sizes   of each axis, None where any will do
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor {axes}, got {kind_of(x)}")
+        raise TypeError(f"{name}: expected a tensor {axes}, got {type_of(x)}")
     if x.is_nested or x.layout is not torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor {axes}, got {kind_of(x)} and layout {x.layout}")
+        raise TypeError(f"{name}: expected a dense tensor {axes}, got {type_of(x)} and layout {x.layout}")
     if dtypes and x.dtype not in dtypes:
         raise TypeError(f"{name}: expected {_WORDS[dtypes]}, got {x.dtype}")
     if like is not None and x.device != like.device:
@@ -300,16 +300,6 @@ def check_tensor(
         known = [letter if size is None else str(size) for letter, size in zip(names_of(axes), sizes, strict=True)]
         equal = "" if known == names_of(axes) else f" = [{', '.join(known)}]"
         raise ValueError(f"{name}: expected shape {axes}{equal}, got {shape_of(x)}")
-
-
-def check_device(name: str, x: Tensor, like: Tensor, owner: str = "q") -> None:
-    if x.device != like.device:
-        raise ValueError(f"{name}: expected {owner}'s device {like.device}, got {x.device}")
-
-
-def check_integers(name: str, x: Any, axes: str, like: Tensor, owner: str = "q") -> None:
-    """Raise unless x is an integer tensor on the device of `like`, which belongs to `owner`."""
-    check_tensor(name, x, axes, INTEGERS, like, owner)
 
 
 def check_values(name: str, x: Tensor, highest: int, meaning: str = "Sk = ") -> None:
@@ -342,25 +332,25 @@ def shape_of(x: Tensor) -> list[int]:
     return list(x.shape)
 
 
-def kind_of(value: Any) -> str:
+def type_of(value: Any) -> str:
     """Describe a value for an error: its type, and for a tensor its dtype and shape."""
     if isinstance(value, Tensor):
-        kind = "nested tensor" if value.is_nested else f"tensor of shape {shape_of(value)}"
-        return f"a {value.dtype} {kind}"
+        what = "nested tensor" if value.is_nested else f"tensor of shape {shape_of(value)}"
+        return f"a {value.dtype} {what}"
     return f"{type(value).__name__} {value!r}" if isinstance(value, (str, int, float)) else type(value).__name__
 
 
 def check_count(name: str, value: Any, least: int = 0) -> None:
     """Raise unless value is an int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int, got {kind_of(value)}")
+        raise TypeError(f"{name}: expected an int, got {type_of(value)}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
 def check_bool(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {kind_of(value)}")
+        raise TypeError(f"{name}: expected a bool, got {type_of(value)}")
 
 
 def check_dtype(dtype: Any) -> None:

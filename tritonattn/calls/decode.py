@@ -16,8 +16,8 @@ from .checks import (
     check_masks,
     check_tensor,
     check_values,
-    kind_of,
     operands,
+    type_of,
     values_are_read,
 )
 from .dispatch import refuse_gradients, run
@@ -205,7 +205,7 @@ def check_statistics(statistics: Any, q: Tensor, k: Tensor, key_lengths: Tensor,
         check_paged_statistics(statistics, q, k.transpose(1, 2), block_table)
         return
     if not isinstance(statistics, KeyStatistics):
-        raise TypeError(f"statistics: expected a KeyStatistics, got {kind_of(statistics)}")
+        raise TypeError(f"statistics: expected a KeyStatistics, got {type_of(statistics)}")
     wanted = (q.shape[0], k.shape[1], capacity_of(k, block_table))
     check_record(statistics.norms, wanted, "[B, Hkv, capacity]", q)
     if values_are_read(statistics.counts) and values_are_read(key_lengths):

@@ -41,10 +41,10 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
             return run(call)
     is_compiled, has_transform = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
     if is_compiled and call.backend == "flash":
-        uncompiled: Any = torch._dynamo.disable(run)  # its libraries are no operators that a compiler sees
+        uncompiled: Any = torch._dynamo.disable(run)  # its libraries are no operators that a compiler knows
         return uncompiled(call)
     if is_compiled and has_transform:
-        # Dynamo's own rules for autograd functions in torch.func.grad gave wrong gradients. Raising leaves the call
+        # Dynamo's rules for autograd functions in torch.func.grad gave wrong gradients. Raising leaves the call
         # uncompiled; fullgraph=True hands the error on.
         raise RuntimeError("tritonattn: a torch.func transform of attention is not compiled")
     # A compiler reads no state here.
@@ -54,13 +54,13 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
         call.backend = "flash"
     if call.dropout_p > 0:
         call.dropout = Dropout.draw(call.dropout_p, call.q.device)
-    if call.backend != "triton" and not _has_kernels(call) and call.q.dtype.itemsize == 2 and not call.cached:
+    if call.q.dtype.itemsize == 2 and call.backend != "triton" and not call.cached and not _has_kernels(call):
         if has_transform or needs_graph(call.q, call.k):  # gradients of logits and of norms are added, then rounded
             call.q, call.k = call.q.float(), call.k.float()
     result = by_formulas(call) if call.backend == "reference" else None
     if result is None:
         call = with_logits(call)
-        # torch maps its own attention in a loop under vmap; our operators fold the mapped axis into the batch.
+        # torch maps its attention in a loop under vmap; our operators fold the mapped axis into the batch.
         folds = call.backend == "sdpa" and not has_transform and sdpa.supports(call)
         attend = flash.attention if call.backend == "flash" else ops.attention
         result = None if folds else attend(call)
@@ -95,7 +95,10 @@ def with_logits(call: AttentionCall) -> AttentionCall:
     source = "triton" if call.backend == "triton" or _has_kernels(call) else "sdpa"
     statistics = ops.STATISTICS[source](keys, call.visibility)
     if call.cached:
-        statistics = statistics if call.record is None else _recorded(call, statistics)
+        if call.record is not None:
+            table, sequences = call.block_table, call.visibility.sequences
+            pages = None if table is None else PageTable(table, call.k.shape[2], sequences)
+            statistics = RecordedStatistics(statistics, call.record, pages, _width(call))
         call.logits = terms = logits(call, statistics, _keys_for_scaling(call))
         of_scaling = {"scaling": terms.query_scale, "key_scale": terms.key_scale, "key_bias": terms.key_bias}
         refuse_gradients(call.cached, **of_scaling, relative_bias=terms.relative_bias)
@@ -104,14 +107,6 @@ def with_logits(call: AttentionCall) -> AttentionCall:
     if call.visibility.invariant and call.backend == "triton":
         _refuse_scaled_halves(call)
     return statistics.widened(call) if statistics.wide else call
-
-
-def _recorded(call: AttentionCall, computed: Statistics) -> Statistics:
-    """The statistics of a call from the record that is kept with its cache."""
-    table = None
-    if call.block_table is not None:
-        table = PageTable(call.block_table, call.k.shape[2], call.visibility.sequences)
-    return RecordedStatistics(computed, call.record, table, _width(call))
 
 
 def _width(call: AttentionCall) -> int | None:
@@ -145,22 +140,20 @@ def logits(call: AttentionCall, statistics: Statistics, k: Tensor | None = None)
     if bias is not None:
         bias = per_group(bias.to(scale_dtype(q)), call.visibility)
     if scales.key_bias is not None:
-        own = per_group(scales.key_bias.to(scale_dtype(q)), call.visibility)
-        bias = own if bias is None else own + bias
-    vectors = (scales.query, scales.key, bias)
-    if given.bias is None and given.relative_bias is None and scales.relative_bias is None:
-        is_after = bias is not None and given.bias_after_softcap
-        return Logits(scales.constant, *vectors, given.softcap, given.sinks, bias_after_softcap=is_after)
-    rest = (*_pairs(given, scales, call.visibility), given.bias_after_softcap)
-    return Logits(scales.constant, *vectors, given.softcap, given.sinks, *rest)
+        added = per_group(scales.key_bias.to(scale_dtype(q)), call.visibility)
+        bias = added if bias is None else added + bias
+    pairs, is_after = (None, None, 0), bias is not None and given.bias_after_softcap
+    if not (given.bias is None and given.relative_bias is None and scales.relative_bias is None):
+        pairs, is_after = _pairs(given, scales, call.visibility), given.bias_after_softcap
+    return Logits(scales.constant, scales.query, scales.key, bias, given.softcap, given.sinks, *pairs, is_after)
 
 
 def _pairs(given: Logits, scales: Scales, visible: Visibility) -> tuple[Tensor | None, Tensor | None, int]:
     """bias, relative_bias and relative_right of a call and its scaling."""
     table, right = given.relative_bias, given.relative_right
     if scales.relative_bias is not None:
-        own, own_right = scales.relative_bias, scales.relative_right
-        table, right = (own, own_right) if table is None else sum_of_tables(table, right, own, own_right)
+        added = scales.relative_bias, scales.relative_right
+        table, right = added if table is None else sum_of_tables(table, right, *added)
     if table is not None:
         if visible.invariant and visible.key_ranges is not None:
             raise NotImplementedError("relative_bias: not supported with key_ranges under batch_invariant")
@@ -194,8 +187,8 @@ def scales_of(
     exact   scales of a mode of `SCALINGS` in fp64, neither rounded nor expanded, for a mode that combines others
     """
     if exact or isinstance(gain, Tensor):
-        is_own = type(scaling) is SCALINGS.get(getattr(scaling, "name", ""))
-        statistics = DoubleStatistics(statistics) if is_own else statistics
+        is_mode = type(scaling) is SCALINGS.get(getattr(scaling, "name", ""))
+        statistics = DoubleStatistics(statistics) if is_mode else statistics
     scales = scaling.scales(q, k, visibility, statistics)
     name = f"{getattr(scaling, 'name', type(scaling).__name__)}.scales()"
     if not isinstance(scales, Scales):
@@ -291,10 +284,9 @@ def choose_backend(call: AttentionCall) -> str:
         backend = "sdpa"
         if q.device.type == "cuda":
             obstacle = _kernel_obstacle(q, v, decodes) or (not _HAS_TRITON and "triton is not installed")
-            if obstacle:
+            backend = "sdpa" if obstacle else "triton"
+            if obstacle and not torch.compiler.is_compiling():
                 _warn_once(f"tritonattn: backend 'sdpa' instead of 'triton': {obstacle}")
-            else:
-                backend = "triton"
     elif backend == "triton":
         _check_kernels_run_on(q.device)
     elif backend == "flash":
@@ -398,11 +390,6 @@ def _check_kernels_run_on(device: torch.device) -> None:
         )
 
 
-def _warn_once(message: str) -> None:
-    if not torch.compiler.is_compiling():
-        _warn(message)
-
-
 @functools.cache
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=7)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_integers, shape_of
+from .checks import INTEGERS, check_tensor
 
 
 def document_ranges(documents: Tensor) -> Tensor:
@@ -32,9 +32,7 @@ def document_ranges(documents: Tensor) -> Tensor:
     >>> q, k, v = torch.randn(3, 1, 4, 6, 8)
     >>> out = tritonattn.attention(q, k, v, causal=True, key_ranges=ranges)
     """
-    check_integers("documents", documents, "[B, S]", documents)
-    if documents.dim() != 2:
-        raise ValueError(f"documents: expected shape [B, S], got {shape_of(documents)}")
+    check_tensor("documents", documents, "[B, S]", INTEGERS, sizes=(None, None))
     batch, length = documents.shape
     position = torch.arange(length, device=documents.device, dtype=torch.int32)
     edge = torch.ones(batch, 1, dtype=torch.bool, device=documents.device)

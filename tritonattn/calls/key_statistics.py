@@ -14,11 +14,11 @@ from ..core.key_records import TOTALS, KeyRecord, zeros
 from ..core.norms import key_norms_of
 from ..core.sequences import PageTable
 from .checks import (
+    INTEGERS,
     check_count,
-    check_integers,
+    check_tensor,
     check_values,
-    kind_of,
-    shape_of,
+    type_of,
     values_are_read,
 )
 from .dispatch import kernels_take
@@ -168,7 +168,7 @@ class KeyStatistics(KeyRecord):
             self._check_per_sequence("lengths", lengths, self.capacity)
             self.counts.copy_(torch.minimum(self.counts, lengths.long().clamp(min=0)))
         elif isinstance(lengths, bool) or not isinstance(lengths, int):
-            raise TypeError(f"lengths: expected an integer tensor [B] or an int, got {kind_of(lengths)}")
+            raise TypeError(f"lengths: expected an integer tensor [B] or an int, got {type_of(lengths)}")
         elif not 0 <= lengths <= self.capacity:
             raise ValueError(f"lengths: expected a value in [0, {self.capacity}], got {lengths}")
         else:
@@ -251,8 +251,6 @@ class KeyStatistics(KeyRecord):
             raise ValueError(f"k_new: expected at most capacity = {self.capacity} keys, got {needed} with those held")
 
     def _check_per_sequence(self, name: str, x: Any, highest: int, any_number: bool = False) -> None:
-        check_integers(name, x, "[n]" if any_number else "[B]", self.counts, _OWNER)
-        if x.dim() != 1 or not (any_number or x.shape == self.counts.shape):
-            wanted = "[n]" if any_number else f"[B] = {shape_of(self.counts)}"
-            raise ValueError(f"{name}: expected shape {wanted}, got {shape_of(x)}")
+        axes, size = ("[n]", None) if any_number else ("[B]", len(self.counts))
+        check_tensor(name, x, axes, INTEGERS, self.counts, _OWNER, (size,))
         check_values(name, x, highest, "")

@@ -12,7 +12,7 @@ from ..core.autograd import runs_eagerly
 from ..core.key_records import KeyRecord, zeros
 from ..core.norms import key_norms_of
 from ..core.sequences import Found, PackedAxis, PageTable
-from .checks import check_count, check_integers, kind_of, shape_of, values_are_read
+from .checks import INTEGERS, check_count, check_tensor, type_of, values_are_read
 from .dispatch import kernels_take
 from .layouts import SMALLEST_PAGE
 from .sequence_checks import (
@@ -161,9 +161,7 @@ class PagedKeyStatistics(KeyRecord):
         check_new_keys(k_new, "[T, Hkv, D]", (None, self.norms.shape[2]), self.norms, _OWNER)
         check_offsets("cu_seqlens", cu_seqlens, self.norms, _OWNER)
         sequences = cu_seqlens.shape[0] - 1
-        check_integers("key_lengths", key_lengths, "[B]", self.norms, _OWNER)
-        if key_lengths.shape != (sequences,):
-            raise ValueError(f"key_lengths: expected shape [B] = [{sequences}], got {shape_of(key_lengths)}")
+        check_tensor("key_lengths", key_lengths, "[B]", INTEGERS, self.norms, _OWNER, (sequences,))
         check_block_table(block_table, sequences, self.norms, _OWNER)
         check_offset_values("cu_seqlens", cu_seqlens, k_new.shape[0], "T")
         if not (values_are_read(cu_seqlens) and values_are_read(key_lengths)):
@@ -183,7 +181,7 @@ class PagedKeyStatistics(KeyRecord):
 def check_paged_statistics(statistics: Any, q: Tensor, pages: Tensor, block_table: Tensor | None) -> None:
     """Raise unless this is a record of the keys in `pages`, [N, page, Hkv, D]."""
     if not isinstance(statistics, PagedKeyStatistics):
-        raise TypeError(f"statistics: expected a PagedKeyStatistics, got {kind_of(statistics)}")
+        raise TypeError(f"statistics: expected a PagedKeyStatistics, got {type_of(statistics)}")
     if block_table is None:
         raise ValueError("statistics: expected a block_table with a PagedKeyStatistics, got None")
     check_record(statistics.norms, tuple(pages.shape[:3]), "[N, page, Hkv]", q)

@@ -13,7 +13,7 @@ from ..core.sequences import Sequences
 from ..core.visibility import Visibility, window_sides
 from ..scaling import Scaling
 from . import layouts, sharded
-from .checks import check, check_count, check_masks, operands, values_are_read
+from .checks import check, check_count, check_masks, check_tensor, operands, values_are_read
 from .dispatch import refuse_gradients, run
 from .paged_statistics import PagedKeyStatistics, check_paged_statistics
 from .public import public
@@ -245,14 +245,11 @@ def packed_visibility(
     invariant = check_masks(causal, window, batch_invariant)
     q_offsets, k_offsets = packing.cu_seqlens_q, packing.cu_seqlens_k
     check_offsets("cu_seqlens_q", q_offsets, q)
-    check_offsets("cu_seqlens_k", k_offsets, q)
-    sequences, others = q_offsets.shape[0] - 1, k_offsets.shape[0] - 1
-    if sequences != others:
-        raise ValueError(f"cu_seqlens_k: expected as many sequences as cu_seqlens_q has, {sequences}, got {others}")
+    check_tensor("cu_seqlens_k", k_offsets, "[N + 1]", (torch.int32,), q, sizes=q_offsets.shape)
     check_count("max_seqlen_q", packing.max_seqlen_q)
     check_count("max_seqlen_k", packing.max_seqlen_k)
     if packing.block_table is not None:
-        check_block_table(packing.block_table, sequences, q)
+        check_block_table(packing.block_table, q_offsets.shape[0] - 1, q)
     k_len = packing.keys(k, key_bias)
     check_offset_values("cu_seqlens_q", q_offsets, q.shape[0], "T_q", packing.max_seqlen_q)
     check_offset_values("cu_seqlens_k", k_offsets, k_len, "T_k", packing.max_seqlen_k)

@@ -86,7 +86,7 @@ def apply_with_graph(function: type[Function], *arguments: Any) -> Any:
 def first_order(backward: Callable) -> Callable:
     """Decorator of backward(ctx, saved_tensors, *gradients): a gradient of its gradients raises RuntimeError.
 
-    torch's own once_differentiable silently returns zeros under torch.func.grad(torch.func.grad(f)). The saved tensors
+    torch's once_differentiable silently returns zeros under torch.func.grad(torch.func.grad(f)). The saved tensors
     are an argument because checkpointing allows one access.
     """
 
@@ -107,7 +107,7 @@ def first_order(backward: Callable) -> Callable:
 def refuse_second_order(x: Tensor) -> None:
     """Let a gradient of the gradients of a result of one of torch's operators raise the error of `first_order`.
 
-    Only for real tensors: compilers and transforms see the operators of this package, whose backward refuses.
+    Only for real tensors: compilers and transforms meet the operators of this package, whose backward refuses.
     """
     if runs_eagerly(x) and (node := x.grad_fn) is not None:
         node.register_hook(_refuse_where_recorded)

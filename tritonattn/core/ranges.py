@@ -238,7 +238,7 @@ def argmax_of_prefixes(x: Tensor) -> Tensor:
 
 
 def argmax_over_mask(x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The key inside range and mask that attains the maximum of x [B, H, Sk], the lowest, and whether there is one."""
+    """The lowest key inside range and mask that attains the maximum of x [B, H, Sk], and True where there is one."""
     first, seen = [], []
     for _, tile in row_tiles(lo, hi, mask, x.shape[-1], x.shape[0] * x.shape[1]):
         hidden = torch.where(tile, x[:, :, None], -torch.inf)  # [B, H, rows, Sk]

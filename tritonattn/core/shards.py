@@ -122,7 +122,7 @@ def head_part(module: nn.Module) -> tuple[int, int]:
     return 0, 1
 
 
-def own_rows(x: Any, values: Tensor) -> Tensor:
+def rows_of_rank(x: Any, values: Tensor) -> Tensor:
     """The part of values [n, ...], which all ranks hold alike, that belongs to the rows of x [n, ...] on this rank.
 
     Counted here, since torch 2.8 takes the _StridedShard of FSDP2 x tensor parallelism for a Shard: the dimensions of

@@ -116,9 +116,8 @@ class Visibility:
         Entry b has the first key_lengths[b] keys and the first row_counts[b] rows, None: all. Row i stands at key
         i + key_lengths[b] - row_counts[b].
         """
-        q_len = sizes[3]
-        if row_counts is None and q_len == 1 and left is None:  # a lone row at the last key attends to all
-            return cls(*sizes, device, key_lengths=key_lengths, invariant=invariant, at_lengths=True)
+        if row_counts is None and sizes[3] == 1 and left is None:  # a lone row at the last key attends to all
+            right = None
         given = {"invariant": invariant, "at_lengths": True, "row_counts": row_counts}
         return cls(*sizes, device, left, right, key_lengths, **given)
 

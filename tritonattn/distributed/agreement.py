@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.distributed import DebugLevel, get_debug_level  # pyright: ignore[reportPrivateImportUsage]
 
-from ..calls.checks import kind_of
+from ..calls.checks import type_of
 from ..scaling import Scaling
 from .layout import Split
 
@@ -68,7 +68,7 @@ def _settings(scaling: Scaling) -> Iterator[Any]:
 
 def _shown(x: Any) -> str:
     if isinstance(x, Tensor):
-        return kind_of(x)
+        return type_of(x)
     return f"{type(x).__name__}({', '.join(map(str, _settings(x)))})" if isinstance(x, Scaling) else repr(_signature(x))
 
 

@@ -114,7 +114,7 @@ def context_parallel_attention(
             Fewer take less memory and more messages.
 
     Every rank calls with the same arguments but for q, k, v and what belongs to their rows. The gradient of a parameter
-    (gain, sinks, a learned scaling) is the part of this rank's rows: sum it over ranks, as FSDP and DDP do. Beside
+    (gain, sinks, a learned scaling) is the part of this rank's rows: sum it over ranks, as FSDP and DDP do. Under
     tensor parallelism q, k and v are plain tensors of this rank's heads, and a gain, sinks or a scaling that is a
     DTensor (`HeadParallel`) stands for its values of these heads.
 

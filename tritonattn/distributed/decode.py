@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import ops
-from ..calls.checks import check_integers, check_values
+from ..calls.checks import INTEGERS, check_tensor, check_values
 from ..calls.decode import cache_operands, cache_visibility, check_statistics
 from ..calls.dispatch import logits, refuse_gradients
 from ..calls.key_statistics import KeyStatistics
@@ -139,7 +139,7 @@ def context_parallel_decode(
     refuse_dtensors(q=q, k_cache=k_cache, v_cache=v_cache, key_lengths=key_lengths)
     split = Split.of(mesh, "contiguous")
     q, k, v = cache_operands(q, k_cache, v_cache)
-    check_integers("key_lengths", key_lengths, "[B]", q)
+    check_tensor("key_lengths", key_lengths, "[B]", INTEGERS, q)
     capacity = k.shape[2]
     check_values("key_lengths", key_lengths, split.size * capacity, f"{split.size} * capacity = ")
     lengths = (key_lengths.long() - split.rank * capacity).clamp(0, capacity)  # uint8 has no number below 0
@@ -163,18 +163,25 @@ def context_parallel_decode(
     whole = Visibility.of_padded(sizes, q.device, key_lengths, left=visible.left)
     call.visibility = Visibility.of_part(whole, split.rank * capacity, capacity)
     with without_autocast(q):
-        of_part = ops.STATISTICS[call.backend](k, call.visibility)
-        if statistics is not None:
-            width = None if visible.left is None else visible.left + 1
-            of_part = RecordedStatistics(of_part, statistics, None, width)
-        terms = logits(call, _SharedRows(of_part, split))
-        if terms.key_bias is not None:
-            raise NotImplementedError("scaling: expected one without a bias a key, which does not know the whole cache")
-        part = AttentionCall(q, k, v, call.visibility, terms._replace(sinks=None), aux=True, backend=call.backend)
-        out, aux = _merged(ops.attention(part), split)
-        if terms.sinks is not None:
-            out = out * share_with_sinks(aux.lse, terms.sinks)[..., None]
+        out, aux = _attend(call, split, statistics, None if visible.left is None else visible.left + 1)
     return (out.to(v.dtype), aux) if return_aux else out.to(v.dtype)
+
+
+def _attend(
+    call: AttentionCall, split: Split, statistics: KeyStatistics | None, width: int | None
+) -> tuple[Tensor, AttentionAux]:
+    """Attend to the keys of all ranks: out, in the dtype of lse, and `AttentionAux`; width is that of a window."""
+    of_part = ops.STATISTICS[call.backend](call.k, call.visibility)
+    if statistics is not None:
+        of_part = RecordedStatistics(of_part, statistics, None, width)
+    terms = logits(call, _SharedRows(of_part, split))
+    if terms.key_bias is not None:
+        raise NotImplementedError("scaling: expected one without a bias a key, which does not know the whole cache")
+    part, rest = terms._replace(sinks=None), {"aux": True, "backend": call.backend}
+    out, aux = _merged(ops.attention(AttentionCall(call.q, call.k, call.v, call.visibility, part, **rest)), split)
+    if terms.sinks is not None:
+        out = out * share_with_sinks(aux.lse, terms.sinks)[..., None]
+    return out, aux
 
 
 class _SharedRows(Statistics):

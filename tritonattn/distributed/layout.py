@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..calls.checks import kind_of
+from ..calls.checks import type_of
 from ..core.shards import is_dtensor
 
 LAYOUTS = ("contiguous", "zigzag")
@@ -38,7 +38,7 @@ class Split:
             hint = (
                 "; DeviceMesh.from_group(group, device_type) makes one" if isinstance(mesh, dist.ProcessGroup) else ""
             )
-            raise TypeError(f"mesh: expected a torch.distributed DeviceMesh, got {kind_of(mesh)}{hint}")
+            raise TypeError(f"mesh: expected a torch.distributed DeviceMesh, got {type_of(mesh)}{hint}")
         if mesh.ndim != 1:
             raise ValueError(f"mesh: expected one dimension, as of mesh['cp'], got {mesh.ndim} of sizes {mesh.shape}")
         if layout not in LAYOUTS:

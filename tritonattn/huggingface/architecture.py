@@ -76,7 +76,7 @@ def attention_modules(model: nn.Module) -> list[AttentionModule]:
     """The attention modules of a model in its order, with an obstacle if they cannot be patched."""
     modules = dict(model.named_modules())
     models = [name for name, module in modules.items() if isinstance(module, PreTrainedModel)]
-    calling = [name for name, module in modules.items() if interface_keywords(type(module)) is not None]
+    calling = {name for name, module in modules.items() if interface_keywords(type(module)) is not None}
     found: list[AttentionModule] = []
     for name, module in modules.items():
         if name in calling:
@@ -120,6 +120,7 @@ def interface_keywords(cls: type) -> frozenset[str] | None:
     return frozenset(str(keyword.arg) for keyword in passed)
 
 
+@functools.cache
 def interface_function(cls: type) -> Any:
     """The method of a class that calls AttentionInterface, as a function; None if none does."""
     if issubclass(cls, PreTrainedModel):  # names the interface, to choose an implementation

@@ -25,7 +25,7 @@ _READABLE = ("eager", "sdpa")
 _EAGER = "eager_attention_forward"
 
 
-def own_attention(model: nn.Module) -> list[AttentionModule]:
+def unpatched_attention(model: nn.Module) -> list[AttentionModule]:
     """The attention modules of a model that are neither patched nor use the implementation "tritonattn".
 
     Raises ValueError if one has an implementation whose masks cannot be read.
@@ -47,7 +47,7 @@ def own_attention(model: nn.Module) -> list[AttentionModule]:
 
 @contextmanager
 def observable(layers: list[AttentionModule]) -> Iterator[None]:
-    """While the context lasts, layers of `own_attention` notify observers of their calls.
+    """While the context lasts, layers of `unpatched_attention` notify observers of their calls.
 
     Their results do not change; only the name of their implementation does.
     """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import BACKENDS
-from ..core.shards import local, own_rows, unshard
+from ..core.shards import local, rows_of_rank, unshard
 from ..scaling import Scaling
 from .first_use import note_use
 from .scalings import check_entries, from_config, is_finite, to_config
@@ -107,7 +107,7 @@ class LayerScaling(nn.Module):
         """Start a learned gain again from the values given; a learned scaling is a module that resets itself."""
         if self._start is not None and isinstance(self.gain, Tensor):
             with torch.no_grad():
-                local(self.gain).copy_(own_rows(self.gain, self._start))
+                local(self.gain).copy_(rows_of_rank(self.gain, self._start))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is neither observed nor watched."""

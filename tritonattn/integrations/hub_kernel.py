@@ -69,22 +69,6 @@ out = tritonattn.attention(q, k, v, scaling="key_norm_mean", causal=True)
 Its functions are those of the Python package tritonattn, without what needs transformers. It needs torch and triton.
 """
 
-# Older versions of `kernels` look for the package in a folder of its name: the same module, under another name.
-_ONE_FOLDER_DOWN = '''\
-"""The package one folder up, where older versions of `kernels` look for it."""
-
-import importlib.util
-import sys
-from pathlib import Path
-
-_file = Path(__file__).resolve().parent.parent / "__init__.py"
-_spec = importlib.util.spec_from_file_location("{identity}_nested", _file)
-_module = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = _module
-_spec.loader.exec_module(_module)
-globals().update({{name: value for name, value in vars(_module).items() if name in (*_module.__all__, "__all__")}})
-'''
-
 
 def write(folder: Path, repo_id: str, version: int = 1) -> list[str]:
     """Write a kernel repository into a new or empty folder.
@@ -132,10 +116,10 @@ def _fill(folder: Path, repo_id: str, version: int) -> list[str]:
     digest = hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()[:8]
     variants = [f"torch-{backend}" for backend in BACKENDS]
     for backend, variant in zip(BACKENDS, variants, strict=True):
-        built, identity = folder / "build" / variant, f"_{NAME}_{backend}_{digest}"
+        built = folder / "build" / variant
         metadata = {
             "name": NAME,
-            "id": identity,
+            "id": f"_{NAME}_{backend}_{digest}",
             "version": version,
             "license": "MIT",
             "python-depends": [],
@@ -143,7 +127,6 @@ def _fill(folder: Path, repo_id: str, version: int) -> list[str]:
         }
         _copy(files, built)
         _write(built / "metadata.json", json.dumps(metadata, indent=2) + "\n")
-        _write(built / NAME / "__init__.py", _ONE_FOLDER_DOWN.format(identity=identity))
     return variants
 
 

@@ -48,6 +48,14 @@ class ScaledAttend(nn.Module):
     It keeps causality, masks, biases of pairs (alibi, relative positions), grouped heads, softclamp, learned sinks and
     dropout. Attend's scale, qk_norm's included, stays a factor with the mode. Its Intermediates are empty, as with
     Attend(flash=True): logits are never formed.
+
+    Args:
+        attend: The module whose options hold.
+        heads: Hq.
+        scaling, backend: As in `replace_attend`.
+
+    Raises:
+        NotImplementedError: An option of attend that is not supported, by its name.
     """
 
     def __init__(self, attend: Attend, heads: int, scaling: str | Scaling = "sqrt_dim", backend: str = "auto") -> None:

@@ -17,9 +17,9 @@ from ..calls.checks import (
     check_number,
     check_settings,
     check_tensor,
-    kind_of,
     relative_bias_of,
     shape_of,
+    type_of,
 )
 from ..calls.decode import attention_decode
 from ..calls.public import public
@@ -297,7 +297,7 @@ class ScaledAttention(SharesSequence, nn.Module):
         if not self.causal:
             raise ValueError("cache: expected a causal layer, got causal=False")
         if not isinstance(cache, KeyValueCache):
-            raise TypeError(f"cache: expected a KeyValueCache, got {kind_of(cache)}")
+            raise TypeError(f"cache: expected a KeyValueCache, got {type_of(cache)}")
         q, k, v = self._projected(x)
         if needs_graph(q, k, v):
             raise NotImplementedError("cache: no gradient goes through it; call under torch.no_grad()")
@@ -372,5 +372,5 @@ def _check_features(name: str, x: Any, axes: str, width: int) -> None:
 def _refuse_with(what: str, others: dict[str, Any]) -> None:
     for name, x in others.items():
         if x is not None:
-            got = "a tensor" if isinstance(x, Tensor) else kind_of(x)
+            got = "a tensor" if isinstance(x, Tensor) else type_of(x)
             raise ValueError(f"{name}: expected None with {what}, got {got}")

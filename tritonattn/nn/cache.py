@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls.checks import FLOATS, check_count, check_device, check_dtype, check_tensor, shape_of
+from ..calls.checks import FLOATS, check_count, check_dtype, check_tensor
 from ..calls.key_statistics import KeyStatistics
 
 
@@ -103,13 +103,8 @@ class KeyValueCache:
 
     def _check_new(self, name: str, new: Any, buffer: Tensor, axes: str) -> None:
         """Raise unless these are floats that fit into their buffer, whatever their n."""
-        check_tensor(name, new, axes)
-        if new.dtype not in FLOATS:
-            raise TypeError(f"{name}: expected a floating dtype, got {new.dtype}")
         batch, kv_heads, _, size = buffer.shape
-        if new.dim() != 4 or (new.shape[0], new.shape[1], new.shape[3]) != (batch, kv_heads, size):
-            raise ValueError(f"{name}: expected {axes} = [{batch}, {kv_heads}, n, {size}], got {shape_of(new)}")
-        check_device(name, new, buffer, "this KeyValueCache")
+        check_tensor(name, new, axes, FLOATS, buffer, "this KeyValueCache", (batch, kv_heads, None, size))
 
     @torch.no_grad()
     def reorder(self, index: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls.checks import check_bool, check_count, check_dtype, kind_of, refuse_scaling
+from ..calls.checks import check_bool, check_count, check_dtype, refuse_scaling, type_of
 from ..calls.dispatch import scales_of
 from ..core.hints import hinted
 from ..core.shards import local
@@ -257,7 +257,7 @@ def scaling_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     [(4,)]
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module: expected an nn.Module, got {kind_of(module)}")
+        raise TypeError(f"module: expected an nn.Module, got {type_of(module)}")
     seen: set[nn.Parameter] = set()
     for part in module.modules():
         if isinstance(part, Scaling):

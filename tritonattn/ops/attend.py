@@ -114,7 +114,7 @@ def _forward_kept(call: AttentionCall, keep_rounding: bool) -> tuple[Tensor | No
     """The results of `_forward`, and rounding: None for those not asked for."""
     q, v = call.q, call.v
     rounding = v.new_empty((*q.shape[:3], v.shape[3]), dtype=torch.int8) if keep_rounding else None
-    has_graph = keep_rounding or v.dtype.itemsize > 2  # nothing here tells whether wider ones have one
+    has_graph = keep_rounding or v.dtype.itemsize > 2  # nothing here tells which wider ones have one
     return (*_forward(call, rounding, has_graph=has_graph), rounding)
 
 

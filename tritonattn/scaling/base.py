@@ -111,6 +111,29 @@ class Scaling:
         return None
 
 
+class OfCount(Scaling):
+    """A mode of parameters whose factor is a constant times a function of n, the keys that a row attends to.
+
+    Raises ValueError unless each parameter is finite and above 0, and a base of a logarithm above 1.
+    """
+
+    _bases: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for name in type(self).__match_args__:  # pyright: ignore[reportAttributeAccessIssue]  of a dataclass, its fields
+            check_positive(name, getattr(self, name), above=float(name in self._bases))
+
+    def _constant(self, head_dim: int) -> float:
+        return head_dim**-0.5
+
+    def _of_count(self, n: Tensor) -> Tensor:
+        """Of fp64 counts n, of any shape; finite at 0."""
+        raise NotImplementedError
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        return scales_of_count(visibility, self._constant(q.shape[-1]), self._of_count)
+
+
 def has_relative_bias(scaling: Scaling, q: Tensor) -> bool:
     """True where a scaling of q [B, Hq, Sq, D] adds a bias of distances."""
     row = q[:, :, :1]

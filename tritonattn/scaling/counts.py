@@ -12,7 +12,7 @@ from ..core.hints import hinted
 from ..core.invariance import power
 from ..core.statistics import Statistics, reciprocal, reciprocal_root
 from ..core.visibility import Visibility
-from .base import Scales, Scaling, check_positive, scales_of_count
+from .base import OfCount, Scales, Scaling, scales_of_count
 
 
 class KeyCount(Scaling):
@@ -46,7 +46,7 @@ class SqrtKeyCount(Scaling):
 
 @hinted
 @dataclass(frozen=True)
-class LogKeyCount(Scaling):
+class LogKeyCount(OfCount):
     """factor = ln(n) / ln(base) / sqrt(D): keeps attention from spreading out as n grows.
 
     A lone key has logit 0, which is harmless: its probability is 1 at any logit.
@@ -62,13 +62,13 @@ class LogKeyCount(Scaling):
 
     name = "log_key_count"
     reads_keys = False
+    _bases = ("base",)
 
-    def __post_init__(self) -> None:
-        check_positive("base", self.base, above=1.0)
+    def _constant(self, head_dim: int) -> float:
+        return head_dim**-0.5 / math.log(self.base)
 
-    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        constant = q.shape[-1] ** -0.5 / math.log(self.base)
-        return scales_of_count(visibility, constant, lambda n: n.clamp(min=1).log())
+    def _of_count(self, n: Tensor) -> Tensor:
+        return n.clamp(min=1).log()
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         n = visible.sum(-1, keepdim=True).double()
@@ -78,7 +78,7 @@ class LogKeyCount(Scaling):
 
 @hinted
 @dataclass(frozen=True)
-class LogPower(Scaling):
+class LogPower(OfCount):
     """factor = (ln(n) / ln(base))^power / sqrt(D).
 
     Which power keeps the attention of n keys from spreading out or collapsing depends on the gaps between the largest
@@ -98,14 +98,13 @@ class LogPower(Scaling):
 
     name = "log_power"
     reads_keys = False
+    _bases = ("base",)
 
-    def __post_init__(self) -> None:
-        check_positive("power", self.power)
-        check_positive("base", self.base, above=1.0)
+    def _constant(self, head_dim: int) -> float:
+        return head_dim**-0.5 / math.log(self.base) ** self.power
 
-    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        constant = q.shape[-1] ** -0.5 / math.log(self.base) ** self.power
-        return scales_of_count(visibility, constant, lambda n: power(n.clamp(min=1).log(), self.power))
+    def _of_count(self, n: Tensor) -> Tensor:
+        return power(n.clamp(min=1).log(), self.power)
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         n = visible.sum(-1, keepdim=True).double()

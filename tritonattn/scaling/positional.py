@@ -21,12 +21,12 @@ from ..core.hints import hinted
 from ..core.invariance import power
 from ..core.statistics import Statistics, reciprocal
 from ..core.visibility import Visibility
-from .base import Scales, Scaling, check_positive, dense_norms, scales_of_count
+from .base import OfCount, Scales, dense_norms
 
 
 @hinted
 @dataclass(frozen=True)
-class QwenLogn(Scaling):
+class QwenLogn(OfCount):
     """factor = max(1, ln(n) / ln(train_length)) / sqrt(D).
 
     train_length   `seq_length` of the model's configuration: 8192 for Qwen-7B, 2048 for Qwen-14B
@@ -41,15 +41,10 @@ class QwenLogn(Scaling):
 
     name = "qwen_logn"
     reads_keys = False
+    _bases = ("train_length",)
 
-    def __post_init__(self) -> None:
-        check_positive("train_length", self.train_length, above=1.0)
-
-    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        def stretch(n: Tensor) -> Tensor:
-            return n.clamp(min=self.train_length).log() / math.log(self.train_length)
-
-        return scales_of_count(visibility, q.shape[-1] ** -0.5, stretch)
+    def _of_count(self, n: Tensor) -> Tensor:
+        return n.clamp(min=self.train_length).log() / math.log(self.train_length)
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         n = visible.sum(-1, keepdim=True).double()
@@ -59,7 +54,7 @@ class QwenLogn(Scaling):
 
 @hinted
 @dataclass(frozen=True)
-class Llama4(Scaling):
+class Llama4(OfCount):
     """factor = (1 + scale * ln(1 + floor(n / floor_scale))) / sqrt(D).
 
     scale, floor_scale   `attn_scale` and `floor_scale` of the model's configuration
@@ -76,15 +71,8 @@ class Llama4(Scaling):
     name = "llama4"
     reads_keys = False
 
-    def __post_init__(self) -> None:
-        check_positive("scale", self.scale)
-        check_positive("floor_scale", self.floor_scale)
-
-    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        def temperature(n: Tensor) -> Tensor:
-            return 1 + self.scale * (1 + (n / self.floor_scale).floor()).log()
-
-        return scales_of_count(visibility, q.shape[-1] ** -0.5, temperature)
+    def _of_count(self, n: Tensor) -> Tensor:
+        return 1 + self.scale * (1 + (n / self.floor_scale).floor()).log()
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         position = visible.sum(-1, keepdim=True).double() - 1
@@ -94,7 +82,7 @@ class Llama4(Scaling):
 
 @hinted
 @dataclass(frozen=True)
-class Ministral3(Scaling):
+class Ministral3(OfCount):
     """factor = (1 + beta * ln(1 + floor((n - 1) / original_length))) / sqrt(D).
 
     Like `Llama4` but for the offset: it counts from the position, not from the position + 1.
@@ -113,15 +101,8 @@ class Ministral3(Scaling):
     name = "ministral3"
     reads_keys = False
 
-    def __post_init__(self) -> None:
-        check_positive("beta", self.beta)
-        check_positive("original_length", self.original_length)
-
-    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        def temperature(n: Tensor) -> Tensor:
-            return 1 + self.beta * (1 + ((n - 1).clamp(min=0) / self.original_length).floor()).log()
-
-        return scales_of_count(visibility, q.shape[-1] ** -0.5, temperature)
+    def _of_count(self, n: Tensor) -> Tensor:
+        return 1 + self.beta * (1 + ((n - 1).clamp(min=0) / self.original_length).floor()).log()
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         position = visible.sum(-1, keepdim=True).double() - 1
@@ -131,7 +112,7 @@ class Ministral3(Scaling):
 
 @hinted
 @dataclass(frozen=True)
-class Inkling(Scaling):
+class Inkling(OfCount):
     """factor = (1 + alpha * ln(max(n / n_floor, 1))) / sqrt(D).
 
     The model normalises q and k and divides by D, not by sqrt(D): give gain=D**-0.5 for its logits.
@@ -150,15 +131,8 @@ class Inkling(Scaling):
     name = "inkling"
     reads_keys = False
 
-    def __post_init__(self) -> None:
-        check_positive("alpha", self.alpha)
-        check_positive("n_floor", self.n_floor)
-
-    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        def temperature(n: Tensor) -> Tensor:
-            return 1 + self.alpha * (n / self.n_floor).clamp(min=1).log()
-
-        return scales_of_count(visibility, q.shape[-1] ** -0.5, temperature)
+    def _of_count(self, n: Tensor) -> Tensor:
+        return 1 + self.alpha * (n / self.n_floor).clamp(min=1).log()
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         n = visible.sum(-1, keepdim=True).double()
@@ -188,10 +162,6 @@ class Inkling2(Inkling):
     name = "inkling2"
     reads_keys = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("threshold", self.threshold)
-
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         rows = super().scales(q, k, visibility, statistics)
         query, key = (
@@ -210,7 +180,7 @@ class Inkling2(Inkling):
 
 @hinted
 @dataclass(frozen=True)
-class Beam(Scaling):
+class Beam(OfCount):
     """factor = (1 + n / length)^power / sqrt(D).
 
     power, length   constants of the model's code
@@ -226,12 +196,8 @@ class Beam(Scaling):
     name = "beam"
     reads_keys = False
 
-    def __post_init__(self) -> None:
-        check_positive("power", self.power)
-        check_positive("length", self.length)
-
-    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        return scales_of_count(visibility, q.shape[-1] ** -0.5, lambda n: power(1 + n / self.length, self.power))
+    def _of_count(self, n: Tensor) -> Tensor:
+        return power(1 + n / self.length, self.power)
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         position = visible.sum(-1, keepdim=True).double() - 1

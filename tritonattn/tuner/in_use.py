@@ -18,7 +18,7 @@ from ..tuning.config import OPTIONS, SHARES, Target, TileConfig
 from ..tuning.fingerprint import kernels_fingerprint
 from ..tuning.gpus import GPU, GPUS
 from ..tuning.ptxas import ptxas_of, suspicion
-from ..tuning.table import Entry, EntryKey, TableError, keys, read_table
+from ..tuning.table import Entry, EntryKey, TableError, keys
 from .timing import card_state
 
 
@@ -81,7 +81,10 @@ def configs(gpu: str | None) -> int:
     """Print the config and source of every key on a GPU, and of single problems with entries; None: of this machine."""
     if gpu is None and not torch.cuda.is_available():
         raise CommandError(f"expected --gpu NAME, one of {', '.join(one.name for one in GPUS)}: there is no GPU here")
-    target = Target.of(torch.device("cuda")) if gpu is None else _named_target(gpu)
+    if gpu is None:
+        target = Target.of(torch.device("cuda"))
+    else:  # the name of an architecture stands for a card for which no table is shipped
+        target = named_gpus("--gpu", (gpu,), everything=())[0].target._replace(card=gpu)
     rows = []
     for key in (*keys(), *lookup.problems(target)):
         found = lookup.find(key.kernel, key.problem, target)
@@ -109,13 +112,8 @@ def shown(config: TileConfig) -> str:
     return f"{config.block_m} x {config.block_n}, {config.num_warps} warps, {config.num_stages} stages{loads}{others}"
 
 
-def _named_target(name: str) -> Target:
-    """Return the target of a GPU; the name of an architecture stands for a card for which no table is shipped."""
-    return named_gpus("--gpu", (name,), everything=())[0].target._replace(card=name)
-
-
 def _origin(found: lookup.Found) -> str:
-    if found.path is None or found.key is None:
+    if found.path is None or found.entry is None:
         return "default"
-    source = f"{found.path.name}, {read_table(found.path).entries[found.key].source}"
-    return source + (f", for triton {found.triton}" if found.is_of_another_triton else "")
+    source = f"{found.path.name}, {found.entry.source}"
+    return source + (f", for triton {found.entry.triton}" if found.is_of_another_triton else "")

@@ -9,11 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..backends import reference
 from ..backends import triton as triton_backend
 from ..backends.triton.operands import Operands
+from ..calls.formulas import by_formulas
 from ..core.call import ForwardResult, Needs
-from ..core.pair_biases import relative_pairs
+from ..scaling import Given
 from ..tuning.calls import Size
 from ..tuning.config import Problem
 from ..tuning.table import Key
@@ -124,23 +124,14 @@ class _Copy:
         call = self.call.gathered()
         if self.kernel == "decode":
             call = call.by_ranges()
-        wide, logits = torch.promote_types(dtype, torch.float32), call.logits
+        wide = torch.promote_types(dtype, torch.float32)
         q, k, v = (x.to(dtype).requires_grad_() for x in (call.q, call.k, call.v))
         terms = [None if x is None else x.to(wide).requires_grad_() for x in call.tensors[3:]]
         query_scale, key_scale, key_bias, sinks, bias, relative_bias = terms
-        multiplier = torch.full((1, 1, 1, 1), logits.scale, dtype=wide, device=q.device)
-        if query_scale is not None:
-            multiplier = multiplier * query_scale[..., None]
-        if key_scale is not None:
-            multiplier = multiplier * key_scale.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None]
-        biases = [] if bias is None else [bias]
-        if key_bias is not None:
-            biases.append(key_bias.flatten(1, 2)[:, :, None])
-        if relative_bias is not None:
-            biases.append(relative_pairs(relative_bias, logits.relative_right, call.visibility))
-        options = {"softcap": logits.softcap, "sinks": sinks, "dropout": call.dropout}
-        options |= {"bias": sum(biases) if biases else None, "bias_after_softcap": logits.bias_after_softcap}
-        found = reference.attention(q, k, v, multiplier, call.visibility, **options)
+        key_bias = None if key_bias is None else key_bias.flatten(1, 2)  # a row a head, as in a user's call
+        given = Given(call.logits.scale, query_scale, key_scale)
+        logits = call.logits._replace(key_bias=key_bias, sinks=sinks, bias=bias, relative_bias=relative_bias)
+        found = by_formulas(replace(call, q=q, k=k, v=v, logits=logits, scaling=given))
         leaves = zip((q, k, v, *terms), self._needs, strict=True)
         wanted = [x for x, needed in leaves if x is not None and needed]
         if not wanted:

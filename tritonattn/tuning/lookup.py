@@ -17,7 +17,7 @@ from .config import Problem, Target, TileConfig, legal_reasons, one_line
 from .defaults import GLUON, default_config, gluon_config
 from .fingerprint import kernels_fingerprint
 from .gpus import nearest, table_name
-from .table import EntryKey, Exact, Table, TableError, keys_of, read_table
+from .table import Entry, EntryKey, Exact, Table, TableError, keys_of, read_table
 
 # Asks for the forward in Gluon wherever it is legal, with 1; read where a problem is new.
 FORCE_GLUON = "TRITONATTN_GLUON"
@@ -27,17 +27,17 @@ _rejected: set[tuple[str, Problem, Target, TileConfig]] = set()
 
 
 class Found(NamedTuple):
-    """A config, and the file, key and Triton that it comes from; None is the built-in default, or FORCE_GLUON's."""
+    """A config, and the file, key and entry that it comes from; None is the built-in default, or FORCE_GLUON's."""
 
     config: TileConfig
-    path: Path | None
-    key: EntryKey | None
-    triton: str | None = None
+    path: Path | None = None
+    key: EntryKey | None = None
+    entry: Entry | None = None
 
     @property
     def is_of_another_triton(self) -> bool:
         """True where another version compiled the entry than will run it: then its code is held to a gate."""
-        return self.path is not None and self.triton != triton.__version__
+        return self.entry is not None and self.entry.triton != triton.__version__
 
 
 def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
@@ -55,13 +55,13 @@ def find(kernel: str, problem: Problem, target: Target) -> Found:
             return found
         if found.config.kernel == "gluon":
             _warn_of_gluon("; ".join(reasons))
-    return Found(default_config(kernel, problem, target), None, None)
+    return Found(default_config(kernel, problem, target))
 
 
 def _found(kernel: str, problem: Problem, target: Target) -> Iterator[Found]:
     """Configs that are asked for in turn, some perhaps illegal for the call."""
     if kernel == "forward" and os.environ.get(FORCE_GLUON) == "1" and not problem.invariant:
-        yield Found(gluon_config(problem, target) or GLUON, None, None)
+        yield Found(gluon_config(problem, target) or GLUON)
     keys = () if problem.invariant else (Exact(kernel, problem), *keys_of(kernel, problem, target))
     for key in keys:
         yield from _entries(target).get(key, ())
@@ -97,9 +97,9 @@ def refuse_spills(kernel: str, problem: Problem, target: Target, config: TileCon
     the config, or no launch would succeed.
     """
     found = find(kernel, problem, target)
-    if not spills or found.config != config or not found.is_of_another_triton:
+    if not spills or found.config != config or found.entry is None or not found.is_of_another_triton:
         return False
-    why = f"triton {triton.__version__} spills {spills} registers, and it was found with {found.triton}: tune again"
+    why = f"triton {triton.__version__} spills {spills} registers, it was found with {found.entry.triton}: tune again"
     return reject_config(kernel, problem, target, config, RuntimeError(why))
 
 
@@ -170,5 +170,5 @@ def _entries(target: Target) -> dict[EntryKey, tuple[Found, ...]]:
             if not entry.is_of_these_kernels:
                 _warn_of_gluon(f"{path}: {key}: of another such kernel, tune again")
                 continue
-            merged[key] = (*merged.get(key, ()), Found(entry.config, path, key, entry.triton))
+            merged[key] = (*merged.get(key, ()), Found(entry.config, path, key, entry))
     return merged

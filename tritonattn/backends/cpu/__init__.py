@@ -1,7 +1,7 @@
 """Attention on a CPU for every mask and option, tile by tile in plain torch: memory O(S D), backward included.
 
-A tile is some query rows against some keys, for a few heads. Tiles in which no row sees a key are skipped; tiles in
-which every row sees every key are not masked. Operands are widened to fp32 (fp64 stays) a tile at a time and nothing
+A tile is some query rows against some keys, for a few heads. Tiles without a visible pair are skipped; tiles in which
+every pair is visible are not masked. Operands are widened to fp32 (fp64 stays) a tile at a time and nothing
 is rounded in between, P included: the result of a 16-bit call is rounded once.
 
 With x = scale * (q . k) * query_scale * key_scale + biases and z = x, or softcap * tanh(x / softcap):

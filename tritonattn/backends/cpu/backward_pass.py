@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ...core.call import AttentionCall, Gradients, Needs
 from ...core.rounding import before_rounding
-from .fixed_tiles import tiles_of
-from .tiles import Block, Heads, Tiles, exp_, logits_of
+from .tiles import Block, Heads, Tiles, exp_, logits_of, tiles_of
 
 
 def backward(
@@ -228,8 +227,8 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
 def _add_biases(tiles: Tiles, block: Block, keys: slice, d_bias: Tensor, gradients: Gradients) -> None:
     """Add the gradients of a tile's logits where biases are added to them: [N, G * rows, keys]."""
     if gradients.key_bias is not None:
-        place = gradients.key_bias[block.heads.batch, block.heads.keys, :, keys]
-        place += tiles.sum(tiles.by_head(d_bias, block).mT)[..., : place.shape[-1], 0]
+        target = gradients.key_bias[block.heads.batch, block.heads.keys, :, keys]
+        target += tiles.sum(tiles.by_head(d_bias, block).mT)[..., : target.shape[-1], 0]
     if not (gradients.bias is None and gradients.relative_bias is None):
         tiles.add_gradients_of_pairs(d_bias, block, keys, gradients)
 
@@ -267,16 +266,16 @@ def _store_of_rows(tiles: Tiles, block: Block, rows: _Rows, d_query: Tensor | No
 
 def _store_of_keys(tiles: Tiles, heads: Heads, sums: _KeySums, gradients: Gradients) -> None:
     if gradients.v is not None and sums.value is not None:
-        place = gradients.v[heads.batch, heads.keys]
-        place.copy_(sums.value.view(place.shape))
+        target = gradients.v[heads.batch, heads.keys]
+        target.copy_(sums.value.view(target.shape))
     if sums.key is None:
         return
     if gradients.key_scale is not None:
-        place = gradients.key_scale[heads.batch, heads.keys]
-        place.copy_(tiles.dot(sums.key, tiles.of_keys(tiles.call.k, heads)).view(place.shape))
+        target = gradients.key_scale[heads.batch, heads.keys]
+        target.copy_(tiles.dot(sums.key, tiles.of_keys(tiles.call.k, heads)).view(target.shape))
     if gradients.k is not None:
-        place = gradients.k[heads.batch, heads.keys]
+        target = gradients.k[heads.batch, heads.keys]
         d_key = sums.key
         if tiles.call.logits.key_scale is not None:
             d_key = d_key * tiles.of_keys(tiles.call.logits.key_scale[..., None], heads)
-        place.copy_(d_key.view(place.shape))
+        target.copy_(d_key.view(target.shape))

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ...core.call import AttentionCall, ForwardResult
 from ...core.rounding import lost_in_rounding
-from .fixed_tiles import tiles_of
-from .tiles import Block, Tiles, exp_, logits_of
+from .tiles import Block, Tiles, exp_, logits_of, tiles_of
 
 
 def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:

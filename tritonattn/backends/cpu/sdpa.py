@@ -1,4 +1,4 @@
-"""The CPU path for plain and square-causal calls: scales folded into q and k, then PyTorch's own attention.
+"""The CPU path for plain and square-causal calls: scales folded into q and k, then PyTorch's attention.
 
 torch.nn.functional.scaled_dot_product_attention has one fast kernel for CPUs. Its memory is O(S D), backward
 included. It leaves that kernel for an O(Sq Sk) one where v's head_dim differs from q's or a last axis is
@@ -28,7 +28,7 @@ _LARGEST_LOGIT = 1e38
 
 
 def supports(call: AttentionCall) -> bool:
-    """True where `attention` computes this call: all keys or a square's lower triangle seen, and no extras."""
+    """True where `attention` computes this call: all keys or a square's lower triangle visible, and no extras."""
     terms, visible = call.logits, call.visibility
     if not (terms.key_bias is None and terms.bias is None and terms.relative_bias is None):
         return False
@@ -92,7 +92,7 @@ def attention(call: AttentionCall) -> Tensor:
 
 
 def _needs_fp32(call: AttentionCall) -> bool:
-    """True where PyTorch's kernel in the call's own 16 bits would be off by more than rounding its operands.
+    """True where PyTorch's kernel in the call's 16 bits would be off by more than rounding its operands.
 
     A scaled q can leave the range of fp16: 1 / n of a long sequence is subnormal. Gradients lose more: the kernel takes
     delta = out . d_out from a rounded output, an error that d_q has times the mean key and d_query_scale times the mean

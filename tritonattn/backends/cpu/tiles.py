@@ -1,4 +1,4 @@
-"""Cut a call into tiles; find the tiles that some row sees, and the hidden pairs in each."""
+"""Cut a call into tiles; find the tiles that some row attends to, and the hidden pairs in each."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...core.call import AttentionCall, Gradients
+from ...core.invariance import halving_sum
 from ...core.pair_biases import reflected
 from ...core.visibility import Visibility
 
@@ -18,6 +20,7 @@ from ...core.visibility import Visibility
 _ROWS = 256
 KEYS = 256
 _PAIRS = 1 << 19
+_FIXED_ROWS = 32  # of a query head, in `FixedTiles`
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Block:
-    """Some query rows of some heads, and the keys outside which they see none."""
+    """Some query rows of some heads, and the keys outside which they attend to none."""
 
     heads: Heads
     rows: slice
@@ -50,7 +53,7 @@ class Tiles:
     query heads of a key head lie one after the other, so that keys and values are never repeated. Everything is
     widened to dtype: fp32 (fp64 for fp64 q) unless given.
 
-    joins_spans   whether a backward takes all keys of a block of rows at once
+    joins_spans   a backward takes all keys of a block of rows at once
     """
 
     joins_spans = False
@@ -93,7 +96,7 @@ class Tiles:
                 yield Block(heads, part, keys)
 
     def keys_of(self, block: Block, spans: list[tuple[slice, bool]]) -> Iterator[tuple[slice, Tensor | None]]:
-        """Yield the spans of `spans_of(block)` that some row may see, and the hidden pairs of each, or None for none.
+        """Yield the spans of `spans_of(block)` that some row may attend to, with hidden pairs, or None for none.
 
         Hidden pairs are bool, broadcastable to [batch entries, key heads, G, rows, keys]. A bias of -inf hides a pair.
         """
@@ -111,7 +114,7 @@ class Tiles:
                 yield keys, hidden if hidden.any() else None
 
     def spans_of(self, block: Block) -> list[tuple[slice, bool]]:
-        """The spans of keys that the range of some row touches, each with whether all ranges hold it."""
+        """The spans of keys that the range of some row touches, each with True where all ranges hold it."""
         spans, batch = _cut(block.keys, KEYS), block.heads.batch
         first, last = (_slice(bound, batch, block.rows)[..., None] for bound in (self.first, self.last))
         start, stop = (first.new_tensor([getattr(keys, end) for keys in spans]) for end in ("start", "stop"))
@@ -129,7 +132,7 @@ class Tiles:
         return self.of_rows(x[..., None], block)
 
     def of_keys(self, x: Tensor, heads: Heads, keys: slice | None = None) -> Tensor:
-        """Some or all keys of x [B, Hkv, Sk, C], widened, zero where no row sees them: [N, keys, C]."""
+        """Some or all keys of x [B, Hkv, Sk, C], widened, zero where no row attends to them: [N, keys, C]."""
         keys = slice(0, x.shape[2]) if keys is None else keys
         x = x[heads.batch, heads.keys, keys].to(self.dtype)
         if self.unseen is not None and (self.holes is None or self.holes[keys.start] < self.holes[keys.stop]):
@@ -181,9 +184,9 @@ class Tiles:
         sums[:, keys].baddbmm_(x, y)
 
     def store(self, whole: Tensor, part: Tensor, block: Block) -> None:
-        """Put [N, G * rows, C] into its place in [B, Hq, Sq, C], or [N, G * rows, 1] into [B, Hq, Sq]."""
-        place = whole[block.index]
-        place.copy_(part.view(place.shape))
+        """Put a block [N, G * rows, C] into [B, Hq, Sq, C], or [N, G * rows, 1] into [B, Hq, Sq]."""
+        target = whole[block.index]
+        target.copy_(part.view(target.shape))
 
     def by_head(self, x: Tensor, block: Block) -> Tensor:
         """[N, G * rows, C] as [batch entries, key heads, G, rows, C]."""
@@ -192,7 +195,7 @@ class Tiles:
         return x.view(*shape, block.rows.stop - block.rows.start, x.shape[-1])
 
     def _sequences(self) -> list[tuple[slice, slice]]:
-        """Rows, and the keys that they may see: one part, or one for every packed sequence; together all rows."""
+        """Rows, and the keys that they may attend to: one part, or one for every packed sequence; together all rows."""
         visible = self.call.visibility
         whole = (slice(0, visible.q_len), slice(0, visible.k_len))
         if visible.sequences is None or not self.readable:
@@ -257,13 +260,13 @@ class Tiles:
         rows = block.rows.stop - block.rows.start
         pairs = self.by_head(d_logit, block)[..., :rows, : keys.stop - keys.start].flatten(1, 2)
         if sums.bias is not None:
-            place = _slice(sums.bias, *block.index, keys)
-            place += pairs.sum_to_size(place.shape)
+            target = _slice(sums.bias, *block.index, keys)
+            target += pairs.sum_to_size(target.shape)
         if sums.relative_bias is not None:
             offset = self._offset_of(block)
             entries = self._entries(offset, keys, sums.relative_bias.shape[3])
-            place = _slice(sums.relative_bias, *block.index)[..., entries]
-            place += reflected(pairs, offset, entries, keys.start).sum_to_size(place.shape)
+            target = _slice(sums.relative_bias, *block.index)[..., entries]
+            target += reflected(pairs, offset, entries, keys.start).sum_to_size(target.shape)
 
     def _entries(self, offset: Tensor, keys: slice, extent: int) -> slice:
         """The entries of a table that pairs of rows of these offsets and of these keys have."""
@@ -288,13 +291,84 @@ class Tiles:
         return hidden | ~self._grouped(_slice(mask, *block.index, keys))
 
 
+class FixedTiles(Tiles):
+    """Tiles of one shape, for calls in which the bits of a row must not depend on the rest of the batch.
+
+    A product of matrices rounds otherwise where its shape is another. So tiles are padded to one shape and copied to
+    new memory, a head at a time; keys are cut from the first key of a sequence on, rows from its first row on. A padded
+    or hidden pair adds exactly 0. A block holds _FIXED_ROWS rows of each query head of one key head, a span KEYS keys.
+    """
+
+    joins_spans = True
+
+    def __init__(self, call: AttentionCall) -> None:
+        super().__init__(call)
+        self.row_step = _FIXED_ROWS
+
+    def heads(self) -> Iterator[Heads]:
+        visible, group = self.call.visibility, self.group
+        for entry in range(visible.batch):
+            for head in range(visible.kv_heads):
+                yield Heads(slice(entry, entry + 1), slice(head * group, (head + 1) * group), slice(head, head + 1))
+
+    def keys_of(self, block: Block, spans: list[tuple[slice, bool]]) -> Iterator[tuple[slice, Tensor | None]]:
+        rows = block.rows.stop - block.rows.start
+        for keys, hidden in super().keys_of(block, spans):
+            width = keys.stop - keys.start
+            if rows < _FIXED_ROWS or width < KEYS:
+                if hidden is None:
+                    hidden = torch.zeros((1, 1, 1, rows, width), dtype=torch.bool)
+                hidden = hidden.expand(*hidden.shape[:-2], rows, width)
+                hidden = pad(hidden, (0, KEYS - width, 0, _FIXED_ROWS - rows), value=True)
+            yield keys, hidden
+
+    def of_rows(self, x: Tensor, block: Block) -> Tensor:
+        tile = torch.zeros((1, self.group * _FIXED_ROWS, x.shape[-1]), dtype=self.dtype)
+        x = x[block.index]  # [1, G, rows, C]
+        tile.view(1, self.group, _FIXED_ROWS, -1)[:, :, : x.shape[2]] = x
+        return tile
+
+    def of_keys(self, x: Tensor, heads: Heads, keys: slice | None = None) -> Tensor:
+        found = super().of_keys(x, heads, keys)
+        if keys is None:
+            return found
+        tile = torch.zeros((1, KEYS, x.shape[-1]), dtype=self.dtype)
+        tile[:, : found.shape[1]] = found
+        return tile
+
+    def add_bias(self, logit: Tensor, block: Block, keys: slice) -> None:
+        if self.has_bias:
+            rows, width = block.rows.stop - block.rows.start, keys.stop - keys.start
+            self.by_head(logit, block)[..., :rows, :width].add_(self._bias(block, keys))
+
+    def sum(self, x: Tensor) -> Tensor:
+        return halving_sum(x)
+
+    def dot(self, x: Tensor, y: Tensor) -> Tensor:
+        return halving_sum(x * y)
+
+    def add_product(self, sums: Tensor, keys: slice, x: Tensor, y: Tensor) -> None:
+        sums[:, keys] += torch.bmm(x, y)[:, : keys.stop - keys.start]
+
+    def store(self, whole: Tensor, part: Tensor, block: Block) -> None:
+        target = whole[block.index]
+        target.copy_(self.by_head(part, block)[:, 0, :, : target.shape[2]].reshape(target.shape))
+
+    def by_head(self, x: Tensor, block: Block) -> Tensor:
+        return x.view(1, 1, self.group, _FIXED_ROWS, x.shape[-1])
+
+
+def tiles_of(call: AttentionCall) -> Tiles:
+    return FixedTiles(call) if call.invariant else Tiles(call)
+
+
 def logits_of(query: Tensor, factor: Tensor | float, key: Tensor) -> Tensor:
     """(query . key) * factor, [N, G * rows, keys]; to round query * factor first would err more."""
     return torch.bmm(query, key.mT).mul_(factor)
 
 
 def exp_(x: Tensor) -> Tensor:
-    """exp(x) in place, and 0 for subnormal results, which would slow down every later product several times."""
+    """exp(x) in target, and 0 for subnormal results, which would slow down every later product several times."""
     smallest = math.log(torch.finfo(x.dtype).tiny)
     return torch.threshold_(x, smallest, -torch.inf).exp_()
 

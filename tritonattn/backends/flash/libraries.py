@@ -144,11 +144,11 @@ def _imported(name: str, module: str, cards: tuple[int, ...], no_limit: int | No
     """The library, or why it cannot be used: "" where it is not installed."""
     try:
         functions = import_module(module)
-        own = Library(name, cards, no_limit, functions.flash_attn_func, functions.flash_attn_varlen_func)
+        found = Library(name, cards, no_limit, functions.flash_attn_func, functions.flash_attn_varlen_func)
     except (ImportError, AttributeError, OSError) as error:  # OSError: built for another torch
         is_absent = isinstance(error, AttributeError) or getattr(error, "name", None) in (module, module.split(".")[0])
         return "" if is_absent else f"{name} cannot be imported ({type(error).__name__}: {error})"
-    return own if keyword in own.keywords else f"{name} is too old"
+    return found if keyword in found.keywords else f"{name} is too old"
 
 
 def card_of(device: torch.device) -> int:

@@ -35,17 +35,21 @@ from .launch import (
     is_aligned,
     is_wide,
     kept_specialisation,
+    logit_arguments,
+    pages_of,
     plan,
+    range_arguments,
+    strided,
 )
 from .ranges import rows_of_key_blocks, seen_bytes, seen_keys
-from .records import Arguments, logit_arguments, pages_of, range_arguments, strided
+from .records import Arguments
 
 
 def are_few_rows(call: AttentionCall) -> bool:
     """True where the decode kernel, whose programs share a row's keys, runs such a call instead of the forward kernel.
 
-    Rows must stand at the end of the keys: causal rows do, and a lone row that sees all keys. A relative bias counts
-    from key Sk - 1 there, not from the last one that is seen.
+    Rows must stand at the end of the keys: causal rows do, and a lone row that attends to all keys. A relative bias
+    counts from key Sk - 1 there, not from the last visible one.
     """
     visible = call.visibility
     if visible.mask is not None or visible.sequences is not None or call.dropout is not None:
@@ -152,7 +156,7 @@ def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> tuple[Grid, Argumen
 
 
 def _splits(kernel: str, chosen: Plan, call: AttentionCall) -> int:
-    """Splits of a call. A window narrows the keys that a block of rows sees, or the rows that see a block of keys."""
+    """Splits of a call. A window narrows the keys of a block of rows, or the rows of a block of keys."""
     if call.invariant or "splits" not in chosen.names:
         return 1
     visible, config, (_, rows, keys) = call.visibility, chosen.config, _sizes(call)
@@ -206,7 +210,7 @@ def aligned_rows(rows: int) -> int:
 
 
 def seen_scales(key_scale: Tensor, visible: Visibility) -> Tensor:
-    """The key scale with 0 for keys that no row sees, whose scales may be anything."""
+    """The key scale with 0 for keys that no row attends to, whose scales may be anything."""
     if visible.sees_every_key:
         return key_scale
     return torch.where(seen_keys(visible), key_scale, 0)
@@ -221,26 +225,17 @@ def largest(x: Tensor) -> Tensor:
 def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -> Problem:
     """The `Problem` of a call: the parts that select code. `asked`: its fields that the call itself does not tell."""
     visible, terms = call.visibility, call.logits
+    masks = ("right", "left", "key_lengths", "key_ranges", "mask", "sequences")
+    of_logits = ("query_scale", "key_scale", "key_bias", "bias", "relative_bias", "softcap", "sinks")
     problem = Problem(
-        head_dim=call.q.shape[-1],
-        value_dim=call.v.shape[-1],
-        dtype=call.q.dtype,
-        right=visible.right is not None,
-        left=visible.left is not None,
-        key_lengths=visible.key_lengths is not None,
-        key_ranges=visible.key_ranges is not None,
-        mask=visible.mask is not None,
-        query_scale=terms.query_scale is not None,
-        key_scale=terms.key_scale is not None,
-        key_bias=terms.key_bias is not None,
-        bias=terms.bias is not None,
-        relative_bias=terms.relative_bias is not None,
+        call.q.shape[-1],
+        call.v.shape[-1],
+        call.q.dtype,
+        **{name: getattr(visible, name) is not None for name in masks},
+        **{name: getattr(terms, name) is not None for name in of_logits},
         grouped=visible.q_heads != visible.kv_heads,
-        softcap=terms.softcap is not None,
         bias_after_softcap=terms.bias_after_softcap and terms.softcap is not None,
-        sinks=terms.sinks is not None,
         dropout=call.dropout is not None,
-        sequences=visible.sequences is not None,
         block_table=call.block_table is not None,
         aligned=_has_whole_vectors(call.q, call.v) if call.invariant else are_aligned(call.q, call.k, call.v, d_out),
         short=is_short(*_sizes(call)[1:]),

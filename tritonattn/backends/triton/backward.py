@@ -7,18 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.call import AttentionCall, Gradients, Logits, Needs
+from ...core.call import AttentionCall, Gradients, Needs
 from ...tuning.config import ROW_TERMS_ALIGNMENT as ALIGNMENT
 from ...tuning.config import corrects_delta
 from .attention import (
     aligned_copy,
     aligned_rows,
     call_arguments,
-    largest,
     launch_kernel,
     new_results,
     one_layout,
-    seen_scales,
     with_specialisation,
 )
 from .block import (
@@ -35,12 +33,10 @@ from .block import (
     tile_offsets,
     vector_from,
 )
-from .combine import add_splits
-from .device import Grid
-from .grad_key_value import attention_grad_key_value
-from .grad_query import attention_grad_query
-from .launch import KERNELS, Plan, Specialisation
-from .records import Arguments, Results, strided
+from .grad_key_value import grad_key_value
+from .grad_query import grad_query
+from .launch import KERNELS, Specialisation, strided
+from .records import Arguments, Results
 
 
 @triton.jit
@@ -146,11 +142,7 @@ def attention_row_terms(
     store_term(terms_ptr + 2 * term_offsets + 1, gradient_term, factor, keep_term)
 
 
-KERNELS |= {
-    "row_terms": attention_row_terms,
-    "grad_query": attention_grad_query,
-    "grad_key_value": attention_grad_key_value,
-}
+KERNELS["row_terms"] = attention_row_terms
 
 
 def backward(
@@ -195,10 +187,10 @@ def backward(
     d_q = d_query_scale = None
     # The pass over keys reads the terms that the one over rows corrects.
     if needs.q or needs.query_scale or of_pairs or ((needs.k or needs.key_scale) and corrects_delta(special.problem)):
-        d_q, d_query_scale = _grad_query(special, call, arguments, needs, d_out)
+        d_q, d_query_scale = grad_query(special, call, arguments, needs, d_out)
     found = Gradients()
     if needs.k or needs.v or needs.key_scale or of_pairs:
-        found = _grad_key_value(special, call, arguments, needs, d_out)
+        found = grad_key_value(special, call, arguments, needs, d_out)
     d_sinks = d_sinks.sum((0, 2)) if d_sinks is not None and needs.sinks else None
     return found._replace(q=d_q if needs.q else None, query_scale=d_query_scale, sinks=d_sinks)
 
@@ -222,74 +214,3 @@ def _row_terms(
     arguments["delta_ptr"] = call.q.new_empty(shape, dtype=torch.float32)
     arguments |= {"terms_len": terms_len, "results": results, "d_sinks_ptr": d_sinks}
     launch_kernel("row_terms", special, call, arguments, d_out)
-
-
-def _grad_query(
-    special: Specialisation, call: AttentionCall, arguments: Arguments, needs: Needs, d_out: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """The gradients of q and query_scale."""
-    d_q = new_results(call, call.q, torch.float32 if special.problem.wide_q else call.q.dtype)
-    d_query_scale = new_results(call, arguments["results"].lse) if needs.query_scale else None
-    key_size = None
-    if call.logits.key_scale is not None and call.q.dtype == torch.float16:
-        key_size = largest(seen_scales(call.logits.key_scale, call.visibility))
-    arguments |= {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size": key_size}
-    launch_kernel("grad_query", special, call, arguments, d_out)
-    return d_q, d_query_scale
-
-
-def _grad_key_value(
-    special: Specialisation, call: AttentionCall, arguments: Arguments, needs: Needs, d_out: Tensor
-) -> Gradients:
-    """The gradients of k, v, key_scale and the three biases."""
-    terms, bias = call.logits, call.logits.key_bias
-    d_k = new_results(call, call.k, torch.float32 if special.problem.wide_k else call.k.dtype)
-    d_v = new_results(call, call.v, call.v.dtype)
-    d_key_scale = new_results(call, call.k.select(3, 0)) if needs.key_scale else None
-    d_key_bias = new_results(call, bias) if bias is not None and needs.key_bias else None
-    arguments |= {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "d_key_bias_ptr": d_key_bias}
-    arguments |= {"factor_size": None, "row_bounds_ptr": None, "d_bias": None, "d_relative_bias": None}
-    pairs = _of_pairs(call, needs) if needs.bias or needs.relative_bias else {}
-    for name, x in pairs.items():
-        arguments[f"d_{name}"] = strided(x)
-    if terms.query_scale is not None and call.q.dtype == torch.float16:
-        factor = terms.query_scale * (terms.scale * LOG2_E.value)
-        arguments["factor_size"] = largest(factor.unflatten(1, (call.visibility.kv_heads, -1)).flatten(2))
-    launch_kernel("grad_key_value", special, call, arguments, d_out, _in_splits)
-    d_k, d_v = d_k if needs.k else None, d_v if needs.v else None
-    found = Gradients(k=d_k, v=d_v, key_scale=d_key_scale, key_bias=d_key_bias)
-    return found._replace(**_summed(pairs, terms)) if pairs else found
-
-
-def _of_pairs(call: AttentionCall, needs: Needs) -> dict[str, Tensor]:
-    """Room for the gradients of the biases of all pairs, of which the kernel writes those of visible pairs."""
-    found = {}
-    for name, bias in (("bias", call.logits.bias), ("relative_bias", call.logits.relative_bias)):
-        if bias is not None and getattr(needs, name):
-            width = call.visibility.k_len if name == "bias" else bias.shape[3]
-            padded = -(-width // 16) * 16  # rows begin where wide stores can
-            room = call.q.new_zeros((*call.q.shape[:3], padded), dtype=torch.float32)
-            found[name] = room[..., :width]
-    return found
-
-
-def _summed(pairs: dict[str, Tensor], terms: Logits) -> dict[str, Tensor]:
-    """The gradients of biases: sums, in fp32 and one order, over the axes that a bias has once."""
-    found = {}
-    for name, x in pairs.items():
-        bias = getattr(terms, name)
-        found[name] = x.sum_to_size(bias.shape).to(bias.dtype)
-    return found
-
-
-def _in_splits(chosen: Plan, grid: Grid, arguments: Arguments, special: Specialisation, call: AttentionCall) -> None:
-    """Launch with the rows of each key shared out among splits, and add their parts up."""
-    names = ("d_k_ptr", "d_v_ptr", "d_key_scale_ptr", "d_key_bias_ptr")
-    results = {name: arguments[name] for name in names if arguments[name] is not None}
-    splits = arguments["splits"]
-    parts = {name: new_results(call, x.expand(splits, *x.shape)) for name, x in results.items()}
-    if "d_key_bias_ptr" in parts:
-        parts["d_key_bias_ptr"].zero_()  # a split writes the heads that it has rows of
-    chosen.launch(grid, arguments | parts, special)
-    for name, result in results.items():
-        add_splits(special, parts[name], result)

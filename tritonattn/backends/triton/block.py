@@ -1,6 +1,6 @@
-"""Small pieces that attention kernels share: addresses, tiles, masks, the softmax's step, dropout.
+"""Device functions that attention kernels share: addresses, tiles, masks, the softmax's step, dropout.
 
-Names: `offs_*` are vectors of indices, `*_ptr` pointers, CAPITALS constexprs. Logits live in base 2 inside a kernel:
+Names: `offs_*` are vectors of indices, `*_ptr` pointers, CAPITALS constexprs. Logits are in base 2 inside a kernel:
 exp(x) = exp2(x * log2(e)). Every multiply-add is an explicit fma, so that results do not depend on Triton's fp-fusion
 default.
 """
@@ -18,8 +18,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # fp32's smallest normal number. It stands for a factor of 0 where a hidden logit is -inf, since -inf * 0 is NaN.
 TINY = tl.constexpr(2.0**-126)
 ROW_TERMS_ALIGNMENT = tl.constexpr(config.ROW_TERMS_ALIGNMENT)
-# A kernel loops over its blocks in passes: `pass_bounds`. Those that need no mask are in this one.
-UNMASKED = tl.constexpr(1)
+UNMASKED = tl.constexpr(1)  # of `pass_bounds`: the pass over blocks that need no mask
 
 # Arguments whose values change from call to call: compiled code does not depend on them.
 LENGTHS = (
@@ -33,7 +32,7 @@ LENGTHS = (
 
 @triton.jit
 def program_position(first_y, first_z, LAST_FIRST: tl.constexpr):
-    """(block, head, sequence) of this program, the three axes of its grid; LAST_FIRST: it starts with the last block.
+    """(block, head, sequence) of this program, the three axes of its grid; LAST_FIRST: the last block comes first.
 
     first_y, first_z   where this launch begins: a grid past the hardware's limit takes several
     """
@@ -47,19 +46,17 @@ def program_position(first_y, first_z, LAST_FIRST: tl.constexpr):
 def program_in_section(heads, first_head, first_y, first_z, LAST_FIRST: tl.constexpr, LANES: tl.constexpr):
     """(block, head, sequence) of this program of the grid (size of a section, blocks, sections): `tuning.order`.
 
-    Programs start in the order of the grid's first axis, then the second: all heads of a section take their longest
-    block first, under a causal mask the last one. The sections cut the heads of all sequences, `heads` of each. The
-    first has fewer where they do not divide: a program without a head gets the sequence -1.
+    Programs start along the grid's first axis, then the second: all heads of a section take their longest block first,
+    under a causal mask the last one. Sections cut the heads of all sequences, `heads` of each. Where they do not
+    divide, the first section has fewer, and a program without a head gets the sequence -1.
 
-    first_head                     where the first section would begin if it were full, at most 0
-    first_y, first_z, LAST_FIRST   as in `program_position`
-    LANES                          dies to which the hardware deals programs in turn, a divisor of the section's size.
-                                   As many heads as LANES divides stay each on one die, neighbours on the same; blocks
-                                   of the others are dealt to the dies in turn
+    first_head   where the first section would begin if it were full, at most 0
+    LANES        dies to which the hardware deals programs in turn, a divisor of the section's size. As many heads as
+                 LANES divides stay on one die each, neighbours on the same; blocks of the others go to the dies in turn
     """
     size, lane, slot = tl.num_programs(0), tl.program_id(0) % LANES, tl.program_id(0) // LANES
     first, step = first_head + (first_z + tl.program_id(2)) * size, tl.program_id(1)
-    count = tl.minimum(first + size, size)  # of the section's heads
+    count = tl.minimum(first + size, size)  # heads of the section
     of_lane, shared = count // LANES, count % LANES
     turn = (lane + step * shared) % LANES
     has_head = (slot < of_lane) | ((slot == of_lane) & (turn < shared))
@@ -89,10 +86,10 @@ def sequence_bounds(sequence, q_len, k_len, q_starts, k_starts):
 
 @triton.jit
 def from_row(x, batch, head, row, ALIGNED: tl.constexpr):
-    """The `Strided` of x from one (batch entry, head) and row on.
+    """`Strided` x from one (batch entry, head) and row on.
 
-    ALIGNED: the compiler learns that its strides are multiples of 16 bytes. Triton itself only knows multiples of 16
-    elements: rows of 72 numbers of 16 bits would load one by one.
+    ALIGNED: strides are multiples of 16 bytes. Triton itself finds multiples of 16 elements alone, and would load rows
+    of 72 numbers of 16 bits one by one.
     """
     if ALIGNED:
         STEP: tl.constexpr = 128 // x.ptr.dtype.element_ty.primitive_bitwidth
@@ -120,7 +117,7 @@ def tile_offsets(offs_row, COLUMNS: tl.constexpr, row_stride, column_stride, WID
 
 @triton.jit
 def load_tile(pointers, keep_row, WIDTH: tl.constexpr):
-    """A tile [ROWS, COLUMNS]; rows that keep_row drops are 0, and columns at and after WIDTH."""
+    """A tile [ROWS, COLUMNS], 0 in rows that keep_row drops and in columns from WIDTH on."""
     COLUMNS: tl.constexpr = pointers.shape[1]
     keep = keep_row[:, None]
     if WIDTH < COLUMNS:
@@ -130,7 +127,7 @@ def load_tile(pointers, keep_row, WIDTH: tl.constexpr):
 
 @triton.jit
 def page_slots(pages, sequence, offs_n, keep):
-    """(number, slot, is_held) of keys: their page, their slot in it, and whether they are in one; of keep alone.
+    """(number, slot, is_held) of the keys that keep has: their page, their slot in it, and if they are in one.
 
     With b bits of size - 1, floor(j * (floor(2^(31 + b) / size) + 1) / 2^(31 + b)) is j // size for all j < 2^31
     (Granlund & Montgomery 1994, "Division by invariant integers using multiplication").
@@ -143,7 +140,7 @@ def page_slots(pages, sequence, offs_n, keep):
     return number, offs_n - index * (pages.size >> 4), (number >= 0) & (number < (pages.count >> 4))
 
 
-# ---- Visible keys, and the blocks that a loop takes
+# ---- Visible keys, and the blocks of a loop
 
 
 @triton.jit
@@ -154,13 +151,13 @@ def key_range(row, batch, view):
     key_lengths      int32 [B]: j < key_lengths[batch]
     key_ranges       int32 [B, Sq, 2], contiguous: key_ranges[batch, row, 0] <= j < key_ranges[batch, row, 1]
     """
-    own = row + (view.k_len - view.q_len)
+    position = row + (view.k_len - view.q_len)
     lo = row * 0
     hi = lo + view.k_len
     if view.left is not None:
-        lo = tl.maximum(own - view.left, 0)
+        lo = tl.maximum(position - view.left, 0)
     if view.right is not None:
-        hi = tl.minimum(own + (view.right + 1), hi)
+        hi = tl.minimum(position + (view.right + 1), hi)
     if view.key_lengths is not None:
         hi = tl.minimum(hi, tl.load(view.key_lengths + batch))
     if view.key_ranges is not None:
@@ -174,8 +171,8 @@ def key_range(row, batch, view):
 def whole_blocks(start, full_lo, full_hi, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """(full_start, full_end), multiples of BLOCK between which no mask is needed, full_start <= full_end.
 
-    start              of all that is visible
-    full_lo, full_hi   between which all is visible; MASKED: nowhere
+    start              of all visible pairs
+    full_lo, full_hi   between them all pairs are visible; MASKED: nowhere
     """
     full_start = (full_lo + BLOCK - 1) // BLOCK * BLOCK
     full_end = tl.maximum(full_hi, 0) // BLOCK * BLOCK
@@ -189,9 +186,9 @@ def whole_blocks(start, full_lo, full_hi, BLOCK: tl.constexpr, MASKED: tl.conste
 
 @triton.jit
 def key_bounds(first, last, lo, hi, batch, view, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """(kv_start, kv_end, full_start, full_end) of the rows first .. last, which see the keys lo <= j < hi, vectors.
+    """(kv_start, kv_end, full_start, full_end) of the rows first .. last; vectors lo and hi are their key ranges.
 
-    Keys outside [kv_start, kv_end) are hidden from all rows. `whole_blocks` has the others; MASKED: there are none.
+    Keys outside [kv_start, kv_end) are hidden from all rows; full_start, full_end and MASKED as in `whole_blocks`.
     """
     if view.key_ranges is None:
         kv_start, full_hi = key_range(first, batch, view)
@@ -207,8 +204,8 @@ def key_bounds(first, last, lo, hi, batch, view, BLOCK_N: tl.constexpr, MASKED: 
 def pass_bounds(start, end, full_start, full_end, BLOCK: tl.constexpr, PASS: tl.constexpr, IN_ORDER: tl.constexpr):
     """(lo, hi, loop_start, loop_end, gap_start, gap) of a pass over the blocks that touch [start, end).
 
-    lo, hi                 what is loaded is in [lo, hi)
-    loop_start, loop_end   a loop from one to the other in steps of BLOCK takes the blocks of the pass
+    lo, hi                 only [lo, hi) is loaded
+    loop_start, loop_end   of the loop over the blocks of the pass, in steps of BLOCK
     gap_start, gap         a position from gap_start on stands for the block that begins `gap` later
     PASS                   1, UNMASKED: the blocks in [full_start, full_end). 0: the others, with that gap closed, or,
                            IN_ORDER, those before it. 2: those behind it
@@ -225,7 +222,7 @@ def pass_bounds(start, end, full_start, full_end, BLOCK: tl.constexpr, PASS: tl.
 
 @triton.jit
 def visible(offs_m, offs_n, lo, hi, batch, head, view, mask):
-    """Which keys each row sees, [BLOCK_M, BLOCK_N]: lo <= j < hi, and the dense mask, a `Strided` or None."""
+    """The visible pairs [BLOCK_M, BLOCK_N]: lo <= j < hi, and the dense mask, a `Strided` or None."""
     keep = offs_n[None, :] < hi[:, None]
     if view.left is not None or view.key_ranges is not None:
         keep = keep & (offs_n[None, :] >= lo[:, None])
@@ -259,14 +256,8 @@ def pair_biases(bias, relative_bias, extent, batch, head, row, key, shift, keep)
 
 
 @triton.jit
-def fma(x, factor, addend):
-    """x * factor + addend with one rounding; factor and addend broadcast to x."""
-    return tl.fma(x, tl.broadcast_to(factor, x.shape), tl.broadcast_to(addend, x.shape))
-
-
-@triton.jit
 def partial_sums(x, COLUMNS: tl.constexpr):
-    """x[m, n] added up to [m, COLUMNS], column c from every n = c modulo COLUMNS.
+    """Sums of x [M, N] as [M, COLUMNS], column c from every n = c modulo COLUMNS.
 
     mma.sync and wgmma leave two neighbours of every 8 columns in one lane: with 8 no lane needs another's sum. One
     column costs 5 % of the forward's loop and 7 % of grad_query's (sm_80; static, triton 3.9).
@@ -301,7 +292,7 @@ def soft_cap_slope(capped, softcap):
 
 @triton.jit
 def dropout_keeps(dropout_ptr, keep_from, batch_head, offs_row, offs_key):
-    """Keep bits of pairs of rows and keys, whose indices in the packed axes broadcast.
+    """True for the pairs that dropout keeps; indices of rows and keys, in the packed axes, broadcast.
 
     dropout_ptr   int64 [2]: seed and offset; a pair is kept where its word of Philox is at least keep_from
     batch_head    batch entry * Hq + head
@@ -335,12 +326,12 @@ def lost_in_rounding(exact, rounded):
 def probabilities(s, bias, keep, factor, softcap, m_i, MASKED: tl.constexpr, ENTROPY: tl.constexpr):
     """One step of the online softmax, relative to the new maximum m_i [BLOCK_M]: (p, weighted, alpha, moved, m_i).
 
-    s [BLOCK_M, BLOCK_N] without factor >= 0; bias, in base 2, broadcasts to it or is None; keep says what is visible
+    s [BLOCK_M, BLOCK_N] lacks the factor >= 0; bias, in base 2, broadcasts to it or is None; keep has the visible pairs
     where MASKED. m_i is the maximum of the uncapped logits; the capped one, the shift, is subtracted. It has `moved` by
-    so much, and earlier sums by alpha = exp(moved). weighted is p (z_j - shift) where ENTROPY.
+    so much, which shrinks earlier sums by alpha = exp(moved). weighted is p (z_j - shift) where ENTROPY.
     """
     if bias is not None:
-        s = fma(s, factor[:, None], bias)
+        s = tl.fma(s, factor[:, None], bias)
     if MASKED:
         s = tl.where(keep, s, float("-inf"))
     m_new = tl.max(s, 1)
@@ -352,7 +343,7 @@ def probabilities(s, bias, keep, factor, softcap, m_i, MASKED: tl.constexpr, ENT
         if MASKED or bias is not None:
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         if bias is None:
-            exponent = fma(s, factor[:, None], (-shift)[:, None])
+            exponent = tl.fma(s, factor[:, None], (-shift)[:, None])
         else:
             exponent = s - shift[:, None]
     else:
@@ -364,7 +355,7 @@ def probabilities(s, bias, keep, factor, softcap, m_i, MASKED: tl.constexpr, ENT
             exponent = tl.where(keep, exponent, float("-inf"))
         if bias is not None:
             exponent = tl.where(bias == float("-inf"), float("-inf"), exponent)
-    p = tl.exp2(exponent)
+    p = tl.exp2(exponent)  # [BLOCK_M, BLOCK_N]
     moved = previous - shift
     alpha = tl.exp2(moved)
     weighted = p
@@ -379,9 +370,9 @@ def probabilities(s, bias, keep, factor, softcap, m_i, MASKED: tl.constexpr, ENT
 
 @triton.jit
 def moved_sums(p, weighted, alpha, moved, l_i, spread, ENTROPY: tl.constexpr):
-    """(l_i, spread) with what a step of `probabilities` adds, in its sums' layout.
+    """(l_i, spread) after a step of `probabilities`: the sums of p, and of exp(z_j - shift) (z_j - shift).
 
-    l_i is the sum of p, spread that of exp(z_j - shift) (z_j - shift); both are `partial_sums`, [BLOCK_M, columns].
+    Both are `partial_sums`, [BLOCK_M, columns].
     """
     COLUMNS: tl.constexpr = l_i.shape[1]
     alphas = tl.broadcast_to(alpha[:, None], l_i.shape)
@@ -405,7 +396,7 @@ def joint_peak(shift, sink):
 
 @triton.jit
 def finish_softmax(m_i, l_i, spread, factor, softcap, sinks_ptr, head, results, offsets, keep):
-    """(l_i, weight, total) of rows, [BLOCK_M]: the output is weight * acc / total. Stores lse, max_logit and entropy.
+    """(l_i, weight, total) of rows [BLOCK_M], whose output is weight * acc / total; stores lse, max_logit and entropy.
 
     A row without keys has l_i 0, total 1, lse and max_logit -inf, entropy 0. A sink joins the total only: -inf is no
     sink, +inf gives weight 0, and NaN a total of NaN.
@@ -432,7 +423,7 @@ def finish_softmax(m_i, l_i, spread, factor, softcap, sinks_ptr, head, results, 
     return l_i, weight, total
 
 
-# ---- Terms of rows, of the backward
+# ---- Terms of rows, in the backward
 
 
 @triton.jit
@@ -452,7 +443,7 @@ def load_term(pointers, otherwise, SPLIT: tl.constexpr):
     """(term, factor) of rows in fp32; the factor is `otherwise` where rows have none.
 
     pointers   to fp32, the term alone; or to int64, the term in the low half and the factor in the high one
-    SPLIT      load the halves one by one: twice the loads, but terms of one kind in neighbouring registers, as packed
+    SPLIT      load the halves one by one: twice the loads, but neighbouring registers hold neighbouring rows, as packed
                arithmetic wants them: 3 to 4 % fewer instructions of a loop (sm_100; static, triton 3.9)
     """
     factor = otherwise
@@ -470,7 +461,7 @@ def load_term(pointers, otherwise, SPLIT: tl.constexpr):
 
 @triton.jit
 def store_term(pointers, term, factor, keep):
-    """Store a term, and next to it the factor where pointers are to int64, as `load_term` loads them."""
+    """Store a term, and the factor next to it where pointers are to int64, as `load_term` loads them."""
     if pointers.dtype.element_ty == tl.int64:
         low = term.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
         term = (factor.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low

@@ -1,4 +1,4 @@
-"""Parts of a call's splits, joined: rows by their weights, gradients of keys by their sums."""
+"""Kernels that join the parts of splits: rows by their weights, gradients of keys by their sums."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def combine_splits(
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One row of a call from what `attention_decode` or `attention_forward` found in every split of its keys.
+    """One row of a call from the parts that `attention_decode` or `attention_forward` wrote for the splits of its keys.
 
         lse        = ln sum_s exp(lse[s]),  w[s] = exp(lse[s] - lse)
         out        = sum_s w[s] * out[s]                 times exp(lse) / (exp(lse) + exp(sink)) with a sink
@@ -43,7 +43,7 @@ def combine_splits(
     token, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
     row = (batch.to(tl.int64) * q_heads + head) * q_len + token
     offs_value = tl.arange(0, BLOCK_DV)
-    highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    highest = tl.full([BLOCK_N], float("-inf"), tl.float32)  # [BLOCK_N]
     max_logit = highest
     for start in tl.range(0, splits, BLOCK_N):
         offs_split = start + tl.arange(0, BLOCK_N)
@@ -56,9 +56,9 @@ def combine_splits(
     shift = tl.max(highest, 0)
     shift = tl.where(shift == float("-inf"), 0.0, shift)
 
-    weight_sum = tl.zeros([BLOCK_N], tl.float32)
+    weight_sum = tl.zeros([BLOCK_N], tl.float32)  # [BLOCK_N]
     entropy_sum = weight_sum
-    accumulator = tl.zeros([BLOCK_DV], tl.float32)
+    acc = tl.zeros([BLOCK_DV], tl.float32)  # [BLOCK_DV]
     for start in tl.range(0, splits, BLOCK_N):
         offs_split = start + tl.arange(0, BLOCK_N)
         keep = offs_split < splits
@@ -71,9 +71,9 @@ def combine_splits(
         if parts.entropy is not None:
             part = tl.load(parts.entropy + part_row, mask=keep, other=0.0)
             entropy_sum += weight * (part - log_weight)
-        out_ptrs = parts.out + part_row[:, None] * VALUE_DIM + offs_value[None, :]
+        out_ptrs = parts.out + part_row[:, None] * VALUE_DIM + offs_value[None, :]  # [BLOCK_N, BLOCK_DV]
         part = tl.load(out_ptrs, mask=keep[:, None] & (offs_value[None, :] < VALUE_DIM), other=0.0)
-        accumulator += tl.sum(part * weight[:, None], 0)
+        acc += tl.sum(part * weight[:, None], 0)
 
     total = tl.sum(weight_sum, 0)
     empty = total == 0.0
@@ -89,7 +89,7 @@ def combine_splits(
     if sinks_ptr is not None:
         with_sink = total + tl.exp2((tl.load(sinks_ptr + head) - shift) * LOG2_E)
         total = tl.where(empty, total, with_sink)
-    out = accumulator / total
+    out = acc / total
     rounded = out.to(results.out.dtype.element_ty)
     tl.store(results.out + row * VALUE_DIM + offs_value, rounded, mask=offs_value < VALUE_DIM)
     if results.rounding is not None:
@@ -133,7 +133,7 @@ def combine(special: Specialisation, parts: Results, results: Results, sinks: Te
 
 
 def add_splits(special: Specialisation, parts: Tensor, result: Tensor) -> None:
-    """Add up the parts [splits, ...] of a gradient; each of a call's gradients has code of its own, so none is kept."""
+    """Add up the parts [splits, ...] of a gradient. Each of a call's gradients has other code, so none is kept."""
     chosen = plan("sum_of_splits", special.problem, parts.device)
     arguments = {"parts_ptr": parts, "sum_ptr": result, "splits": parts.shape[0], "size": result.numel()}
     chosen.launch((-(-result.numel() // chosen.config.block_n), 1, 1), arguments)

@@ -24,10 +24,9 @@ from .device import Specialisation, binder, compile_options
 from .forward import forward
 from .key_norms import key_norms, key_norms_backward, prefix_sums
 from .key_records import append_keys, append_to_pages
-from .launch import KERNELS, Launch, Plan, overriding, recording
+from .launch import KERNELS, Launch, Plan, overriding, range_arguments, recording
 from .operands import Operands
 from .ranges import argmax_over_ranges, rows_of_key_blocks, seen_keys
-from .records import range_arguments
 
 _PAGE = 16
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -88,7 +87,7 @@ def compile_launch(launch: Launch, target: Target) -> CompiledKernel:
 def specialised(
     function: JITFunction, arguments: Mapping[str, Any], options: dict[str, Any], target: GPUTarget
 ) -> ASTSource:
-    """The source that `JITFunction.run` compiles for these arguments: types, constants and alignments are its own."""
+    """The source that `JITFunction.run` compiles for these arguments: with the same types, constants and alignments."""
     backend = make_backend(target)
     bound, specialization, unbound = binder(function, backend)(**arguments, **options)
     if hasattr(function, "_pack_args"):

@@ -1,4 +1,4 @@
-"""Decode: a few query rows against a split of a KV cache, and the splits, joined."""
+"""Decode kernel: a few query rows against a split of a KV cache."""
 
 from __future__ import annotations
 
@@ -31,8 +31,21 @@ from .block import (
     vector_from,
 )
 from .combine import combine, parts_of
-from .launch import KERNELS, Plan, Specialisation, drop_config, forms_of, is_wide, kept_specialisation, plan
-from .records import Arguments, Results, bounded, logit_arguments, pages_of, strided
+from .launch import (
+    KERNELS,
+    Plan,
+    Specialisation,
+    bounded,
+    drop_config,
+    forms_of,
+    is_wide,
+    kept_specialisation,
+    logit_arguments,
+    pages_of,
+    plan,
+    strided,
+)
+from .records import Arguments, Results
 
 SHORTEST_SPLIT = tl.constexpr(config.SHORTEST_SPLIT)
 _SIZES = ["group", "length_words"]
@@ -40,7 +53,7 @@ _SIZES = ["group", "length_words"]
 
 @triton.jit
 def _keys_of_split(split, splits, first, end, BLOCK_N: tl.constexpr):
-    """[start, stop) of a split of the keys [first, end): whole blocks, as evenly as SHORTEST_SPLIT allows."""
+    """The keys [start, stop) of a split of [first, end): whole blocks, as evenly as SHORTEST_SPLIT allows."""
     blocks = tl.cdiv(tl.maximum(end - first, 0), BLOCK_N)
     size = tl.maximum(tl.cdiv(blocks, splits), SHORTEST_SPLIT) * BLOCK_N
     start = first + split * size
@@ -49,7 +62,7 @@ def _keys_of_split(split, splits, first, end, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _integer_at(ptr, index, words):
-    """Integer `index` of int32, or of int64, whose words are 2, as int64: one code reads both."""
+    """Integer `index` of int32, of 1 word each, or of int64, of 2, as int64: one code reads both."""
     low, high = tl.load(ptr + index * words), tl.load(ptr + index * words + (words - 1))
     return tl.where(words == 1, low.to(tl.int64), (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF))
 
@@ -114,27 +127,27 @@ def attention_decode(
 ):
     """Attention of the newest Sq tokens of one sequence, for the heads of one group, over one split of its cache.
 
-        own         = i + length - new                                        row i sees own - left <= j <= own
+        pos         = i + length - new                                        pos - left <= j <= pos is visible to row i
         logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + b[i, j]         capped with softcap
-        b[i, j]     = key_bias[j] + bias[i, j] + relative_bias[i, own - j + relative_right]
+        b[i, j]     = key_bias[j] + bias[i, j] + relative_bias[i, pos - j + relative_right]
         lse[i]      = ln sum_j exp(logit[i, j])                               over the visible keys of the split
         out[i]      = sum_j exp(logit[i, j] - lse[i]) * v[j]
 
-    Grid: (splits * cdiv(group * Sq, BLOCK_M), Hkv, B); the keys that some row sees are shared out by `_keys_of_split`;
-    with splits = 1 the results are those of the call, else `combine_splits` joins them.
+    Grid: (splits * cdiv(group * Sq, BLOCK_M), Hkv, B); the visible keys are shared out by `_keys_of_split`; with
+    splits = 1 the results are those of the call, else `combine_splits` joins them.
 
     q, k, v          [B, Hq, Sq, D], [B, Hkv, capacity, D], [B, Hkv, capacity, Dv]  fp16, bf16 or fp32, any strides
     pages            `Pages` of the sequences or None; then k, v are [N, Hkv, page, D or Dv]
-    query_lengths    int32 [B] or None = Sq: new, the rows of each sequence, clamped to [0, Sq]; later ones see no key
+    query_lengths    int32 [B] or None = Sq: new, the rows of each sequence, clamped to [0, Sq]; later ones have no keys
     key_lengths      int32 [B], or int64 as int32 [2 * B] with length_words = 2, clamped to [0, capacity], or None =
                      capacity: the length, behind which nothing is read
-    key_ranges       int32 [B, 2] contiguous or None: of those keys each row sees lo <= j < hi, and hi narrows length
+    key_ranges       int32 [B, 2] contiguous or None: only lo <= j < hi is visible, and hi narrows length
     query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale  fp32 [B, Hkv, capacity] or None = 1
     key_bias         fp32 [B, Hkv, group, capacity] or None = 0; a key with -inf has no weight
     bias, relative_bias, extent, BIAS_AFTER   as in `attention_forward`
     sinks            fp32 [Hq] or None, with splits = 1 only
     results          a `Results` without rounding; of several splits their parts, of part_rows = B * Hq * Sq rows each,
-                     out not written where a row sees no key of one; lse natural log, max_logit uncapped
+                     out not written where a row has no key in one; lse natural log, max_logit uncapped
 
     Scales, sign and rounding as in `attention_forward`. Flash-Decoding: Dao et al. 2023,
     https://pytorch.org/blog/flash-decoding; pages: Kwon et al. 2023, arXiv:2309.06180.
@@ -146,22 +159,22 @@ def attention_decode(
     )
     packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]: of the heads of a group times Sq
     group_head, row = packed // q_len, packed % q_len
-    keep_row = packed < group * q_len
+    keep_row = packed < group * q_len  # [BLOCK_M]
     head = kv_head * group + group_head
-    own = row + (length - new)
-    lo, hi = own * 0, own + 1
+    position = row + (length - new)  # [BLOCK_M]
+    lo, hi = position * 0, position + 1
     if query_lengths is not None:
         hi = tl.where(row < new, hi, 0)
     if left is not None:
-        lo = tl.maximum(own - left, 0)
+        lo = tl.maximum(position - left, 0)
         first_key = tl.maximum(length - new - left, first_key)
     start, stop = _keys_of_split(split, splits, first_key, length, BLOCK_N)
 
     q = from_row(q, batch, 0, 0, ALIGNED)
     q_rows = head * q.h + row.to(tl.int64) * q.s
-    q_ptrs = q.ptr + (q_rows[:, None] + tl.arange(0, BLOCK_D).to(tl.int64)[None, :] * q.d)
+    q_ptrs = q.ptr + (q_rows[:, None] + tl.arange(0, BLOCK_D).to(tl.int64)[None, :] * q.d)  # [BLOCK_M, BLOCK_D]
     q_tile = load_tile(q_ptrs, keep_row, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
-    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
+    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)  # [BLOCK_M]
     if query_scale is not None:
         factor *= tl.load(vector_from(query_scale, batch, head, 0, row), mask=keep_row, other=0.0)
     q_tile = tl.where((factor < 0)[:, None], -q_tile, q_tile)
@@ -186,22 +199,24 @@ def attention_decode(
     if relative_bias is not None:
         shift += relative_right
     cap = None if BIAS_AFTER else softcap
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)  # [BLOCK_M, BLOCK_DV]
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)  # [BLOCK_M]
+    l_i = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)  # [BLOCK_M, SUM_COLUMNS]
     spread = l_i  # for the entropy: sum_j exp(z - shift) * (z - shift)
     for start_n in tl.range(start, stop, BLOCK_N):
         offs_n = start_n + block_keys  # [BLOCK_N]
-        keep_key = offs_n < stop
+        keep_key = offs_n < stop  # [BLOCK_N]
         if pages is None:
-            k_tile = load_tile(k.ptr + (tl.cast(start_n, tl.int64) * k.s + k_offsets), keep_key, HEAD_DIM)
+            k_ptrs = k.ptr + (tl.cast(start_n, tl.int64) * k.s + k_offsets)  # [BLOCK_N, BLOCK_D]
+            k_tile = load_tile(k_ptrs, keep_key, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
         else:
             number, slot, is_held = page_slots(pages, batch, offs_n, keep_key)
-            number = number.to(tl.int64)[:, None]
-            k_ptrs = k.ptr + number * k.b + tile_offsets(slot, BLOCK_D, k.s, k.d, WIDE)
-            k_tile = load_tile(k_ptrs, is_held, HEAD_DIM)
+            number = number.to(tl.int64)[:, None]  # [BLOCK_N, 1]
+            k_ptrs = k.ptr + number * k.b + tile_offsets(slot, BLOCK_D, k.s, k.d, WIDE)  # [BLOCK_N, BLOCK_D]
+            k_tile = load_tile(k_ptrs, is_held, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+        is_read = keep_row[:, None] & keep_key[None, :]  # [BLOCK_M, BLOCK_N]
         if HAS_PAIRS:  # see `attention_forward`
-            rows, keys, is_read = row[:, None], offs_n[None, :], keep_row[:, None] & keep_key[None, :]
+            rows, keys = row[:, None], offs_n[None, :]  # [BLOCK_M, 1], [1, BLOCK_N]
             of_pairs = pair_biases(bias, relative_bias, extent, batch, head[:, None], rows, keys, shift, is_read)
         s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if key_scale is not None:
@@ -209,7 +224,7 @@ def attention_decode(
         biases, of_product = None, factor
         if key_bias is not None:
             bias_ptrs = key_bias_ptrs + (offs_n.to(tl.int64) * key_bias.s)[None, :]
-            biases = tl.load(bias_ptrs, mask=keep_row[:, None] & keep_key[None, :], other=0.0) * LOG2_E
+            biases = tl.load(bias_ptrs, mask=is_read, other=0.0) * LOG2_E  # [BLOCK_M, BLOCK_N]
         if HAS_PAIRS:
             biases = of_pairs if key_bias is None else biases + of_pairs
         keep = keep_key[None, :] & (offs_n[None, :] < hi[:, None])  # [BLOCK_M, BLOCK_N]
@@ -222,17 +237,18 @@ def attention_decode(
         )
         l_i, spread = moved_sums(p, weighted, alpha, moved, l_i, spread, results.entropy is not None)
         if pages is None:
-            v_tile = load_tile(v.ptr + (tl.cast(start_n, tl.int64) * v.s + v_offsets), keep_key, VALUE_DIM)
+            v_ptrs = v.ptr + (tl.cast(start_n, tl.int64) * v.s + v_offsets)  # [BLOCK_N, BLOCK_DV]
+            v_tile = load_tile(v_ptrs, keep_key, VALUE_DIM)  # [BLOCK_N, BLOCK_DV]
         else:
-            v_ptrs = v.ptr + number * v.b + tile_offsets(slot, BLOCK_DV, v.s, v.d, WIDE)
-            v_tile = load_tile(v_ptrs, is_held, VALUE_DIM)
+            v_ptrs = v.ptr + number * v.b + tile_offsets(slot, BLOCK_DV, v.s, v.d, WIDE)  # [BLOCK_N, BLOCK_DV]
+            v_tile = load_tile(v_ptrs, is_held, VALUE_DIM)  # [BLOCK_N, BLOCK_DV]
         acc *= alpha[:, None]
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
 
     offsets = (batch * q_heads + kv_head * group) * q_len + packed + split.to(tl.int64) * part_rows  # [BLOCK_M]
     q_head = tl.minimum(head, q_heads - 1)
     l_i, weight, total = finish_softmax(m_i, l_i, spread, factor, cap, sinks_ptr, q_head, results, offsets, keep_row)
-    out = (acc * (weight / total)[:, None]).to(results.out.dtype.element_ty)
+    out = (acc * (weight / total)[:, None]).to(results.out.dtype.element_ty)  # [BLOCK_M, BLOCK_DV]
     offs_value = tl.arange(0, BLOCK_DV)
     written = keep_row & (tl.where(splits == 1, 1.0, l_i) > 0.0)
     keep_out = written[:, None] & (offs_value[None, :] < VALUE_DIM)

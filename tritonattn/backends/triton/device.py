@@ -75,11 +75,11 @@ class Layout(NamedTuple):
 
 
 class KeptCode(NamedTuple):
-    """Code, and where its tensors stand: in an argument, or (argument, member of its record). kernel: keeps its id."""
+    """Code, and where its tensors stand: in an argument, or (argument, field of its record). kernel: keeps its id."""
 
     compiled: CompiledKernel
     tensors: tuple[int, ...]
-    members: tuple[tuple[int, int], ...]
+    in_records: tuple[tuple[int, int], ...]
     kernel: Any
 
     def takes(self, values: tuple[Any, ...]) -> bool:
@@ -87,7 +87,7 @@ class KeptCode(NamedTuple):
         address = 0
         for i in self.tensors:
             address |= values[i].data_ptr()
-        for i, j in self.members:
+        for i, j in self.in_records:
             address |= values[i][j].data_ptr()
         return address % 16 == 0
 
@@ -95,8 +95,8 @@ class KeptCode(NamedTuple):
 def kept_code(compiled: CompiledKernel, values: tuple[Any, ...], kernel: Any) -> KeptCode:
     tensors = tuple(i for i, value in enumerate(values) if isinstance(value, Tensor))
     records = [(i, value) for i, value in enumerate(values) if isinstance(value, tuple)]
-    members = ((i, j) for i, record in records for j, member in enumerate(record) if isinstance(member, Tensor))
-    return KeptCode(compiled, tensors, tuple(members), kernel)
+    in_records = ((i, j) for i, record in records for j, field in enumerate(record) if isinstance(field, Tensor))
+    return KeptCode(compiled, tensors, tuple(in_records), kernel)
 
 
 def compile_options(config: TileConfig, invariant: bool = False) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def launch_on(
 def _bound_and_launched(
     device: int, kernel: Any, grid: Grid, arguments: Mapping[str, Any], config: TileConfig, switches: tuple[Any, ...]
 ) -> CompiledKernel | None:
-    """The code that was launched, found by Triton's own binding of the arguments."""
+    """The code that was launched, found by Triton's binding of the arguments."""
     code, values = _code_of(kernel, config, device), tuple(arguments.values())
     _, specialization, _ = code.bind(*values)
     key = (*specialization, *switches)
@@ -183,7 +183,7 @@ def _launch(compiled: CompiledKernel, grid: Grid, device: int, values: tuple[Any
 class _Code(NamedTuple):
     """The code of a kernel with one config on one device.
 
-    bind       Triton's own function from arguments to types, constants and alignments, which select code
+    bind       Triton's function from arguments to types, constants and alignments, which select code
     compiled   code by these
     locks      by these: threads that meet a new kernel together would each compile it
     """
@@ -197,7 +197,7 @@ _codes: dict[tuple[Any, TileConfig, int], _Code] = {}
 
 
 def _code_of(kernel: Any, config: TileConfig, device: int) -> _Code:
-    """One for all threads: each would have locks of its own where two made one at once."""
+    """One for all threads: two made at once would each have locks."""
     key = (kernel, config, device)
     if key not in _codes:
         _codes.setdefault(key, _Code(binder(kernel, make_backend(_driver().get_current_target())), {}, {}))

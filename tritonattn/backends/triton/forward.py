@@ -108,26 +108,25 @@ def attention_forward(
     writes its rows of the results, all of them, once.
 
     q, k, v          `Strided` [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv] of fp16, bf16 or fp32; group = Hq/Hkv
-    pages            `Pages` of the sequences or None; then k, v are [N, Hkv, page, D or Dv], and what else has keys is
-                     as without
+    pages            `Pages` of the sequences or None; k and v are then [N, Hkv, page, D or Dv], others as without
     *_descriptor     tensor descriptors of k and v with blocks [1, 1, BLOCK_N, BLOCK_D or BLOCK_DV], or None
     query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale fp32 [B, Hkv, Sk] or None = 1; both `Scale`
     key_bias         `Scale` [B, Hkv, group, Sk] or None = 0; exp(z) is 0 where it is -inf
     bias, relative_bias, extent   of `pair_biases`, or None; HAS_BIAS: one of the three biases is given
-    BIAS_AFTER       x has no b, and z is softcap * tanh(x / softcap) + b, as which max_logit counts
+    BIAS_AFTER       x has no b, z = softcap * tanh(x / softcap) + b, and max_logit is the maximum of z
     sinks            fp32 [Hq] or None
     key_lengths, key_ranges, left, right   of `key_range`, or None
     q_starts, k_starts                     of `sequence_bounds`, or None
     mask             `Strided` uint8 [B, Hq, Sq, Sk], strides 0 on broadcast axes, or None
-    seen             uint8 (int16 where INVARIANT) [B, Hkv, Sk] contiguous or None: keys that some row sees; the rest is
-                     never multiplied
+    seen             uint8 (int16 where INVARIANT) [B, Hkv, Sk] contiguous or None: keys that are visible to some row;
+                     others are never multiplied
     dropout          of `dropout_keeps`, or None
     results          `Results`, lse in natural log; rounding is what out lost when it was rounded: `lost_in_rounding`
     splits           None, or the number of programs that share the keys of a row: the results, without rounding and in
                      fp32, are then parts for `combine_splits`, each of part_rows = B * Hq * Sq rows
     BLOCK_D, BLOCK_DV  powers of two >= 16 that hold HEAD_DIM and VALUE_DIM
-    INVARIANT        take all blocks of keys in ascending order, in steps of one width: a row's bits then do not depend
-                     on the blocks that other rows look at, nor on the position of its tile
+    INVARIANT        blocks of keys come in ascending order, in steps of one width: a row's bits then do not depend on
+                     the blocks that other rows need, nor on the position of its tile
 
     Products accumulate in fp32; the scales act in fp32 on the accumulated product; the sign of a row's factor is folded
     into its q, which is exact. P is rounded to v's dtype before P @ V. A row without keys gives out 0, lse -inf.
@@ -146,7 +145,7 @@ def attention_forward(
             return
     view = View(q_len, k_len, left, right, key_lengths, key_ranges)
     block_rows = tl.arange(0, BLOCK_M)
-    keep_row = start_m + block_rows < q_len
+    keep_row = start_m + block_rows < q_len  # [BLOCK_M]
     offs_m = tl.minimum(start_m + block_rows, q_len - 1)  # [BLOCK_M]
     lo, hi = key_range(offs_m, batch, view)  # [BLOCK_M]
     memory_row = (first_row + start_m).to(tl.int64)
@@ -154,22 +153,21 @@ def attention_forward(
     if splits is not None:
         row_base += split.to(tl.int64) * part_rows
 
-    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
+    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)  # [BLOCK_M]
     if query_scale is not None:
         scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row + block_rows)
         factor *= tl.load(scale_ptrs, mask=keep_row, other=0.0)
     q = from_row(q, batch, head, memory_row, ALIGNED)
-    q_ptrs = q.ptr + tile_offsets(block_rows, BLOCK_D, q.s, q.d, WIDE)
+    q_ptrs = q.ptr + tile_offsets(block_rows, BLOCK_D, q.s, q.d, WIDE)  # [BLOCK_M, BLOCK_D]
     if VALUE_DIM >= HEAD_DIM:
-        # A changed sign goes through memory, the program's own rows of out. From registers, the loop has 12 % more
+        # A changed sign goes through memory, this program's rows of out. From registers, the loop has 12 % more
         # instructions on sm_80 at D 128, and spills 20 bytes (static, triton 3.9).
         BITS: tl.constexpr = q.ptr.dtype.element_ty.primitive_bitwidth
         PITCH: tl.constexpr = VALUE_DIM * results.out.dtype.element_ty.primitive_bitwidth // BITS
-        scratch_ptrs = (
-            results.out.to(q.ptr.dtype) + row_base * PITCH + tile_offsets(block_rows, BLOCK_D, PITCH, 1, False)
-        )
+        scratch = results.out.to(q.ptr.dtype) + row_base * PITCH
+        scratch_ptrs = scratch + tile_offsets(block_rows, BLOCK_D, PITCH, 1, False)  # [BLOCK_M, BLOCK_D]
         if tl.min(factor, 0) < 0.0:
-            flipped = load_tile(q_ptrs, keep_row, HEAD_DIM)
+            flipped = load_tile(q_ptrs, keep_row, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
             flipped = tl.where((factor < 0)[:, None], -flipped, flipped)
             keep_q = keep_row[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
             tl.store(scratch_ptrs, flipped, mask=keep_q)
@@ -177,7 +175,7 @@ def attention_forward(
             q_ptrs = scratch_ptrs
         q_tile = load_tile(q_ptrs, keep_row, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
     else:
-        q_tile = load_tile(q_ptrs, keep_row, HEAD_DIM)
+        q_tile = load_tile(q_ptrs, keep_row, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
         q_tile = tl.where((factor < 0)[:, None], -q_tile, q_tile)
     factor = tl.abs(factor)
     if not HAS_BIAS:
@@ -209,9 +207,10 @@ def attention_forward(
     if relative_bias is not None:
         shift += relative_right
     cap = None if BIAS_AFTER else softcap
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
+    rows = (first_row + offs_m)[:, None]  # [BLOCK_M, 1], in the packed axis
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)  # [BLOCK_M, BLOCK_DV]
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)  # [BLOCK_M]
+    l_i = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)  # [BLOCK_M, SUM_COLUMNS]
     spread = l_i  # for the entropy: sum_j exp(z - shift) * (z - shift)
     FIRST: tl.constexpr = 1 if INVARIANT and left is None and key_ranges is None else 0
     # Masks hold registers: masked steps of a whole block spill 244 bytes on sm_90 at D 64, 212 at D 512, 8 on sm_80 at
@@ -234,21 +233,22 @@ def attention_forward(
                     start_n = tl.where(position >= gap_start, position + gap, position)
                 start_n = tl.multiple_of(start_n, step.shape[0])
                 offs_n = start_n + step  # [N]
-                load_key = tl.full(step.shape, 1, tl.int1)
+                keys = (first_key + offs_n)[None, :]  # [1, N], in the packed axis
+                load_key = tl.full(step.shape, 1, tl.int1)  # [N]
                 if PASS != UNMASKED:
                     load_key = (offs_n >= n_lo) & (offs_n < n_hi)
                     if seen_ptr is not None:
                         load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
                 if HAS_PAIRS:  # loaded before the product, lest the softmax take the layout of the loads
-                    rows, keys = (first_row + offs_m)[:, None], (first_key + offs_n)[None, :]
-                    is_read = load_key[None, :]
+                    is_read = load_key[None, :]  # [1, N]
                     of_pairs = pair_biases(bias, relative_bias, extent, batch, head, rows, keys, shift, is_read)
                 if pages is not None:
                     number, slot, is_held = page_slots(pages, sequence, offs_n, load_key)
-                    number = number.to(tl.int64)[:, None]
+                    number = number.to(tl.int64)[:, None]  # [N, 1]
                     k_ptrs = k.ptr + number * k.b + tile_offsets(slot, BLOCK_D, k.s, k.d, WIDE)  # [N, BLOCK_D]
                     v_ptrs = v.ptr + number * v.b + tile_offsets(slot, BLOCK_DV, v.s, v.d, WIDE)  # [N, BLOCK_DV]
-                    k_tile, v_tile = load_tile(k_ptrs, is_held, HEAD_DIM), load_tile(v_ptrs, is_held, VALUE_DIM)
+                    k_tile = load_tile(k_ptrs, is_held, HEAD_DIM)  # [N, BLOCK_D]
+                    v_tile = load_tile(v_ptrs, is_held, VALUE_DIM)  # [N, BLOCK_DV]
                 elif PASS != UNMASKED or k_descriptor is None:
                     k_tile = load_tile(k.ptr + start_n.to(tl.int64) * k.s + k_offsets, load_key, HEAD_DIM)
                     v_tile = load_tile(v.ptr + start_n.to(tl.int64) * v.s + v_offsets, load_key, VALUE_DIM)
@@ -261,9 +261,9 @@ def attention_forward(
                 biases, keep, of_product = None, None, factor
                 if key_bias is not None:
                     bias_ptrs = key_bias_ptr + offs_n.to(tl.int64) * key_bias.s
-                    biases = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]
+                    biases = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]  # [1, N]
                 if HAS_PAIRS:
-                    biases = of_pairs if key_bias is None else biases + of_pairs
+                    biases = of_pairs if key_bias is None else biases + of_pairs  # [BLOCK_M, N]
                 if BIAS_AFTER:
                     s, of_product = soft_cap(s * factor[:, None], softcap), tl.full([BLOCK_M], 1.0, tl.float32)
                 if PASS != UNMASKED:
@@ -273,14 +273,13 @@ def attention_forward(
                 )
                 l_i, spread = moved_sums(p, weighted, alpha, moved, l_i, spread, results.entropy is not None)
                 if dropout_ptr is not None:
-                    rows, keys = (first_row + offs_m)[:, None], (first_key + offs_n)[None, :]
                     p = tl.where(dropout_keeps(dropout_ptr, keep_from, batch * q_heads + head, rows, keys), p, 0.0)
                 acc *= alpha[:, None]
-                acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
+                acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
 
     offsets = row_base + block_rows
     l_i, weight, total = finish_softmax(m_i, l_i, spread, factor, cap, sinks_ptr, head, results, offsets, keep_row)
-    out = acc / total[:, None]
+    out = acc / total[:, None]  # [BLOCK_M, BLOCK_DV]
     if sinks_ptr is not None:
         out *= weight[:, None]
     if dropout_ptr is not None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ...core.call import AttentionCall, Gradients, Logits, Needs
+from .attention import largest, launch_kernel, new_results
 from .block import (
     LENGTHS,
     LN_2,
     LOG2_E,
     UNMASKED,
     dropout_keeps,
-    fma,
     from_row,
     load_term,
     load_tile,
@@ -27,22 +30,25 @@ from .block import (
     vector_from,
     whole_blocks,
 )
-from .records import View
+from .combine import add_splits
+from .device import Grid
+from .launch import KERNELS, Plan, Specialisation, strided
+from .records import Arguments, View
 
 
 @triton.jit
 def rows_of_keys(offs_n, keep, seen_ptr, batch, view):
-    """(first_row, last_row, keep) of keys: the rows that see each, key_ranges apart, and keep without unseen keys.
+    """(first_row, last_row, keep) of keys: the rows that attend to each, key_ranges apart, and keep less hidden keys.
 
-    seen_ptr   uint8 [Sk] of the head, or None: keys that some row sees
+    seen_ptr   uint8 [Sk] of the head, or None: keys that are visible to some row
     """
-    own_row = offs_n - (view.k_len - view.q_len)
+    row = offs_n - (view.k_len - view.q_len)
     first_row = tl.zeros(offs_n.shape, tl.int32)
     last_row = first_row
     if view.right is not None:
-        first_row = own_row - view.right
+        first_row = row - view.right
     if view.left is not None:
-        last_row = own_row + view.left
+        last_row = row + view.left
         keep = keep & (last_row >= 0)
     if view.key_lengths is not None:
         unpadded = offs_n < tl.load(view.key_lengths + batch)
@@ -54,8 +60,8 @@ def rows_of_keys(offs_n, keep, seen_ptr, batch, view):
 
 
 @triton.jit
-def row_bounds(first, last, batch, view, bounds_ptr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
-    """(m_start, m_end, full_start, full_end) of the keys first .. last, both below k_len: `block.key_bounds`, of rows.
+def query_bounds(first, last, batch, view, bounds_ptr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
+    """(m_start, m_end, full_start, full_end) of the keys first .. last, both below k_len: as `block.key_bounds`.
 
     bounds_ptr   int32 [2] of this block, or None: the first row and one past the last row whose key_ranges touch it
     MASKED       all blocks of rows need a mask, as they do with key_ranges
@@ -83,7 +89,7 @@ def row_bounds(first, last, batch, view, bounds_ptr, BLOCK_M: tl.constexpr, MASK
 
 @triton.jit
 def visible_rows(offs_m, keep_row, offs_n, first_row, last_row, batch, head, view, mask):
-    """Which rows see each key, [BLOCK_N, M]: first_row <= i <= last_row, the ranges of the rows, and the dense mask."""
+    """The visible pairs [BLOCK_N, M]: first_row <= i <= last_row, the ranges of the rows, and the dense mask."""
     keep = offs_m[None, :] >= first_row[:, None]
     if view.left is not None:
         keep = keep & (offs_m[None, :] <= last_row[:, None])
@@ -179,7 +185,7 @@ def attention_grad_key_value(
                      at the end. With key_bias the factor comes later: dX itself is added up first
     factor_size      fp32 [B, Hkv] or None: the largest |factor| of the group, never 0. dS * factor / factor_size is
                      rounded to 16 bits, so that a small factor does not push it below fp16's range
-    row_bounds_ptr   int32 [B, cdiv(Sk, BLOCK_N), 2] with key_ranges: `row_bounds`
+    row_bounds_ptr   int32 [B, cdiv(Sk, BLOCK_N), 2] with key_ranges, of `ranges.row_bounds_kernel`
     d_k, d_v         [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv] contiguous; d_key_scale fp32 [B, Hkv, Sk] and d_key_bias
                      fp32 [B, Hkv, group, Sk] contiguous or None
     d_bias, d_relative_bias   `Strided` fp32 [B, Hq, Sq, Sk or extent] or None: visible pairs are written, once each
@@ -201,25 +207,26 @@ def attention_grad_key_value(
     view = View(q_len, k_len, left, right, key_lengths, key_ranges)
     block_keys = tl.arange(0, BLOCK_N)
     offs_n = start_n + block_keys  # [BLOCK_N]
-    keep_key = offs_n < k_len
+    keep_key = offs_n < k_len  # [BLOCK_N]
     if seen_ptr is not None:
         seen_ptr += (batch.to(tl.int64) * kv_heads + kv_head) * k_len
     row_lo, row_hi, load_key = rows_of_keys(offs_n, keep_key, seen_ptr, batch, view)  # [BLOCK_N]
     if row_bounds_ptr is not None:
         row_bounds_ptr += (batch.to(tl.int64) * tl.cdiv(k_len, BLOCK_N) + block) * 2
-    m_start, m_end, full_start, full_end = row_bounds(
+    m_start, m_end, full_start, full_end = query_bounds(
         start_n, tl.minimum(start_n + BLOCK_N, k_len) - 1, batch, view, row_bounds_ptr, BLOCK_M, mask is not None
     )
 
     memory_key = (first_key + start_n).to(tl.int64)
     key_indices = memory_key + block_keys  # [BLOCK_N]
     k, v = from_row(k, batch, kv_head, memory_key, ALIGNED), from_row(v, batch, kv_head, memory_key, ALIGNED)
-    k_ptrs = k.ptr + tile_offsets(block_keys, BLOCK_D, k.s, k.d, WIDE)
+    k_ptrs = k.ptr + tile_offsets(block_keys, BLOCK_D, k.s, k.d, WIDE)  # [BLOCK_N, BLOCK_D]
     k_tile = load_tile(k_ptrs, load_key, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
-    v_ptrs = v.ptr + tile_offsets(block_keys, BLOCK_DV, v.s, v.d, WIDE)
+    v_ptrs = v.ptr + tile_offsets(block_keys, BLOCK_DV, v.s, v.d, WIDE)  # [BLOCK_N, BLOCK_DV]
     v_tile = load_tile(v_ptrs, load_key, VALUE_DIM)  # [BLOCK_N, BLOCK_DV]
     if key_scale is not None:
-        of_key = tl.load(vector_from(key_scale, batch, kv_head, 0, key_indices), mask=load_key, other=0.0)  # [BLOCK_N]
+        scale_ptrs = vector_from(key_scale, batch, kv_head, 0, key_indices)
+        key_scales = tl.load(scale_ptrs, mask=load_key, other=0.0)  # [BLOCK_N]
     if factor_size is not None:
         factor_size = 1.0 / tl.load(factor_size + batch * kv_heads + kv_head)
 
@@ -229,8 +236,9 @@ def attention_grad_key_value(
         shift += relative_right
     if HAS_PAIRS:  # whole blocks are loaded without masks
         full_end = tl.where(start_n + BLOCK_N > k_len, full_start, full_end)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    keys = (first_key + offs_n)[:, None]  # [BLOCK_N, 1], in the packed axis
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [BLOCK_N, BLOCK_D]
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)  # [BLOCK_N, BLOCK_DV]
     FIRST: tl.constexpr = 1 if INVARIANT and right is None else 0
     MASKED_M: tl.constexpr = BLOCK_M // 2 if BLOCK_M >= 64 and not INVARIANT else BLOCK_M  # see `attention_forward`
     first, last = 0, group  # of the heads of a group
@@ -253,10 +261,10 @@ def attention_grad_key_value(
         q_head = from_row(q, batch, head, first_row, ALIGNED)
         do_head = from_row(d_out, batch, head, first_row, ALIGNED)
         term_ptr = terms_ptr + 2 * terms_offset(batch, head, sequence, first_row, q_heads, terms_len, q_starts)
-        d_key_bias = tl.zeros([BLOCK_N, KEY_SUM_COLUMNS], tl.float32)
+        d_key_bias = tl.zeros([BLOCK_N, KEY_SUM_COLUMNS], tl.float32)  # [BLOCK_N, KEY_SUM_COLUMNS]
         if key_bias is not None:
             bias_ptrs = vector_from(key_bias, batch, kv_head, index, key_indices)
-            of_keys = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[:, None]  # [BLOCK_N, 1]
+            key_biases = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[:, None]  # [BLOCK_N, 1]
         for PASS in tl.static_range(FIRST, 3 if INVARIANT else 2):
             if PASS != UNMASKED or (mask is None and key_ranges is None):
                 step = tl.arange(0, BLOCK_M if PASS == UNMASKED else MASKED_M)  # [M]
@@ -265,7 +273,7 @@ def attention_grad_key_value(
                 )
                 q_offsets = tile_offsets(step, BLOCK_D, q_head.s, q_head.d, WIDE)  # [M, BLOCK_D]
                 do_offsets = tile_offsets(step, BLOCK_DV, do_head.s, do_head.d, WIDE)  # [M, BLOCK_DV]
-                one = tl.full(step.shape, 1.0, tl.float32)
+                one = tl.full(step.shape, 1.0, tl.float32)  # [M]
                 next_terms = term_ptr + 2 * (loop_start + step)  # carried along: 4 % fewer instructions, sm_80 at D 128
                 for position in tl.range(
                     loop_start, loop_end, step.shape[0], warp_specialize=WARP_SPECIALIZE and PASS == UNMASKED
@@ -275,22 +283,22 @@ def attention_grad_key_value(
                         start_m = tl.where(position >= gap_start, position + gap, position)
                     start_m = tl.multiple_of(start_m, step.shape[0])
                     offs_m = start_m + step  # [M]
+                    rows = (first_row + offs_m)[None, :]  # [1, M], in the packed axis
                     term_ptrs = next_terms if PASS == UNMASKED else term_ptr + 2 * offs_m
-                    exponent_term, factor = load_term(term_ptrs, one * (scale * LOG2_E), SPLIT_TERMS)
-                    live = tl.full(step.shape, 1, tl.int1)
+                    exponent_term, factor = load_term(term_ptrs, one * (scale * LOG2_E), SPLIT_TERMS)  # [M]
+                    live = tl.full(step.shape, 1, tl.int1)  # [M]
                     if PASS != UNMASKED:
                         live = exponent_term != float("-inf")
                     if HAS_PAIRS:  # see `attention_forward`
-                        rows, keys = (first_row + offs_m)[None, :], (first_key + offs_n)[:, None]
-                        is_read = live[None, :]
+                        is_read = live[None, :]  # [1, M]
                         if PASS != UNMASKED:
                             keep = visible_rows(offs_m, live, offs_n, row_lo, row_hi, batch, head, view, mask)
-                            is_read = is_read & load_key[:, None] & keep
+                            is_read = is_read & load_key[:, None] & keep  # [BLOCK_N, M]
                         biases = pair_biases(bias, relative_bias, extent, batch, head, rows, keys, shift, is_read)
                         if key_bias is not None:
-                            biases += of_keys
+                            biases += key_biases
                     elif key_bias is not None:
-                        biases = of_keys
+                        biases = key_biases
                     if PASS != UNMASKED or q_descriptor is None:
                         q_tile = load_tile(q_head.ptr + start_m.to(tl.int64) * q_head.s + q_offsets, live, HEAD_DIM)
                         do = load_tile(do_head.ptr + start_m.to(tl.int64) * do_head.s + do_offsets, live, VALUE_DIM)
@@ -299,17 +307,18 @@ def attention_grad_key_value(
                         do = d_out_descriptor.load([batch, head, first_row + start_m, 0]).reshape(do_offsets.shape)
                     s = tl.dot(k_tile, q_tile.T, input_precision="ieee")  # [BLOCK_N, M]
                     if key_scale is not None:
-                        s *= of_key[:, None]
-                    x, x_factor = s, factor[None, :]
-                    if BIAS_AFTER:
+                        s *= key_scales[:, None]
+                    if softcap is None:
+                        if HAS_BIAS:
+                            exponent = tl.fma(s, factor[None, :], biases) + exponent_term[None, :]
+                        else:
+                            exponent = tl.fma(s, factor[None, :], exponent_term[None, :])
+                    elif BIAS_AFTER:
                         capped = soft_cap(s * factor[None, :], softcap)
-                        x, x_factor = capped + biases, one[None, :]
-                    elif HAS_BIAS:
-                        x, x_factor = fma(s, factor[None, :], biases), one[None, :]
-                    if softcap is None or BIAS_AFTER:
-                        exponent = fma(x, x_factor, exponent_term[None, :])
+                        exponent = capped + biases + exponent_term[None, :]
                     else:
-                        capped = soft_cap(fma(x, x_factor, tl.zeros_like(exponent_term)[None, :]), softcap)
+                        x = tl.fma(s, factor[None, :], biases) if HAS_BIAS else s * factor[None, :]
+                        capped = soft_cap(x, softcap)
                         exponent = capped + exponent_term[None, :]
                         if HAS_BIAS:
                             exponent = tl.where(biases == float("-inf"), float("-inf"), exponent)
@@ -320,20 +329,19 @@ def attention_grad_key_value(
                     dp = tl.dot(v_tile, do.T, input_precision="ieee")  # [BLOCK_N, M]
                     weights = p
                     if dropout_ptr is not None:
-                        rows, keys = (first_row + offs_m)[None, :], (first_key + offs_n)[:, None]
                         kept = dropout_keeps(dropout_ptr, keep_from, batch_head, rows, keys)
                         weights = tl.where(kept, p, 0.0)
                         dp = tl.where(kept, dp * keep_scale, 0.0)
                     gradient_term, gradient_factor = load_term(term_ptrs + 1, one, SPLIT_TERMS)
-                    dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
+                    dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_DV]
                     if factor_size is not None:
                         gradient_factor *= factor_size
                         if not HAS_BIAS:
                             gradient_term *= factor_size
                     if not HAS_BIAS:
-                        ds = p * fma(dp, gradient_factor[None, :], gradient_term[None, :])
+                        ds = p * tl.fma(dp, gradient_factor[None, :], gradient_term[None, :])  # [BLOCK_N, M]
                     else:  # the gradient of a logit is that of its biases before it meets the factor
-                        ds = p * fma(dp, one[None, :], gradient_term[None, :])
+                        ds = p * tl.fma(dp, one[None, :], gradient_term[None, :])  # + would join the product's sum
                     d_biases = ds
                     if softcap is not None:
                         ds *= soft_cap_slope(capped, softcap)
@@ -350,7 +358,7 @@ def attention_grad_key_value(
                         tl.store(d_row.ptr + entry.to(tl.int64) * d_row.d, d_biases, mask=is_read)
                     if HAS_BIAS:
                         ds *= gradient_factor[None, :]
-                    dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+                    dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
                     next_terms += 2 * step.shape[0]
         if d_key_bias_ptr is not None:
             head_base = batch_head.to(tl.int64) * packed_len + memory_key
@@ -371,16 +379,76 @@ def attention_grad_key_value(
         key_base += split.to(tl.int64) * part_rows
     if key_scale is not None:
         if d_key_scale_ptr is not None:
-            # Keys are loaded again, under a policy of its own, lest the compiler take both loads for one: held through
-            # the loop, they spill 550 to 690 bytes in fp32 at D 128 (sm_80, sm_90, sm_100; static, triton 3.9).
+            # Keys are loaded again, under another policy, lest the compiler take both loads for one: held through the
+            # loop, they spill 550 to 690 bytes in fp32 at D 128 (sm_80, sm_90, sm_100; static, triton 3.9).
             keep = load_key[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
-            again = tl.load(k_ptrs, mask=keep, other=0.0, eviction_policy="evict_first")
+            again = tl.load(k_ptrs, mask=keep, other=0.0, eviction_policy="evict_first")  # [BLOCK_N, BLOCK_D]
             d_key_scale = tl.sum(again.to(tl.float32) * dk, 1)
             tl.store(d_key_scale_ptr + key_base + block_keys, d_key_scale, mask=keep_key)
-        dk *= of_key[:, None]
+        dk *= key_scales[:, None]
     d_k_ptrs = d_k_ptr + key_base * HEAD_DIM + tile_offsets(block_keys, BLOCK_D, HEAD_DIM, 1, False)
     d_v_ptrs = d_v_ptr + key_base * VALUE_DIM + tile_offsets(block_keys, BLOCK_DV, VALUE_DIM, 1, False)
     keep_k = keep_key[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
     keep_v = keep_key[:, None] & (tl.arange(0, BLOCK_DV)[None, :] < VALUE_DIM)
     tl.store(d_k_ptrs, dk.to(d_k_ptr.dtype.element_ty), mask=keep_k)
     tl.store(d_v_ptrs, dv.to(d_v_ptr.dtype.element_ty), mask=keep_v)
+
+
+KERNELS["grad_key_value"] = attention_grad_key_value
+
+
+def grad_key_value(
+    special: Specialisation, call: AttentionCall, arguments: Arguments, needs: Needs, d_out: Tensor
+) -> Gradients:
+    """The gradients of k, v, key_scale and the three biases."""
+    terms, bias = call.logits, call.logits.key_bias
+    d_k = new_results(call, call.k, torch.float32 if special.problem.wide_k else call.k.dtype)
+    d_v = new_results(call, call.v, call.v.dtype)
+    d_key_scale = new_results(call, call.k.select(3, 0)) if needs.key_scale else None
+    d_key_bias = new_results(call, bias) if bias is not None and needs.key_bias else None
+    arguments |= {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "d_key_bias_ptr": d_key_bias}
+    arguments |= {"factor_size": None, "row_bounds_ptr": None, "d_bias": None, "d_relative_bias": None}
+    pairs = _of_pairs(call, needs) if needs.bias or needs.relative_bias else {}
+    for name, x in pairs.items():
+        arguments[f"d_{name}"] = strided(x)
+    if terms.query_scale is not None and call.q.dtype == torch.float16:
+        factor = terms.query_scale * (terms.scale * LOG2_E.value)
+        arguments["factor_size"] = largest(factor.unflatten(1, (call.visibility.kv_heads, -1)).flatten(2))
+    launch_kernel("grad_key_value", special, call, arguments, d_out, _in_splits)
+    d_k, d_v = d_k if needs.k else None, d_v if needs.v else None
+    found = Gradients(k=d_k, v=d_v, key_scale=d_key_scale, key_bias=d_key_bias)
+    return found._replace(**_summed(pairs, terms)) if pairs else found
+
+
+def _of_pairs(call: AttentionCall, needs: Needs) -> dict[str, Tensor]:
+    """Room for the gradients of the biases of all pairs, of which the kernel writes those of visible pairs."""
+    found = {}
+    for name, bias in (("bias", call.logits.bias), ("relative_bias", call.logits.relative_bias)):
+        if bias is not None and getattr(needs, name):
+            width = call.visibility.k_len if name == "bias" else bias.shape[3]
+            padded = -(-width // 16) * 16  # rows begin where wide stores can
+            room = call.q.new_zeros((*call.q.shape[:3], padded), dtype=torch.float32)
+            found[name] = room[..., :width]
+    return found
+
+
+def _summed(pairs: dict[str, Tensor], terms: Logits) -> dict[str, Tensor]:
+    """The gradients of biases: sums, in fp32 and one order, over the axes that a bias has once."""
+    found = {}
+    for name, x in pairs.items():
+        bias = getattr(terms, name)
+        found[name] = x.sum_to_size(bias.shape).to(bias.dtype)
+    return found
+
+
+def _in_splits(chosen: Plan, grid: Grid, arguments: Arguments, special: Specialisation, call: AttentionCall) -> None:
+    """Launch with the rows of each key shared out among splits, and add their parts up."""
+    names = ("d_k_ptr", "d_v_ptr", "d_key_scale_ptr", "d_key_bias_ptr")
+    results = {name: arguments[name] for name in names if arguments[name] is not None}
+    splits = arguments["splits"]
+    parts = {name: new_results(call, x.expand(splits, *x.shape)) for name, x in results.items()}
+    if "d_key_bias_ptr" in parts:
+        parts["d_key_bias_ptr"].zero_()  # a split writes the heads that it has rows of
+    chosen.launch(grid, arguments | parts, special)
+    for name, result in results.items():
+        add_splits(special, parts[name], result)

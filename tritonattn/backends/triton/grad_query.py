@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ...core.call import AttentionCall, Needs
+from .attention import largest, launch_kernel, new_results, seen_scales
 from .block import (
     LENGTHS,
     LOG2_E,
     UNMASKED,
     dropout_keeps,
-    fma,
     from_row,
     key_bounds,
     key_range,
@@ -29,12 +32,12 @@ from .block import (
     vector_from,
     visible,
 )
-from .records import View
+from .launch import KERNELS, Specialisation
+from .records import Arguments, View
 
-# Few keys, over which a block of rows loops twice. Among more, some row's exact gradient is far larger than an error.
+# A block of rows loops over so few keys twice. Among more, some row's exact gradient is far larger than an error.
 FEW_KEYS = tl.constexpr(64)
-# The pass behind those of `pass_bounds`: few keys, again.
-AGAIN = tl.constexpr(3)
+AGAIN = tl.constexpr(3)  # the pass behind those of `pass_bounds`, which repeats few keys
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "group"])
@@ -118,7 +121,7 @@ def attention_grad_query(
     gradient, and corrects delta for the pass over the keys. With a bias, whose gradients cancel likewise when they
     are summed, it does so without d_query_scale too. So does CORRECT_DELTA, which also computes d_q of few keys with
     the corrected delta: for a single key, dP - delta is nothing but their errors.
-    IS_PART: rows see other keys too, so that nothing is known about these sums, and delta stays as it is.
+    IS_PART: rows attend to other keys too, so that nothing is known about these sums, and delta stays as it is.
     """
     block, head, sequence = program_in_section(q_heads, first_head, first_y, first_z, right is not None, LANES)
     if sequence < 0:
@@ -131,23 +134,24 @@ def attention_grad_query(
             return
     view = View(q_len, k_len, left, right, key_lengths, key_ranges)
     block_rows = tl.arange(0, BLOCK_M)
-    keep_row = start_m + block_rows < q_len
+    keep_row = start_m + block_rows < q_len  # [BLOCK_M]
     offs_m = tl.minimum(start_m + block_rows, q_len - 1)  # [BLOCK_M]
     lo, hi = key_range(offs_m, batch, view)  # [BLOCK_M]
     memory_row = (first_row + start_m).to(tl.int64)
     row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
     row_offsets = row_base + block_rows
 
-    term_offsets = terms_offset(batch, head, sequence, first_row, q_heads, terms_len, q_starts)
-    term_offsets = term_offsets + start_m + block_rows
-    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
-    exponent_term, factor = load_term(terms_ptr + 2 * term_offsets, factor, False)
-    delta = tl.load(delta_ptr + term_offsets)
+    first_term = terms_offset(batch, head, sequence, first_row, q_heads, terms_len, q_starts)
+    term_offsets = first_term + start_m + block_rows  # [BLOCK_M]
+    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)  # [BLOCK_M]
+    exponent_term, factor = load_term(terms_ptr + 2 * term_offsets, factor, False)  # [BLOCK_M]
+    delta = tl.load(delta_ptr + term_offsets)  # [BLOCK_M]
     live = exponent_term != float("-inf")
     q = from_row(q, batch, head, memory_row, ALIGNED)
     q_tile = load_tile(q.ptr + tile_offsets(block_rows, BLOCK_D, q.s, q.d, WIDE), live, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
     d_out = from_row(d_out, batch, head, memory_row, ALIGNED)
-    do = load_tile(d_out.ptr + tile_offsets(block_rows, BLOCK_DV, d_out.s, d_out.d, WIDE), live, VALUE_DIM)
+    do_ptrs = d_out.ptr + tile_offsets(block_rows, BLOCK_DV, d_out.s, d_out.d, WIDE)  # [BLOCK_M, BLOCK_DV]
+    do = load_tile(do_ptrs, live, VALUE_DIM)  # [BLOCK_M, BLOCK_DV]
 
     k, v = from_row(k, batch, kv_head, first_key, ALIGNED), from_row(v, batch, kv_head, first_key, ALIGNED)
     if seen_ptr is not None:
@@ -162,15 +166,16 @@ def attention_grad_query(
         start_m, tl.minimum(start_m + BLOCK_M, q_len) - 1, lo, hi, batch, view, BLOCK_N, mask is not None
     )
 
-    # SUMS: 1 adds up dS, 2 besides dX * x and P * dz/dx * x, x without the row's factor and without bias. All in fp32;
-    # these products are fma's with 0, which nothing fuses further.
+    # SUMS 1: of dS. 2: also of dX * x and P * dz/dx * x, x without the row's factor and without bias. All in fp32; the
+    # products are fma's with 0, which nothing fuses further.
     SUMS: tl.constexpr = 2 if d_query_scale_ptr is not None else 1 if CORRECT_DELTA or HAS_BIAS else 0
     HAS_PAIRS: tl.constexpr = bias is not None or relative_bias is not None
     shift = k_len - q_len + first_key - first_row  # of `pair_biases`
     if relative_bias is not None:
         shift += relative_right
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    ds_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
+    rows = (first_row + offs_m)[:, None]  # [BLOCK_M, 1], in the packed axis
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [BLOCK_M, BLOCK_D]
+    ds_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)  # [BLOCK_M, SUM_COLUMNS]
     d_factor, mean_logit = ds_sum, ds_sum
     FIRST: tl.constexpr = 1 if INVARIANT and left is None and key_ranges is None else 0
     MASKED_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 and not INVARIANT else BLOCK_N  # see `attention_forward`
@@ -183,12 +188,12 @@ def attention_grad_query(
                 excess += tl.load(d_sinks_ptr + row_offsets, mask=live, other=0.0)
             delta += excess
         if PASS == AGAIN and CORRECT_DELTA:
-            if INVARIANT:  # each row decides for itself: the others keep their sum, with probabilities of 0
+            if INVARIANT:  # row by row: those of more keys keep their sum, with probabilities of 0
                 are_few = hi - lo <= FEW_KEYS
                 dq = tl.where(are_few[:, None], 0.0, dq)
                 exponent_term = tl.where(are_few, exponent_term, float("-inf"))
-                sees = are_few & (lo < hi)
-                kv_start, kv_end = tl.min(tl.where(sees, lo, k_len), 0), tl.max(tl.where(sees, hi, 0), 0)
+                repeats = are_few & (lo < hi)
+                kv_start, kv_end = tl.min(tl.where(repeats, lo, k_len), 0), tl.max(tl.where(repeats, hi, 0), 0)
             else:
                 are_few = kv_end - kv_start <= FEW_KEYS
                 dq = tl.where(are_few, 0.0, dq)
@@ -209,16 +214,16 @@ def attention_grad_query(
                     start_n = tl.where(position >= gap_start, position + gap, position)
                 start_n = tl.multiple_of(start_n, step.shape[0])
                 offs_n = start_n + step  # [N]
-                load_key = tl.full(step.shape, 1, tl.int1)
+                keys = (first_key + offs_n)[None, :]  # [1, N], in the packed axis
+                load_key = tl.full(step.shape, 1, tl.int1)  # [N]
                 if PASS != UNMASKED:
                     load_key = (offs_n >= n_lo) & (offs_n < n_hi)
                     if seen_ptr is not None:
                         load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
                 if HAS_PAIRS:  # loaded before the product, lest the softmax take the layout of the loads
-                    rows, keys = (first_row + offs_m)[:, None], (first_key + offs_n)[None, :]
-                    is_read = load_key[None, :]
+                    is_read = load_key[None, :]  # [1, N]
                     if PASS != UNMASKED:
-                        is_read = visible(offs_m, offs_n, lo, hi, batch, head, view, mask)
+                        is_read = visible(offs_m, offs_n, lo, hi, batch, head, view, mask)  # [BLOCK_M, N]
                     of_pairs = pair_biases(bias, relative_bias, extent, batch, head, rows, keys, shift, is_read)
                 if PASS != UNMASKED or k_descriptor is None:
                     k_tile = load_tile(k.ptr + start_n.to(tl.int64) * k.s + k_offsets, load_key, HEAD_DIM)
@@ -228,23 +233,24 @@ def attention_grad_query(
                     v_tile = v_descriptor.load([batch, kv_head, first_key + start_n, 0]).reshape(v_offsets.shape)
                 s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, N]
                 if key_scale is not None:
-                    of_key = tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale.s, mask=load_key, other=0.0)
-                    s *= of_key[None, :]
-                x, x_factor = s, factor[:, None]
+                    key_scales = tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale.s, mask=load_key, other=0.0)
+                    s *= key_scales[None, :]
                 if key_bias is not None:
                     bias_ptrs = key_bias_ptr + offs_n.to(tl.int64) * key_bias.s
-                    biases = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]
+                    biases = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]  # [1, N]
                 if HAS_PAIRS:
-                    biases = of_pairs if key_bias is None else biases + of_pairs
-                if BIAS_AFTER:
+                    biases = of_pairs if key_bias is None else biases + of_pairs  # [BLOCK_M, N]
+                if softcap is None:
+                    if HAS_BIAS:
+                        exponent = tl.fma(s, factor[:, None], biases) + exponent_term[:, None]
+                    else:
+                        exponent = tl.fma(s, factor[:, None], exponent_term[:, None])
+                elif BIAS_AFTER:
                     capped = soft_cap(s * factor[:, None], softcap)
-                    x, x_factor = capped + biases, tl.full([BLOCK_M, 1], 1.0, tl.float32)
-                elif HAS_BIAS:
-                    x, x_factor = fma(s, factor[:, None], biases), tl.full([BLOCK_M, 1], 1.0, tl.float32)
-                if softcap is None or BIAS_AFTER:
-                    exponent = fma(x, x_factor, exponent_term[:, None])
+                    exponent = capped + biases + exponent_term[:, None]
                 else:
-                    capped = soft_cap(x * x_factor, softcap)
+                    x = tl.fma(s, factor[:, None], biases) if HAS_BIAS else s * factor[:, None]
+                    capped = soft_cap(x, softcap)
                     exponent = capped + exponent_term[:, None]
                     if HAS_BIAS:
                         exponent = tl.where(biases == float("-inf"), float("-inf"), exponent)
@@ -253,11 +259,10 @@ def attention_grad_query(
                 if PASS != UNMASKED:
                     p = tl.where(visible(offs_m, offs_n, lo, hi, batch, head, view, mask), p, 0.0)
                 if dropout_ptr is not None:
-                    rows, keys = (first_row + offs_m)[:, None], (first_key + offs_n)[None, :]
                     kept = dropout_keeps(dropout_ptr, keep_from, batch * q_heads + head, rows, keys)
                     dp = tl.where(kept, dp * keep_scale, 0.0)
                 zero = tl.zeros_like(s)
-                ds = tl.fma(p, dp - delta[:, None], zero)
+                ds = tl.fma(p, dp - delta[:, None], zero)  # [BLOCK_M, N]
                 if SUMS >= 1 and PASS != AGAIN:
                     ds_sum += partial_sums(ds, SUM_COLUMNS)
                 if softcap is not None:
@@ -269,9 +274,9 @@ def attention_grad_query(
                     mean_logit += partial_sums(tl.fma(p, s, zero), SUM_COLUMNS)
                 if key_scale is not None:
                     if key_size is not None:
-                        of_key *= 1.0 / key_size
-                    ds *= of_key[None, :]
-                dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
+                        key_scales *= 1.0 / key_size
+                    ds *= key_scales[None, :]
+                dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
 
     dq *= scale
     if key_size is not None:
@@ -292,3 +297,20 @@ def attention_grad_query(
     d_q_ptrs = d_q_ptr + row_base * HEAD_DIM + tile_offsets(block_rows, BLOCK_D, HEAD_DIM, 1, False)
     keep_q = keep_row[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
     tl.store(d_q_ptrs, dq.to(d_q_ptr.dtype.element_ty), mask=keep_q)
+
+
+KERNELS["grad_query"] = attention_grad_query
+
+
+def grad_query(
+    special: Specialisation, call: AttentionCall, arguments: Arguments, needs: Needs, d_out: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of q and query_scale."""
+    d_q = new_results(call, call.q, torch.float32 if special.problem.wide_q else call.q.dtype)
+    d_query_scale = new_results(call, arguments["results"].lse) if needs.query_scale else None
+    key_size = None
+    if call.logits.key_scale is not None and call.q.dtype == torch.float16:
+        key_size = largest(seen_scales(call.logits.key_scale, call.visibility))
+    arguments |= {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size": key_size}
+    launch_kernel("grad_query", special, call, arguments, d_out)
+    return d_q, d_query_scale

@@ -30,18 +30,18 @@ load_tile = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_glo
 Ring = namedtuple("Ring", "tiles ready empty")
 # q: tiles [consumers, 1, 1, ROWS, D], later of the output; turn[w]: consumer w may issue products, or None.
 Shared = namedtuple("Shared", "q q_ready k v turn")
-# Blocks of keys, each kind from its last on: masked ones behind the others up to step `high`, masked ones before them
+# Blocks of keys, each part from its last on: masked ones behind the others up to step `high`, masked ones before them
 # up to `masked`, others, of `full` keys, up to `blocks`. Step i begins with key top - i * BLOCK_N, but for jumps.
 Steps = namedtuple("Steps", "high masked blocks top full")
 # first_row, first_key: in memory, of the program and of its sequence; start: the program's first row in the sequence,
-# `rows` of them from there on. No row of the sequence sees keys outside of [live, live_end).
-Place = namedtuple("Place", "batch head kv_head of_group first_row first_key start rows live live_end")
+# `rows` of them from there on. Keys outside of [live, live_end) are hidden from all rows of the sequence.
+Position = namedtuple("Position", "batch head kv_head of_group first_row first_key start rows live live_end")
 Terms = namedtuple("Terms", "scale query_scale key_scale key_bias softcap sinks_ptr")
-# seen_ptr: to the sequence's first key; row: the program's first one in [B, Hq, Sq].
-Work = namedtuple("Work", "q_descriptor k_descriptor v_descriptor place terms view steps shared seen_ptr results row")
-# The keys lo <= j < hi that a consumer's rows [ROWS] see, and |factor|.
+# seen: pointer to the sequence's first key; row: the program's first one in [B, Hq, Sq].
+Work = namedtuple("Work", "q_descriptor k_descriptor v_descriptor position terms view steps shared seen results row")
+# The visible keys lo <= j < hi of a consumer's rows [ROWS], and |factor|.
 Rows = namedtuple("Rows", "lo hi factor")
-# From step to step: sums [ROWS, D], P that waits for its V, and m_i, l_i and spread of the softmax.
+# From step to step: sums [ROWS, D], P [ROWS, BLOCK_N] that waits for its V, and m_i, l_i and spread of the softmax.
 State = namedtuple("State", "acc p m_i l_i spread")
 
 
@@ -99,9 +99,9 @@ def attention_forward_hopper(
         seen_ptr += (batch.to(gl.int64) * (q_heads // group) + kv_head) * k_len
     row = (batch.to(gl.int64) * q_heads + head) * packed_rows + first_row
     terms = Terms(scale, query_scale, key_scale, key_bias, softcap, sinks_ptr)
-    place = Place(batch, head, kv_head, head % group, first_row, first_key, start, q_len - start, live, live_end)
+    position = Position(batch, head, kv_head, head % group, first_row, first_key, start, q_len - start, live, live_end)
     shared = _shared(q_descriptor, k_descriptor, v_descriptor, STAGES, CONSUMERS, CLEARS)
-    work = Work(q_descriptor, k_descriptor, v_descriptor, place, terms, view, steps, shared, seen_ptr, results, row)
+    work = Work(q_descriptor, k_descriptor, v_descriptor, position, terms, view, steps, shared, seen_ptr, results, row)
     # Warps and registers of the partitions behind the first, which has the launch's warps and what registers are left.
     DV: gl.constexpr = VALUE_DIM
     if CONSUMERS == 2:
@@ -162,12 +162,13 @@ def _shared(q_desc, k_desc, v_desc, STAGES: gl.constexpr, CONSUMERS: gl.constexp
 
 @gluon.jit
 def _load(work):
-    """The loader. K(i) comes before V(i-1): step i takes both, and K(i-2) is released before V(i-3)."""
-    q, q_ready, place = work.shared.q, work.shared.q_ready.index(0), work.place
+    """Load q, then K(i) before V(i-1): step i takes both, and K(i-2) is released before V(i-3)."""
+    q, q_ready, position = work.shared.q, work.shared.q_ready.index(0), work.position
     CONSUMERS: gl.constexpr = q.shape[0]
     mbarrier.expect(q_ready, CONSUMERS * work.q_descriptor.block_type.nbytes)
     for w in gl.static_range(CONSUMERS):
-        load_tile(work.q_descriptor, [place.batch, place.head, place.first_row + w * ROWS, 0], q_ready, q.index(w))
+        row = position.first_row + w * ROWS
+        load_tile(work.q_descriptor, [position.batch, position.head, row, 0], q_ready, q.index(w))
     _fill(work.k_descriptor, work.shared.k, work, 0, 0)
     cleared = 0
     for i in range(1, work.steps.blocks):
@@ -178,21 +179,21 @@ def _load(work):
 
 @gluon.jit
 def _fill(descriptor, ring, work, i, cleared):
-    """Load the tile of step i when its stage is empty; return how many were cleared of NaN that no row sees."""
+    """Load the tile of step i when its stage is empty; return how many tiles were cleared of NaN in hidden keys."""
     STAGES: gl.constexpr = ring.tiles.shape[0]
     BLOCK_N: gl.constexpr = ring.tiles.shape[3]
     CLEARS: gl.constexpr = ring.ready.shape[0] > STAGES
-    place, tile, stage = work.place, ring.tiles.index(i % STAGES), i % STAGES
+    position, tile, stage = work.position, ring.tiles.index(i % STAGES), i % STAGES
     first_key = _first_key(i, work.steps, work.view, BLOCK_N)
     mbarrier.wait(ring.empty.index(stage), (i // STAGES & 1) ^ 1)
     arrives_at = stage
     if CLEARS:
-        is_dirty = (first_key < place.live) | (first_key + BLOCK_N > place.live_end)
-        if work.seen_ptr is not None:
+        is_dirty = (first_key < position.live) | (first_key + BLOCK_N > position.live_end)
+        if work.seen is not None:
             is_dirty = i < work.steps.masked
         arrives_at = gl.where(is_dirty, STAGES, stage)
     mbarrier.expect(ring.ready.index(arrives_at), descriptor.block_type.nbytes)
-    at = [place.batch, place.kv_head, place.first_key + first_key, 0]
+    at = [position.batch, position.kv_head, position.first_key + first_key, 0]
     load_tile(descriptor, at, ring.ready.index(arrives_at), tile)
     if CLEARS:
         if is_dirty:
@@ -210,9 +211,9 @@ def _clear(tile, first_key, work):
     for j in gl.static_range(0, BLOCK_N, CLEARED_ROWS):
         part = tile.slice(j, CLEARED_ROWS)
         keys = first_key + j + gl.arange(0, CLEARED_ROWS, layout=gl.SliceLayout(1, layout))
-        is_seen = (keys >= work.place.live) & (keys < work.place.live_end)
-        if work.seen_ptr is not None:
-            is_seen = is_seen & (gl.load(work.seen_ptr + keys, mask=is_seen, other=0) != 0)
+        is_seen = (keys >= work.position.live) & (keys < work.position.live_end)
+        if work.seen is not None:
+            is_seen = is_seen & (gl.load(work.seen + keys, mask=is_seen, other=0) != 0)
         values = part.load(layout)
         part.store(gl.where(is_seen[:, None], values, gl.zeros_like(values)))
     fence_async_shared()
@@ -228,7 +229,7 @@ def _take(ring, i):
 
 @gluon.jit
 def _consume(work, WG: gl.constexpr, VALUE_DIM: gl.constexpr):
-    """A consumer: its rows, from q to the results."""
+    """Take a consumer's rows from q to the results."""
     shared, steps, view = work.shared, work.steps, work.view
     q = shared.q.index(WG).reshape([ROWS, shared.q.shape[4]])
     mbarrier.wait(shared.q_ready.index(0), 0)
@@ -247,13 +248,13 @@ def _consume(work, WG: gl.constexpr, VALUE_DIM: gl.constexpr):
 @gluon.jit
 def _rows(q, work, WG: gl.constexpr):
     """`Rows` of a consumer; the signs of their factors go into q, so that the largest product has the largest logit."""
-    terms, place = work.terms, work.place
+    terms, position = work.terms, work.position
     layout: gl.constexpr = gl.SliceLayout(1, product_layout(work.shared.k.tiles.shape[3]))
     offs = WG * ROWS + gl.arange(0, ROWS, layout=layout)
     factor = gl.full([ROWS], terms.scale * bl.LOG2_E, gl.float32, layout=layout)
     if terms.query_scale is not None:
-        pointers = vector_from(terms.query_scale, place.batch, place.head, 0, place.first_row + offs)
-        factor *= gl.load(pointers, mask=offs < place.rows, other=0.0)
+        pointers = vector_from(terms.query_scale, position.batch, position.head, 0, position.first_row + offs)
+        factor *= gl.load(pointers, mask=offs < position.rows, other=0.0)
     if gl.min(factor, 0) < 0.0:
         of_tile: gl.constexpr = row_layout(q.shape[1])
         tile = q.load(of_tile)
@@ -263,13 +264,13 @@ def _rows(q, work, WG: gl.constexpr):
     factor = gl.abs(factor)
     if terms.key_bias is None:
         factor = gl.where(factor == 0.0, bl.TINY, factor)
-    lo, hi = key_range(place.start + gl.minimum(offs, place.rows - 1), place.batch, work.view)
+    lo, hi = key_range(position.start + gl.minimum(offs, position.rows - 1), position.batch, work.view)
     return Rows(lo, hi, factor)
 
 
 @gluon.jit
 def _first_step(q, rows, work):
-    """S(0), masked, and no product to run beside it."""
+    """`State` after S(0), which is masked and has no other product to run with it."""
     BLOCK_N: gl.constexpr = work.shared.k.tiles.shape[3]
     D: gl.constexpr = work.shared.v.tiles.shape[4]
     logits = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=product_layout(BLOCK_N))
@@ -287,7 +288,7 @@ def _first_step(q, rows, work):
 
 @gluon.jit
 def _step(i, state, q, rows, work, WG: gl.constexpr, MASKED: gl.constexpr):
-    """S(i) and P(i-1) V(i-1), issued together; softmax(i) under the second one and the products of other consumers."""
+    """`State` after S(i) and P(i-1) V(i-1), issued together, and softmax(i) under the second and others' products."""
     shared = work.shared
     STAGES: gl.constexpr = shared.k.tiles.shape[0]
     BLOCK_N: gl.constexpr = shared.k.tiles.shape[3]
@@ -314,18 +315,18 @@ def _step(i, state, q, rows, work, WG: gl.constexpr, MASKED: gl.constexpr):
 
 @gluon.jit
 def _softmax(i, logits, m_i, rows, work, MASKED: gl.constexpr):
-    terms, place, BLOCK_N = work.terms, work.place, logits.shape[1]
+    terms, position, BLOCK_N = work.terms, work.position, logits.shape[1]
     first_key = _first_key(i, work.steps, work.view, BLOCK_N)
     columns = gl.arange(0, logits.shape[1], layout=gl.SliceLayout(0, logits.type.layout))
     exists, keep, bias = None, None, None
     if MASKED:
         exists, keep = columns < work.view.k_len - first_key, _visible(logits, first_key, rows, work.view)
-    memory_key = place.first_key + first_key
+    memory_key = position.first_key + first_key
     if terms.key_scale is not None:
-        first = vector_from(terms.key_scale, place.batch, place.kv_head, 0, memory_key)
+        first = vector_from(terms.key_scale, position.batch, position.kv_head, 0, memory_key)
         logits *= gl.load(first + columns * terms.key_scale.s, mask=exists)[None, :]
     if terms.key_bias is not None:
-        first = vector_from(terms.key_bias, place.batch, place.kv_head, place.of_group, memory_key)
+        first = vector_from(terms.key_bias, position.batch, position.kv_head, position.of_group, memory_key)
         bias = (gl.load(first + columns * terms.key_bias.s, mask=exists) * bl.LOG2_E)[None, :]
     entropy = work.results.entropy is not None
     return bl.probabilities(logits, bias, keep, rows.factor, terms.softcap, m_i, MASKED, entropy)
@@ -348,12 +349,12 @@ def _visible(logits, first_key, rows, view):
 
 @gluon.jit
 def _store_rows(acc, state, rows, q, work, WG: gl.constexpr, VALUE_DIM: gl.constexpr):
-    """All results of a consumer's rows; its q takes the output on the way."""
+    """Store all results of a consumer's rows; the memory of its q takes the output on the way."""
     layout: gl.constexpr = gl.SliceLayout(1, state.l_i.type.layout)
     offs = WG * ROWS + gl.arange(0, ROWS, layout=layout)
     m_i, factor = gl.convert_layout(state.m_i, layout), gl.convert_layout(rows.factor, layout)
-    results, at, keep = work.results, work.row + offs, offs < work.place.rows
-    cap, sinks, head = work.terms.softcap, work.terms.sinks_ptr, work.place.head
+    results, at, keep = work.results, work.row + offs, offs < work.position.rows
+    cap, sinks, head = work.terms.softcap, work.terms.sinks_ptr, work.position.head
     _, weight, total = bl.finish_softmax(m_i, state.l_i, state.spread, factor, cap, sinks, head, results, at, keep)
     of_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     out = acc / gl.convert_layout(total, of_rows)[:, None]
@@ -368,7 +369,7 @@ def _store_rows(acc, state, rows, q, work, WG: gl.constexpr, VALUE_DIM: gl.const
 
 @gluon.jit
 def _store_tile(result, values, memory, work, WG: gl.constexpr, VALUE_DIM: gl.constexpr):
-    """Store values [ROWS, D], those of rows and columns that exist; where `result` is int8, their bits of int16."""
+    """Store the rows and columns of values [ROWS, D] that exist; where `result` is int8, their bits of int16."""
     layout: gl.constexpr = row_layout(values.shape[1])
     offs = WG * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, layout))
@@ -376,7 +377,7 @@ def _store_tile(result, values, memory, work, WG: gl.constexpr, VALUE_DIM: gl.co
     values = memory.load(layout)
     if result.dtype.element_ty == gl.int8:
         values = values.to(gl.int16, bitcast=True).to(gl.int8)
-    keep = (offs < work.place.rows)[:, None] & (columns < VALUE_DIM)[None, :]
+    keep = (offs < work.position.rows)[:, None] & (columns < VALUE_DIM)[None, :]
     gl.store(result + work.row * VALUE_DIM + offs[:, None] * VALUE_DIM + columns[None, :], values, mask=keep)
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ...tuning.config import Problem
 from .block import LENGTHS, from_row, load_tile, program_position, tile_offsets
-from .launch import KERNELS, forms_of, is_aligned, is_wide, kept_specialisation, plan
+from .launch import KERNELS, forms_of, is_aligned, is_wide, kept_specialisation, plan, strided
 from .ranges import NO_HEADS, seen_bytes
-from .records import Arguments, strided
+from .records import Arguments
 
 # Below fp32's smallest normal number a norm counts as 0.
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
@@ -21,7 +21,7 @@ SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
 @triton.jit
 def norms_of(k):
-    """Euclidean norms of keys [rows, D], fp32, the largest component factored out."""
+    """Euclidean norms of keys [N, D], fp32, with the largest component factored out."""
     magnitude = tl.abs(k.to(tl.float32))
     largest = tl.max(magnitude, 1)
     unit = magnitude / tl.where(largest > 0.0, largest, 1.0)[:, None]
@@ -29,7 +29,7 @@ def norms_of(k):
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def key_norms_kernel(
+def key_statistics_kernel(
     k,
     seen_ptr,
     norms_ptr,
@@ -52,14 +52,14 @@ def key_norms_kernel(
     block, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
     first_key = block * BLOCK_N
     block_keys = tl.arange(0, BLOCK_N)
-    offs_n = first_key + block_keys
+    offs_n = first_key + block_keys  # [BLOCK_N]
     keep_key = offs_n < k_len
     key_offsets = (batch.to(tl.int64) * kv_heads + head.to(tl.int64)) * k_len + offs_n
     load_key = keep_key
     if seen_ptr is not None:
         load_key = load_key & (tl.load(seen_ptr + key_offsets, mask=keep_key, other=0) != 0)
     k = from_row(k, batch, head, first_key, ALIGNED)
-    k_ptrs = k.ptr + tile_offsets(block_keys, BLOCK_D, k.s, k.d, WIDE)
+    k_ptrs = k.ptr + tile_offsets(block_keys, BLOCK_D, k.s, k.d, WIDE)  # [BLOCK_N, BLOCK_D]
     tl.store(norms_ptr + key_offsets, norms_of(load_tile(k_ptrs, load_key, HEAD_DIM)), mask=keep_key)
 
 
@@ -84,7 +84,7 @@ def prefix_sums_kernel(
     total = tl.zeros([1], tl.float64)
     tl.store(sums_ptr + tl.arange(0, 1), total)
     for start in range(0, addends_len, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
+        offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         keep = offs_n < addends_len
         addends = tl.load(addends_ptr + offs_n, mask=keep, other=0.0).to(tl.float64)
         tl.store(sums_ptr + 1 + offs_n, total + tl.cumsum(addends, 0), mask=keep)
@@ -92,7 +92,7 @@ def prefix_sums_kernel(
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def key_statistics_grad(
+def key_statistics_grad_kernel(
     k,
     seen_ptr,
     norms_ptr,
@@ -117,7 +117,7 @@ def key_statistics_grad(
     block, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
     first_key = block * BLOCK_N
     block_keys = tl.arange(0, BLOCK_N)
-    offs_n = first_key + block_keys
+    offs_n = first_key + block_keys  # [BLOCK_N]
     keep_key = offs_n < k_len
     key_base = (batch.to(tl.int64) * kv_heads + head.to(tl.int64)) * k_len + first_key
     key_offsets = key_base + block_keys
@@ -128,8 +128,8 @@ def key_statistics_grad(
     live = load_key & (norm >= SMALLEST_NORMAL)
     d_norm = tl.load(d_norms_ptr + key_offsets, mask=live, other=0.0)
     k = from_row(k, batch, head, first_key, ALIGNED)
-    k_ptrs = k.ptr + tile_offsets(block_keys, BLOCK_D, k.s, k.d, WIDE)
-    k_tile = load_tile(k_ptrs, live, HEAD_DIM)
+    k_ptrs = k.ptr + tile_offsets(block_keys, BLOCK_D, k.s, k.d, WIDE)  # [BLOCK_N, BLOCK_D]
+    k_tile = load_tile(k_ptrs, live, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
     d_k = k_tile.to(tl.float32) / tl.where(live, norm, 1.0)[:, None] * d_norm[:, None]
     offsets = key_base * HEAD_DIM + tile_offsets(block_keys, BLOCK_D, HEAD_DIM, 1, False)
     if added_ptr is not None:
@@ -139,9 +139,9 @@ def key_statistics_grad(
 
 
 KERNELS |= {
-    "key_statistics": key_norms_kernel,
+    "key_statistics": key_statistics_kernel,
     "prefix_sums": prefix_sums_kernel,
-    "key_statistics_grad": key_statistics_grad,
+    "key_statistics_grad": key_statistics_grad_kernel,
 }
 
 
@@ -194,7 +194,7 @@ def with_usual_strides(k: Tensor) -> Tensor:
 def launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
     batch, heads, k_len, _ = k.shape
     key: list[Any] = forms_of(k)
-    for value in available.values():  # no comprehension: each is a call of its own before Python 3.12
+    for value in available.values():  # no comprehension: each is one more call before Python 3.12
         key.append(getattr(value, "dtype", value is None))
     special = kept_specialisation(tuple(key), lambda: (_problem(k), is_wide(k)))
     chosen = plan(kernel, special.problem, k.device)

@@ -1,4 +1,4 @@
-"""The buffers of key statistics in a cache: norms of its keys, and their running sums and maxima."""
+"""Kernels that fill the buffers of key statistics: norms of a cache's keys, and their running sums and maxima."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .block import LENGTHS, from_row, load_tile, page_slots, program_position, tile_offsets
 from .key_norms import key_arguments, key_norms, launch_keys, norms_of, with_usual_strides
-from .launch import KERNELS, forms_of, kept_specialisation, plan
+from .launch import KERNELS, forms_of, kept_specialisation, pages_of, plan, scale_of
 from .ranges import NO_HEADS
-from .records import Arguments, KeyBuffers, pages_of, scale_of
+from .records import Arguments, KeyBuffers
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _larger(a, b):
 
 @triton.jit
 def _running(norms, norm_sum, norm_square_sum, norm_max):
-    """Sums of norms [N] or [N, heads] and of squares, fp64, and maxima, up to and with each, from those before."""
+    """Running sums of norms [N] or [N, heads] and of squares, fp64, and maxima, from those before on."""
     wide = norms.to(tl.float64)
     norm_sums = norm_sum + tl.cumsum(wide, 0)
     norm_square_sums = norm_square_sum + tl.cumsum(wide * wide, 0)
@@ -58,9 +58,9 @@ def append_keys_kernel(
     shows them: norms fp32 [B, Hkv, capacity + 1], norm_sums, norm_square_sums fp64 and norm_maxima fp32 [B, Hkv,
     capacity + 2].
 
-    new_norms    fp32 [B, Hkv, k_len], contiguous, those of k, which is then not read; or None
-    new_counts     int64 [B] or None: how many of the k_len are keys; None is all. Keys past the capacity are dropped
-    counts         int64 [B]: how many there are. Other programs read it too, so counts_after is another tensor
+    new_norms    fp32 [B, Hkv, k_len], contiguous, the norms of k, which is then not read; or None
+    new_counts   int64 [B] or None: how many of the k_len are keys; None is all. Keys past the capacity are dropped
+    counts       int64 [B]: how many there are. Other programs read it too, so counts_after is another tensor
 
     Sums are taken as in `append_to_pages`, in blocks that begin at multiples of STEP keys: their bits do not depend on
     how keys are cut into calls. New norms pass through memory, so that those of a block stand in one layout.
@@ -81,8 +81,8 @@ def append_keys_kernel(
         offs_n = start + tl.arange(0, WIDTH)
         keep_key = offs_n < new
         if new_norms_ptr is None:
-            k_ptrs = k.ptr + tl.cast(start, tl.int64) * k.s + k_offsets
-            norm = norms_of(load_tile(k_ptrs, keep_key, HEAD_DIM))
+            k_ptrs = k.ptr + tl.cast(start, tl.int64) * k.s + k_offsets  # [BLOCK_N, BLOCK_D]
+            norm = norms_of(load_tile(k_ptrs, keep_key, HEAD_DIM))  # [WIDTH]
         else:
             norm = tl.load(new_norms_ptr + row * k_len + offs_n, mask=keep_key, other=0.0)
         tl.store(norms_ptr + held + offs_n, norm, mask=keep_key)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
+from ...core.call import Logits
+from ...core.visibility import Visibility
 from ...tuning import lookup
 from ...tuning.config import (
     Problem,
@@ -29,9 +31,11 @@ from ...tuning.config import (
 )
 from ...tuning.defaults import default_config
 from ...tuning.order import LONGEST_AXIS, lanes
-from .device import Arguments, Grid, KernelArguments, NotCompiledError, Specialisation, launch_on
+from .device import Grid, KernelArguments, NotCompiledError, Specialisation, launch_on
+from .interpreter import run_interpreted, tensors_of
+from .records import Arguments, Pages, Scale, Strided
 
-KERNELS: dict[str, Any] = {}  # by name: each file of kernels enters its own
+KERNELS: dict[str, Any] = {}  # by name: each file enters its kernels
 
 
 class Variant(NamedTuple):
@@ -72,47 +76,12 @@ def device_of(values: Iterable[Any]) -> torch.device:
     return next(tensors_of(values)).device
 
 
-def run_interpreted(kernel: Any, grid: Grid, arguments: Mapping[str, Any], config: TileConfig) -> None:
-    """Launch under TRITON_INTERPRET=1 with bf16 widened to fp32, and round the results back to nearest even.
-
-    Triton's interpreter computes on the raw bits of bf16 and truncates when it converts (triton issues 11584, 11604).
-    P and dS are not rounded to bf16, so an interpreted result is closer to exact than a GPU's.
-    """
-    wide = {name: map_tensors(_widened, value) for name, value in arguments.items()}
-    kernel[grid](**wide)
-    for name, value in arguments.items():
-        if name not in _READ_ONLY:
-            for tensor, result in zip(tensors_of([value]), tensors_of([wide[name]]), strict=True):
-                # Autograd watches for writes and refuses a second backward: what was only read is not written.
-                if result is not tensor and not torch.equal(tensor.float(), result):
-                    tensor.copy_(result)
-
-
-def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among a kernel's arguments, and in their records."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from tensors_of(value)
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """A kernel's argument with function(x) for each tensor x, also in a record."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple):
-        return type(value)(*(map_tensors(function, member) for member in value))
-    return value
-
-
 config_for: ConfigFor = lookup.config_for
 
 # Every kernel call passes `run`; a test may put another executor of the same signature here.
 interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
 run: Callable[[Any, Grid, Mapping[str, Any], TileConfig], None] = run_interpreted if interpreting else run_on_device
 
-_READ_ONLY = ("q", "k", "v", "d_out", "bias", "relative_bias")
 # Programs of a grid: the launcher of Triton multiplies its axes in 32 bits, and skips a launch with a negative product.
 MOST_PROGRAMS = 2**31 - 1
 
@@ -148,7 +117,7 @@ class Plan:
         return cls(function, config, names, constexprs, target, operator.itemgetter(*names), descriptors, variant)
 
     def launch(self, grid: Grid, available: Arguments, special: Specialisation | None = None) -> None:
-        """Run with the kernel's own arguments out of those available, in its order; special: of the call, where kept.
+        """Run with the kernel's arguments out of those available, in its order; special: of the call, where kept.
 
         grid   programs along each axis; past LONGEST_AXIS or MOST_PROGRAMS in several launches
         """
@@ -292,9 +261,9 @@ _MOST_SPECIALISATIONS = 4096
 
 
 def forms_of(*tensors: Tensor | None) -> list[Form | None]:
-    """All of tensors that selects code: shape, strides, dtype, and whether they stand at multiples of 16 bytes."""
+    """All of tensors that selects code: shape, strides, dtype, and True where they stand at multiples of 16 bytes."""
     found: list[Form | None] = []
-    for x in tensors:  # no comprehension: each is a call of its own before Python 3.12
+    for x in tensors:  # no comprehension: each is a call before Python 3.12
         found.append(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0))
     return found
 
@@ -336,10 +305,59 @@ def is_aligned(tensor: Tensor | None) -> bool:
     return True
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    """An fp32 copy of a bf16 tensor with its strides, shared elements of expanded tensors included; others as is."""
-    if tensor.dtype != torch.bfloat16:
-        return tensor
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    flat = tensor.as_strided((max(extent, 0),), (1,)).float()
-    return flat.as_strided(tensor.shape, tensor.stride(), 0)
+def strided(tensor: Tensor) -> Strided:
+    return Strided(tensor, *tensor.stride())
+
+
+def stretched(tensor: Tensor) -> Strided:
+    """The record of a tensor whose axes of length 1 stand for any length."""
+    steps = [0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
+    return Strided(tensor, *steps)
+
+
+def scale_of(tensor: Tensor) -> Scale:
+    """The record of a factor [B, H, S], or of a bias [B, Hkv, group, Sk]."""
+    b, h, *g, s = tensor.stride()
+    return Scale(tensor, 16 * b, 16 * h, 16 * g[0] if g else 0, s)
+
+
+def logit_arguments(logits: Logits) -> Arguments:
+    """The arguments that say what a logit is, and the softmax's other terms."""
+    return {
+        "scale": float(logits.scale),
+        "query_scale": None if logits.query_scale is None else scale_of(logits.query_scale),
+        "key_scale": None if logits.key_scale is None else scale_of(logits.key_scale),
+        "key_bias": None if logits.key_bias is None else scale_of(logits.key_bias),
+        "bias": None if logits.bias is None else stretched(logits.bias),
+        "relative_bias": None if logits.relative_bias is None else stretched(logits.relative_bias),
+        "extent": None if logits.relative_bias is None else logits.relative_bias.shape[3],
+        "relative_right": None if logits.relative_bias is None else logits.relative_right,
+        "softcap": None if logits.softcap is None else float(logits.softcap),
+        "sinks_ptr": None if logits.sinks is None else logits.sinks.contiguous(),
+    }
+
+
+def pages_of(block_table: Tensor, count: int, size: int) -> Pages:
+    """The record of a block table, int32 [sequences, max_pages], of `count` pages of `size` keys."""
+    bits = (size - 1).bit_length()
+    magic = 16 * (2 ** (31 + bits) // size + 1)
+    return Pages(block_table.contiguous(), 16 * size, 16 * count, 16 * block_table.shape[1], magic, 16 * (bits - 1))
+
+
+def range_arguments(visible: Visibility) -> Arguments:
+    """The arguments of kernels that use `block.key_range`."""
+    lengths, ranges = visible.key_lengths, visible.key_ranges
+    reach = visible.q_len + visible.k_len
+    return {
+        "left": None if visible.left is None else min(visible.left, reach),
+        "right": None if visible.right is None else min(visible.right, reach),
+        "key_lengths": None if lengths is None else bounded(lengths, visible.k_len).contiguous(),
+        "key_ranges": None if ranges is None else bounded(ranges, visible.k_len).contiguous(),
+        "q_len": visible.q_len,
+        "k_len": visible.k_len,
+    }
+
+
+def bounded(x: Tensor, highest: int) -> Tensor:
+    """Integers clamped to [0, highest], int32; a dtype of fewer bits is widened first, as it may not hold `highest`."""
+    return (x.int() if x.dtype.itemsize < 4 else x).clamp(0, highest).int()

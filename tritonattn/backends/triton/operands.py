@@ -127,7 +127,7 @@ class Operands:
         return torch.stack([first, first + keys // 2], dim=-1).int()
 
     def _spread(self, batch: int, longest: int) -> Tensor:
-        """int32 [B]"""
+        """Lengths between 5/8 of the longest and all of it: int32 [B]."""
         lengths = [longest - longest * (n % 4) // 8 for n in range(batch)]
         return torch.tensor(lengths, dtype=torch.int32, device=self.device)
 

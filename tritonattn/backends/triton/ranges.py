@@ -1,4 +1,4 @@
-"""Passes over the ranges of keys that rows see: the keys seen, the rows that see them, the maximum of each range."""
+"""Passes over the ranges of rows: which keys are visible to some row, to which rows, the maximum of each range."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from ...core.visibility import Visibility
 from ...tuning.config import Problem
 from .block import LENGTHS, key_range, pass_bounds, program_position, whole_blocks
-from .launch import KERNELS, Plan, plan
-from .records import Arguments, View, range_arguments
+from .launch import KERNELS, Plan, plan, range_arguments
+from .records import Arguments, View
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def rows_of_key_block(
+def row_bounds_kernel(
     key_lengths,
     key_ranges,
     bounds_ptr,
@@ -28,7 +28,7 @@ def rows_of_key_block(
     first_z,
     BLOCK_M: tl.constexpr,
 ):
-    """First and one past the last row that sees a key of one block of keys; first >= last where no row does.
+    """The first row that attends to a key of one block of keys, and one past the last; first >= last where none does.
 
     Grid: (blocks of key_block keys, 1, B). bounds int32 [B, blocks, 2], contiguous; the other arguments as in
     `key_range`.
@@ -38,7 +38,7 @@ def rows_of_key_block(
     first_key = block * key_block
     first, end = tl.full([BLOCK_M], 0, tl.int32) + q_len, tl.full([BLOCK_M], 0, tl.int32)
     for start in range(0, q_len, BLOCK_M):
-        offs_m = start + tl.arange(0, BLOCK_M)
+        offs_m = start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         row = tl.minimum(offs_m, q_len - 1)
         lo, hi = key_range(row, batch, view)
         touches = (tl.maximum(lo, first_key) < tl.minimum(hi, first_key + key_block)) & (offs_m < q_len)
@@ -63,17 +63,17 @@ def keys_seen(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Mark the keys, of a block of BLOCK_N, that some row sees.
+    """Mark the keys, of a block of BLOCK_N, that are visible to some row.
 
     Grid: (blocks of Sk, 1, B). keys_seen uint8 [B, Sk], contiguous; the other arguments as in `key_range`.
-    The loop starts at the last row, which sees most under a causal mask, and ends when every key has been seen. A step
-    tests whether any of BLOCK_M rows sees the block, and if so takes them by BLOCK_N: with tiles of more rows AMD's
+    The loop starts at the last row, which has most keys under a causal mask, and ends when every key has been seen. A
+    step tests if any of BLOCK_M rows touches the block, and then takes them by BLOCK_N: with tiles of more rows AMD's
     compiler spills the scalar registers that hold what rows have in common.
     """
     block, _, batch = program_position(first_y, first_z, LAST_FIRST=False)
     view = View(q_len, k_len, left, right, key_lengths, key_ranges)
     first_key = block * BLOCK_N
-    offs_n = first_key + tl.arange(0, BLOCK_N)
+    offs_n = first_key + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     seen = (offs_n >= k_len).to(tl.int32)
     start = (q_len - 1) // BLOCK_M * BLOCK_M
     while (start >= 0) & (start < q_len) & (tl.min(seen, 0) == 0):
@@ -86,7 +86,7 @@ def keys_seen(
         while (first >= start) & (tl.min(seen, 0) == 0):
             few = tl.minimum(first + tl.arange(0, BLOCK_N), q_len - 1)
             few_lo, few_hi = key_range(few, batch, view)
-            covers = (few_lo[:, None] <= offs_n[None, :]) & (offs_n[None, :] < few_hi[:, None])
+            covers = (few_lo[:, None] <= offs_n[None, :]) & (offs_n[None, :] < few_hi[:, None])  # [BLOCK_N, BLOCK_N]
             seen = tl.maximum(seen, tl.max(covers.to(tl.int32), 0))
             first -= BLOCK_N
         start -= BLOCK_M
@@ -95,7 +95,7 @@ def keys_seen(
 
 @triton.jit
 def _ranked(x, key):
-    """int64 in the order of x >= 0, NaN highest; equal x are in the order of falling keys."""
+    """int64 in the order of x >= 0, NaN highest; of equal x the lower key is the higher."""
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return (magnitude.to(tl.int64) << 32) | (0x7FFFFFFF - key).to(tl.int64)
 
@@ -117,13 +117,13 @@ def argmax_of_ranges(
 ):
     """The lowest key that attains the maximum of x over the range of each of BLOCK_M rows.
 
-    For an empty range it is lo, or the last key where lo is no key. Keys that all rows see are scanned once.
+    For an empty range it is lo, or the last key where lo is no key. Keys in the ranges of all rows are scanned once.
 
     Grid: (blocks of Sq, H, B). x fp32 [B, H, Sk], at least 0 or NaN; lo and hi int64 [B or 1, Sq], 0 <= lo <= hi <= Sk,
     bounds_len their stride from one batch entry to the next, Sq or 0; argmax int64 [B, H, Sq]. All contiguous.
     """
     block, head, batch = program_position(first_y, first_z, LAST_FIRST=True)
-    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     row = tl.minimum(offs_m, q_len - 1)
     lo = tl.load(lo_ptr + batch.to(tl.int64) * bounds_len + row).to(tl.int32)
     hi = tl.load(hi_ptr + batch.to(tl.int64) * bounds_len + row).to(tl.int32)
@@ -131,15 +131,15 @@ def argmax_of_ranges(
     full_start, full_end = whole_blocks(kv_start, tl.max(lo, 0), tl.min(hi, 0), BLOCK_N, False)
     x_ptr += (batch.to(tl.int64) * q_heads + head) * k_len
     columns = tl.arange(0, BLOCK_N)
-    of_all = tl.full([BLOCK_N], -1, tl.int64)
+    of_all = tl.full([BLOCK_N], -1, tl.int64)  # [BLOCK_N]
     for start in range(full_start, full_end, BLOCK_N):
         of_all = tl.maximum(of_all, _ranked(tl.load(x_ptr + start + columns), start + columns))
-    largest = tl.full([BLOCK_M], -1, tl.int64)
+    largest = tl.full([BLOCK_M], -1, tl.int64)  # [BLOCK_M]
     _, _, first, end, gap_start, gap = pass_bounds(kv_start, kv_end, full_start, full_end, BLOCK_N, 0, False)
     for position in range(first, end, BLOCK_N):
         offs_n = tl.where(position >= gap_start, position + gap, position) + columns
         x = tl.load(x_ptr + offs_n, mask=(offs_n >= kv_start) & (offs_n < kv_end), other=0.0)
-        visible = (offs_n[None, :] >= lo[:, None]) & (offs_n[None, :] < hi[:, None])
+        visible = (offs_n[None, :] >= lo[:, None]) & (offs_n[None, :] < hi[:, None])  # [BLOCK_M, BLOCK_N]
         largest = tl.maximum(largest, tl.max(tl.where(visible, _ranked(x, offs_n)[None, :], -1), 1))
     largest = tl.maximum(largest, tl.max(of_all, 0))
     key = tl.where(largest < 0, tl.minimum(lo, k_len - 1), 0x7FFFFFFF - (largest & 0x7FFFFFFF).to(tl.int32))
@@ -147,7 +147,7 @@ def argmax_of_ranges(
 
 
 KERNELS |= {
-    "row_bounds": rows_of_key_block,
+    "row_bounds": row_bounds_kernel,
     "keys_seen": keys_seen,
     "argmax_of_ranges": argmax_of_ranges,
 }
@@ -175,7 +175,7 @@ def argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
 
 
 def seen_keys(visible: Visibility, arguments: Arguments | None = None) -> Tensor:
-    """`Visibility.seen_keys`, by a kernel where `block.key_range` knows what rows see.
+    """`Visibility.seen_keys`, by a kernel where `block.key_range` has the visible keys.
 
     arguments   of `range_arguments`, where a caller has them
     """

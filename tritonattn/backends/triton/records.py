@@ -1,20 +1,15 @@
-"""The records that kernels take, and the arguments that tensors, masks and terms of logits become.
+"""The records that kernels take.
 
-Records are NamedTuples, which Triton takes apart. An optional tensor is its own flag: None where a call has no such
-tensor. Three rules suit all compilers since triton 3.4. A record's None member is a None argument of the kernel, or
+Records are NamedTuples, which Triton takes apart. An optional tensor is a flag too: None where a call has no such
+tensor. Three rules suit all compilers since triton 3.4. A record's None field is a None argument of the kernel, or
 stands in the call that makes the record. It is no local variable, no function returns it, and a record with such
-members is never compared with None. Lengths, counts and constexprs stay outside of the records that kernels take,
+fields is never compared with None. Lengths, counts and constexprs stay outside of the records that kernels take,
 where Triton ignores `do_not_specialize`.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-
-from torch import Tensor
-
-from ...core.call import Logits
-from ...core.visibility import Visibility
 
 Arguments = dict[str, Any]  # of a kernel, by name
 
@@ -95,61 +90,3 @@ class KeyBuffers(NamedTuple):
     norm_sums: Any
     norm_square_sums: Any
     norm_maxima: Any
-
-
-def strided(tensor: Tensor) -> Strided:
-    return Strided(tensor, *tensor.stride())
-
-
-def stretched(tensor: Tensor) -> Strided:
-    """The record of a tensor whose axes of length 1 stand for any length."""
-    steps = [0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
-    return Strided(tensor, *steps)
-
-
-def scale_of(tensor: Tensor) -> Scale:
-    """The record of a factor [B, H, S], or of a bias [B, Hkv, group, Sk]."""
-    b, h, *g, s = tensor.stride()
-    return Scale(tensor, 16 * b, 16 * h, 16 * g[0] if g else 0, s)
-
-
-def logit_arguments(logits: Logits) -> Arguments:
-    """The arguments that say what a logit is, and the softmax's other terms."""
-    return {
-        "scale": float(logits.scale),
-        "query_scale": None if logits.query_scale is None else scale_of(logits.query_scale),
-        "key_scale": None if logits.key_scale is None else scale_of(logits.key_scale),
-        "key_bias": None if logits.key_bias is None else scale_of(logits.key_bias),
-        "bias": None if logits.bias is None else stretched(logits.bias),
-        "relative_bias": None if logits.relative_bias is None else stretched(logits.relative_bias),
-        "extent": None if logits.relative_bias is None else logits.relative_bias.shape[3],
-        "relative_right": None if logits.relative_bias is None else logits.relative_right,
-        "softcap": None if logits.softcap is None else float(logits.softcap),
-        "sinks_ptr": None if logits.sinks is None else logits.sinks.contiguous(),
-    }
-
-
-def pages_of(block_table: Tensor, count: int, size: int) -> Pages:
-    """The record of a block table, int32 [sequences, max_pages], of `count` pages of `size` keys."""
-    bits = (size - 1).bit_length()
-    magic = 16 * (2 ** (31 + bits) // size + 1)
-    return Pages(block_table.contiguous(), 16 * size, 16 * count, 16 * block_table.shape[1], magic, 16 * (bits - 1))
-
-
-def range_arguments(visible: Visibility) -> Arguments:
-    """The arguments of kernels that use `block.key_range`."""
-    lengths, ranges = visible.key_lengths, visible.key_ranges
-    reach = visible.q_len + visible.k_len
-    return {
-        "left": None if visible.left is None else min(visible.left, reach),
-        "right": None if visible.right is None else min(visible.right, reach),
-        "key_lengths": None if lengths is None else bounded(lengths, visible.k_len).contiguous(),
-        "key_ranges": None if ranges is None else bounded(ranges, visible.k_len).contiguous(),
-        "q_len": visible.q_len,
-        "k_len": visible.k_len,
-    }
-
-
-def bounded(x: Tensor, highest: int) -> Tensor:
-    """Integers clamped to [0, highest], int32; a dtype of fewer bits is widened first, as it may not hold `highest`."""
-    return (x.int() if x.dtype.itemsize < 4 else x).clamp(0, highest).int()
