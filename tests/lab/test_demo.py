@@ -58,7 +58,7 @@ def subject(**config) -> Subject:
 
 @pytest.fixture
 def small(monkeypatch) -> Subject:
-    """A small random model in the place of the real one."""
+    """A small random model instead of the real one."""
     one = subject()
     monkeypatch.setattr(demo, "load", lambda name, device: one)
     return one
