@@ -44,8 +44,8 @@ def test_a_reader_of_the_hidden_passkeys_recalls_all_and_one_of_a_wrong_digit_no
 
 def test_it_reads_tokens_of_a_file(passkey, monkeypatch, tmp_path, capsys):
     (tmp_path / "train.bin").write_bytes(torch.arange(4096).remainder(100).to(torch.uint16).numpy().tobytes())
-    found, windows = [], passkey.windows
-    monkeypatch.setattr(passkey, "windows", lambda data, *rest: found.append(data) or windows(data, *rest))
+    found, draw = [], passkey.windows
+    monkeypatch.setattr(passkey, "windows", lambda data, *rest: found.append(data) or draw(data, *rest))
     monkeypatch.setattr(sys, "argv", ["passkey.py", "--data", str(tmp_path / "train.bin")])
     passkey.main()
     assert found[0].tolist() == torch.arange(4096).remainder(100).tolist()
