@@ -1,4 +1,4 @@
-"""Where kernels run: on a GPU, in Triton's interpreter, or emulated behind a stub of NVIDIA's driver."""
+"""The ways to run kernels: on a GPU, in Triton's interpreter, or emulated behind a stub of NVIDIA's driver."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Assumptions(NamedTuple):
 
 
 def _repeats(ranks: int, sizes: Sizes) -> int:
-    """How often "alltoall" repeats a key head, until the ranks divide them."""
+    """The number of times that "alltoall" repeats a key head, until the ranks divide them."""
     return ranks // math.gcd(ranks, sizes.kv_heads)
 
 

@@ -66,7 +66,7 @@ class Record:
 
     @property
     def origin(self) -> str:
-        """Where its times come from: a card, a CPU, or a stand-in for a card, by which they mean nothing."""
+        """The origin of its times: a card, a CPU, or a stand-in for a card, by which they mean nothing."""
         stand_ins = {"emulate": "Emulated (times mean nothing)", "interpret": "Interpreted (times mean nothing)"}
         found = (text for device, text in stand_ins.items() if f"--device {device}" in self.environment.command)
         return next(found, "Measured")

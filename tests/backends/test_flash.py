@@ -321,7 +321,7 @@ def test_a_library_that_cannot_be_imported(monkeypatch, tmp_path):
 
 
 def test_cudnn(monkeypatch):
-    """Where nothing else is installed: squares and whole rows of a batch, with scales and their gradients."""
+    """cuDNN, where nothing else is installed: squares and whole rows of a batch, with scales and their gradients."""
     flash.install(monkeypatch, card=9)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(obstacles, "can_use_cudnn_attention", lambda params: False)

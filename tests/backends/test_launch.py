@@ -1,4 +1,4 @@
-"""How launches are split, and which arguments they pass: what holds on every device. No kernel runs."""
+"""The split of launches, and the arguments that they pass, on every device. No kernel runs."""
 
 import operator
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""How many pieces of work a call on a GPU hands to it: kernels of ours, and torch's, each a launch.
+"""The pieces of work that a call on a GPU hands to it: kernels of ours, and torch's, each a launch.
 
 The kernels are not run, and the tensors are a CPU's: what a GPU is not asked for, reading values, is left out.
 """

@@ -1,4 +1,4 @@
-"""How long the way from a public function to its loop is: files, functions and Python calls of warm calls.
+"""The length of the way from a public function to its loop: files, functions and Python calls of warm calls.
 
 Every frame of the package counts, down to the executor that a launch is handed to. `python -m
 tests.calls.test_path_of_a_call` prints the table.

@@ -108,7 +108,7 @@ CORES = ("cpu0", "cpu1", "cpu2", "cpu3")
     ("idle", "wanted"), [((1, 1, 1, 1), 4), ((1, 0.9, 0.4, 0), 2), ((0, 0, 0, 0), 1), ((0, 0, 0, 1), 1)]
 )
 def test_as_many_threads_as_idle_cores(idle, wanted, monkeypatch):
-    """Of four cores, each idle for a share of the time that it is watched."""
+    """Four cores are each idle for a share of the time that they are watched."""
     given = []
     monkeypatch.setattr(threads, "usable_cores", lambda: len(CORES))
     monkeypatch.setattr(torch, "get_num_threads", lambda: len(CORES))

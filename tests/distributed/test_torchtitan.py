@@ -58,7 +58,7 @@ def tokens(batch: int = 4) -> torch.Tensor:
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """[B, L, vocabulary]"""
+    """Logits, [B, L, vocabulary]."""
     positions = POSITIONS.expand_as(ids)
     given, positions = (ids.flatten(), positions.flatten()) if FOLDED else (ids, positions)
     return model(given, positions=positions, attention_masks=model.get_attention_masks(positions)).view(*ids.shape, -1)

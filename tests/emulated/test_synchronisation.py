@@ -64,7 +64,7 @@ def launches_of(recorder: Recorder) -> dict[str, list[Launch]]:
 
 
 def check(launches: list[Launch], each: bool = True) -> Counter:
-    """How many of each operation are missed, or of each operation the first; the others have a reason not to be."""
+    """The number of each operation that are missed, or of its first; the others have a reason not to be."""
     ptx = launches[0].ptx
     kernel, order, missed = parse(ptx), Order(ptx), Counter()
     executed = set().union(*(launch.executed() for launch in launches))

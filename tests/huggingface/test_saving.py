@@ -143,7 +143,7 @@ def without_tritonattn() -> Iterator[None]:
 
 
 def test_weights_of_a_patch_are_marked(tmp_path):
-    """Where the config is not read, unexpected weights are named; `Patched.mark` and unpatched models leave none.
+    """Unexpected weights are named where the config is not read; `Patched.mark` and unpatched models leave none.
 
     transformers without tritonattn refuses the model if it reads the config.
     """

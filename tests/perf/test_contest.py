@@ -1,4 +1,4 @@
-"""Who is timed, and who is not: results that are wrong at the second call or in another head, and errors midway."""
+"""Contestants that are left out: wrong at the second call or in another head, or with errors midway."""
 
 import math
 from dataclasses import replace

@@ -38,7 +38,7 @@ WHOLE = "expected a whole number from 1 up, got '0'"
     ],
 )
 def test_refusals(arguments, message, tmp_path, capsys, monkeypatch):
-    """Where torch finds no GPU and Triton does not interpret."""
+    """Refusals where torch finds no GPU and Triton does not interpret."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("tritonattn.backends.triton.launch.interpreting", False)
     monkeypatch.setattr("tritonattn.backends.triton.launch.runs_on", lambda device: False)

@@ -39,7 +39,7 @@ def served(request, tmp_path_factory):
 
 @pytest.fixture
 def paths(monkeypatch) -> Counter:
-    """How often the engine called each function: with rows of a first chunk, of a later one, and of guessed tokens."""
+    """Calls of each function by the engine: with rows of a first chunk, of a later one, and of guessed tokens."""
     calls, attend = Counter(), backend.TritonattnImpl._attend
 
     def counted(self, call):

@@ -57,7 +57,7 @@ class PagedBatch:
 
     @property
     def k(self) -> Tensor:
-        """[T_k, Hkv, D]"""
+        """The packed keys, [T_k, Hkv, D]."""
         return self.kv.split(self.widths, -1)[0]
 
     @property

@@ -1,4 +1,4 @@
-"""What the ranks of torch.distributed tell one another of a step, so that each has the record of one process."""
+"""Exchange between the ranks of torch.distributed after a step: each has the record of one process."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class RowStatistics:
 
     @property
     def relative_entropy(self) -> Tensor:
-        """As the function of that name."""
+        """The relative entropy, by the function of that name."""
         return relative_entropy(self.entropy, self.key_count)
 
 

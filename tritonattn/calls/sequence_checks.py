@@ -18,7 +18,7 @@ def check_offsets(name: str, offsets: Any, like: Tensor, owner: str = "q") -> No
 
 
 def check_offset_values(name: str, offsets: Tensor, length: int, axis: str, longest: int | None = None) -> None:
-    """On a CPU, raise unless offsets begin with 0, do not fall, end within `axis`, and are at most `longest` apart."""
+    """Raise on a CPU unless offsets begin with 0, do not fall, end within `axis`, and are at most `longest` apart."""
     if not values_are_read(offsets):
         return
     first, last, lengths = int(offsets[0]), int(offsets[-1]), offsets.diff()
@@ -41,7 +41,7 @@ def check_block_table(table: Any, sequences: int, like: Tensor, owner: str = "q"
 
 
 def check_page_numbers(table: Tensor, page: int, pages: int, first: Tensor, end: Tensor, bound: str) -> None:
-    """On a CPU, check the pages of the keys first <= j < end, int64 [B]: the others may belong to others by now.
+    """Check on a CPU the pages of the keys first <= j < end, int64 [B]: the others may belong to others by now.
 
     bound   the argument that `end` comes from
     """

@@ -117,7 +117,7 @@ def _part_with(q: Tensor, name: str, x: Any, axes: Mapping[str, Axes]) -> Any:
 
 
 class Shards(NamedTuple):
-    """How q is spread over a mesh.
+    """The way in which q is spread over a mesh.
 
     meanings   for every dimension of the mesh "batch", "heads", or None where ranks hold the same
     heads      Hq of all ranks

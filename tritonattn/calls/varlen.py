@@ -187,7 +187,7 @@ def attention_varlen(
 
 
 def _packed(out: Tensor) -> Tensor:
-    """[1, Hq, T_q, Dv] as [T_q, Hq, Dv]."""
+    """The packed form [T_q, Hq, Dv] of [1, Hq, T_q, Dv]."""
     return out[0].transpose(0, 1).contiguous()
 
 
@@ -215,7 +215,7 @@ class Packing:
         return (self.cu_seqlens_k.shape[0] - 1) * self._longest_k(k)
 
     def visibility(self, q: Tensor, k: Tensor, k_len: int, **masks: Any) -> Visibility:
-        """Which of the `keys` each row attends to, of checked arguments: q [T_q, Hq, D] and k, packed or in pages."""
+        """The `keys` to which each row attends, by checked arguments: q [T_q, Hq, D] and k, packed or in pages."""
         q_len, longest_k = q.shape[0], min(self._longest_k(k), k_len)
         longest_q = min(self.max_seqlen_q, q_len)
         sequences = Sequences.of(self.cu_seqlens_q, self.cu_seqlens_k, q_len, k_len, longest_q, longest_k)
@@ -223,7 +223,7 @@ class Packing:
         return Visibility.of_shapes(q_shape, k_shape, q.device, sequences=sequences, **masks)
 
     def _longest_k(self, k: Tensor) -> int:
-        """At least the keys of the longest sequence, of which no more count than the pages k of a table hold."""
+        """An upper bound on the keys of the longest sequence, at most what the pages k of a table hold."""
         if self.block_table is None:
             return self.max_seqlen_k
         return min(self.max_seqlen_k, self.block_table.shape[1] * k.shape[1])

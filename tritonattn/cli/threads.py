@@ -1,4 +1,4 @@
-"""How many cores a command may use, and torch's threads."""
+"""The number of cores that a command may use, and torch's threads."""
 
 from __future__ import annotations
 

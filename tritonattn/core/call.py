@@ -48,7 +48,7 @@ class Logits(NamedTuple):
     bias_after_softcap: bool = False
 
     def changed(self, **terms: Any) -> Logits:
-        """As `_replace`, which torch.compile traces from torch 2.9 on."""
+        """Replace fields as `_replace` does, which torch.compile traces only from torch 2.9 on."""
         unchanged: dict[str, Any] = dict(zip(Logits._fields, self, strict=True))
         return Logits(**(unchanged | terms))
 
@@ -153,11 +153,11 @@ class AttentionCall:
         return replace(self, visibility=visible.as_ranges(), logits=terms)
 
     def keys(self) -> Tensor:
-        """[B, Hkv, Sk, D], a copy where they lie in pages, with zeros behind the last key of a sequence."""
+        """The keys [B, Hkv, Sk, D], a copy where they lie in pages, with zeros behind the last key of a sequence."""
         return self._along_keys(self.k)
 
     def values(self) -> Tensor:
-        """[B, Hkv, Sk, Dv], likewise."""
+        """The values [B, Hkv, Sk, Dv], likewise."""
         return self._along_keys(self.v)
 
     def _along_keys(self, x: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class ForwardResult(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients of an AttentionCall's tensors are asked for."""
+    """The tensors of an AttentionCall whose gradients are asked for."""
 
     q: bool = False
     k: bool = False

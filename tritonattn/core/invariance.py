@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class _Switch(local):
-    """No ContextVar: torch.compile reads none."""
+    """The switch of a thread; torch.compile cannot read a ContextVar."""
 
     is_on = False
 

@@ -53,11 +53,11 @@ class KeyRecord:
         return self._shown(self._memory[3])
 
     def _shown(self, x: Tensor) -> Tensor:
-        """One of `_memory` without the entries for dropped keys. A view made now: pickled views share no memory."""
+        """A tensor of `_memory` without entries for dropped keys. A view made now: pickled views share no memory."""
         raise NotImplementedError
 
     def find(self, key: Tensor, table: PageTable | None) -> Any:
-        """Where the entries of `key` are, int64 [B or 1, n], by its number along the axis of the call's keys.
+        """The positions of the entries of `key`, int64 [B or 1, n], by its number along the axis of the call's keys.
 
         A key below 0 has none. table: of a cache in pages.
         """

@@ -1,4 +1,4 @@
-"""Where the figures of a document come from: machine, versions, commit, command."""
+"""The origin of the figures of a document: machine, versions, commit, command."""
 
 from __future__ import annotations
 

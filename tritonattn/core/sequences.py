@@ -13,7 +13,7 @@ from .autograd import apply
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """Where the sequences of a packed batch lie among T_q rows and T_k keys.
+    """The sequences of a packed batch, as ranges of T_q rows and T_k keys.
 
     q_starts    int32 [N + 1], from 0 up to T_q, never falling: sequence n has the rows
                 q_starts[n] <= i < q_starts[n + 1]
@@ -90,11 +90,11 @@ class PackedAxis:
         return self.starts[1:] - self.starts[:-1]
 
     def unpacked(self, x: Tensor) -> Tensor:
-        """[1, H, total] as [N, H, longest], 0 behind each sequence."""
+        """The sequences of x [1, H, total] as [N, H, longest], 0 behind each sequence."""
         return apply(_Moved, x, self, False)
 
     def packed(self, x: Tensor) -> Tensor:
-        """[N, H, longest] as [1, H, total], 0 for entries of no sequence."""
+        """The sequences of x [N, H, longest] as [1, H, total], 0 for entries of no sequence."""
         return apply(_Moved, x, self, True)
 
     def _moved(self, x: Tensor, packs: bool) -> Tensor:
@@ -162,7 +162,7 @@ class PageTable:
     sequences: Sequences | None = None
 
     def find(self, key: Tensor, pages: int) -> Found:
-        """Where `key`, int64 [N or 1, n], lies in so many pages; a key below 0 lies nowhere."""
+        """The position of `key`, int64 [N or 1, n], in so many pages; a key below 0 has none."""
         count, longest = self.numbers.shape
         if self.sequences is None:
             sequence = torch.arange(count, device=key.device)[:, None]

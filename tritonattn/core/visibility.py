@@ -123,19 +123,19 @@ class Visibility:
 
     @classmethod
     def of_part(cls, whole: Visibility, first: int, k_len: int) -> Visibility:
-        """Those keys of `whole` that are among k_len from key `first` on, and the counts of all."""
+        """The visibility of the k_len keys of `whole` from key `first` on, with the counts of all keys."""
         sizes = (whole.batch, whole.q_heads, whole.kv_heads, whole.q_len, k_len)
         bounds = cast(Tensor, whole.as_ranges().key_ranges)
         return cls(*sizes, whole.device, key_ranges=bounds - first, counted=whole)
 
     @property
     def rows(self) -> tuple[int, int, int]:
-        """[B, Hq, Sq]"""
+        """The shape of a number for each row, [B, Hq, Sq]."""
         return self.batch, self.q_heads, self.q_len
 
     @property
     def keys(self) -> tuple[int, int, int]:
-        """[B, Hkv, Sk]"""
+        """The shape of a number for each key, [B, Hkv, Sk]."""
         return self.batch, self.kv_heads, self.k_len
 
     @property

@@ -102,12 +102,12 @@ class Wire(NamedTuple):
 
 
 def heads_to_tokens(x: Tensor, split: Split, wire: Wire) -> Tensor:
-    """[B, H, S / P, D] of all heads, to the whole sequence [B, H / P, S, D] of this rank's heads; with a gradient."""
+    """Exchange [B, H, S / P, D] of all heads for the sequence of this rank's, [B, H / P, S, D]; differentiable."""
     return _Swap.apply(x, split, True, wire)
 
 
 def tokens_to_heads(x: Tensor, split: Split, wire: Wire) -> Tensor:
-    """[B, H / P, S, D] of this rank's heads, to its tokens of all heads, [B, H, S / P, D]; with a gradient."""
+    """Exchange [B, H / P, S, D] of this rank's heads for its tokens of all, [B, H, S / P, D]; differentiable."""
     return _Swap.apply(x, split, False, wire)
 
 

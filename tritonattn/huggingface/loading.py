@@ -117,7 +117,7 @@ def _saved(model: PreTrainedModel) -> dict[str, Any] | None:
 
 @contextmanager
 def _saved_as_patched(model: PreTrainedModel, arguments: dict[str, Any]) -> Iterator[None]:
-    """While a patched model is saved, have MARK among its weights, and the settings in its config.
+    """Have, while a patched model is saved, MARK among its weights, and the settings in its config.
 
     Weights of adapters alone are not marked, nor those of a `Patched` whose mark is False. The config lacks the
     settings where a part of the model was patched.

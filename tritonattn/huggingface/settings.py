@@ -27,7 +27,7 @@ class AppliedLayers(dict[Any, Any]):
 
 @dataclass(frozen=True, eq=False)
 class Settings:
-    """How one attention module scales its logits.
+    """The scaling of the logits of one attention module.
 
     scaling   as in `tritonattn.attention`; None keeps the model's
     gain      a float, or a tensor broadcastable to [Hq, 1], that multiplies the scaling

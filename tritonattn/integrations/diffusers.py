@@ -113,7 +113,7 @@ def _function(scaling: Scaling, backend: str) -> Any:
         return_lse: bool = False,
         _parallel_config: Any = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """[B, S, H, D] each, as diffusers lays them out; lse [B, S, H]."""
+        """Attend: [B, S, H, D] each, as diffusers lays them out; lse [B, S, H]."""
         if _parallel_config is not None:
             raise NotImplementedError("_parallel_config: context parallelism is not supported by tritonattn")
         if not enable_gqa and query.shape[2] != key.shape[2]:

@@ -124,7 +124,7 @@ class _Scaled(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """[..., H, S, D] each: leading axes are one batch."""
+        """Attend: [..., H, S, D] each, whose leading axes are one batch."""
         batch = q.shape[:-3]
         if attn_mask is not None and attn_mask.dim() > 4:
             attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)

@@ -91,7 +91,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention as by torch.nn.MultiheadAttention.forward."""
+        """Attend as torch.nn.MultiheadAttention.forward does."""
         if query.is_nested or key.is_nested or value.is_nested:
             raise NotImplementedError("query, key, value: nested tensors are not supported; pad them, with a mask")
         if is_causal and attn_mask is None:

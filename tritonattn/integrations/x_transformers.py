@@ -79,7 +79,7 @@ class ScaledAttend(nn.Module):
         causal: bool | None = None,
         **others: Any,
     ) -> tuple[Tensor, Intermediates]:
-        """Attention as by Attend.forward; row_mask matters only to inverted attention."""
+        """Attend as Attend.forward does; row_mask matters only to inverted attention."""
         for name, meaning in _REFUSED_IN_CALLS.items():
             if others.get(name) is not None:
                 raise NotImplementedError(f"{name}: {meaning} is not supported by tritonattn")

@@ -274,7 +274,7 @@ class ScaledAttention(SharesSequence, nn.Module):
         return self.q_norm(q), self.k_norm(k), v
 
     def _joined(self, out: Tensor) -> Tensor:
-        """[B, Hq, Sq, D] through the last projection."""
+        """Join the heads of [B, Hq, Sq, D] by the last projection."""
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: Any, biases: dict[str, Any]) -> Tensor:

@@ -91,7 +91,7 @@ def _leaves(record: type, path: tuple[str, ...] = (), optional: bool = False) ->
 
 
 def _rank(argument: Argument) -> tuple[int, bool]:
-    """Those that can have a gradient come first, in the order of `Gradients`, then other tensors."""
+    """The order of tensors: first, as in `Gradients`, the ones that can have a gradient, then others."""
     fields = Gradients._fields
     return fields.index(argument.name) if argument.name in fields else len(fields), not argument.is_tensor
 
@@ -203,7 +203,7 @@ def _tensor_dims(in_dims: Sequence, arguments: Sequence) -> list[int | None]:
 
 
 def _fold(x: Any, dim: int | None, size: int, batch: int) -> Any:
-    """[B or 1, ...] with a mapped axis at `dim`, or without: [size * B, ...]; a shared mask stays."""
+    """Fold [B or 1, ...] with a mapped axis at `dim`, or without: [size * B, ...]; a shared mask stays."""
     if not isinstance(x, Tensor) or (dim is None and x.shape[0] == 1 != batch):
         return x
     x = x[None] if dim is None else x.movedim(dim, 0)

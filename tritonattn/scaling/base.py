@@ -127,7 +127,7 @@ class OfCount(Scaling):
         return head_dim**-0.5
 
     def _of_count(self, n: Tensor) -> Tensor:
-        """Of fp64 counts n, of any shape; finite at 0."""
+        """The factor for fp64 counts n, of any shape; finite at 0."""
         raise NotImplementedError
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:

@@ -45,7 +45,7 @@ QUICK = Effort(first_rounds=3, timed=3, rounds=8, warm_up=0.05, compiled=neighbo
 
 
 class SearchError(Exception):
-    """This process can search for nothing more on this machine."""
+    """An error after which this process can search for nothing more on this machine."""
 
 
 @dataclass(frozen=True)

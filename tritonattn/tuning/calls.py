@@ -66,7 +66,7 @@ class Call(NamedTuple):
 
 
 class Calls:
-    """How often each call was launched inside `record`."""
+    """The calls that were launched inside `record`, each with the number of its launches."""
 
     def __init__(self, counts: dict[Call, int] | None = None) -> None:
         self._counts = Counter(counts or {})
@@ -79,7 +79,7 @@ class Calls:
         return f"Calls({len(self)} distinct launches, {sum(self._counts.values())} launches)"
 
     def counts(self) -> dict[Call, int]:
-        """By call, the most frequent first."""
+        """The number of launches by call, the most frequent first."""
         return dict(self._counts.most_common())
 
     def largest(self) -> dict[Exact, Size]:
@@ -171,7 +171,7 @@ def read_calls(path: str | Path) -> Calls:
 
 
 def _parse(record: Any) -> Calls:
-    """Raises ValueError."""
+    """Parse a call; raise ValueError where it is none."""
     if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(f"expected calls of schema_version {SCHEMA_VERSION}, got {shown(record)}")
     found = record.get("calls")

@@ -61,7 +61,7 @@ class Target(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> Target:
-        """From "sm_90" or "gfx942"."""
+        """Parse "sm_90" or "gfx942"."""
         if found := re.fullmatch(r"sm_([7-9][0-9]|1[0-9]{2})|(gfx[0-9a-z-]{3,20})", name):  # LLVM aborts on older ones
             return cls("cuda", found[1]) if found[1] else cls("hip", name)
         raise ValueError(f"target: expected sm_<number from 70> or gfx<name>, got {name!r}")

@@ -117,7 +117,7 @@ class Checks:
             self.race(instruction, space, conflict, bad, active, per_lane, cells, other, same_value)
 
     def _arrives_in_use(self, instruction: Instruction, per_lane: int):
-        """Which of a lane's cells come to registers that some instruction uses: Triton loads padding with values."""
+        """The cells of a lane that come to registers that some instruction uses: Triton loads padding with values."""
         loaded = instruction.written if instruction.base == "ld" else ()
         if len(loaded) < 2:
             return np.ones(per_lane, bool)

@@ -1,4 +1,4 @@
-"""Which block runs next where warps are specialised: any order of the warps is right, and a policy picks one."""
+"""The next block where warps are specialised: any order of the warps is right, and a policy picks one."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class PartitionScheduler(Scheduler):
             self._run_block(counter, mask)
 
     def _able(self, counter: int, ready):
-        """Which of the lanes that are ready can run a block."""
+        """The lanes, of the ones that are ready, that can run a block."""
         mask = ready & (self.counters == counter)
         if self.in_step[counter]:  # lanes that left the warp at a branch come first: the join may stand before them
             elsewhere = (self.counters != counter) & (self.counters != FINISHED)

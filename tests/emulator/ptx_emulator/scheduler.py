@@ -1,4 +1,4 @@
-"""Which block runs next: all threads together, or, after a divergent branch, those with the lowest program counter."""
+"""The next block: all threads together, or, after a divergent branch, those with the lowest program counter."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Scheduler:
                         return
 
     def _takes_exit(self, block: Block):
-        """Which lanes take the branch or return: all where it has no condition."""
+        """The lanes that take the branch or return: all where it has no condition."""
         if block.register is None:
             return True
         condition = self.machine.registers[block.register]

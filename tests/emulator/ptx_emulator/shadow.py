@@ -1,4 +1,4 @@
-"""Who touched a byte last: the memory of the race checks."""
+"""The last accesses to each byte: the memory of the race checks."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Shadow:
         return bad if bad.any() else None
 
     def after_write(self, cells, actors):
-        """Which accesses conflict with the last write; None where none does."""
+        """The accesses that conflict with the last write; None where none does."""
         return self.conflicts(self.writer[cells], actors)
 
     def after_read(self, cells, actors):
-        """Which accesses, of writers, conflict with the last reads; None where none does."""
+        """The accesses, of writers, that conflict with the last reads; None where none does."""
         return self.conflicts(self.reader[cells], actors)
 
     def read(self, cells, actors, instruction: int):

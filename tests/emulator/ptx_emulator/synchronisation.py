@@ -69,7 +69,7 @@ class Order:
         return passed, reached
 
     def why_needless(self, one: Instruction) -> str | None:
-        """Why the kernel may do without an instruction, by its text; None where only a run can tell."""
+        """The reason why the kernel may do without an instruction, by its text; None where only a run can tell."""
         operation = operation_of(one)
 
         def is_same(other: Instruction) -> bool:

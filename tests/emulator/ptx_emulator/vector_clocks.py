@@ -29,7 +29,7 @@ class VectorShadow:
         self.writer_instruction, self.reader_instruction = np.zeros(cells, i4), np.zeros(cells, i4)
 
     def after_write(self, cells, actors):
-        """Which of the last writes are not ordered before these warps; None where all are."""
+        """The last writes that are not ordered before these warps; None where all are."""
         writer = self.writer[cells]
         bad = (writer >> 8) > self.clocks[actors, np.maximum(self.writing_warp(cells), 0)]
         return bad if bad.any() else None

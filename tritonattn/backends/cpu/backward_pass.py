@@ -97,7 +97,7 @@ class _Rows:
         saved: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None],
         lone: Tensor | None,
     ) -> _Rows:
-        """From (out, rounding, lse, d_out, d_lse), and the rows of one key."""
+        """The terms of rows, from (out, rounding, lse, d_out, d_lse) and the rows of one key."""
         call = tiles.call
         out, rounding, lse, d_out, d_lse = saved
         lse = tiles.of_each_row(lse, block)

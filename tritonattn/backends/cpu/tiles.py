@@ -42,7 +42,7 @@ class Block:
 
     @property
     def index(self) -> tuple[slice, slice, slice]:
-        """Where the block lies in a tensor [B, Hq, Sq, ...]."""
+        """The index of the block in a tensor [B, Hq, Sq, ...]."""
         return self.heads.batch, self.heads.queries, self.rows
 
 
@@ -189,7 +189,7 @@ class Tiles:
         target.copy_(part.view(target.shape))
 
     def by_head(self, x: Tensor, block: Block) -> Tensor:
-        """[N, G * rows, C] as [batch entries, key heads, G, rows, C]."""
+        """Separate the heads of x [N, G * rows, C]: [batch entries, key heads, G, rows, C]."""
         batch, heads = block.heads.batch, block.heads.keys
         shape = (batch.stop - batch.start, heads.stop - heads.start, self.group)
         return x.view(*shape, block.rows.stop - block.rows.start, x.shape[-1])

@@ -74,7 +74,7 @@ def folded(x: Tensor, wide: Tensor | None, scale: Tensor | None, seen: Tensor | 
 
 
 class _Fold(Function):
-    """With y = x * scale and a gradient d of y in 16 bits: d_x = d * scale, d_scale = sum_D d * x, both in fp32."""
+    """y = x * scale. With a gradient d of y in 16 bits: d_x = d * scale, d_scale = sum_D d * x, both in fp32."""
 
     @staticmethod
     def forward(x, wide, scale, seen, dtype):

@@ -197,7 +197,7 @@ _codes: dict[tuple[Any, TileConfig, int], _Code] = {}
 
 
 def _code_of(kernel: Any, config: TileConfig, device: int) -> _Code:
-    """One for all threads: two made at once would each have locks."""
+    """The code of a kernel in a config, one for all threads: two made at once would each have locks."""
     key = (kernel, config, device)
     if key not in _codes:
         _codes.setdefault(key, _Code(binder(kernel, make_backend(_driver().get_current_target())), {}, {}))
@@ -228,7 +228,7 @@ _one_capture_at_a_time = threading.Lock()  # two would leave a hook behind
 
 @contextmanager
 def _no_compilation_in_capture(kernel: Any) -> Iterator[None]:
-    """While a CUDA graph is captured, a kernel that is not compiled is refused: loading code would end the capture."""
+    """Refuse a kernel that is not compiled while a CUDA graph is captured: loading code would end the capture."""
     if not torch.cuda.is_current_stream_capturing():
         yield
         return

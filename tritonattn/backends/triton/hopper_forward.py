@@ -334,7 +334,7 @@ def _softmax(i, logits, m_i, rows, work, MASKED: gl.constexpr):
 
 @gluon.jit
 def _visible(logits, first_key, rows, view):
-    """As `block.visible`. Which eighth key is an immediate: as a number of a column it would hold a register."""
+    """`block.visible` in Gluon. The eighth is an immediate: as a number of a column it would take a register."""
     eights = logits.reshape([ROWS, logits.shape[1] // 8, 8])
     of_rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, eights.type.layout))
     eighth = 8 * gl.arange(0, eights.shape[1], layout=gl.SliceLayout(0, gl.SliceLayout(2, eights.type.layout)))

@@ -39,7 +39,7 @@ class Scale(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """Where keys in pages lie: key j of sequence n is in page table[n, j // size], at j % size.
+    """The positions of keys in pages: key j of sequence n is in page table[n, j // size], at j % size.
 
     table            int32 [sequences, length], contiguous; keys of pages outside [0, count) are zeros
     size, count      keys of a page, at least 2, and pages

@@ -15,7 +15,7 @@ _NULL_BLOCK = 0  # no sequence has it
 
 
 def keys_and_values(cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
-    """[blocks, Hkv, block, 2 D or 2 D + RECORD] of any strides -> keys and values [blocks, block, Hkv, D]."""
+    """Split [blocks, Hkv, block, 2 D or 2 D + RECORD], of any strides, into keys and values [blocks, block, Hkv, D]."""
     cells = cache.transpose(1, 2)
     return cells[..., :head_size], cells[..., head_size : 2 * head_size]
 

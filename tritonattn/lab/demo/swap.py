@@ -93,7 +93,7 @@ def trained(device: torch.device, steps: int, *, qk_norm: bool = True) -> Qwen3F
 
 
 def untrained(*, qk_norm: bool = True) -> Qwen3ForCausalLM:
-    """One layer, with W_k started as W_q: equal keys then attract each other from the start, which spares steps."""
+    """A model of one layer, whose W_k starts as W_q: equal keys then attract each other, which spares steps."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=_ASKED + 1,

@@ -169,7 +169,7 @@ class Watched:
 
     @cached_property
     def lines(self) -> dict[str, tuple[Run, str | None]]:
-        """By the line's name its run, and its layer, None being all."""
+        """The run and the layer, None being all, by the line's name."""
         if len(self.runs) == 1:
             return {layer: (self.runs[0], layer) for layer in self.runs[0].layers}
         return {run.name: (run, None) for run in self.runs}
