@@ -30,7 +30,7 @@ from .block import (
     vector_from,
     whole_blocks,
 )
-from .combine import add_splits
+from .combine import add_splits, new_parts
 from .device import Grid
 from .launch import KERNELS, Plan, Specialisation, strided
 from .records import Arguments, View
@@ -446,7 +446,7 @@ def _in_splits(chosen: Plan, grid: Grid, arguments: Arguments, special: Speciali
     names = ("d_k_ptr", "d_v_ptr", "d_key_scale_ptr", "d_key_bias_ptr")
     results = {name: arguments[name] for name in names if arguments[name] is not None}
     splits = arguments["splits"]
-    parts = {name: new_results(call, x.expand(splits, *x.shape)) for name, x in results.items()}
+    parts = {name: new_parts(call, x, splits) for name, x in results.items()}
     if "d_key_bias_ptr" in parts:
         parts["d_key_bias_ptr"].zero_()  # a split writes the heads that it has rows of
     chosen.launch(grid, arguments | parts, special)
