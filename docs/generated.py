@@ -34,8 +34,8 @@ def floors() -> str:
 
     below: dict[str, set[str]] = {folder: set() for folders in FLOORS for folder in folders}
     for file in (file for file in FILES if module_of(file) not in DOORS):
-        own = module_of(file)[0]
-        below[own] |= {other for other, *_ in imported_modules(file)} - {own}
+        folder = module_of(file)[0]
+        below[folder] |= {other for other, *_ in imported_modules(file)} - {folder}
     reached: dict[str, set[str]] = {}
     for folder in graphlib.TopologicalSorter(below).static_order():
         reached[folder] = below[folder].union(*(reached[other] for other in below[folder]))
@@ -105,8 +105,8 @@ def costs() -> str:
         for length, dtype, passes in COST_CASES
     ]
     tiny = [[one(mode, length=16, passes=passes) for mode in COST_MODES] for passes in ("forward", "forward+backward")]
-    for name, members in zip(("forward", "forward and backward"), tiny, strict=True):
-        more = (f"+{1000 * (1 - 1 / record['ratio']) * record['median_ms']:.0f} us" for record in members)
+    for name, found in zip(("forward", "forward and backward"), tiny, strict=True):
+        more = (f"+{1000 * (1 - 1 / record['ratio']) * record['median_ms']:.0f} us" for record in found)
         rows.append([f"16 tokens, 1 head, fp32, {name}", *more])
     compiled = json.loads((RESULTS / "codegen.json").read_text(encoding="utf-8"))
     seconds = [case["compile_seconds"] for case in compiled]
@@ -150,7 +150,7 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 def renewed(text: str, known: dict[str, str]) -> str:
-    """A document's text with its parts written anew; `known` keeps what was computed."""
+    """A document's text with its parts written again; `known` keeps what was computed."""
 
     def part(found: re.Match) -> str:
         name = found[2]
@@ -168,7 +168,7 @@ def documents() -> list[Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m docs.generated", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="renew the documents in place")
+    parser.add_argument("--write", action="store_true", help="renew the documents")
     write, known, stale = parser.parse_args().write, {}, []
     for file in documents():
         text = file.read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ _PICTURE = re.compile(r"!\[([^\]]*)\]\((figures/[\w/-]+)\.png\)")
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """The version stands beside the name; the link is `Repository` of [project.urls], where there is one."""
+    """Put the version next to the name; the link is `Repository` of [project.urls], where there is one."""
     about = metadata("tritonattn")
     config.site_name = f"{config.site_name} {about['Version']}"
     urls = dict(line.split(", ", 1) for line in about.get_all("Project-URL") or ())
@@ -20,5 +20,5 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """A picture is followed by its dark look, NAME-dark.png; the site shows one of the two."""
+    """Let a picture be followed by its dark look, NAME-dark.png; the site shows one of the two."""
     return _PICTURE.sub(r"![\1](\2.png#only-light)\n![\1](\2-dark.png#only-dark)", markdown)

@@ -1,6 +1,6 @@
 // One row of attention under every mode. `keys` and `row` are pure; the rest draws. Tests hold `row` to tritonattn.
 
-// Factors of q . k, one a key: D the head dim, L the trained length, lengths those of the keys, queryLength that of q.
+// Factors of q . k, one a key: D the head dim, L the trained length, norms those of the keys, queryNorm that of q.
 const MODES = {
   sqrt_dim: ({ D }) => 1 / Math.sqrt(D),
   dim: ({ D }) => 1 / D,
@@ -18,10 +18,10 @@ const MODES = {
   llama4: ({ n, D }) => (1 + 0.1 * Math.log(Math.floor(n / 8192) + 1)) / Math.sqrt(D),
   ministral3: ({ n, D }) => (1 + 0.1 * Math.log(1 + Math.floor((n - 1) / 16384))) / Math.sqrt(D),
   inkling: ({ n, D }) => (1 + 0.1 * Math.log(Math.max(n / 128000, 1))) / Math.sqrt(D),
-  inkling2: ({ n, D, queryLength }, length) =>
-    MODES.inkling({ n, D }) * Math.min(1, Math.sqrt(512) / queryLength) * Math.min(1, Math.sqrt(512) / length),
+  inkling2: ({ n, D, queryNorm }, norm) =>
+    MODES.inkling({ n, D }) * Math.min(1, Math.sqrt(512) / queryNorm) * Math.min(1, Math.sqrt(512) / norm),
   beam: ({ n, D }) => (1 + n / 2048) ** 0.1 / Math.sqrt(D),
-  cosine: ({ D, queryLength }, length) => Math.sqrt(D) / (queryLength * length),
+  cosine: ({ D, queryNorm }, norm) => Math.sqrt(D) / (queryNorm * norm),
   ssmax: ({ n, D, s }) => (s * Math.log(n)) / Math.sqrt(D),
 };
 
@@ -36,7 +36,7 @@ function uniforms(seed) {
   };
 }
 
-// The length of q, and of each key its product with q and its length; the first keys do not depend on n. No vector is
+// The norm of q, and of each key its product with q and its norm; the first keys do not depend on n. No vector is
 // made: with z and c2 drawn from a normal and a chi-squared distribution of D - 1 degrees,
 // q . k = stretch ||q|| z and ||k||^2 = stretch^2 (z^2 + c2), as of D standard normal components times stretch.
 function keys({ n, D, spread, seed }) {
@@ -50,29 +50,29 @@ function keys({ n, D, spread, seed }) {
       if (v > 0 && Math.log(uniform()) < x * x / 2 + d * (1 - v + Math.log(v))) return 2 * d * v;
     }
   };
-  const queryLength = Math.sqrt(chiSquared(D));
+  const queryNorm = Math.sqrt(chiSquared(D));
   const dots = new Float64Array(n);
-  const lengths = new Float64Array(n);
+  const norms = new Float64Array(n);
   for (let j = 0; j < n; j++) {
     const z = normal();
-    const length = Math.sqrt(z * z + chiSquared(D - 1));
+    const norm = Math.sqrt(z * z + chiSquared(D - 1));
     const stretch = Math.exp(spread * normal());
-    dots[j] = stretch * queryLength * z;
-    lengths[j] = stretch * length;
+    dots[j] = stretch * queryNorm * z;
+    norms[j] = stretch * norm;
   }
-  return { queryLength, dots, lengths };
+  return { queryNorm, dots, norms };
 }
 
 const sum = (values) => values.reduce((a, b) => a + b, 0);
 const largest = (values) => values.reduce((a, b) => Math.max(a, b), -Infinity);
 
 // Probabilities, entropy / ln n, largest logit and gradient of each mode. L and s are settings of modes.
-function row({ queryLength, dots, lengths }, { D, L, s }) {
-  const squares = sum(lengths.map((x) => x * x));
-  const facts = { n: dots.length, D, L, s, queryLength, sum: sum(lengths), squares, largest: largest(lengths) };
+function row({ queryNorm, dots, norms }, { D, L, s }) {
+  const squares = sum(norms.map((x) => x * x));
+  const facts = { n: dots.length, D, L, s, queryNorm, sum: sum(norms), squares, largest: largest(norms) };
   return Object.fromEntries(
     Object.entries(MODES).map(([name, factorOf]) => {
-      const factors = lengths.map((length) => factorOf(facts, length));
+      const factors = norms.map((norm) => factorOf(facts, norm));
       const logits = dots.map((dot, j) => dot * factors[j]);
       const maxLogit = largest(logits);
       const weights = logits.map((z) => Math.exp(z - maxLogit));

@@ -21,7 +21,7 @@ from tests.support import flash
 from tritonattn import attention, attention_decode, attention_varlen
 
 BACKENDS = ("triton", "flash", "sdpa", "reference")
-# Second derivatives are refused by us, or by PyTorch's own kernel.
+# Second derivatives are refused by us, or by PyTorch's kernel.
 _REFUSALS = ("gradients of gradients are not supported",)
 Probe = Callable[[str], None]
 

@@ -1,4 +1,4 @@
-"""A scaling of your own, learned, and its check: against its dense formula, under every kind of mask."""
+"""A new scaling, learned, and its check: against its dense formula, under every form of mask."""
 
 import torch
 from torch import nn

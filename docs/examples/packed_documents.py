@@ -1,4 +1,4 @@
-"""Documents of different lengths in one packed call: each counts and measures its own keys only."""
+"""Documents of different lengths in one packed call: each counts and measures only the keys of its document."""
 
 import torch
 

@@ -93,9 +93,9 @@ def windows(data, size, rows, length, random):
     for row in tokens:
         names = size.text + 12 + torch.randperm(NAMES, generator=random)[:PASSKEYS]
         keys = size.text + 2 + torch.randint(10, (PASSKEYS, DIGITS), generator=random)
-        places = torch.randperm(length // QUESTION - PASSKEYS, generator=random)[:PASSKEYS]
-        for name, key, place in zip(names, keys, places, strict=True):
-            row[place * QUESTION : (place + 1) * QUESTION] = torch.cat([torch.tensor([hidden, name]), key])
+        slots = torch.randperm(length // QUESTION - PASSKEYS, generator=random)[:PASSKEYS]
+        for name, key, slot in zip(names, keys, slots, strict=True):
+            row[slot * QUESTION : (slot + 1) * QUESTION] = torch.cat([torch.tensor([hidden, name]), key])
         for turn in range(PASSKEYS):
             start = length - (PASSKEYS - turn) * QUESTION
             row[start : start + QUESTION] = torch.cat([torch.tensor([asked, names[turn]]), keys[turn]])

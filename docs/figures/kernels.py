@@ -42,11 +42,13 @@ def shares() -> dict[int, dict[str, float]]:
 
 
 def instructions() -> dict[str, dict[str, float]]:
-    """Static instructions a logit beside the products, by form and kernel: causal, bf16."""
+    """Static instructions a logit without the products, by form and kernel: causal, bf16."""
     cases = json.loads((RESULTS / "codegen.json").read_text(encoding="utf-8"))
     wanted = {"target": TARGET, "head_dim": HEAD_DIM, "dtype": "bf16", "causal": True}
-    own = [case for case in cases if wanted.items() <= case.items()]
-    return {form: {case["kernel"]: case["non_mma_per_logit"] for case in own if case["form"] == form} for form in FORMS}
+    cases = [case for case in cases if wanted.items() <= case.items()]
+    return {
+        form: {case["kernel"]: case["non_mma_per_logit"] for case in cases if case["form"] == form} for form in FORMS
+    }
 
 
 def source() -> str:
@@ -68,7 +70,7 @@ def draw() -> Figure:
     left.set_title(f"Modelled: share of an H100's tensor rate; lines: may be off by {OFF:.0%}", fontsize=10)
     left.set_ylim(0, 1.08)
     _bars(right, {FORMS[form]: values for form, values in counts.items()}, (COLOURS[7], *COLOURS[4:]))
-    right.set_title(f"Static: instructions a logit beside the products, head dim {HEAD_DIM}", fontsize=10)
+    right.set_title(f"Static: instructions a logit besides the products, head dim {HEAD_DIM}", fontsize=10)
     title = f"Nothing here was timed on a GPU. A factor a row adds at most {more:.2f} instructions a logit to a loop"
     figure.suptitle(title, fontsize=12)
     foot(figure, source())
@@ -78,13 +80,13 @@ def draw() -> Figure:
 def _bars(axes: Axes, groups: dict[str, dict[str, float]], colours: tuple[str, ...], off: float = 0) -> None:
     """Draw a bar a group for each kernel, with its value; `off` is the share by which values may be off."""
     for index, ((label, values), colour) in enumerate(zip(groups.items(), colours, strict=False)):
-        places = [place + dodge(index, len(groups), 0.8) for place in range(len(KERNELS))]
+        xs = [x + dodge(index, len(groups), 0.8) for x in range(len(KERNELS))]
         heights = [values[kernel] for kernel in KERNELS]
-        axes.bar(places, heights, 0.72 / len(groups), color=colour, label=label)
+        axes.bar(xs, heights, 0.72 / len(groups), color=colour, label=label)
         if off:
-            axes.errorbar(places, heights, [off * height for height in heights], linestyle="none", color="grey")
-        for place, height in zip(places, heights, strict=True):
-            axes.text(place, height * (1 + off), f"{height:.2f}", ha="center", va="bottom", fontsize=8)
+            axes.errorbar(xs, heights, [off * height for height in heights], linestyle="none", color="grey")
+        for x, height in zip(xs, heights, strict=True):
+            axes.text(x, height * (1 + off), f"{height:.2f}", ha="center", va="bottom", fontsize=8)
     axes.set_xticks(range(len(KERNELS)), list(KERNELS.values()))
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1 + (len(groups) % 2) * 2)
 

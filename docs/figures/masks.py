@@ -1,4 +1,4 @@
-"""The picture of masks in concepts.md: `python -m docs.figures.masks` draws the keys that rows see in a call."""
+"""The picture of masks in concepts.md: `python -m docs.figures.masks` draws the keys that rows attend to."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CALLS = {
 
 
 def visible(**masks) -> torch.Tensor:
-    """Which keys a row sees, bool [Sq, Sk]: with equal logits each has probability 1 / n."""
+    """The keys that each row attends to, bool [Sq, Sk]: with equal logits each has probability 1 / n."""
     zeros, unit = torch.zeros(1, 1, TOKENS, 4), torch.eye(TOKENS)[None, None]
     return tritonattn.attention(zeros, zeros, unit, **masks)[0, 0] > 0
 

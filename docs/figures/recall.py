@@ -55,7 +55,7 @@ def draw() -> Figure:
         look = {"color": colour, "marker": marker, "markersize": 6, "capsize": 3, "linewidth": 2.4, "linestyle": line}
         axes.errorbar(LENGTHS, means, halves, **look)
         ends.append((means[-1], f"{mode}  {means[-1]:.1%}", colour, 11))
-    beside(axes, ends)
+    label_ends(axes, ends)
     axes.set(xscale="log", ylim=(0, 1.04), xlim=(58, 4700), xlabel="keys in the table that is searched")
     axes.set_ylabel("values recalled")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -67,7 +67,7 @@ def draw() -> Figure:
     return figure
 
 
-def beside(axes: Axes, ends: list[tuple[float, str, str, int]]) -> None:
+def label_ends(axes: Axes, ends: list[tuple[float, str, str, int]]) -> None:
     """Write texts (height, text, colour, size) at the right of the axes, from the top down, apart from one another."""
     height = 1.1
     for mean, text, colour, size in sorted(ends, reverse=True):

@@ -1,4 +1,4 @@
-"""The pictures of the studies: `python -m docs.figures.studies` draws them anew from the records in docs/data."""
+"""The pictures of the studies: `python -m docs.figures.studies` draws them from the records in docs/data."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 
 from tritonattn.core.provenance import Environment
 from tritonattn.lab.figures import save_themes
-from tritonattn.lab.length.report import figure_of as length
+from tritonattn.lab.length import figure_of as length
+from tritonattn.lab.modes import MODES
 from tritonattn.lab.simulation.measures import Measures, Point
 from tritonattn.lab.simulation.paper import PANELS, component
 from tritonattn.lab.simulation.plot import figures_of as simulation
 from tritonattn.lab.simulation.report import Findings
 from tritonattn.lab.simulation.verdict import Condition, Reach
-from tritonattn.lab.training.modes import MODES
 from tritonattn.lab.training.plot import figure_of as training
 from tritonattn.lab.training.records import read
 
@@ -28,7 +28,7 @@ TASKS = ("recall", "digits", "spell", "text")
 
 
 def figures() -> Iterator[tuple[str, Figure]]:
-    """Draw every picture, and yield it with its place in this folder."""
+    """Draw every picture, and yield it with its path in this folder."""
     for task in TASKS:
         runs = [run for run in read(DATA / f"training/runs-{task}.jsonl") if run.mode in MODES]
         yield f"training-{task}.png", training(runs)
@@ -41,19 +41,21 @@ def simulated(file: Path) -> Findings:
     """Read the JSON of `tritonattn simulate`; the panels' components, which it leaves out, come from the seed."""
     record = json.loads(file.read_text(encoding="utf-8"))
     seed, paper = record["seed"], {(one.pop("dim"), one.pop("mode")): one for one in record["paper"]}
-    points = [(one.pop("modes"), Point(**one)) for one in record["sweep"]["points"]]
-    verdict = {}
+    sweep, verdict = {}, {}
+    for one in record["sweep"]["points"]:
+        modes = one.pop("modes")
+        sweep[Point(**one)] = {mode: Measures(*values) for mode, values in modes.items()}
     for one in record["verdict"]:
         condition = Condition(**{field.name: one.pop(field.name) for field in fields(Condition)})
         mode = one.pop("mode")
-        verdict[condition, mode] = Reach(**one)
+        verdict.setdefault(condition, {})[mode] = Reach(**one)
     return Findings(
         Environment(**record["environment"]),
         record["command"],
         seed,
         paper,
         [component(panel, seed, torch.device("cpu")) for panel in PANELS] if paper else [],
-        {(point, mode): Measures(*values) for modes, point in points for mode, values in modes.items()},
+        sweep,
         verdict,
     )
 

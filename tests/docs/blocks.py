@@ -1,6 +1,6 @@
 """The Python blocks of the documents as files, for a type checker: `python -m tests.docs.blocks FOLDER`.
 
-Each is a file of its own, named after its document and its line, and its lines have the numbers of the document's.
+Each becomes a file, named after its document and its line, and its lines have the numbers of the document's.
 """
 
 import re
@@ -13,7 +13,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 
 
 def write(folder: Path) -> None:
-    """Write all blocks into a folder, in the place of those of an earlier run."""
+    """Write all blocks into a folder, instead of those of an earlier run."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.py"):
         old.unlink()

@@ -93,7 +93,7 @@ def test_the_code_of_the_readme_runs():
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_a_mode_as_documented_keeps_padding_out(backend):
-    """As the page writes a mode, keys that no row sees may hold NaN: its author is not asked to think of it."""
+    """As the page writes a mode, keys that no row attends to may hold NaN: its author is not asked to think of it."""
     (position,) = (i for i, code in enumerate(snippets(SCALINGS_PAGE)) if "class LogKeyNorm(Scaling)" in code)
     scaling = run(SCALINGS_PAGE, position)["LogKeyNorm"]()
     q, k, v = torch.randn(3, 1, 4, 9, 8, dtype=torch.float64).unbind(0)
@@ -131,7 +131,7 @@ def test_a_stale_part_is_found():
 
 
 PROGRAMS = sorted((ROOT / "docs/examples").glob("*.py"))
-KERNELS = ROOT / "docs/examples/kernel.py"  # a process of its own: it asks for Triton's interpreter
+KERNELS = ROOT / "docs/examples/kernel.py"  # a separate process: it asks for Triton's interpreter
 MODULES = [file for file in sorted((ROOT / "tritonattn").rglob("*.py")) if ">>> " in file.read_text(encoding="utf-8")]
 
 
@@ -174,13 +174,13 @@ def in_node(expression):
 
 
 def operands(drawn, head_dim):
-    """q [1, 1, 1, D] and k [1, 1, n, D] with the products and lengths that were drawn, in the plane of two axes."""
-    dots, lengths = (torch.tensor([*drawn[name].values()], dtype=torch.float64) for name in ("dots", "lengths"))
+    """q [1, 1, 1, D] and k [1, 1, n, D] with the products and norms that were drawn, in the plane of two axes."""
+    dots, norms = (torch.tensor([*drawn[name].values()], dtype=torch.float64) for name in ("dots", "norms"))
     q = torch.zeros(1, head_dim, dtype=torch.float64)
     k = torch.zeros(len(dots), head_dim, dtype=torch.float64)
-    q[0, 0] = drawn["queryLength"]
+    q[0, 0] = drawn["queryNorm"]
     k[:, 0] = dots / q[0, 0]
-    k[:, 1] = (lengths.square() - k[:, 0].square()).sqrt()
+    k[:, 1] = (norms.square() - k[:, 0].square()).sqrt()
     return q[None, None], k[None, None]
 
 

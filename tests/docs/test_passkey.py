@@ -31,9 +31,9 @@ def test_a_reader_of_the_hidden_passkeys_recalls_all_and_one_of_a_wrong_digit_no
         hidden = {row[i + 1]: row[i + 2 : i + 2 + passkey.DIGITS] for i, x in enumerate(row) if x == size.text}
         assert len(hidden) == passkey.PASSKEYS
         for i in (i for i, x in enumerate(row) if x == size.text + 1):
-            for place, digit in enumerate(hidden[row[i + 1]]):
-                turned = (digit - first_digit + wrong * (place == passkey.DIGITS - 1)) % 10
-                logits[0, i + 1 + place, first_digit + turned] = 1.0
+            for position, digit in enumerate(hidden[row[i + 1]]):
+                turned = (digit - first_digit + wrong * (position == passkey.DIGITS - 1)) % 10
+                logits[0, i + 1 + position, first_digit + turned] = 1.0
         return logits[:, -last:]
 
     for length in (size.length, 8 * size.length):
@@ -44,8 +44,8 @@ def test_a_reader_of_the_hidden_passkeys_recalls_all_and_one_of_a_wrong_digit_no
 
 def test_it_reads_tokens_of_a_file(passkey, monkeypatch, tmp_path, capsys):
     (tmp_path / "train.bin").write_bytes(torch.arange(4096).remainder(100).to(torch.uint16).numpy().tobytes())
-    found, own = [], passkey.windows
-    monkeypatch.setattr(passkey, "windows", lambda data, *rest: found.append(data) or own(data, *rest))
+    found, draw = [], passkey.windows
+    monkeypatch.setattr(passkey, "windows", lambda data, *rest: found.append(data) or draw(data, *rest))
     monkeypatch.setattr(sys, "argv", ["passkey.py", "--data", str(tmp_path / "train.bin")])
     passkey.main()
     assert found[0].tolist() == torch.arange(4096).remainder(100).tolist()

@@ -154,14 +154,14 @@ def test_swin_s_relative_positions():
     same(ours, wanted, [q, k, v, table])
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "hybrid_sliding"])
-def test_relative_positions_from_the_hidden_state(kind):
+@pytest.mark.parametrize("layer_type", ["hybrid", "hybrid_sliding"])
+def test_relative_positions_from_the_hidden_state(layer_type):
     inkling = pytest.importorskip("transformers.models.inkling.modeling_inkling")
     sizes = {"num_attention_heads": H, "num_key_value_heads": HKV, "head_dim": D}
     config = inkling.InklingTextConfig(
         hidden_size=24,
         num_hidden_layers=1,
-        layer_types=[kind],
+        layer_types=[layer_type],
         sliding_window_size=6,
         d_rel=5,
         rel_extent=9,
@@ -172,7 +172,7 @@ def test_relative_positions_from_the_hidden_state(kind):
     )
     layer, x = inkling.InklingAttention(config, 0), torch.randn(B, S, 24, requires_grad=True)
     nn.init.normal_(layer.rel_logits_proj.proj)
-    window = None if kind == "hybrid" else (5, 0)
+    window = None if layer_type == "hybrid" else (5, 0)
     visible = CAUSAL if window is None else CAUSAL & ~torch.ones(S, S).tril(-6).bool()
     mask = torch.zeros(S, S).masked_fill(~visible, -torch.inf)[None, None]
     wanted, _ = layer(x, mask)

@@ -76,7 +76,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path):
     assert Watched.read(marked).runs[0].records == Watched.read(file).runs[0].records
 
 
-def test_a_second_run_in_the_file_begins_a_curve_of_its_own(tmp_path):
+def test_a_second_run_in_the_file_begins_another_curve(tmp_path):
     found = panels(record(0), record(10), record(0), record(10), tmp_path=tmp_path)
     assert [math.isnan(value) for _, value in found["loss"].curves[""]] == [False, False, True, False, False]
 

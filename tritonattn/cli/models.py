@@ -118,7 +118,7 @@ def _add_length_study(parser: ArgumentParser) -> None:
 def _length_study(options: Namespace) -> int:
     require("length-study", [*_NEEDED, "matplotlib"], extra="demo")
     from ..lab import length
-    from ..lab.demo.variants import check_written
+    from ..lab.modes import check_written
 
     options.modes = options.modes or length.VARIANTS
     check_written(options.modes)

@@ -66,10 +66,8 @@ def style(index: int) -> dict[str, Any]:
     }
 
 
-def ordered(count: int) -> list[str]:
-    """Colours for lines in an order, as of layers: the palette, or where it is too short a ramp from dark to light."""
-    if count <= len(COLOURS):
-        return list(COLOURS[:count])
+def ramp(count: int) -> list[str]:
+    """Return colours from dark to light, for more lines in an order than the palette has colours."""
     return [to_hex(colormaps["plasma"](0.8 * index / (count - 1))) for index in range(count)]  # without its yellow end
 
 
@@ -120,6 +118,24 @@ def values_beside(axes: Axes, texts: Sequence[str]) -> None:
     """Write a text a row at the right of a chart with one row a series."""
     for row, text in enumerate(texts):
         axes.annotate(text, (1.0, row), (4, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=8)
+
+
+def panels(
+    count: int, columns: int, size: tuple[float, float], label: str, *, sharey: bool = False, **text
+) -> tuple[Figure, list[Axes]]:
+    """Make a figure of panels over the same x, which the lowest of each column names.
+
+    size   inches of height: of a row of panels, and of the rest
+    """
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(10.5, size[0] * rows + size[1]), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=sharey, squeeze=False).flat
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    for axes in grid[max(0, count - columns) : count]:
+        axes.set_xlabel(label, **text)
+        axes.tick_params(labelbottom=True)
+    return figure, list(grid[:count])
 
 
 def foot(figure: Figure, source: str, looks: dict[str, dict[str, Any]] | None = None, columns: int = 5, **text) -> None:

@@ -18,7 +18,7 @@ from tritonattn.huggingface import patch
 from tritonattn.lab import demo
 from tritonattn.lab.demo import measurement
 from tritonattn.lab.demo.model import load
-from tritonattn.lab.demo.variants import variant
+from tritonattn.lab.modes import variant
 from tritonattn.nn import QueryAdaptiveSSMax
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

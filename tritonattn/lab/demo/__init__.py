@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from ...core.errors import CommandError
 from ...core.progress import Progress
 from ...core.provenance import Environment, command_line
+from ..modes import Variant, check_written, variants
 from .measurement import Measurement, Subject, eager_loss, measure, patched_with
 from .model import load
 from .report import Report
 from .swap import report as swapped
-from .variants import Variant, check_written, variants
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,9 +46,10 @@ def run(options: Namespace, *, swap: bool = False) -> int:
     if options.json is not None:
         report.write_json(options.json)
     if options.plot is not None:
-        from .plot import draw
+        from ..figures import save
+        from .plot import figure_of
 
-        draw(subject.name, measurements, Environment.of(subject.device, command_line()), options.plot)
+        save(figure_of(subject.name, measurements, Environment.of(subject.device, command_line())), options.plot)
         print(f"plot: {options.plot}")
     return 0 if report.agrees else 1
 
@@ -57,20 +58,27 @@ def check(options: Namespace) -> None:
     """Raise CommandError for modes that no model has, and for pictures that cannot be drawn."""
     check_written(options.modes or ("",))
     if options.plot is not None:
-        from .plot import file_types
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-        if options.plot.suffix[1:].lower() not in file_types():
-            raise CommandError(
-                f"--plot: expected a name ending in one of {', '.join(file_types())}, got {options.plot.name!r}"
-            )
+        types = sorted(FigureCanvasAgg.get_supported_filetypes())
+        if options.plot.suffix[1:].lower() not in types:
+            expected = f"a name ending in one of {', '.join(types)}"
+            raise CommandError(f"--plot: expected {expected}, got {options.plot.name!r}")
 
 
 def subject_and_tokens(options: Namespace) -> tuple[Subject, Tensor]:
     """Load --model, and read --text as int64 tokens [1, S], cut to --max-tokens and to the model's context."""
-    file = options.text or TEXT
+    file, limit = options.text or TEXT, options.max_tokens
     text = read_text(file)
     subject = load(options.model, options.device)
-    tokens = _tokens(subject, text, options.max_tokens)
+    tokens = subject.tokens(text)
+    context, found = subject.context, tokens.shape[1]
+    if context is not None and found > context and (limit is None or limit > context):
+        print(f"the text has {found} tokens; using the first {context}, the model's context", file=sys.stderr)
+        limit = context
+    tokens = tokens[:, :limit]
+    if tokens.shape[1] < 2:
+        raise CommandError(f"--text: expected at least 2 tokens, got {tokens.shape[1]}")
     print(f"{subject.name}: {tokens.shape[1]} tokens of {file.name} on {options.device}", file=sys.stderr)
     return subject, tokens
 
@@ -99,19 +107,3 @@ def read_text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f"--text: cannot read {str(file)!r} as UTF-8 text: {error}") from error
-
-
-def _tokens(subject: Subject, text: str, limit: int | None) -> Tensor:
-    """int64 [1, S], cut to limit and to the context that the model was trained on."""
-    tokens = subject.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
-    context = subject.context
-    if context is not None and tokens.shape[1] > context and (limit is None or limit > context):
-        print(
-            f"the text has {tokens.shape[1]} tokens; using the first {context}, the model's context",
-            file=sys.stderr,
-        )
-        limit = context
-    tokens = tokens[:, :limit]
-    if tokens.shape[1] < 2:
-        raise CommandError(f"--text: expected at least 2 tokens, got {tokens.shape[1]}")
-    return tokens.to(subject.device)

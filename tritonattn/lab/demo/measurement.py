@@ -16,8 +16,7 @@ from ...core.errors import CommandError
 from ...core.visibility import Visibility
 from ...huggingface import Patched, patch
 from ...huggingface.architecture import attention_modules, head_dim, query_heads
-from ...scaling import Scaling
-from .variants import Variant
+from ..modes import Variant
 
 _ROWS = 256  # logits that the loss upcasts at a time
 
@@ -35,6 +34,10 @@ class Subject:
     def context(self) -> int | None:
         """The longest sequence in the model's training, if its configuration states one."""
         return getattr(self.model.config, "max_position_embeddings", None)
+
+    def tokens(self, text: str) -> Tensor:
+        """Read a text as tokens, int64 [1, S]."""
+        return self.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(self.device)
 
 
 @dataclass(frozen=True)
@@ -86,18 +89,15 @@ def measure(subject: Subject, tokens: Tensor, one: Variant, layers: Any = None) 
 
 
 def patched_with(subject: Subject, one: Variant, layers: Any = None) -> Patched:
-    """Patch a model. Raises CommandError where `patch` refuses."""
+    """Patch a model, with a scaling for the heads of its first layer. Raises CommandError where `patch` refuses."""
+    found = [layer.module for layer in attention_modules(subject.model) if layer.obstacle is None]
+    scaling = one.scaling(query_heads(found[0]), head_dim(found[0]) or 1) if found else one.mode
+    if isinstance(scaling, nn.Module):
+        scaling = scaling.to(subject.device)
     try:
-        return patch(subject.model, scaling=_scaling(subject, one), gain=one.gain, layers=layers)
+        return patch(subject.model, scaling=scaling, gain=one.gain, layers=layers)
     except (NotImplementedError, ValueError) as error:
         raise CommandError(str(error)) from error
-
-
-def _scaling(subject: Subject, one: Variant) -> str | Scaling:
-    """Make a variant's scaling for the heads of the first layer; `patch` refuses layers of another number."""
-    layers = [found.module for found in attention_modules(subject.model) if found.obstacle is None]
-    scaling = one.scaling(query_heads(layers[0]), head_dim(layers[0]) or 1) if layers else one.mode
-    return scaling.to(subject.device) if isinstance(scaling, nn.Module) else scaling
 
 
 def eager_loss(subject: Subject, tokens: Tensor) -> float:

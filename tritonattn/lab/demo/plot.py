@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ...core.provenance import Environment
 from ...huggingface.architecture import layer_number
-from ..figures import foot, plain_numbers, save, staggered, styles, values_beside, whole_numbers
+from ..figures import foot, plain_numbers, staggered, styles, values_beside, whole_numbers
 from .measurement import Measurement
 
 
-def file_types() -> list[str]:
-    """List the endings of files that can be drawn."""
-    return sorted(FigureCanvasAgg.get_supported_filetypes())
-
-
-def draw(model: str, measurements: Sequence[Measurement], environment: Environment, file: Path) -> None:
+def figure_of(model: str, measurements: Sequence[Measurement], environment: Environment) -> Figure:
     """Draw the loss of every mode, and its entropy and largest logit by the layers' numbers, as `patch` counts them."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     losses, entropies, logits = figure.subplots(1, 3)
@@ -30,11 +23,8 @@ def draw(model: str, measurements: Sequence[Measurement], environment: Environme
         marks = staggered(row, len(measurements), len(one.layers))
         found = [layer_number(layer.name) for layer in one.layers]  # None of a layer whose name has none
         numbers = [index if number is None else number for index, number in enumerate(found)]
-        for axes, values in (
-            (entropies, [layer.entropy_over_ln_n for layer in one.layers]),
-            (logits, [layer.largest_logit for layer in one.layers]),
-        ):
-            axes.plot(numbers, values, **look, markevery=marks)
+        entropies.plot(numbers, [layer.entropy_over_ln_n for layer in one.layers], **look, markevery=marks)
+        logits.plot(numbers, [layer.largest_logit for layer in one.layers], **look, markevery=marks)
     losses.set_yticks(range(len(measurements)), [one.mode for one in measurements])
     losses.invert_yaxis()
     losses.grid(alpha=0.3)
@@ -47,4 +37,4 @@ def draw(model: str, measurements: Sequence[Measurement], environment: Environme
     plain_numbers(logits.yaxis)
     figure.suptitle(f"{model}: what the scaling of the attention logits does without retraining")
     foot(figure, f"Measured: {environment}", looks, columns=6)
-    save(figure, file)
+    return figure

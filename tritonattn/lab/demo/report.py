@@ -15,6 +15,7 @@ from ...core.tables import table
 from .measurement import Measurement
 
 AGREEMENT = 1e-4
+
 _HEADERS = (
     "mode",
     "loss/\ntoken",
@@ -45,12 +46,11 @@ class Report:
         """True where sqrt_dim, which is every model's scaling, gives the model's loss."""
         return abs(self.difference) <= AGREEMENT
 
-    def table(self, columns: int | None = None) -> str:
-        """One row a mode, or one block a mode where a row is wider than the terminal."""
-        rows = [self._row(measurement) for measurement in self.measurements]
+    def table(self) -> str:
+        """Tabulate the measures, a row a mode, or where that is wider than the terminal, a block a mode."""
+        rows = [self._row(one) for one in self.measurements]
         text = table(rows, _HEADERS, "simple")
-        columns = columns or shutil.get_terminal_size().columns
-        if max(map(len, text.splitlines())) <= columns:
+        if max(map(len, text.splitlines())) <= shutil.get_terminal_size().columns:
             return text
         names = [header.replace("/\n", "/").replace("\n", " ") for header in _HEADERS]
         width = max(map(len, names))
@@ -58,7 +58,7 @@ class Report:
         return "\n\n".join(blocks)
 
     def layers(self) -> str:
-        """One table a mode, one row a layer: entropy of the layer and of its heads, and logits."""
+        """Tabulate the entropy of each layer and of its heads, and logits: a table a mode, a row a layer."""
         tables = []
         for one in self.measurements:
             headers = (one.mode, "entropy\n/ ln n", "of heads", "mean row's\nlargest logit", "largest\nlogit")
@@ -95,33 +95,34 @@ class Report:
             text += f" Here {near.mode} moved the loss least, by {near.loss - base:+.4f}."
         return f"{text}\nNext, for a model and a text of yours:  tritonattn advise --model MODEL --text FILE"
 
-    def _row(self, measurement: Measurement) -> tuple[str, ...]:
-        base = self.measurements[0]
+    def _row(self, one: Measurement) -> tuple[str, ...]:
+        x = self._figures(one)
         return (
-            measurement.mode,
-            f"{measurement.loss:.4f}",
-            _short(_perplexity(measurement.loss)),
-            f"{measurement.entropy:.3f}",
-            _short(measurement.largest_logit),
-            "-" if measurement is base else f"{measurement.loss - base.loss:+.4f}",
-            "-" if measurement is base else _short(measurement.largest_logit - base.largest_logit, "+"),
+            one.mode,
+            f"{x['loss']:.4f}",
+            _short(x["perplexity"]),
+            f"{x['entropy_over_ln_n']:.3f}",
+            _short(x["largest_logit"]),
+            "-" if one is self.measurements[0] else f"{x['loss_moved']:+.4f}",
+            "-" if one is self.measurements[0] else _short(x["largest_logit_moved"], "+"),
         )
+
+    def _figures(self, one: Measurement) -> dict[str, float]:
+        base = self.measurements[0]
+        return {
+            "loss": one.loss,
+            "perplexity": math.exp(one.loss) if one.loss < 700 else math.inf,
+            "entropy_over_ln_n": one.entropy,
+            "largest_logit": one.largest_logit,
+            "loss_moved": one.loss - base.loss,
+            "largest_logit_moved": one.largest_logit - base.largest_logit,
+        }
 
     def write_json(self, file: Path) -> None:
         """Write every figure; one that is not finite becomes null."""
-        base = self.measurements[0]
         modes = [
-            {
-                "mode": one.mode,
-                "loss": one.loss,
-                "perplexity": _perplexity(one.loss),
-                "entropy_over_ln_n": one.entropy,
-                "largest_logit": one.largest_logit,
-                "loss_moved": one.loss - base.loss,
-                "largest_logit_moved": one.largest_logit - base.largest_logit,
-                "seconds": round(one.seconds, 2),
-                "layers": [asdict(layer) for layer in one.layers],
-            }
+            {"mode": one.mode, **self._figures(one), "seconds": round(one.seconds, 2)}
+            | {"layers": [asdict(layer) for layer in one.layers]}
             for one in self.measurements
         ]
         record = {
@@ -133,10 +134,6 @@ class Report:
             "modes": modes,
         }
         write_json(file, record)
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _short(value: float, sign: str = "") -> str:

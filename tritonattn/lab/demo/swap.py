@@ -23,7 +23,7 @@ _SHORTEST, _LONGEST = 16, 64  # pairs in training
 _STEPS, _ROWS, _RATE = 200, 32, 5e-3
 _TESTED, _AT_A_TIME = 16, 4  # sequences
 _VALUES, _SYMBOLS = 16, 16
-_ASKED = _VALUES + 4 * _SYMBOLS  # the token that marks a question; values are 0 to 15, then the symbols of 4 places
+_ASKED = _VALUES + 4 * _SYMBOLS  # the token that marks a question; values are 0 to 15, then the symbols of 4 positions
 
 _ABOUT = """\
 Patch it and it extrapolates. A small model learns to find the value of a key among {shortest} to {longest} pairs
@@ -37,7 +37,7 @@ keys that a token attends to and {longest} the trained length. No weight changes
 
     patch(model, scaling=tritonattn.SCALINGS["log_key_count"](base={longest}))
 
-Values recalled, by number of pairs, and beside it the same model without QK-norm ({seconds:.0f} s of training):"""
+Values recalled, by number of pairs, and by the same model without QK-norm ({seconds:.0f} s of training):"""
 _CONCLUSION = """\
 Among {most:,} pairs it recalls {before:.0%} as it was trained, and {after:.0%} when it is patched. Without QK-norm
 nothing bounds the logits, and the patch gains little or nothing: {free_before:.0%} before, {free_after:.0%} after.
@@ -67,7 +67,7 @@ def report(device: torch.device, steps: int = _STEPS) -> str:
 
 
 def _by_length(model: Qwen3ForCausalLM, scaling: Scaling | None = None) -> list[float]:
-    """Shares of right values at LENGTHS, with the model's own scaling or patched."""
+    """Shares of right values at LENGTHS, with the scaling of the model or patched."""
     with nullcontext() if scaling is None else patch(model, scaling=scaling):
         return [recalled(model, n) for n in LENGTHS]
 
@@ -122,9 +122,9 @@ def drawn(size: int, pairs: int, random: torch.Generator) -> Batch:
 
 def answers(model: Qwen3ForCausalLM, batch: Batch) -> Tensor:
     """Logits [B, asked, values] of the asked keys: a pair is one token, a question is one after all pairs."""
-    embed, places = model.model.embed_tokens, _VALUES + _SYMBOLS * torch.arange(4, device=batch.target.device)
-    pairs = embed(batch.inputs["keys"] + places).sum(-2) + embed(batch.inputs["values"])
-    asked = embed(batch.inputs["asked"] + places).sum(-2) + embed(torch.full_like(batch.target, _ASKED))
+    embed, first = model.model.embed_tokens, _VALUES + _SYMBOLS * torch.arange(4, device=batch.target.device)
+    pairs = embed(batch.inputs["keys"] + first).sum(-2) + embed(batch.inputs["values"])
+    asked = embed(batch.inputs["asked"] + first).sum(-2) + embed(torch.full_like(batch.target, _ASKED))
     tokens = torch.cat([pairs, asked], dim=1)  # [B, n + asked, hidden_size]
     no_positions = torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
     logits = model(
@@ -141,8 +141,6 @@ def answers(model: Qwen3ForCausalLM, batch: Batch) -> Tensor:
 def recalled(model: Qwen3ForCausalLM, pairs: int) -> float:
     """Share of right values among `pairs` pairs; the tables are the same in every call."""
     random = torch.Generator().manual_seed(1)
-    rights = []
-    for _ in range(_TESTED // _AT_A_TIME):
-        batch = drawn(_AT_A_TIME, pairs, random).to(model.device)
-        rights.append((answers(model, batch).argmax(-1) == batch.target).double().mean())
+    batches = (drawn(_AT_A_TIME, pairs, random).to(model.device) for _ in range(_TESTED // _AT_A_TIME))
+    rights = [(answers(model, batch).argmax(-1) == batch.target).double().mean() for batch in batches]
     return float(torch.stack(rights).mean())

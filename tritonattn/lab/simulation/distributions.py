@@ -1,4 +1,4 @@
-"""Kinds of keys, by the distribution of their norms."""
+"""Distributions of random keys."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _MOST_SETS, _KEYS = 64, 1 << 13  # the most sets of keys, and the most keys in a
 
 @dataclass(frozen=True)
 class Point:
-    """A point of the sweep: the kind of keys, their number n, and the head dim."""
+    """A point of the sweep: the distribution of keys, their number n, and the head dim."""
 
     keys: str
     count: int
@@ -47,28 +47,21 @@ class Sample:
         random = torch.Generator().manual_seed(seed)
         sets = max(1, min(_MOST_SETS, _KEYS // point.count))
 
-        def normal(length: int) -> Tensor:
-            return torch.randn(sets, 1, length, point.dim, generator=random, dtype=torch.float64)
-
-        q, k, v, weights = (normal(length) for length in (_ROWS, point.count, point.count, _ROWS))
+        counts = _ROWS, point.count, point.count, _ROWS
+        shapes = ((sets, 1, count, point.dim) for count in counts)
+        q, k, v, weights = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes)
         k = DISTRIBUTIONS[point.keys](k, random)
         return cls(*(x.to(device) for x in (q, k, v, weights / weights.norm(dim=-1, keepdim=True))))
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Means over the rows of a sample; the first seven as in `RowStatistics`.
+    """Means over the rows of a sample; the first six are of the fields of `RowStatistics` with these names.
 
-    logit_std          standard deviation of a row's logits
-    max_probability    the largest probability
-    relative_entropy   entropy / ln(n)
-    output_variance    variance of the softmax's output over the keys
-    jacobian_norm      ||J||_F, J = diag(p) - p p^T
-    gradient_norm      ||J||_F times the factor: what reaches q . k
-    near_one_hot       share of the rows whose max probability is above 0.95
-    near_uniform       share of the rows whose entropy / ln(n) is above 0.98
-    q_gradient         ||dL/dq|| of a row, where dL/dout of every row has norm 1 and v is standard normal
-    k_gradient         ||dL/dk|| over all keys of a set, divided by sqrt(rows): what one row adds
+    near_one_hot   share of the rows whose max probability is above 0.95
+    near_uniform   share of the rows whose entropy / ln(n) is above 0.98
+    q_gradient     ||dL/dq|| of a row, where dL/dout of every row has norm 1 and v is standard normal
+    k_gradient     ||dL/dk|| over all keys of a set, divided by sqrt(rows): what one row adds
 
     The last two go through v and through the factor's dependence on q and k.
     """
@@ -119,6 +112,6 @@ def measure(sample: Sample, mode: str) -> Measures:
 
 
 def points_of(counts: tuple[int, ...], dims: tuple[int, ...], keys: tuple[str, ...]) -> list[Point]:
-    """Combine every count with all dimensions for the first kind of keys, with all kinds for the first dimension."""
-    pairs = [(keys[0], dim) for dim in dims] + [(kind, dims[0]) for kind in keys[1:]]
-    return [Point(kind, count, dim) for kind, dim in pairs for count in counts]
+    """Combine every count with all dimensions for the first distribution, with all others for the first dimension."""
+    pairs = [(keys[0], dim) for dim in dims] + [(name, dims[0]) for name in keys[1:]]
+    return [Point(name, count, dim) for name, dim in pairs for count in counts]

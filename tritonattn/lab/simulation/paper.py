@@ -1,11 +1,7 @@
 """The simulations of Bernhard 2023, arXiv:2311.09406: 32 keys, 500 queries, independent standard normal components.
 
-Figures 1 and 2 of the paper are density plots of one component of a row, the value of key 1, over the queries. They
-were made with the author's R package, https://github.com/James-Bernhard/attnsims, whose `simulate_attentions` mixes
-rows and columns: `apply(queries, 1, f)` gives a matrix [keys, queries], which `matrix(..., nrow = n_queries)` refills
-in R's column order. Its "column 1" is then all 32 values of queries 1 to 15 and 20 of query 16, not the value of key 1
-for 500 queries. Here a component is that of key 1 over the 500 queries, as the paper's text has it; the other reading
-is kept, too.
+Figures 1 and 2 of the paper are density plots of one component of a row, the value of key 1, over the queries. The R
+package that drew them mixes rows and columns, as docs/simulation.md says; so both readings are measured.
 """
 
 from __future__ import annotations
@@ -57,9 +53,8 @@ class Component:
 def operands(dim: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Draw q [1, 1, 500, dim] and k [1, 1, 32, dim], fp64."""
     random = torch.Generator().manual_seed(seed)
-    q, k = (
-        torch.randn(1, 1, length, dim, generator=random, dtype=torch.float64).to(device) for length in (QUERIES, KEYS)
-    )
+    shapes = (1, 1, QUERIES, dim), (1, 1, KEYS, dim)
+    q, k = (torch.randn(shape, generator=random, dtype=torch.float64).to(device) for shape in shapes)
     return q, k
 
 
@@ -75,14 +70,10 @@ def softmax_of(q: Tensor, k: Tensor, mode: str | None) -> Tensor:
 
 def component(panel: Panel, seed: int, device: torch.device) -> Component:
     """Compute the values of a panel."""
-    matrix = softmax_of(*operands(panel.dim, seed, device), panel.mode).cpu()
-    return Component(panel, matrix[:, 0], refilled(matrix)[:, 0])
-
-
-def refilled(matrix: Tensor) -> Tensor:
-    """Reorder a matrix [queries, keys] as the published package returns it: R's matrix(t(matrix), nrow = queries)."""
-    queries, keys = matrix.shape
-    return matrix.flatten().view(keys, queries).mT  # by columns: t(matrix) holds one query after another
+    matrix = softmax_of(*operands(panel.dim, seed, device), panel.mode).cpu()  # [queries, keys]
+    # As R's matrix(t(matrix), nrow = queries) fills it, by columns: t(matrix) holds one query after another.
+    published = matrix.flatten().view(KEYS, QUERIES).mT
+    return Component(panel, matrix[:, 0], published[:, 0])
 
 
 def measures_of(dim: int, mode: str, seed: int, device: torch.device) -> dict[str, float]:

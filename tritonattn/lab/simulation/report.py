@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...core.provenance import Environment
 from ...core.records import for_json, write
 from ...core.tables import table
@@ -16,7 +18,7 @@ from .measures import MEASURES, Measures, Point
 from .paper import Component
 from .verdict import Condition, Reach
 
-_REFERENCE = 1024  # dimensions and kinds of keys are compared at this number of keys, or the nearest
+_REFERENCE = 1024  # dimensions and distributions are compared at this number of keys, or the nearest
 BY_COUNT = ("logit_std", "max_probability", "relative_entropy", "output_variance", "jacobian_norm", "gradient_norm")
 BY_DIM = ("relative_entropy", "gradient_norm")
 BY_KEYS = ("max_probability", "relative_entropy", "q_gradient")
@@ -42,10 +44,10 @@ VERDICT = {
 class Findings:
     """The figures of a simulation; parts that were not run are empty.
 
-    paper        of (dimension, mode): measures by name
+    paper        by dimension and mode: measures by name
     components   the values of each panel of the paper's figures
-    sweep        of (point, mode)
-    verdict      of (condition, mode)
+    sweep        by point and mode
+    verdict      by condition and mode
     """
 
     environment: Environment
@@ -53,8 +55,8 @@ class Findings:
     seed: int
     paper: dict[tuple[int, str], dict[str, float]]
     components: list[Component]
-    sweep: dict[tuple[Point, str], Measures]
-    verdict: dict[tuple[Condition, str], Reach]
+    sweep: dict[Point, dict[str, Measures]]
+    verdict: dict[Condition, dict[str, Reach]]
 
     def source(self) -> str:
         """Say where the figures come from."""
@@ -62,29 +64,21 @@ class Findings:
 
     @property
     def modes(self) -> list[str]:
-        return _unique(mode for _, mode in (*self.sweep, *self.verdict))
-
-    @property
-    def points(self) -> list[Point]:
-        return _unique(point for point, _ in self.sweep)
-
-    @property
-    def conditions(self) -> list[Condition]:
-        return _unique(condition for condition, _ in self.verdict)
+        return list(next(iter([*self.sweep.values(), *self.verdict.values()]), {}))
 
     def along(self, axis: str) -> list[Point]:
         """Select the points that differ in "count", "dim" or "keys" only.
 
         The others are those of the first point, but the count, for other axes, is the nearest to 1,024.
         """
-        counts = _unique(point.count for point in self.points)
-        nearest = min(counts, key=lambda count: abs(math.log(count / _REFERENCE)))
-        fixed = {"keys": self.points[0].keys, "dim": self.points[0].dim, "count": nearest}
+        first = next(iter(self.sweep))
+        nearest = min((point.count for point in self.sweep), key=lambda count: abs(math.log(count / _REFERENCE)))
+        fixed = {"keys": first.keys, "dim": first.dim, "count": nearest}
         del fixed[axis]
-        return [point for point in self.points if all(getattr(point, name) == x for name, x in fixed.items())]
+        return [point for point in self.sweep if fixed.items() <= vars(point).items()]
 
     def value(self, point: Point, mode: str, measure: str) -> float:
-        return getattr(self.sweep[point, mode], measure)
+        return getattr(self.sweep[point][mode], measure)
 
     def text(self) -> str:
         """Write all tables."""
@@ -93,15 +87,51 @@ class Findings:
             parts += [self._paper_table(), self._component_table()]
         if self.sweep:
             parts += self._sweep_tables()
-        if self.verdict:
-            parts += self._verdict_tables()
+        headers = ["scaling", *(condition.name.replace(" ", "\n") for condition in self.verdict)]
+        for name, title in VERDICT.items() if self.verdict else ():
+            found = {mode: [getattr(reaches[mode], name) for reaches in self.verdict.values()] for mode in self.modes}
+            parts.append(_table(title, headers, [[mode, *values] for mode, values in found.items()]))
         return "\n\n".join(parts)
+
+    def _paper_table(self) -> str:
+        names = list(next(iter(self.paper.values())))
+        rows = [[dim, mode, *(values[name] for name in names)] for (dim, mode), values in self.paper.items()]
+        title = f"The paper's simulation: 32 keys, 500 queries, standard normal components, seed {self.seed}"
+        return _table(title, ["d", "scaling", *(name.replace("_", "\n") for name in names)], rows, left=2)
+
+    def _component_table(self) -> str:
+        rows = []
+        for part in self.components:
+            numbers = (float(f(x)) for x in (part.values, part.as_published) for f in (torch.mean, torch.std))
+            rows.append((f"{part.panel.figure}{part.panel.letter}", part.panel.dim, part.panel.title, *numbers))
+        title = "Its figures: the value of key 1 over the queries, and in the published package's column 1"
+        headers = ["figure", "d", "values", "mean", "std", "mean as\npublished", "std as\npublished"]
+        return _table(title, headers, rows, left=3)
+
+    def _sweep_tables(self) -> list[str]:
+        first, dims, keys = next(iter(self.sweep)), self.along("dim"), self.along("keys")
+        axes = {
+            "count": (f"by number of keys; {first.keys} keys, d = {first.dim}", BY_COUNT),
+            "dim": (f"by dimension; {first.keys} keys, n = {dims[0].count}", BY_DIM if len(dims) > 1 else ()),
+            "keys": (
+                f"by distribution of keys; n = {keys[0].count}, d = {first.dim}",
+                BY_KEYS if len(keys) > 1 else (),
+            ),
+        }
+        tables = []
+        for axis, (title, measures) in axes.items():
+            points = self.along(axis)
+            headers = ["scaling", *(str(getattr(point, axis)).replace(" ", "\n") for point in points)]
+            for name in measures:
+                rows = [[mode, *(self.value(point, mode, name) for point in points)] for mode in self.modes]
+                tables.append(_table(f"{TITLES[name]}, {title}", headers, rows))
+        return tables
 
     def write_json(self, file: Path) -> None:
         """Write every figure to four digits; one that is not finite becomes null."""
         sweep = [
-            {**asdict(point), "modes": {mode: list(asdict(self.sweep[point, mode]).values()) for mode in self.modes}}
-            for point in self.points
+            {**asdict(point), "modes": {mode: list(asdict(found).values()) for mode, found in by_mode.items()}}
+            for point, by_mode in self.sweep.items()
         ]
         record = {
             "command": self.command,
@@ -111,7 +141,8 @@ class Findings:
             "sweep": {"measures": MEASURES, "points": sweep},
             "verdict": [
                 {**asdict(condition), "mode": mode, **asdict(reach)}
-                for (condition, mode), reach in self.verdict.items()
+                for condition, by_mode in self.verdict.items()
+                for mode, reach in by_mode.items()
             ],
         }
         text = json.dumps(for_json(record, 4), allow_nan=False)
@@ -119,55 +150,7 @@ class Findings:
             text = text.replace(opening, f"\n{opening}")
         write(file, f"{text}\n")
 
-    def _paper_table(self) -> str:
-        names = list(next(iter(self.paper.values())))
-        rows = [[dim, mode, *(values[name] for name in names)] for (dim, mode), values in self.paper.items()]
-        title = f"The paper's simulation: 32 keys, 500 queries, standard normal components, seed {self.seed}"
-        return _table(title, ["d", "scaling", *(name.replace("_", "\n") for name in names)], rows, left=2)
-
-    def _component_table(self) -> str:
-        rows = [
-            (
-                f"{part.panel.figure}{part.panel.letter}",
-                part.panel.dim,
-                part.panel.title,
-                *(float(x) for values in (part.values, part.as_published) for x in (values.mean(), values.std())),
-            )
-            for part in self.components
-        ]
-        title = "Its figures: the value of key 1 over the queries, and in the published package's column 1"
-        headers = ["figure", "d", "values", "mean", "std", "mean as\npublished", "std as\npublished"]
-        return _table(title, headers, rows, left=3)
-
-    def _sweep_tables(self) -> list[str]:
-        first, dims, keys = self.points[0], self.along("dim"), self.along("keys")
-        axes = {
-            "count": (f"by number of keys; {first.keys} keys, d = {first.dim}", BY_COUNT),
-            "dim": (f"by dimension; {first.keys} keys, n = {dims[0].count}", BY_DIM if len(dims) > 1 else ()),
-            "keys": (f"by kind of keys; n = {keys[0].count}, d = {first.dim}", BY_KEYS if len(keys) > 1 else ()),
-        }
-        tables = []
-        for axis, (title, measures) in axes.items():
-            points = self.along(axis)
-            headers = ["scaling", *(str(getattr(point, axis)).replace(" ", "\n") for point in points)]
-            for measure in measures:
-                rows = [[mode, *(self.value(point, mode, measure) for point in points)] for mode in self.modes]
-                tables.append(_table(f"{TITLES[measure]}, {title}", headers, rows))
-        return tables
-
-    def _verdict_tables(self) -> list[str]:
-        headers = ["scaling", *(condition.name.replace(" ", "\n") for condition in self.conditions)]
-        tables = []
-        for name, title in VERDICT.items():
-            rows = [[mode, *(getattr(self.verdict[one, mode], name) for one in self.conditions)] for mode in self.modes]
-            tables.append(_table(title, headers, rows))
-        return tables
-
 
 def _table(title: str, headers: list[Any], rows: Iterable[Iterable[Any]], left: int = 1) -> str:
     cells = [[f"{x:.3g}" if isinstance(x, float) else x for x in row] for row in rows]
     return f"{title}\n\n{table(cells, headers, 'simple', left)}"
-
-
-def _unique(items: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(items))

@@ -11,11 +11,13 @@ is one-hot or uniform. Without the gain it judges the mode as published.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ...analysis.row_statistics import RowStatistics
 from .distributions import of_equal_norm, of_log_normal_norm
 from .measures import softmax_measures, statistics_of
 
@@ -49,8 +51,7 @@ CONDITIONS = (
     Condition("norms vary within a sequence", norms="within"),
     Condition("counts and norms vary", fold=256, norms="between"),
 )
-# Modes that multiply each key by a factor: see `Curves`.
-OWN_CURVES = ("cosine", "inkling2")
+WITH_KEY_FACTORS = ("cosine", "inkling2")  # modes that multiply each key by a factor: see `Curves`
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,9 @@ class Batch:
             k = k * torch.randn(sets, 1, 1, 1, generator=random, dtype=torch.float64).exp()
         return cls(*(x.to(device) for x in (q, k, counts)))
 
+    def statistics(self, mode: str, gain: Tensor | None = None) -> RowStatistics:
+        return statistics_of(self.q, self.k, mode, key_lengths=self.key_lengths, gain=gain)
+
 
 class Curves:
     """The reach of every row of a batch by the standard deviation of its logits.
@@ -105,12 +109,8 @@ class Curves:
     """
 
     def __init__(self, batch: Batch, mode: str) -> None:
-        spread = statistics_of(batch.q, batch.k, mode, key_lengths=batch.key_lengths).logit_std
-        gradients = []
-        for wanted in _SPREADS:
-            gain = 2**wanted / spread
-            rows = statistics_of(batch.q, batch.k, mode, key_lengths=batch.key_lengths, gain=gain)
-            gradients.append(rows.gradient_norm.flatten())
+        spread = batch.statistics(mode).logit_std
+        gradients = [batch.statistics(mode, 2**wanted / spread).gradient_norm.flatten() for wanted in _SPREADS]
         norms = torch.stack(gradients, dim=-1)  # [rows, spreads]
         self._reach = norms / norms.amax(-1, keepdim=True)
 
@@ -125,9 +125,16 @@ class Curves:
         return reach.squeeze(1) * (spread / 2**first).clamp(max=1)
 
 
+def reaches_of(batch: Batch, modes: Iterable[str]) -> dict[str, Reach]:
+    """Judge modes on a batch: those that multiply rows by a factor share their curves."""
+    named = {mode: mode if mode in WITH_KEY_FACTORS else "none" for mode in modes}
+    curves = {name: Curves(batch, name) for name in set(named.values())}
+    return {mode: reach_of(batch, mode, curves[name]) for mode, name in named.items()}
+
+
 def reach_of(batch: Batch, mode: str, curves: Curves) -> Reach:
     """Judge a mode on a batch, with the curves of such modes."""
-    rows = statistics_of(batch.q, batch.k, mode, key_lengths=batch.key_lengths)
+    rows = batch.statistics(mode)
     spread = rows.logit_std.flatten()
     means = torch.stack([curves.at(spread * 2**gain).mean() for gain in _GAINS])
     best = 2 ** float(_GAINS[int(means.argmax())])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from pathlib import Path
 
 from ...core.errors import CommandError
 from ...core.progress import Progress
-from ...core.records import write
-from .modes import MODES, check_mode, trained_and_tested
-from .records import Recipe, Run, append, planned, read
-from .report import best_recipes, comparison, exponents, grid, other_metrics
+from ...core.provenance import Environment, command_line
+from ...core.records import append, write
+from ..modes import MODES, check_mode, trained_and_tested
+from .records import Recipe, Run, grouped, read
+from .report import tables
 from .tasks import TASKS
 from .trainer import train
 
@@ -28,16 +31,19 @@ def run(options: Namespace) -> int:
 
     Returns 0, or 1 where the data of two modes differed.
     """
-    runs = _recorded(options) if options.report else _trained(_planned(options), options)
-    text = _tables(runs, options)
+    stem = "grid" if options.grid else "runs"
+    files = {name: options.out / f"{stem}-{name}.jsonl" for name in options.tasks}
+    runs = _recorded(files, options) if options.report else _trained(files, options)
+    text = tables(runs, grid=options.grid, quick=options.quick)
     print(text)
-    write(options.out / f"{_stem(options)}.md", text + "\n")
+    write(options.out / f"{stem}.md", text + "\n")
     if not options.grid:
-        from .plot import draw
+        from ..figures import save
+        from .plot import figure_of
 
-        for name in dict.fromkeys(run.subject for run in runs):
+        for name, same in grouped(runs, lambda run: run.subject).items():
             file = options.out / f"{name.replace(', ', '-').replace(' ', '-')}.png"
-            draw([run for run in runs if run.subject == name], file)
+            save(figure_of(same), file)
             print(f"plot: {file}", file=sys.stderr)
     return 0 if _same_data(runs) else 1
 
@@ -63,42 +69,19 @@ def checked_modes(options: Namespace) -> tuple[str, ...]:
     return modes
 
 
-def _planned(options: Namespace) -> list[Run]:
-    seeds = options.seeds or (_QUICK_SEEDS if options.quick else _GRID_SEEDS if options.grid else _SEEDS)
-    choices = {"quick": options.quick, "qk_norm": options.qk_norm, "head_dim": options.head_dim}
-    return [
-        run
-        for task in dict.fromkeys(options.tasks)
-        for run in planned(task, options.modes, seeds, _recipes(options, task), options.device, **choices)
-    ]
-
-
-def _recipes(options: Namespace, task: str) -> list[Recipe]:
-    default = TASKS[task].recipe
-    steps = options.steps or (_QUICK_STEPS if options.quick else default.steps)
-    if not options.grid:
-        return [replace(default, steps=steps)]
-    return [
-        Recipe(optimizer, rate, decay, steps, default.batch)
-        for optimizer, (rates, decays) in _GRID.items()
-        for rate in rates
-        for decay in decays
-    ]
-
-
-def _recorded(options: Namespace) -> list[Run]:
-    files = [options.out / f"{_stem(options)}-{name}.jsonl" for name in options.tasks]
-    model = options.qk_norm, options.head_dim
-    runs = [run for file in files for run in read(file) if run.mode in options.modes]
-    runs = [run for run in runs if (run.qk_norm, run.head_dim) == model]
+def _recorded(files: dict[str, Path], options: Namespace) -> list[Run]:
+    """Read the runs of the modes and the model that are asked for."""
+    asked = options.qk_norm, options.head_dim
+    runs = [run for file in files.values() for run in read(file) if run.mode in options.modes]
+    runs = [run for run in runs if (run.qk_norm, run.head_dim) == asked]
     if not runs:
-        raise CommandError(f"--report: expected runs in {', '.join(str(file) for file in files)}, got none")
+        raise CommandError(f"--report: expected runs in {', '.join(map(str, files.values()))}, got none")
     return runs
 
 
-def _trained(runs: list[Run], options: Namespace) -> list[Run]:
+def _trained(files: dict[str, Path], options: Namespace) -> list[Run]:
     """Train, and append each run to its task's file, unless the file has it."""
-    files = {name: options.out / f"{_stem(options)}-{name}.jsonl" for name in options.tasks}
+    runs = _planned(options)
     known = {run.key: run for file in files.values() for run in read(file)}
     with Progress(total=sum(run.recipe.steps for run in runs), unit="step", leave=False) as progress:
         for run in runs:
@@ -107,23 +90,36 @@ def _trained(runs: list[Run], options: Namespace) -> list[Run]:
                 continue
             progress.set_description(f"{run.subject}: {run.mode}, seed {run.seed}")
             known[run.key] = train(run, options.device, progress.update)
-            append(files[run.task], run)
+            append(files[run.task], [asdict(run)], digits=5)
     return [known[run.key] for run in runs]
 
 
-def _tables(runs: list[Run], options: Namespace) -> str:
-    parts = []
-    if options.quick:
-        parts.append("A smoke run (--quick): too few steps for any figure here to mean anything.")
-    for name in dict.fromkeys(run.subject for run in runs):
-        same = [run for run in runs if run.subject == name]
-        about = f"{len({run.seed for run in same})} seeds; {same[0].environment}; `{same[0].command}`"
-        if options.grid:
-            parts += [f"## {name}, grid\n\n{about}.", grid(same), best_recipes(same)]
-            continue
-        parts += [f"## {name}\n\n{same[0].recipe}; {about}.", comparison(same), other_metrics(same)]
-    parts.append(exponents([] if options.grid else runs))
-    return "\n\n".join(part for part in parts if part)
+def _planned(options: Namespace) -> list[Run]:
+    """List the runs that are to be trained, a task's seeds outermost: a command that is stopped has whole seeds."""
+    seeds = options.seeds or (_QUICK_SEEDS if options.quick else _GRID_SEEDS if options.grid else _SEEDS)
+    date = datetime.now(timezone.utc).date().isoformat()
+    source = Environment.of(options.device), command_line(), date
+    choices = {"quick": options.quick, "qk_norm": options.qk_norm, "head_dim": options.head_dim}
+    return [
+        Run(task, mode, seed, recipe, *source, **choices)
+        for task in dict.fromkeys(options.tasks)
+        for seed in range(seeds)
+        for recipe in _recipes(options, task)
+        for mode in options.modes
+    ]
+
+
+def _recipes(options: Namespace, task: str) -> list[Recipe]:
+    default = TASKS[task].recipe
+    default = replace(default, steps=options.steps or (_QUICK_STEPS if options.quick else default.steps))
+    if not options.grid:
+        return [default]
+    return [
+        replace(default, optimizer=optimizer, learning_rate=rate, weight_decay=decay)
+        for optimizer, (rates, decays) in _GRID.items()
+        for rate in rates
+        for decay in decays
+    ]
 
 
 def _same_data(runs: list[Run]) -> bool:
@@ -137,7 +133,3 @@ def _same_data(runs: list[Run]) -> bool:
             print(f"{run.task}, seed {run.seed}: {run.mode} and {other.mode} saw different data", file=sys.stderr)
             return False
     return True
-
-
-def _stem(options: Namespace) -> str:
-    return "grid" if options.grid else "runs"

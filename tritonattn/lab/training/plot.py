@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..figures import dodge, foot, plain_numbers, save, staggered, styles, ticks_at, values_beside
+from ..figures import dodge, foot, plain_numbers, staggered, styles, ticks_at, values_beside
 from .records import Run
 from .report import Interval, by_mode
 from .tasks import TASKS
 
 Looks = dict[str, dict[str, Any]]
 Modes = dict[str, list[Run]]
-
-
-def draw(runs: Sequence[Run], file: Path) -> None:
-    save(figure_of(runs), file)
 
 
 def figure_of(runs: Sequence[Run]) -> Figure:
@@ -33,7 +28,7 @@ def figure_of(runs: Sequence[Run]) -> Figure:
     loss, gradients, entropy, moved, layers, final = figure.subplots(2, 3).flat
     _curves(loss, modes, looks, lambda run: run.held_out_loss)
     _curves(moved, modes, looks, lambda run: _less(run.held_out_loss, base_loss.get(run.seed)))
-    _curves(gradients, modes, looks, lambda run: _mean_over_layers(run.gradients, " qk"))
+    _curves(gradients, modes, looks, lambda run: _mean_over_layers(_of_qk(run)))
     _curves(entropy, modes, looks, lambda run: _mean_over_layers(run.entropy))
     _by_layer(layers, modes, looks)
     _measures(final, modes, looks)
@@ -92,9 +87,9 @@ def _less(values: Sequence[float], base: Sequence[float] | None) -> list[float]:
 
 
 def _by_layer(axes: Axes, modes: Modes, looks: Looks) -> None:
-    names = [name for name in next(iter(modes.values()))[0].gradients if name.endswith(" qk")]
+    names = list(_of_qk(next(iter(modes.values()))[0]))
     for index, (mode, runs) in enumerate(modes.items()):
-        means = [sum(sum(run.gradients[name]) / len(run.gradients[name]) for run in runs) / len(runs) for name in names]
+        means = [fmean(fmean(run.gradients[name]) for run in runs) for name in names]
         aside = dodge(index, len(modes), 0.3)
         axes.plot([x + aside for x in range(len(names))], means, **looks[mode])
     labels = [name.removesuffix(" qk").replace(".attention", "\nself").replace(".cross", "\ncross") for name in names]
@@ -126,6 +121,9 @@ def _measures(axes: Axes, modes: Modes, looks: Looks) -> None:
     axes.set(title="On held-out data, at the end", xlabel=metric)
 
 
-def _mean_over_layers(lists: dict[str, list[float]], ending: str = "") -> list[float]:
-    chosen = [values for name, values in lists.items() if name.endswith(ending)]
-    return [sum(column) / len(column) for column in zip(*chosen, strict=True)]
+def _of_qk(run: Run) -> dict[str, list[float]]:
+    return {name: norms for name, norms in run.gradients.items() if name.endswith(" qk")}
+
+
+def _mean_over_layers(lists: dict[str, list[float]]) -> list[float]:
+    return [fmean(column) for column in zip(*lists.values(), strict=True)]

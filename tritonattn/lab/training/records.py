@@ -1,17 +1,14 @@
-"""Training runs, and the JSON lines files that each is appended to when it ends."""
+"""Training runs, which a command appends as JSON lines when they end."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...core import records
-from ...core.provenance import Environment, command_line
+from ...core.provenance import Environment
 
 
 @dataclass(frozen=True)
@@ -37,14 +34,12 @@ class Run:
 
     mode              of the attention layers, as `modes.build` takes it, or TRAINED:TESTED, two of these
     seed              sets the weights and the order of the data, neither of which depends on the mode
-    qk_norm           the attention layers RMS-normalise q and k
-    head_dim          of the attention layers; None is the task's own
-    date              of the day on which the command began
+    head_dim          of the attention layers; None is the task's default
+    date              the day on which the command began
     status            "trained", or "diverged" where a loss was not finite: then without metrics
     data              digest of all its training batches: the same for every mode of a seed
     steps             of the entries of the lists below
     train_loss        mean since the step before
-    held_out_loss     at the step
     gradients         norms by layer and part, at the step: see `trainer.gradient_norms`
     entropy           entropy / ln n by layer, on the held-out batch
     steps_to_target   the first of `steps` with a held-out loss of at most the task's target
@@ -84,28 +79,6 @@ class Run:
         return self.task + ", QK-norm" * self.qk_norm + heads
 
 
-def planned(
-    task: str, modes: Sequence[str], seeds: int, recipes: Sequence[Recipe], device: torch.device, **choices: Any
-) -> list[Run]:
-    """List the runs of a task that are to be trained, seeds outermost: a command that is stopped has whole seeds.
-
-    choices   `Run.quick`, `Run.qk_norm` and `Run.head_dim`
-    """
-    date = datetime.now(timezone.utc).date().isoformat()
-    where = Environment.of(device), command_line(), date
-    return [
-        Run(task, mode, seed, recipe, *where, **choices)
-        for seed in range(seeds)
-        for recipe in recipes
-        for mode in modes
-    ]
-
-
-def append(file: Path, run: Run) -> None:
-    """Append a run to a file."""
-    records.append(file, [asdict(run)], digits=5)
-
-
 def read(file: Path) -> list[Run]:
     """Read the runs of a file; other lines are named on stderr and skipped."""
     return records.read(file, _decoded, "a run of `tritonattn train-compare`")
@@ -114,3 +87,11 @@ def read(file: Path) -> list[Run]:
 def _decoded(values: dict[str, Any]) -> Run:
     parts = {"environment": Environment(**values["environment"]), "recipe": Recipe(**values["recipe"])}
     return Run(**values | parts)
+
+
+def grouped(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
+    """Group runs, in the order in which their keys appear."""
+    found: dict[Any, list[Run]] = {}
+    for run in runs:
+        found.setdefault(key(run), []).append(run)
+    return found

@@ -9,10 +9,10 @@ from statistics import fmean
 
 from ...core.tables import table
 from ...nn.power_law import POINTS
-from .records import Run
+from ..modes import BASELINE
+from .records import Recipe, Run, grouped
 from .tasks import TASKS
 
-BASELINE = "sqrt_dim"
 _MISSING = "-"
 
 
@@ -51,13 +51,23 @@ class Interval:
 
 def by_mode(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Group runs by mode, in the order in which modes appear, the baseline first."""
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        found.setdefault(run.mode, []).append(run)
-    return dict(sorted(found.items(), key=lambda item: item[0] != BASELINE))
+    return dict(sorted(grouped(runs, lambda run: run.mode).items(), key=lambda item: item[0] != BASELINE))
 
 
-def comparison(runs: Sequence[Run]) -> str:
+def tables(runs: Sequence[Run], *, grid: bool, quick: bool) -> str:
+    """Write the tables of runs: for a grid one a task, with a row a recipe."""
+    parts = ["A smoke run (--quick): too few steps for any figure here to mean anything."] if quick else []
+    for name, same in grouped(runs, lambda run: run.subject).items():
+        about = f"{len({run.seed for run in same})} seeds; {same[0].environment}; `{same[0].command}`"
+        if grid:
+            parts += [f"## {name}, grid\n\n{about}.", *_grid(same)]
+        else:
+            parts += [f"## {name}\n\n{same[0].recipe}; {about}.", _comparison(same), other_metrics(same)]
+    parts.append("" if grid else _exponents(runs))
+    return "\n\n".join(filter(None, parts))
+
+
+def _comparison(runs: Sequence[Run]) -> str:
     """Tabulate one task's runs with one recipe, a row a mode: means over seeds with 95% intervals.
 
     "against sqrt_dim" is the mean over seeds of the difference of two runs that began with the same weights and saw the
@@ -67,7 +77,8 @@ def comparison(runs: Sequence[Run]) -> str:
     base = {run.seed: run.metrics[task.metric] for run in _trained(modes.get(BASELINE, []))}
     rows = []
     for mode, group in modes.items():
-        good, lost = _trained(group), len(group) - len(_trained(group))
+        good = _trained(group)
+        lost = len(group) - len(good)
         moved = [run.metrics[task.metric] - base[run.seed] for run in good if mode != BASELINE and run.seed in base]
         row = {
             "mode": mode,
@@ -80,7 +91,7 @@ def comparison(runs: Sequence[Run]) -> str:
             "diverged": f"{lost} of {len(group)}" if lost else _MISSING,
         }
         rows.append(row)
-    return table([list(row.values()) for row in rows], list(rows[0]))
+    return table([[*row.values()] for row in rows], list(rows[0]))
 
 
 def other_metrics(runs: Sequence[Run]) -> str:
@@ -96,24 +107,21 @@ def other_metrics(runs: Sequence[Run]) -> str:
     return table(rows, ("mode", *names))
 
 
-def exponents(runs: Iterable[Run]) -> str:
+def _exponents(runs: Iterable[Run]) -> str:
     """Tabulate PowerLaw's exponents, a row a layer: mean over heads and seeds, range, and the nearest named mode."""
-    by_task: dict[str, list[Run]] = {}
-    for run in _trained(runs):
-        if run.mode == "power_law":
-            by_task.setdefault(run.task, []).append(run)
     rows = []
-    for task, same in sorted(by_task.items()):
-        for layer in same[0].scaling:
-            values = {name: [x for run in same for x in run.scaling[layer][name]] for name in same[0].scaling[layer]}
+    learned = (run for run in _trained(runs) if run.mode == "power_law")
+    for task, same in sorted(grouped(learned, lambda run: run.task).items()):
+        for layer, parameters in same[0].scaling.items():
+            values = {name: [x for run in same for x in run.scaling[layer][name]] for name in parameters}
             n, norm, theta = values["count_exponent"], values["length_exponent"], values["theta"]
-            nearest, distance = nearest_point(fmean(n), fmean(norm))
+            nearest, distance = _nearest_point(fmean(n), fmean(norm))
             rows.append((task, layer, _spread(n), _spread(norm), _spread(theta), nearest, f"{distance:.2f}"))
     headers = ("task", "layer", "exponent of n", "of mean norm", "theta", "nearest mode", "distance")
     return table(rows, headers) if rows else ""
 
 
-def nearest_point(count_exponent: float, norm_exponent: float) -> tuple[str, float]:
+def _nearest_point(count_exponent: float, norm_exponent: float) -> tuple[str, float]:
     """Find the named mode whose exponents of n and of the mean norm are nearest, and its distance.
 
     Modes that differ by a constant only ("dim", "none") count as "sqrt_dim".
@@ -122,37 +130,30 @@ def nearest_point(count_exponent: float, norm_exponent: float) -> tuple[str, flo
     return min({BASELINE: apart[BASELINE], **apart}.items(), key=lambda item: item[1])
 
 
-def grid(runs: Sequence[Run]) -> str:
-    """Tabulate one task's runs, a row a recipe, a column a mode: the metric's mean over seeds."""
+def _grid(runs: Sequence[Run]) -> tuple[str, str]:
+    """Tabulate one task's runs, a row a recipe, a column a mode; and name the best recipe of every mode, a line each.
+
+    Cells are means over seeds; a recipe with a run that diverged is never the best.
+    """
     task, modes = TASKS[runs[0].task], by_mode(runs)
-    rows = []
-    for recipe in dict.fromkeys(run.recipe for run in runs):
-        cells = []
-        for group in modes.values():
-            same = [run for run in group if run.recipe == recipe]
-            lost = len(same) - len(_trained(same))
-            mean = _mean(_trained(same), lambda run: run.metrics[task.metric])
-            cells.append(mean + (f" ({lost} of {len(same)} diverged)" if lost else ""))
-        rows.append((recipe.optimizer, f"{recipe.learning_rate:g}", f"{recipe.weight_decay:g}", *cells))
-    return table(rows, ("optimizer", "learning rate", "weight decay", *modes))
-
-
-def best_recipes(runs: Sequence[Run]) -> str:
-    """Name the best recipe of every mode in a grid, a sentence each."""
-    task = TASKS[runs[0].task]
-    choose, sentences = max if task.higher_is_better else min, []
-    for mode, group in by_mode(runs).items():
-        recipes = dict.fromkeys(run.recipe for run in group)
-        of_recipes = {recipe: [run for run in group if run.recipe == recipe] for recipe in recipes}
-        means = {
-            recipe: fmean(run.metrics[task.metric] for run in same)
-            for recipe, same in of_recipes.items()
-            if len(_trained(same)) == len(same)
-        }
+    cells: dict[Recipe, list[str]] = {run.recipe: [] for run in runs}
+    sentences = []
+    for mode, group in modes.items():
+        means: dict[Recipe, float] = {}
+        by_recipe = grouped(group, lambda run: run.recipe)
+        for recipe, row in cells.items():
+            same = by_recipe.get(recipe, [])
+            good = _trained(same)
+            lost = len(same) - len(good)
+            mean = _mean(good, lambda run: run.metrics[task.metric])
+            row.append(mean + (f" ({lost} of {len(same)} diverged)" if lost else ""))
+            if good and not lost:
+                means[recipe] = fmean(run.metrics[task.metric] for run in good)
         if means:
-            recipe = choose(means, key=means.__getitem__)
-            sentences.append(f"{mode} is best with {recipe}: {task.metric} {means[recipe]:.3f}.")
-    return "\n".join(sentences)
+            best = (max if task.higher_is_better else min)(means, key=means.__getitem__)
+            sentences.append(f"{mode} is best with {best}: {task.metric} {means[best]:.3f}.")
+    rows = [(one.optimizer, f"{one.learning_rate:g}", f"{one.weight_decay:g}", *row) for one, row in cells.items()]
+    return table(rows, ("optimizer", "learning rate", "weight decay", *modes)), "\n".join(sentences)
 
 
 def _trained(runs: Iterable[Run]) -> list[Run]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..texts import WONDERLAND
-from .models import Attentions, EncoderDecoder, ImageClassifier, LanguageModel, Recaller, Sizes
+from .models import EncoderDecoder, ImageClassifier, LanguageModel, Recaller, Sizes
 from .records import Recipe
 
 IGNORED = -100
@@ -44,7 +44,7 @@ class Task(ABC):
     recipe: Recipe
 
     @abstractmethod
-    def model(self, attentions: Attentions) -> nn.Module: ...
+    def model(self, sizes: Sizes) -> nn.Module: ...
 
     @abstractmethod
     def batch(self, size: int, random: torch.Generator) -> Batch:
@@ -69,9 +69,6 @@ def _right(model: nn.Module, batch: Batch) -> Tensor:
     return model(**batch.inputs).argmax(-1) == batch.target
 
 
-_BYTES = 128  # the book is plain ASCII
-
-
 class Text(Task):
     """Predict bytes of Alice's Adventures in Wonderland from up to 128 before; the last tenth is held out.
 
@@ -90,34 +87,32 @@ class Text(Task):
     def bytes(self) -> tuple[Tensor, Tensor]:
         """int64: the training part, and the held-out tenth."""
         text = torch.tensor(list(WONDERLAND.read_bytes()))
-        cut = text.shape[0] * 9 // 10
+        cut = len(text) * 9 // 10
         return text[:cut], text[cut:]
 
-    def model(self, attentions: Attentions) -> nn.Module:
-        return LanguageModel(attentions, _BYTES, self.length)
+    def model(self, sizes: Sizes) -> nn.Module:
+        return LanguageModel(sizes, 128, self.length)  # the book is plain ASCII
 
     def batch(self, size: int, random: torch.Generator) -> Batch:
         train, _ = self.bytes
-        starts = torch.randint(train.shape[0] - self.length, (size,), generator=random)
-        return _shifted(train, starts, self.length)
+        return _shifted(train, torch.randint(len(train) - self.length, (size,), generator=random), self.length)
 
     def held_out(self) -> Batch:
         _, held_out = self.bytes
-        return _shifted(held_out, torch.linspace(0, held_out.shape[0] - self.length - 1, 16).long(), self.length)
+        return _shifted(held_out, torch.linspace(0, len(held_out) - self.length - 1, 16).long(), self.length)
 
     def final(self, model: nn.Module, device: torch.device, quick: bool) -> dict[str, float]:
         _, held_out = self.bytes
-        ends = torch.arange(512, held_out.shape[0] - 1, 2 * self.counted)[: 8 if quick else None]
-        return {f"loss_{n}": self._loss(model, held_out, ends, n, device) for n in (self.length, 256, 512)}
-
-    def _loss(self, model: nn.Module, text: Tensor, ends: Tensor, length: int, device: torch.device) -> float:
-        total = 0.0
-        for some in ends.split(32):
-            batch = _shifted(text, some - length, length).to(device)
-            logits = model(**batch.inputs)[:, -self.counted :]
-            target = batch.target[:, -self.counted :]
-            total += float(F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum"))
-        return total / (ends.shape[0] * self.counted)
+        ends = torch.arange(512, len(held_out) - 1, 2 * self.counted)[: 8 if quick else None]
+        found = {}
+        for n in (self.length, 256, 512):
+            total = 0.0
+            for some in ends.split(32):
+                batch = _shifted(held_out, some - n, n).to(device)
+                logits, target = (x[:, -self.counted :] for x in (model(**batch.inputs), batch.target))
+                total += float(F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum"))
+            found[f"loss_{n}"] = total / (len(ends) * self.counted)
+        return found
 
 
 def _shifted(text: Tensor, starts: Tensor, length: int) -> Batch:
@@ -144,15 +139,15 @@ class Digits(Task):
         images, classes = load_digits(return_X_y=True)
         x = torch.tensor(images, dtype=torch.float32).unflatten(1, (8, 8)) / 16
         y = torch.tensor(classes, dtype=torch.int64)
-        out = torch.arange(x.shape[0]) % 4 == 3
+        out = torch.arange(len(x)) % 4 == 3
         return (x[~out], y[~out]), (x[out], y[out])
 
-    def model(self, attentions: Attentions) -> nn.Module:
-        return ImageClassifier(attentions, side=8, patch=2, classes=10)
+    def model(self, sizes: Sizes) -> nn.Module:
+        return ImageClassifier(sizes, side=8, patch=2, classes=10)
 
     def batch(self, size: int, random: torch.Generator) -> Batch:
         (images, classes), _ = self.parts
-        chosen = torch.randint(images.shape[0], (size,), generator=random)
+        chosen = torch.randint(len(images), (size,), generator=random)
         return Batch({"images": images[chosen]}, classes[chosen])
 
     def held_out(self) -> Batch:
@@ -199,8 +194,8 @@ class Spell(Task):
     sizes = Sizes(width=64, heads=4, blocks=1)
     recipe = Recipe("adamw", 5e-3, weight_decay=0.01, steps=300, batch=64)
 
-    def model(self, attentions: Attentions) -> nn.Module:
-        return EncoderDecoder(attentions, (10, len(WORDS)), _DIGITS, _MOST_WORDS)
+    def model(self, sizes: Sizes) -> nn.Module:
+        return EncoderDecoder(sizes, (10, len(WORDS)), (_DIGITS, _MOST_WORDS))
 
     def batch(self, size: int, random: torch.Generator) -> Batch:
         return _batch(_numbers(size, random, held_out=False))
@@ -232,18 +227,12 @@ def _numbers(size: int, random: torch.Generator, *, held_out: bool) -> Tensor:
 
 
 def _batch(numbers: Tensor) -> Batch:
-    size = numbers.shape[0]
-    source = torch.zeros(size, _DIGITS, dtype=torch.int64)
-    lengths = torch.zeros(size, dtype=torch.int64)
-    target = torch.full((size, _MOST_WORDS), IGNORED)
-    for row, number in enumerate(numbers.tolist()):
-        digits = [int(digit) for digit in str(number)]
-        words = [*(WORDS.index(word) for word in spelled(number)), _END]
-        source[row, : len(digits)] = torch.tensor(digits)
-        lengths[row] = len(digits)
-        target[row, : len(words)] = torch.tensor(words)
-    shifted = torch.cat([torch.full((size, 1), _START), target[:, :-1].clamp(min=_END)], dim=1)
-    return Batch({"source": source, "lengths": lengths, "shifted": shifted}, target)
+    digits = [[int(digit) for digit in str(number)] for number in numbers.tolist()]
+    words = [[*map(WORDS.index, spelled(number)), _END] for number in numbers.tolist()]
+    source = torch.tensor([row + [0] * (_DIGITS - len(row)) for row in digits])
+    target = torch.tensor([row + [IGNORED] * (_MOST_WORDS - len(row)) for row in words])
+    shifted = F.pad(target[:, :-1].clamp(min=_END), (1, 0), value=_START)
+    return Batch({"source": source, "lengths": torch.tensor([*map(len, digits)]), "shifted": shifted}, target)
 
 
 _SYMBOLS, _POSITIONS, _VALUES = 16, 4, 16
@@ -276,18 +265,15 @@ class Lookup(Task):
         return self.tables(lengths, _LONGEST, random)
 
     def held_out(self) -> Batch:
-        random = torch.Generator().manual_seed(1)
-        return self.batch(64, random)
+        return self.batch(64, torch.Generator().manual_seed(1))
 
     def final(self, model: nn.Module, device: torch.device, quick: bool) -> dict[str, float]:
         random = torch.Generator().manual_seed(2)
         batches, size = (1, 4) if quick else self.test
         found = {}
         for n in LENGTHS:
-            rights = []
-            for _ in range(batches):
-                batch = self.tables(torch.full((size,), n), n, random).to(device)
-                rights.append(_right(model, batch).double().mean())
+            tables = (self.tables(torch.full((size,), n), n, random).to(device) for _ in range(batches))
+            rights = [_right(model, batch).double().mean() for batch in tables]
             found[f"accuracy_{n}"] = float(torch.stack(rights).mean())
         return found
 
@@ -304,8 +290,8 @@ class Recall(Lookup):
     shortest, test = 16, (4, 16)
     recipe = Recipe("adamw", 5e-3, weight_decay=0.01, steps=250, batch=32)
 
-    def model(self, attentions: Attentions) -> nn.Module:
-        return Recaller(attentions, _SYMBOLS, _POSITIONS, _VALUES, _LONGEST)
+    def model(self, sizes: Sizes) -> nn.Module:
+        return Recaller(sizes, _SYMBOLS, _POSITIONS, _VALUES, _LONGEST)
 
     def tables(self, lengths: Tensor, longest: int, random: torch.Generator) -> Batch:
         size = lengths.shape[0]
@@ -325,7 +311,7 @@ class Recall(Lookup):
 class First(Lookup):
     """Give the first bit of a string of n bits: FIRST of Chiang & Cholak (2022, arXiv:2202.12172).
 
-    Every string has its own share of ones, uniform in [0, 1], and a fair first bit. Every pair's value is a bit; the
+    Every string has one share of ones, uniform in [0, 1], and a fair first bit. Every pair's value is a bit; the
     first pair's key is 1, which is asked for, and all others are 0. Chance is 1/2.
     """
 
@@ -334,8 +320,8 @@ class First(Lookup):
     shortest, test = 4, (32, 16)
     recipe = Recipe("adamw", 5e-3, weight_decay=0.01, steps=250, batch=64)
 
-    def model(self, attentions: Attentions) -> nn.Module:
-        return Recaller(attentions, symbols=2, positions=1, values=2, pairs=_LONGEST)
+    def model(self, sizes: Sizes) -> nn.Module:
+        return Recaller(sizes, symbols=2, positions=1, values=2, pairs=_LONGEST)
 
     def tables(self, lengths: Tensor, longest: int, random: torch.Generator) -> Batch:
         size = lengths.shape[0]

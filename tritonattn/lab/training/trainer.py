@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from ...analysis.row_statistics import relative_entropy
 from ...core.observation import ObservedCall, Observer
 from ...nn import ScaledAttention, scaling_parameters
-from .models import Attentions
-from .modes import trained_and_tested
+from ..modes import trained_and_tested
 from .records import Recipe, Run
 from .tasks import TASKS, Batch, loss_of
 
@@ -65,9 +64,13 @@ def train(run: Run, device: torch.device, tick: Callable[[], object] = lambda: N
     return run
 
 
-def fresh_model(run: Run) -> nn.Module:
-    """Make the untrained model of a seed: its weights are the same with every mode."""
-    return _model(run, trained_and_tested(run.mode)[0])
+def fresh_model(run: Run, mode: str | None = None) -> nn.Module:
+    """Make the untrained model of a seed, by default with the mode to train with; its weights depend on no mode."""
+    torch.manual_seed(run.seed)
+    task = TASKS[run.task]
+    heads = task.sizes.heads if run.head_dim is None else task.sizes.width // run.head_dim
+    mode = mode or trained_and_tested(run.mode)[0]
+    return task.model(replace(task.sizes, heads=heads, qk_norm=run.qk_norm, mode=mode))
 
 
 def as_tested(run: Run, model: nn.Module) -> nn.Module:
@@ -75,17 +78,10 @@ def as_tested(run: Run, model: nn.Module) -> nn.Module:
     trained, tested = trained_and_tested(run.mode)
     if tested == trained:
         return model
-    swapped = _model(run, tested)
+    swapped = fresh_model(run, tested)
     weights = {name: x for name, x in model.state_dict().items() if ".scaling." not in name}
     swapped.load_state_dict(weights, strict=False)
     return swapped
-
-
-def _model(run: Run, mode: str) -> nn.Module:
-    torch.manual_seed(run.seed)
-    task = TASKS[run.task]
-    heads = task.sizes.heads if run.head_dim is None else task.sizes.width // run.head_dim
-    return task.model(Attentions(mode, replace(task.sizes, heads=heads, qk_norm=run.qk_norm)))
 
 
 def attentions(model: nn.Module) -> dict[str, ScaledAttention]:

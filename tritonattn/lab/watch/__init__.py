@@ -12,9 +12,12 @@ SUFFIXES = (".html", ".png")
 def run(options: Namespace) -> int:
     """Read options.files, draw them into options.output by its suffix, and say what was drawn. Returns 0."""
     watched = Watched.read(*options.files)
-    from .picture import draw, write_page  # needs matplotlib
+    from ..figures import save
+    from .picture import figure_of, write_page  # need matplotlib
 
-    make = draw if options.output.suffix == ".png" else write_page
-    make(watched, options.output)
+    if options.output.suffix == ".png":
+        save(figure_of(watched), options.output)
+    else:
+        write_page(watched, options.output)
     print(f"{watched.summary()}\nplot: {options.output}")
     return 0

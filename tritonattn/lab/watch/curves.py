@@ -26,7 +26,9 @@ MEASURES = {
     "k_gradient_norm": ("gradient norm of k", "norm"),
     "output_variance": ("variance of the output", "variance"),
 }
+_LOGARITHMIC = ("norm", "variance")
 _SMALLEST, _LARGEST = 1e-45, 3.5e38  # of fp32: an axis cannot hold fp64's
+_EXPECTED = "FILE: expected JSON lines that a Monitor wrote, got"
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Record:
     layers: dict[str, dict[str, float]]
 
     def value(self, measure: str, layer: str | None) -> float:
-        """A measure of a layer; of all layers, None, the largest logit or the mean of another measure."""
+        """Return a measure of a layer; of all layers, None, the largest logit or the mean of another measure."""
         if measure == LOSS:
             return self.loss
         if layer is not None:
@@ -68,7 +70,7 @@ class Panel:
 
     @property
     def logarithmic(self) -> bool:
-        return _is_logarithmic(self.measure)
+        return self.axis in _LOGARITHMIC
 
     @property
     def is_empty(self) -> bool:
@@ -90,7 +92,7 @@ class Run:
             lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is no text"
-            raise CommandError(f"FILE: expected JSON lines that a Monitor wrote, got {str(file)!r}: {why}") from error
+            raise CommandError(f"{_EXPECTED} {str(file)!r}: {why}") from error
         if not lines:
             raise CommandError(f"FILE: expected at least one record of a Monitor, got {str(file)!r}, which is empty")
         records, refused = [], {}
@@ -100,8 +102,7 @@ class Run:
             except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
                 refused[number] = error
         if not records:
-            got = f"{str(file)!r}, whose first line is none: {refused[1]}"
-            raise CommandError(f"FILE: expected JSON lines that a Monitor wrote, got {got}")
+            raise CommandError(f"{_EXPECTED} {str(file)!r}, whose first line is none: {refused[1]}")
         for number, error in refused.items():
             print(f"{file}:{number}: expected a record of a Monitor, skipped: {error}", file=sys.stderr)
         run = cls(name, records)
@@ -120,21 +121,22 @@ class Run:
         return [one for record in self.records for one in record.alarms if one.new]
 
     def latest(self) -> Record:
-        """The last step in which layers were watched, or the last of all."""
+        """Return the last step in which layers were watched, or the last of all."""
         return next((record for record in reversed(self.records) if record.layers), self.records[-1])
 
     def summary(self) -> str:
-        """One line: how many records, layers and alarms, and which steps."""
+        """Say how many records, layers and alarms there are, and of which steps."""
         steps, layers = [record.step for record in self.records], self.layers
-        names = f" ({pattern(layers)})" if len(layers) > 1 else ""
+        before, after = _shared([name.split(".") for name in layers]) if len(layers) > 1 else ([], [])
+        names = f" ({'.'.join([*before, '*', *after])})" if len(layers) > 1 else ""
         return (
             f"{self.name}: {_counted(len(self.records), 'record')} of {_counted(len(layers), 'layer')}{names}, "
             f"steps {min(steps)} to {max(steps)}, {_counted(len(self.alarms), 'alarm')}"
         )
 
     def curve(self, measure: str, layer: str | None) -> list[tuple[int, float]]:
-        """The values of a measure, see `Record.value`, at their steps."""
-        smallest = _SMALLEST if _is_logarithmic(measure) else -_LARGEST
+        """List the values of a measure, see `Record.value`, at their steps."""
+        smallest = _SMALLEST if MEASURES[measure][1] in _LOGARITHMIC else -_LARGEST
         points: list[tuple[int, float]] = []
         for record in self.records:
             if measure != LOSS and not record.layers:
@@ -160,6 +162,11 @@ class Watched:
         names = [once[0].name] if alone else [str(Path(*parts)) for parts in _distinct([file.parts for file in once])]
         return cls([Run.read(file, name) for file, name in zip(once, names, strict=True)])
 
+    @property
+    def series(self) -> str:
+        """The word for a line."""
+        return "layer" if len(self.runs) == 1 else "run"
+
     @cached_property
     def lines(self) -> dict[str, tuple[Run, str | None]]:
         """By the line's name its run, and its layer, None being all."""
@@ -167,10 +174,12 @@ class Watched:
             return {layer: (self.runs[0], layer) for layer in self.runs[0].layers}
         return {run.name: (run, None) for run in self.runs}
 
-    @property
-    def kind(self) -> str:
-        """The word for a line."""
-        return "layer" if len(self.runs) == 1 else "run"
+    def short_names(self) -> dict[str, str]:
+        """Name lines by the parts in which their layers' names differ: a layer's number, as a rule."""
+        names = list(self.lines)
+        if self.series == "run" or len(names) < 2:
+            return dict(zip(names, names, strict=True))
+        return dict(zip(names, map(".".join, _distinct([name.split(".") for name in names])), strict=True))
 
     @cached_property
     def panels(self) -> list[Panel]:
@@ -183,37 +192,20 @@ class Watched:
     def _panel(self, measure: str) -> Panel:
         of_run = measure == LOSS and len(self.runs) == 1
         lines = {"": (self.runs[0], None)} if of_run else self.lines
-        standing = [
-            one for run in self.runs for record in run.records for one in record.alarms if one.measure == measure
-        ]
-        limits = sorted({one.limit for one in standing if abs(one.limit) <= _LARGEST})
+        alarms = [one for run in self.runs for record in run.records for one in record.alarms if one.measure == measure]
+        limits = sorted({one.limit for one in alarms if abs(one.limit) <= _LARGEST})
         curves = {name: run.curve(measure, layer) for name, (run, layer) in lines.items()}
-        return Panel(measure, curves, [one for one in standing if one.new], limits)
-
-
-def _is_logarithmic(measure: str) -> bool:
-    return MEASURES[measure][1] in ("norm", "variance")
-
-
-def pattern(names: list[str]) -> str:
-    """The parts that dotted names share at both ends around a star: model.layers.*.self_attn."""
-    before, after = _shared([name.split(".") for name in names])
-    return ".".join([*before, "*", *after])
-
-
-def short_names(names: list[str]) -> dict[str, str]:
-    """The parts in which dotted names differ: a layer's number, as a rule."""
-    split = [name.split(".") for name in names]
-    return dict(zip(names, map(".".join, _distinct(split) if len(names) > 1 else split), strict=True))
+        return Panel(measure, curves, [one for one in alarms if one.new], limits)
 
 
 def _distinct(split: Sequence[Sequence[str]]) -> list[Sequence[str]]:
-    """The parts in which names differ."""
+    """Return the parts in which names differ."""
     before, after = _shared(split)
     return [parts[len(before) : len(parts) - len(after)] for parts in split]
 
 
-def _shared(split: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
+def _shared(split: Sequence[Sequence[str]]) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the parts that names share at both ends."""
     most = min(map(len, split)) - 1  # every name keeps a part
     before = _alike(split)[:most]
     after = _alike([parts[::-1] for parts in split])[: most - len(before)][::-1]

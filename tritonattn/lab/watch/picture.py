@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from ...analysis.alarms import LOSS
 from ...core import records
-from ..figures import COLOURS, foot, ordered, plain_numbers, save, staggered, style, whole_numbers
-from .curves import MEASURES, Panel, Watched, short_names
+from ..figures import COLOURS, foot, panels, plain_numbers, ramp, staggered, style, styles, whole_numbers
+from .curves import MEASURES, Panel, Watched
 
 _ALARM = {"color": "black", "marker": "o", "markersize": 8, "markerfacecolor": "none", "linestyle": "none"}
 _LIMIT = {"color": "black", "linestyle": "--", "linewidth": 0.8}
@@ -23,7 +23,6 @@ _ABOUT = {
     "layer": "Each line is a layer: its heads' largest logit, or the mean over its heads",
     "run": "Each line is a run: its layers' largest logit, or the mean over its layers",
 }
-_COLUMNS = 3
 _FEW = 20  # alarms that are shown unasked
 _STYLE = """
 :root { color-scheme: light; }
@@ -38,46 +37,32 @@ th:first-child, td:first-child { text-align: left; }
 """
 
 
-def draw(watched: Watched, file: Path) -> None:
-    save(figure_of(watched), file)
-
-
 def figure_of(watched: Watched) -> Figure:
     """Draw a panel a measure over the same steps, and a line a layer or a run."""
-    panels = watched.panels
-    rows = math.ceil(len(panels) / _COLUMNS)
-    figure = Figure(figsize=(10.5, 2.7 * rows + 1.4), layout="constrained")
-    lines = list(watched.lines)
-    looks = _looks(lines)
-    grid = figure.subplots(rows, min(_COLUMNS, len(panels)), sharex=True, squeeze=False)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
+    figure, grid = panels(len(watched.panels), min(3, len(watched.panels)), (2.7, 1.4), "step")
+    looks = _looks(list(watched.lines))
     shared: dict[str, Axes] = {}
-    for axes, panel in zip(grid.flat, panels, strict=False):
+    for axes, panel in zip(grid, watched.panels, strict=True):
         if (first := shared.setdefault(panel.axis or panel.measure, axes)) is not axes:
             axes.sharey(first)
         _draw(axes, panel, looks)
-    for axes, panel in zip(grid.flat, panels, strict=False):
+    for axes, panel in zip(grid, watched.panels, strict=True):
         if panel.logarithmic:
             plain_numbers(axes.yaxis)
-    for axes in grid.flat[max(0, len(panels) - grid.shape[1]) : len(panels)]:  # the lowest of each column
-        axes.set_xlabel("step")
-        axes.tick_params(labelbottom=True)
-    whole_numbers(grid.flat[0].xaxis)
-    names = short_names(lines) if watched.kind == "layer" else dict(zip(lines, lines, strict=True))
-    legend = {f"{watched.kind} {names[name]}": looks[name] for name in _some(lines)}
+    whole_numbers(grid[0].xaxis)
+    names = watched.short_names()
+    legend = {f"{watched.series} {names[name]}": looks[name] for name in _some(list(names))}
     if any(run.alarms for run in watched.runs):
         legend |= {"alarm": _ALARM, "its threshold": _LIMIT}
-    foot(figure, f"{watched.summary()}. {_ABOUT[watched.kind]}.", legend, columns=6)
+    foot(figure, f"{watched.summary()}. {_ABOUT[watched.series]}.", legend, columns=6)
     return figure
 
 
 def _looks(layers: list[str]) -> dict[str, dict[str, Any]]:
     """Colours, dashes and marks for a few layers; from dark to light for many."""
-    colours = ordered(len(layers))
     if len(layers) <= len(COLOURS):
-        return {name: {**style(index), "color": colours[index]} for index, name in enumerate(layers)}
-    return {name: {"color": colour, "linewidth": 1} for name, colour in zip(layers, colours, strict=True)}
+        return styles(layers)
+    return {name: {"color": colour, "linewidth": 1} for name, colour in zip(layers, ramp(len(layers)), strict=True)}
 
 
 def _some(layers: list[str]) -> list[str]:
@@ -132,7 +117,7 @@ def _picture(watched: Watched) -> str:
 
 def _alarms(watched: Watched) -> str:
     texts = [
-        f"{f'{run.name}, ' if watched.kind == 'run' else ''}step {one.step}: {one}"
+        f"{f'{run.name}, ' * (watched.series == 'run')}step {one.step}: {one}"
         for run in watched.runs
         for one in run.alarms
     ]
@@ -148,7 +133,7 @@ def _latest(watched: Watched) -> str:
     values = {
         measure: {name: record.value(measure, watched.lines[name][1]) for name, record in latest.items()}
         for measure in MEASURES
-        if measure != LOSS or watched.kind == "run"
+        if measure != LOSS or watched.series == "run"
     }
     values = {measure: of for measure, of in values.items() if not all(map(math.isnan, of.values()))}
     if not values:
@@ -158,5 +143,5 @@ def _latest(watched: Watched) -> str:
     for name in latest:
         numbers = "".join(f"<td>{of[name]:.3g}</td>" for of in values.values()).replace("nan", "-")
         rows += f"<tr><td>{escape(name)}</td>{numbers}</tr>\n"
-    table = f'<div class="table"><table><tr><th>{watched.kind}</th>{head}</tr>\n{rows}</table></div>'
+    table = f'<div class="table"><table><tr><th>{watched.series}</th>{head}</tr>\n{rows}</table></div>'
     return f"<h2>The latest step</h2>\n{table}"

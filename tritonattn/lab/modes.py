@@ -1,0 +1,152 @@
+"""The scalings of --modes: those that models are trained with, and those that a pretrained model is patched with."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..core.errors import CommandError
+from ..nn import LEARNED, LearnedLogPower, PerHead, QueryAdaptiveSSMax, SSMax
+from ..scaling import SCALINGS, LogKeyCount, LogPower, QwenLogn, Scaling
+
+BASELINE = "sqrt_dim"
+SWAP = ":"
+GAIN = "+gain"
+MODES = (
+    "sqrt_dim",
+    "key_norm_mean",
+    "key_norm_sum+gain",
+    "key_count",
+    "key_count+gain",
+    "log_key_count",
+    "ssmax",
+    "learned_cosine",
+    "power_law",
+)
+_TRAINED = re.compile(r"(?P<mode>\w+)(?P<gain>\+gain|\*(\d*[1-9]\d*(\.\d+)?|0\.\d*[1-9]\d*))?")
+_PATCHED = re.compile(r"(?P<mode>[\w+]+)(:(?P<base>\d+|CONTEXT))?(\*(?P<gain>[\d.]+))?")
+_ADVISED = re.compile(r"(log_key_count|qwen_logn)\((\w+)\)")  # NAME(BASE), as `Advice.mode` writes it
+_LEARNED = (*LEARNED, QueryAdaptiveSSMax.name)
+# Modes with a base, from heads and keys: a row of that many keys starts as sqrt_dim's.
+_BASED: dict[str, Callable[[int, int], Scaling]] = {
+    "log_key_count": lambda _, keys: LogKeyCount(keys),
+    "log_power": lambda _, keys: LogPower(base=keys),
+    "qwen_logn": lambda _, keys: QwenLogn(keys),
+    "ssmax": lambda heads, keys: SSMax(heads, base=keys),
+    "learned_log_power": lambda heads, keys: LearnedLogPower(heads, base=keys),
+}
+
+
+def trained_and_tested(mode: str) -> tuple[str, str]:
+    """Split "sqrt_dim:log_key_count", trained with the first and tested with the second; one name is both."""
+    trained, _, tested = mode.partition(SWAP)
+    return trained, tested or trained
+
+
+def build(name: str, heads: int, head_dim: int, keys: int) -> str | Scaling:
+    """Make a scaling for one attention layer.
+
+    name   one of `SCALINGS` or `LEARNED`; or one of `SCALINGS` with a learned gain a head, "key_count+gain", or with
+           a constant one, "sqrt_dim*4"
+    keys   the most keys that a row of the layer attends to in training; the base of modes that have one
+
+    A learned gain starts where a mode that divides by n or by its root does the same as sqrt_dim, and where one that
+    divides by a sum of norms divides by their mean; for other modes at 1.
+    """
+    check_mode(name)
+    mode, gain = _parts(name)
+    if mode in _BASED:
+        scaling = _BASED[mode](heads, keys)
+    elif mode == QueryAdaptiveSSMax.name:
+        scaling = QueryAdaptiveSSMax(heads, head_dim)
+    else:
+        scaling = LEARNED[mode](heads=heads) if mode in LEARNED else mode
+    if gain is None:
+        return scaling
+    starts = {
+        "key_count": keys / math.sqrt(head_dim),
+        "sqrt_key_count": math.sqrt(keys / head_dim),
+        "key_norm_sum": keys,
+        "key_norm_l2": math.sqrt(keys),
+    }
+    constant = gain != GAIN
+    scaling = PerHead(scaling, heads=heads)
+    nn.init.constant_(scaling.theta, math.log(float(gain[1:]) if constant else starts.get(mode, 1.0)))
+    return scaling.requires_grad_(not constant)
+
+
+def check_mode(name: str) -> None:
+    """Raise CommandError for a name that `build` does not know."""
+    mode, gain = _parts(name)
+    if mode not in SCALINGS and (gain is not None or name not in _LEARNED):
+        close = difflib.get_close_matches(name, [*SCALINGS, *_LEARNED], n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise CommandError(
+            f"--modes: expected one of {', '.join(SCALINGS)}, also with {GAIN} or *4 behind it, or one of"
+            f" {', '.join(_LEARNED)}; in train-compare also two as TRAINED{SWAP}TESTED; got {name!r}{hint}"
+        )
+
+
+def _parts(name: str) -> tuple[str, str | None]:
+    """Split off "+gain", or "*4" for a constant one."""
+    found = _TRAINED.fullmatch(name)
+    return (found["mode"], found["gain"]) if found else (name, None)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A mode as training with rows of up to `keys` keys would begin with it, a constant gain, and their name."""
+
+    name: str
+    mode: str
+    keys: int
+    gain: float | None = None
+
+    def scaling(self, heads: int, head_dim: int) -> str | Scaling:
+        """Make the scaling of a layer; a mode that learns is new, and where training begins."""
+        return build(self.mode, heads, head_dim, self.keys)
+
+
+def variants(texts: Iterable[str], context: int | None) -> list[Variant]:
+    """Parse modes: the baseline first, then each once, though a BASE of CONTEXT may be the number of another."""
+    found = (variant(text, context) for text in (BASELINE, *texts))
+    return list({one.name: one for one in found}.values())
+
+
+def check_written(texts: Iterable[str]) -> None:
+    """Raise CommandError for a mode that no model has, before one is loaded."""
+    for text in texts:
+        variant(text, 2048)  # of any context length
+
+
+def variant(text: str, context: int | None) -> Variant:
+    """Parse NAME[:BASE][*GAIN], NAME being one that `build` knows; BASE is the model's trained length unless given.
+
+    Raises CommandError for another text.
+    """
+    parts = _PATCHED.fullmatch(_ADVISED.sub(r"\1:\2", text))
+    if parts is None:
+        raise CommandError(f"--modes: expected NAME[:BASE][*GAIN], BASE a number of tokens or CONTEXT, got {text!r}")
+    mode, base, gain = parts.group("mode", "base", "gain")
+    check_mode(mode)
+    if mode.removesuffix(GAIN) in _BASED or mode.endswith(GAIN):
+        if base in (None, "CONTEXT") and context is None:
+            raise CommandError(
+                f"--modes: expected a base in {text!r}, as the model's configuration has no max_position_embeddings: "
+                f"{mode}:BASE"
+            )
+        base = context if base in (None, "CONTEXT") else base
+    elif base is not None:
+        raise CommandError(f"--modes: expected a base after {', '.join(_BASED)} or {GAIN} only, got {text!r}")
+    name = f"{mode}{f':{base}' if base else ''}{f'*{gain}' if gain else ''}"
+    try:
+        one = Variant(name, mode, int(base or 2), None if gain is None else float(gain))
+        one.scaling(1, 1)  # refuses the base
+    except ValueError as error:
+        raise CommandError(f"--modes: {text!r}: {error}") from error
+    return one
