@@ -54,24 +54,25 @@ def test_recorded_launches_are_not_run(monkeypatch):
     """Launches of one context alone, as on another card."""
     monkeypatch.setattr(launch, "run", lambda *_: pytest.fail("ran"))
     monkeypatch.setattr(launch, "config_for", lambda *_: pytest.fail("asked"))
-    problem = Problem(64, 64, torch.float16)
+    special = device.Specialisation(Problem(64, 64, torch.float16), False)
     with launch.recording(Target("cuda", "100"), lambda *_: TILES) as launches:
-        launch.plan("row_terms", problem, CPU).launch((3, 2, 1), dict.fromkeys(KERNELS["row_terms"].arg_names, 7))
+        launch.plan("row_terms", special, CPU).launch((3, 2, 1), dict.fromkeys(KERNELS["row_terms"].arg_names, 7))
         with ThreadPoolExecutor(1) as pool, pytest.raises(pytest.fail.Exception, match="asked"):
-            pool.submit(launch.plan, "row_terms", problem, CPU).result()
+            pool.submit(launch.plan, "row_terms", special, CPU).result()
     assert [(one.kernel, one.grid, one.config) for one in launches] == [(KERNELS["row_terms"], (3, 2, 1), TILES)]
     assert launches[0].arguments["BLOCK_M"] == 64
 
 
 def test_a_config_is_for_its_kernel_and_for_calls_that_it_is_legal_for(monkeypatch):
     monkeypatch.setattr(launch, "config_for", lambda *_: TILES)
-    problem, single = Problem(256, 256, torch.float16), Problem(256, 256, torch.float32)
+    problems = (Problem(256, 256, dtype) for dtype in (torch.float16, torch.float32))
+    half, single = (device.Specialisation(problem, False) for problem in problems)
     meant = TileConfig(128, 64, 8, 2)
     with launch.configured("forward", meant):
-        asked = (("forward", problem), ("forward", single), ("decode", problem))
+        asked = (("forward", half), ("forward", single), ("decode", half))
         found = [launch.plan(*one, CPU).config for one in asked]
     assert found == [meant, TILES, TILES], "in fp32 it takes more shared memory than there is"
-    assert launch.plan("forward", problem, CPU).config == TILES
+    assert launch.plan("forward", half, CPU).config == TILES
 
 
 @pytest.mark.parametrize(
@@ -91,10 +92,10 @@ def test_code_that_spills_is_launched_no_more_where_its_entry_is_of_another_trit
     arguments = device.KernelArguments(("q",), (torch.zeros(1),), special)
     monkeypatch.setattr(launch, "launch_on", lambda *_: compiled)
     monkeypatch.setattr(launch.lookup, "refuse_spills", lambda *of: asked.append(of) or len(asked) == 2)
-    plan = launch.plan("forward", problem, CPU)
+    plan = launch.plan("forward", special, CPU)
     for is_kept in (True, False):
         launch.run_on_device(kernel, (1, 1, 1), arguments, TILES)
-        assert (launch.plan("forward", problem, CPU) is plan) == is_kept
+        assert (launch.plan("forward", special, CPU) is plan) == is_kept
     assert asked == [("forward", problem, Target("cuda", "80"), TILES, 3)] * 2
     for nothing in (None, SimpleNamespace(n_spills=0)):
         monkeypatch.setattr(launch, "launch_on", lambda *_, found=nothing: found)

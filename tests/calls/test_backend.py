@@ -58,7 +58,7 @@ def test_a_card_that_lacks_memory_or_tensor_cores(dtype, dim, chosen, reason, mo
     for arch, backend in chosen.items():
         monkeypatch.setattr(config.Target, "of", lambda _, arch=arch: config.Target("cuda", arch, "a card"))
         dispatch._kept_obstacle_of_card.cache_clear()
-        dispatch._warn.cache_clear()
+        dispatch._warn_once.cache_clear()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert dispatch.choose_backend(called(q, k, v)) == backend

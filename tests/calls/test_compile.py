@@ -10,7 +10,7 @@ from torch import Tensor
 import tritonattn
 from tests.support.masks import MASKS
 from tests.support.packed import Packed, offsets, packed_operands
-from tests.support.versions import TORCH, skip_where_export_binds_lengths
+from tests.support.versions import TORCH
 
 pytestmark = [
     # of torch, while it compiles or falls back
@@ -116,7 +116,8 @@ def test_one_tensor_for_both_offsets():
 )
 def test_export(options, learns, strict):
     """The parameters of the layer require gradients, as those of a new layer do, or do not."""
-    skip_where_export_binds_lengths(strict)
+    if not strict and TORCH < (2, 13):  # where key heads are shared or rows are packed
+        pytest.skip("this torch exports free lengths with strict=True only")
 
     class Layer(torch.nn.Module):
         def __init__(self) -> None:

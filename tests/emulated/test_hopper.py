@@ -185,10 +185,10 @@ def test_one_of_each_kind_is_missed(emulate):
 @pytest.fixture
 def asked_by_environment(monkeypatch):
     monkeypatch.setenv(lookup.FORCE_GLUON, "1")
-    for clear in (lookup.clear_cache, launch._plan.cache_clear):
+    for clear in (lookup.clear_cache, launch.forget_plans):
         clear()
     yield
-    for clear in (lookup.clear_cache, launch._plan.cache_clear):
+    for clear in (lookup.clear_cache, launch.forget_plans):
         clear()
 
 

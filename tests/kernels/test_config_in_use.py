@@ -27,10 +27,10 @@ def ran(device, tmp_path, monkeypatch, launched):
     monkeypatch.setattr(cache_dir, "shipped_tables", lambda: tmp_path)
     monkeypatch.setattr(cache_dir, "user_cache", lambda: tmp_path / "none")
     lookup.clear_cache()
-    launch._plan.cache_clear()
+    launch.forget_plans()
     yield launched
     lookup.clear_cache()
-    launch._plan.cache_clear()
+    launch.forget_plans()
 
 
 def operands(device):

@@ -9,14 +9,14 @@ import tritonattn
 from tritonattn.integrations import hub_kernel
 
 
-def test_a_repository_by_the_older_layout_runs_without_the_package(tmp_path, monkeypatch, device):
-    """The folder inside is what older versions of `kernels` import."""
+def test_a_repository_runs_without_the_package(tmp_path, monkeypatch, device):
     hub_kernel.write(tmp_path / "hub", "someone/attention")
     for name in [name for name in sys.modules if name.split(".")[0] == "tritonattn"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tritonattn", None)
-    path = tmp_path / "hub" / "build" / "torch-cpu" / "tritonattn" / "__init__.py"
-    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("old", path))
+    path = tmp_path / "hub" / "build" / "torch-cpu" / "__init__.py"
+    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("of_hub", path))
+    monkeypatch.setitem(sys.modules, "of_hub", module)
     spec.loader.exec_module(module)
     q = torch.randn(1, 2, 5, 4, device=device)
     out = module.attention(q, q, q, causal=True, backend="triton")

@@ -36,14 +36,14 @@ def test_a_fault_is_caught(why_not_caught):
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("n.clamp(min=1.0).log())", "1 passed"),
-        ("n.clamp(min=1).no_such_method())", "AttributeError"),
-        ("__import__('time').sleep(600))", "stopped after 2 s"),
+        ("return n.clamp(min=1.0).log()", "1 passed"),
+        ("return n.clamp(min=1).no_such_method()", "AttributeError"),
+        ("return __import__('time').sleep(600)", "stopped after 2 s"),
     ],
     ids=["nothing changes", "another error", "it hangs"],
 )
 def test_other_outcomes_are_no_catch(fault, said, why_not_caught, monkeypatch):
     if "sleep" in fault:
         monkeypatch.setattr(runner, "SECONDS", 2)
-    mutant = Mutant("scaling/counts.py", "none", "n.clamp(min=1).log())", fault, COUNTS)
+    mutant = Mutant("scaling/counts.py", "none", "return n.clamp(min=1).log()", fault, COUNTS)
     assert said in (why_not_caught(mutant) or "")

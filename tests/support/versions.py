@@ -18,12 +18,6 @@ TRITON = _release("triton")
 OLDER_TRITON = TRITON < (3, 9)  # instructions are counted in the code of 3.9
 
 
-def skip_where_export_binds_lengths(strict: bool) -> None:
-    """torch up to 2.12 does, unless it is strict, where key heads are shared or rows are packed."""
-    if not strict and TORCH < (2, 13):
-        pytest.skip("this torch exports free lengths with strict=True only")
-
-
 def skip_without_stub() -> None:
     """Skip a test of compiled kernels on the stub of NVIDIA's driver, where that cannot stand in."""
     from tritonattn.backends.triton import launch

@@ -78,7 +78,7 @@ def launch_kernel(
 
     device = call.q.device
     while True:
-        chosen = plan(kernel, special.problem, device)
+        chosen = plan(kernel, special, device)
         try:
             layout = special.layouts.get(chosen)
             if layout is None:

@@ -98,23 +98,23 @@ def attention_row_terms(
     batch, first_row, _, q_len, _ = sequence_bounds(sequence, q_len, q_len, q_starts, k_starts)
     block_rows = tl.arange(0, BLOCK_M)
     offs_m = block * BLOCK_M + block_rows  # [BLOCK_M]
-    keep_row = offs_m < q_len
+    keep_row = offs_m < q_len  # [BLOCK_M]
     memory_row = (first_row + block * BLOCK_M).to(tl.int64)
     row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
     row_offsets = row_base + block_rows
     term_offsets = terms_offset(batch, head, sequence, first_row, q_heads, terms_len, q_starts) + offs_m
     keep_term = offs_m < tl.cdiv(q_len, ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
 
-    lse = tl.load(results.lse + row_offsets, mask=keep_row, other=float("-inf"))
+    lse = tl.load(results.lse + row_offsets, mask=keep_row, other=float("-inf"))  # [BLOCK_M]
     live = lse != float("-inf")
-    out_offsets = tile_offsets(block_rows, BLOCK_DV, VALUE_DIM, 1, False)
-    out = load_tile(results.out + row_base * VALUE_DIM + out_offsets, live, VALUE_DIM)
+    out_offsets = tile_offsets(block_rows, BLOCK_DV, VALUE_DIM, 1, False)  # [BLOCK_M, BLOCK_DV]
+    out = load_tile(results.out + row_base * VALUE_DIM + out_offsets, live, VALUE_DIM)  # [BLOCK_M, BLOCK_DV]
     if results.rounding is not None:
         rounding_ptrs = results.rounding + row_base * VALUE_DIM + out_offsets
         out = before_rounding(out, load_tile(rounding_ptrs, live, VALUE_DIM))
     d_out = from_row(d_out, batch, head, memory_row, ALIGNED)
     do = load_tile(d_out.ptr + tile_offsets(block_rows, BLOCK_DV, d_out.s, d_out.d, WIDE), live, VALUE_DIM)
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK_M]
     lse2 = tl.where(live, lse * LOG2_E, 0.0)
     total2 = lse2
     if sinks_ptr is not None:

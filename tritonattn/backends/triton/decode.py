@@ -268,7 +268,7 @@ def decode(call: AttentionCall, aux: bool) -> ForwardResult:
     if recorded.recorders:
         recorded.note(Exact("decode", special.problem), size_of(call))
     while True:
-        chosen = plan("decode", special.problem, call.q.device)
+        chosen = plan("decode", special, call.q.device)
         try:
             return _launch(call, aux, special, chosen)
         except (TritonError, RuntimeError) as error:

@@ -214,7 +214,7 @@ def _clear(tile, first_key, work):
         is_seen = (keys >= work.position.live) & (keys < work.position.live_end)
         if work.seen is not None:
             is_seen = is_seen & (gl.load(work.seen + keys, mask=is_seen, other=0) != 0)
-        values = part.load(layout)
+        values = part.load(layout)  # [CLEARED_ROWS, D]
         part.store(gl.where(is_seen[:, None], values, gl.zeros_like(values)))
     fence_async_shared()
 
@@ -231,7 +231,7 @@ def _take(ring, i):
 def _consume(work, WG: gl.constexpr, VALUE_DIM: gl.constexpr):
     """Take a consumer's rows from q to the results."""
     shared, steps, view = work.shared, work.steps, work.view
-    q = shared.q.index(WG).reshape([ROWS, shared.q.shape[4]])
+    q = shared.q.index(WG).reshape([ROWS, shared.q.shape[4]])  # [ROWS, D]
     mbarrier.wait(shared.q_ready.index(0), 0)
     rows = _rows(q, work, WG)
     state = _first_step(q, rows, work)
@@ -250,14 +250,14 @@ def _rows(q, work, WG: gl.constexpr):
     """`Rows` of a consumer; the signs of their factors go into q, so that the largest product has the largest logit."""
     terms, position = work.terms, work.position
     layout: gl.constexpr = gl.SliceLayout(1, product_layout(work.shared.k.tiles.shape[3]))
-    offs = WG * ROWS + gl.arange(0, ROWS, layout=layout)
-    factor = gl.full([ROWS], terms.scale * bl.LOG2_E, gl.float32, layout=layout)
+    offs = WG * ROWS + gl.arange(0, ROWS, layout=layout)  # [ROWS]
+    factor = gl.full([ROWS], terms.scale * bl.LOG2_E, gl.float32, layout=layout)  # [ROWS]
     if terms.query_scale is not None:
         pointers = vector_from(terms.query_scale, position.batch, position.head, 0, position.first_row + offs)
         factor *= gl.load(pointers, mask=offs < position.rows, other=0.0)
     if gl.min(factor, 0) < 0.0:
         of_tile: gl.constexpr = row_layout(q.shape[1])
-        tile = q.load(of_tile)
+        tile = q.load(of_tile)  # [ROWS, D]
         is_negative = gl.convert_layout(factor, gl.SliceLayout(1, of_tile)) < 0.0
         q.store(gl.where(is_negative[:, None], -tile, tile))
         fence_async_shared()
@@ -273,16 +273,16 @@ def _first_step(q, rows, work):
     """`State` after S(0), which is masked and has no other product to run with it."""
     BLOCK_N: gl.constexpr = work.shared.k.tiles.shape[3]
     D: gl.constexpr = work.shared.v.tiles.shape[4]
-    logits = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=product_layout(BLOCK_N))
-    k = _take(work.shared.k, 0).permute((1, 0))
+    logits = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=product_layout(BLOCK_N))  # [ROWS, BLOCK_N]
+    k = _take(work.shared.k, 0).permute((1, 0))  # [D, BLOCK_N]
     logits = hopper.warpgroup_mma(q, k, logits, use_acc=False, is_async=True)
     logits = warpgroup_mma_wait(0, deps=[logits])
     mbarrier.arrive(work.shared.k.empty.index(0), count=1)
-    m_i = gl.full([ROWS], float("-inf"), gl.float32, layout=rows.factor.type.layout)
+    m_i = gl.full([ROWS], float("-inf"), gl.float32, layout=rows.factor.type.layout)  # [ROWS]
     p, weighted, _, _, m_i = _softmax(0, logits, m_i, rows, work, True)
-    acc = gl.zeros([ROWS, D], gl.float32, layout=product_layout(D))
+    acc = gl.zeros([ROWS, D], gl.float32, layout=product_layout(D))  # [ROWS, D]
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=product_layout(D), k_width=2)
-    p_tile = gl.convert_layout(p.to(work.v_descriptor.dtype), left)
+    p_tile = gl.convert_layout(p.to(work.v_descriptor.dtype), left)  # [ROWS, BLOCK_N]
     return State(acc, p_tile, m_i, partial_sums(p, SUM_COLUMNS), partial_sums(weighted, SUM_COLUMNS))
 
 
@@ -292,8 +292,8 @@ def _step(i, state, q, rows, work, WG: gl.constexpr, MASKED: gl.constexpr):
     shared = work.shared
     STAGES: gl.constexpr = shared.k.tiles.shape[0]
     BLOCK_N: gl.constexpr = shared.k.tiles.shape[3]
-    k = _take(shared.k, i).permute((1, 0))
-    logits = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=product_layout(BLOCK_N))
+    k = _take(shared.k, i).permute((1, 0))  # [D, BLOCK_N]
+    logits = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=product_layout(BLOCK_N))  # [ROWS, BLOCK_N]
     if shared.turn is not None:
         mbarrier.wait(shared.turn.index(WG), (i & 1) if WG == 0 else (i & 1) ^ 1)
     logits = hopper.warpgroup_mma(q, k, logits, use_acc=False, is_async=True)
@@ -351,13 +351,13 @@ def _visible(logits, first_key, rows, view):
 def _store_rows(acc, state, rows, q, work, WG: gl.constexpr, VALUE_DIM: gl.constexpr):
     """Store all results of a consumer's rows; the memory of its q takes the output on the way."""
     layout: gl.constexpr = gl.SliceLayout(1, state.l_i.type.layout)
-    offs = WG * ROWS + gl.arange(0, ROWS, layout=layout)
+    offs = WG * ROWS + gl.arange(0, ROWS, layout=layout)  # [ROWS]
     m_i, factor = gl.convert_layout(state.m_i, layout), gl.convert_layout(rows.factor, layout)
     results, at, keep = work.results, work.row + offs, offs < work.position.rows
     cap, sinks, head = work.terms.softcap, work.terms.sinks_ptr, work.position.head
     _, weight, total = bl.finish_softmax(m_i, state.l_i, state.spread, factor, cap, sinks, head, results, at, keep)
     of_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    out = acc / gl.convert_layout(total, of_rows)[:, None]
+    out = acc / gl.convert_layout(total, of_rows)[:, None]  # [ROWS, D]
     if sinks is not None:
         out *= gl.convert_layout(weight, of_rows)[:, None]
     rounded = out.to(work.q_descriptor.dtype)

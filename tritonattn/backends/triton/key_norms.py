@@ -176,7 +176,7 @@ def prefix_sums(addends: Tensor) -> Tensor:
     sums = torch.empty((batch, heads, count + 1), dtype=torch.float64, device=addends.device)
     arguments = {"addends_ptr": addends.contiguous(), "sums_ptr": sums, "addends_len": count, "q_heads": heads}
     special = kept_specialisation((addends.dtype,), lambda: (NO_HEADS, False))
-    plan("prefix_sums", NO_HEADS, addends.device).launch((1, heads, batch), arguments, special)
+    plan("prefix_sums", special, addends.device).launch((1, heads, batch), arguments, special)
     return sums
 
 
@@ -197,7 +197,7 @@ def launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
     for value in available.values():  # no comprehension: each is one more call before Python 3.12
         key.append(getattr(value, "dtype", value is None))
     special = kept_specialisation(tuple(key), lambda: (_problem(k), is_wide(k)))
-    chosen = plan(kernel, special.problem, k.device)
+    chosen = plan(kernel, special, k.device)
     blocks = 1 if kernel == "append_keys" else -(-k_len // chosen.config.block_n)  # its sums go through all keys
     chosen.launch((blocks, heads, batch), available, special)
 

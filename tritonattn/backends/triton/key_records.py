@@ -74,11 +74,11 @@ def append_keys_kernel(
     row = batch.to(tl.int64) * kv_heads + head.to(tl.int64)
     norms_ptr = buffers.norms + row * (capacity + 1)
     k = from_row(k, batch, head, 0, ALIGNED)
-    k_offsets = tile_offsets(tl.arange(0, BLOCK_N), BLOCK_D, k.s, k.d, WIDE)
+    k_offsets = tile_offsets(tl.arange(0, BLOCK_N), BLOCK_D, k.s, k.d, WIDE)  # [BLOCK_N, BLOCK_D]
     STEP: tl.constexpr = BLOCK_N * 4
     WIDTH: tl.constexpr = BLOCK_N if new_norms_ptr is None else STEP
     for start in range(0, k_len, WIDTH):
-        offs_n = start + tl.arange(0, WIDTH)
+        offs_n = start + tl.arange(0, WIDTH)  # [WIDTH]
         keep_key = offs_n < new
         if new_norms_ptr is None:
             k_ptrs = k.ptr + tl.cast(start, tl.int64) * k.s + k_offsets  # [BLOCK_N, BLOCK_D]
@@ -94,7 +94,7 @@ def append_keys_kernel(
     maximum = tl.load(buffers.norm_maxima + sums_base)
     order = tl.arange(0, STEP)
     for start in range(first_block, held + new, STEP):
-        offs_key = start + order
+        offs_key = start + order  # [STEP]
         keep_key = offs_key < held + new
         is_new = keep_key & (offs_key >= held)
         norm = tl.load(norms_ptr + offs_key, mask=keep_key, other=0.0)
@@ -140,7 +140,7 @@ def append_to_pages_kernel(
     do not depend on how keys are cut into calls. Where old keys begin a block, their norms are read.
     """
     block, _, sequence = program_position(first_y, first_z, LAST_FIRST=False)
-    heads = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    heads = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     keep_head = heads < kv_heads
     start = tl.minimum(tl.maximum(tl.load(starts_ptr + sequence), 0), k_len)
     new = tl.minimum(tl.maximum(tl.load(starts_ptr + sequence + 1), start), k_len) - start
@@ -156,9 +156,9 @@ def append_to_pages_kernel(
     order = tl.arange(0, BLOCK_N)
     is_last = (order == BLOCK_N - 1)[:, None]
     for first in range(first_block, end, BLOCK_N):
-        offs_key = first + order
+        offs_key = first + order  # [BLOCK_N]
         number, slot, is_held = page_slots(pages, sequence, offs_key, offs_key < end)
-        keep = is_held[:, None] & keep_head[None, :]
+        keep = is_held[:, None] & keep_head[None, :]  # [BLOCK_N, BLOCK_M]
         is_new = (offs_key >= held)[:, None]
         norm_ptrs = new_norms_ptr + heads.to(tl.int64)[None, :] * k_len + (start - held + offs_key)[:, None]
         new_norms = tl.load(norm_ptrs, mask=keep & is_new, other=0.0)
@@ -221,7 +221,7 @@ def append_to_pages(
         "kv_heads": kv_heads,
     }
     special = kept_specialisation(tuple(forms_of(block_table, *buffers)), lambda: (NO_HEADS, False))
-    chosen = plan("append_to_pages", special.problem, k.device)
+    chosen = plan("append_to_pages", special, k.device)
     grid = (-(-kv_heads // chosen.config.block_m), 1, len(key_lengths_after))
     for _ in range(passes):
         chosen.launch(grid, arguments, special)

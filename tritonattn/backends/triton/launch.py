@@ -68,7 +68,7 @@ def _hold_to_gate(kernel: Any, problem: Problem, device: torch.device, config: T
     names = KERNELS | {name: kernel for name, language in VARIANTS if language == config.kernel}
     name = next((name for name, function in names.items() if function is kernel), "")
     if lookup.refuse_spills(name, problem, Target.of(device), config, spills):
-        _plan.cache_clear()
+        forget_plans()
 
 
 def device_of(values: Iterable[Any]) -> torch.device:
@@ -196,10 +196,22 @@ def recording(target: Target, configs: ConfigFor = default_config) -> Iterator[l
         _recorder.reset(token)
 
 
-def plan(kernel: str, problem: Problem, device: torch.device) -> Plan:
+def plan(kernel: str, special: Specialisation, device: torch.device) -> Plan:
     if recorder := _recorder.get():
-        return _plan(kernel, problem, recorder.target, recorder.config_for)
-    return _plan(kernel, problem, _target(Target.of, device), config_for)
+        return _plan_of(kernel, special, recorder.target, recorder.config_for)
+    return _plan_of(kernel, special, _target(Target.of, device), config_for)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_of(kernel: str, special: Specialisation, target: Target, config_of: ConfigFor) -> Plan:
+    """The plan of a specialisation's problem, without the hash of 30 fields at each launch."""
+    return _plan(kernel, special.problem, target, config_of)
+
+
+def forget_plans() -> None:
+    """Ask for each config again."""
+    _plan.cache_clear()
+    _plan_of.cache_clear()
 
 
 @functools.lru_cache(maxsize=64)
@@ -217,7 +229,7 @@ def drop_config(kernel: str, problem: Problem, device: torch.device, chosen: Pla
     is_refusal |= chosen.variant is not None and not isinstance(error, NotCompiledError)
     if not is_refusal or not lookup.reject_config(kernel, problem, Target.of(device), chosen.config, error):
         raise error
-    _plan.cache_clear()
+    forget_plans()
 
 
 @functools.lru_cache(maxsize=4096)

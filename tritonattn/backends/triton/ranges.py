@@ -10,7 +10,7 @@ from torch import Tensor
 from ...core.visibility import Visibility
 from ...tuning.config import Problem
 from .block import LENGTHS, key_range, pass_bounds, program_position, whole_blocks
-from .launch import KERNELS, Plan, plan, range_arguments
+from .launch import KERNELS, Plan, Specialisation, plan, range_arguments
 from .records import Arguments, View
 
 
@@ -152,6 +152,7 @@ KERNELS |= {
     "argmax_of_ranges": argmax_of_ranges,
 }
 NO_HEADS = Problem(1, 1, torch.float32)
+_WITHOUT_HEADS = Specialisation(NO_HEADS, wide=False)
 
 
 def argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
@@ -208,4 +209,4 @@ def seen_bytes(seen: Tensor, keys: tuple[int, ...]) -> Tensor:
 
 def _plan(kernel: str, device: torch.device) -> Plan:
     """The plan of a pass over ranges, which has no head dim and no options."""
-    return plan(kernel, NO_HEADS, device)
+    return plan(kernel, _WITHOUT_HEADS, device)
