@@ -13,7 +13,7 @@ from tritonattn.backends.triton import launch
 def obstacle(name: str) -> str | None:
     """Say why no kernel runs on this device here, or return None."""
     if name == "cuda":
-        return None if torch.cuda.is_available() else "device cuda: torch sees no GPU"
+        return None if torch.cuda.is_available() else "device cuda: torch finds no GPU"
     if name == "interpret":
         wanted = "kernels run on a CPU only in Triton's interpreter: set TRITON_INTERPRET=1 in the environment"
         return None if launch.interpreting else wanted

@@ -162,7 +162,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run the phases, print how each ended, and exit with an error where one failed."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("gpu: device cuda: torch sees no GPU; --device emulate rehearses")
+        sys.exit("gpu: device cuda: torch finds no GPU; --device emulate rehearses")
     few = "tests/kernels" if arguments.device == "cuda" else "tests/kernels/test_key_statistics.py"
     chosen = phases(arguments.device, arguments.out.resolve(), arguments.tests or few)
     known = [phase.name for phase in chosen]

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     if options.backend == "cuda" and not torch.cuda.is_available():
-        raise CommandError("device cuda: torch sees no GPU")
+        raise CommandError("device cuda: torch finds no GPU")
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty
     counts: Counter[str] = Counter()
     lengths, dims = _SIZES.get(options.backend, _EMULATED)

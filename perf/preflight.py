@@ -223,7 +223,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print each check as it passes; exit with what to do where one does not."""
     if reason := obstacle(options.device):
-        sys.exit(f"preflight: {reason}; nvidia-smi shows what the driver sees")
+        sys.exit(f"preflight: {reason}; nvidia-smi shows what the driver finds")
     with kernels_on(options.device, capability=90) as device:
         checks: dict[str, Callable[[], str]] = {
             "compiler": check_compiler,

@@ -42,7 +42,7 @@ def obstacle() -> str | None:
     if _sanitizer() is None:
         return "compute-sanitizer is neither on PATH nor in $CUDA_HOME/bin; it comes with the CUDA toolkit"
     if not torch.cuda.is_available() or torch.version.hip:
-        return "compute-sanitizer needs an NVIDIA GPU, torch sees none"
+        return "compute-sanitizer needs an NVIDIA GPU, torch finds none"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The tests. `ptx_emulator`, a package of its own in tests/emulator, is found by every one of them."""
+"""The tests. They find `ptx_emulator`, a separate package, in tests/emulator."""
 
 import sys
 from pathlib import Path

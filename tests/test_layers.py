@@ -11,7 +11,7 @@ import tritonattn
 PACKAGE = Path(tritonattn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Folders from the bottom up: each may import from those on lower floors, and its own files from one another.
+# Folders from the bottom up: each may import from those on lower floors, and its files from one another.
 FLOORS = (
     {"core"},
     {"scaling", "tuning"},
@@ -27,7 +27,7 @@ FLOORS = (
     {"__main__"},
 )
 FLOOR_OF = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
-# Public modules that only hand on names from below: they stand beside the package's own __init__.
+# Public modules that only hand on names from below: they stand next to the package's __init__.
 DOORS = {("tuning",)}
 
 OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tqdm", "numpy", "sklearn", "scipy"}
@@ -57,7 +57,7 @@ def floor_of(module: tuple[str, ...]) -> int:
 
 @functools.cache
 def imports(path: Path) -> list[tuple[int, str]]:
-    """(relative level, dotted name) of everything that a file imports, names of a module's members included."""
+    """(relative level, dotted name) of everything that a file imports, names that a module gives included."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -88,9 +88,9 @@ def test_there_are_at_most_twelve_floors_and_every_folder_is_on_one():
 
 def test_imports_point_down():
     for path in FILES:
-        own, floor = module_of(path)[0], floor_of(module_of(path))
+        folder, floor = module_of(path)[0], floor_of(module_of(path))
         for module in imported_modules(path):
-            inside = module[0] == own and module not in DOORS
+            inside = module[0] == folder and module not in DOORS
             assert inside or floor_of(module) < floor, f"{path} imports {'.'.join(module)}, which is not below it"
 
 

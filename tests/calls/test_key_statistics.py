@@ -28,7 +28,7 @@ def _check(statistics: KeyStatistics, held: list[torch.Tensor], rtol: float) -> 
 # float64 as for a float64 cache: copies keep the dtype.
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=str)
 def test_a_long_random_history(dtype, rtol):
-    """Appends of ragged counts, rejected guesses, beams that change places, and copies, of which the last goes on.
+    """Appends of ragged counts, rejected guesses, beams that change sequences, and copies, of which the last goes on.
 
     Buffers stay where they are, as a CUDA graph needs, and keys that require gradients leave none.
     """

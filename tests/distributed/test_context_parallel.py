@@ -77,19 +77,19 @@ def errors(
     if "cu_seqlens" in given:
         given["cu_seqlens"] = torch.tensor(given["cu_seqlens"], dtype=torch.int32)
     wide = torch.promote_types(dtype, torch.float32)
-    *parts, own_gain, own_sinks, own_bias = leaves(
+    *parts, local_gain, local_sinks, local_bias = leaves(
         *(shard(x, mesh=mesh, layout=layout) for x in whole),
         *(x.to(wide) for x in rows),
         shard(bias.to(wide), mesh=mesh, layout=layout, dim=1),
     )
-    given |= {"scaling": learned, "gain": own_gain, "sinks": own_sinks, "key_bias": own_bias, **options}
+    given |= {"scaling": learned, "gain": local_gain, "sinks": local_sinks, "key_bias": local_bias, **options}
     got = context_parallel_attention(*parts, mesh=mesh, method=method, layout=layout, **given)
     got.backward(shard(d_out, mesh=mesh, layout=layout))
     pairs = {"out": (got, shard(out, mesh=mesh, layout=layout))}
     for name, mine, all_of_it in zip("qkv", parts, one, strict=True):
         pairs[name] = mine.grad, shard(all_of_it.grad, mesh=mesh, layout=layout)
-    pairs["key_bias"] = own_bias.grad, shard(one_bias.grad, mesh=mesh, layout=layout, dim=1)
-    parameters = [("gain", own_gain, gain), ("sinks", own_sinks, sinks)]
+    pairs["key_bias"] = local_bias.grad, shard(one_bias.grad, mesh=mesh, layout=layout, dim=1)
+    parameters = [("gain", local_gain, gain), ("sinks", local_sinks, sinks)]
     if isinstance(mode, torch.nn.Module):
         parameters += [
             (name, mine, one) for (name, mine), one in zip(learned.named_parameters(), mode.parameters(), strict=True)

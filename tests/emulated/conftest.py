@@ -15,7 +15,7 @@ from tritonattn.tuning.config import TileConfig
 
 @pytest.fixture
 def emulate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
-    """emulate(gpu, tiles=None, kind=Executor): from now on kernels run in the emulator; returns the executor.
+    """emulate(gpu, tiles=None, executor=Executor): from now on kernels run in the emulator; returns the executor.
 
     New tensors are filled with NaN, so that a result that no kernel writes shows.
     """
@@ -27,11 +27,11 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     with ExitStack() as stack:
 
-        def install(gpu: GPU, tiles: TileConfig | None = None, kind: type[Executor] = Executor) -> Executor:
-            executor = kind()
+        def install(gpu: GPU, tiles: TileConfig | None = None, executor: type[Executor] = Executor) -> Executor:
+            running = executor()
             monkeypatch.setattr(launch, "config_for", gpu.config(tiles))
-            stack.enter_context(installed().active(gpu.capability, executor))
-            return executor
+            stack.enter_context(installed().active(gpu.capability, running))
+            return running
 
         torch.use_deterministic_algorithms(True)  # also fills what torch.empty returns with NaN
         yield install

@@ -55,9 +55,9 @@ class Executor:
     def launched(self) -> list[str]:
         return [report.name for report in self.reports]
 
-    def executed(self, kind: str) -> int:
+    def executed(self, class_name: str) -> int:
         """Warp instructions of a class, such as "cp.async"."""
-        return sum(report.counts.get(kind, 0) for report in self.reports)
+        return sum(report.counts.get(class_name, 0) for report in self.reports)
 
 
 def is_ours(problem: dict) -> bool:

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from ptx_emulator import PTXError, run
 from ptx_emulator.instruction import Instruction
 from ptx_emulator.parse import parse
-from ptx_emulator.synchronisation import kind_of, left_out
+from ptx_emulator.synchronisation import left_out, operation_of
 
 import tritonattn
 from tests.stub import Launched
@@ -127,7 +127,7 @@ class InOrders(Executor):
 
 def check(case: Case | Varlen, emulate, gradients: bool = False) -> InOrders:
     """Hold the results of a case, and its gradients where asked for, to the bound of all backends."""
-    executor = emulate(HOPPER, kind=InOrders)
+    executor = emulate(HOPPER, executor=InOrders)
     case.check(gradients)
     assert NAME in executor.launched
     return executor
@@ -138,7 +138,7 @@ def test_forward(case, emulate):
     check(case, emulate)
 
 
-# Synchronising instructions that no run misses, by kind and function: how many in the code of CALL, and the reason.
+# Synchronising instructions that no run misses, by operation and function: how many in CALL's code, and the reason.
 CALL = Case(BFLOAT, (128, 128), None, "causal", QUERY, "plain", (1, 1), (100, 650), 1)
 IMPLIED = {
     ("fence.proxy", "_shared"): (1, "the emulator has no proxy of mbarriers: the fence must stay"),
@@ -159,22 +159,25 @@ def function_of(one: Instruction, file: str) -> str:
 
 
 def missed(launch: Launch, each: bool) -> tuple[Counter, Counter]:
-    """How many synchronising instructions a run misses, each or the first of a kind; and (kind, function) of others."""
+    """The synchronising instructions that a run misses, counted by operation; the others by operation and function.
+
+    each: all are tried, else the first of each operation.
+    """
     kernel, found, implied = parse(launch.ptx), Counter(), Counter()
     file = VARIANTS["forward", "gluon"]().kernel.fn.__code__.co_filename
     for one in kernel.instructions:
-        kind = kind_of(one)
-        if kind is None or (found[kind] and not each):
+        operation = operation_of(one)
+        if operation is None or (found[operation] and not each):
             continue
         if launch.is_clean(left_out(kernel, one)):
-            implied[kind, function_of(one, file)] += 1
+            implied[operation, function_of(one, file)] += 1
         else:
-            found[kind] += 1
+            found[operation] += 1
     return found, implied
 
 
 @pytest.mark.skipif(OLDER_TRITON, reason="older compilers leave out fences")
-def test_one_of_each_kind_is_missed(emulate):
+def test_one_of_each_operation_is_missed(emulate):
     found, implied = missed(check(FAST[0], emulate).launches[0], each=False)
     of_mbarriers, of_products = ("arrive", "init", "try_wait"), ("commit_group", "fence", "wait_group")
     expected = {*(f"mbarrier.{one}" for one in of_mbarriers), *(f"wgmma.{one}" for one in of_products)}

@@ -1,6 +1,6 @@
 """Barriers, fences, commits and waits of the compiled kernels are taken out in turn, and the emulator misses them.
 
-One of each kind of a small forward pass here, every one of all default kernels in the slow test.
+One of each operation of a small forward pass here, every one of all default kernels in the slow test.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 from ptx_emulator.parse import parse
-from ptx_emulator.synchronisation import Order, kind_of, left_out
+from ptx_emulator.synchronisation import Order, left_out, operation_of
 
 import tritonattn
 from tests.support.versions import OLDER_TRITON
@@ -27,7 +27,7 @@ OBSERVED = {
     "cp.async.wait_group": "what is under way is copied past the last block, to where nobody looks",
     "mbarrier.inval": "nothing uses its memory again",
 }
-# How many of each kind must be missed: of every kernel, of those of sm_90, of those that copy in bulk.
+# How many of each operation must be missed: of every kernel, of those of sm_90, of those that copy in bulk.
 LEAST = {"bar.sync": 5, "cp.async.commit_group": 2, "cp.async.wait_group": 2}
 LEAST_OF_SM_90 = {"fence.proxy": 2, "wgmma.fence": 4, "wgmma.commit_group": 4, "wgmma.wait_group": 3}
 LEAST_OF_DESCRIPTORS = {"mbarrier.init": 2, "mbarrier.arrive": 2, "mbarrier.try_wait": 1}
@@ -64,21 +64,21 @@ def launches_of(recorder: Recorder) -> dict[str, list[Launch]]:
 
 
 def check(launches: list[Launch], each: bool = True) -> Counter:
-    """How many of each kind are missed, or of each kind the first; the others have a reason not to be."""
+    """How many of each operation are missed, or of each operation the first; the others have a reason not to be."""
     ptx = launches[0].ptx
     kernel, order, missed = parse(ptx), Order(ptx), Counter()
     executed = set().union(*(launch.executed() for launch in launches))
     for one in kernel.instructions:
-        kind = kind_of(one)
-        if kind is None or (missed[kind] and not each):
+        operation = operation_of(one)
+        if operation is None or (missed[operation] and not each):
             continue
         assert one.index in executed, f"expected a call that executes\n  {kernel.where(one)}"
         reason = order.why_needless(one)
         tried = launches[:1] if reason else launches  # one run confirms a reason
         if all(launch.is_clean(left_out(kernel, one)) for launch in tried):
-            assert reason or kind in OBSERVED, f"expected a report without this instruction\n  {kernel.where(one)}"
+            assert reason or operation in OBSERVED, f"expected a report without this instruction\n  {kernel.where(one)}"
         else:
-            missed[kind] += 1
+            missed[operation] += 1
     return missed
 
 
@@ -87,8 +87,8 @@ def least(gpu: GPU) -> dict[str, int]:
 
 
 @pytest.mark.skipif(OLDER_TRITON, reason="older compilers leave out fences")
-def test_one_of_each_kind_is_missed(emulate):
+def test_one_of_each_operation_is_missed(emulate):
     gpu = GPU(90, descriptors=True)
-    recorder = emulate(gpu, TileConfig(64, 16, 4, 2), kind=Recorder)
+    recorder = emulate(gpu, TileConfig(64, 16, 4, 2), executor=Recorder)
     attend((70, 150), negative=True, gradients=False)
     assert check(recorder.launches, each=False).keys() >= least(gpu).keys()

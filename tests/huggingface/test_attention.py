@@ -19,7 +19,7 @@ def module_with(**settings) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_mean", "none", "cosine"])
-def test_the_configs_scaling_is_relative_to_the_models_own(scaling):
+def test_the_configs_scaling_is_relative_to_the_models(scaling):
     """logit = model_scaling * sqrt(D) * gain * factor * (q . k); cosine replaces the model's scaling."""
     q, k, v = torch.randn(3, 1, 2, 7, 8)
     out, weights = attention_forward(module_with(scaling=scaling, gain=2.0), q, k, v, None, scaling=0.3)
@@ -119,7 +119,7 @@ def test_a_window_without_a_mask():
 
 
 def test_ulysses_of_another_implementation_is_refused(monkeypatch):
-    """UlyssesSPAttentionHF puts its function in the place of one name; layers of other names would attend to a part."""
+    """UlyssesSPAttentionHF replaces the function of one name; layers of other names would attend to a part."""
     home, interface = "deepspeed.runtime.sequence_parallel.ulysses_sp", transformers.AttentionInterface
     q, stand_in = torch.randn(1, 2, 3, 4), lambda *arguments, **keywords: None
     stand_in.__module__ = home

@@ -146,7 +146,7 @@ def test_a_mode_by_name_takes_the_settings_of_the_model_s_config(entries, made):
         assert one.layers[FIRST].to_config()["scaling"] == {"name": made.name, **dataclasses.asdict(made)}
 
 
-def test_a_temperature_by_name_is_the_model_s_own():
+def test_a_temperature_by_name_is_the_model_s():
     """In Llama 4, with its temperature turned off; with it a second one is refused."""
     architecture = ARCHITECTURES["llama4"]
     inputs, network = architecture.inputs("none"), architecture.build()

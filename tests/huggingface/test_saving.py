@@ -207,7 +207,7 @@ class Halved(Scaling):
         return torch.tensor(q.shape[-1] ** -0.5 / self.divisor)
 
 
-def test_a_scaling_of_ones_own(tmp_path, monkeypatch):
+def test_a_custom_scaling(tmp_path, monkeypatch):
     network = LLAMA.build()
     patch(network, scaling=Halved(3.0))
     wanted = logits(network)

@@ -152,10 +152,10 @@ def test_undo_where_layers_share_a_processor(registered):
 
 def test_refusals(registered):
     q, k, v = operands()
-    member = AttentionBackendName(registered())
+    entry = AttentionBackendName(registered())
 
     def dispatch(key=k, **options):
-        return dispatch_attention_fn(q, key, v, backend=member, **options)
+        return dispatch_attention_fn(q, key, v, backend=entry, **options)
 
     mask = torch.ones(6, 6).bool()
     not_made = "name: expected one that `register` made, got 'native'"

@@ -19,7 +19,7 @@ BEST, OTHER = TileConfig(16, 16, 4, 1), TileConfig(32, 16, 4, 1)
 
 def keys() -> list[Key]:
     """Every kernel, without scales, and with all of them and their gradients."""
-    return [Key(kernel, 64, scales, "short") for kernel, kinds in SCALES.items() for scales in (kinds[0], kinds[-1])]
+    return [Key(kernel, 64, scales, "short") for kernel, forms in SCALES.items() for scales in (forms[0], forms[-1])]
 
 
 def half(key: Key) -> Problem:

@@ -214,12 +214,12 @@ def test_a_schedule_begins_and_ends_at_its_modes(start, end, blend):
 
 
 def test_a_mode_of_the_user_gets_statistics_in_float32_from_a_schedule():
-    class Own(Scaling):
+    class Custom(Scaling):
         def scales(self, q, k, visibility, statistics):
             assert statistics.norm_sum.dtype == torch.float32
             return Scales(1.0, query=statistics.norm_sum.reciprocal())
 
     q, k, v = operands(torch.float32).values()
-    schedule = nn.Scheduled(Own(), "key_norm_sum", steps=10)
+    schedule = nn.Scheduled(Custom(), "key_norm_sum", steps=10)
     wanted = attention(q, k, v, scaling="key_norm_sum")
     torch.testing.assert_close(attention(q, k, v, scaling=schedule), wanted, rtol=1e-5, atol=1e-6)

@@ -65,11 +65,11 @@ def test_gradients_of_parameters_by_finite_differences_alone_and_mapped(case):
 
 
 def test_a_class_that_does_not_say_so_reads_keys():
-    class Own(Scaling):
-        name = "own"
+    class Custom(Scaling):
+        name = "custom"
 
     of_key_count, of_ssmax = type("Of", (SCALINGS["key_count"],), {}), type("Of", (nn.SSMax,), {})
-    for one in (Own(), of_key_count(), of_ssmax(4), nn.PerHead(Own(), heads=4), nn.Scheduled("dim", Own(), 5)):
+    for one in (Custom(), of_key_count(), of_ssmax(4), nn.PerHead(Custom(), heads=4), nn.Scheduled("dim", Custom(), 5)):
         assert one.reads_keys
     assert not nn.PerHead("key_norm_max", heads=4).reads_keys
 
@@ -158,15 +158,15 @@ def test_gradients_at_the_start_are_the_same_with_batch_invariant(name):
 
 
 def test_scaling_parameters_are_those_of_every_scaling_once():
-    class Own(torch.nn.Linear, Scaling):
-        name = "own"
+    class Custom(torch.nn.Linear, Scaling):
+        name = "custom"
 
-    own, shared = Own(1, 1, bias=False), nn.SSMax(4, bias=True)
-    model = torch.nn.ModuleList([torch.nn.Linear(2, 2), nn.PerHead(own, heads=4), torch.nn.ModuleList([shared])])
+    custom, shared = Custom(1, 1, bias=False), nn.SSMax(4, bias=True)
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 2), nn.PerHead(custom, heads=4), torch.nn.ModuleList([shared])])
     model.append(shared)
     found = list(nn.scaling_parameters(model))
     assert len(found) == 4
-    assert set(found) == {own.weight, model[1].theta, shared.s, shared.b}
+    assert set(found) == {custom.weight, model[1].theta, shared.s, shared.b}
 
 
 def test_former_names_of_modules_are_importable():

@@ -28,8 +28,8 @@ WHOLE = "expected a whole number from 1 up, got '0'"
             "gpu --minutes 1 --device emulate --out {folder} --phases soaking",
             "--phases: .*environment, .*got 'soaking'",
         ),
-        ("gpu --minutes 1 --out {folder}", "gpu: device cuda: torch sees no GPU; --device emulate rehearses"),
-        ("compile", "torch sees no GPU; --target compiles for a card that is not here"),
+        ("gpu --minutes 1 --out {folder}", "gpu: device cuda: torch finds no GPU; --device emulate rehearses"),
+        ("compile", "torch finds no GPU; --target compiles for a card that is not here"),
         ("sweep --device interpret", "sweep: kernels run .*: set TRITON_INTERPRET=1"),
         ("soak --device cpu", "soak: .*TRITON_INTERPRET=1"),
         ("report {folder}", "report: no records in"),
@@ -38,7 +38,7 @@ WHOLE = "expected a whole number from 1 up, got '0'"
     ],
 )
 def test_refusals(arguments, message, tmp_path, capsys, monkeypatch):
-    """Where torch sees no GPU and Triton does not interpret."""
+    """Where torch finds no GPU and Triton does not interpret."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("tritonattn.backends.triton.launch.interpreting", False)
     monkeypatch.setattr("tritonattn.backends.triton.launch.runs_on", lambda device: False)

@@ -1,6 +1,6 @@
 """`python -m tests.release.installed WHEEL`: install a wheel into a new venv and use it from an empty folder.
 
-The venv sees the packages of this interpreter, torch among them, but neither the checkout nor an editable install.
+The venv has the packages of this interpreter, torch among them, but neither the checkout nor an editable install.
 """
 
 import os

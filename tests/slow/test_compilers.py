@@ -8,12 +8,12 @@ import torch
 pytest.importorskip("transformers")
 import tritonattn
 from tests.calls.test_compile import assert_same_gradients, objective, operands
-from tests.calls.test_compile import pytestmark as _torchs_own
+from tests.calls.test_compile import pytestmark as _filters
 from tests.huggingface.test_generation import assert_a_compiled_static_step
 from tests.ops.test_decode import _grown
 from tests.support.packed import RAGGED, packed_operands
 
-pytestmark = _torchs_own
+pytestmark = _filters
 
 
 @pytest.fixture(autouse=True)

@@ -93,9 +93,9 @@ def one_by_one(
             arguments["relative_bias"] = (relative_bias if relative_bias.shape[1] == 1 else relative_bias[:, rows])[
                 None
             ]
-        out, of_member = tritonattn.attention(*arrays, **arguments, return_aux=True, backend="reference")
+        out, of_sequence = tritonattn.attention(*arrays, **arguments, return_aux=True, backend="reference")
         outs.append(out[0].transpose(0, 1))
-        aux.append([x[0] for x in of_member])
+        aux.append([x[0] for x in of_sequence])
     outs.append(q.new_zeros(packed.q_tail, q.shape[1], v.shape[2]))
     nothing = aux[0][0].new_full((q.shape[1], packed.q_tail), -torch.inf)
     aux.append([nothing, nothing, torch.zeros_like(nothing)])

@@ -46,7 +46,7 @@ def test_the_gate_compiles_the_launch_that_is_timed(key):
     assert len(hashes) == 1
 
 
-def test_a_check_keeps_the_group_and_the_share_of_each_member():
+def test_a_check_keeps_the_group_and_the_share_of_each_field():
     """A check is as large as the reference can compute, and whole where the call is small."""
     small = Size(4, 16, 256, 256)
     assert checked_size(small) is small

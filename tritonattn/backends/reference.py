@@ -51,8 +51,8 @@ def attention(
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     visible = visibility.dense()
-    seen, sees = visible.any(-2)[..., None], visible.any(-1)[..., None]  # [B, Hq, Sk, 1], [B, Hq, Sq, 1]
-    query = torch.where(sees, q.to(dtype), 0)
+    seen, attends = visible.any(-2)[..., None], visible.any(-1)[..., None]  # [B, Hq, Sk, 1], [B, Hq, Sq, 1]
+    query = torch.where(attends, q.to(dtype), 0)
     key, value = (torch.where(seen, _per_query_head(x.to(dtype), visibility), 0) for x in (k, v))
 
     with without_autocast(q):
@@ -63,7 +63,7 @@ def attention(
         if bias is not None:
             bias = torch.where(visible, bias.to(dtype), 0)
             weighed = visible & (bias != -torch.inf)
-            sees = weighed.any(-1)[..., None]
+            attends = weighed.any(-1)[..., None]
             if not bias_after_softcap:
                 logit = logit + bias
         logit = torch.where(visible, logit, 0)
@@ -75,13 +75,13 @@ def attention(
         lse = _log_sum_exp(capped)
         probability = _softmax(capped)
         if sinks is not None:
-            gap = torch.where(sees, lse[..., None] - sinks.to(dtype)[:, None, None], 0)
+            gap = torch.where(attends, lse[..., None] - sinks.to(dtype)[:, None, None], 0)
             probability = probability * logsigmoid(gap).exp()  # 1 - sigmoid, in its gradient, is 0 from a gap of 17 on
         if dropout is not None:
             heads = (visibility.batch, visibility.q_heads)
             keep = dropout.tile(heads, slice(0, visibility.q_len), slice(0, visibility.k_len))
             probability = torch.where(keep, probability, 0) / (1 - dropout.p)
-        out = torch.where(sees, probability.to(v.dtype).to(dtype) @ value, 0)
+        out = torch.where(attends, probability.to(v.dtype).to(dtype) @ value, 0)
 
     max_logit = _maximum(torch.where(visible, logit, -torch.inf)).squeeze(-1)
     entropy = torch.special.entr(_softmax(capped.detach())).sum(-1)

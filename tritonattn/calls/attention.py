@@ -138,7 +138,7 @@ def attention(
     torch.Size([1, 4, 16, 8])
 
     Sources: Vaswani et al. 2017, arXiv:1706.03762 (sqrt_dim); Bernhard 2023, arXiv:2311.09406 (key_norm_sum);
-    each mode names its own. Dao 2023, arXiv:2307.08691 (the algorithm). Biases of distances: Raffel et al. 2020,
+    each mode names its source. Dao 2023, arXiv:2307.08691 (the algorithm). Biases of distances: Raffel et al. 2020,
     arXiv:1910.10683 (T5); Press et al. 2022, arXiv:2108.12409 (ALiBi).
     """
     q, k, v = operands(q, k, v)

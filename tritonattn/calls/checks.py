@@ -86,7 +86,7 @@ def _in_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def check(call: AttentionCall, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or Hkv, Sk]") -> AttentionCall:
-    """The call, with its options in place of names and numbers of other types that stand for them.
+    """The call, with options for the names and numbers of other types that stand for them.
 
     rows, keys   the last axes of a call's rows and keys, to which a scaling or gain, and key_bias, broadcast
 

@@ -121,7 +121,7 @@ def _width(call: AttentionCall) -> int | None:
 
 
 def _keys_for_scaling(call: AttentionCall) -> Tensor:
-    """The k of a scaling: a shape alone, in place of a copy of pages, where it reads no keys."""
+    """The k of a scaling: a shape alone, not a copy of pages, where it reads no keys."""
     if call.block_table is None or call.scaling.reads_keys:
         return call.keys()
     visible = call.visibility

@@ -20,7 +20,7 @@ from .sharded import Axes, call_of_parts
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_TORCHS_OWN = torch._C._nn.scaled_dot_product_attention  # pyright: ignore[reportAttributeAccessIssue]
+_TORCHS = torch._C._nn.scaled_dot_product_attention  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def public(
@@ -40,7 +40,7 @@ def public(
         def call(*arguments: P.args, **keywords: P.kwargs) -> R:
             try:
                 if axes is not None:
-                    if F.scaled_dot_product_attention is not _TORCHS_OWN:
+                    if F.scaled_dot_product_attention is not _TORCHS:
                         refuse_context_parallel(function.__name__)
                     tensors: Any = sys.modules.get("torch.distributed.tensor")
                     if tensors is not None:
@@ -65,7 +65,7 @@ _ADDED = "what it adds: key_bias=, relative_bias= or, in `attention`, bias="
 # if none is needed), and what it takes. A function without that argument has the hint of that argument's name.
 _HINTS = {
     "is_causal": ("causal", "bottom-right, where PyTorch's is top-left"),
-    "causal": ("", "a row attends to the keys up to its own"),
+    "causal": ("", "a row attends to the keys up to its position"),
     "attn_mask": ("mask", "bool, True is visible; key_lengths and key_ranges cost less; of floats, bias="),
     "mask": ("key_lengths", "[B]: the number of keys of each sequence"),
     "attn_bias": ("bias", "a number a pair, broadcastable to [B, Hq, Sq, Sk]; key_bias= and relative_bias= cost less"),

@@ -10,7 +10,7 @@ _EXTENDED = "_extended_by_tritonattn"
 
 
 def extend(owner: Any, name: str, extended: Callable[[Any], Any]) -> None:
-    """Put extended(function) in place of a function of a class or module, once; do nothing where there is none."""
+    """Replace a function of a class or module, once; do nothing where there is none."""
     original = getattr(owner, name, None)
     if original is not None and not hasattr(original, _EXTENDED):
         function = functools.wraps(original)(extended(original))

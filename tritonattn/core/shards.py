@@ -16,7 +16,7 @@ _READABLE = range(8, 14)  # of torch 2: the versions whose private names `contex
 
 
 class TorchContext(NamedTuple):
-    """torch's own context parallelism, as it is in force.
+    """torch's context parallelism, as it is in force.
 
     mesh     the DeviceMesh whose ranks share every sequence
     layout   as in `tritonattn.distributed.shard`

@@ -177,7 +177,7 @@ def sum_over_keys(
         return x.sum(-1, keepdim=True, dtype=torch.float64).expand(*x.shape[:-1], visible.q_len).to(dtype)
     elif visible.mask is not None:  # holes, for which each pair is read
         return ranges.sum_over_mask(_per_mask_head(x, visible), *visible.ranges(), visible.mask).to(dtype)
-    elif scan is prefix_sum and x.device.type == "cpu" and visible.is_causal:  # torch's own sums are differentiable
+    elif scan is prefix_sum and x.device.type == "cpu" and visible.is_causal:  # torch's sums are differentiable
         return x.cumsum(-1, dtype=torch.float64)[..., visible.k_len - visible.q_len :].to(dtype)
     if visible.is_causal:  # a prefix sum a row, whose end the sizes tell
         lo = hi = None

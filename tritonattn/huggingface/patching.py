@@ -87,7 +87,7 @@ class Patched:
             else:
                 asked = "undone" if one.name in self._chosen else "not among the layers asked for"
                 scaling = f"left alone: {one.obstacle or asked}"
-            rows.append((one.name, *_shape(one), self._before[one.name] or "its own", scaling))
+            rows.append((one.name, *_shape(one), self._before[one.name] or "built in", scaling))
         return table(rows, ("module", "layer type", "heads", "head_dim", "before", "scaling"), "simple", left=None)
 
     @contextmanager

@@ -32,7 +32,7 @@ def register(name: str = NAME, scaling: str | Scaling = "sqrt_dim", backend: str
         backend: As in `tritonattn.attention`.
 
     Masks are bool, True for visible, or additive: entries of at most -1e4 hide, and others are a bias. Context
-    parallelism raises NotImplementedError. diffusers has no public registry: this adds a member to its enumeration of
+    parallelism raises NotImplementedError. diffusers has no public registry: this adds an entry to its enumeration of
     backends.
 
     Raises:
@@ -41,24 +41,24 @@ def register(name: str = NAME, scaling: str | Scaling = "sqrt_dim", backend: str
     mode = as_mode(scaling)
     if name != name.lower():
         raise ValueError(f"name: expected lower case, the only case that diffusers looks for, got {name!r}")
-    member = AttentionBackendName._value2member_map_.get(name)
-    if member is not None and member not in _OURS:
+    entry = AttentionBackendName._value2member_map_.get(name)
+    if entry is not None and entry not in _OURS:
         raise ValueError(f"name: expected one that diffusers does not have, got {name!r}")
-    member = _member(name) if member is None else member
-    _OURS.add(member)
-    _AttentionBackendRegistry.register(cast(Any, member))(_function(mode, backend))
+    entry = _new_entry(name) if entry is None else entry
+    _OURS.add(entry)
+    _AttentionBackendRegistry.register(cast(Any, entry))(_function(mode, backend))
 
 
 def unregister(name: str = NAME) -> None:
     """Undo `register`. Models that still use the name fail at their next call. Raises ValueError for other names."""
-    member = _registered(name)
-    _OURS.discard(member)
+    entry = _registered(name)
+    _OURS.discard(entry)
     for table in (
         _AttentionBackendRegistry._backends,
         _AttentionBackendRegistry._constraints,
         _AttentionBackendRegistry._supported_arg_names,
     ):
-        table.pop(cast(Any, member))
+        table.pop(cast(Any, entry))
     AttentionBackendName._value2member_map_.pop(name)
     AttentionBackendName._member_map_.pop(name.upper())
     AttentionBackendName._member_names_.remove(name.upper())
@@ -73,9 +73,9 @@ def use(model: nn.Module, name: str = NAME) -> Replacement:
     Raises:
         ValueError: A name that `register` did not make, or a model none of whose attention processors takes a backend.
     """
-    member, backend = _registered(name), "_attention_backend"
+    entry, backend = _registered(name), "_attention_backend"
     processors = ((layer, getattr(module, "processor", None)) for layer, module in model.named_modules())
-    changes = [(layer, processor, backend, member) for layer, processor in processors if hasattr(processor, backend)]
+    changes = [(layer, processor, backend, entry) for layer, processor in processors if hasattr(processor, backend)]
     return Replacement(model, "attention processors that take a backend", changes)
 
 
@@ -83,20 +83,20 @@ _OURS: set[Any] = set()
 
 
 def _registered(name: str) -> Any:
-    member = AttentionBackendName._value2member_map_.get(name)
-    if member not in _OURS:
+    entry = AttentionBackendName._value2member_map_.get(name)
+    if entry not in _OURS:
         raise ValueError(f"name: expected one that `register` made, got {name!r}")
-    return member
+    return entry
 
 
-def _member(name: str) -> Any:
-    """A new member of diffusers' enumeration of backends."""
-    member: Any = str.__new__(AttentionBackendName, name)
-    member._name_, member._value_ = name.upper(), name
-    AttentionBackendName._member_map_[name.upper()] = member
-    AttentionBackendName._value2member_map_[name] = member
+def _new_entry(name: str) -> Any:
+    """Add a name to diffusers' enumeration of backends."""
+    entry: Any = str.__new__(AttentionBackendName, name)
+    entry._name_, entry._value_ = name.upper(), name
+    AttentionBackendName._member_map_[name.upper()] = entry
+    AttentionBackendName._value2member_map_[name] = entry
     AttentionBackendName._member_names_.append(name.upper())
-    return member
+    return entry
 
 
 def _function(scaling: Scaling, backend: str) -> Any:

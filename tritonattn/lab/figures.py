@@ -114,7 +114,7 @@ def ticks_at(axis: Axis, values: Sequence[int]) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def values_beside(axes: Axes, texts: Sequence[str]) -> None:
+def values_at_right(axes: Axes, texts: Sequence[str]) -> None:
     """Write a text a row at the right of a chart with one row a series."""
     for row, text in enumerate(texts):
         axes.annotate(text, (1.0, row), (4, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=8)

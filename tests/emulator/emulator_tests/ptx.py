@@ -19,7 +19,7 @@ def module(
     limit = "" if most_registers is None else f".maxnreg {most_registers}"
     parameters = ",\n".join(f".param .u64 .ptr .global .align 16 p{i + 1}" for i in range(pointers))
     loads = "\n".join(f"ld.param.u64 %rd{i + 1}, [p{i + 1}];" for i in range(pointers))
-    registers = "\n".join(f".reg .{kind} {name}<200>;" for kind, name in _REGISTERS.items())
+    registers = "\n".join(f".reg .{type_name} {name}<200>;" for type_name, name in _REGISTERS.items())
     smem = ".extern .shared .align 128 .b8 smem[];" if shared else ""
     return f"""
 .version 8.6
@@ -60,12 +60,12 @@ def apply(instruction: str, result: str, *operands: tuple[str, list[int]]) -> li
     """Raw unsigned results of "add.s32 {d}, {a}, {b};" on raw operands, each ("b32", values), value by value."""
     count = max(len(values) for _, values in operands)
     threads = -(-count // 32) * 32
-    arrays = [_array(kind, values, threads) for kind, values in operands]
+    arrays = [_array(type_name, values, threads) for type_name, values in operands]
     names, lines = {}, []
-    for i, (kind, _) in enumerate(operands):
-        register = names["abc"[i]] = f"{_REGISTERS[kind]}{100 + i}"
-        lines.append(f"mad.wide.u32 %rd50, %r0, {_SIZES[kind]}, %rd{i + 1};")
-        lines.append(f"ld.global.{kind} {register}, [%rd50];")
+    for i, (type_name, _) in enumerate(operands):
+        register = names["abc"[i]] = f"{_REGISTERS[type_name]}{100 + i}"
+        lines.append(f"mad.wide.u32 %rd50, %r0, {_SIZES[type_name]}, %rd{i + 1};")
+        lines.append(f"ld.global.{type_name} {register}, [%rd50];")
     stored = "b32" if result == "pred" else result
     names["d"] = f"{_REGISTERS[result]}150"
     lines.append(instruction.format(**names))
@@ -81,8 +81,8 @@ def apply(instruction: str, result: str, *operands: tuple[str, list[int]]) -> li
     return out.numpy().view(f"u{_SIZES[stored]}")[:count].tolist()
 
 
-def _array(kind: str, values: list[int], length: int) -> torch.Tensor:
-    size = _SIZES[kind]
+def _array(type_name: str, values: list[int], length: int) -> torch.Tensor:
+    size = _SIZES[type_name]
     raw = np.array([value & ((1 << 8 * size) - 1) for value in values], dtype=f"u{size}")
     return torch.from_numpy(np.resize(raw, length).view(f"i{size}").copy())
 

@@ -9,7 +9,7 @@ from ptx_emulator.parse import parse
 
 from .ptx import execute, module
 
-# Thread t copies 16 bytes, elements 4t .. 4t + 3, to the same place in shared memory.
+# Thread t copies 16 bytes, elements 4t .. 4t + 3, to the same position in shared memory.
 ISSUE = """shl.b32 %r10, %r0, 4; mul.wide.u32 %rd10, %r0, 16; add.u64 %rd11, %rd1, %rd10;
     cp.async.cg.shared.global [%r10], [%rd11], 16; cp.async.commit_group;"""
 WAIT = "cp.async.wait_group 0;"
@@ -108,9 +108,9 @@ def test_any_instruction_can_be_left_out():
 
 
 def _outcome(body: str, given: tuple[torch.Tensor, torch.Tensor], **options) -> tuple:
-    """The kind of a fault, or how many findings there are, by text."""
+    """The category of a fault, or how many findings there are, by text."""
     try:
         report = execute(body, *given, **options)
     except PTXFault as error:
-        return (error.kind,)
+        return (error.category,)
     return tuple((found["text"], found["count"]) for found in report.problems())

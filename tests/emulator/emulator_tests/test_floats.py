@@ -140,8 +140,8 @@ INTEGERS = [0.0, -0.0, 0.5, 1.5, 2.5, -0.5, -1.5, 3.7, -3.7, 1e20, -1e20, 214748
 
 
 @pytest.mark.parametrize("rounding", ["rni", "rzi", "rmi", "rpi"])
-@pytest.mark.parametrize(("kind", "low", "high"), [("s32", -(2**31), 2**31 - 1), ("u32", 0, 2**32 - 1)])
-def test_to_integer(kind, low, high, rounding):
+@pytest.mark.parametrize(("type_name", "low", "high"), [("s32", -(2**31), 2**31 - 1), ("u32", 0, 2**32 - 1)])
+def test_to_integer(type_name, low, high, rounding):
     def expected(x: float) -> int:
         if math.isnan(x):
             return 0
@@ -151,15 +151,15 @@ def test_to_integer(kind, low, high, rounding):
         return min(max(whole, low), high)
 
     raw = np.array(INTEGERS, np.float32).view(np.uint32).tolist()
-    found = apply(f"cvt.{rounding}.{kind}.f32 {{d}}, {{a}};", "b32", ("b32", raw))
-    assert [signed(x, 32) if kind == "s32" else x for x in found] == [expected(x) for x in INTEGERS]
+    found = apply(f"cvt.{rounding}.{type_name}.f32 {{d}}, {{a}};", "b32", ("b32", raw))
+    assert [signed(x, 32) if type_name == "s32" else x for x in found] == [expected(x) for x in INTEGERS]
 
 
 def test_from_integer():
     integers = [RANDOM.getrandbits(32) for _ in range(40)] + [0, 1, 2**24 + 1, 2**24 + 3, 2**32 - 1]
-    for kind in ("u32", "s32"):
-        found = apply(f"cvt.rn.f32.{kind} {{d}}, {{a}};", "b32", ("b32", integers))
-        exact = [Fraction(signed(x, 32) if kind == "s32" else x) for x in integers]
+    for type_name in ("u32", "s32"):
+        found = apply(f"cvt.rn.f32.{type_name} {{d}}, {{a}};", "b32", ("b32", integers))
+        exact = [Fraction(signed(x, 32) if type_name == "s32" else x) for x in integers]
         assert_equal(SINGLE, found, exact)
 
 

@@ -113,15 +113,15 @@ def test_multiply_add():
     assert wide == [(a * b + c) & (1 << 64) - 1 for (a, b), c in zip(PAIRS, third, strict=True)]
 
 
-@pytest.mark.parametrize("kind", ["u64", "s64"])
-def test_high_half_of_64_bits(kind):
+@pytest.mark.parametrize("type_name", ["u64", "s64"])
+def test_high_half_of_64_bits(type_name):
     a, b = ([RANDOM.getrandbits(64) for _ in range(60)] + [0, 1, 1 << 63, (1 << 64) - 1] for _ in range(2))
 
     def number(x: int) -> int:
-        return signed(x, 64) if kind == "s64" else x
+        return signed(x, 64) if type_name == "s64" else x
 
     expected = [(number(x) * number(y) >> 64) & (1 << 64) - 1 for x, y in zip(a, b, strict=True)]
-    assert apply(f"mul.hi.{kind} {{d}}, {{a}}, {{b}};", "b64", ("b64", a), ("b64", b)) == expected
+    assert apply(f"mul.hi.{type_name} {{d}}, {{a}}, {{b}};", "b64", ("b64", a), ("b64", b)) == expected
 
 
 def test_carry_chain():
@@ -141,25 +141,25 @@ def test_funnel_shift(side, mode):
     assert found == [expected(a, b, c) for (a, b), c in zip(PAIRS, THIRD[1], strict=True)]
 
 
-@pytest.mark.parametrize("kind", ["u32", "s32"])
-def test_bit_field_extract(kind):
+@pytest.mark.parametrize("type_name", ["u32", "s32"])
+def test_bit_field_extract(type_name):
     def expected(a: int, position: int, length: int) -> int:
         position, length = position & 255, length & 255
-        value = s32(a) if kind == "s32" else a
+        value = s32(a) if type_name == "s32" else a
         field = value >> position
         if length < 32:
             field &= (1 << length) - 1
-            if kind == "s32" and length and position + length <= 32 and field >> (length - 1):
+            if type_name == "s32" and length and position + length <= 32 and field >> (length - 1):
                 field -= 1 << length
-            elif kind == "s32" and length and position + length > 32 and value < 0:
+            elif type_name == "s32" and length and position + length > 32 and value < 0:
                 field -= 1 << length
         return (field if length else 0) & MASK
 
     positions = [(a, p, n) for a in WORDS for p, n in ((0, 8), (4, 12), (30, 2), (0, 32), (31, 4), (7, 0), (40, 3))]
     operands = (("b32", [one[i] for one in positions]) for i in range(3))
-    found = apply(f"bfe.{kind} {{d}}, {{a}}, {{b}}, {{c}};", "b32", *operands)
+    found = apply(f"bfe.{type_name} {{d}}, {{a}}, {{b}}, {{c}};", "b32", *operands)
     assert found == [expected(*one) for one in positions]
-    constant = apply(f"bfe.{kind} {{d}}, {{a}}, 5, 9;", "b32", LEFT)
+    constant = apply(f"bfe.{type_name} {{d}}, {{a}}, 5, 9;", "b32", LEFT)
     assert constant == [expected(a, 5, 9) for a in LEFT[1]]
 
 
@@ -198,14 +198,14 @@ def test_lop3(table):
         assert value == sum(bit(a >> i & 1, b >> i & 1, c >> i & 1) << i for i in range(32))
 
 
-@pytest.mark.parametrize("kind", ["u32", "s32"])
+@pytest.mark.parametrize("type_name", ["u32", "s32"])
 @pytest.mark.parametrize("comparison", COMPARISONS)
-def test_comparisons(comparison, kind):
+def test_comparisons(comparison, type_name):
     def number(x: int) -> int:
-        return s32(x) if kind == "s32" else x
+        return s32(x) if type_name == "s32" else x
 
     expected = [int(eval(f"{number(a)} {COMPARISONS[comparison]} {number(b)}")) for a, b in PAIRS]
-    assert apply(f"setp.{comparison}.{kind} {{d}}, {{a}}, {{b}};", "pred", LEFT, RIGHT) == expected
+    assert apply(f"setp.{comparison}.{type_name} {{d}}, {{a}}, {{b}};", "pred", LEFT, RIGHT) == expected
 
 
 def test_predicates_combine():

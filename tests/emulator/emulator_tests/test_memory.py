@@ -21,7 +21,7 @@ def test_access_past_the_end():
     with pytest.raises(PTXFault) as raised:
         execute(f"{ADDRESS} ld.global.b32 %r1, [%rd11+4];", tensor(32))
     fault = raised.value
-    assert (fault.kind, fault.thread, fault.cta) == ("out-of-bounds", 31, (0, 0, 0))
+    assert (fault.category, fault.thread, fault.cta) == ("out-of-bounds", 31, (0, 0, 0))
     assert "0 bytes past the end of arg 0 p1 float32[32]" in fault.nearest
     execute(f"{ADDRESS} ld.global.b32 %r1, [%rd11];", tensor(32))
 
@@ -95,7 +95,7 @@ def test_uninitialised_register():
 
 
 def test_half_that_is_packed_and_dropped():
-    """LLVM packs an undefined register beside a value, and unpacks the value alone."""
+    """LLVM packs an undefined register next to a value, and unpacks the value alone."""
     body = ADDRESS + "mov.b64 %rd20, {{%r0, %r77}}; mov.b64 {taken}, %rd20; {use}"
     assert execute(body.format(taken="{%r1, _}", use="st.global.b32 [%rd11], %r1;"), tensor(32)).ok
     for taken, use in (

@@ -62,12 +62,12 @@ def test_race_is_found_in_every_order(policy, left_out):
 
 
 @pytest.mark.parametrize(
-    ("options", "place"),
+    ("options", "position"),
     [({"meet": "bar.sync 1, 256;"}, "bar.sync 1, 256"), ({"registers": 112}, "setmaxnreg.inc.sync.aligned.u32 112")],
 )
-def test_deadlock_names_the_places(options, place):
+def test_deadlock_names_the_positions(options, position):
     """A barrier that too few reach; registers beyond the pool, of 256 threads with 64 each."""
-    with pytest.raises(PTXError, match=f"deadlock: every warp waits(.|\\n)*{place}"):
+    with pytest.raises(PTXError, match=f"deadlock: every warp waits(.|\\n)*{position}"):
         hand_over(**options)
 
 

@@ -18,24 +18,24 @@ class Access(NamedTuple):
     cta: int
     epoch: int
     warp: int
-    kind: str
+    action: str
 
     @property
     def key(self) -> int:
         return (self.cta + 1 << int(CTA_BITS)) | (self.epoch + 1) << 8 | self.warp
 
     def conflicts(self, other: Access) -> bool:
-        if self.kind == other.kind and self.kind in ("read", "atomic"):
+        if self.action == other.action and self.action in ("read", "atomic"):
             return False
         return self.cta != other.cta or (self.epoch == other.epoch and self.warp != other.warp)
 
 
 def _found(shadow: Shadow, together: list[Access]) -> bool:
-    """True where the shadow reports a conflict of accesses of one kind, made by one instruction."""
-    own, cells = np.array([one.key for one in together]), np.zeros(len(together), np.int64)
-    if together[0].kind == "read":
-        return shadow.read(cells, own, 0) is not None
-    with_write, with_read, within, _ = shadow.write(cells, own, 0, atomic=together[0].kind == "atomic")
+    """True where the shadow reports a conflict of accesses of the same action, made by one instruction."""
+    actors, cells = np.array([one.key for one in together]), np.zeros(len(together), np.int64)
+    if together[0].action == "read":
+        return shadow.read(cells, actors, 0) is not None
+    with_write, with_read, within, _ = shadow.write(cells, actors, 0, atomic=together[0].action == "atomic")
     return any(found is not None for found in (with_write, with_read, within))
 
 
@@ -44,10 +44,10 @@ def _instructions(generator: random.Random, ctas: int) -> list[list[Access]]:
     result, epochs = [], [0] * ctas
     favourite = generator.choice(["read", "write", "atomic"])
     for _ in range(generator.randint(2, 10)):
-        kind = favourite if generator.random() < 0.7 else generator.choice(["read", "write", "atomic"])
+        action = favourite if generator.random() < 0.7 else generator.choice(["read", "write", "atomic"])
         everyone = [(cta, warp) for cta in range(ctas) for warp in range(WARPS)]
         chosen = generator.sample(everyone, generator.choice([1, 1, 1, 2]))
-        result.append([Access(cta, epochs[cta], warp, kind) for cta, warp in chosen])
+        result.append([Access(cta, epochs[cta], warp, action) for cta, warp in chosen])
         if generator.random() < 0.4:
             epochs[generator.randrange(ctas)] += 1
     return result

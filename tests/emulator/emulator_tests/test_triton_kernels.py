@@ -1,4 +1,4 @@
-"""Triton's own kernels, compiled for sm_80 and sm_90 and executed."""
+"""Kernels that Triton ships, compiled for sm_80 and sm_90 and executed."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
     assert report.ok, report
 
 It runs the compiled kernel, not its source: layouts, shared memory, pipelines, matrix and asynchronous instructions,
-real bf16. README.md beside this folder says what a clean report proves, and what it does not.
+real bf16. README.md next to this folder says what a clean report proves, and what it does not.
 
 Each basic block becomes one Python function on numpy arrays with one element per thread; several CTAs run at once.
 `arithmetic_code` and `memory_code` translate instructions, `machine` holds the state, `scheduler` picks the next block.

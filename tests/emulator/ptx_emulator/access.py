@@ -32,7 +32,7 @@ class Access:
         set_field = object.__setattr__  # read for every execution, so not properties
         set_field(self, "width", self.size * self.vector)
         set_field(self, "element", f"u{self.size}")
-        set_field(self, "signed", TYPES[self.type].kind == "signed" if self.type in TYPES else False)
+        set_field(self, "signed", TYPES[self.type].encoding == "signed" if self.type in TYPES else False)
 
 
 @dataclass(frozen=True)

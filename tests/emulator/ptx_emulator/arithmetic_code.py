@@ -6,7 +6,7 @@ import numpy as np
 
 from .instruction import Instruction
 from .operands import Operands, elements, raw_type
-from .types import FLOAT_KINDS, RAW, ROUND_TO_INTEGER, SIXTEEN_BIT_KINDS, TYPES
+from .types import FLOAT_ENCODINGS, RAW, ROUND_TO_INTEGER, SIXTEEN_BIT_ENCODINGS, TYPES
 
 _EXPRESSIONS = {
     "add": "{0}+{1}", "sub": "{0}-{1}", "mul": "{0}*{1}", "mul.lo": "{0}*{1}", "mul.hi": "multiply_high({0},{1})",
@@ -39,8 +39,8 @@ class ArithmeticCode(Operands):
             raise NotImplementedError
         if "wide" in parts:
             return self._widening(one, act)
-        kind = TYPES[type_name].kind
-        expression = self._expression(one, kind)
+        encoding = TYPES[type_name].encoding
+        expression = self._expression(one, encoding)
         operands = [self.read(source, type_name) for source in one.sources]
         flush = "ftz" in parts and type_name in ("f32", "f32x2") and one.base != "ex2"
         if flush:
@@ -49,31 +49,31 @@ class ArithmeticCode(Operands):
         if flush:
             expression = f"flush_subnormals({expression})"
         if "sat" in parts:
-            if kind not in FLOAT_KINDS:
+            if encoding not in FLOAT_ENCODINGS:
                 raise NotImplementedError
             expression = f"saturate({expression})"
         if "relu" in parts:
             expression = self._relu(expression, type_name)
         return self.write(one.results[0], expression, type_name, act)
 
-    def _expression(self, one: Instruction, kind: str) -> str:
+    def _expression(self, one: Instruction, encoding: str) -> str:
         if one.base in ("min", "max"):
-            if kind in FLOAT_KINDS:
+            if encoding in FLOAT_ENCODINGS:
                 return f"float_{one.base}({{0}},{{1}},{'NaN' in one.parts})"
             return f"np.{one.base}imum({{0}},{{1}})"
         if one.base == "div":
-            return "{0}/{1}" if kind in FLOAT_KINDS else "integer_divide({0},{1})"
-        if one.base == "fma" and kind in SIXTEEN_BIT_KINDS:
+            return "{0}/{1}" if encoding in FLOAT_ENCODINGS else "integer_divide({0},{1})"
+        if one.base == "fma" and encoding in SIXTEEN_BIT_ENCODINGS:
             return "fma_to_odd({0},{1},{2})"
-        if one.base == "ex2" and "ftz" in one.parts and kind == "float":
+        if one.base == "ex2" and "ftz" in one.parts and encoding == "float":
             return "exp2_flushed({0})"
         part = next((part for part in ("lo", "hi") if part in one.parts), None)
         return _EXPRESSIONS[f"{one.base}.{part}" if part else one.base]
 
     def _relu(self, expression: str, type_name: str) -> str:
         """The maximum with 0 of the same type."""
-        dtype = np.dtype(TYPES[type_name].dtype if TYPES[type_name].kind in ("signed", "float") else "f4")
-        maximum = "np.maximum({},{})" if TYPES[type_name].kind == "signed" else "float_max({},{},True)"
+        dtype = np.dtype(TYPES[type_name].dtype if TYPES[type_name].encoding in ("signed", "float") else "f4")
+        maximum = "np.maximum({},{})" if TYPES[type_name].encoding == "signed" else "float_max({},{},True)"
         return maximum.format(expression, self.constant(dtype.type(0)))
 
     def _widening(self, one: Instruction, act: str | None) -> list[str]:
@@ -107,13 +107,13 @@ class ArithmeticCode(Operands):
 
     def _shift(self, one: Instruction, act: str | None) -> list[str]:
         type_name = one.parts[-1]
-        _, size, kind = TYPES[type_name]
+        _, size, encoding = TYPES[type_name]
         count = self.read(one.sources[1], "u32")
         if size == 8:
             count += ".astype(u8)"
         if size == 2:
             count = f"np.minimum({count},16).astype(u2)"
-        if kind == "signed":
+        if encoding == "signed":
             count += ".astype(i2)" if size == 2 else f".view(i{size})"
         operator = "<<" if one.base == "shl" else ">>"
         return self.write(one.results[0], f"{self.read(one.sources[0], type_name)}{operator}{count}", type_name, act)
@@ -134,21 +134,21 @@ class ArithmeticCode(Operands):
     def translate_mov(self, one: Instruction, act: str | None) -> list[str]:
         """Also packs parts into a register, and unpacks them."""
         type_name, result, source = one.parts[-1], one.results[0], one.sources[0]
-        if source.kind != "vector" and result.kind != "vector":
+        if source.form != "vector" and result.form != "vector":
             raw = raw_type(type_name)
             return self.write(result, self.read(source, raw), raw, act)
         size = TYPES[type_name].size
-        raw, parts = f"u{size}", elements(source if source.kind == "vector" else result)
+        raw, parts = f"u{size}", elements(source if source.form == "vector" else result)
         part_size = size // len(parts)
         part_type = f"b{8 * part_size}"
         shifts = [8 * part_size * i for i in range(len(parts))]
-        if source.kind == "vector":
+        if source.form == "vector":
             shifted = [
                 f"({self.read(part, part_type)}.astype({raw})<<{raw}({shift}))"
                 for part, shift in zip(parts, shifts, strict=True)
             ]
             return self.write(result, "|".join(shifted), type_name, act)
-        if source.kind != "register":
+        if source.form != "register":
             raise NotImplementedError
         lines = [f"x={self.read(source, raw_type(type_name))}"]
         for part, shift in zip(parts, shifts, strict=True):
@@ -174,7 +174,7 @@ class ArithmeticCode(Operands):
             if rounding != "rna":
                 raise NotImplementedError
             return self.write(one.results[0], f"({values[0]}.view(u4)+u4(0x1000))&u4(0xffffe000)", "b32", act)
-        from_float, to_float = (TYPES[name].kind in FLOAT_KINDS for name in (source, to))
+        from_float, to_float = (TYPES[name].encoding in FLOAT_ENCODINGS for name in (source, to))
         if from_float and to_float:
             return self._float_to_float(one, values[0], to, source, rounding, act)
         dtype = TYPES[to].dtype
@@ -182,7 +182,7 @@ class ArithmeticCode(Operands):
             return self.write(one.results[0], f"to_integer({values[0]},{dtype},{rounding!r})", to, act)
         if (to_float and rounding != "rn") or "sat" in parts:
             raise NotImplementedError
-        wide = dtype if not to_float or TYPES[to].kind == "float" else "f8"
+        wide = dtype if not to_float or TYPES[to].encoding == "float" else "f8"
         return self.write(one.results[0], f"{values[0]}.astype({wide})", to, act)
 
     def _float_to_float(self, one, value: str, to: str, source: str, rounding: str | None, act) -> list[str]:
@@ -194,7 +194,7 @@ class ArithmeticCode(Operands):
             if source != "f32":
                 raise NotImplementedError
             return self.write(one.results[0], f"{self._narrowing(to, rounding)}({value})", "b16", act)
-        if TYPES[to].kind == "float":
+        if TYPES[to].encoding == "float":
             value = f"{value}.astype({TYPES[to].dtype})"
         if "ftz" in one.parts and to == "f32":
             value = f"flush_subnormals({value})"
@@ -207,16 +207,16 @@ class ArithmeticCode(Operands):
 
     def translate_setp(self, one: Instruction, act: str | None) -> list[str]:
         parts, type_name = one.parts, one.parts[-1]
-        comparison, kind = parts[1], TYPES[type_name].kind
+        comparison, encoding = parts[1], TYPES[type_name].encoding
         combine = next((_BOOLEAN[part] for part in parts[2:-1] if part in _BOOLEAN), None)
         a, b = (self.read(source, type_name) for source in one.sources[:2])
-        if kind in FLOAT_KINDS and comparison not in ("eq", "lt", "le", "gt", "ge"):
+        if encoding in FLOAT_ENCODINGS and comparison not in ("eq", "lt", "le", "gt", "ge"):
             expression = f"compare_floats({comparison!r},{a},{b})"
         else:
             expression = f"{a}{_COMPARISONS[comparison]}{b}"
         lines = [f"c={expression if 'R[' in expression else f'np.full(m.lanes,{expression})'}"]
         results = elements(one.results[0])
-        pairs = kind.endswith("pair") and len(results) == 2
+        pairs = encoding.endswith("pair") and len(results) == 2
         for i, result in enumerate(results):
             value = f"c[...,{i}]" if pairs else ("c", "~c")[i]
             if combine:
@@ -237,10 +237,10 @@ class ArithmeticCode(Operands):
 
     def translate_bfe(self, one: Instruction, act: str | None) -> list[str]:
         type_name = one.parts[-1]
-        dtype, size, kind = TYPES[type_name]
+        dtype, size, encoding = TYPES[type_name]
         value, (position, length) = self.read(one.sources[0], raw_type(type_name)), one.sources[1:]
-        signed, bits = kind == "signed", 8 * size
-        known = position.kind == length.kind == "integer"
+        signed, bits = encoding == "signed", 8 * size
+        known = position.form == length.form == "integer"
         if not known or not 0 < length.value <= bits - position.value:
             position, length = (self.read(operand, "u32") for operand in (position, length))
             return self.write(one.results[0], f"extract_bits({value},{position},{length},{signed})", type_name, act)

@@ -93,10 +93,10 @@ class AsyncCopies:
         self.cp_async_copies = left
 
     def _arrive(self, copy: _Copy) -> None:
-        """After its own wait a warp may use what it copied; others after the next barrier."""
+        """After it waited, a warp may use what it copied; others after the next barrier."""
         width = copy.access.width
         self.shared_rows(u1, width)[copy.flat // width] = copy.data
         self.pending[copy.cells] = 0
-        self.shared_shadow.own_write(copy.cells, self.shared_own[copy.lanes])
+        self.shared_shadow.acting_write(copy.cells, self.shared_actors[copy.lanes])
         self.shared_shadow.writer_instruction[copy.cells] = copy.access.index
         self.unfenced[copy.cells] = True

@@ -11,7 +11,7 @@ from numpy import uint8 as u1
 
 from .errors import PTXError
 
-SLOT_BITS = 36  # every buffer sits in the middle of its own 64 GiB
+SLOT_BITS = 36  # every buffer sits in the middle of 64 GiB without others
 _MIDDLE = 1 << (SLOT_BITS - 1)
 
 
@@ -41,7 +41,7 @@ class Buffer(NamedTuple):
 
     @classmethod
     def plain(cls, data: np.ndarray, label: str) -> Buffer:
-        """Bytes that are all valid and that only the kernel sees."""
+        """Bytes that are all valid and that only the kernel reads."""
         return cls(data, (Span(0, len(data), label),))
 
 

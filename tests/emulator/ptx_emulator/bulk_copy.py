@@ -122,7 +122,7 @@ class BulkCopies:
             copy.done |= chosen
             np.subtract.at(self.bytes_missing, copy.barrier[chosen], copy.size)
             cells = copy.cells[chosen]
-            self.shared_shadow.settled_write(cells, self.shared_own[copy.lanes[chosen]])
+            self.shared_shadow.settled_write(cells, self.shared_actors[copy.lanes[chosen]])
             self.shared_shadow.writer_instruction[cells] = copy.instruction.index
         self.complete_phases(barriers)
 
@@ -198,8 +198,8 @@ class BulkCopies:
             return
         values, elements = data.view(f"u{width}")[:, 0], self.global_rows(RAW[width], 1)[:, 0]
         for lane in np.unique(writers):  # one CTA after the other
-            own = writers == lane
-            elements[at[own]] = OPERATIONS[copy.operation](elements[at[own]], values[own], None, boxes.element.type)
+            here = writers == lane
+            elements[at[here]] = OPERATIONS[copy.operation](elements[at[here]], values[here], None, boxes.element.type)
         self.check_write("global", instruction, flat, width, writers, atomic=True)
 
     def commit_bulk_stores(self, mask) -> None:
@@ -215,7 +215,7 @@ class BulkCopies:
             if done.any():
                 finished = store.part(done)
                 np.subtract.at(self.busy, finished.cells.ravel(), BULK)
-                self.shared_shadow.end_async_read(finished.cells, self.shared_own[finished.lanes], warps=1)
+                self.shared_shadow.end_async_read(finished.cells, self.shared_actors[finished.lanes], warps=1)
             if not done.all():
                 left.append(store.part(~done))
         self.bulk_stores = left
@@ -224,12 +224,12 @@ class BulkCopies:
         """At the end of a CTA."""
         for copy in self.bulk_copies:
             if not copy.done.all():
-                kind = "kernel ends with a bulk copy in flight"
-                self.race(copy.instruction, "shared", kind, ~copy.done, copy.lanes, 1, copy.cells[:, 0])
+                conflict = "kernel ends with a bulk copy in flight"
+                self.race(copy.instruction, "shared", conflict, ~copy.done, copy.lanes, 1, copy.cells[:, 0])
         for store in self.bulk_stores:
-            kind = "kernel ends before cp.async.bulk.wait_group of a bulk store"
+            conflict = "kernel ends before cp.async.bulk.wait_group of a bulk store"
             every = np.ones(len(store.lanes), bool)
-            self.race(store.instruction, "shared", kind, every, store.lanes, 1, store.cells[:, 0])
+            self.race(store.instruction, "shared", conflict, every, store.lanes, 1, store.cells[:, 0])
 
     def _count(self, instruction: Instruction, address, requests: int, width: int) -> None:
         counters = self.report.requests[instruction.index]

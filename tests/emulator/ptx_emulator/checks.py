@@ -26,18 +26,18 @@ class Checks:
         return self.ctas[lane // self.threads], lane % self.threads
 
     def fault(
-        self, instruction: Instruction, kind: str, active, at: int, address: int, what: str, nearest: str | None = None
+        self, instruction: Instruction, fault: str, active, at: int, address: int, what: str, nearest: str | None = None
     ) -> None:
         cta, thread = self.lane(active, at)
         where = f"CTA {cta} thread {thread} (warp {thread // 32} lane {thread % 32}), address {address:#x}"
-        message = f"{kind}: {what}\n  {self.kernel.where(instruction)}\n  {where}{', ' + nearest if nearest else ''}"
+        message = f"{fault}: {what}\n  {self.kernel.where(instruction)}\n  {where}{', ' + nearest if nearest else ''}"
         if self.collect:
-            self.report.note(self.report.faults, (kind, instruction.line), instruction, message)
+            self.report.note(self.report.faults, (fault, instruction.line), instruction, message)
             return
         fields = {"cta": cta, "thread": thread, "address": address, "nearest": nearest}
-        raise PTXFault(kind, message, line=instruction.line, text=instruction.text, loc=instruction.loc, **fields)
+        raise PTXFault(fault, message, line=instruction.line, text=instruction.text, loc=instruction.loc, **fields)
 
-    def race(self, instruction, space, kind, bad, active, per_lane, cells, other=None, same_value=False) -> None:
+    def race(self, instruction, space, conflict, bad, active, per_lane, cells, other=None, same_value=False) -> None:
         """Report the first of the cells where `bad` holds; other: the index of the other instruction, where known."""
         at = int(np.flatnonzero(bad)[0])
         cta, thread = self.lane(active, at // per_lane)
@@ -46,14 +46,14 @@ class Checks:
         else:
             where = f"shared byte offset {int(cells[at]) * self.shared_cell % self.shared_stride}"
         message = (
-            f"{space} {kind} race{' (same value)' if same_value else ''}: CTA {cta} thread {thread} "
+            f"{space} {conflict} race{' (same value)' if same_value else ''}: CTA {cta} thread {thread} "
             f"(warp {thread // 32}), {where}\n    {self.kernel.where(instruction)}"
         )
         other = None if other is None else self.kernel.instructions[other]
         if other is not None:
             message += f"\n    against {self.kernel.where(other)}"
         findings = self.report.benign if same_value else self.report.races
-        key = (space, kind, instruction.line, other.line if other is not None else 0)
+        key = (space, conflict, instruction.line, other.line if other is not None else 0)
         self.report.note(findings, key, instruction, message, int(bad.sum()))
 
     def uninitialised(self, instruction: Instruction, key: tuple, what: str, count: int) -> None:
@@ -61,11 +61,11 @@ class Checks:
         self.report.note(self.report.uninitialised, (*key, instruction.line), instruction, message, count)
 
     # ---- accesses
-    def owners(self, space: str, active, per_lane: int):
+    def actors_of(self, space: str, active, per_lane: int):
         """The names by which the shadow of this space knows the active lanes."""
-        own = self.own if space == "global" else self.shared_own
-        own = own if active is None else own[active]
-        return own if per_lane == 1 else np.repeat(own, per_lane)
+        actors = self.actors if space == "global" else self.shared_actors
+        actors = actors if active is None else actors[active]
+        return actors if per_lane == 1 else np.repeat(actors, per_lane)
 
     def check_read(self, space: str, instruction: Instruction, flat, width: int, active) -> None:
         shadow, cell = self._shadow_of(space)
@@ -82,7 +82,7 @@ class Checks:
                 self.uninitialised(instruction, ("shared",), what, int(fresh.sum()))
             self.check_pending(instruction, cells, active, per_lane, "read")
             self.check_copies(instruction, cells, active, per_lane, "read")
-        bad = shadow.read(cells, self.owners(space, active, per_lane), instruction.index)
+        bad = shadow.read(cells, self.actors_of(space, active, per_lane), instruction.index)
         if bad is not None:
             other = int(shadow.writer_instruction[cells[np.argmax(bad)]])
             self.race(instruction, space, "read-after-write", bad, active, per_lane, cells, other)
@@ -98,9 +98,9 @@ class Checks:
             self.check_pending(instruction, cells, active, per_lane, "write")
             self.check_busy(instruction, cells, active, per_lane)
             self.check_copies(instruction, cells, active, per_lane, "write")
-        own = self.owners(space, active, per_lane)
-        with_write, with_read, within, earlier = shadow.write(cells, own, instruction.index, atomic)
-        for kind, bad, before in (
+        actors = self.actors_of(space, active, per_lane)
+        with_write, with_read, within, earlier = shadow.write(cells, actors, instruction.index, atomic)
+        for conflict, bad, before in (
             ("write-after-write", with_write, old),
             ("write-after-read", with_read, old),
             ("write-write (same instruction)", within, after),
@@ -114,10 +114,10 @@ class Checks:
                 other = int(shadow.reader_instruction[cells[at]])
             rows = bad.reshape(-1, per_lane).any(1)
             same_value = before is not None and bool((before[rows] == data[rows]).all())
-            self.race(instruction, space, kind, bad, active, per_lane, cells, other, same_value)
+            self.race(instruction, space, conflict, bad, active, per_lane, cells, other, same_value)
 
     def _arrives_in_use(self, instruction: Instruction, per_lane: int):
-        """Which of a lane's cells come to registers that some instruction uses: Triton loads padding beside values."""
+        """Which of a lane's cells come to registers that some instruction uses: Triton loads padding with values."""
         loaded = instruction.written if instruction.base == "ld" else ()
         if len(loaded) < 2:
             return np.ones(per_lane, bool)
@@ -131,17 +131,17 @@ class Checks:
 
     def check_async_write(self, instruction, cells, active, per_lane, data, name: str) -> None:
         """Races of a write by the asynchronous engine, at its issue; data: the rows that the lanes write."""
-        shadow, own = self.shared_shadow, self.owners("shared", active, per_lane)
+        shadow, actors = self.shared_shadow, self.actors_of("shared", active, per_lane)
         self.check_barriers(instruction, cells, active, per_lane)
         self.check_busy(instruction, cells, active, per_lane)
         self.check_copies(instruction, cells, active, per_lane, f"{name} write")
-        for kind, bad, instructions in (
-            ("write-after-read", shadow.after_read(cells, own), shadow.reader_instruction),
-            ("write-after-write", shadow.after_write(cells, own), shadow.writer_instruction),
+        for conflict, bad, instructions in (
+            ("write-after-read", shadow.after_read(cells, actors), shadow.reader_instruction),
+            ("write-after-write", shadow.after_write(cells, actors), shadow.writer_instruction),
         ):
             if bad is not None:
                 other = int(instructions[cells[np.argmax(bad)]])
-                self.race(instruction, "shared", f"{name} {kind}", bad, active, per_lane, cells, other)
+                self.race(instruction, "shared", f"{name} {conflict}", bad, active, per_lane, cells, other)
         position = np.arange(len(cells), dtype=np.int32)
         self.last_lane[cells] = position
         winner = self.last_lane[cells]
@@ -150,8 +150,8 @@ class Checks:
             rows = lost.reshape(-1, per_lane).any(1)
             winners = winner.reshape(-1, per_lane)[:, 0] // per_lane
             same_value = bool((data[rows] == data[winners][rows]).all())
-            kind = f"{name} write-write (same instruction)"
-            self.race(instruction, "shared", kind, lost, active, per_lane, cells, None, same_value)
+            conflict = f"{name} write-write (same instruction)"
+            self.race(instruction, "shared", conflict, lost, active, per_lane, cells, None, same_value)
 
     # ---- engines that still use shared memory
     def check_pending(self, instruction, cells, active, per_lane, what: str) -> None:
@@ -161,8 +161,8 @@ class Checks:
         bad = pending != 0
         if bad.any():
             other = int(pending[np.argmax(bad)]) - 1
-            kind = f"{what} of a cp.async destination before wait_group"
-            self.race(instruction, "shared", kind, bad, active, per_lane, cells, other)
+            conflict = f"{what} of a cp.async destination before wait_group"
+            self.race(instruction, "shared", conflict, bad, active, per_lane, cells, other)
 
     def check_busy(self, instruction, cells, active, per_lane) -> None:
         if not self.products and not self.bulk_stores:
@@ -184,7 +184,7 @@ class Checks:
             self.race(instruction, "shared", "write over an mbarrier without inval", bad, active, per_lane, cells)
 
     def check_copies(self, instruction, cells, active, per_lane, what: str, warps: int = 1) -> None:
-        """A bulk copy's destination is for warps that saw it arrive; warps: how many from the lane's own use it."""
+        """A bulk copy's destination is for warps that saw it arrive; warps: how many use it, from the lane's on."""
         if not self.bulk_copies:
             return
         copy = self.copy_of[cells]
@@ -198,16 +198,16 @@ class Checks:
         bad = (copy > 0) & ~seen
         if bad.any():
             other = int(self.copy_instruction[copy[np.argmax(bad)]])
-            kind = f"{what} of a bulk copy destination before the mbarrier wait"
-            self.race(instruction, "shared", kind, bad, active, per_lane, cells, other)
+            conflict = f"{what} of a bulk copy destination before the mbarrier wait"
+            self.race(instruction, "shared", conflict, bad, active, per_lane, cells, other)
 
     def check_proxy(self, instruction, cells, active, per_lane) -> None:
-        """The asynchronous engine sees generic writes only behind a proxy fence."""
+        """The asynchronous engine reads generic writes only behind a proxy fence."""
         bad = self.unfenced[cells]
         if bad.any():
             other = int(self.shared_shadow.writer_instruction[cells[np.argmax(bad)]])
-            kind = "async-proxy access to generic writes without fence.proxy.async"
-            self.race(instruction, "shared", kind, bad, active, per_lane, cells, other)
+            conflict = "async-proxy access to generic writes without fence.proxy.async"
+            self.race(instruction, "shared", conflict, bad, active, per_lane, cells, other)
 
     def fence_proxy(self, mask) -> None:
         """fence.proxy.async: the writes of the warps that execute it become visible to the asynchronous engine."""

@@ -63,7 +63,7 @@ class Collectives:
         return self.shared_offsets(access.instruction, address, 16, active), active
 
     def shuffle(self, operation: WarpOperation, value, step, clamp, mask):
-        """shfl: the value of another lane, and whether that lane lies in range (else the lane's own value)."""
+        """shfl: the value of another lane, and whether that lane lies in range (else this lane's value)."""
         warps, lane, mode = self.lanes // 32, np.arange(32), operation.mode
         uniform = np.ndim(step) == 0 and np.ndim(clamp) == 0
         step, clamp = np.asarray(step).astype(i8), np.asarray(clamp).astype(i8)

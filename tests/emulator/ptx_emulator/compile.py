@@ -18,11 +18,11 @@ _compiled: dict[tuple, CompiledKernel] = {}
 
 
 class Argument(NamedTuple):
-    """An argument, or a record's member, that a kernel takes at run time; kind: Triton's type of it."""
+    """An argument, or a record's field, that a kernel takes at run time; type: Triton's name of its type."""
 
     name: str
     value: Any
-    kind: str
+    type: str
 
 
 class Compiled(NamedTuple):
@@ -46,41 +46,41 @@ def compile_for(function, values: dict[str, Any], *, num_warps: int, num_stages:
     if key not in _compiled:
         _compiled[key] = triton.compile(source, target=target, options=options)
     arguments, names = [], []
-    for name, argument, kind in at_run_time(source.signature, values):
+    for name, argument, type_name in at_run_time(source.signature, values):
         arguments.append(argument)
-        names += [name] * (1 + 2 * len(argument.shape) if kind.startswith("tensordesc") else 1)
+        names += [name] * (1 + 2 * len(argument.shape) if type_name.startswith("tensordesc") else 1)
     return Compiled(_compiled[key], arguments, names)
 
 
 def specialised(function, values: dict[str, Any], options: dict[str, Any], target: GPUTarget) -> ASTSource:
-    """The source that `JITFunction.run` compiles for these values: types, constants and alignments are its own."""
+    """The source that `JITFunction.run` compiles for these values, with its types, constants and alignments."""
     backend = make_backend(target)
     bind = create_function_from_signature(function.signature, function.params, backend)
     bound, specialization, unbound = bind(**values, **options)
     if hasattr(function, "_pack_args"):
         _, types, constants, attributes = function._pack_args(backend, options, bound, specialization, unbound)
         return ASTSource(function, types, constants, attributes)
-    kinds, notes = (list(column) for column in zip(*specialization, strict=True))  # triton 3.4
+    types, notes = (list(column) for column in zip(*specialization, strict=True))  # triton 3.4
     given = list(bound.values())
-    constants = {path: get_iterable_path(given, path) for path in find_paths_if(kinds, lambda _, x: x == "constexpr")}
+    constants = {path: get_iterable_path(given, path) for path in find_paths_if(types, lambda _, x: x == "constexpr")}
     noted = find_paths_if(notes, lambda _, note: isinstance(note, str))
     attributes = {path: backend.parse_attr(get_iterable_path(notes, path)) for path in noted}
-    return ASTSource(function, dict(zip(bound, kinds, strict=True)), constants, attributes)
+    return ASTSource(function, dict(zip(bound, types, strict=True)), constants, attributes)
 
 
 def at_run_time(signature: dict[str, Any], values: dict[str, Any]) -> Iterator[Argument]:
-    """The arguments that a kernel of this signature takes at run time: no constants, and the members of records."""
-    for name, kind in signature.items():
-        yield from _of_value(name, values[name], kind)
+    """The arguments that a kernel of this signature takes at run time: no constants, and the fields of records."""
+    for name, declared in signature.items():
+        yield from _of_value(name, values[name], declared)
 
 
-def _of_value(name: str, value: Any, kind: Any) -> Iterator[Argument]:
-    if isinstance(kind, tuple):
+def _of_value(name: str, value: Any, declared: Any) -> Iterator[Argument]:
+    if isinstance(declared, tuple):
         fields = getattr(value, "_fields", range(len(value)))
-        for field, member, its_kind in zip(fields, value, kind, strict=True):
-            yield from _of_value(f"{name}.{field}", member, its_kind)
-    elif kind != "constexpr":
-        yield Argument(name, value, kind)
+        for field, part, its_type in zip(fields, value, declared, strict=True):
+            yield from _of_value(f"{name}.{field}", part, its_type)
+    elif declared != "constexpr":
+        yield Argument(name, value, declared)
 
 
 def launch(

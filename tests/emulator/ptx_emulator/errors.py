@@ -10,11 +10,11 @@ class PTXError(Exception):
 class PTXFault(PTXError):
     """A fault of the emulated program.
 
-    kind: "out-of-bounds", "misaligned", "mbarrier", "tensor map" or "divergent collective"; line and text of the PTX
-    instruction, loc (file number, line, column) of the source; cta, thread, address; nearest: which tensor, how far.
+    category: "out-of-bounds", "misaligned", "mbarrier", "tensor map" or "divergent collective"; line and text of the
+    PTX instruction, loc (file, line, column) of the source; cta, thread, address; nearest: which tensor, how far.
     """
 
-    def __init__(self, kind: str, message: str, **fields) -> None:
+    def __init__(self, category: str, message: str, **fields) -> None:
         super().__init__(message)
-        self.kind = kind
+        self.category = category
         self.__dict__.update(fields)

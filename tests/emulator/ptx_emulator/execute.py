@@ -97,7 +97,7 @@ def run_ptx(
     grid = _three_axes(grid)
     machine = Machine(program.flow, grid, threads, shared, collect)
     machine.memo, machine.report.strict = program.memo, strict
-    _Arguments(machine, descriptors).place(list(arguments), names, scratch)
+    _Arguments(machine, descriptors).lay_out(list(arguments), names, scratch)
     machine.build_global()
     # CTAs of equal x run together: they mostly have equal trip counts.
     ctas = [(x, y, z) for x in range(grid[0]) for z in range(grid[2]) for y in range(grid[1])]
@@ -140,14 +140,14 @@ def _program(ptx: str, without: frozenset[int] = frozenset()) -> Program:
 
 
 class _Arguments:
-    """The arguments of one launch, as the machine sees them."""
+    """The arguments of one launch, as the machine reads them."""
 
     def __init__(self, machine: Machine, layouts) -> None:
         self.machine, self.kernel = machine, machine.kernel
         self.layouts = list(layouts)
         self.maps: dict[int, tuple] = {}  # parameter -> descriptor and layout
 
-    def place(self, given: list, names: list[str] | None, scratch: int | None) -> None:
+    def lay_out(self, given: list, names: list[str] | None, scratch: int | None) -> None:
         """Put tensors and constants into buffers, scalars and addresses into parameters."""
         buffers, parameters = self.machine.buffers, self.kernel.parameters
         buffers += [Buffer.plain(data, f"constant {name}") for name, data in self.kernel.constants.items()]

@@ -41,7 +41,7 @@ class Flow:
 
     @cached_property
     def specialised(self) -> bool:
-        """True where warps run different code and meet at barriers of their own: all such kernels move registers."""
+        """True where warps run different code and meet at named barriers: all such kernels move registers."""
         return any(one.base == "setmaxnreg" for one in self.instructions)
 
     @cached_property
@@ -70,14 +70,14 @@ class Flow:
 
     def discarded(self, one: Instruction) -> set[int]:
         """Registers that a mov packs, in parts that every mov which unpacks them drops: LLVM leaves such undefined."""
-        if one.base != "mov" or one.sources[0].kind != "vector":
+        if one.base != "mov" or one.sources[0].form != "vector":
             return set()
         parts, kept = one.sources[0].value, set()
         for reader in (other for other in self.instructions if one.written[0] in other.used):
-            taken = reader.results[0].value if reader.base == "mov" and reader.results[0].kind == "vector" else ()
+            taken = reader.results[0].value if reader.base == "mov" and reader.results[0].form == "vector" else ()
             if len(taken) != len(parts):
                 return set()
-            kept.update(part for part, into in zip(parts, taken, strict=True) if into.kind != "sink")
+            kept.update(part for part, into in zip(parts, taken, strict=True) if into.form != "sink")
         return set(registers_of(parts)) - set(registers_of(kept))
 
     @cached_property
@@ -158,21 +158,21 @@ class Flow:
 
     def _block(self, start: int, end: int, block_of_label: dict) -> Block:
         last = self.instructions[end - 1]
-        kind, target = "fall", None
+        leaves_by, target = "fall", None
         if last.base == "bra":
             label = next(label for label in last.target if label in block_of_label)
-            kind, target = "branch", block_of_label[label]
+            leaves_by, target = "branch", block_of_label[label]
         elif last.base == "brx":
             table = self.kernel.tables[last.operands[1].value]
             targets = [block_of_label[1, label] for label in table]
             return Block(start, end, "switch", targets, last.operands[0].value, False)
         elif last.base in ("ret", "exit"):
-            kind = "return"
+            leaves_by = "return"
         elif last.is_barrier:
-            kind = "barrier"
-        conditional = kind in ("branch", "return")
+            leaves_by = "barrier"
+        conditional = leaves_by in ("branch", "return")
         register = last.predicate if conditional else None
-        return Block(start, end, kind, target, register, conditional and last.predicate_negated)
+        return Block(start, end, leaves_by, target, register, conditional and last.predicate_negated)
 
     def _written(self, number: int) -> int:
         """Bit set of the registers that a block writes whatever its predicates."""
@@ -203,7 +203,7 @@ class Flow:
 def guarded_by(instruction: Instruction) -> frozenset[int]:
     """The registers that a wgmma uses until it is waited for: D, and A where A lies in registers."""
     d, a = instruction.operands[:2]
-    return frozenset(registers_of([d, a] if a.kind == "vector" else [d]))
+    return frozenset(registers_of([d, a] if a.form == "vector" else [d]))
 
 
 def guarded_after(instruction: Instruction, running: frozenset[tuple[int, bool]]) -> frozenset[tuple[int, bool]]:
@@ -211,10 +211,10 @@ def guarded_after(instruction: Instruction, running: frozenset[tuple[int, bool]]
     wgmma.commit_group may have closed its group: wgmma.wait_group waits for no other."""
     if instruction.base != "wgmma":
         return running
-    kind = instruction.parts[1]
-    if kind == "mma_async":
+    action = instruction.parts[1]
+    if action == "mma_async":
         return running | {(register, False) for register in guarded_by(instruction)}
-    if kind == "commit_group":
+    if action == "commit_group":
         return frozenset((register, True) for register, _ in running)
-    waits_for_all = kind == "wait_group" and instruction.operands[0].value == 0
+    waits_for_all = action == "wait_group" and instruction.operands[0].value == 0
     return frozenset(one for one in running if not one[1]) if waits_for_all else running

@@ -132,7 +132,7 @@ class GlobalMemory:
 
 def stores_tensor(instruction: Instruction) -> bool:
     """True where this is a bulk tensor store."""
-    return instruction.counted_as == "tma" and instruction.operands[0].kind == "tensor"
+    return instruction.counted_as == "tma" and instruction.operands[0].form == "tensor"
 
 
 def _verb(instruction: Instruction) -> str:

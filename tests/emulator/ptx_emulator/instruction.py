@@ -30,11 +30,11 @@ _ENDS = ("ret", "exit", "bra", "brx", "trap")
 
 
 class Operand(NamedTuple):
-    """Value by kind: the number of a "register", an "integer", the bits of a "float32" or "float64", the name of a
+    """Value by form: the number of a "register", an "integer", the bits of a "float32" or "float64", the name of a
     "symbol" or "special" register, the base operand of a "memory" operand, the operands of a "vector" or "pair", a
     memory operand and coordinates of a "tensor", nothing of a "sink"."""
 
-    kind: str
+    form: str
     value: object = None
     offset: int = 0
     negated: bool = False
@@ -43,11 +43,11 @@ class Operand(NamedTuple):
 def registers_of(operands: Iterable[Operand]) -> Iterator[int]:
     """The registers that operands name, addresses included."""
     for operand in operands:
-        if operand.kind == "register":
+        if operand.form == "register":
             yield operand.value
-        elif operand.kind == "memory":
+        elif operand.form == "memory":
             yield from registers_of([operand.value])
-        elif operand.kind in ("vector", "pair", "tensor"):
+        elif operand.form in ("vector", "pair", "tensor"):
             yield from registers_of(operand.value)
 
 
@@ -77,7 +77,7 @@ class Instruction:
         self.counted_as = _class_of(self)
 
     def left_out(self) -> Instruction:
-        """One that does nothing in its place."""
+        """One that does nothing instead of it."""
         nothing = Instruction("nop", f"left out: {self.text}", self.line, self.loc)
         nothing.complete(self.index)
         return nothing
@@ -113,7 +113,7 @@ def access_width(instruction: Instruction) -> int:
         return 8
     if instruction.base == "cp":
         sources = instruction.sources
-        return sources[2].value if len(sources) > 2 and sources[2].kind == "integer" else 0
+        return sources[2].value if len(sources) > 2 and sources[2].form == "integer" else 0
     last = instruction.parts[-1]
     if last not in TYPES:
         return 16 if last == "b128" else 0

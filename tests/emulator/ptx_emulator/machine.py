@@ -53,8 +53,8 @@ class Machine(
     that all do; `active` holds the indices of those that act, None that all do.
 
     threads, lanes, ctas, cta_count   per CTA; of the batch; coordinates of its CTAs, and how many
-    epochs, own                       barriers that a CTA has passed; each lane's key for the race checks (`shadow`)
-    shared_own                        the same for shared memory; where warps are specialised, the lane's warp
+    epochs, actors                    barriers that a CTA has passed; each lane's key for the race checks (`shadow`)
+    shared_actors                     the same for shared memory; where warps are specialised, the lane's warp
     collect                           whether faults are noted in the report rather than raised
     """
 
@@ -103,8 +103,8 @@ class Machine(
         self.release_copies(ctas)
 
     def update_keys(self) -> None:
-        self.own = self.first_key + np.repeat(self.epochs << i8(8), self.threads)
-        self.shared_own = np.arange(self.lanes) // 32 if self.specialised else self.own
+        self.actors = self.first_key + np.repeat(self.epochs << i8(8), self.threads)
+        self.shared_actors = np.arange(self.lanes) // 32 if self.specialised else self.actors
 
     def select(self, mask):
         """The indices of the active lanes; None for all."""

@@ -27,7 +27,7 @@ class _Product:
 
 
 class ProductGroup:
-    """mma instructions of one kind, without any other instruction between that touches their registers.
+    """mma instructions of one shape and type, without any other instruction between that touches their registers.
 
     levels   products in the order of their dependences, those with the same A together: [[(A, [product, ...]), ...]]
     """
@@ -35,7 +35,7 @@ class ProductGroup:
     def __init__(self, instruction: Instruction) -> None:
         parts = instruction.parts
         shape = next(i for i, part in enumerate(parts) if _SHAPE.match(part))
-        self.kind = tuple(parts[shape:])
+        self.variant = tuple(parts[shape:])
         self.accumulator, self.element = parts[-1], parts[-3]
         if self.accumulator not in _ACCUMULATORS or self.element not in _ELEMENTS or "sp" in parts:
             raise NotImplementedError
@@ -45,10 +45,10 @@ class ProductGroup:
         self._factors: set[int] = set()
         self._products: list[_Product] = []
 
-    def takes(self, instruction: Instruction, kind: tuple) -> bool:
+    def takes(self, instruction: Instruction, variant: tuple) -> bool:
         """True where another mma may join: no factor of either is a result of the other."""
         factors = {register for operand in instruction.operands[1:3] for register in _registers(operand)}
-        return kind == self.kind and not self.written & factors and not self._factors & set(instruction.written)
+        return variant == self.variant and not self.written & factors and not self._factors & set(instruction.written)
 
     def separates(self, instruction: Instruction) -> bool:
         """True where an instruction touches registers of the group, so that the group must run before it."""
@@ -140,5 +140,5 @@ def _right_fragment(bits, warps: int, count: int, element: str):
 
 
 def _registers(operand: Operand) -> tuple:
-    parts = operand.value if operand.kind == "vector" else [operand]
-    return tuple(part.value if part.kind == "register" else (part.value,) for part in parts)
+    parts = operand.value if operand.form == "vector" else [operand]
+    return tuple(part.value if part.form == "register" else (part.value,) for part in parts)

@@ -12,7 +12,7 @@ _FRUITLESS_WAITS = (100, 20_000)  # until a wait counts as a deadlock: when all 
 
 
 class MemoryBarriers:
-    """State lies beside shared memory, one entry for every 8 bytes: arrivals expected in a phase, arrivals and bytes
+    """State lies next to shared memory, one entry for every 8 bytes: arrivals expected in a phase, arrivals and bytes
     still missing in the current one, its number, and whether the barrier is initialised."""
 
     def start_memory_barriers(self) -> None:
@@ -45,8 +45,8 @@ class MemoryBarriers:
         for copy in self.bulk_copies:
             bad = ~copy.done & np.isin(copy.barrier, entries)
             if bad.any():
-                kind = "mbarrier (re)initialised with a bulk copy in flight"
-                self.race(instruction, "shared", kind, bad, copy.lanes, 1, copy.cells[:, 0], copy.instruction.index)
+                conflict = "mbarrier (re)initialised with a bulk copy in flight"
+                self.race(instruction, "shared", conflict, bad, copy.lanes, 1, copy.cells[:, 0], copy.instruction.index)
         self.arrive_copies(np.unique(entries))
         self.barrier_live[entries] = arrivals is not None
         self.barriers_live = int(np.count_nonzero(self.barrier_live))
@@ -75,8 +75,8 @@ class MemoryBarriers:
         excess = self.arrivals_missing[barriers] < arrivals
         if not excess.any():
             return
-        kind = "mbarrier arrive while the previous phase is not known to be complete"
-        self.race(instruction, "shared", kind, excess[position], lanes, 1, entries * 8 // self.shared_cell)
+        conflict = "mbarrier arrive while the previous phase is not known to be complete"
+        self.race(instruction, "shared", conflict, excess[position], lanes, 1, entries * 8 // self.shared_cell)
         self.arrive_copies(barriers[excess])
         excess = self.arrivals_missing[barriers] < arrivals
         if excess.any():
@@ -123,9 +123,9 @@ class MemoryBarriers:
     def _see_copies(self, lanes, entries) -> None:
         """The warps of these lanes now know that the copies that report to these barriers have arrived."""
         barriers, position = np.unique(entries, return_inverse=True)
-        sees = np.zeros((len(barriers), self.threads // 32), bool)
-        sees[position, lanes % self.threads // 32] = True
+        told = np.zeros((len(barriers), self.threads // 32), bool)
+        told[position, lanes % self.threads // 32] = True
         for copy in self.bulk_copies:
             at = np.minimum(np.searchsorted(barriers, copy.barrier), len(barriers) - 1)
             arrived = (barriers[at] == copy.barrier) & copy.done
-            self.copy_seen[copy.ids[arrived]] |= sees[at[arrived]]
+            self.copy_seen[copy.ids[arrived]] |= told[at[arrived]]

@@ -42,8 +42,8 @@ class MemoryCode(Operands):
         return Access(one, "global" if space == "const" else space, one.parts[-1], size, vector, registers, operation)
 
     def _memory_address(self, one: Instruction, access: Access) -> str:
-        operand = next(operand for operand in one.operands if operand.kind == "memory")
-        narrow = access.space != "global" and operand.value.kind != "register"
+        operand = next(operand for operand in one.operands if operand.form == "memory")
+        narrow = access.space != "global" and operand.value.form != "register"
         return self.address(operand, "b32" if narrow else None)
 
     def translate_ld(self, one: Instruction, act: str | None) -> list[str]:
@@ -69,7 +69,7 @@ class MemoryCode(Operands):
         access = self._access(one, registers, operation)
         address, raw = self._memory_address(one, access), raw_type(access.type)
         name = self.constant(access)
-        operands = [operand for operand in one.sources if operand.kind != "memory"]
+        operands = [operand for operand in one.sources if operand.form != "memory"]
         if access.vector > 1:  # one element after the other
             if one.base != "red":
                 raise NotImplementedError
@@ -104,7 +104,7 @@ class MemoryCode(Operands):
         size = "None"
         if optional:
             size = self.read(optional[0], "u32")
-            if optional[0].kind == "register" and self.kernel.register_sizes[optional[0].value] == 0:
+            if optional[0].form == "register" and self.kernel.register_sizes[optional[0].value] == 0:
                 size = f"np.where({self.read(optional[0], 'pred')},u4(0),u4({width}))"  # a predicate: ignore the source
         access = self.constant(Access(one, "global", "b8", 1, width))
         destination, source = self.address(one.operands[0], "b32"), self.address(one.operands[1], "b64")
@@ -120,10 +120,10 @@ class MemoryCode(Operands):
         hints = sum("cache_hint" in part for part in parts)
         if "tensor" not in parts or len(one.operands) > 3 + hints or set(parts) & _REFUSED_COPIES:
             raise NotImplementedError
-        tensor = next(operand for operand in one.operands if operand.kind == "tensor").value
+        tensor = next(operand for operand in one.operands if operand.form == "tensor").value
         descriptor = self.address(tensor[0], "b64")
         coordinates = ",".join(self.read(one, "u32") for one in tensor[1:])
-        if one.operands[0].kind == "tensor":
+        if one.operands[0].form == "tensor":
             operation = parts[parts.index("bulk_group") - 1] if parts[1] == "reduce" else None
             if operation is not None and operation not in OPERATIONS:
                 raise NotImplementedError
@@ -149,14 +149,14 @@ class MemoryCode(Operands):
         parts, name = one.parts, self.constant(one)
         if any("cluster" in part for part in parts if "shared" in part) or not one.names("shared"):
             raise NotImplementedError
-        address = self.address(next(operand for operand in one.operands if operand.kind == "memory"), "b32")
+        address = self.address(next(operand for operand in one.operands if operand.form == "memory"), "b32")
         if parts[1] in ("init", "inval"):
             arrivals = one.operands[1].value if parts[1] == "init" else None
             return [f"m.init_barrier({name},{address},{arrivals},{act})"]
         if parts[1] in ("try_wait", "test_wait") and "parity" in parts:
             lines = [f"c=m.wait_barrier({name},{address},{self.read(one.sources[1], 'u32')},{act})"]
             return lines + self.write(one.results[0], "c", "pred", act, full=True)
-        returns_state = bool(one.results) and one.results[0].kind != "sink"
+        returns_state = bool(one.results) and one.results[0].form != "sink"
         if parts[1] not in ("arrive", "expect_tx") or "noComplete" in parts or returns_state:
             raise NotImplementedError
         value = self.read(one.sources[1], "u32") if len(one.sources) > 1 else "1"
@@ -218,17 +218,17 @@ class MemoryCode(Operands):
             tuple(part.value for part in d.value),
             guarded_by(one),
         )
-        if a.kind == "vector":
+        if a.form == "vector":
             left = f"[{','.join(self.read(part, 'b32') for part in a.value)}]"
         else:
             left = self.read(a, "b64")
-        added = bool(accumulate.value) if accumulate.kind == "integer" else self.read(accumulate, "pred")
+        added = bool(accumulate.value) if accumulate.form == "integer" else self.read(accumulate, "pred")
         return [f"m.multiply_warpgroup({self.constant(product)},R,{left},{self.read(b, 'b64')},{added},{act})"]
 
     def translate_shfl(self, one: Instruction, act: str | None) -> list[str]:
         operation = self.constant(WarpOperation(one, one.one_of("up", "down", "bfly", "idx")))
         value, step, clamp = (self.read(source, "b32") for source in one.sources[:3])
-        if one.sources[0].kind != "register":
+        if one.sources[0].form != "register":
             value = f"np.full(m.lanes,{value})"
         lines = [f"x,c=m.shuffle({operation},{value},{step},{clamp},{act})"]
         for result, name, type_name in zip(elements(one.results[0]), ("x", "c"), ("b32", "pred"), strict=False):
@@ -254,7 +254,7 @@ class MemoryCode(Operands):
         """The scheduler does the rest; lanes of a warp run in step, so bar.warp.sync is nothing."""
         if "warp" in one.parts:
             return []
-        literal = all(operand.kind == "integer" for operand in one.operands) or self.specialised
+        literal = all(operand.form == "integer" for operand in one.operands) or self.specialised
         if set(one.parts) & {"red", "arrive", "cluster"} or one.predicate is not None or not literal:
             raise NotImplementedError
         if len(one.operands) > 1 and not self.specialised:

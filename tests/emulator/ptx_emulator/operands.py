@@ -38,46 +38,46 @@ class Operands:
 
     def read(self, operand: Operand, type_name: str) -> str:
         """A source operand as numbers of a type."""
-        dtype, size, kind = TYPES[type_name]
-        if operand.kind == "special":
+        dtype, size, encoding = TYPES[type_name]
+        if operand.form == "special":
             return f"S['{operand.value}']"
-        if operand.kind == "symbol":
+        if operand.form == "symbol":
             return self.constant(RAW[size](self.symbols[operand.value]))
-        if operand.kind != "register":
+        if operand.form != "register":
             return self._literal(operand, type_name)
         value, register_size = f"R[{operand.value}]", self.kernel.register_sizes[operand.value]
-        if kind == "predicate":
+        if encoding == "predicate":
             return f"(~{value})" if operand.negated else value
         if register_size != size:
             value += f".astype(u{size})"
-        return CODECS[kind][0].format(value=value, dtype=dtype)
+        return CODECS[encoding][0].format(value=value, dtype=dtype)
 
     def _literal(self, operand: Operand, type_name: str) -> str:
-        dtype, size, kind = TYPES[type_name]
-        if operand.kind not in ("integer", "float32", "float64"):
+        dtype, size, encoding = TYPES[type_name]
+        if operand.form not in ("integer", "float32", "float64"):
             raise NotImplementedError
-        if kind == "predicate":
+        if encoding == "predicate":
             return self.constant(np.bool_(operand.value))
-        if operand.kind == "float64":
+        if operand.form == "float64":
             bits = u8(operand.value)
             bits = f4(bits.view(f8)).view("u4") if size == 4 else bits
         else:
             bits = RAW[size](operand.value & ((1 << 8 * size) - 1))
-        number = eval(CODECS[kind][0].format(value="bits", dtype=dtype), self.names, {"bits": bits})
+        number = eval(CODECS[encoding][0].format(value="bits", dtype=dtype), self.names, {"bits": bits})
         return self.constant(number)
 
     def write(
         self, operand: Operand, expression: str, type_name: str, act: str | None, full: bool = False
     ) -> list[str]:
         """Lines that write numbers of a type to a register; full: the expression has one element per lane."""
-        if operand.kind == "sink":
+        if operand.form == "sink":
             return []
-        _, size, kind = TYPES[type_name]
+        _, size, encoding = TYPES[type_name]
         register, register_size = operand.value, self.kernel.register_sizes[operand.value]
-        value = CODECS[kind][1].format(value=expression, size=size)
+        value = CODECS[encoding][1].format(value=expression, size=size)
         if register_size != size:
             narrow = f".view(i{size}).astype(i{register_size}).view(u{register_size})"
-            value = f"({value}){narrow}" if kind == "signed" else f"({value}).astype(u{register_size})"
+            value = f"({value}){narrow}" if encoding == "signed" else f"({value}).astype(u{register_size})"
         if not full and "R[" not in value:
             value = f"np.full(m.lanes,{value})"
         lines = [f"R[{register}]=" + (value if act is None else f"np.where({act},{value},R[{register}])")]
@@ -89,11 +89,11 @@ class Operands:
         """The address of a memory operand, 64 bits where it is not said or seen otherwise."""
         base, offset = operand.value, operand.offset
         if type_name is None:
-            narrow = base.kind == "register" and self.kernel.register_sizes[base.value] == 4
+            narrow = base.form == "register" and self.kernel.register_sizes[base.value] == 4
             type_name = "b32" if narrow else "b64"
         raw = RAW[TYPES[type_name].size]
-        if base.kind in ("symbol", "integer"):
-            start = self.symbols[base.value] if base.kind == "symbol" else base.value
+        if base.form in ("symbol", "integer"):
+            start = self.symbols[base.value] if base.form == "symbol" else base.value
             return f"np.full(m.lanes,{self.constant(raw(start + offset))})"
         expression = self.read(base, type_name)
         if not offset:
@@ -101,12 +101,12 @@ class Operands:
         return f"{expression}+{self.constant(raw(offset & ((1 << 8 * TYPES[type_name].size) - 1)))}"
 
     def register_or_none(self, operand: Operand) -> int | None:
-        return operand.value if operand.kind == "register" else None
+        return operand.value if operand.form == "register" else None
 
 
 def elements(operand: Operand) -> list[Operand]:
     """The parts of a vector or pair; else the operand itself."""
-    return operand.value if operand.kind in ("vector", "pair") else [operand]
+    return operand.value if operand.form in ("vector", "pair") else [operand]
 
 
 def raw_type(type_name: str) -> str:

@@ -64,12 +64,12 @@ class Kernel:
     tables: dict[str, list[str]] = field(default_factory=dict)
 
     def where(self, instruction: Instruction) -> str:
-        """An instruction's place in the PTX and in the source."""
-        place = f"PTX line {instruction.line}: {instruction.text}"
+        """An instruction's position in the PTX and in the source."""
+        position = f"PTX line {instruction.line}: {instruction.text}"
         if instruction.loc and instruction.loc[1]:
             file, line, column = instruction.loc
-            place += f"  [{self.files.get(file, '?').split('/')[-1]}:{line}:{column}]"
-        return place
+            position += f"  [{self.files.get(file, '?').split('/')[-1]}:{line}:{column}]"
+        return position
 
     def add_register(self, name: str, size: int) -> int:
         self.register_sizes.append(size)

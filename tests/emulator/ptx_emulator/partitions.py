@@ -18,7 +18,7 @@ _CTA_BARRIER = [Operand("integer", 0)]
 
 
 class PartitionScheduler(Scheduler):
-    """Warps run on their own; one that waits for an mbarrier is left alone until something has happened.
+    """Each warp runs by itself; one that waits for an mbarrier is left alone until something has happened.
 
     policy      round-robin: a block of each warp in turn; first-warp, last-warp: the first or last of the CTA as long
                 as it can go on; random: any, and of the warps at the same block any subset. wgmma takes four at once
@@ -119,7 +119,7 @@ class PartitionScheduler(Scheduler):
         operands = self.machine.kernel.instructions[block.end - 1].operands or _CTA_BARRIER
         self.expected[mask] = 0
         for field, operand in zip((self.barrier, self.expected), operands, strict=False):
-            value = operand.value if operand.kind == "integer" else self.machine.registers[operand.value][mask]
+            value = operand.value if operand.form == "integer" else self.machine.registers[operand.value][mask]
             field[mask] = value
         self._release_barriers()
 
@@ -142,11 +142,11 @@ class PartitionScheduler(Scheduler):
                     self.machine.meet(np.unique(met // 32))
 
     def _report_deadlock(self) -> None:
-        places = []
+        positions = []
         for counter in np.unique(self.counters[self.counters != FINISHED]):
             at = self.counters == counter
             block, back = self.blocks[int(counter)], int((self.barrier[at] >= 0).all())
             instruction = self.machine.kernel.instructions[block.start - back]
             warps = np.unique(np.flatnonzero(at) // 32).tolist()
-            places.append(f"\n  warps {warps}: {self.machine.kernel.where(instruction)}")
-        raise PTXError("deadlock: every warp waits" + "".join(places))
+            positions.append(f"\n  warps {warps}: {self.machine.kernel.where(instruction)}")
+        raise PTXError("deadlock: every warp waits" + "".join(positions))

@@ -64,11 +64,11 @@ class Program(ArithmeticCode, MemoryCode):
         block, lines, group = self.flow.blocks[number], [], None
         running, unfenced = self.flow.held_before(number)
         for one in self.flow.body(number):
-            kind = _product_kind(one)
-            if group is not None and (not group.takes(one, kind) if kind else group.separates(one)):
+            variant = _product_variant(one)
+            if group is not None and (not group.takes(one, variant) if variant else group.separates(one)):
                 lines += self._group_lines(group, act)
                 group = None
-            if kind:
+            if variant:
                 group = group or ProductGroup(one)
                 group.add(one)
             else:
@@ -116,12 +116,12 @@ class Program(ArithmeticCode, MemoryCode):
         return []
 
 
-def _product_kind(one: Instruction) -> tuple | None:
+def _product_variant(one: Instruction) -> tuple | None:
     """The properties that mma instructions share if they run together; None for an instruction that runs alone."""
     if one.base != "mma" or one.predicate is not None:
         return None
     try:
-        return ProductGroup(one).kind
+        return ProductGroup(one).variant
     except _UNSUPPORTED:
         return None
 

@@ -14,7 +14,7 @@ from .instruction import Instruction
 class Report:
     """Findings of a run.
 
-    races, uninitialised, faults   problems by place; each has line, text, loc, message, count
+    races, uninitialised, faults   problems by position; each has line, text, loc, message, count
     benign                         races whose writers write equal values, as Triton's redundant threads do
     notes                          remarks, such as divergent barriers
     counts                         executed warp instructions by class, of PTX and not of machine code
@@ -38,10 +38,10 @@ class Report:
         return not (self.races or self.uninitialised or self.faults)
 
     def problems(self) -> list[dict]:
-        return [found for kind in (self.faults, self.races, self.uninitialised) for found in kind.values()]
+        return [found for findings in (self.faults, self.races, self.uninitialised) for found in findings.values()]
 
     def note(self, findings: dict, key: tuple, instruction: Instruction, message: str, count: int = 1) -> None:
-        """File a finding; more of the same place are counted."""
+        """File a finding; more of the same position are counted."""
         if self.strict and any(findings is problems for problems in (self.races, self.uninitialised)):
             raise PTXError(message)
         known = findings.get(key)
@@ -67,44 +67,44 @@ class Report:
         self.counts = dict(counts.most_common())
         requests, wavefronts = self._by_class(self.requests, 3), self._by_class(self.wavefronts, 2)
         self.global_memory = {
-            kind: {
+            name: {
                 "requests": count,
                 "sectors": sectors,
                 "bytes": size,
                 "sectors_per_request": round(sectors / max(count, 1), 2),
                 "sector_use": round(size / max(32 * sectors, 1), 3),
             }
-            for kind, (count, sectors, size) in requests.items()
+            for name, (count, sectors, size) in requests.items()
         }
         self.shared_memory = {
-            kind: {"wavefronts": count, "ideal": ideal, "conflict_degree": round(count / max(ideal, 1), 3)}
-            for kind, (count, ideal) in wavefronts.items()
+            name: {"wavefronts": count, "ideal": ideal, "conflict_degree": round(count / max(ideal, 1), 3)}
+            for name, (count, ideal) in wavefronts.items()
         }
 
     def _by_class(self, counters: dict, width: int) -> dict[str, list[int]]:
         total = collections.defaultdict(lambda: [0] * width)
         for index, values in counters.items():
-            kind = total[self.flow.instructions[index].counted_as]
+            row = total[self.flow.instructions[index].counted_as]
             for i, value in enumerate(values):
-                kind[i] += value
+                row[i] += value
         return total
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.ctas} CTAs, {self.seconds:.3f} s, {sum(self.counts.values())} warp instructions"]
-        lines.append("  counts " + ", ".join(f"{kind} {count}" for kind, count in self.counts.items()))
-        for kind, row in self.global_memory.items():
+        lines.append("  counts " + ", ".join(f"{name} {count}" for name, count in self.counts.items()))
+        for name, row in self.global_memory.items():
             lines.append(
-                f"  {kind:12} {row['requests']} requests, {row['sectors']} sectors ({row['sectors_per_request']:.2f} "
+                f"  {name:12} {row['requests']} requests, {row['sectors']} sectors ({row['sectors_per_request']:.2f} "
                 f"per request), {row['bytes']} bytes, sector use {100 * row['sector_use']:.0f}%"
             )
-        for kind, row in self.shared_memory.items():
+        for name, row in self.shared_memory.items():
             lines.append(
-                f"  {kind:12} bank conflict degree {row['conflict_degree']:.3f} ({row['wavefronts']} wavefronts, "
+                f"  {name:12} bank conflict degree {row['conflict_degree']:.3f} ({row['wavefronts']} wavefronts, "
                 f"{row['ideal']} without conflicts)"
             )
-        for kind in ("faults", "races", "uninitialised", "benign", "notes"):
-            for found in getattr(self, kind).values():
-                lines.append(f"  {kind.upper()} (x{found['count']}): {found['message']}")
+        for findings in ("faults", "races", "uninitialised", "benign", "notes"):
+            for found in getattr(self, findings).values():
+                lines.append(f"  {findings.upper()} (x{found['count']}): {found['message']}")
         if self.ok:
             lines.append("  no access out of bounds, no race, no uninitialised read")
         return "\n".join(lines)

@@ -18,7 +18,7 @@ _MEMO_LIMIT = 50_000
 class SharedMemory:
     """`shared` holds `shared_stride` bytes for each CTA of the batch; `shared_base`: the first byte of a lane's CTA.
 
-    Beside it lie, by cell, the state of the checks: `shared_shadow`; `unfenced`, generic writes that no proxy fence has
+    The state of the checks, by cell: `shared_shadow`; `unfenced`, generic writes that no proxy fence has
     followed; `pending`, 1 + the cp.async that is under way to a cell; `busy`, readers of the asynchronous engine: wgmma
     operands count 1, sources of bulk stores BULK; `copy_of`, the number of the bulk copy that last wrote a cell.
     """

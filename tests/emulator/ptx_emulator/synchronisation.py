@@ -9,7 +9,7 @@ from .instruction import Instruction
 from .parse import Kernel, parse
 
 
-def kind_of(instruction: Instruction) -> str | None:
+def operation_of(instruction: Instruction) -> str | None:
     """ "bar.sync", "cp.async.wait_group", "mbarrier.try_wait", ... of a synchronising instruction; None of another."""
     parts = instruction.parts
     if instruction.is_barrier:
@@ -26,7 +26,7 @@ def kind_of(instruction: Instruction) -> str | None:
 def left_out(kernel: Kernel, instruction: Instruction) -> tuple[int, ...]:
     """The indices that `run(..., without=)` takes: of an instruction, and with a wait for an mbarrier of the branch
     back to it."""
-    if kind_of(instruction) != "mbarrier.try_wait":
+    if operation_of(instruction) != "mbarrier.try_wait":
         return (instruction.index,)
     branch = kernel.instructions[instruction.index + 1]
     assert branch.base == "bra"
@@ -70,34 +70,34 @@ class Order:
 
     def why_needless(self, one: Instruction) -> str | None:
         """Why the kernel may do without an instruction, by its text; None where only a run can tell."""
-        kind = kind_of(one)
+        operation = operation_of(one)
 
         def is_same(other: Instruction) -> bool:
-            return kind_of(other) == kind
+            return operation_of(other) == operation
 
-        if kind.endswith("commit_group"):
+        if operation.endswith("commit_group"):
             _, reached = self.stretch(one, True, lambda other: _of_groups(other, one))
             if all(is_same(other) for other in reached):
                 return "the next commit closes its group before anybody waits"
-        if kind.endswith("wait_group"):
+        if operation.endswith("wait_group"):
             started, _ = self.stretch(one, False, lambda other: is_same(other) and other.operands[0].value == 0)
             if not any(_starts(other, one) for other in started):
                 return "everything was waited for before"
             ahead, _ = self.stretch(one, True, lambda other: is_same(other) and other.operands[0].value == 0)
-            if kind == "wgmma.wait_group" and not _touched(ahead, by=started):
+            if operation == "wgmma.wait_group" and not _touched(ahead, by=started):
                 return "the next wait comes before the registers are used"
-        if kind == "fence.proxy":
+        if operation == "fence.proxy":
             passed, _ = self.stretch(one, False, is_same)
             if not any(_writes_shared(other) for other in passed):
                 return "no thread wrote to shared memory since the last fence"
             ahead, _ = self.stretch(one, True, is_same)
             if not any(_is_product(other) or (_copies_in_bulk(other) and other.base == "cp") for other in ahead):
                 return "another fence comes before the asynchronous engine looks"
-        if kind == "wgmma.fence":
+        if operation == "wgmma.fence":
             passed, ahead = (self.stretch(one, forward, is_same)[0] for forward in (False, True))
             if not _touched(passed, by=ahead):
                 return "the registers of the next wgmmas were not used since the last fence"
-        if kind == "bar.sync":
+        if operation == "bar.sync":
             sides = (self.stretch(one, forward, is_same)[0] for forward in (False, True))
             if not any(_writes_shared(other) or _copies_in_bulk(other) for side in sides for other in side):
                 return "shared memory is only read on both sides"
@@ -113,9 +113,9 @@ def _touched(passed: list[Instruction], by: list[Instruction]) -> frozenset[int]
 
 def _of_groups(other: Instruction, one: Instruction) -> bool:
     """True where both are commits or waits of groups of the same engine."""
-    kind = kind_of(other) or ""
-    of_engine = kind.split(".")[0] == one.base and ("bulk" in other.parts) == ("bulk" in one.parts)
-    return kind.endswith("_group") and of_engine
+    operation = operation_of(other) or ""
+    of_engine = operation.split(".")[0] == one.base and ("bulk" in other.parts) == ("bulk" in one.parts)
+    return operation.endswith("_group") and of_engine
 
 
 def _is_product(one: Instruction) -> bool:
@@ -126,7 +126,7 @@ def _starts(other: Instruction, wait: Instruction) -> bool:
     """True where this begins something that the wait could be for."""
     if wait.base == "wgmma":
         return _is_product(other)
-    return other.base == "cp" and kind_of(other) is None and ("bulk" in other.parts) == ("bulk" in wait.parts)
+    return other.base == "cp" and operation_of(other) is None and ("bulk" in other.parts) == ("bulk" in wait.parts)
 
 
 def _writes_shared(one: Instruction) -> bool:

@@ -1,4 +1,4 @@
-"""Tensor maps: the 128 bytes that describe a tensor to the copy engine, in an encoding of our own."""
+"""Tensor maps: the 128 bytes that describe a tensor to the copy engine, in this emulator's encoding."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ ELEMENT_TYPES = {
     5: _Element("s64", 8), 6: _Element("f16", 2), 7: _Element("f32", 4), 8: _Element("f32", 4), 9: _Element("f64", 8),
     10: _Element("bf16", 2), 11: _Element("tf32", 4), 12: _Element("tf32", 4),
 }  # fmt: skip
-_KIND_WORDS = slice(2, 12)  # of a map's 32 words: everything but address, sizes and strides
+_FORMAT_WORDS = slice(2, 12)  # of a map's 32 words: everything but address, sizes and strides
 
 
 class Boxes(NamedTuple):
-    """The boxes that bulk copies move, for maps of one kind.
+    """The boxes that bulk copies move, for maps of one format.
 
     at          positions of the copies among the lanes that issue them
     element     type and bytes; nan_fill: elements outside the tensor become NaN, else 0
@@ -59,7 +59,7 @@ class Boxes(NamedTuple):
 
 
 class _Maps(NamedTuple):
-    """Maps of one kind: rank, box (elements, innermost first), swizzle mode; by map: words, base, strides, sizes."""
+    """Maps of one format: rank, box (elements, innermost first), swizzle mode; by map: words, base, strides, sizes."""
 
     number: int
     interleave: int
@@ -74,7 +74,7 @@ class _Maps(NamedTuple):
 
     @classmethod
     def of(cls, words) -> _Maps:
-        """words: [maps, 32], of one kind."""
+        """words: [maps, 32], of one format."""
         first = words[0]
         rank = int(first[2]) + 1
         base = np.ascontiguousarray(words[:, :2]).view(i8)[:, 0]
@@ -90,12 +90,12 @@ class _Maps(NamedTuple):
         known = known and self.fill <= 1 and self.swizzle <= 3
         row = self.box[0] * element.size if element and self.box else 0
         atom = 16 << min(self.swizzle, 3)
-        kind = (
+        unsupported = (
             f"element type {self.number}, swizzle {self.swizzle}, interleave {self.interleave}, fill {self.fill}: "
             "unset or not supported"
         )
         return [
-            (not known, kind),
+            (not known, unsupported),
             (self.rank != coordinates, f"rank {self.rank} used with {coordinates} coordinates"),
             (not all(1 <= extent <= 256 for extent in self.box), f"box dimensions {self.box} must be 1 to 256"),
             (row % 16 != 0 or (self.swizzle and row != atom), f"inner box of {row} bytes with {atom}-byte swizzle"),
@@ -161,15 +161,15 @@ class TensorMaps:
             self.acquired_maps |= set(zip(flat.tolist(), (lanes // self.threads).tolist(), strict=True))
 
     def decode_boxes(self, instruction: Instruction, address, coordinates, lanes, shared):
-        """`Boxes` of the copies that these lanes issue, by kind of map; faults, or leaves out, where a map is wrong.
+        """`Boxes` of the copies that these lanes issue, by format of map; faults, or leaves out, where a map is wrong.
 
         address: of the maps; coordinates: a list of registers, innermost first; shared: addresses; all by lane.
         """
         words = self._read_maps(instruction, address, lanes)
         position = np.stack([np.broadcast_to(one, self.lanes)[lanes] for one in coordinates], 1).view(i4).astype(i8)
         shared = shared[lanes].astype(i8)
-        for kind in np.unique(words[:, _KIND_WORDS], axis=0):
-            at = np.flatnonzero((words[:, _KIND_WORDS] == kind).all(1))
+        for format_words in np.unique(words[:, _FORMAT_WORDS], axis=0):
+            at = np.flatnonzero((words[:, _FORMAT_WORDS] == format_words).all(1))
             maps = _Maps.of(words[at])
             wrong = [
                 (np.broadcast_to(where, len(at)), what)
@@ -194,8 +194,8 @@ class TensorMaps:
         keys = zip(flat[::chunks].tolist(), (lanes // self.threads).tolist(), strict=True)
         stale = np.array([key[0] in self.fenced_maps and key not in self.acquired_maps for key in keys])
         if stale.any():
-            kind = "tensor map used without fence.proxy.tensormap acquire"
-            self.race(instruction, "global", kind, stale, lanes, 1, flat[::chunks] // self.global_cell)
+            conflict = "tensor map used without fence.proxy.tensormap acquire"
+            self.race(instruction, "global", conflict, stale, lanes, 1, flat[::chunks] // self.global_cell)
         return self.global_rows(u4, 4)[flat // 16].reshape(-1, MAP_BYTES // 4)
 
 

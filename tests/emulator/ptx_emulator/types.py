@@ -1,4 +1,4 @@
-"""PTX types as numpy sees them, and conversions between the raw bits of a register and the numbers they stand for.
+"""PTX types as numpy has them, and conversions between the raw bits of a register and the numbers they stand for.
 
 A register is an unsigned array with one element per thread (bool for a predicate). f16 and bf16 are computed on in
 float32 and rounded once, to nearest even; packed pairs have one more axis of length 2.
@@ -23,11 +23,11 @@ NAN_HALF = u2(0x7FFF)  # of f16 and of bf16
 
 
 class PTXType(NamedTuple):
-    """numpy's name of the type, bytes, and the kind of number."""
+    """numpy's name of the type, bytes, and the encoding of its numbers."""
 
     dtype: str
     size: int
-    kind: str
+    encoding: str
 
 
 TYPES = {"pred": PTXType("?", 0, "predicate")}
@@ -47,7 +47,7 @@ TYPES.update(
     s16x2=PTXType("i2", 4, "integer pair"),
 )
 
-# Kind -> expression that reads a register as numbers, and one that makes raw bits of numbers.
+# Encoding -> expression that reads a register as numbers, and one that makes raw bits of numbers.
 CODECS = {
     "predicate": ("{value}", "{value}"),
     "unsigned": ("{value}", "{value}"),
@@ -60,8 +60,8 @@ CODECS = {
     "float pair": ("from_float_pair({value})", "to_float_pair({value})"),
     "integer pair": ("from_integer_pair({value},{dtype})", "to_integer_pair({value})"),
 }
-FLOAT_KINDS = ("float", "half", "bfloat", "half pair", "bfloat pair", "float pair")
-SIXTEEN_BIT_KINDS = ("half", "bfloat", "half pair", "bfloat pair")
+FLOAT_ENCODINGS = ("float", "half", "bfloat", "half pair", "bfloat pair", "float pair")
+SIXTEEN_BIT_ENCODINGS = ("half", "bfloat", "half pair", "bfloat pair")
 
 
 def from_bfloat(bits):

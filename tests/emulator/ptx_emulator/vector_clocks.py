@@ -12,14 +12,14 @@ from numpy import int64 as i8
 
 
 class VectorShadow:
-    """As `Shadow`, of shared memory, with a clock for each warp in place of one barrier epoch per CTA.
+    """As `Shadow`, of shared memory, with a clock for each warp instead of one barrier epoch per CTA.
 
-    An access conflicts with an earlier one of another warp unless that warp's clock at the time is known to its own.
+    An access conflicts with an earlier one of another warp unless it knows that warp's clock at the time.
 
     clocks[warp, other]   the latest clock of `other`, a warp of the same CTA, that is ordered before `warp` now
     writer                0: never written; else clock << 8 | warp + 1
     readers[cell, warp]   the warp's clock at its last read
-    own                   in all methods the number of the warp in the batch
+    actors                in all methods the numbers of the warps in the batch
     """
 
     def __init__(self, cells: int, clocks: np.ndarray) -> None:
@@ -28,62 +28,62 @@ class VectorShadow:
         self.readers = np.zeros((cells, self.warps), i4)
         self.writer_instruction, self.reader_instruction = np.zeros(cells, i4), np.zeros(cells, i4)
 
-    def after_write(self, cells, own):
+    def after_write(self, cells, actors):
         """Which of the last writes are not ordered before these warps; None where all are."""
         writer = self.writer[cells]
-        bad = (writer >> 8) > self.clocks[own, np.maximum(self.writing_warp(cells), 0)]
+        bad = (writer >> 8) > self.clocks[actors, np.maximum(self.writing_warp(cells), 0)]
         return bad if bad.any() else None
 
-    def after_read(self, cells, own):
+    def after_read(self, cells, actors):
         """The same of the last reads of every warp."""
-        bad = (self.readers[cells] > self.clocks[own]).any(1)
+        bad = (self.readers[cells] > self.clocks[actors]).any(1)
         return bad if bad.any() else None
 
-    def read(self, cells, own, instruction: int):
-        bad = self.after_write(cells, own)
-        self._note_read(cells, own)
+    def read(self, cells, actors, instruction: int):
+        bad = self.after_write(cells, actors)
+        self._note_read(cells, actors)
         self.reader_instruction[cells] = instruction
         return bad
 
-    def write(self, cells, own, instruction: int, atomic: bool = False):
+    def write(self, cells, actors, instruction: int, atomic: bool = False):
         """As `Shadow.write`. Operations on mbarriers (atomic) are ordered by the mbarrier: none is recorded."""
-        with_write, with_read = self.after_write(cells, own), self.after_read(cells, own)
+        with_write, with_read = self.after_write(cells, actors), self.after_read(cells, actors)
         earlier = self.writer_instruction[cells] if with_write is not None else None
         if atomic:
             return with_write, with_read, None, earlier
-        key = self._key(own)
+        key = self._key(actors)
         self.writer[cells] = key
         within = self.writer[cells] != key
         self.writer_instruction[cells] = instruction
         return with_write, with_read, within if within.any() else None, earlier
 
-    def begin_async_read(self, cells, own, instruction: int, warps: int):
-        found = [self.after_write(cells, own + warp) for warp in range(warps)]
+    def begin_async_read(self, cells, actors, instruction: int, warps: int):
+        found = [self.after_write(cells, actors + warp) for warp in range(warps)]
         self.reader_instruction[cells] = instruction
         found = [bad for bad in found if bad is not None]
         return np.any(found, axis=0) if found else None
 
-    def end_async_read(self, cells, own, warps: int) -> None:
+    def end_async_read(self, cells, actors, warps: int) -> None:
         for warp in range(warps):
-            self._note_read(cells.ravel(), np.repeat(own + warp, cells.shape[1]))
+            self._note_read(cells.ravel(), np.repeat(actors + warp, cells.shape[1]))
 
-    def own_write(self, cells, own) -> None:
-        self.writer[cells] = self._key(own)[:, None]
+    def acting_write(self, cells, actors) -> None:
+        self.writer[cells] = self._key(actors)[:, None]
 
-    def settled_write(self, cells, own) -> None:
+    def settled_write(self, cells, actors) -> None:
         self.writer[cells] = 1
 
     def writing_warp(self, cells):
         return (self.writer[cells] & 255) - 1
 
-    def _key(self, own):
+    def _key(self, actors):
         """The value of `writer` after a write by these warps now."""
-        warp = own % self.warps
-        return self.clocks[own, warp] << 8 | (warp + 1)
+        warp = actors % self.warps
+        return self.clocks[actors, warp] << 8 | (warp + 1)
 
-    def _note_read(self, cells, own) -> None:
-        warp = own % self.warps
-        self.readers[cells, warp] = self.clocks[own, warp]
+    def _note_read(self, cells, actors) -> None:
+        warp = actors % self.warps
+        self.readers[cells, warp] = self.clocks[actors, warp]
 
 
 class Clocks:
@@ -138,7 +138,7 @@ class Clocks:
     def _seen_by(self, warps):
         """`copy_seen`, of the copies of these warps' CTA only."""
         cta = int(warps[0]) // self.clocks.shape[1]
-        own = np.zeros(len(self.copy_seen), bool)
+        of_cta = np.zeros(len(self.copy_seen), bool)
         for copy in self.bulk_copies:
-            own[copy.ids[copy.lanes // self.threads == cta]] = True
-        return self.copy_seen & own[:, None]
+            of_cta[copy.ids[copy.lanes // self.threads == cta]] = True
+        return self.copy_seen & of_cta[:, None]

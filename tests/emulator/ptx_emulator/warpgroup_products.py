@@ -98,7 +98,7 @@ class WarpgroupProducts:
         self.check_proxy(instruction, cells, lanes, 1)
         self.check_pending(instruction, cells, lanes, 1, "wgmma read")
         self.check_copies(instruction, cells, lanes, 1, "wgmma read", warps=4)
-        bad = self.shared_shadow.begin_async_read(cells, self.shared_own[lanes], instruction.index, warps=4)
+        bad = self.shared_shadow.begin_async_read(cells, self.shared_actors[lanes], instruction.index, warps=4)
         if bad is not None:
             other = int(self.shared_shadow.writer_instruction[cells[np.argmax(bad)]])
             self.race(instruction, "shared", "wgmma read-after-write", bad, lanes, 1, cells, other)
@@ -116,7 +116,7 @@ class WarpgroupProducts:
             if done.any():
                 finished = running.part(done)
                 np.subtract.at(self.busy, finished.cells.ravel(), 1)
-                self.shared_shadow.end_async_read(finished.cells, self.shared_own[finished.lanes], warps=4)
+                self.shared_shadow.end_async_read(finished.cells, self.shared_actors[finished.lanes], warps=4)
             if not done.all():
                 left.append(running.part(~done))
         self.products = left

@@ -16,18 +16,18 @@ from tests.support.pairs import in_turn
 # The longest come first: they are not left for the end, when one worker has nothing to do.
 @pytest.mark.parametrize("gpu", GPUS, ids=str)
 def test_no_synchronisation_can_be_left_out(gpu, emulate):
-    recorder = emulate(gpu, kind=synchronisation.Recorder)
+    recorder = emulate(gpu, executor=synchronisation.Recorder)
     for kernel, launches in synchronisation.launches_of(recorder).items():
         missed = synchronisation.check(launches)
-        for kind, count in synchronisation.least(gpu).items():
-            assert missed[kind] >= count, (
-                f"{kernel}, {kind}: expected at least {count} to be missed, got {missed[kind]}"
+        for operation, count in synchronisation.least(gpu).items():
+            assert missed[operation] >= count, (
+                f"{kernel}, {operation}: expected at least {count} to be missed, got {missed[operation]}"
             )
 
 
 def test_no_synchronisation_of_hopper_can_be_left_out(emulate):
     found, implied = hopper.missed(hopper.check(hopper.CALL, emulate).launches[0], each=True)
-    assert implied == {place: count for place, (count, _) in hopper.IMPLIED.items()}
+    assert implied == {instruction: count for instruction, (count, _) in hopper.IMPLIED.items()}
     assert found["mbarrier.try_wait"] >= 10
     assert found["mbarrier.arrive"] >= 15
 

@@ -29,7 +29,7 @@ def figure_of(model: str, measurements: Sequence[Measurement], environment: Envi
     losses.invert_yaxis()
     losses.grid(alpha=0.3)
     losses.set_xlabel("loss per token (nats)")
-    values_beside(losses, [f"{one.loss:.3f}" for one in measurements])
+    values_at_right(losses, [f"{one.loss:.3f}" for one in measurements])
     entropies.set(xlabel="layer", ylabel="attention entropy / ln n", ylim=(0, 1.05))
     logits.set(xlabel="layer", ylabel="largest logit", yscale="symlog")
     for axes in (entropies, logits):

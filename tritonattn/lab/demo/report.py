@@ -77,7 +77,7 @@ class Report:
 
     def check(self) -> str:
         return (
-            f"\nThe model's own eager attention has loss {self.eager_loss:.6f}; sqrt_dim differs from it by "
+            f"\nThe model's eager attention has loss {self.eager_loss:.6f}; sqrt_dim differs from it by "
             f"{self.difference:+.1e} (expected: at most {AGREEMENT:g}){'.' if self.agrees else ', which is WRONG.'}"
         )
 
@@ -85,7 +85,7 @@ class Report:
         """Say how to read the table, and which mode moved the loss least."""
         text = (
             "How to read it: entropy / ln n is 1 for uniform attention and 0 for a single key; the "
-            "weights were trained with their own scaling, so a mode that keeps its logits keeps its loss, "
+            "weights were trained with the model's scaling, so a mode that keeps its logits keeps its loss, "
             "while one whose factor shrinks with the number of keys (key_count, key_norm_sum) "
             "averages the context away unless the model is trained with it or it is given a gain."
         )

@@ -115,7 +115,7 @@ def _measures(axes: Axes, modes: Modes, looks: Looks) -> None:
     found = [Interval.of([run.metrics[metric] for run in runs]) for runs in modes.values()]
     for row, (mode, one) in enumerate(zip(modes, found, strict=True)):
         axes.errorbar(one.mean, row, xerr=one.half, **looks[mode], capsize=3)
-    values_beside(axes, [f"{one.mean:.3f}" for one in found])
+    values_at_right(axes, [f"{one.mean:.3f}" for one in found])
     axes.set_yticks(range(len(modes)), list(modes), fontsize=8)
     axes.invert_yaxis()
     axes.set(title="On held-out data, at the end", xlabel=metric)
