@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from ...core.provenance import Environment
 from ...huggingface.architecture import layer_number
-from ..figures import foot, plain_numbers, staggered, styles, values_beside, whole_numbers
+from ..figures import foot, plain_numbers, staggered, styles, values_at_right, whole_numbers
 from .measurement import Measurement
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..figures import dodge, foot, plain_numbers, staggered, styles, ticks_at, values_beside
+from ..figures import dodge, foot, plain_numbers, staggered, styles, ticks_at, values_at_right
 from .records import Run
 from .report import Interval, by_mode
 from .tasks import TASKS
