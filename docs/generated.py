@@ -111,14 +111,8 @@ def costs() -> str:
     compiled = json.loads((RESULTS / "codegen.json").read_text(encoding="utf-8"))
     seconds = [case["compile_seconds"] for case in compiled]
     compilation = f"{statistics.median(seconds):.1f} s a kernel, at most {max(seconds):.1f} s"
-    rows.append(
-        [
-            "first call on a GPU: to compile 1 kernel, and 3 in the backward",
-            compilation,
-            "likewise",
-            "likewise, 1 or 2 kernels more",
-        ]
-    )
+    first = "first call on a GPU: to compile 1 kernel, and 3 in the backward"
+    rows.append([first, compilation, "likewise", "likewise, 1 or 2 kernels more"])
     run = one("sqrt_dim", length=512, dtype="fp32", passes="forward", head_dim=64, causal=True)["environment"]
     source = (
         f"\nMeasured: {run['device']}, {run['threads']} threads, torch {run['torch']}, commit {run['commit']}, "

@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.call import AttentionCall
-from .attention import new_results
 from .block import LENGTHS, LN_2, LOG2_E, lost_in_rounding, program_position
 from .launch import KERNELS, Specialisation, plan
 from .records import Arguments, Results
@@ -116,11 +115,18 @@ KERNELS |= {"combine_splits": combine_splits, "sum_of_splits": sum_of_splits}
 
 def parts_of(call: AttentionCall, results: Results, splits: int) -> Results:
     """Room for the parts of results, [splits, B, Hq, Sq, ...] in fp32."""
-    rows, aux = results.lse.expand(splits, -1, -1, -1), results.max_logit is not None
-    out = new_results(call, results.out.expand(splits, -1, -1, -1, -1))
-    lse = new_results(call, rows, fill=-torch.inf)
-    max_logit = new_results(call, rows, fill=-torch.inf) if aux else None
-    return Results(out, None, lse, max_logit, new_results(call, rows) if aux else None)
+    aux, out, lse = results.max_logit is not None, new_parts(call, results.out, splits), results.lse
+    max_logit = new_parts(call, lse, splits, -torch.inf) if aux else None
+    entropy = new_parts(call, lse, splits) if aux else None
+    return Results(out, None, new_parts(call, lse, splits, -torch.inf), max_logit, entropy)
+
+
+def new_parts(call: AttentionCall, result: Tensor, splits: int, fill: float = 0.0) -> Tensor:
+    """Room for the parts [splits, ...] of a result, as `new_results`."""
+    shape = (splits, *result.shape)
+    if call.visibility.sequences is None:
+        return result.new_empty(shape, dtype=torch.float32)
+    return result.new_full(shape, fill, dtype=torch.float32)
 
 
 def combine(special: Specialisation, parts: Results, results: Results, sinks: Tensor | None) -> None:

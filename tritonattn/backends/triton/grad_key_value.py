@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.call import AttentionCall, Gradients, Logits, Needs
+from ...core.call import AttentionCall, Gradients, Needs
 from .attention import largest, launch_kernel, new_results
 from .block import (
     LENGTHS,
@@ -30,7 +30,7 @@ from .block import (
     vector_from,
     whole_blocks,
 )
-from .combine import add_splits
+from .combine import add_splits, new_parts
 from .device import Grid
 from .launch import KERNELS, Plan, Specialisation, strided
 from .records import Arguments, View
@@ -408,37 +408,27 @@ def grad_key_value(
     d_key_bias = new_results(call, bias) if bias is not None and needs.key_bias else None
     arguments |= {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "d_key_bias_ptr": d_key_bias}
     arguments |= {"factor_size": None, "row_bounds_ptr": None, "d_bias": None, "d_relative_bias": None}
-    pairs = _of_pairs(call, needs) if needs.bias or needs.relative_bias else {}
-    for name, x in pairs.items():
-        arguments[f"d_{name}"] = strided(x)
+    of_pairs, table = {}, terms.relative_bias
+    if terms.bias is not None and needs.bias:
+        of_pairs["bias"] = _of_pairs(call, call.visibility.k_len)
+    if table is not None and needs.relative_bias:
+        of_pairs["relative_bias"] = _of_pairs(call, table.shape[3])
+    arguments |= {f"d_{name}": strided(x) for name, x in of_pairs.items()}
     if terms.query_scale is not None and call.q.dtype == torch.float16:
         factor = terms.query_scale * (terms.scale * LOG2_E.value)
         arguments["factor_size"] = largest(factor.unflatten(1, (call.visibility.kv_heads, -1)).flatten(2))
     launch_kernel("grad_key_value", special, call, arguments, d_out, _in_splits)
-    d_k, d_v = d_k if needs.k else None, d_v if needs.v else None
-    found = Gradients(k=d_k, v=d_v, key_scale=d_key_scale, key_bias=d_key_bias)
-    return found._replace(**_summed(pairs, terms)) if pairs else found
-
-
-def _of_pairs(call: AttentionCall, needs: Needs) -> dict[str, Tensor]:
-    """Room for the gradients of the biases of all pairs, of which the kernel writes those of visible pairs."""
-    found = {}
-    for name, bias in (("bias", call.logits.bias), ("relative_bias", call.logits.relative_bias)):
-        if bias is not None and getattr(needs, name):
-            width = call.visibility.k_len if name == "bias" else bias.shape[3]
-            padded = -(-width // 16) * 16  # rows begin where wide stores can
-            room = call.q.new_zeros((*call.q.shape[:3], padded), dtype=torch.float32)
-            found[name] = room[..., :width]
-    return found
-
-
-def _summed(pairs: dict[str, Tensor], terms: Logits) -> dict[str, Tensor]:
-    """The gradients of biases: sums, in fp32 and one order, over the axes that a bias has once."""
-    found = {}
-    for name, x in pairs.items():
+    for name, x in of_pairs.items():  # sums, in fp32 and one order, over the axes that a bias has once
         bias = getattr(terms, name)
-        found[name] = x.sum_to_size(bias.shape).to(bias.dtype)
-    return found
+        of_pairs[name] = x.sum_to_size(bias.shape).to(bias.dtype)
+    d_k, d_v = d_k if needs.k else None, d_v if needs.v else None
+    return Gradients(k=d_k, v=d_v, key_scale=d_key_scale, key_bias=d_key_bias, **of_pairs)
+
+
+def _of_pairs(call: AttentionCall, width: int) -> Tensor:
+    """Zeros [B, Hq, Sq, width] for the gradient of a bias of pairs: the kernel writes the visible ones."""
+    padded = -(-width // 16) * 16  # rows begin where wide stores can
+    return call.q.new_zeros((*call.q.shape[:3], padded), dtype=torch.float32)[..., :width]
 
 
 def _in_splits(chosen: Plan, grid: Grid, arguments: Arguments, special: Specialisation, call: AttentionCall) -> None:
@@ -446,7 +436,7 @@ def _in_splits(chosen: Plan, grid: Grid, arguments: Arguments, special: Speciali
     names = ("d_k_ptr", "d_v_ptr", "d_key_scale_ptr", "d_key_bias_ptr")
     results = {name: arguments[name] for name in names if arguments[name] is not None}
     splits = arguments["splits"]
-    parts = {name: new_results(call, x.expand(splits, *x.shape)) for name, x in results.items()}
+    parts = {name: new_parts(call, x, splits) for name, x in results.items()}
     if "d_key_bias_ptr" in parts:
         parts["d_key_bias_ptr"].zero_()  # a split writes the heads that it has rows of
     chosen.launch(grid, arguments | parts, special)

@@ -127,14 +127,11 @@ def _coinciding(findings: Findings, points: list[Point]) -> list[list[str]]:
     def coincide(one: str, other: str) -> bool:
         return all(max(pair) <= _TOGETHER * min(pair) for pair in zip(values[one], values[other], strict=True))
 
-    groups: list[list[str]] = []
+    groups: dict[str, list[str]] = {}
     for mode in findings.modes:
-        group = next((group for group in groups if coincide(mode, group[0])), None)
-        if group is None:
-            groups.append([mode])
-        else:
-            group.append(mode)
-    return groups
+        first = next((first for first in groups if coincide(mode, first)), mode)
+        groups.setdefault(first, []).append(mode)
+    return list(groups.values())
 
 
 def _by_keys(findings: Findings) -> Figure:
