@@ -201,6 +201,7 @@ OF_ONE: dict[str, list[Case]] = {
         ),
         (of_kv(ones(2, 3, 24, 8), suffix="_cache"), "ValueError: divides q's 4, got 3"),
         ({"q": ones(2, 0, 1, 8)}, "ValueError: k_cache: expected a number of heads that divides q's 0, got 2"),
+        ({"block_table": True}, "TypeError: block_table: expected a tensor [B, max_pages], got bool True"),
         (  # pages without their block_table
             of_kv(ones(7, 16, 2, 8), suffix="_cache"),
             "ValueError: k_cache: expected [B, Hkv, capacity, D] with q's B = 2, got [7, 16, 2, 8]",

@@ -161,6 +161,8 @@ def cache_operands(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None =
 
     Raises TypeError or ValueError unless these are the operands of one call.
     """
+    if block_table is not None:  # before k_cache, whose axes it decides
+        check_tensor("block_table", block_table, "[B, max_pages]", (torch.int32,))
     q, k, v = operands(q, k, v, CACHE if block_table is None else CACHE_PAGES)
     if not 1 <= q.shape[2] <= LONGEST_QUERY:
         raise ValueError(f"q: expected Sq of 1 to {LONGEST_QUERY}, got {q.shape[2]}; for more rows: attention")
