@@ -200,6 +200,11 @@ OF_ONE: dict[str, list[Case]] = {
             "ValueError: divides q's 4, got 24: [2, 24, 2, 8] looks like [B, capacity, Hkv, D], not [B, Hkv, capa",
         ),
         (of_kv(ones(2, 3, 24, 8), suffix="_cache"), "ValueError: divides q's 4, got 3"),
+        ({"q": ones(2, 0, 1, 8)}, "ValueError: k_cache: expected a number of heads that divides q's 0, got 2"),
+        (  # pages without their block_table
+            of_kv(ones(7, 16, 2, 8), suffix="_cache"),
+            "ValueError: k_cache: expected [B, Hkv, capacity, D] with q's B = 2, got [7, 16, 2, 8]",
+        ),
         ({"statistics": KeyStatistics(2, 2, 25)}, "ValueError: [B, Hkv, capacity] = [2, 2, 24], got [2, 2, 25]"),
         ({"statistics": KeyStatistics(2, 2, 24, device=META)}, "ValueError: statistics: expected q's device cpu"),
         ({"statistics": KeyStatistics(2, 2, 24, dtype=torch.float64)}, "TypeError: statistics: expected dtype"),

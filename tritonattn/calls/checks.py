@@ -21,7 +21,7 @@ from ..core.invariance import switch
 from ..core.shards import unshard
 from ..scaling import SCALINGS, Given, Scaling
 from ..scaling.names import named_scaling
-from .layouts import BATCHED, SMALLEST_PAGE, Layout, names_of
+from .layouts import BATCHED, CACHE, CACHE_PAGES, SMALLEST_PAGE, Layout, names_of
 
 BACKENDS = ("auto", "triton", "flash", "sdpa", "reference")
 
@@ -55,19 +55,20 @@ def operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) -> tuple
         raise TypeError(f"{', '.join(names)}: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"{', '.join(names)}: expected one device, got {q.device}, {k.device}, {v.device}")
-    q_heads, kv_heads = q.shape[1], k.shape[layout.heads]
-    if q_heads != kv_heads and (kv_heads == 0 or q_heads % kv_heads != 0):
-        hint = layout.hint_of_order(q, k)
-        raise ValueError(f"{names[1]}: expected a number of heads that divides q's {q_heads}, got {kv_heads}{hint}")
-    if layout.heads == 2 and k.shape[1] < SMALLEST_PAGE:
-        hint = layout.hint_of_order(q, k)
-        raise ValueError(f"{names[1]}: expected pages of at least {SMALLEST_PAGE} keys, got {k.shape[1]}{hint}")
     shapes = q.shape, k.shape, v.shape
     for one, axis, other, its in layout.shared:
         if shapes[one][axis] != shapes[other][its]:
             axes, letter = layout.axes[one], names_of(layout.axes[one])[axis]
             wanted = f"{axes} with {names[other]}'s {letter} = {shapes[other][its]}"
             raise ValueError(f"{names[one]}: expected {wanted}, got {shape_of(given[one])}")
+    q_heads, kv_heads = q.shape[1], k.shape[layout.heads]
+    fits = kv_heads > 0 and q_heads % kv_heads == 0 and (q_heads > 0 or layout not in (CACHE, CACHE_PAGES))
+    if q_heads != kv_heads and not fits:
+        hint = layout.hint_of_order(q, k)
+        raise ValueError(f"{names[1]}: expected a number of heads that divides q's {q_heads}, got {kv_heads}{hint}")
+    if layout.heads == 2 and k.shape[1] < SMALLEST_PAGE:
+        hint = layout.hint_of_order(q, k)
+        raise ValueError(f"{names[1]}: expected pages of at least {SMALLEST_PAGE} keys, got {k.shape[1]}{hint}")
     if q.shape[-1] == 0 or v.shape[-1] == 0:
         got = f"{q.shape[-1]} in q and {v.shape[-1]} in {names[2]}"
         raise ValueError(f"q, {names[2]}: expected head_dim of at least 1, got {got}")
