@@ -26,8 +26,8 @@ class ReadmeHook(MetadataHookInterface):
 def described(text: str, repository: str, tag: str) -> str:
     """The text with absolute links and one <img> for each <picture>, which indexes do not show; code stays as it is."""
 
-    def absolute(kind: str) -> Callable[[re.Match[str]], str]:
-        return lambda found: found[1] + urljoin(f"{repository}/{kind}/{tag}/README.md", found[2])
+    def absolute(view: str) -> Callable[[re.Match[str]], str]:
+        return lambda found: found[1] + urljoin(f"{repository}/{view}/{tag}/README.md", found[2])
 
     parts = _CODE.split(text)
     for at in range(0, len(parts), 2):  # between pieces of code

@@ -143,13 +143,13 @@ def _operation(
     timing = _TIMINGS.get(instruction.name) or of_class
     if act in ("request", "poll") or timing is None or of_opcode == "control":
         return Operation(instruction.name, control, latency=latency, act=act, amount=amount)
-    unit, turn, own_latency = timing
+    unit, turn, latency_name = timing
     return Operation(
         instruction.name,
         control,
         unit,
         getattr(parameters, turn),
-        getattr(parameters, own_latency) if own_latency else 0.0,
+        getattr(parameters, latency_name) if latency_name else 0.0,
         operands if of_opcode in _WITH_OPERANDS else 0,
         act,
         amount,

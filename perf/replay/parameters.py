@@ -22,7 +22,7 @@ class Parameters:
 
     Turns are clocks that one warp's instruction keeps a unit, latencies clocks until its result is there.
 
-    exp_beside_products   a turn of the exp unit takes this many times as long while wgmma runs
+    exp_during_products   a turn of the exp unit takes this many times as long while wgmma runs
     barrier               clocks from the last warp's arrival to the first instruction behind a barrier
     poll, poll_release    clocks of a test of an mbarrier, and from its completion until a warp that waits goes on
     back_edge             clocks that the branch back to a loop's head adds
@@ -30,7 +30,7 @@ class Parameters:
     queue_of_shared       wgmma that may wait to start, both operands in shared memory; queue_of_registers: the first in
                           registers. wgmma_start: clocks from issue to start. wgmma_tail: from the tensor
                           unit's last clock to a result that may be read
-    operand               clocks that reading a register takes of its file, beside_products: while wgmma runs;
+    operand               clocks that reading a register takes of its file, during_products: while wgmma runs;
                           operand_slack: clocks that it may be behind
     """
 
@@ -40,7 +40,7 @@ class Parameters:
     uniform_latency: float
     constant_latency: float
     exp_latency: float
-    exp_beside_products: float
+    exp_during_products: float
     shuffle: float
     shuffle_latency: float
     load_matrix: float
@@ -64,7 +64,7 @@ class Parameters:
     wgmma_start: float = 0.0
     wgmma_tail: float = 0.0
     operand: float = 0.0
-    operand_beside_products: float = 0.0
+    operand_during_products: float = 0.0
     operand_slack: float = 0.0
 
     @property
@@ -89,7 +89,7 @@ def _of_ampere(arch: str) -> Parameters:
         uniform_latency=6,  # [=]
         constant_latency=12,  # [=]
         exp_latency=18,  # [=]
-        exp_beside_products=1,  # mma.sync holds the scheduler itself
+        exp_during_products=1,  # mma.sync holds the scheduler itself
         shuffle=4,  # [G] 32 lanes
         shuffle_latency=24,  # [=]
         load_matrix=16,  # [G] 512 bytes of a warp at 128 bytes a clock for four schedulers
@@ -122,7 +122,7 @@ PARAMETERS = {
         uniform_latency=6,  # [A]
         constant_latency=12,  # [A]
         exp_latency=18,  # [F] 18.9 in a chain
-        exp_beside_products=1.5,  # [3]
+        exp_during_products=1.5,  # [3]
         shuffle=4,  # [G] 32 lanes
         shuffle_latency=24,  # [A]
         load_matrix=4,  # [F]
@@ -146,7 +146,7 @@ PARAMETERS = {
         wgmma_start=17,  # [F]
         wgmma_tail=65,  # [F]
         operand=0.5,  # [F] 1024 bytes a clock and processor
-        operand_beside_products=1.0,  # [F] of which results of wgmma take half
+        operand_during_products=1.0,  # [F] of which results of wgmma take half
         operand_slack=3,  # [F]
     ),
 }

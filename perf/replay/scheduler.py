@@ -202,7 +202,7 @@ class Scheduler:
             return now + operation.latency
         turn = operation.turn
         if operation.unit == "exp" and self._tensor.has_work(now):
-            turn *= self._parameters.exp_beside_products
+            turn *= self._parameters.exp_during_products
         return self._units[operation.unit].take(now, turn) + operation.latency
 
     def _product(self, warp: _Warp, operation: Operation, now: float) -> float:

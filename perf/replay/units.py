@@ -77,9 +77,9 @@ class RegisterFile:
     def accepts(self) -> float:
         return self._free - self._parameters.operand_slack
 
-    def read(self, now: float, operands: int, beside_products: bool) -> None:
+    def read(self, now: float, operands: int, during_products: bool) -> None:
         parameters = self._parameters
-        each = parameters.operand_beside_products if beside_products else parameters.operand
+        each = parameters.operand_during_products if during_products else parameters.operand
         self._free = max(self._free, now) + operands * each
 
 

@@ -297,7 +297,7 @@ def run_together(*functions):
         return [future.result() for future in [pool.submit(started, function) for function in functions]]
 
 
-def test_monitors_in_threads_see_their_own_models():
+def test_monitors_in_threads_record_their_models():
     nets = [Net(scaling=scaling) for scaling in ("sqrt_dim", "key_count", "none")]
     x = torch.randn(2, 5, 32)
 

@@ -66,7 +66,7 @@ def test_checkpointed_layers_count_once(how, reentrant):
 
 
 @pytest.mark.parametrize("name", [name for name, one in ARCHITECTURES.items() if one.exists and one.supported])
-def test_every_architecture_keeps_its_own_attention_and_is_seen(name):
+def test_every_architecture_keeps_its_attention_and_is_seen(name):
     architecture = ARCHITECTURES[name]
     net, inputs = architecture.build(), architecture.inputs("left")
     wanted, before = architecture.outputs(net, inputs), state(net)

@@ -195,7 +195,7 @@ LONG = {  # and the keys of a block of rows
 
 
 @pytest.mark.parametrize("mask", LONG)
-def test_memory_grows_with_the_length_alone_and_tiles_that_nobody_sees_are_skipped(mask):
+def test_memory_grows_with_the_length_alone_and_hidden_tiles_are_skipped(mask):
     masks, keys = LONG[mask]
     tensors = inputs(torch.float32, batch=1, kv_heads=1, q_len=LENGTH, k_len=LENGTH, scales=BOTH)
     with Watch() as forward, torch.no_grad():

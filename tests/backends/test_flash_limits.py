@@ -64,7 +64,7 @@ def test_nan_in_hidden_keys_and_rows(version, masks, scaling, lengths, monkeypat
     q_len, k_len = lengths
     tensors = harness.inputs(torch.bfloat16, CPU, q_len=q_len, k_len=k_len, scales=("gain",))
     visible = Visibility.of(tensors["q"], tensors["k"], causal=masks.get("causal", False), window=masks.get("window"))
-    rows, keys = visible.seeing_rows()[0, 0], visible.seen_keys()[0, 0]
+    rows, keys = visible.attending_rows()[0, 0], visible.seen_keys()[0, 0]
 
     def results(tensors):
         leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}

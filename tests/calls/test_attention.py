@@ -112,7 +112,7 @@ def test_scaled_attention(backend):
     torch.testing.assert_close(rows, tritonattn.attention(q, 2 * k, v))
 
 
-def gradients_beside_nan(leaves: dict[str, Tensor], fill: float, call) -> list[Tensor]:
+def gradients_next_to_nan(leaves: dict[str, Tensor], fill: float, call) -> list[Tensor]:
     """out and gradients of `call` where what rows without keys hold, d_out too, is `fill`: one batch, one row more."""
     blind = torch.zeros(2, 1, 5, dtype=torch.bool)
     blind[0], blind[1, :, 2] = True, True
@@ -137,7 +137,7 @@ def test_a_row_without_keys_may_hold_nan(scaling, backend, dtype):
     else:
         call = functools.partial(tritonattn.attention, scaling=scaling, backend=backend)
         leaves["gain"] = rows
-    clean, dirty = (gradients_beside_nan(leaves, fill, call) for fill in (1.0, torch.nan))
+    clean, dirty = (gradients_next_to_nan(leaves, fill, call) for fill in (1.0, torch.nan))
     for name, expected, found in zip(("out", *leaves), clean, dirty, strict=True):
         assert torch.equal(expected, found), name
 

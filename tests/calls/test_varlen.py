@@ -132,4 +132,4 @@ def test_rows_attend_to_the_keys_of_their_sequence(lengths_of, tails, causal, wi
     assert torch.equal(max_over_keys(x, visibility)[0], torch.nn.functional.pad(shown, (0, 1)).amax(-1))
     assert not visibility.is_full
     assert not visibility.is_square_causal
-    assert not visibility.every_row_sees
+    assert not visibility.every_row_attends

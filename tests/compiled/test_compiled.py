@@ -133,7 +133,7 @@ def test_keys_and_values_of_a_cache_come_asynchronously(kernel, form):
     assert "tt.load" not in loop
 
 
-def test_no_loop_writes_to_its_own_variable():
+def test_no_loop_writes_to_its_variable():
     """Compilers up to triton 3.4 then read the loop's counter wherever the variable was written."""
     for path in Path(backend.__file__).parent.glob("*.py"):
         for loop in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -32,7 +32,7 @@ def check(visibility, expected):
     rows, k_len = expected.shape[:-1], expected.shape[-1]
     assert torch.equal(visibility.dense().expand_as(expected), expected)
     assert torch.equal(visibility.counts().expand(rows), expected.sum(-1).double())
-    assert torch.equal(visibility.seeing_rows().expand(rows), expected.any(-1))
+    assert torch.equal(visibility.attending_rows().expand(rows), expected.any(-1))
     by_key_head = expected.any(-2).unflatten(1, (HKV, -1)).any(2)
     assert torch.equal(visibility.seen_keys().expand_as(by_key_head), by_key_head)
     lo, hi = visibility.ranges()
@@ -114,7 +114,7 @@ def test_sizes_alone_tell_full_visibility(q_len):
         visible = visibility_of(q_len, k_len, window=(left, right), causal=causal)
         dense = visible.dense()
         assert visible.is_full == dense.all().item(), (k_len, left, right, causal)
-        assert visible.sees_every_key == dense.any(-2).all().item(), (k_len, left, right, causal)
+        assert visible.attends_to_every_key == dense.any(-2).all().item(), (k_len, left, right, causal)
         is_triangle = left is None and q_len == k_len and (causal or right == 0)
         assert visible.is_square_causal == is_triangle, (k_len, left, right, causal)
 

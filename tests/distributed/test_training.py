@@ -164,7 +164,7 @@ def planned(rank: int, folder: Path) -> float:
     return max(((got - want).abs().max() / want.abs().max()).item() for got, want in pairs)
 
 
-def test_transformers_own_plan_shards_what_is_learned(pool, tmp_path):
+def test_the_plan_of_transformers_shards_learned_parameters(pool, tmp_path):
     pytest.importorskip("transformers.distributed.tensor_parallel")
     assert max(pool.run(planned, tmp_path)) < 5e-6
 

@@ -57,7 +57,7 @@ def test_who_watches_goes_on_after_another_has():
 
 
 @pairwise(implementation=["eager", "sdpa", NAME], padding=["none", "left", "holes"])
-def test_layers_left_out_keep_their_own_numbers(implementation, padding):
+def test_layers_left_out_keep_their_numbers(implementation, padding):
     network, inputs = LLAMA.build(implementation), LLAMA.inputs(padding)
     layers, outputs = [layer.self_attn for layer in network.model.layers], []
     for layer in layers:

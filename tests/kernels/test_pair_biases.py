@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -85,6 +85,7 @@ def test_extents_shorter_and_longer_than_the_keys(relative, right, device):
     check(tensors, "full", device, relative_right=min(right, relative[3] - 1))
 
 
+@dataclass(frozen=True)
 class Near(Scaling):
     """A mode of a user, with a bias of distances and a factor of the query."""
 

@@ -59,7 +59,7 @@ def test_times_rates_and_ratios_are_those_of_one_call(monkeypatch):
         (math.nan, "wrong", "wrong"),
     ],
 )
-def test_a_peers_own_error_is_no_other_work(error, ours, peers):
+def test_an_error_of_a_peer_is_no_other_work(error, ours, peers):
     """Named, not timed, but no failure of the run: as that of FlexAttention in fp32 on a CPU."""
     found = run(entrant("ours", error), entrant("peer", error))
     assert (found["ours"].status, found["peer"].status) == (ours, peers)

@@ -29,7 +29,7 @@ def test_recipes_follow_the_formulas(scaling, causal):
 
 
 @in_turn(scaling=["sqrt_dim", "key_norm_mean", "cosine"], dtype=["fp32", "bf16"])
-def test_the_package_is_not_its_own_judge(monkeypatch, scaling, dtype):
+def test_the_package_does_not_judge_itself(monkeypatch, scaling, dtype):
     """Logits that are 3% off on every backend are found, and those of torch are not."""
     right = dispatch.scales_of, formulas.dense
 

@@ -48,7 +48,7 @@ def clocks(monkeypatch):
 
 
 @pytest.mark.parametrize(("ahead", "first"), [(97.0, DEFAULT), (93.0, OTHER)])
-def test_the_default_keeps_its_place_unless_another_is_clearly_ahead(ahead, first, clocks):
+def test_the_default_comes_first_unless_another_is_clearly_ahead(ahead, first, clocks):
     clocks[OTHER] = ahead
     assert ranked(A100, Stub(), KEY)[0] == first
     assert ranked(A100, Stub(DEFAULT), KEY)[0] == OTHER, "it does not pass"
@@ -95,7 +95,7 @@ def test_an_entry_fits_with_every_option(clocks):
     assert ranked_table(A100, Large(), [KEY]).entries[KEY].config == DEFAULT
 
 
-def test_an_entry_passes_for_its_own_call(clocks):
+def test_an_entry_passes_for_its_call(clocks):
     """Though the ranking is by another."""
     clocks[OTHER] = 10.0
     key = KEY._replace(scales="query+key")

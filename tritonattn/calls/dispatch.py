@@ -202,10 +202,10 @@ def scales_of(
             query = visibility.repeated(query)
         else:
             check_factor(f"{name}.query", query, q, rows, "[B, Hq, Sq]")
-        if not (scales.is_finite or visibility.every_row_sees):
-            query = _where_seeing(visibility, query)
+        if not (scales.is_finite or visibility.every_row_attends):
+            query = _where_attending(visibility, query)
     if isinstance(gain, Tensor):
-        gain = gain if visibility.every_row_sees else _where_seeing(visibility, gain)
+        gain = gain if visibility.every_row_attends else _where_attending(visibility, gain)
         query = gain if query is None else query * gain
     elif gain is not None:
         constant = constant * gain
@@ -233,9 +233,9 @@ def _expanded(scale: Tensor, q: Tensor, shape: tuple[int, ...]) -> Tensor:
     return scale if is_whole else scale.expand(shape)
 
 
-def _where_seeing(visibility: Visibility, query: Tensor) -> Tensor:
+def _where_attending(visibility: Visibility, query: Tensor) -> Tensor:
     """A query scale with 0 for rows without keys, where a mode may have divided by 0 or met NaN in q."""
-    return torch.where(visibility.once("seeing rows", visibility.seeing_rows), query, 0)
+    return torch.where(visibility.once("attending rows", visibility.attending_rows), query, 0)
 
 
 def refuse_gradients(call: str, /, **tensors: Any) -> None:

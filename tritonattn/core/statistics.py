@@ -113,7 +113,7 @@ class Statistics:
 
         0 for a row without keys, whatever it holds.
         """
-        return self._norms_of(q, None if self.visibility.every_row_sees else self.visibility.seeing_rows())
+        return self._norms_of(q, None if self.visibility.every_row_attends else self.visibility.attending_rows())
 
     def _norms_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
         return key_norms_of(x, seen, self.visibility.invariant)
@@ -238,7 +238,7 @@ def max_over_keys(
     elif visible.left is None and visible.is_full and visible.k_len > 0:  # one key for all rows
         key = x.detach().argmax(-1, keepdim=True).expand(*x.shape[:-1], visible.q_len)
     else:
-        seen = None if visible.every_row_sees else visible.seeing_rows()
+        seen = None if visible.every_row_attends else visible.attending_rows()
         if visible.is_prefix_or_empty and argmax is argmax_over_ranges:  # a running maximum, in O(Sk) time
             key = _argmax_of_prefixes(x.detach(), visible)
         else:

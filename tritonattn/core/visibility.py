@@ -174,7 +174,7 @@ class Visibility:
         return reaches_first and (self.right is None or (isinstance(self.q_len, int) and self.right >= self.q_len - 1))
 
     @property
-    def sees_every_key(self) -> bool:
+    def attends_to_every_key(self) -> bool:
         """True where sizes alone show that each key has a row that attends to it: windows overlap or touch."""
         if not self.depends_on_sizes_only or self.q_len == 0:
             return False
@@ -202,7 +202,7 @@ class Visibility:
         return self.left is None and self.key_ranges is None and self.sequences is None
 
     @property
-    def every_row_sees(self) -> bool:
+    def every_row_attends(self) -> bool:
         """True where sizes, causal and window alone show that every row attends to a key."""
         return self.q_len <= self.k_len and self.k_len > 0 and self.depends_on_sizes_only
 
@@ -333,7 +333,7 @@ class Visibility:
         lo, hi = self.ranges()
         return torch.where(hi > lo, hi, 0) - 1
 
-    def seeing_rows(self) -> Tensor:
+    def attending_rows(self) -> Tensor:
         """Rows that attend to at least one key: bool [B or 1, 1 or Hq, Sq]."""
         if self.mask is not None:
             return self.counts() > 0
@@ -358,7 +358,7 @@ class Visibility:
         norms that do not swallow the others are among them: such a key may hold anything. norms computes them all,
         [B, Hkv, Sk].
         """
-        if self.sees_every_key:
+        if self.attends_to_every_key:
             return None
         seen = self.seen_keys()
         has_windows = self.left is not None and self.mask is None and self.q_len > 0

@@ -72,7 +72,7 @@ def _of_result(name: str, shape: torch.Size, meaning: str | None, placed: dict[s
 
 
 def _meanings(tensors: dict[str, Any], axes: dict[str, Axes]) -> Iterator[str | None]:
-    """Meanings of an axis: None (replicas), and "batch" and "heads" where the mesh divides them, so that parts match."""
+    """Meanings of an axis: None (replicas), and "batch" and "heads" where the mesh divides them evenly."""
     yield None
     if "dropout_state" in tensors:  # a mask counts the batch entries and heads of the whole call
         return

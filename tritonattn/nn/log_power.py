@@ -142,8 +142,8 @@ class QueryAdaptiveSSMax(Learned):
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         delta, gamma = self.per_head(self.delta, q), self.per_head(self.gamma, q)  # [Hq, 1]
-        if not visibility.every_row_sees:
-            q = torch.where(visibility.seeing_rows()[..., None], q, 0)  # NaN in a row without keys would reach w
+        if not visibility.every_row_attends:
+            q = torch.where(visibility.attending_rows()[..., None], q, 0)  # NaN in a row without keys would reach w
         logarithm = _power_of_log(counts_of(visibility), gamma, math.e)
         self._check_head_dim(q)
         if visibility.invariant:

@@ -327,7 +327,7 @@ class KernelStatistics(Statistics):
 
     def _counted_keys(self) -> Tensor | None:
         visible = self.visibility
-        if visible.sees_every_key:
+        if visible.attends_to_every_key:
             return None
         if visible.invariant or not runs_eagerly(visible.key_lengths, visible.key_ranges):
             return super()._counted_keys()

@@ -25,7 +25,7 @@ class KeyCount(Scaling):
     reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        return scales_of_count(visibility, 1.0, torch.reciprocal if visibility.every_row_sees else reciprocal)
+        return scales_of_count(visibility, 1.0, torch.reciprocal if visibility.every_row_attends else reciprocal)
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         return reciprocal(visible.sum(-1, keepdim=True))

@@ -86,7 +86,7 @@ def test_copy_over_what_another_warp_still_reads():
     assert execute(body.format(barrier="bar.sync 0;"), *tensors(64), threads=64).ok
 
 
-def test_two_threads_copy_to_one_place():
+def test_two_threads_copy_to_one_position():
     body = ISSUE.replace("[%r10], [%rd11]", "[0], [%rd11]")
     assert "cp.async write-write (same instruction)" in str(execute(body + WAIT, *tensors()))
 

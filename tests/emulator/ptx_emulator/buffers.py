@@ -79,7 +79,7 @@ def describe(buffers: list[Buffer], address: int) -> str:
     return f"inside {nearest.label}, byte offset {offset - nearest.start}"
 
 
-def place_tensors(arguments: list, names: list[str], buffers: list[Buffer]) -> dict[int, int]:
+def lay_out_tensors(arguments: list, names: list[str], buffers: list[Buffer]) -> dict[int, int]:
     """Add the buffers of all tensors; addresses by argument. Views of one storage share a buffer where they overlap."""
     by_storage = collections.defaultdict(list)
     for argument, tensor in enumerate(arguments):

@@ -9,7 +9,7 @@ from collections.abc import Collection
 import numpy as np
 import torch
 
-from .buffers import Buffer, place_tensors, slot_address
+from .buffers import Buffer, lay_out_tensors, slot_address
 from .errors import PTXError
 from .machine import Machine
 from .memory_code import PARAMETER_SYMBOL
@@ -161,7 +161,7 @@ class _Arguments:
             raise PTXError(f"arguments: expected {len(parameters)}, got {len(arguments)}")
         arguments += [None] * len(missing)
         names = [*(names or []), *(parameter.name for parameter in parameters[len(names or []) :])]
-        addresses = place_tensors(arguments, names, buffers)
+        addresses = lay_out_tensors(arguments, names, buffers)
         if len(missing) == 2:  # of the two scratch pointers the first is global memory
             self._add_scratch(scratch, len(arguments) - 2, addresses)
         for position, (parameter, argument) in enumerate(zip(parameters, arguments, strict=True)):

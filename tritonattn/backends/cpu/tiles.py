@@ -68,7 +68,7 @@ class Tiles:
         self.sequences = self._sequences()
         self.lo, self.hi = visible.ranges()  # [B or 1, Sq]
         self.first, self.last = self._host_bounds()
-        self.unseen = None if visible.sees_every_key else ~visible.seen_keys()  # [B or 1, 1 or Hkv, Sk]
+        self.unseen = None if visible.attends_to_every_key else ~visible.seen_keys()  # [B or 1, 1 or Hkv, Sk]
         self.holes = self._holes()
         terms = call.logits
         self.has_bias = not (terms.key_bias is None and terms.bias is None and terms.relative_bias is None)

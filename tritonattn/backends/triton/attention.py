@@ -211,7 +211,7 @@ def aligned_rows(rows: int) -> int:
 
 def seen_scales(key_scale: Tensor, visible: Visibility) -> Tensor:
     """The key scale with 0 for keys that no row attends to, whose scales may be anything."""
-    if visible.sees_every_key:
+    if visible.attends_to_every_key:
         return key_scale
     return torch.where(seen_keys(visible), key_scale, 0)
 
