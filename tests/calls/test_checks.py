@@ -123,7 +123,10 @@ OF_DENSE: list[Case] = [
     ({"key_lengths": ones(B, device=META).int()}, "ValueError: key_lengths: ~ cpu ~ meta"),
     ({"key_lengths": torch.tensor([-1, 2])}, "ValueError: key_lengths: ~ [0, Sk = 5] ~ -1"),
     ({"key_lengths": torch.tensor([6, 2])}, "ValueError: key_lengths: ~ [0, Sk = 5] ~ 6"),
-    ({"key_ranges": torch.zeros(B, SQ).int()}, "ValueError: key_ranges: ~ [2, 3, 2] ~ [2, 3]"),
+    (
+        {"key_ranges": torch.zeros(B, SQ).int()},
+        "ValueError: key_ranges: expected shape [B, Sq, 2] = [2, 3, 2] or [B, 1, Sq, 2] = [2, 1, 3, 2], got [2, 3]",
+    ),
     ({"key_ranges": torch.zeros(B, SQ, 2)}, "TypeError: key_ranges: ~ integer ~ float32"),
     ({"key_ranges": torch.full((B, SQ, 2), 9)}, "ValueError: key_ranges: ~ [0, Sk = 5] ~ 9"),
     (

@@ -160,6 +160,12 @@ def assert_refused(capsys: pytest.CaptureFixture[str], command: str, parts: list
         assert part in captured.err
 
 
+@pytest.mark.parametrize("words", [["--nonsense", "3"], ["nonsense"]])
+def test_a_word_that_is_no_command_is_not_named_as_one(words, capsys):
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err.startswith("tritonattn: argument command: ")
+
+
 @pytest.mark.parametrize(("command", "parts"), REFUSED, ids=[command for command, _ in REFUSED])
 def test_wrong_usage_is_named_before_any_work(command, parts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

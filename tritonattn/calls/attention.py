@@ -258,11 +258,7 @@ def batch_visibility(
         check_tensor("key_lengths", key_lengths, "[B]", INTEGERS, q, sizes=q.shape[:1])
         check_values("key_lengths", key_lengths, k.shape[2])
     if key_ranges is not None:
-        axes, sizes = "[B, Sq, 2]", (q.shape[0], q.shape[2], 2)
-        if isinstance(key_ranges, Tensor) and key_ranges.dim() == 4:
-            axes, sizes = "[B, 1, Sq, 2]", (q.shape[0], 1, q.shape[2], 2)
-        check_tensor("key_ranges", key_ranges, axes, INTEGERS, q, sizes=sizes)
-        check_values("key_ranges", key_ranges, k.shape[2])
+        _check_key_ranges(key_ranges, q, k)
     if mask is not None:
         _check_mask(mask, q, (*q.shape[:3], k.shape[2]))
     return Visibility.of_shapes(
@@ -276,6 +272,15 @@ def batch_visibility(
         mask=mask,
         invariant=invariant,
     )
+
+
+def _check_key_ranges(key_ranges: Any, q: Tensor, k: Tensor) -> None:
+    check_tensor("key_ranges", key_ranges, "[B, Sq, 2] or [B, 1, Sq, 2]", INTEGERS, q)
+    batch, _, rows, _ = q.shape
+    if key_ranges.shape != (batch, rows, 2) and key_ranges.shape != (batch, 1, rows, 2):
+        wanted = f"[B, Sq, 2] = {[batch, rows, 2]} or [B, 1, Sq, 2] = {[batch, 1, rows, 2]}"
+        raise ValueError(f"key_ranges: expected shape {wanted}, got {shape_of(key_ranges)}")
+    check_values("key_ranges", key_ranges, k.shape[2])
 
 
 def _check_mask(mask: Any, q: Tensor, sizes: tuple[int, ...]) -> None:

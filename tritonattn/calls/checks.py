@@ -56,11 +56,11 @@ def operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) -> tuple
     if not q.device == k.device == v.device:
         raise ValueError(f"{', '.join(names)}: expected one device, got {q.device}, {k.device}, {v.device}")
     shapes = q.shape, k.shape, v.shape
-    for one, axis, other, its in layout.shared:
-        if shapes[one][axis] != shapes[other][its]:
-            axes, letter = layout.axes[one], names_of(layout.axes[one])[axis]
-            wanted = f"{axes} with {names[other]}'s {letter} = {shapes[other][its]}"
-            raise ValueError(f"{names[one]}: expected {wanted}, got {shape_of(given[one])}")
+    for tensor, axis, other, other_axis in layout.shared:
+        if shapes[tensor][axis] != shapes[other][other_axis]:
+            axes, letter = layout.axes[tensor], names_of(layout.axes[tensor])[axis]
+            wanted = f"{axes} with {names[other]}'s {letter} = {shapes[other][other_axis]}"
+            raise ValueError(f"{names[tensor]}: expected {wanted}, got {shape_of(given[tensor])}")
     q_heads, kv_heads = q.shape[1], k.shape[layout.heads]
     fits = kv_heads > 0 and q_heads % kv_heads == 0 and (q_heads > 0 or layout not in (CACHE, CACHE_PAGES))
     if q_heads != kv_heads and not fits:
@@ -182,7 +182,7 @@ def _with_pairs(terms: Logits, call: AttentionCall, rows: str) -> Logits:
         check_tensor("bias", bias, "[B, Hq, Sq, Sk]")
         bias = bias[None] if bias.dim() == 1 else bias
         check_factor("bias", bias, q, (*visible.rows, visible.k_len), "[B, Hq, Sq, Sk]")
-        bias = _in_its_dtype(bias[(None,) * (4 - bias.dim())], q)
+        bias = _narrowed(bias[(None,) * (4 - bias.dim())], q)
     check_count("relative_right", right)
     if table is not None:
         table = relative_bias_of("", table, right, q, _last(visible.rows, rows), rows)
@@ -207,10 +207,10 @@ def relative_bias_of(owner: str, table: Any, right: Any, q: Tensor, rows: tuple[
     check_count(f"{owner}relative_right", right)
     if not right < extent:
         raise ValueError(f"{owner}relative_right: expected less than the extent, {extent}, got {right}")
-    return _in_its_dtype(table if table.dim() == 4 else table[None], q)
+    return _narrowed(table if table.dim() == 4 else table[None], q)
 
 
-def _in_its_dtype(bias: Tensor, q: Tensor) -> Tensor:
+def _narrowed(bias: Tensor, q: Tensor) -> Tensor:
     """A bias as backends take it: in 64 bits only for such q."""
     return bias.float() if bias.dtype == torch.float64 != q.dtype else bias
 

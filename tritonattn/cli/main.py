@@ -33,14 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except CommandError as error:
-        return _ended(f"tritonattn {words[0]}: {error}", 2)
+        return _ended(f"{_name(words)}: {error}", 2)
     except KeyboardInterrupt:
         return _ended("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader, as `| head`, has left
         return _ended(None, 141)
     except OSError as error:
         file = "" if error.filename is None else f"{error.filename}: "
-        return _ended(f"tritonattn {' '.join(words[:1])}: {file}{error.strerror or error}", 1)
+        return _ended(f"{_name(words)}: {file}{error.strerror or error}", 1)
+
+
+def _name(words: Sequence[str]) -> str:
+    """The name of the command that was called, for its errors."""
+    return " ".join(["tritonattn", *(word for word in words[:1] if word in COMMANDS)])
 
 
 def _ended(message: str | None, status: int) -> int:

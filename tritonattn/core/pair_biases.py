@@ -41,8 +41,8 @@ def sum_of_tables(a: Tensor, a_right: int, b: Tensor, b_right: int) -> tuple[Ten
     right = max(a_right, b_right)
     extent = right + max(a.shape[3] - a_right, b.shape[3] - b_right)
 
-    def whole(x: Tensor, its_right: int) -> Tensor:
-        before = right - its_right
+    def whole(x: Tensor, later_keys: int) -> Tensor:
+        before = right - later_keys
         return pad(x, (before, extent - x.shape[3] - before))
 
     return whole(a, a_right) + whole(b, b_right), right
