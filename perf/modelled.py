@@ -55,7 +55,7 @@ def milliseconds(
     gpu = known(target) or next(iter(nearest(target)), None)
     if gpu is None or not launches:
         return None
-    itemsize = max(one.arguments.special.problem.dtype.itemsize for one in launches)
+    itemsize = max(one.arguments.specialisation.problem.dtype.itemsize for one in launches)
     if itemsize > 2 or target.arch not in RATES or any(_NAMES[one.kernel] == "decode" for one in launches):
         return _bound(gpu, flops, size, itemsize, card)
     try:
@@ -96,8 +96,13 @@ def _bound(gpu: GPU, flops: int, size: int, itemsize: int, card: Mapping[str, st
 
 def _clocks(one: Any, target: Target, processors: int) -> float:
     """Model the clocks of a launch."""
-    kernel, problem, config, arguments = _NAMES[one.kernel], one.arguments.special.problem, one.config, one.arguments
-    ran = (kept.compiled for key, kept in arguments.special.codes.items() if key[:2] == (id(one.kernel), config))
+    kernel, problem, config, arguments = (
+        _NAMES[one.kernel],
+        one.arguments.specialisation.problem,
+        one.config,
+        one.arguments,
+    )
+    ran = (kept.compiled for key, kept in arguments.specialisation.codes.items() if key[:2] == (id(one.kernel), config))
     found = _replayed(kernel, problem, config, target, next(ran, None))
     of_block = 1
     if problem.mask:  # its loop takes a block in parts

@@ -106,13 +106,17 @@ K = torch.zeros(2, 3, 16, 64, dtype=torch.float16)
 
 def test_kept_code_is_launched_unbound(kernel, monkeypatch):
     """Unless an address is no multiple of 16 bytes: then Triton's binding decides, and nothing is kept."""
-    special, bound, found = device.Specialisation(Problem(64, 64, torch.float16), False), [], device._bound_and_launched
+    specialisation, bound, found = (
+        device.Specialisation(Problem(64, 64, torch.float16), False),
+        [],
+        device._bound_and_launched,
+    )
     monkeypatch.setattr(device, "_bound_and_launched", lambda *given: bound.append(given) or found(*given))
     odd = {"norms_ptr": torch.zeros(5)[1:]}
     for config in (TILES, TileConfig(16, 64, 8, 1)):
         for changed, binds in ((odd, 1), ({}, 1), ({"norms_ptr": torch.ones(8)}, 0), (odd, 1), ({}, 0)):
             given = arguments(K, **changed)
-            given = device.KernelArguments(tuple(given), tuple(given.values()), special)
+            given = device.KernelArguments(tuple(given), tuple(given.values()), specialisation)
             bound.clear()
             device.launch_on(CUDA, kernel, (1, 1, 1), given, config)
             assert len(bound) == binds

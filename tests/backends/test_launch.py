@@ -54,11 +54,13 @@ def test_recorded_launches_are_not_run(monkeypatch):
     """Launches of one context alone, as on another card."""
     monkeypatch.setattr(launch, "run", lambda *_: pytest.fail("ran"))
     monkeypatch.setattr(launch, "config_for", lambda *_: pytest.fail("asked"))
-    special = device.Specialisation(Problem(64, 64, torch.float16), False)
+    specialisation = device.Specialisation(Problem(64, 64, torch.float16), False)
     with launch.recording(Target("cuda", "100"), lambda *_: TILES) as launches:
-        launch.plan("row_terms", special, CPU).launch((3, 2, 1), dict.fromkeys(KERNELS["row_terms"].arg_names, 7))
+        launch.plan("row_terms", specialisation, CPU).launch(
+            (3, 2, 1), dict.fromkeys(KERNELS["row_terms"].arg_names, 7)
+        )
         with ThreadPoolExecutor(1) as pool, pytest.raises(pytest.fail.Exception, match="asked"):
-            pool.submit(launch.plan, "row_terms", special, CPU).result()
+            pool.submit(launch.plan, "row_terms", specialisation, CPU).result()
     assert [(one.kernel, one.grid, one.config) for one in launches] == [(KERNELS["row_terms"], (3, 2, 1), TILES)]
     assert launches[0].arguments["BLOCK_M"] == 64
 
@@ -88,14 +90,14 @@ def test_offsets_in_a_tile_of_1024_rows_that_pass_int32(width, strides, wide):
 def test_code_that_spills_is_launched_no_more_where_its_entry_is_of_another_triton(monkeypatch):
     """The call that compiled it has its results; the plan of the next is made again."""
     problem, compiled, asked = Problem(64, 64, torch.float16), SimpleNamespace(n_spills=3), []
-    kernel, special = KERNELS["forward"], device.Specialisation(problem, False)
-    arguments = device.KernelArguments(("q",), (torch.zeros(1),), special)
+    kernel, specialisation = KERNELS["forward"], device.Specialisation(problem, False)
+    arguments = device.KernelArguments(("q",), (torch.zeros(1),), specialisation)
     monkeypatch.setattr(launch, "launch_on", lambda *_: compiled)
     monkeypatch.setattr(launch.lookup, "refuse_spills", lambda *of: asked.append(of) or len(asked) == 2)
-    plan = launch.plan("forward", special, CPU)
+    plan = launch.plan("forward", specialisation, CPU)
     for is_kept in (True, False):
         launch.run_on_device(kernel, (1, 1, 1), arguments, TILES)
-        assert (launch.plan("forward", special, CPU) is plan) == is_kept
+        assert (launch.plan("forward", specialisation, CPU) is plan) == is_kept
     assert asked == [("forward", problem, Target("cuda", "80"), TILES, 3)] * 2
     for nothing in (None, SimpleNamespace(n_spills=0)):
         monkeypatch.setattr(launch, "launch_on", lambda *_, found=nothing: found)

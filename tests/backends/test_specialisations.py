@@ -139,9 +139,9 @@ def codes(run: Callable[..., None], given: dict[str, Any]) -> Codes:
         run(**given)
     found = []
     for kernel, _, arguments, config in launches:
-        if arguments.special is not None:
+        if arguments.specialisation is not None:
             bound = binder(kernel, BACKEND)(*arguments.values())[1]
-            found.append((arguments.special, (kernel.__name__, config, str(bound))))
+            found.append((arguments.specialisation, (kernel.__name__, config, str(bound))))
     return found
 
 
@@ -154,7 +154,9 @@ def test_a_call_behind_another_has_the_code_that_it_has_alone(run, plain, other)
     launch._specialisations.clear()
     before, behind = codes(run, plain), codes(run, other)
     kept = {}
-    for special, code in (*before, *behind):
-        assert kept.setdefault((special, *code[:2]), code) == code
-    found, expected = ([(special.problem, special.wide, code) for special, code in one] for one in (behind, alone))
+    for specialisation, code in (*before, *behind):
+        assert kept.setdefault((specialisation, *code[:2]), code) == code
+    found, expected = (
+        [(specialisation.problem, specialisation.wide, code) for specialisation, code in one] for one in (behind, alone)
+    )
     assert found == expected

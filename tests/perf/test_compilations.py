@@ -38,9 +38,9 @@ def test_calls_of_one_specialisation_are_calls_of_one_code(monkeypatch):
 
     def run(kernel, grid, arguments, config) -> None:
         values = tuple(arguments.values())
-        if arguments.special is not None and device.kept_code(None, values, kernel).takes(values):
+        if arguments.specialisation is not None and device.kept_code(None, values, kernel).takes(values):
             bind = binders.setdefault(kernel, device.binder(kernel, backend))
-            bound[arguments.special, kernel, config].append((*bind(*values)[1],))
+            bound[arguments.specialisation, kernel, config].append((*bind(*values)[1],))
         if "argmax_ptr" in arguments:
             arguments["argmax_ptr"].zero_()  # positions of keys, which torch reads
 

@@ -69,8 +69,10 @@ def test_clocks_are_those_of_the_last_tile(monkeypatch):
     """4 heads and 3 blocks, 2 heads side by side, on 2 processors that hold 2 programs each."""
     replayed = SimpleNamespace(clocks=1000, programs=2, flops=4 * 64 * 32 * 16)
     monkeypatch.setattr(modelled, "_replayed", lambda *_: replayed)
-    special = SimpleNamespace(problem=Problem(64, 64, torch.bfloat16, right=True), codes={})
-    arguments = type("Arguments", (dict,), {"special": special})(_arguments(96, 96, heads=4, group=1, right=0))
+    specialisation = SimpleNamespace(problem=Problem(64, 64, torch.bfloat16, right=True), codes={})
+    arguments = type("Arguments", (dict,), {"specialisation": specialisation})(
+        _arguments(96, 96, heads=4, group=1, right=0)
+    )
     one = launch.Launch(KERNELS["forward"], (2, 3, 2), arguments, TileConfig(32, 32, 4, 2))
     # 3 3 2 2 | 1 1 of the first section, 3 3 .. of the second: processors end at 2 + 1 + 2 + 1, 3 + 3, ...
     steps = [3, 3, 2, 2, 1, 1, 3, 3, 2, 2, 1, 1]
@@ -78,7 +80,7 @@ def test_clocks_are_those_of_the_last_tile(monkeypatch):
     for step in steps:
         ends[ends.index(min(ends))] += FIXED + step
     assert modelled._clocks(one, H100, 2) == LAUNCH + max(ends) * 1000 * LOOPS
-    special.problem = replace(special.problem, mask=True)
+    specialisation.problem = replace(specialisation.problem, mask=True)
     assert modelled._clocks(one, H100, 99) == LAUNCH + (FIXED + 2 * 3) * 1000 * LOOPS, "two iterations a block"
 
 

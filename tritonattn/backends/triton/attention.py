@@ -63,7 +63,7 @@ def are_few_rows(call: AttentionCall) -> bool:
 
 def launch_kernel(
     kernel: str,
-    special: Specialisation,
+    specialisation: Specialisation,
     call: AttentionCall,
     available: Arguments,
     d_out: Tensor | None = None,
@@ -74,15 +74,15 @@ def launch_kernel(
     available   of all passes of a call, to which this one adds what its config decides
     """
     if recorded.recorders and kernel in TILED_KERNELS:
-        recorded.note(Exact(kernel, special.problem), size_of(call))
+        recorded.note(Exact(kernel, specialisation.problem), size_of(call))
 
     device = call.q.device
     while True:
-        chosen = plan(kernel, special, device)
+        chosen = plan(kernel, specialisation, device)
         try:
-            layout = special.layouts.get(chosen)
+            layout = specialisation.layouts.get(chosen)
             if layout is None:
-                layout = special.layouts[chosen] = _layout(kernel, chosen, call, d_out)
+                layout = specialisation.layouts[chosen] = _layout(kernel, chosen, call, d_out)
             available.update(layout.arguments)
             if layout.descriptors:
                 operands = {"q_descriptor": call.q, "k_descriptor": call.k, "v_descriptor": call.v}
@@ -94,12 +94,12 @@ def launch_kernel(
                 bounds = rows_of_key_blocks(call.visibility, available, chosen.config.block_n)
                 available["row_bounds_ptr"] = bounds
             if in_splits is None or available["splits"] is None:
-                chosen.launch(layout.grid, available, special)
+                chosen.launch(layout.grid, available, specialisation)
             else:
-                in_splits(chosen, layout.grid, available, special, call)
+                in_splits(chosen, layout.grid, available, specialisation, call)
             return
         except (TritonError, RuntimeError) as error:
-            drop_config(kernel, special.problem, device, chosen, error)
+            drop_config(kernel, specialisation.problem, device, chosen, error)
 
 
 def _layout(kernel: str, chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Layout:
@@ -258,9 +258,9 @@ def with_specialisation(
         call = call.narrowed()
     if call.visibility.invariant:
         call = _with_one_layout(call)
-    special = _specialisation(call, d_out, needs, asked)
-    if special.problem.aligned:
-        return call, special
+    specialisation = _specialisation(call, d_out, needs, asked)
+    if specialisation.problem.aligned:
+        return call, specialisation
     names = ("q", "k", "v") if call.block_table is None else ("q",)
     operands = {name: getattr(call, name) for name in names}
     call = replace(call, **{name: x if 0 in x.stride() else aligned_copy(x) for name, x in operands.items()})

@@ -162,7 +162,7 @@ def backward(
     wide_q = call.wide_q is not None or call.q.dtype != call.v.dtype
     wide_k = call.wide_k is not None or call.k.dtype != call.v.dtype
     d_out = one_layout(d_out) if call.visibility.invariant else aligned_copy(d_out)
-    call, special = with_specialisation(
+    call, specialisation = with_specialisation(
         call,
         d_out,
         needs,
@@ -180,23 +180,28 @@ def backward(
     results = Results(out.contiguous(), rounding, lse.contiguous(), None, None)
     d_sinks = None
     if call.logits.sinks is not None:
-        corrects = needs.query_scale or special.problem.has_bias or corrects_delta(special.problem)
+        corrects = needs.query_scale or specialisation.problem.has_bias or corrects_delta(specialisation.problem)
         d_sinks = new_results(call, lse) if needs.sinks or corrects else None
-    _row_terms(special, call, arguments, results, d_out, d_sinks)
+    _row_terms(specialisation, call, arguments, results, d_out, d_sinks)
     of_pairs = needs.key_bias or needs.bias or needs.relative_bias
     d_q = d_query_scale = None
     # The pass over keys reads the terms that the one over rows corrects.
-    if needs.q or needs.query_scale or of_pairs or ((needs.k or needs.key_scale) and corrects_delta(special.problem)):
-        d_q, d_query_scale = grad_query(special, call, arguments, needs, d_out)
+    if (
+        needs.q
+        or needs.query_scale
+        or of_pairs
+        or ((needs.k or needs.key_scale) and corrects_delta(specialisation.problem))
+    ):
+        d_q, d_query_scale = grad_query(specialisation, call, arguments, needs, d_out)
     found = Gradients()
     if needs.k or needs.v or needs.key_scale or of_pairs:
-        found = grad_key_value(special, call, arguments, needs, d_out)
+        found = grad_key_value(specialisation, call, arguments, needs, d_out)
     d_sinks = d_sinks.sum((0, 2)) if d_sinks is not None and needs.sinks else None
     return found._replace(q=d_q if needs.q else None, query_scale=d_query_scale, sinks=d_sinks)
 
 
 def _row_terms(
-    special: Specialisation,
+    specialisation: Specialisation,
     call: AttentionCall,
     arguments: Arguments,
     results: Results,
@@ -213,4 +218,4 @@ def _row_terms(
     arguments["terms_ptr"] = call.q.new_empty((*shape, 2), dtype=joined)
     arguments["delta_ptr"] = call.q.new_empty(shape, dtype=torch.float32)
     arguments |= {"terms_len": terms_len, "results": results, "d_sinks_ptr": d_sinks}
-    launch_kernel("row_terms", special, call, arguments, d_out)
+    launch_kernel("row_terms", specialisation, call, arguments, d_out)

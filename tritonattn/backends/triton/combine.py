@@ -129,17 +129,17 @@ def new_parts(call: AttentionCall, result: Tensor, splits: int, fill: float = 0.
     return result.new_full(shape, fill, dtype=torch.float32)
 
 
-def combine(special: Specialisation, parts: Results, results: Results, sinks: Tensor | None) -> None:
+def combine(specialisation: Specialisation, parts: Results, results: Results, sinks: Tensor | None) -> None:
     """Join the parts of rows into results."""
     splits, batch, q_heads, q_len = parts.lse.shape
     arguments: Arguments = {"parts": parts, "results": results, "sinks_ptr": sinks, "q_len": q_len, "q_heads": q_heads}
     arguments |= {"splits": splits, "part_rows": batch * q_heads * q_len}
-    chosen = plan("combine_splits", special, parts.lse.device)
-    chosen.launch((q_len, q_heads, batch), arguments, special)
+    chosen = plan("combine_splits", specialisation, parts.lse.device)
+    chosen.launch((q_len, q_heads, batch), arguments, specialisation)
 
 
-def add_splits(special: Specialisation, parts: Tensor, result: Tensor) -> None:
+def add_splits(specialisation: Specialisation, parts: Tensor, result: Tensor) -> None:
     """Add up the parts [splits, ...] of a gradient. Each of a call's gradients has other code, so none is kept."""
-    chosen = plan("sum_of_splits", special, parts.device)
+    chosen = plan("sum_of_splits", specialisation, parts.device)
     arguments = {"parts_ptr": parts, "sum_ptr": result, "splits": parts.shape[0], "size": result.numel()}
     chosen.launch((-(-result.numel() // chosen.config.block_n), 1, 1), arguments)

@@ -162,8 +162,11 @@ def _decode(problem: Problem) -> None:
 
 
 def _sum_of_splits(problem: Problem) -> None:
-    special, result = Specialisation(problem, wide=False), _tensor(2, 2, 1024, problem.head_dim, dtype=problem.dtype)
-    add_splits(special, _tensor(4, *result.shape), result)
+    specialisation, result = (
+        Specialisation(problem, wide=False),
+        _tensor(2, 2, 1024, problem.head_dim, dtype=problem.dtype),
+    )
+    add_splits(specialisation, _tensor(4, *result.shape), result)
 
 
 def _keys(problem: Problem) -> tuple[Tensor, Tensor | None]:

@@ -264,15 +264,15 @@ def decode(call: AttentionCall, aux: bool) -> ForwardResult:
 
     The rows of a call stand at the end of its keys: those of a cache, and where they `are_few_rows`.
     """
-    special = _specialisation(call, aux)
+    specialisation = _specialisation(call, aux)
     if recorded.recorders:
-        recorded.note(Exact("decode", special.problem), size_of(call))
+        recorded.note(Exact("decode", specialisation.problem), size_of(call))
     while True:
-        chosen = plan("decode", special, call.q.device)
+        chosen = plan("decode", specialisation, call.q.device)
         try:
-            return _launch(call, aux, special, chosen)
+            return _launch(call, aux, specialisation, chosen)
         except (TritonError, RuntimeError) as error:
-            drop_config("decode", special.problem, call.q.device, chosen, error)
+            drop_config("decode", specialisation.problem, call.q.device, chosen, error)
 
 
 def _specialisation(call: AttentionCall, aux: bool) -> Specialisation:
@@ -285,7 +285,7 @@ def _specialisation(call: AttentionCall, aux: bool) -> Specialisation:
     return kept_specialisation(key, lambda: (_problem(call, aux), is_wide(call.k, call.v, page=page)))
 
 
-def _launch(call: AttentionCall, aux: bool, special: Specialisation, chosen: Plan) -> ForwardResult:
+def _launch(call: AttentionCall, aux: bool, specialisation: Specialisation, chosen: Plan) -> ForwardResult:
     visible = call.visibility
     splits, group = _splits(visible, chosen.config), visible.q_heads // visible.kv_heads
     tiles = -(-group * visible.q_len // chosen.config.block_m)
@@ -296,9 +296,9 @@ def _launch(call: AttentionCall, aux: bool, special: Specialisation, chosen: Pla
     arguments["results"], arguments["splits"], sinks = parts, splits, arguments["sinks_ptr"]
     arguments["part_rows"] = joined.lse.numel()
     arguments["sinks_ptr"] = sinks if splits == 1 else None
-    chosen.launch((splits * tiles, visible.kv_heads, visible.batch), arguments, special)
+    chosen.launch((splits * tiles, visible.kv_heads, visible.batch), arguments, specialisation)
     if splits > 1:
-        combine(special, parts, joined, sinks)
+        combine(specialisation, parts, joined, sinks)
     return ForwardResult(joined.out, joined.lse, joined.max_logit, joined.entropy)
 
 

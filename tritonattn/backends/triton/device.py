@@ -34,7 +34,7 @@ class KernelArguments(Mapping[str, Any]):
 
     _names: tuple[str, ...]
     _values: tuple[Any, ...]
-    special: Specialisation | None
+    specialisation: Specialisation | None
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._names:
@@ -136,16 +136,16 @@ def launch_on(
         torch.cuda.is_current_stream_capturing()  # torch 2.8 skips set_device of a current device, but not this
         _thread.has_context = True
     values, switches = tuple(arguments.values()), _switches()
-    special: Specialisation | None = getattr(arguments, "special", None)
+    specialisation: Specialisation | None = getattr(arguments, "specialisation", None)
     key = (id(kernel), config, device.index, *switches)
-    if special is not None and (kept := special.codes.get(key)) and kept.takes(values):
+    if specialisation is not None and (kept := specialisation.codes.get(key)) and kept.takes(values):
         _launch(kept.compiled, grid, device.index, values)
         return None
     compiled = _bound_and_launched(device.index, kernel, grid, arguments, config, switches)
-    if special is not None and compiled is not None:
+    if specialisation is not None and compiled is not None:
         kept = kept_code(compiled, values, kernel)
         if kept.takes(values):
-            special.codes[key] = kept
+            specialisation.codes[key] = kept
             return compiled
     return None
 

@@ -301,7 +301,7 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
 
     rounding   int8 [B, Hq, Sq, Dv], contiguous, or None; receives what out lost when it was rounded: `core.rounding`
     """
-    call, special = with_specialisation(call, aux=aux, rounding=rounding is not None)
+    call, specialisation = with_specialisation(call, aux=aux, rounding=rounding is not None)
     q, v = call.q, call.v
     row = q.select(3, 0)
     out = new_results(call, q if v.shape[3] == q.shape[3] else row[..., None].expand(-1, -1, -1, v.shape[3]), q.dtype)
@@ -310,12 +310,14 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
     entropy = new_results(call, row) if aux else None
     arguments = call_arguments(call)
     arguments["results"] = Results(out, rounding, lse, max_logit, entropy)
-    launch_kernel("forward", special, call, arguments, in_splits=_in_splits)
+    launch_kernel("forward", specialisation, call, arguments, in_splits=_in_splits)
     return ForwardResult(out, lse, max_logit, entropy)
 
 
-def _in_splits(chosen: Plan, grid: Grid, arguments: Arguments, special: Specialisation, call: AttentionCall) -> None:
+def _in_splits(
+    chosen: Plan, grid: Grid, arguments: Arguments, specialisation: Specialisation, call: AttentionCall
+) -> None:
     """Launch with the keys of each row shared out among splits, and join their parts."""
     results, parts = arguments["results"], parts_of(call, arguments["results"], arguments["splits"])
-    chosen.launch(grid, arguments | {"results": parts, "sinks_ptr": None}, special)
-    combine(special, parts, results, arguments["sinks_ptr"])
+    chosen.launch(grid, arguments | {"results": parts, "sinks_ptr": None}, specialisation)
+    combine(specialisation, parts, results, arguments["sinks_ptr"])

@@ -398,11 +398,11 @@ KERNELS["grad_key_value"] = attention_grad_key_value
 
 
 def grad_key_value(
-    special: Specialisation, call: AttentionCall, arguments: Arguments, needs: Needs, d_out: Tensor
+    specialisation: Specialisation, call: AttentionCall, arguments: Arguments, needs: Needs, d_out: Tensor
 ) -> Gradients:
     """The gradients of k, v, key_scale and the three biases."""
     terms, bias = call.logits, call.logits.key_bias
-    d_k = new_results(call, call.k, torch.float32 if special.problem.wide_k else call.k.dtype)
+    d_k = new_results(call, call.k, torch.float32 if specialisation.problem.wide_k else call.k.dtype)
     d_v = new_results(call, call.v, call.v.dtype)
     d_key_scale = new_results(call, call.k.select(3, 0)) if needs.key_scale else None
     d_key_bias = new_results(call, bias) if bias is not None and needs.key_bias else None
@@ -417,7 +417,7 @@ def grad_key_value(
     if terms.query_scale is not None and call.q.dtype == torch.float16:
         factor = terms.query_scale * (terms.scale * LOG2_E.value)
         arguments["factor_size"] = largest(factor.unflatten(1, (call.visibility.kv_heads, -1)).flatten(2))
-    launch_kernel("grad_key_value", special, call, arguments, d_out, _in_splits)
+    launch_kernel("grad_key_value", specialisation, call, arguments, d_out, _in_splits)
     for name, x in of_pairs.items():  # sums, in fp32 and one order, over the axes that a bias has once
         bias = getattr(terms, name)
         of_pairs[name] = x.sum_to_size(bias.shape).to(bias.dtype)
@@ -431,7 +431,9 @@ def _of_pairs(call: AttentionCall, width: int) -> Tensor:
     return call.q.new_zeros((*call.q.shape[:3], padded), dtype=torch.float32)[..., :width]
 
 
-def _in_splits(chosen: Plan, grid: Grid, arguments: Arguments, special: Specialisation, call: AttentionCall) -> None:
+def _in_splits(
+    chosen: Plan, grid: Grid, arguments: Arguments, specialisation: Specialisation, call: AttentionCall
+) -> None:
     """Launch with the rows of each key shared out among splits, and add their parts up."""
     names = ("d_k_ptr", "d_v_ptr", "d_key_scale_ptr", "d_key_bias_ptr")
     results = {name: arguments[name] for name in names if arguments[name] is not None}
@@ -439,6 +441,6 @@ def _in_splits(chosen: Plan, grid: Grid, arguments: Arguments, special: Speciali
     parts = {name: new_parts(call, x, splits) for name, x in results.items()}
     if "d_key_bias_ptr" in parts:
         parts["d_key_bias_ptr"].zero_()  # a split writes the heads that it has rows of
-    chosen.launch(grid, arguments | parts, special)
+    chosen.launch(grid, arguments | parts, specialisation)
     for name, result in results.items():
-        add_splits(special, parts[name], result)
+        add_splits(specialisation, parts[name], result)

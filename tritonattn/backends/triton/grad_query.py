@@ -303,14 +303,14 @@ KERNELS["grad_query"] = attention_grad_query
 
 
 def grad_query(
-    special: Specialisation, call: AttentionCall, arguments: Arguments, needs: Needs, d_out: Tensor
+    specialisation: Specialisation, call: AttentionCall, arguments: Arguments, needs: Needs, d_out: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of q and query_scale."""
-    d_q = new_results(call, call.q, torch.float32 if special.problem.wide_q else call.q.dtype)
+    d_q = new_results(call, call.q, torch.float32 if specialisation.problem.wide_q else call.q.dtype)
     d_query_scale = new_results(call, arguments["results"].lse) if needs.query_scale else None
     key_size = None
     if call.logits.key_scale is not None and call.q.dtype == torch.float16:
         key_size = largest(seen_scales(call.logits.key_scale, call.visibility))
     arguments |= {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size": key_size}
-    launch_kernel("grad_query", special, call, arguments, d_out)
+    launch_kernel("grad_query", specialisation, call, arguments, d_out)
     return d_q, d_query_scale

@@ -175,8 +175,8 @@ def prefix_sums(addends: Tensor) -> Tensor:
     batch, heads, count = addends.shape
     sums = torch.empty((batch, heads, count + 1), dtype=torch.float64, device=addends.device)
     arguments = {"addends_ptr": addends.contiguous(), "sums_ptr": sums, "addends_len": count, "q_heads": heads}
-    special = kept_specialisation((addends.dtype,), lambda: (NO_HEADS, False))
-    plan("prefix_sums", special, addends.device).launch((1, heads, batch), arguments, special)
+    specialisation = kept_specialisation((addends.dtype,), lambda: (NO_HEADS, False))
+    plan("prefix_sums", specialisation, addends.device).launch((1, heads, batch), arguments, specialisation)
     return sums
 
 
@@ -196,10 +196,10 @@ def launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
     key: list[Any] = forms_of(k)
     for value in available.values():  # no comprehension: each is one more call before Python 3.12
         key.append(getattr(value, "dtype", value is None))
-    special = kept_specialisation(tuple(key), lambda: (_problem(k), is_wide(k)))
-    chosen = plan(kernel, special, k.device)
+    specialisation = kept_specialisation(tuple(key), lambda: (_problem(k), is_wide(k)))
+    chosen = plan(kernel, specialisation, k.device)
     blocks = 1 if kernel == "append_keys" else -(-k_len // chosen.config.block_n)  # its sums go through all keys
-    chosen.launch((blocks, heads, batch), available, special)
+    chosen.launch((blocks, heads, batch), available, specialisation)
 
 
 def _problem(k: Tensor) -> Problem:

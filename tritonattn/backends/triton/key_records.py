@@ -220,8 +220,8 @@ def append_to_pages(
         "k_len": total,
         "kv_heads": kv_heads,
     }
-    special = kept_specialisation(tuple(forms_of(block_table, *buffers)), lambda: (NO_HEADS, False))
-    chosen = plan("append_to_pages", special, k.device)
+    specialisation = kept_specialisation(tuple(forms_of(block_table, *buffers)), lambda: (NO_HEADS, False))
+    chosen = plan("append_to_pages", specialisation, k.device)
     grid = (-(-kv_heads // chosen.config.block_m), 1, len(key_lengths_after))
     for _ in range(passes):
-        chosen.launch(grid, arguments, special)
+        chosen.launch(grid, arguments, specialisation)

@@ -60,7 +60,7 @@ def run_on_device(kernel: Any, grid: Grid, arguments: Mapping[str, Any], config:
     device = device_of(arguments.values())
     compiled = launch_on(device, kernel, grid, arguments, config)
     if compiled is not None and compiled.n_spills:
-        _hold_to_gate(kernel, arguments.special.problem, device, config, compiled.n_spills)  # pyright: ignore[reportAttributeAccessIssue]
+        _hold_to_gate(kernel, arguments.specialisation.problem, device, config, compiled.n_spills)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _hold_to_gate(kernel: Any, problem: Problem, device: torch.device, config: TileConfig, spills: int) -> None:
@@ -116,19 +116,20 @@ class Plan:
         descriptors = tuple(name for name in names if name.endswith("_descriptor"))
         return cls(function, config, names, constexprs, target, operator.itemgetter(*names), descriptors, variant)
 
-    def launch(self, grid: Grid, available: Arguments, special: Specialisation | None = None) -> None:
-        """Run with the kernel's arguments out of those available, in its order; special: of the call, where kept.
+    def launch(self, grid: Grid, available: Arguments, specialisation: Specialisation | None = None) -> None:
+        """Run with the kernel's arguments out of those available, in its order.
 
-        grid   programs along each axis; past LONGEST_AXIS or MOST_PROGRAMS in several launches
+        grid             programs along each axis; past LONGEST_AXIS or MOST_PROGRAMS in several launches
+        specialisation   of the call, where kept
         """
         execute = recorder.run if (recorder := _recorder.get()) else run
         values = available | self.constexprs
-        values["WIDE"] = special is not None and special.wide
+        values["WIDE"] = specialisation is not None and specialisation.wide
         x, y, z = grid
         is_one = 0 < y <= LONGEST_AXIS and 0 < z <= LONGEST_AXIS and x * y * z <= MOST_PROGRAMS
         for part, first_y, first_z in ((grid, 0, 0),) if is_one else _parts(x, y, z):
             values["first_y"], values["first_z"] = first_y, first_z
-            execute(self.kernel, part, KernelArguments(self.names, self.in_order(values), special), self.config)
+            execute(self.kernel, part, KernelArguments(self.names, self.in_order(values), specialisation), self.config)
 
 
 def _parts(x: int, y: int, z: int) -> Iterable[tuple[Grid, int, int]]:
@@ -196,16 +197,16 @@ def recording(target: Target, configs: ConfigFor = default_config) -> Iterator[l
         _recorder.reset(token)
 
 
-def plan(kernel: str, special: Specialisation, device: torch.device) -> Plan:
+def plan(kernel: str, specialisation: Specialisation, device: torch.device) -> Plan:
     if recorder := _recorder.get():
-        return _plan_of(kernel, special, recorder.target, recorder.config_for)
-    return _plan_of(kernel, special, _target(Target.of, device), config_for)
+        return _plan_of(kernel, specialisation, recorder.target, recorder.config_for)
+    return _plan_of(kernel, specialisation, _target(Target.of, device), config_for)
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_of(kernel: str, special: Specialisation, target: Target, config_of: ConfigFor) -> Plan:
+def _plan_of(kernel: str, specialisation: Specialisation, target: Target, config_of: ConfigFor) -> Plan:
     """The plan of a specialisation's problem, without the hash of 30 fields at each launch."""
-    return _plan(kernel, special.problem, target, config_of)
+    return _plan(kernel, specialisation.problem, target, config_of)
 
 
 def forget_plans() -> None:
@@ -282,12 +283,12 @@ def forms_of(*tensors: Tensor | None) -> list[Form | None]:
 
 def kept_specialisation(key: tuple[Any, ...], found: Callable[[], tuple[Problem, bool]]) -> Specialisation:
     """The one `Specialisation` of a key: the forms of a call's tensors, and its options. found: problem and `wide`."""
-    special = _specialisations.get(key)
-    if special is None:
+    specialisation = _specialisations.get(key)
+    if specialisation is None:
         if len(_specialisations) >= _MOST_SPECIALISATIONS:
             _specialisations.clear()
-        special = _specialisations[key] = Specialisation(*found())
-    return special
+        specialisation = _specialisations[key] = Specialisation(*found())
+    return specialisation
 
 
 def is_wide(*tensors: Tensor | None, page: int = 0) -> bool:
