@@ -18,7 +18,7 @@ from ..core.errors import install
 from ..core.records import append
 from .alarms import Alarm, Alarms, Thresholds, layer_value
 from .over_ranks import joined_losses, rank_and_size
-from .tally import over_ranks
+from .tally import totals_over_ranks
 from .watch import Watch
 
 Action = Callable[[Sequence[Alarm]], Any]
@@ -252,7 +252,7 @@ class Monitor:
         totals = {name: one for name, tally in watch.tallies.items() if (one := tally.totals()) is not None}
         if not self._joins:
             return {name: one.summary(grad_scale) for name, one in totals.items()}
-        ranks = over_ranks(totals, next(self.model.parameters(), torch.empty(0)).device)
+        ranks = totals_over_ranks(totals, next(self.model.parameters(), torch.empty(0)).device)
         return {name: one.summary(grad_scale * averaged) for name, (one, averaged) in ranks.items()}
 
     def _record(self, step: int, loss: float | None, alarms: list[Alarm], layers: dict[str, Any]) -> None:

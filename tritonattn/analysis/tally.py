@@ -91,7 +91,7 @@ class _Facts(NamedTuple):
     shapes: dict[str, torch.Size]
 
 
-def over_ranks(totals: dict[str, Totals], device: torch.device) -> dict[str, tuple[Totals, int]]:
+def totals_over_ranks(totals: dict[str, Totals], device: torch.device) -> dict[str, tuple[Totals, int]]:
     """The totals of every layer that a rank has seen, and by how many ranks the gradients of q and k are averaged.
 
     Ranks with other heads (tensor parallelism) put theirs side by side; those with the same heads (data parallelism)

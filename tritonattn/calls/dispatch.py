@@ -35,7 +35,7 @@ _DIM_OF_EVERY_GPU = 256
 
 
 def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
-    """Attention of a checked call, which takes what it comes down to: its backend, dropout, and terms of the logits."""
+    """Attention of a checked call, into which its backend, its dropout and the terms of its logits are written."""
     if autocast_is_on(call.q):
         with torch.autocast(call.q.device.type, enabled=False):
             return run(call)

@@ -101,11 +101,6 @@ class AttentionCall:
     record: Any = None
 
     @property
-    def invariant(self) -> bool:
-        """True where the bits of a row do not depend on the rest of the batch."""
-        return self.visibility.invariant
-
-    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors that may have a gradient, in the order of `Gradients`."""
         terms = self.logits

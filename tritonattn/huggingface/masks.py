@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from transformers import masking_utils
 
 from ..core.pair_biases import mask_arguments
+from ..core.visibility import Visibility
 from .first_use import is_waiting
 from .settings import layer_scaling
 
 _FAR = 2**40  # beyond any key
+_VISIBLE = {"causal", "window", "key_ranges", "mask"}
 STATED = "_tritonattn_states_masks"  # entry of a config whose models' is_causal flags may be wrong
 
 _COMPILED_HOLES = (
@@ -218,6 +220,11 @@ def visible_arguments(
             raise ValueError(f"attention_mask: expected key ranges [B, 1, Q, 2], got int32 {list(mask.shape)}")
         return {"key_ranges": mask.expand(query.shape[0], -1, -1, -1)}
     return mask_arguments("attention_mask", mask[..., : key.shape[-2]])
+
+
+def visibility_of(query: Tensor, key: Tensor, arguments: dict[str, Any]) -> Visibility:
+    """The keys that each row attends to, from the arguments of a call of `tritonattn.attention`."""
+    return Visibility.of(query, key, **{name: arguments[name] for name in arguments.keys() & _VISIBLE})
 
 
 def is_packed(mask: Tensor | None, kwargs: dict[str, Any]) -> bool:

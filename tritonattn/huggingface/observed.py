@@ -13,14 +13,13 @@ from transformers import AttentionInterface
 from ..calls.attention import attention
 from ..calls.results import AttentionAux
 from ..core.observation import ObservedCall, is_observed, notify_observers, unobserved
-from ..core.visibility import Visibility
 from .architecture import AttentionModule, attention_modules, interface_function
 from .attention import NAME, call_arguments
 from .configs import IMPLEMENTATION, install
+from .masks import visibility_of
 from .settings import ATTRIBUTE, LayerScaling, Settings, layer_scaling, remove, remove_abandoned
 
 _OBSERVED = "tritonattn_observed"
-_VISIBLE = {"causal", "window", "key_ranges", "mask"}
 _READABLE = ("eager", "sdpa")
 _EAGER = "eager_attention_forward"
 
@@ -94,7 +93,7 @@ def _observed_forward(
     if is_observed():
         with torch.no_grad():
             arguments = call_arguments(module, query, key, attention_mask, scaling, **kwargs)
-        visible = Visibility.of(query, key, **{name: arguments[name] for name in arguments.keys() & _VISIBLE})
+        visible = visibility_of(query, key, arguments)
 
         def aux() -> AttentionAux:
             with unobserved(), torch.no_grad():

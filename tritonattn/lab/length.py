@@ -120,11 +120,11 @@ def _measured(
     known = records.read(file, lambda line: (line.pop("losses"), line), "a pass of `tritonattn length-study`")
     for variant, start in (progress := Progress(passes, unit="pass", leave=False)):
         progress.set_description(variant.name)
-        this = {**about, "variant": variant.name, "start": start}
-        values = next((found for found, of in known if of == this), None)
+        asked = {**about, "variant": variant.name, "start": start}
+        values = next((found for found, of in known if of == asked), None)
         if values is None:
             values = [round(x, 4) for x in losses(subject, tokens[:, start:], variant).tolist()]
-            records.append(file, [{**this, "losses": values}])
+            records.append(file, [{**asked, "losses": values}])
         yield torch.tensor(values)
 
 

@@ -120,7 +120,9 @@ class Tiles:
         start, stop = (first.new_tensor([getattr(keys, end) for keys in spans]) for end in ("start", "stop"))
         touched = ((first < stop) & (last > start)).flatten(0, 1).any(0).tolist()
         whole = ((first <= start) & (last >= stop)).flatten(0, 1).all(0).tolist()
-        return [(keys, all_see) for keys, some_see, all_see in zip(spans, touched, whole, strict=True) if some_see]
+        return [
+            (keys, is_whole) for keys, is_touched, is_whole in zip(spans, touched, whole, strict=True) if is_touched
+        ]
 
     def of_rows(self, x: Tensor, block: Block) -> Tensor:
         """The block of x [B, Hq, Sq, C], widened: [N, G * rows, C]."""
@@ -359,7 +361,7 @@ class FixedTiles(Tiles):
 
 
 def tiles_of(call: AttentionCall) -> Tiles:
-    return FixedTiles(call) if call.invariant else Tiles(call)
+    return FixedTiles(call) if call.visibility.invariant else Tiles(call)
 
 
 def logits_of(query: Tensor, factor: Tensor | float, key: Tensor) -> Tensor:
@@ -368,7 +370,7 @@ def logits_of(query: Tensor, factor: Tensor | float, key: Tensor) -> Tensor:
 
 
 def exp_(x: Tensor) -> Tensor:
-    """exp(x) in target, and 0 for subnormal results, which would slow down every later product several times."""
+    """exp(x) in place, and 0 for subnormal results, which would slow down every later product several times."""
     smallest = math.log(torch.finfo(x.dtype).tiny)
     return torch.threshold_(x, smallest, -torch.inf).exp_()
 

@@ -157,7 +157,7 @@ def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> tuple[Grid, Argumen
 
 def _splits(kernel: str, chosen: Plan, call: AttentionCall) -> int:
     """Splits of a call. A window narrows the keys of a block of rows, or the rows of a block of keys."""
-    if call.invariant or "splits" not in chosen.names:
+    if call.visibility.invariant or "splits" not in chosen.names:
         return 1
     visible, config, (_, rows, keys) = call.visibility, chosen.config, _sizes(call)
     reach = rows + keys
@@ -237,9 +237,9 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -
         bias_after_softcap=terms.bias_after_softcap and terms.softcap is not None,
         dropout=call.dropout is not None,
         block_table=call.block_table is not None,
-        aligned=_has_whole_vectors(call.q, call.v) if call.invariant else are_aligned(call.q, call.k, call.v, d_out),
+        aligned=_has_whole_vectors(call.q, call.v) if visible.invariant else are_aligned(call.q, call.k, call.v, d_out),
         short=is_short(*_sizes(call)[1:]),
-        invariant=call.invariant,
+        invariant=call.visibility.invariant,
     )
     if not problem.has_bias:
         asked["bias_after_softcap"] = False

@@ -178,20 +178,15 @@ def backward(
     arguments["d_lse_ptr"] = None if d_lse is None else d_lse.contiguous()
     rounding = None if rounding is None else rounding.contiguous()
     results = Results(out.contiguous(), rounding, lse.contiguous(), None, None)
-    d_sinks = None
+    problem, d_sinks = specialisation.problem, None
     if call.logits.sinks is not None:
-        corrects = needs.query_scale or specialisation.problem.has_bias or corrects_delta(specialisation.problem)
+        corrects = needs.query_scale or problem.has_bias or corrects_delta(problem)
         d_sinks = new_results(call, lse) if needs.sinks or corrects else None
     _row_terms(specialisation, call, arguments, results, d_out, d_sinks)
     of_pairs = needs.key_bias or needs.bias or needs.relative_bias
     d_q = d_query_scale = None
     # The pass over keys reads the terms that the one over rows corrects.
-    if (
-        needs.q
-        or needs.query_scale
-        or of_pairs
-        or ((needs.k or needs.key_scale) and corrects_delta(specialisation.problem))
-    ):
+    if needs.q or needs.query_scale or of_pairs or ((needs.k or needs.key_scale) and corrects_delta(problem)):
         d_q, d_query_scale = grad_query(specialisation, call, arguments, needs, d_out)
     found = Gradients()
     if needs.k or needs.v or needs.key_scale or of_pairs:

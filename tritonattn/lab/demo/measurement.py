@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ...analysis.row_statistics import relative_entropy
 from ...calls.results import AttentionAux
 from ...core.errors import CommandError
-from ...core.visibility import Visibility
 from ...huggingface import Patched, patch
 from ...huggingface.architecture import attention_modules, head_dim, query_heads
+from ...huggingface.masks import visibility_of
 from ..modes import Variant
 
 _ROWS = 256  # logits that the loss upcasts at a time
@@ -74,7 +74,7 @@ class Measurement:
         return max(layer.largest_logit for layer in self.layers)
 
 
-def measure(subject: Subject, tokens: Tensor, one: Variant, layers: Any = None) -> Measurement:
+def measure(subject: Subject, tokens: Tensor, variant: Variant, layers: Any = None) -> Measurement:
     """Run tokens [1, S] through the model, with the layers that `patch` finds by `layers` scaled by a variant."""
     found: list[Layer] = []
     names = {id(module): name for name, module in subject.model.named_modules()}
@@ -83,19 +83,19 @@ def measure(subject: Subject, tokens: Tensor, one: Variant, layers: Any = None) 
         found.append(_layer(names[id(module)], query, key, arguments, aux))
 
     start = time.perf_counter()
-    with patched_with(subject, one, layers) as patched, patched.watch(observe):
+    with patched_with(subject, variant, layers) as patched, patched.watch(observe):
         loss = _loss(subject, tokens)
-    return Measurement(one.name, loss, tuple(found), time.perf_counter() - start)
+    return Measurement(variant.name, loss, tuple(found), time.perf_counter() - start)
 
 
-def patched_with(subject: Subject, one: Variant, layers: Any = None) -> Patched:
+def patched_with(subject: Subject, variant: Variant, layers: Any = None) -> Patched:
     """Patch a model, with a scaling for the heads of its first layer. Raises CommandError where `patch` refuses."""
     found = [layer.module for layer in attention_modules(subject.model) if layer.obstacle is None]
-    scaling = one.scaling(query_heads(found[0]), head_dim(found[0]) or 1) if found else one.mode
+    scaling = variant.scaling(query_heads(found[0]), head_dim(found[0]) or 1) if found else variant.mode
     if isinstance(scaling, nn.Module):
         scaling = scaling.to(subject.device)
     try:
-        return patch(subject.model, scaling=scaling, gain=one.gain, layers=layers)
+        return patch(subject.model, scaling=scaling, gain=variant.gain, layers=layers)
     except (NotImplementedError, ValueError) as error:
         raise CommandError(str(error)) from error
 
@@ -120,9 +120,7 @@ def _loss(subject: Subject, tokens: Tensor) -> float:
 
 
 def _layer(name: str, query: Tensor, key: Tensor, arguments: dict[str, Any], aux: AttentionAux) -> Layer:
-    parts = arguments.keys() & {"causal", "window", "key_ranges", "mask"}
-    visibility = Visibility.of(query, key, **{part: arguments[part] for part in parts})
-    count = visibility.counts().expand_as(aux.entropy)  # [B, Hq, Sq]
+    count = visibility_of(query, key, arguments).counts().expand_as(aux.entropy)  # [B, Hq, Sq]
     several = count > 1
     relative = relative_entropy(aux.entropy, count)
     heads = torch.where(several, relative, 0).sum((0, 2)) / several.sum((0, 2))  # [Hq]

@@ -46,7 +46,6 @@ class Sample:
         """Draw the sample of a point; a seed always gives the same one."""
         random = torch.Generator().manual_seed(seed)
         sets = max(1, min(_MOST_SETS, _KEYS // point.count))
-
         counts = _ROWS, point.count, point.count, _ROWS
         shapes = ((sets, 1, count, point.dim) for count in counts)
         q, k, v, weights = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes)
