@@ -68,8 +68,8 @@ def test_figures_are_rounded_and_those_that_are_not_finite_become_null(tmp_path)
     x = {"a": [math.nan, -math.inf, 1.23456], "b": (1, "c", True)}
     assert records.for_json(x, digits=3) == {"a": [None, None, 1.23], "b": [1, "c", True]}
     assert records.for_json(x)["a"][2] == 1.23456
-    records.write_json(tmp_path / "a.json", x, digits=2)
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [None, None, 1.2], "b": [1, "c", True]}
+    records.write_json(tmp_path / "a.json", x)
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [None, None, 1.23456], "b": [1, "c", True]}
 
 
 def test_an_environment_names_machine_versions_and_commit():

@@ -53,7 +53,7 @@ class Totals:
 class Tally:
     """Sums over the calls of one layer, kept on the device until `totals` reads them."""
 
-    def __init__(self, head_part: tuple[int, int] = (0, 1)) -> None:
+    def __init__(self, head_part: tuple[int, int]) -> None:
         self._head_part = head_part
         self._sums: list[dict[str, Tensor]] = []
         self._largest: list[Tensor] = []

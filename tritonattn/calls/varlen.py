@@ -233,10 +233,10 @@ def packed_visibility(
     q: Tensor,
     k: Tensor,
     packing: Packing,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    key_bias: Tensor | None = None,
-    batch_invariant: bool | None = None,
+    causal: bool,
+    window: tuple[int | None, int | None] | None,
+    key_bias: Tensor | None,
+    batch_invariant: bool | None,
 ) -> Visibility:
     """The keys visible to each row, of checked q [T_q, Hq, D] and k, packed or in pages; raises for masks not of these.
 

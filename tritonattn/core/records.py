@@ -50,9 +50,9 @@ def write(file: Path, content: str | bytes) -> None:
         raise
 
 
-def write_json(file: Path, x: Any, digits: int | None = None) -> None:
+def write_json(file: Path, x: Any) -> None:
     """Write one value, indented; floats as in `for_json`."""
-    write(file, json.dumps(for_json(x, digits), indent=2, allow_nan=False) + "\n")
+    write(file, json.dumps(for_json(x), indent=2, allow_nan=False) + "\n")
 
 
 def append(file: Path, records: Iterable[dict[str, Any]], digits: int | None = None) -> None:

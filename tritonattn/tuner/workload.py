@@ -23,13 +23,13 @@ _CHECKED_LOGITS = 2**24  # of a call that the reference computes, whose dense lo
 _CHECKED_HEADS = 2  # key heads, and batch entries, of a check that is cut
 
 
-def typical_size(key: Key, length: int | None = None) -> Size:
+def typical_size(key: Key) -> Size:
     """Choose the size that a key is timed with: about as many tokens for every length."""
     if key.kernel == "decode":
-        length = length or (1024 if key.lengths == "short" else 16384)
-        return Size(max(1, 2**18 // length), 32, 1, length, group=4)
-    length = length or (512 if key.lengths == "short" else 4096)
-    return Size(max(1, 2**14 // length), 16, length, length)
+        length = 1024 if key.lengths == "short" else 16384
+        return Size(2**18 // length, 32, 1, length, group=4)
+    length = 512 if key.lengths == "short" else 4096
+    return Size(2**14 // length, 16, length, length)
 
 
 def checked_size(size: Size) -> Size:

@@ -31,8 +31,8 @@ class GPU:
         return self.teraflops / self.bandwidth
 
 
-def _gpu(name: str, target: str, processors: int, teraflops: float, bandwidth: float, words: str = "") -> GPU:
-    return GPU(name, Target.parse(target), tuple((words or name).split("_")), processors, teraflops, bandwidth)
+def _gpu(name: str, target: str, processors: int, teraflops: float, bandwidth: float) -> GPU:
+    return GPU(name, Target.parse(target), tuple(name.split("_")), processors, teraflops, bandwidth)
 
 
 # By the vendors' datasheets and architecture whitepapers, of SXM modules where there are several. GeForce cards add in

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from ...core.errors import CommandError
 from ...core.progress import Progress
@@ -15,9 +16,6 @@ from .measurement import Measurement, Subject, eager_loss, measure, patched_with
 from .model import load
 from .report import Report
 from .swap import report as swapped
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 TEXT = Path(__file__).parent / "data" / "alice.txt"
 INTRODUCTION = (
