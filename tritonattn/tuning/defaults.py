@@ -202,9 +202,8 @@ def _lighter(kernel: str, problem: Problem, width: int, config: TileConfig) -> T
     16 each: those that share rows compute each other's softmax. A mask and dropout at once take both from wide tiles.
     """
     if kernel == "grad_key_value" and width == 128 and problem.dropout and config.descriptors and config.num_warps == 4:
-        return replace(
-            config, block_m=16, block_n=128, num_warps=8
-        )  # sm_90: other tiles spill, most where key heads are shared
+        # sm_90: other tiles spill, most where key heads are shared
+        return replace(config, block_m=16, block_n=128, num_warps=8)
     held, streamed = ("block_n", "block_m") if kernel == "grad_key_value" else ("block_m", "block_n")
     rows = getattr(config, held)
     if config.num_warps == 4 and rows == 128:

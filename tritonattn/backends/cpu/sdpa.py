@@ -36,7 +36,7 @@ def supports(call: AttentionCall) -> bool:
         return False
     if call.aux or visible.invariant or 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape:
         return False
-    if not (visible.is_full or (visible.q_len == visible.k_len and visible.is_causal)):
+    if not (visible.is_full or visible.is_square_causal):
         return False
     return not (runs_eagerly(call.k) and visible.k_len < _VECTOR and _hides_nan(call))
 
