@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 from ..core.errors import CommandError
+from ..core.provenance import Environment, command_line
+from ..core.records import write_json
 from .options import Command, add_device, add_folder, add_number, check_file, make_folder, names, require
 from .threads import limit_threads
 
@@ -78,11 +81,7 @@ def _add_advise(parser: ArgumentParser) -> None:
 def _advise(options: Namespace) -> int:
     """Print the advice for a model on a text, and write it."""
     require("advise", _NEEDED, extra="demo")
-    from dataclasses import asdict
-
     from ..analysis import advise
-    from ..core.provenance import Environment, command_line
-    from ..core.records import write_json
     from ..lab.demo import subject_and_tokens
 
     check_file("--json", options.json)
