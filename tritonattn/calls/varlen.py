@@ -238,7 +238,7 @@ def packed_visibility(
     key_bias: Tensor | None = None,
     batch_invariant: bool | None = None,
 ) -> Visibility:
-    """The keys visible to each row, of checked q [T_q, Hq, D] and k, packed or in pages; raises for masks not of these.
+    """The keys visible to each row, of checked q [T_q, Hq, D] and k, packed or in pages; raises for masks that misfit.
 
     key_bias   says how many keys there are, where they lie in pages
     """
