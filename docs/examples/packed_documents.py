@@ -1,4 +1,4 @@
-"""Documents of different lengths in one packed call: each counts and measures only the keys of its document."""
+"""Documents of different lengths in one packed call: each counts and measures its keys only."""
 
 import torch
 

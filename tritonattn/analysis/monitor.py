@@ -231,7 +231,7 @@ class Monitor:
     def _loss_and_alarms(
         self, step: int, loss: float | Tensor | None, watched: bool
     ) -> tuple[float | None, list[Alarm]]:
-        """The loss and its alarm. That of a GPU or of several ranks is read in watched steps only, for all before."""
+        """The loss and its alarm. A loss on a GPU or of several ranks is read in watched steps only, for all before."""
         failed = False
         if self._joins or _is_elsewhere(loss):
             if loss is not None:

@@ -18,7 +18,7 @@ from .tally import Tally
 
 
 class _Hook:
-    """A hook of one model: in a copy of the model, where it has no function, it does nothing."""
+    """A hook of one model, which a copy of the model has without a function: there it does nothing."""
 
     def __init__(self, function: Callable[..., None] | None = None) -> None:
         self._function = function

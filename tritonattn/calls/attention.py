@@ -252,7 +252,7 @@ def batch_visibility(
     mask: Tensor | None = None,
     batch_invariant: bool | None = None,
 ) -> Visibility:
-    """The keys visible to each row, of checked q [B, Hq, Sq, D] and k; raises for a mask that is none of theirs."""
+    """The keys visible to each row, of checked q [B, Hq, Sq, D] and k; raises for a mask that does not fit them."""
     invariant = check_masks(causal, window, batch_invariant)
     if key_lengths is not None:
         check_tensor("key_lengths", key_lengths, "[B]", INTEGERS, q, sizes=q.shape[:1])

@@ -87,7 +87,7 @@ def _in_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def check(call: AttentionCall, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or Hkv, Sk]") -> AttentionCall:
-    """The call, with options for the names and numbers of other types that stand for them.
+    """The call, with names, and numbers of other types, replaced by the options that they stand for.
 
     rows, keys   the last axes of a call's rows and keys, to which a scaling or gain, and key_bias, broadcast
 

@@ -183,7 +183,7 @@ def cache_visibility(
     window: tuple[int | None, int | None] | None = None,
     batch_invariant: bool | None = None,
 ) -> Visibility:
-    """The keys that each row attends to, of `cache_operands`; raises for lengths and pages that are none of theirs."""
+    """The keys that each row attends to, of `cache_operands`; raises for lengths and pages that do not fit them."""
     invariant = check_masks(True, window, batch_invariant)
     (batch, q_heads, q_len, _), capacity = q.shape, capacity_of(k, block_table)
     check_tensor("key_lengths", key_lengths, "[B]", INTEGERS, q, sizes=(batch,))

@@ -41,7 +41,7 @@ def check_block_table(table: Any, sequences: int, like: Tensor, owner: str = "q"
 
 
 def check_page_numbers(table: Tensor, page: int, pages: int, first: Tensor, end: Tensor, bound: str) -> None:
-    """Check on a CPU the pages of the keys first <= j < end, int64 [B]: the others may belong to others by now.
+    """Check on a CPU the pages of the keys first <= j < end, int64 [B]: others may have new owners by now.
 
     bound   the argument that `end` comes from
     """

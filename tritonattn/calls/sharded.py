@@ -196,7 +196,7 @@ class Shards(NamedTuple):
 
 
 def _tensors() -> Any:
-    """The module of DTensors, which is there if one of them is."""
+    """The module of DTensors, which a DTensor has imported."""
     return sys.modules["torch.distributed.tensor"]
 
 

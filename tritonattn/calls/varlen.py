@@ -204,7 +204,7 @@ class Packing:
     def keys(self, k: Tensor, key_bias: Tensor | None = None) -> int:
         """T_k: the length of k, or with a block table of the axis along which keys in pages k are counted.
 
-        Where offsets are not read, all that there can be.
+        Where offsets are not read, it is an upper bound.
         """
         if self.block_table is None:
             return k.shape[0]
@@ -238,7 +238,7 @@ def packed_visibility(
     key_bias: Tensor | None,
     batch_invariant: bool | None,
 ) -> Visibility:
-    """The keys visible to each row, of checked q [T_q, Hq, D] and k, packed or in pages; raises for masks not of these.
+    """The keys visible to each row, of checked q [T_q, Hq, D] and k, packed or in pages; raises for masks that misfit.
 
     key_bias   says how many keys there are, where they lie in pages
     """

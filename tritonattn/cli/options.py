@@ -80,7 +80,7 @@ def add_chosen(parser: argparse.ArgumentParser, option: str, known: Sequence[Any
 
 
 def add_device(parser: argparse.ArgumentParser, text: str) -> None:
-    """Add --device; `text` says who uses it."""
+    """Add --device; `text` says what runs there."""
     parser.add_argument("--device", type=device, default="cpu", help=f"{text}, e.g. cuda (default: %(default)s)")
 
 

@@ -39,7 +39,7 @@ class Observer:
     """Hand calls of attention to a function, in each thread (or context) between `begin` and `end`.
 
     After `close` it gets no call of any thread. Calls inside torch.compile, under torch.func and over a KV cache
-    (`attention_decode`, `attention_varlen` with a block table) are not handed on, nor are those of the function.
+    (`attention_decode`, `attention_varlen` with a block table) are not handed on, nor are calls by the function.
     """
 
     def __init__(self, function: Callable[[ObservedCall], None]) -> None:

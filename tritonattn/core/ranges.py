@@ -43,7 +43,7 @@ def pairs(lo: Tensor, hi: Tensor, mask: Tensor | None, k_len: int, rows: slice =
 
 
 def row_tiles(lo: Tensor, hi: Tensor, mask: Tensor, k_len: int, heads: int) -> Iterator[tuple[slice, Tensor]]:
-    """The `pairs` of a block of rows at a time: of as many as `heads` heads in all may take."""
+    """Yield the `pairs` of one block of rows after another, as many rows as `heads` heads allow."""
     q_len, entries = lo.shape[-1], _ENTRIES if lo.device.type == "cpu" else _ENTRIES_OF_GPU
     block = max(1, entries // max(heads * k_len, 1)) if runs_eagerly(lo, mask) else _TRACED_ROWS
     for start in range(0, max(q_len, 1), block):

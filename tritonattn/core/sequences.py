@@ -135,7 +135,7 @@ class _Moved(torch.autograd.Function):
 
 
 class Found(NamedTuple):
-    """Pages and slots of keys, int64 [N or 1, n], 0 for keys that lie nowhere; is_held: bool, the others."""
+    """Pages and slots of keys, int64 [N or 1, n], 0 for keys that lie nowhere; is_held: bool, False for these."""
 
     page: Tensor
     slot: Tensor

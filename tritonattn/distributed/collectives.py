@@ -102,12 +102,12 @@ class Wire(NamedTuple):
 
 
 def heads_to_tokens(x: Tensor, split: Split, wire: Wire) -> Tensor:
-    """Exchange [B, H, S / P, D] of all heads for the sequence of this rank's, [B, H / P, S, D]; differentiable."""
+    """Exchange all heads of this rank's tokens [B, H, S / P, D] for all tokens of its heads [B, H / P, S, D]."""
     return _Swap.apply(x, split, True, wire)
 
 
 def tokens_to_heads(x: Tensor, split: Split, wire: Wire) -> Tensor:
-    """Exchange [B, H / P, S, D] of this rank's heads for its tokens of all, [B, H, S / P, D]; differentiable."""
+    """Exchange all tokens of this rank's heads [B, H / P, S, D] for all heads of its tokens [B, H, S / P, D]."""
     return _Swap.apply(x, split, False, wire)
 
 

@@ -68,8 +68,8 @@ def attention_forward(
         query: [B, Hq, Q, D].
         key: [B, Hkv, K, D].
         value: [B, Hkv, K, Dv].
-        attention_mask: That of `key_range_mask`; int32, bool or floating [B, 1, Q, K or 2], or None.
-        scaling: model_scaling.
+        attention_mask: As `key_range_mask` makes it; int32, bool or floating [B, 1, Q, K or 2], or None.
+        scaling: model_scaling in the formula.
         dropout: Chance in [0, 1) to drop a probability.
         kwargs: Further arguments of transformers, such as softcap, s_aux, sliding_window and position_bias.
 

@@ -272,7 +272,7 @@ def _start_again(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
 def follow_adapters() -> None:
     """Let PEFT refuse adapters whose scalings are not those of the model's layers. Repeating it is harmless.
 
-    PEFT itself drops weights of modules that the model lacks, and the model computes with its scaling.
+    PEFT itself drops weights of modules that the model lacks, and the model goes on with the scaling that it has.
     """
     try:
         from peft import PeftModel

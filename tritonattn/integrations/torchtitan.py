@@ -38,7 +38,7 @@ class ScaledVarlenAttention(VarlenAttention):
         scaling: str = "sqrt_dim"
 
     def __init__(self, config: Config) -> None:
-        Module.__init__(self)  # VarlenAttention's chooses a flash kernel for the process
+        Module.__init__(self)  # VarlenAttention.__init__ chooses a flash kernel for the process
         self.window_size, self.mode = config.window_size, named_scaling(config.scaling)
 
     def forward(

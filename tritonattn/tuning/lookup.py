@@ -99,7 +99,7 @@ def refuse_spills(kernel: str, problem: Problem, target: Target, config: TileCon
     found = find(kernel, problem, target)
     if not spills or found.config != config or found.entry is None or not found.is_of_another_triton:
         return False
-    why = f"triton {triton.__version__} spills {spills} registers, it was found with {found.entry.triton}: tune again"
+    why = f"triton {triton.__version__} spills {spills} registers, found with triton {found.entry.triton}: tune again"
     return reject_config(kernel, problem, target, config, RuntimeError(why))
 
 

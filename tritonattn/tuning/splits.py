@@ -14,7 +14,7 @@ from .gpus import nearest
 
 _MOST = 64
 _FEW_ROWS = 1024  # a row's part is as long as the row's output: more rows would move more of parts than of keys
-_HEADS = 32  # for which calls of few rows are split, whatever the number that they have
+_HEADS = 32  # calls of few rows are split as if they had so many, whatever their number
 # Times of a program in keys that it multiplies with a block of rows, or in rows, with a block of keys: of what it does
 # outside of its loop (`perf.schedule.FIXED`), and until its part is written and read (modelled: 8 bytes a number, and
 # about 90 FLOP in the time of a byte of the L2 cache).

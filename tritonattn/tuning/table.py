@@ -207,7 +207,7 @@ class Entry:
 
     @property
     def is_of_these_kernels(self) -> bool:
-        """True where the kernel in Gluon is unchanged, if its config names it; its table says so of the others."""
+        """False if the config names the kernel in Gluon, which has changed; the table answers for other kernels."""
         return self.config.kernel == "triton" or self.details.get("gluon") == gluon_fingerprint()
 
     def as_record(self) -> dict[str, Any]:

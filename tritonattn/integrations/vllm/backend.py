@@ -345,7 +345,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
 
 
 def _invariant(settings: Settings, name: str) -> bool | None:
-    """The switch of a layer, which vLLM's turns on."""
+    """The switch of a layer, which the switch of vLLM turns on."""
     if not envs.VLLM_BATCH_INVARIANT:
         return settings.batch_invariant
     if settings.batch_invariant is False:

@@ -55,7 +55,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measures:
-    """Means over the rows of a sample; the first six are of the fields of `RowStatistics` with these names.
+    """Means over the rows of a sample; the first six fields have the names that they have in `RowStatistics`.
 
     near_one_hot   share of the rows whose max probability is above 0.95
     near_uniform   share of the rows whose entropy / ln(n) is above 0.98

@@ -311,7 +311,7 @@ class Recall(Lookup):
 class First(Lookup):
     """Give the first bit of a string of n bits: FIRST of Chiang & Cholak (2022, arXiv:2202.12172).
 
-    Every string has one share of ones, uniform in [0, 1], and a fair first bit. Every pair's value is a bit; the
+    The share of ones of a string is uniform in [0, 1], and its first bit is fair. Every pair's value is a bit; the
     first pair's key is 1, which is asked for, and all others are 0. Chance is 1/2.
     """
 

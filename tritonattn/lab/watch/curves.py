@@ -33,7 +33,7 @@ _EXPECTED = "FILE: expected JSON lines that a Monitor wrote, got"
 
 @dataclass(frozen=True)
 class Record:
-    """A watched step: its alarms, and by layer each measure as thresholds see it. NaN is no value, or none finite."""
+    """A watched step: its alarms, and by layer each measure as thresholds take it. NaN is no value, or none finite."""
 
     step: int
     loss: float
