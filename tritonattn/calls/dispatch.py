@@ -235,7 +235,7 @@ def _expanded(scale: Tensor, q: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _where_attending(visibility: Visibility, query: Tensor) -> Tensor:
     """A query scale with 0 for rows without keys, where a mode may have divided by 0 or met NaN in q."""
-    return torch.where(visibility.once("attending rows", visibility.attending_rows), query, 0)
+    return torch.where(visibility.attending_rows(), query, 0)
 
 
 def refuse_gradients(call: str, /, **tensors: Any) -> None:

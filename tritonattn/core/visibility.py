@@ -334,7 +334,10 @@ class Visibility:
         return torch.where(hi > lo, hi, 0) - 1
 
     def attending_rows(self) -> Tensor:
-        """Rows that attend to at least one key: bool [B or 1, 1 or Hq, Sq]."""
+        """Rows that attend to at least one key: bool [B or 1, 1 or Hq, Sq]. Read-only."""
+        return self.once("attending rows", self._attending_rows)
+
+    def _attending_rows(self) -> Tensor:
         if self.mask is not None:
             return self.counts() > 0
         lo, hi = self.ranges()

@@ -37,7 +37,7 @@ def attention(call: AttentionCall) -> ForwardResult:
     library, terms, visible = _library_for(call, has_graph), call.logits, call.visibility
     is_grouped, is_packed = visible.q_heads != visible.kv_heads, visible.sequences is not None
     dtype, widths = call.v.dtype, library.widths((call.q.shape[3], call.v.shape[3]), card, is_grouped)
-    rows = None if visible.every_row_attends else visible.once("attending rows", visible.attending_rows)
+    rows = None if visible.every_row_attends else visible.attending_rows()
     keys = None if visible.attends_to_every_key else visible.once("seen keys", visible.seen_keys)
     q = folded(call.q, call.wide_q, terms.query_scale, rows if has_graph else None, dtype)
     k = folded(call.k, call.wide_k, terms.key_scale, keys, dtype)

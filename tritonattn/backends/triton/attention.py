@@ -239,7 +239,7 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -
         block_table=call.block_table is not None,
         aligned=_has_whole_vectors(call.q, call.v) if visible.invariant else are_aligned(call.q, call.k, call.v, d_out),
         short=is_short(*_sizes(call)[1:]),
-        invariant=call.visibility.invariant,
+        invariant=visible.invariant,
     )
     if not problem.has_bias:
         asked["bias_after_softcap"] = False

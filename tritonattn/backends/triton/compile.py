@@ -162,11 +162,8 @@ def _decode(problem: Problem) -> None:
 
 
 def _sum_of_splits(problem: Problem) -> None:
-    specialisation, result = (
-        Specialisation(problem, wide=False),
-        _tensor(2, 2, 1024, problem.head_dim, dtype=problem.dtype),
-    )
-    add_splits(specialisation, _tensor(4, *result.shape), result)
+    result = _tensor(2, 2, 1024, problem.head_dim, dtype=problem.dtype)
+    add_splits(Specialisation(problem, wide=False), _tensor(4, *result.shape), result)
 
 
 def _keys(problem: Problem) -> tuple[Tensor, Tensor | None]:
