@@ -15,6 +15,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # it is read when triton is impo
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from perf import memory
 from tests.support import flash
@@ -140,6 +141,13 @@ def second_order(backend: str) -> None:
     torch.autograd.grad(first.sum(), q)
 
 
+def forward_mode(backend: str) -> None:
+    q, k, v = (x.detach() for x in operands(**dtype_for(backend)))
+    with forward_ad.dual_level():
+        out = attention(forward_ad.make_dual(q, q), k, v, scaling="key_norm_mean", causal=True, backend=backend)
+        assert forward_ad.unpack_dual(out).tangent is not None
+
+
 def pairs(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
@@ -186,7 +194,7 @@ ROWS: dict[str, list[Probe]] = {
     "autocast": [autocast],
     "`torch.compile(fullgraph=True)`, `torch.func.grad`, `vmap`": [transformed, compiled],
     "`batch_invariant` (`sdpa`: on a CPU)": [invariant],
-    "gradients of gradients": [second_order],
+    "gradients of gradients, forward mode (jvp)": [second_order, forward_mode],
 }
 
 

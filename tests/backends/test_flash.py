@@ -291,12 +291,13 @@ def test_nothing_installed(monkeypatch):
         **tensors,
         backend="flash",
     )
-    commands = ("'flash-attn-4>=4.0.0b32'", "'flash-attn>=2.6'", "./hopper")
+    commands = ("'flash-attn-4>=4.0.0b34'", "'flash-attn>=2.6'", "./hopper")
     how = " ~ ".join(f"pip install {one}" for one in commands)
     for versions, why in (
         ((), "which is not installed for this GPU"),
         (("flash-attn-2 2.5.8",), "flash-attn-2 is too old"),
         (("flash-attn-4 4.0.0b24",), "flash-attn-4 is too old"),  # drops the gradient of sinks
+        (("flash-attn-4 4.0.0b33",), "flash-attn-4 is too old"),  # asserts at head dim 256 on sm_100
     ):
         flash.install(monkeypatch, *versions, card=9)
         error = f"ImportError: backend: 'flash' needs FlashAttention, {why}: {how}"

@@ -56,6 +56,16 @@ def test_packed_single_rows(version, group, causal, monkeypatch):
     assert_close(tensors, tritonattn.attention_varlen, summands=1.0, **packed.arguments(), causal=causal)
 
 
+@pytest.mark.parametrize("version", NEWEST)
+def test_packed_rows_of_no_sequence(version, monkeypatch):
+    """Libraries refuse a batch of none; all rows attend to nothing."""
+    (module,) = flash.install(monkeypatch, version)
+    packed = Packed((), (), q_tail=5, k_tail=3)
+    tensors = harness.packed_inputs(packed, torch.bfloat16, CPU)
+    assert_close(tensors, tritonattn.attention_varlen, **packed.arguments(), causal=True)
+    assert module.calls == []
+
+
 @in_turn(version=NEWEST, masks=HIDDEN.values(), scaling=["sqrt_dim", "key_norm_mean", "cosine"])
 @pytest.mark.parametrize("lengths", [(3, 30), (30, 9)])
 def test_nan_in_hidden_keys_and_rows(version, masks, scaling, lengths, monkeypatch):

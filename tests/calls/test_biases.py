@@ -96,6 +96,22 @@ def test_the_formula(form, mask, softcap, sinks, backend):
         torch.testing.assert_close(ours, theirs, msg=name)
 
 
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("name", ["key_bias", "bias", "relative_bias"])
+def test_gradients_over_heads_are_summed_before_they_are_rounded(name, backend):
+    q, k, v = (random(1, 1, 16, 8, seed=seed).float().expand(-1, 64, -1, -1) for seed in range(3))
+    bias = random(*(1, 1, 16) if name == "key_bias" else (1, 1, 16, 16)).bfloat16()
+    weights = torch.tensor([1.0, -0.99]).repeat(32)[:, None, None]  # the heads' gradients cancel but for a hundredth
+
+    def gradient(dtype: torch.dtype, backend: str) -> torch.Tensor:
+        leaf = bias.to(dtype).requires_grad_()
+        out = attention(q, k, v, **{name: leaf}, backend=backend)
+        return torch.autograd.grad((out * weights).sum(), leaf)[0].float()
+
+    exact, found = gradient(torch.float32, "reference"), gradient(torch.bfloat16, backend)
+    assert (found - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
 @pytest.mark.parametrize("name", ["key_bias", "bias"])
 @pytest.mark.parametrize("softcap", [{}, {"softcap": 2.0}, {"softcap": 2.0, "bias_after_softcap": True}], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -31,6 +31,7 @@ from tritonattn.backends.flash import libraries, run
 RECORDED = Path(__file__).with_name("flash_signatures.json")
 FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
 _STARTS = ("cu_seqlens_q", "cu_seqlens_k")
+FIRST_FOUR = "4.0.0b34"  # of those without the module OF_OLD_FOUR
 MODULES = {name: module for name, module, *_ in libraries.FLASH}
 # The versions whose keywords differ, and a card that runs each, by the first number of its compute capability.
 VERSIONS = {
@@ -70,7 +71,7 @@ class StandIn(ModuleType):
     """A version's module; `calls` are the arguments of the calls so far, defaults included."""
 
     def __init__(self, version: str, card: int) -> None:
-        self.package, self.card = version.split()[0], card
+        (self.package, self.version), self.card = version.split(), card
         super().__init__(MODULES[self.package])
         self.calls: list[dict[str, Any]] = []
         for name in FUNCTIONS:
@@ -131,6 +132,7 @@ class StandIn(ModuleType):
         for side in given["window_size"]:
             assert side is None if self.package == "flash-attn-4" and side is None else -1 <= side < 2**31
         assert self.package != "flash-attn-4" or -1 not in given["window_size"]
+        assert "cu_seqlens_q" not in given or given["cu_seqlens_q"].numel() > 1, "batch size must be positive"
         for side in "qk" if "cu_seqlens_q" in given else "":
             starts, longest = given[f"cu_seqlens_{side}"], given[f"max_seqlen_{side}"]
             assert starts.dtype == torch.int32
@@ -271,6 +273,8 @@ def install(monkeypatch: pytest.MonkeyPatch, *versions: str, card: int | None = 
     for name, module in MODULES.items():
         found = next((one for one in modules if one.package == name), None)
         monkeypatch.setitem(sys.modules, module, cast(ModuleType, found))  # None raises ImportError
+    if any(one.package == "flash-attn-4" and one.version < FIRST_FOUR for one in modules):
+        monkeypatch.setitem(sys.modules, libraries.OF_OLD_FOUR, ModuleType(libraries.OF_OLD_FOUR))
     cached = libraries.libraries.__wrapped__
     monkeypatch.setattr(run, "libraries", cached)
     monkeypatch.setattr(run, "card_of", lambda device: card)

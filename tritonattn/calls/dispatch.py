@@ -10,12 +10,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import ops
 from ..backends import flash
 from ..backends.cpu import sdpa
-from ..core.autograd import autocast_is_on, is_transformed, needs_graph
-from ..core.call import AttentionCall, Logits, per_group
+from ..core.autograd import autocast_is_on, is_transformed, needs_graph, refuse_tangents
+from ..core.call import AttentionCall, Gradients, Logits, per_group
 from ..core.dropout import Dropout
 from ..core.key_records import RecordedStatistics
 from ..core.observation import ObservedCall, notify_observers, observers, unobserved
@@ -59,7 +60,12 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
             call.q, call.k = call.q.float(), call.k.float()
     result = by_formulas(call) if call.backend == "reference" else None
     if result is None:
+        in_forward_mode = forward_ad._current_level >= 0
+        if in_forward_mode:
+            refuse_tangents(call.backend, Gradients._fields, call.tensors)
         call = with_logits(call)
+        if in_forward_mode:
+            refuse_tangents(call.backend, Gradients._fields, call.tensors)  # of the scaling
         # torch maps its attention in a loop under vmap; our operators fold the mapped axis into the batch.
         folds = call.backend == "sdpa" and not has_transform and sdpa.supports(call)
         attend = flash.attention if call.backend == "flash" else ops.attention
@@ -278,7 +284,9 @@ def choose_backend(call: AttentionCall) -> str:
         raise NotImplementedError(
             f"{obstacle}: backend 'triton' does not support it; backends 'sdpa' and 'reference' do"
         )
-    if q.numel() == 0 or call.k.numel() == 0:
+    sequences = call.visibility.sequences
+    is_empty = backend == "flash" and sequences is not None and sequences.q_starts.shape[0] == 1
+    if is_empty or q.numel() == 0 or call.k.numel() == 0:
         backend = "sdpa"  # nothing to compute
     elif backend == "auto":
         backend = "sdpa"

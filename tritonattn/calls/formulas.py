@@ -48,7 +48,8 @@ def dense(call: AttentionCall, k: Tensor | None = None) -> tuple[Tensor | float,
         bias = of_distance if bias is None else bias + of_distance
     terms = call.logits
     if terms.key_bias is not None:
-        bias = _sum(bias, per_group(terms.key_bias, visibility).flatten(1, 2)[:, :, None], q)
+        key_bias = terms.key_bias.to(scale_dtype(q))  # gradients of a key's heads are summed before they are rounded
+        bias = _sum(bias, per_group(key_bias, visibility).flatten(1, 2)[:, :, None], q)
     if terms.bias is not None:
         bias = _sum(bias, terms.bias, q)
     if terms.relative_bias is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -47,6 +47,19 @@ def needs_graph(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
+
+
+def refuse_tangents(backend: str, names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
+    """Raise where a tensor carries a tangent of forward mode, which no autograd function of this package passes on.
+
+    They have no jvp that would say so, since torch.compile refuses functions with one.
+    """
+    for name, x in zip(names, tensors, strict=True):
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{name}: expected no tangent with backend {backend!r}, got one: forward-mode derivatives (jvp) are not"
+                ' supported; backend="reference" has them'
+            )
 
 
 def autocast_is_on(tensor: Tensor) -> bool:
@@ -138,4 +151,4 @@ class _Refuse(Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        raise RuntimeError("tritonattn: gradients of gradients are not supported")
+        raise RuntimeError('tritonattn: gradients of gradients are not supported; backend="reference" has them')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -20,7 +21,7 @@ from ...core.visibility import Visibility
 WIDEST = 256
 KEYWORDS_OF_LSE = ("return_lse", "return_attn_probs")
 HOW_TO_INSTALL = (
-    "pip install 'flash-attn-4>=4.0.0b32' (Hopper, Blackwell); pip install 'flash-attn>=2.6' --no-build-isolation"
+    "pip install 'flash-attn-4>=4.0.0b34' (Hopper, Blackwell); pip install 'flash-attn>=2.6' --no-build-isolation"
     " (FlashAttention 2, Ampere and later); FlashAttention 3 (Hopper) from its repository: pip install ./hopper"
 )
 
@@ -113,11 +114,14 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: boo
 
 
 CUDNN = Library("cudnn", (8, 9, 10, 11, 12), None, _cudnn)
-# The newest first: name, module, cards, no_limit, and a keyword that tells those of today from drafts and old ones.
+# FlashAttention 4 before 4.0.0b34 has a forward for head dim 256 without windows, softcap and sinks, in this module.
+OF_OLD_FOUR = "flash_attn.cute.sm100_hd256_2cta_fmha_forward"
+# The newest first: name, module, cards, no_limit, and what tells those of today from drafts and old ones: a keyword
+# that these lack, and a module that today's have no more.
 FLASH = (
-    ("flash-attn-4", "flash_attn.cute", (9, 10, 11, 12), None, "gather_bwd_recompute_p"),
-    ("flash-attn-3", "flash_attn_interface", (9,), -1, "softcap"),
-    ("flash-attn-2", "flash_attn", (0, 8, 9, 10, 11, 12), -1, "softcap"),
+    ("flash-attn-4", "flash_attn.cute", (9, 10, 11, 12), None, "gather_bwd_recompute_p", OF_OLD_FOUR),
+    ("flash-attn-3", "flash_attn_interface", (9,), -1, "softcap", ""),
+    ("flash-attn-2", "flash_attn", (0, 8, 9, 10, 11, 12), -1, "softcap", ""),
 )
 
 
@@ -140,7 +144,9 @@ def _looked_for(card: int) -> list[Library | str]:
     return [_imported(*one) for one in FLASH if card in one[2]]
 
 
-def _imported(name: str, module: str, cards: tuple[int, ...], no_limit: int | None, keyword: str) -> Library | str:
+def _imported(
+    name: str, module: str, cards: tuple[int, ...], no_limit: int | None, keyword: str, former: str
+) -> Library | str:
     """The library, or why it cannot be used: "" where it is not installed."""
     try:
         functions = import_module(module)
@@ -148,7 +154,7 @@ def _imported(name: str, module: str, cards: tuple[int, ...], no_limit: int | No
     except (ImportError, AttributeError, OSError) as error:  # OSError: built for another torch
         is_absent = isinstance(error, AttributeError) or getattr(error, "name", None) in (module, module.split(".")[0])
         return "" if is_absent else f"{name} cannot be imported ({type(error).__name__}: {error})"
-    return found if keyword in found.keywords else f"{name} is too old"
+    return f"{name} is too old" if keyword not in found.keywords or former in sys.modules else found
 
 
 def card_of(device: torch.device) -> int:
