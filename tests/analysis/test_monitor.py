@@ -12,7 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import tritonattn
 from tests.analysis.models import DIM, Net, dense
-from tests.support.llama import HEADS, ids, llama
+from tests.calls.test_biases import Recent
+from tests.support.llama import HEADS, KV_HEADS, ids, llama
 from tests.support.refusals import refuses
 from tritonattn.analysis import Monitor, Thresholds
 from tritonattn.core import observation
@@ -85,6 +86,48 @@ def test_the_largest_logit_is_without_a_bias_of_keys():
     assert seen(hidden)["max_logit"] != plain["max_logit"]
 
 
+ONE = torch.Generator().manual_seed(1)
+PAIRS = 9 * torch.randn(2, HEADS, 9, 9, generator=ONE)
+DISTANCES = 9 * torch.randn(1, HEADS, 1, 12, generator=ONE)
+DISTANCE = torch.arange(9)[:, None] - torch.arange(9)
+BIASES = {
+    "key_bias": ({"key_bias": PAIRS[:, :, 0]}, PAIRS[:, :, :1]),
+    "ALiBi": ({"key_bias": tritonattn.nn.ALiBi(HEADS)(9)}, tritonattn.nn.ALiBi(HEADS)(9)[:, None]),
+    "bias": ({"bias": PAIRS}, PAIRS),
+    "relative_bias": ({"relative_bias": DISTANCES, "relative_right": 2}, DISTANCES[0, :, 0, (DISTANCE + 2).clamp(0)]),
+    "of the scaling": ({"scaling": Recent()}, None),
+}
+
+
+class Bare(nn.Module):
+    def forward(self, *operands, **options):
+        return tritonattn.attention(*operands, causal=True, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"softcap": 2.0, "bias_after_softcap": True}], ids=str)
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("biases", BIASES)
+def test_rows_are_one_hot_by_their_biases_too(biases, backend, options):
+    """Also the one key of the first row, and where a softcap bounds the logits but not the biases."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 9, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    given, added = BIASES[biases]
+    keys = k.repeat_interleave(HEADS // KV_HEADS, 1)
+    added = Recent().addend(q, keys, None) if added is None else added
+    logits = q @ keys.mT * DIM**-0.5
+    visible = torch.ones(9, 9, dtype=torch.bool).tril()
+    is_after = "bias_after_softcap" in options
+    z = logits if is_after else logits + added
+    z = 2 * torch.tanh(z / 2) if "softcap" in options else z
+    p = torch.softmax((z + added if is_after else z).masked_fill(~visible, -torch.inf), -1)
+    wanted = (p.amax(-1) > 0.95).double().mean((0, 2))
+    got = record_of(Bare(), lambda net: net(q, k.requires_grad_(), v, backend=backend, **given, **options).sum())
+    layer = got["layers"]["Bare"]
+    assert layer["near_one_hot"] == pytest.approx(wanted.tolist(), abs=1e-6)
+    largest = logits.masked_fill(~visible, -torch.inf).amax((0, 2, 3))
+    assert layer["max_logit"] == pytest.approx(largest.tolist(), rel=1e-5)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("how", ["eager", "sdpa", "patched", "in part"])
 def test_padding_and_accumulation_say_what_the_sequences_say_alone(how, side):
@@ -126,19 +169,29 @@ def test_padding_and_accumulation_say_what_the_sequences_say_alone(how, side):
 def test_numbers_of_16_bits_are_not_rounded_to_them(dtype):
     """Gradient norms do not overflow either, under a scaled loss."""
 
-    class Bare(nn.Module):
-        def forward(self, *operands):
-            self.out = tritonattn.attention(*operands, causal=True)
-            return self.out.float().sin().sum() * 2e4
+    operands, outputs = [x.to(dtype).requires_grad_() for x in torch.randn(3, 2, HEADS, 64, DIM)], []
 
-    operands = [x.to(dtype).requires_grad_() for x in torch.randn(3, 2, HEADS, 64, DIM)]
-    net = Bare()
-    got = record_of(net, lambda net: net(*operands))["layers"]["Bare"]
-    variance = net.out.detach().double().transpose(0, 1).flatten(1, 2).var(1, correction=0).mean(-1)
+    def loss(net):
+        outputs.append(net(*operands))
+        return outputs[0].float().sin().sum() * 2e4
+
+    got = record_of(Bare(), loss)["layers"]["Bare"]
+    variance = outputs[0].detach().double().transpose(0, 1).flatten(1, 2).var(1, correction=0).mean(-1)
     torch.testing.assert_close(torch.tensor(got["output_variance"]).double(), variance, rtol=1e-5, atol=0)
     for name, x in zip(("q_gradient_norm", "k_gradient_norm"), operands, strict=False):
         wanted = x.grad.double().square().sum((0, 2, 3)).sqrt()
         torch.testing.assert_close(torch.tensor(got[name]).double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_numbers_of_64_bits_are_not_rounded_to_32():
+    """Squares of 1e25 are beyond fp32."""
+    operands = [x.requires_grad_() for x in torch.randn(3, 2, HEADS, 9, DIM, dtype=torch.float64)]
+    small, large = (
+        record_of(Bare(), lambda net, s=size: (s * net(*operands[:2], s * operands[2])).sum())["layers"]["Bare"]
+        for size in (1.0, 1e25)
+    )
+    for name, power in (("q_gradient_norm", 2), ("k_gradient_norm", 2), ("output_variance", 2), ("max_logit", 0)):
+        assert large[name] == pytest.approx([x * 1e25**power for x in small[name]], rel=1e-12)
 
 
 def test_an_evaluation_between_does_not_count_nor_does_decoding():
@@ -346,7 +399,7 @@ def test_statistics_of_a_seen_call_are_no_call_when_taken_later(key_bias):
     observer.begin()
     try:
         tritonattn.attention(*torch.randn(3, 1, 2, 5, 4), key_bias=key_bias)
-        seen[0].aux()
+        seen[0].rows()
     finally:
         observer.close()
     assert len(seen) == 1

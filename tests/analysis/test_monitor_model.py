@@ -82,6 +82,29 @@ def test_every_architecture_keeps_its_attention_and_is_seen(name):
         assert all(value is not None and value == value for name in MEASURES for value in layer[name])
 
 
+def test_biases_of_distances_count_alike_in_a_layer_that_is_patched_and_one_that_is_not():
+    if not ARCHITECTURES["t5"].exists:
+        pytest.skip("transformers has no T5 with attention functions")
+
+    def layers(scaling):
+        net, inputs = ARCHITECTURES["t5"].build(), ARCHITECTURES["t5"].inputs("left")
+        for name, x in net.named_parameters():
+            if "relative_attention_bias" in name:
+                x.data.mul_(3000 / x.data.std())
+        with contextlib.ExitStack() as contexts:
+            if scaling is not None:
+                contexts.enter_context(patch(net, scaling))
+            monitor = contexts.enter_context(Monitor(net, every=1, thresholds=QUIET))
+            ARCHITECTURES["t5"].outputs(net, inputs).square().sum().backward()
+            return monitor.step()["layers"]
+
+    found, wanted = layers("sqrt_dim"), layers(None)
+    assert max(wanted["encoder.block.0.layer.0.SelfAttention"]["near_one_hot"]) > 0.5
+    for name, layer in wanted.items():
+        assert max(layer["max_logit"]) < 1000  # biases are above
+        close(found[name], layer, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_an_exception_leaves_the_model_whole(error, tmp_path):
     net, x = llama("sdpa"), ids()

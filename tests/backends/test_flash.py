@@ -365,7 +365,7 @@ def test_a_monitor_gets_its_statistics_from_another_backend(monkeypatch):
     (module,) = flash.install(monkeypatch, FOUR)
     q, k, v = (x.bfloat16() for x in torch.randn(3, 1, 2, 12, 16))
     found = []
-    observer = Observer(lambda call: found.append(call.aux()))
+    observer = Observer(lambda call: found.append(call.rows()))
     observer.begin()
     try:
         tritonattn.attention(q, k, v, causal=True, backend="flash")

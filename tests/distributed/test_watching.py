@@ -82,3 +82,12 @@ def test_clip_takes_the_largest_logits_and_a_rank_in_another_step_or_alone_is_re
     monitor.steps = rank
     with pytest.raises(RuntimeError, match="same step"), monitor:
         monitor.step(1.0)
+
+
+@on_every_rank
+def test_the_loss_is_the_mean_of_the_ranks_that_have_one(rank: int) -> None:
+    with Monitor(torch.nn.Identity(), every=1) as monitor:
+        for loss, wanted in ((float(rank) if rank else None, 2.0), (None, None)):
+            record = monitor.step(loss)
+            assert record is not None
+            assert record["loss"] == wanted

@@ -48,7 +48,7 @@ class Monitor:
     A record is a dict: step; loss; alarms; and layers, by the module's name, each with
 
         calls, rows          numbers of calls and rows (B Hq Sq), without padding and rows without visible keys
-        max_logit            [Hq] the largest logit, before softcap, without a key_bias
+        max_logit            [Hq] the largest logit, before softcap and without biases
         relative_entropy     [Hq] mean over rows of n > 1 visible keys of entropy / ln n: 1 is uniform, 0 one key
         near_one_hot         [Hq] share of the rows whose largest probability is above 0.95, rows of one key included
         near_uniform         [Hq] share of the rows with n > 1 whose entropy / ln n is above 0.98

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..calls.checks import scale_dtype
 from ..core.observation import ObservedCall
 from ..core.visibility import Visibility
 from .diagnosis import ONE_HOT, UNIFORM
@@ -142,14 +143,11 @@ def counted_rows(seen: Visibility) -> Tensor:
 
 def _of_call(call: ObservedCall) -> tuple[dict[str, Tensor], Tensor]:
     """The sums over the rows of a call, but for those of gradients, and the largest logit of each head."""
-    aux, real = call.aux(), counted_rows(call.visibility)
-    n = call.visibility.counts().expand(aux.entropy.shape)  # [B, Hq, Sq]
+    found, real = call.rows(), counted_rows(call.visibility)
+    n = call.visibility.counts().expand(found.entropy.shape)  # [B, Hq, Sq]
     real = real.expand(n.shape)
     several = real & (n > 1)
-    top = aux.max_logit.double()
-    capped = top if call.softcap is None else call.softcap * torch.tanh(top / call.softcap)
-    probability = torch.exp(capped - aux.lse.double())
-    relative = relative_entropy(aux.entropy, n)
+    relative = relative_entropy(found.entropy, n)
 
     def count(x: Tensor, rows: Tensor) -> Tensor:  # [Hq]
         return torch.where(rows, x.double(), 0).sum((0, 2))
@@ -158,11 +156,11 @@ def _of_call(call: ObservedCall) -> tuple[dict[str, Tensor], Tensor]:
         "real_rows": real.sum((0, 2)),
         "rows": several.sum((0, 2)),
         "entropy": count(relative, several),
-        "one_hot": count(probability > ONE_HOT, real),
+        "one_hot": count(found.max_probability > ONE_HOT, real),
         "uniform": count(relative > UNIFORM, several),
         **_of_output(call.out, real),
     }
-    return sums, torch.where(real, top, -math.inf).amax((0, 2))
+    return sums, torch.where(real, found.max_logit.double(), -math.inf).amax((0, 2))
 
 
 def _of_output(out: Tensor, real: Tensor) -> dict[str, Tensor]:
@@ -171,7 +169,7 @@ def _of_output(out: Tensor, real: Tensor) -> dict[str, Tensor]:
     The squares are those of deviations from the mean plus that of the mean: fp32 takes squares of large numbers, and
     their small differences, wrong.
     """
-    out, real = out.detach().float(), real[..., None]  # [B, Hq, Sq, Dv], [B, Hq, Sq, 1]
+    out, real = out.detach().to(scale_dtype(out)), real[..., None]  # [B, Hq, Sq, Dv], [B, Hq, Sq, 1]
     count = real.sum((0, 2))  # [Hq, 1]
     mean = torch.where(real, out, 0).sum((0, 2)) / count.clamp(min=1)
     deviations = torch.where(real, out - mean[:, None], 0).square().sum((0, 2)).double()
@@ -180,8 +178,8 @@ def _of_output(out: Tensor, real: Tensor) -> dict[str, Tensor]:
 
 
 def _square(gradient: Tensor) -> Tensor:
-    """Sum of squares by head: fp64 [H], added in fp32."""
-    return torch.linalg.vector_norm(gradient.detach(), dim=(0, 2, 3), dtype=torch.float32).double().square()
+    """Sum of squares by head: fp64 [H], added in fp32 (fp64 for fp64)."""
+    return torch.linalg.vector_norm(gradient.detach(), dim=(0, 2, 3), dtype=scale_dtype(gradient)).double().square()
 
 
 def _norms(squares: Tensor | None, grad_scale: float) -> list[float] | None:

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import warnings
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ..core.autograd import autocast_is_on, is_transformed, needs_graph, refuse_
 from ..core.call import AttentionCall, Gradients, Logits, per_group
 from ..core.dropout import Dropout
 from ..core.key_records import RecordedStatistics
-from ..core.observation import ObservedCall, notify_observers, observers, unobserved
+from ..core.observation import ObservedCall, ObservedRows, notify_observers, observers
 from ..core.pair_biases import sum_of_tables
 from ..core.sequences import PageTable
 from ..core.statistics import DoubleStatistics, Statistics
@@ -256,23 +256,27 @@ def refuse_gradients(call: str, /, **tensors: Any) -> None:
 
 def _notify(call: AttentionCall, out: Tensor) -> None:
     """Hand a checked call, which no backend has had, to its observers."""
+    notify_observers(ObservedCall(call.q, call.k, out, call.visibility, lambda: observed_rows(call)))
 
-    def aux() -> AttentionAux:
-        narrow = call.k.detach()[..., :1]  # stands for v; its values reach nothing that is read
-        backend = "auto" if call.backend == "flash" else call.backend  # a library has no entropy
-        again, terms = replace(call, v=narrow, aux=True, dropout_p=0.0, backend=backend), call.logits
-        with unobserved(), torch.no_grad():
-            found = cast(tuple[Tensor, AttentionAux], run(replace(again)))[1]
-            biases = {"key_bias": terms.key_bias, "bias": terms.bias, "relative_bias": terms.relative_bias}
-            hiding = {name: torch.where(x == -torch.inf, x, 0) for name, x in biases.items() if x is not None}
-            if not hiding:
-                return found
-            # A bias may grow with the position, as of forget gates: without it logits tell how large q . k is.
-            hiding = terms.changed(**hiding, bias_after_softcap=False)
-            without = cast(tuple[Tensor, AttentionAux], run(replace(again, logits=hiding)))[1]
-            return found._replace(max_logit=without.max_logit)
 
-    notify_observers(ObservedCall(call.q, call.k, out, call.visibility, call.logits.softcap, aux))
+@torch.no_grad()
+def observed_rows(call: AttentionCall) -> ObservedRows:
+    """The softmax of the rows of a checked call, which no backend has had, and its largest logits without biases."""
+    backend = {"flash": "auto", "reference": "sdpa"}.get(call.backend, call.backend)  # a library has no entropy
+    narrow = call.k.detach()[..., :1]  # stands for v; its values reach nothing that is read
+    call = replace(call, v=narrow, aux=True, dropout_p=0.0, backend=backend)
+    call.backend = choose_backend(call)
+    call = with_logits(call)
+    found, terms = aux_of(ops.attention(call)), call.logits
+    largest = capped = found.max_logit
+    if terms.softcap is not None and not terms.bias_after_softcap:
+        capped = terms.softcap * torch.tanh(largest / terms.softcap)
+    biases = {"key_bias": terms.key_bias, "bias": terms.bias, "relative_bias": terms.relative_bias}
+    hiding = {name: torch.where(x == -torch.inf, x, 0) for name, x in biases.items() if x is not None}
+    if hiding:
+        plain = replace(call, logits=terms.changed(**hiding, bias_after_softcap=False))
+        largest = aux_of(ops.attention(plain)).max_logit
+    return ObservedRows(largest, torch.exp(capped - found.lse), found.entropy)
 
 
 def choose_backend(call: AttentionCall) -> str:

@@ -6,12 +6,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .autograd import is_transformed
+
+
+class ObservedRows(NamedTuple):
+    """The softmax of each row before dropout and sinks, [B, Hq, Sq], fp32 (fp64 for fp64 q); as `AttentionAux`, but
+
+    max_logit         without biases, which may grow with the position: it tells how large q . k is
+    max_probability   the largest, with biases; NaN for a row without keys
+    """
+
+    max_logit: Tensor
+    max_probability: Tensor
+    entropy: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,17 +34,14 @@ class ObservedCall:
     k            [B, Hkv, Sk, D], likewise
     out          [B, Hq, Sq, Dv], as the caller gets it, after dropout
     visibility   which keys each row attends to, a `tritonattn.core.visibility.Visibility`
-    softcap      or None
-    aux          computes the call's `AttentionAux` in another pass, unobserved, without dropout and without a
-                 graph; its max_logit is without the key_bias
+    rows         computes the softmax of the rows in another pass, without a graph
     """
 
     q: Tensor
     k: Tensor
     out: Tensor
     visibility: Any
-    softcap: float | None
-    aux: Callable[[], Any]
+    rows: Callable[[], ObservedRows]
 
 
 class Observer:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from ..calls.attention import attention
-from ..calls.results import AttentionAux
-from ..core.observation import ObservedCall, is_observed, notify_observers, unobserved
+from ..calls.checks import check, operands
+from ..calls.dispatch import observed_rows
+from ..core.call import AttentionCall, Logits
+from ..core.observation import ObservedCall, is_observed, notify_observers
 from .architecture import AttentionModule, attention_modules, interface_function
 from .attention import NAME, call_arguments
 from .configs import IMPLEMENTATION, install
@@ -93,12 +94,10 @@ def _observed_forward(
     if is_observed():
         with torch.no_grad():
             arguments = call_arguments(module, query, key, attention_mask, scaling, **kwargs)
+            cast = operands(query, key, key)  # under autocast
         visible = visibility_of(query, key, arguments)
-
-        def aux() -> AttentionAux:
-            with unobserved(), torch.no_grad():
-                narrow = key.detach()[..., :1]
-                return attention(query, key, narrow, **arguments, return_aux=True)[1]
-
-        notify_observers(ObservedCall(query, key, out.transpose(1, 2), visible, arguments["softcap"], aux))
+        terms = Logits(softcap=arguments["softcap"], bias=arguments.get("bias"))
+        options = {name: arguments[name] for name in ("scaling", "gain", "backend")}
+        call = check(AttentionCall(*cast, visible, terms, **options))
+        notify_observers(ObservedCall(query, key, out.transpose(1, 2), visible, lambda: observed_rows(call)))
     return out, weights

@@ -144,7 +144,7 @@ def _observe(run: Run, step: int, model: nn.Module, losses: list[Tensor], held_o
 
 def _entropy(call: ObservedCall) -> float:
     """Mean entropy / ln n over the rows of n > 1 visible keys: 1 is uniform attention, 0 a single key."""
-    entropy = call.aux().entropy  # [B, Hq, Sq]
+    entropy = call.rows().entropy  # [B, Hq, Sq]
     counts = call.visibility.counts().expand_as(entropy)
     return float(relative_entropy(entropy, counts)[counts > 1].mean())
 
