@@ -18,6 +18,7 @@ COMMANDS = {
     "compile": "the kernels of soak and sweeps, by all cores, before anything is timed",
     "cpu": "time and memory on a CPU, against PyTorch's attention",
     "memory": "bytes that a call keeps for its backward, by form",
+    "language-model": "small GPTs beyond their trained length, by factor and kinds of layer: hours",
     "monitor": "what watching a training run costs",
     "compilations": "distinct kernels that ordinary training, decoding and packing compile",
     "distributed": "bytes, time and memory of a sequence that ranks share: measured, and a model of more ranks",
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(command: str, arguments: Sequence[str]) -> None:
     """Import the module of one command alone, since a GPU machine may lack the packages of the others."""
-    module = import_module(f".{command}", __package__)
+    module = import_module(f".{command.replace('-', '_')}", __package__)
     parser = argparse.ArgumentParser(prog=f"python -m perf {command}", description=module.__doc__)
     module.add_arguments(parser)
     options = parser.parse_args(arguments)

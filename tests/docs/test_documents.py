@@ -53,7 +53,7 @@ def test_commands_parse(document):
             cli._parser().parse_args(words[1:])
         elif words[:3] == ["python", "-m", "perf"] and words[3] != "COMMAND":
             parser = argparse.ArgumentParser()
-            importlib.import_module(f"perf.{words[3]}").add_arguments(parser)
+            importlib.import_module(f"perf.{words[3].replace('-', '_')}").add_arguments(parser)
             parser.parse_args(words[4:])
 
 

@@ -17,7 +17,7 @@ import torch
 
 TRITON = ("triton", "triton-windows")  # packages that bring the module
 # The code that figures depend on, in a checkout; results lie with it, and a run may append to them.
-_CODE = ("tritonattn/**/*.py", "perf/*.py", "autotune_cache/*.json")
+_CODE = ("tritonattn/**/*.py", "perf/**/*.py", "autotune_cache/*.json")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,95 @@
+"""The study of language models: its attention is the library's, its ledger can be answered, its command goes on."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tritonattn
+from perf.__main__ import main
+from perf.language_model.cells import study, swaps_of
+from perf.language_model.model import GPT, Factor, Shape, Swap, rotated, swapped
+from perf.language_model.records import read
+from perf.language_model.tasks import FILLERS, NAMES, VALUES, ledger
+
+
+@pytest.mark.parametrize("factor", [Factor(), Factor(gain=2.0), Factor("log_key_count"), Factor("ssmax")], ids=str)
+@pytest.mark.parametrize("where", ["global", "all"])
+@pytest.mark.parametrize("length", [64, 512])
+def test_attention_is_that_of_the_library(factor, where, length):
+    torch.manual_seed(0)
+    model = GPT(Shape("wnr", factor, where, window=5), 8, 64, 1.0)
+    for layer in model.attention:
+        q, k, v = layer.heads_of(torch.randn(2, length, 64))
+        has_factor = layer.kind != "w" or where == "all"
+        scaling = {
+            "sqrt_dim": "sqrt_dim",
+            "log_key_count": tritonattn.SCALINGS["log_key_count"](64),
+            "ssmax": tritonattn.nn.SSMax(2, 64),
+        }[factor.name if has_factor else "sqrt_dim"]
+        masks = {"causal": True, "window": (4, 0) if layer.kind == "w" else None}
+        gain = factor.gain if has_factor else None
+        expected = tritonattn.attention(q, k, v, scaling=scaling, gain=gain, **masks)
+        torch.testing.assert_close(layer.attend(q, k, v), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_change_at_test_is_the_library_s_and_goes_back():
+    torch.manual_seed(0)
+    model = GPT(Shape("wr"), 8, 64, 1.0)
+    x = torch.randn(1, 256, 64)
+    windowed, whole = model.attention
+    before = [layer(x) for layer in model.attention]
+    with swapped(model, Swap("", Factor("qwen_logn"), stretch=True), 4, 64):
+        q, k, v = whole.heads_of(x)
+        bare = whole.qkv(x).unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)[0]
+        bare = torch.nn.functional.rms_norm(bare, (32,))
+        torch.testing.assert_close(q, rotated(bare, 10_000.0 * 4 ** (32 / 30)))
+        expected = tritonattn.attention(q, k, v, scaling=tritonattn.SCALINGS["qwen_logn"](64), causal=True)
+        torch.testing.assert_close(whole.attend(q, k, v), expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(whole(x), before[1])
+        assert torch.equal(windowed(x), before[0])
+    assert torch.equal(whole(x), before[1])
+
+
+def test_a_ledger_repeats_the_values_of_names_that_come_again():
+    tokens, asked = ledger(32, 200, torch.Generator().manual_seed(0))
+    shares = []
+    for row, wanted in zip(tokens.tolist(), asked.tolist(), strict=True):
+        known, place = {}, 0
+        while place < len(row) - 1:
+            if row[place] >= NAMES + VALUES:
+                assert row[place] < NAMES + VALUES + FILLERS
+                assert not wanted[place]
+                place += 1
+                continue
+            name, value = row[place : place + 2]
+            assert name < NAMES <= value < NAMES + VALUES
+            assert wanted[place + 1] == (name in known)
+            assert not wanted[place]
+            assert known.setdefault(name, value) == value
+            place += 2
+        shares.append(sum(wanted) / len(row))
+    assert 0.1 < min(shares) < 0.2 < max(shares) < 0.45
+
+
+def test_the_study_has_every_cell_once_and_tells_them_apart():
+    cells = study()
+    assert len({cell.name for cell in cells}) == len(set(cells)) == len(cells)
+    named = {swap.name for cell in cells for swap in swaps_of(cell)}
+    assert {"", "log n at test", "twice at test", "four times at test", "base stretched"} <= named
+
+
+def test_the_command_goes_on_where_its_record_stops(tmp_path, capsys):
+    file = tmp_path / "runs.jsonl"
+    words = ["language-model", "--quick", "--out", str(file), "--only", "ledger wn qk_norm=plain adamw window=4 seed=0"]
+    main([*words[:-1], f"{words[-1]} sqrt_dim x2"])
+    first = read(file)
+    main([*words[:-1], f"{words[-1]} sqrt_dim"])
+    runs = read(file)
+    assert runs[0] == first[0]
+    assert [run.cell.shape.factor for run in runs] == [Factor(gain=2.0), Factor(), Factor(gain=4.0)]
+    assert all(set(run.found.results[""]) == {"1", "2", "4", "8", "16", "32"} for run in runs)
+    assert set(runs[1].found.results) == {"", "log n at test", "twice at test", "four times at test"}
+    assert replace(runs[1].cell, recipe=study()[0].recipe) == study()[0]
+    main([*words, "--list"])
+    assert "+ ledger wn qk_norm=plain sqrt_dim window=4 adamw seed=0" in capsys.readouterr().out
