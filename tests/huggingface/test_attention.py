@@ -40,6 +40,17 @@ def test_a_scaling_that_the_model_learns_gets_its_gradient():
         assert gradient != 0
 
 
+def test_dropout_backend_and_invariance_reach_the_call():
+    q, k, v = torch.randn(3, 1, 2, 7, 8)
+    torch.manual_seed(0)
+    out, _ = attention_forward(module_with(), q, k, v, None, dropout=0.5)
+    torch.manual_seed(0)
+    wanted = tritonattn.attention(q, k, v, causal=True, dropout_p=0.5)
+    torch.testing.assert_close(out, wanted.transpose(1, 2), rtol=0, atol=0)
+    invariant = module_with(backend="reference", batch_invariant=True)
+    refuses("NotImplementedError: batch_invariant ~ reference", attention_forward, invariant, q, k, v, None)
+
+
 @pytest.mark.parametrize(
     "name", "relative_position_bias block_table cache indices block_indices sinks head_mask".split()
 )

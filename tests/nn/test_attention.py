@@ -63,6 +63,14 @@ def test_masks(mask, scaling):
     assert_same(made, ours[attends], expected[attends], x)
 
 
+def test_dropout_is_for_training_and_invariance_reaches_the_call():
+    x = tokens()
+    plain, dropping = layer(causal=True), layer(causal=True, dropout_p=0.5)
+    torch.testing.assert_close(dropping.eval()(x), plain(x), rtol=0, atol=0)
+    assert (dropping.train()(x) - plain(x)).abs().max() > 0.1
+    refuses("NotImplementedError: batch_invariant ~ reference", layer(backend="reference", batch_invariant=True), x)
+
+
 def test_cross_attention():
     made = layer("key_norm_mean", context_width=10)
     x, context = tokens().requires_grad_(), tokens(length=5, width=10).requires_grad_()
