@@ -12,7 +12,7 @@ import torch
 import tritonattn
 from tritonattn.analysis import Thresholds
 from tritonattn.calls import dispatch
-from tritonattn.calls.public import _HINTS
+from tritonattn.calls.public import _HINTS, _hint
 from tritonattn.distributed import context_parallel_attention, context_parallel_decode
 
 FUNCTIONS = (
@@ -54,6 +54,20 @@ Q = torch.ones(1, 2, 3, 4)
         ("attention", {"scaling": [1]}, "scaling: expected a name, a Scaling, a float or a tensor, got list"),
         (partial(LAYER, 8), {"num_heads": 2}, "ScaledAttention: expected heads= (query heads), got num_heads="),
         (partial(LAYER(8, 2), Q), {"attn_mask": Q}, "ScaledAttention.forward: expected mask="),
+        (
+            partial(LAYER(8, 2), Q),
+            {"causal": True},
+            "ScaledAttention.forward: expected causal= in the constructor, got causal= in a call",
+        ),
+        (
+            partial(LAYER(8, 2), Q),
+            {"is_causal": True},
+            "ScaledAttention.forward: expected causal= (bottom-right, where PyTorch's is top-left) in the constructor",
+        ),
+        (partial(LAYER(8, 2), Q), {"softmax_scale": 1.0}, "ScaledAttention.forward: expected scaling= (a float"),
+        (partial(LAYER(8, 2), Q), {"cu_seqlens_q": Q}, "ScaledAttention.forward: expected cu_seqlens="),
+        ("attention", {"key_padding_mask": Q}, "attention: expected key_lengths= ([B]: the number of keys of each seq"),
+        ("attention", {"mode": "dim"}, "attention: expected scaling= (a name in SCALINGS, a Scaling or a float), got"),
     ],
 )
 def test_a_word_of_another_library_is_answered_with_ours(function, keywords, message):
@@ -69,6 +83,7 @@ def test_a_word_of_another_library_is_answered_with_ours(function, keywords, mes
         ("attention", [Q > 0, 0.0], "(q, k, v), got 5; name the rest, such as mask=..."),
         ("attention", ["dim"], "such as scaling='dim'"),
         ("attention", [None], "(q, k, v), got 4; name the rest"),
+        (partial(LAYER(4, 2), Q[0]), [Q[0], Q[0]], "(x, context), got 3; name the rest; context is keys and values,"),
         (partial(LAYER, 8, 2), [1], "ScaledAttention: expected at most 2 positional arguments (width, heads), got 3"),
     ],
 )  # fmt: skip
@@ -98,6 +113,12 @@ def test_every_mode_with_arguments_has_hints():
         if inspect.signature(mode).parameters:
             with pytest.raises(TypeError, match=f"^{mode.__name__}: expected .*, got of_none="):
                 mode(of_none=1)
+
+
+@pytest.mark.parametrize("word", ["scale", "scaling", "score_mod", "query_scale"])
+def test_a_word_that_stands_for_one_that_is_lacking_too_has_no_hint(word):
+    """`scale` and `scaling` each stand for the other: a call of a function with neither came back never."""
+    assert _hint(word, {"causal"}) is None
 
 
 def test_every_hint_names_an_argument():

@@ -231,13 +231,15 @@ def test_the_flat_form_of_the_config_holds_for_all_layers():
     refuses("ValueError: ~ without parameters ~ patch", logits, network)
 
 
-def test_weights_without_what_was_learned_are_said_and_start_again(tmp_path):
+@pytest.mark.parametrize("scaling", ["per_head", "ssmax", "learned_log_power", LEARNED.PowerLaw(4, "dim")], ids=str)
+def test_weights_without_what_was_learned_are_said_and_start_again(scaling, tmp_path):
+    """A learned scaling starts where its patch did: by name at the model."""
     network = LLAMA.build()
     network.save_pretrained(tmp_path)
-    plain = logits(network)
-    with patch(network, scaling="per_head", gain=torch.ones(4, 1)) as one:
+    with patch(network, scaling=scaling, gain=torch.ones(4, 1)) as one:
+        wanted = logits(network)
         network.config.save_pretrained(tmp_path)
         learned = {f"{name}.tritonattn.{key}" for name, layer in one.layers.items() for key in layer.state_dict()}
     again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert set(report["missing_keys"]) == learned
-    torch.testing.assert_close(logits(again.eval()), plain, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(logits(again.eval()), wanted)

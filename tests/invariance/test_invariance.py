@@ -17,6 +17,11 @@ def test_bits_do_not_depend_on_the_rest_of_the_batch(case):
     assert differences(case, "sdpa") == []
 
 
+def test_the_switch_takes_a_bool():
+    with pytest.raises(TypeError, match="enabled: expected a bool, got str 'x'"), tritonattn.batch_invariant("x"):
+        pass
+
+
 def test_without_the_switch_they_do():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 4, 8, 300, 64)

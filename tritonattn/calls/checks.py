@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -223,15 +223,23 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a finite number, got {value!r} (the largest is {_LARGEST:.4g})")
 
 
-def refuse_scaling(scaling: Any) -> None:
+def refuse_scaling(scaling: Any, wanted: str = "a name, a Scaling, a float or a tensor") -> NoReturn:
     """Raise the TypeError for a value that is no scaling."""
     if isinstance(scaling, type) and issubclass(scaling, Scaling):
         parameters = inspect.signature(scaling).parameters.values()
-        required = [f"{p.name}=..." for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        required = [f"{p.name}=..." for p in parameters if is_required(p)]
         name = scaling.__name__
         write = f"write {name}({', '.join(required)})"
         raise TypeError(f"scaling: expected an instance of a Scaling, got the class {name}; {write}")
-    raise TypeError(f"scaling: expected a name, a Scaling, a float or a tensor, got {type_of(scaling)}")
+    raise TypeError(f"scaling: expected {wanted}, got {type_of(scaling)}")
+
+
+def is_required(parameter: inspect.Parameter) -> bool:
+    """True for a parameter of a class that has to be given."""
+    return parameter.default is parameter.empty and parameter.kind not in (
+        parameter.VAR_POSITIONAL,
+        parameter.VAR_KEYWORD,
+    )
 
 
 def check_settings(backend: Any, softcap: Any, dropout_p: Any) -> None:

@@ -49,7 +49,9 @@ def public(
                                 return call_of_parts(function, signature, axes, paged, arguments, keywords)
                 return function(*arguments, **keywords)
             except TypeError:
-                hint = _hint_for(arguments, keywords, signature.parameters)
+                is_layer = function.__name__ == "forward"
+                made = inspect.signature(type(arguments[0])).parameters if is_layer else {}
+                hint = _hint_for(arguments, keywords, signature.parameters, made)
                 if hint is None:
                     raise
             raise TypeError(f"{function.__qualname__.removesuffix('.__init__')}: {hint}")
@@ -66,8 +68,11 @@ _ADDED = "what it adds: key_bias=, relative_bias= or, in `attention`, bias="
 _HINTS = {
     "is_causal": ("causal", "bottom-right, where PyTorch's is top-left"),
     "causal": ("", "a row attends to the keys up to its position"),
-    "attn_mask": ("mask", "bool, True is visible; key_lengths and key_ranges cost less; of floats, bias="),
-    "mask": ("key_lengths", "[B]: the number of keys of each sequence"),
+    "attn_mask": (
+        "mask",
+        "bool, True is visible, in nn.MultiheadAttention hidden; key_lengths and key_ranges cost less; floats: bias=",
+    ),
+    "mask": ("key_lengths", "[B]: the number of keys of each sequence, padding after them"),
     "attn_bias": ("bias", "a number a pair, broadcastable to [B, Hq, Sq, Sk]; key_bias= and relative_bias= cost less"),
     "position_bias": ("relative_bias", "a number a distance, on the last axis; `attention` has bias=, a number a pair"),
     "rel_pos": ("relative_bias", "a number a distance, on the last axis"),
@@ -76,6 +81,7 @@ _HINTS = {
     "alibi_slopes": ("key_bias", "tritonattn.nn.ALiBi(heads)(Sk), in causal attention; in others relative_bias="),
     "scale": ("scaling", "a float is the factor itself"),
     "softmax_scale": ("scaling", "a float is the factor itself"),
+    "mode": ("scaling", "a name in SCALINGS, a Scaling or a float"),
     "scaling": ("scale", "a float"),
     "enable_gqa": ("", "k may have fewer heads than q, whose number they divide"),
     "window_size": ("window", "a pair: left, right"),
@@ -83,10 +89,10 @@ _HINTS = {
     "embed_dim": ("width", "features of x"),
     "num_heads": ("heads", "query heads"),
     "num_kv_heads": ("kv_heads", "a divisor of heads"),
-    "key_padding_mask": ("key_lengths", "[B]: the number of keys of each sequence"),
+    "key_padding_mask": ("key_lengths", "[B]: the number of keys of each sequence, padding after them"),
     "dropout": ("dropout_p", "a number in [0, 1)"),
     "p": ("dropout_p", "a number in [0, 1)"),
-    "deterministic": ("", "every call is"),
+    "deterministic": ("", "every call is; backend='flash' under torch.use_deterministic_algorithms(True)"),
     "cache_seqlens": ("key_lengths", "the new keys included"),
     "return_attn_probs": ("return_aux", "lse, largest logit and entropy"),
     "return_lse": ("return_aux", "lse, largest logit and entropy"),
@@ -99,20 +105,30 @@ _HINTS = {
 _BY_TYPE = {bool: "causal", str: "scaling", True: "mask", False: "bias"}
 
 
-def _hint_for(arguments: Sequence[Any], keywords: Iterable[str], known: Mapping[str, Parameter]) -> str | None:
-    """The hint for arguments that are not among the `known` ones of a function; None where all are."""
+def _hint_for(
+    arguments: Sequence[Any], keywords: Iterable[str], known: Mapping[str, Parameter], made: Mapping[str, Parameter]
+) -> str | None:
+    """The hint for arguments that are not among the `known` ones of a function; None where all are.
+
+    made   the arguments of the constructor, of a layer's forward
+    """
     unknown = [word for word in keywords if word not in known]
-    hints = (_hint(word, known) or hint_for_keyword(word, known) for word in unknown)
+    hints = (_hint(word, known, made) or hint_for_keyword(word, known) for word in unknown)
     return next(filter(None, hints), None) or _hint_for_order(arguments, known)
 
 
-def _hint(word: str, known: Any) -> str | None:
-    ours, note = _HINTS.get(word, (None, ""))
-    while ours and ours not in known:
+def _hint(word: str, known: Any, made: Any = ()) -> str | None:
+    ours, note, passed = word, "", set()
+    while ours not in known and ours not in made:
+        passed.add(ours)
         ours, note = _HINTS.get(ours, (None, ""))
-    if ours is None:
-        return None
-    return f"expected {ours}= ({note}), got {word}=" if ours else f"expected no {word}=: {note}"
+        if ours is None or ours in passed:  # scale and scaling each stand for the other
+            return None
+        if not ours:
+            return f"expected no {word}=: {note}"
+    wanted = f"{ours}= ({note})" if note else f"{ours}="
+    where = ("", "") if ours in known else (" in the constructor", " in a call")
+    return f"expected {wanted}{where[0]}, got {word}={where[1]}"
 
 
 def _hint_for_order(arguments: Sequence[Any], known: Mapping[str, Parameter]) -> str | None:
@@ -124,6 +140,8 @@ def _hint_for_order(arguments: Sequence[Any], known: Mapping[str, Parameter]) ->
     name = _BY_TYPE.get(first.dtype == torch.bool if isinstance(first, Tensor) else type(first), "")
     value = "..." if isinstance(first, Tensor) else repr(first)
     example = f", such as {name}={value}" if name in known else ""
+    if "context" in ordered:
+        example = "; context is keys and values, and a layer without it attends to x"
     names = [name for name in ordered if name != "self"]
     got = len(arguments) - len(ordered) + len(names)
     return f"expected at most {len(names)} positional arguments ({', '.join(names)}), got {got}; name the rest{example}"

@@ -35,6 +35,8 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
     >>> torch.equal(out[:1, :, :5], alone)
     True
     """
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled: expected a bool, got {type(enabled).__name__} {enabled!r}")
     before, switch.is_on = switch.is_on, enabled
     try:
         yield

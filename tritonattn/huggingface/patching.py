@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..calls.checks import BACKENDS, check_bool
+from ..calls.checks import BACKENDS, check_bool, type_of
+from ..calls.public import public
 from ..core.shards import obstacle_to_parameters
 from ..core.tables import table
 from ..scaling import Scaling
@@ -41,6 +42,8 @@ from .settings import (
 
 _HANDLE = "_tritonattn_patched"
 _MASKS = ("eager", "sdpa", NAME)
+
+_DEFAULTS = {"scaling": "sqrt_dim", "gain": None, "backend": "auto"}
 
 Selector = int | str
 
@@ -126,6 +129,7 @@ class Patched:
         self.undo()
 
 
+@public()
 def patch(
     model: nn.Module,
     scaling: str | Scaling | type[Scaling] | float | None = "sqrt_dim",
@@ -310,6 +314,12 @@ def _wishes(found: list[AttentionModule], layers: Any, common: dict[str, Any]) -
         wishes.update({one.name: {**common, **asked} for one in able})
     if not wishes:
         raise ValueError("layers: expected at least one layer, got none")
+    for name, value in common.items():
+        if value != _DEFAULTS[name] and all(wish[name] is not value for wish in wishes.values()):
+            raise ValueError(
+                f"{name}: expected a layer that takes it, got {type_of(value)}, and a {name} of its own for each of"
+                f" layers: name the others too, layers={{'*': {{}}, ...}}, or leave {name} out"
+            )
     return wishes
 
 

@@ -10,13 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn import LEARNED, LearnedCosine, QueryAdaptiveSSMax, Scheduled, SSMax
+from ..calls.checks import is_required, refuse_scaling
+from ..nn import LEARNED, LearnedCosine, LearnedLogPower, PowerLaw, QueryAdaptiveSSMax, Scheduled, SSMax
 from ..nn.learned import Learned
 from ..nn.registry import scaling_of_layer
 from ..scaling import SCALINGS, Scaling
 
 _MODES = ("mode", "mode_a", "mode_b")  # arguments that are scalings
 _DEPTH = 8  # scalings inside one another, at most
+_STARTS = (SSMax, LearnedLogPower, PowerLaw, QueryAdaptiveSSMax)  # whose mode is where they start, by name
 _OF_THE_LAYER = {"heads", "device", "dtype"}  # arguments that no config gives
 
 # Settings of a mode by the entries of a model's config that hold them: a path through dicts.
@@ -56,7 +58,12 @@ def make_scaling(scaling: Any, heads: int, config: Any) -> Any:
     if isinstance(scaling, type) and scaling in LEARNED.values():
         scaling = scaling.name
     if isinstance(scaling, type) and issubclass(scaling, Scaling):
+        parameters = inspect.signature(scaling).parameters
+        if any(is_required(one) for name, one in parameters.items() if name != "heads"):
+            refuse_scaling(scaling)
         return scaling(heads=heads) if issubclass(scaling, nn.Module) else scaling()
+    if not isinstance(scaling, (str, Scaling)):
+        refuse_scaling(scaling, "a name, a Scaling, a class of them, a float or None (gain= takes a tensor)")
     if not isinstance(scaling, Scaling) or not isinstance(scaling, nn.Module):
         return scaling_of_layer(scaling, heads, trained=True)
     for part in scaling.modules():
@@ -92,11 +99,11 @@ def to_config(scaling: Any, depth: int = 1) -> Any:
     name = getattr(scaling, "name", type(scaling).__name__)
     if isinstance(scaling, LearnedCosine):
         arguments = {"tau": getattr(scaling.mode, "tau", None)}
-    elif isinstance(scaling, SSMax):
-        arguments = {"bias": scaling.b is not None}
-    else:  # those that it keeps: others are starts of what it learns
-        taken = [one for one in inspect.signature(type(scaling)).parameters if one not in _OF_THE_LAYER]
-        kept = {one: getattr(scaling, one) for one in taken if hasattr(scaling, one)}
+    else:  # those that it keeps
+        taken = inspect.signature(type(scaling)).parameters
+        kept = {one: getattr(scaling, one) for one in taken if one not in _OF_THE_LAYER and hasattr(scaling, one)}
+        if isinstance(scaling, _STARTS):
+            kept = {one: x for one, x in kept.items() if x != taken[one].default}
         arguments = {one: to_config(x, depth + 1) for one, x in kept.items() if not isinstance(x, Tensor)}
     return {"name": name, **arguments} if arguments else name
 
@@ -120,7 +127,7 @@ def from_config(saved: Any, heads: int | None, entry: str, depth: int = 1) -> An
     cls = _class_of(name, heads, entry)
     taken = inspect.signature(cls).parameters.keys()
     check_entries(entry, arguments, taken - _OF_THE_LAYER)
-    for mode in arguments.keys() & set(_MODES):
+    for mode in set() if cls in _STARTS else arguments.keys() & set(_MODES):
         arguments[mode] = from_config(arguments[mode], heads, f"{entry}.{mode}", depth + 1)
     if "heads" in taken:
         arguments["heads"] = heads

@@ -17,6 +17,7 @@ from ..calls.checks import (
     check_number,
     check_settings,
     check_tensor,
+    refuse_scaling,
     relative_bias_of,
     shape_of,
     type_of,
@@ -25,7 +26,7 @@ from ..calls.decode import attention_decode
 from ..calls.public import public
 from ..calls.sequence_checks import check_offsets
 from ..calls.varlen import attention_varlen
-from ..core.autograd import needs_graph
+from ..core.autograd import autocast_is_on, needs_graph
 from ..core.call import LONGEST_QUERY
 from ..core.pair_biases import reflected
 from ..core.shards import SharesSequence
@@ -110,13 +111,15 @@ class ScaledAttention(SharesSequence, nn.Module):
         context_width = width if context_width is None else context_width
         self.head_dim = _checked_head_dim(width, heads, kv_heads, head_dim, context_width)
         if rotary is not None:
-            check_positive("rotary", rotary)
+            check_positive("rotary", rotary, above=1.0)
             if self.head_dim % 2:
                 raise ValueError(f"head_dim: expected an even number with rotary, got {self.head_dim}")
         self.scaling: Scaling | float
         if isinstance(scaling, (str, Scaling, type)):
             self.scaling = scaling_of_layer(scaling, heads, device=device, dtype=dtype)
         else:
+            if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+                refuse_scaling(scaling, "a name, a Scaling or a float")
             check_number("scaling", scaling)
             self.scaling = scaling
         self.rotary = rotary
@@ -267,6 +270,8 @@ class ScaledAttention(SharesSequence, nn.Module):
         elif self.context_width != self.width:
             raise ValueError(f"context: expected {axes}, got None")
         y = x if context is None else context
+        _check_projected("x", x, self.q_proj)
+        _check_projected("context", y, self.k_proj)
         q, k, v = (
             project(z).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project, z in ((self.q_proj, x), (self.k_proj, y), (self.v_proj, y))
@@ -367,6 +372,14 @@ def _check_features(name: str, x: Any, axes: str, width: int) -> None:
         raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
     if x.dim() != axes.count(",") + 1 or x.shape[-1] != width:
         raise ValueError(f"{name}: expected {axes}, got {shape_of(x)}")
+
+
+def _check_projected(name: str, x: Tensor, projection: nn.Module) -> None:
+    """Raise TypeError where a projection of torch's would meet another dtype; other projections may cast."""
+    if type(projection) is not nn.Linear or autocast_is_on(x):
+        return
+    if x.dtype != (dtype := projection.weight.dtype) and dtype in FLOATS:
+        raise TypeError(f"{name}: expected the layer's {dtype}, got {x.dtype}; cast it or the layer, or use autocast")
 
 
 def _refuse_with(what: str, others: dict[str, Any]) -> None:

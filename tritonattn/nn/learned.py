@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,16 @@ from ..scaling.base import check_positive
 from ..scaling.names import named_scaling
 
 
-class Learned(nn.Module, Scaling):
+class ScalingModule(nn.Module, Scaling):
+    """A scaling that is a module: an argument of a call, and itself not callable."""
+
+    def forward(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__}: expected to be an argument, attention(q, k, v, scaling=...), got a call of itself"
+        )
+
+
+class Learned(ScalingModule):
     """A scaling whose parameters have one value for every query head: shape [heads], in float32 unless `dtype` says so.
 
     They act in float64 and the resulting scale in float32, whatever the dtype of q. A subclass defines `scales` and
@@ -207,6 +216,7 @@ class SSMax(Learned):
     reads_keys = False
     s: nn.Parameter
     b: nn.Parameter | None
+    base, bias, mode = math.e, False, None  # of a pickle that has none
 
     def __init__(
         self,
@@ -221,7 +231,10 @@ class SSMax(Learned):
         super().__init__(heads)
         check_positive("base", base, above=1.0)
         check_bool("bias", bias)
+        self.base, self.bias, self.mode = base, bias, mode
         if starts_at_sqrt_dim(mode):
+            if base != math.e:
+                raise ValueError(f"base: expected none with mode='sqrt_dim', which starts at b = 1, got {base}")
             self._learn(device, dtype, s=0.0, b=1.0)
         elif bias:
             self._learn(device, dtype, s=1 / math.log(base), b=0.0)
@@ -230,7 +243,8 @@ class SSMax(Learned):
             self.register_parameter("b", None)
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, bias={self.b is not None}"
+        start = f"base={self.base:g}" if self.mode is None else f"mode={self.mode!r}"
+        return f"heads={self.heads}, {start}, bias={self.b is not None}"
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         query = self.per_head(self.s, q) * counts_of(visibility).clamp(min=1).log()  # [B, Hq, Sq]
@@ -279,7 +293,7 @@ def as_mode(mode: str | Scaling) -> Scaling:
     if isinstance(mode, str):
         return named_scaling(mode)
     if not isinstance(mode, Scaling):
-        refuse_scaling(mode)
+        refuse_scaling(mode, "a name or a Scaling")
     return mode
 
 

@@ -51,6 +51,7 @@ class LearnedLogPower(Learned):
     name = "learned_log_power"
     reads_keys = False
     p: nn.Parameter
+    power, mode = 0.5, None  # of a pickle that has none
 
     def __init__(
         self,
@@ -65,11 +66,14 @@ class LearnedLogPower(Learned):
         super().__init__(heads)
         check_positive("power", power)
         check_positive("base", base, above=1.0)
-        self.base = base
-        self._learn(device, dtype, p=0.0 if starts_at_sqrt_dim(mode) else power)
+        if (is_sqrt_dim := starts_at_sqrt_dim(mode)) and power != 0.5:
+            raise ValueError(f"power: expected none with mode='sqrt_dim', which starts at p = 0, got {power}")
+        self.power, self.base, self.mode = power, base, mode
+        self._learn(device, dtype, p=0.0 if is_sqrt_dim else power)
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, base={self.base:g}"
+        start = f"power={self.power:g}" if self.mode is None else f"mode={self.mode!r}"
+        return f"heads={self.heads}, {start}, base={self.base:g}"
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         factor = _power_of_log(counts_of(visibility), self.per_head(self.p, q), self.base)  # [B, Hq, Sq]
@@ -119,6 +123,7 @@ class QueryAdaptiveSSMax(Learned):
     reads_keys = False
     delta: nn.Parameter
     gamma: nn.Parameter
+    mode = None  # of a pickle that has none
 
     def __init__(
         self,
@@ -132,13 +137,14 @@ class QueryAdaptiveSSMax(Learned):
         super().__init__(heads)
         check_count("head_dim", head_dim, 1)
         check_dtype(dtype)
-        self.head_dim = head_dim
+        self.head_dim, self.mode = head_dim, mode
         self.w = nn.Parameter(torch.empty(heads, head_dim, device=device, dtype=dtype))
         delta, gamma = (1 - math.log(2), 0.0) if starts_at_sqrt_dim(mode) else (1.0, 1.0)
         self._learn(device, dtype, w=0.0, delta=delta, gamma=gamma)
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, head_dim={self.head_dim}"
+        start = "" if self.mode is None else f", mode={self.mode!r}"
+        return f"heads={self.heads}, head_dim={self.head_dim}{start}"
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         delta, gamma = self.per_head(self.delta, q), self.per_head(self.gamma, q)  # [Hq, 1]

@@ -63,6 +63,7 @@ class PowerLaw(Learned):
     dim_exponent: nn.Parameter
     count_exponent: nn.Parameter
     length_exponent: nn.Parameter
+    mode = "sqrt_dim"  # of a pickle that has none
 
     def __init__(
         self,
@@ -75,8 +76,12 @@ class PowerLaw(Learned):
         super().__init__(heads)
         if not isinstance(mode, str) or mode not in POINTS:
             raise ValueError(f"mode: expected one of {', '.join(POINTS)}, got {mode!r}")
+        self.mode = mode
         self._learn(device, dtype, **dict(zip(_PARAMETERS, (0.0, *POINTS[mode]), strict=True)))
         self.dim_exponent.requires_grad_(False)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, mode={self.mode!r}"
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         theta, a, b, c = (self.per_head(getattr(self, name), q) for name in _PARAMETERS)

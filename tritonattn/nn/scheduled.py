@@ -11,13 +11,13 @@ from ..core.hints import hinted
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling
-from .learned import as_mode, listed
+from .learned import ScalingModule, as_mode, listed
 
 _BLENDS = ("linear", "geometric")
 
 
 @hinted
-class Scheduled(nn.Module, Scaling):
+class Scheduled(ScalingModule):
     """A factor that goes from mode_a's to mode_b's in a number of steps.
 
         t      = min(step / steps, 1)
