@@ -7,8 +7,8 @@ If sizes differ between ranks, torch.distributed aborts or waits. If byte counts
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import is_dataclass
-from numbers import Number
+from dataclasses import fields, is_dataclass
+from numbers import Real
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensor
 from torch.distributed import DebugLevel, get_debug_level  # pyright: ignore[reportPrivateImportUsage]
 
 from ..calls.checks import type_of
+from ..core.autograd import needs_graph
 from ..scaling import Scaling
 from .layout import Split
 
@@ -32,11 +33,14 @@ def require_agreement(split: Split, function: str, **arguments: Any) -> None:
 
     arguments   one of them a tensor
 
-    A tensor's signature is its dtype and shape, a scaling's its class and settings; of anything else it is the value.
+    A tensor's signature is its dtype, its shape, and if it carries a gradient, for which a backward sends messages. A
+    scaling's is its class, its settings, and which of its parameters carry one. Of anything else it is the value, where
+    1 and 1.0 are equal.
+
     Each rank remembers the signatures of a group's calls, and communicates only for a new one. As long as ranks agree,
     it is new on all of them. If it is new on some only, their comparison meets another collective of the others, at
-    which torch.distributed ends all. Its debug level DETAIL has every call compared. Calls that are traced or captured
-    as a graph are not compared.
+    which torch.distributed raises, or a message of the ring, for which it waits until its timeout. Its debug level
+    DETAIL has every call compared. Calls that are traced or captured as a graph are not compared.
     """
     if split.size == 1 or torch.compiler.is_compiling():
         return
@@ -51,24 +55,36 @@ def require_agreement(split: Split, function: str, **arguments: Any) -> None:
 
 def _signature(x: Any) -> Any:
     if isinstance(x, Tensor):
-        return x.dtype, x.shape
+        return x.dtype, x.shape, needs_graph(x)
     if isinstance(x, Scaling):
         return type(x), *_settings(x)
     if isinstance(x, (list, tuple)):
         return tuple(map(_signature, x))
-    return x if x is None or isinstance(x, (Number, str, torch.dtype)) else type(x)
+    if isinstance(x, Real) and not isinstance(x, bool):
+        x = float(x)
+        return int(x) if x.is_integer() else x
+    return x if x is None or isinstance(x, (bool, str, torch.dtype)) else type(x)
 
 
 def _settings(scaling: Scaling) -> Iterator[Any]:
-    """The fields of a dataclass, and what modules show of themselves; attributes of other classes may be a rank's."""
+    """The fields of a dataclass, what modules show of themselves, and the names of tensors with a gradient.
+
+    Other attributes of other classes may be a rank's.
+    """
+    tensors: dict[str, Any] = vars(scaling)
     if isinstance(scaling, nn.Module):
-        return (part.extra_repr() for part in scaling.modules())
-    return map(_signature, vars(scaling).values() if is_dataclass(scaling) else ())
+        _, *parts = scaling.modules()
+        yield scaling.extra_repr()
+        yield from (f"{type(part).__name__}({part.extra_repr()})" for part in parts)
+        tensors = dict(scaling.named_parameters())
+    elif is_dataclass(scaling):
+        yield from (_signature(getattr(scaling, field.name)) for field in fields(scaling))
+    yield from (f"{name} with a gradient" for name, x in tensors.items() if isinstance(x, Tensor) and needs_graph(x))
 
 
 def _shown(x: Any) -> str:
     if isinstance(x, Tensor):
-        return type_of(x)
+        return type_of(x) + (" with a gradient" if needs_graph(x) else "")
     return f"{type(x).__name__}({', '.join(map(str, _settings(x)))})" if isinstance(x, Scaling) else repr(_signature(x))
 
 

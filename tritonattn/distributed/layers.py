@@ -107,7 +107,7 @@ class SequencePart:
         """Sums along the whole sequence up to and with each token of this rank, of x [..., tokens]: fp64."""
         split = self.split
         split.check("x", x.shape[-1])
-        require_agreement(split, "ForgetGate", x=x)
+        require_agreement(split, "ForgetGate", x=x, layout=self.layout)
         return running_sum(x, split)
 
     def attention(
