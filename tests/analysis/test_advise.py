@@ -17,6 +17,7 @@ from tritonattn.analysis.rules import Reading
 from tritonattn.cli import main as cli
 from tritonattn.huggingface import patch
 from tritonattn.lab import demo
+from tritonattn.nn import ScaledAttention
 from tritonattn.scaling import Cosine
 
 TOKENS = ids(2, 40)
@@ -176,6 +177,15 @@ def test_where_a_mode_or_none_is_a_fix():
     assert "gain" in advice.text
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_rows_of_one_key_are_no_reason_for_a_remedy(tokens):
+    """They are one-hot with any scaling."""
+    for advice in (advise(*torch.randn(2, 1, 4, tokens, 32), causal=True), advise(llama(), ids(2, tokens))):
+        assert advice.keeps
+        assert {one.rule.name for one in advice.findings} == {"few keys"}
+        assert "keep sqrt_dim: " in advice.text
+
+
 def test_errors():
     q = torch.randn(1, 1, 2, 4)
     for arguments, options, error, message in (
@@ -186,6 +196,16 @@ def test_errors():
         ((llama(), TOKENS), {"causal": True}, TypeError, "causal: expected only with q and k"),
         ((torch.nn.Linear(3, 3), TOKENS), {}, ValueError, "no attention module"),
         ((q, torch.randn(1, 1, 2, 5)), {}, ValueError, "k: expected"),
+        ((llama(), "hello"), {}, TypeError, r"tokens: expected token ids, int \[B, S\], .*, got str"),
+        ((llama(), TOKENS[0]), {}, TypeError, r"tokens: expected token ids, .*, got torch.int64 \[40\]"),
+        ((llama(), {"input_ids": TOKENS.float()}), {}, TypeError, r"tokens: .*, got torch.float32 \[2, 40\]"),
+        ((llama(), TOKENS + 61), {}, ValueError, "tokens: expected inputs that LlamaForCausalLM takes, got input_ids"),
+        ((llama(), {"tokens": TOKENS}), {}, ValueError, r"takes, got tokens torch.int64 \[2, 40\]"),
+        ((llama(), {"inputs_embeds": torch.randn(1, 5, 7).half()}), {}, ValueError, "takes, got inputs_embeds torch.f"),
+        ((None, TOKENS), {}, TypeError, "model: expected a transformers model, got NoneType"),
+        ((llama(), TOKENS), {"context": "long"}, TypeError, "context: expected an int"),
+        ((q, q), {"context": 1}, ValueError, "context: expected at least 2"),
+        ((ScaledAttention(32, 4), torch.randn(1, 2, 32)), {}, NotImplementedError, "cannot patch ScaledAttention"),
     ):
         with pytest.raises(error, match=message):
             advise(*arguments, **options)
@@ -223,6 +243,7 @@ HEALTHY = Reading(
     [
         ("broken", {"max_logit": 10.0}, {"max_logit": math.nan}),
         ("broken", {"max_logit": 10.0}, {"max_logit": math.inf}),
+        ("few keys", {"key_count_mean": 2.0}, {"key_count_mean": 1.9, "near_one_hot": 0.9}),
         ("peaked", {"max_logit": 100.0}, {"max_logit": 100.1}),
         ("peaked", {"near_one_hot": 0.5}, {"near_one_hot": 0.51}),
         ("uniform", {"near_uniform": 0.5}, {"near_uniform": 0.51}),

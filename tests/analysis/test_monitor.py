@@ -270,7 +270,11 @@ def test_arguments():
             Monitor(net, **options)
     refuses("TypeError: model: expected an nn.Module", Monitor, "model")
     refuses("ValueError: ~ thresholds.max_logit", Thresholds, max_logit=float("nan"))
-    refuses("ValueError: ~ expected a share of rows, at most 1, got 90", Thresholds, near_one_hot=90)
+    for share in (90, -1):
+        refuses(f"ValueError: ~ expected a share of rows, from 0 to 1, got {share}", Thresholds, near_one_hot=share)
+    for limit in (-5, 0.0):
+        message = f"thresholds.max_logit: expected a number above 0, or None, got {limit}"
+        refuses(f"ValueError: {message}", Thresholds, max_logit=limit)
     for warmup in (-1, 1.5, True, None):
         refuses("ValueError: thresholds.warmup: expected a number of steps, at least 0, got", Thresholds, warmup=warmup)
     with Monitor(net) as monitor, pytest.raises(RuntimeError, match="not in use"):

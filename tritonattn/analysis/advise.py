@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.attention import batch_visibility
-from ..calls.checks import operands
+from ..calls.checks import INTEGERS, check_count, operands
 from ..core.errors import install
 from ..core.norms import key_norms_of
 from ..core.records import for_json
@@ -215,7 +215,8 @@ def advise(
         `Advice`; print(advice.report()).
 
     Raises:
-        TypeError, ValueError: An argument, or a model without attention that can be patched.
+        TypeError, ValueError: An argument, inputs that the model does not take, or a model without attention that can
+            be patched.
         NotImplementedError: A model whose attention cannot be patched, naming why.
 
     >>> import torch
@@ -226,6 +227,8 @@ def advise(
     >>> advise(8 * q, 8 * k, causal=True).mode
     'cosine'
     """
+    if context is not None:
+        check_count("context", context, 2)
     if isinstance(model, Tensor):
         if not isinstance(tokens, Tensor):
             raise TypeError(f"k: expected a tensor with q, got {type(tokens).__name__}")
@@ -254,11 +257,9 @@ def _findings_of_model(model: nn.Module, tokens: Any, context: int | None) -> li
         from ..huggingface import patch, patched
     except ImportError as error:
         raise ImportError(f"advise needs transformers for a model: {install('hf')}") from error
-    inputs = dict(tokens) if isinstance(tokens, Mapping) else {"input_ids": tokens}
     if context is None:
         context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     findings: list[Finding] = []
-    names = {id(module): name for name, module in model.named_modules()}
 
     def observe(module: nn.Module, q: Tensor, k: Tensor, arguments: dict[str, Any], aux: Any) -> None:
         visible = _without_padding(q, k, {part: arguments[part] for part in arguments.keys() & set(_VISIBLE)})
@@ -271,13 +272,14 @@ def _findings_of_model(model: nn.Module, tokens: Any, context: int | None) -> li
         name = names[id(module)]
         findings.append(_finding(_Layer(name, q, k, scaling, gain, relative, visible, context, softcap, qk_norm)))
 
-    present = patched(model)
+    present = patched(model) if isinstance(model, nn.Module) else None
     handle = patch(model, "sqrt_dim") if present is None else present
+    names = {id(module): name for name, module in model.named_modules()}
     training = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         with handle.watch(observe), torch.no_grad():
-            model(**inputs)
+            _run(model, tokens)
     finally:
         for module, mode in training:
             module.training = mode
@@ -286,6 +288,25 @@ def _findings_of_model(model: nn.Module, tokens: Any, context: int | None) -> li
     if not findings:
         raise ValueError("model: expected one that computes attention from these inputs, got none")
     return findings
+
+
+def _run(model: nn.Module, tokens: Any) -> None:
+    """Run a model on its inputs; an error of the model names them."""
+    inputs = dict(tokens) if isinstance(tokens, Mapping) else {"input_ids": tokens}
+    ids = inputs.get("input_ids")
+    if "input_ids" in inputs and (not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in INTEGERS):
+        raise TypeError(f"tokens: expected token ids, int [B, S], or inputs by name, got {_described(ids)}")
+    try:
+        model(**inputs)
+    except (NotImplementedError, torch.OutOfMemoryError):
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        got = ", ".join(f"{name} {_described(x)}" for name, x in inputs.items())
+        raise ValueError(f"tokens: expected inputs that {type(model).__name__} takes, got {got}: {error}") from error
+
+
+def _described(x: Any) -> str:
+    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def _without_padding(q: Tensor, k: Tensor, visible: dict[str, Any]) -> dict[str, Any]:

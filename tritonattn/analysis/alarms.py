@@ -37,8 +37,10 @@ class Thresholds:
         for name, value in self.limits().items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
                 raise ValueError(f"thresholds.{name}: expected a number or None, got {value!r}")
-            if value > 1 and name != "max_logit":
-                raise ValueError(f"thresholds.{name}: expected a share of rows, at most 1, got {value!r}")
+            if name == "max_logit" and value <= 0:
+                raise ValueError(f"thresholds.max_logit: expected a number above 0, or None, got {value!r}")
+            if name != "max_logit" and not 0 <= value <= 1:
+                raise ValueError(f"thresholds.{name}: expected a share of rows, from 0 to 1, got {value!r}")
         if isinstance(self.warmup, bool) or not isinstance(self.warmup, int) or self.warmup < 0:
             raise ValueError(f"thresholds.warmup: expected a number of steps, at least 0, got {self.warmup!r}")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .fading import half_at, mass
 
+FEW = 2.0  # keys a row in the mean; the softmax of one key is one-hot by itself
 LARGE_LOGIT = 100.0  # QK-clip's threshold in Kimi K2
 ILL = 0.5  # a layer is ill where more of its rows than this are; SmolLM2-135M's have up to 0.31 one-hot, 0.03 uniform
 WELL = 0.25  # a mode fixes a layer where no more of its rows than this stay ill
@@ -106,8 +107,8 @@ class Rule:
     why, watch, turn_back, evidence   explanations for the reader
 
     >>> from tritonattn.analysis import RULES
-    >>> [rule.name for rule in RULES]
-    ['broken', 'peaked', 'uniform', 'beyond the context', 'varied norms', 'varied counts', 'will fade', 'healthy']
+    >>> print(*(rule.name for rule in RULES), sep=", ")
+    broken, few keys, peaked, uniform, beyond the context, varied norms, varied counts, will fade, healthy
     """
 
     name: str
@@ -143,6 +144,16 @@ RULES: tuple[Rule, ...] = (
         watch="loss and max_logit of a Monitor: the first record that is null names the step and the layer",
         turn_back="-",
         evidence=("docs/numerics.md, Edge cases: NaN in a key reaches the rows that attend to it",),
+    ),
+    Rule(
+        name="few keys",
+        condition=f"rows attend to fewer than {FEW:g} keys in the mean",
+        applies=lambda one: one.key_count_mean < FEW,
+        otherwise="keep {mode}: rows of one key do not tell; ask again with longer inputs",
+        why="the softmax of one key is 1, whatever the scaling",
+        watch="-",
+        turn_back="-",
+        evidence=("the diagnosis itself",),
     ),
     Rule(
         name="peaked",
