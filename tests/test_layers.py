@@ -27,7 +27,7 @@ FLOORS = (
     {"__main__"},
 )
 FLOOR_OF = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
-# Public modules that only hand on names from below: they stand next to the package's __init__.
+# Public modules that only hand on names from below: they stand right below the package's __init__.
 DOORS = {("tuning",)}
 
 OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tqdm", "numpy", "sklearn", "scipy"}
@@ -52,7 +52,7 @@ MODULES = {module_of(path) for path in FILES}
 
 
 def floor_of(module: tuple[str, ...]) -> int:
-    return FLOOR_OF["__init__"] if module in DOORS else FLOOR_OF[module[0]]
+    return FLOOR_OF["__init__"] - 1 if module in DOORS else FLOOR_OF[module[0]]
 
 
 @functools.cache

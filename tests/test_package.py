@@ -174,11 +174,23 @@ def test_dir_shows_what_is_public():
 
 
 def test_a_name_that_is_elsewhere_is_pointed_at():
-    for name, hint in (("SSMax", "; there is tritonattn.nn.SSMax"), ("attenton", ""), ("_private", "")):
+    elsewhere = {"SSMax": "nn", "Monitor": "analysis", "patch": "huggingface", "shard": "distributed"}
+    hints = {name: f"; there is tritonattn.{folder}.{name}" for name, folder in elsewhere.items()}
+    for name, hint in (*hints.items(), ("attenton", ""), ("_private", "")):
         with pytest.raises(AttributeError, match=f"^module 'tritonattn' has no attribute '{name}'{hint}$") as caught:
             getattr(tritonattn, name)
         assert caught.value.name == name  # by which Python names the nearest one
     assert not hasattr(tritonattn, "none_of_ours")
+
+
+@pytest.mark.parametrize("name", ["analysis", "distributed", "huggingface", "integrations", "tuning"])
+def test_a_public_folder_is_imported_at_its_first_use(name, monkeypatch):
+    folder = pytest.importorskip(f"tritonattn.{name}")
+    monkeypatch.delattr(tritonattn, name)
+    assert getattr(tritonattn, name) is folder
+    assert name in dir(tritonattn)
+    monkeypatch.setattr(tritonattn, "find_spec", lambda name: None)
+    assert (name in dir(tritonattn)) == (name != "huggingface")  # whose import fails without transformers
 
 
 def test_a_module_that_is_not_imported_yet_is_named(monkeypatch):

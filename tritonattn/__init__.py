@@ -7,7 +7,10 @@ from .core.errors import guard_imports
 guard_imports()  # before torch, whose import takes seconds
 
 import sys
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from . import nn
@@ -45,20 +48,39 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # a checker would take every name for one of ours
+_FOLDERS = ("analysis", "distributed", "huggingface", "integrations", "tuning")  # imported at their first use
 
-    def __getattr__(name: str) -> None:
-        """Raise AttributeError, which says where the name is instead; Python adds the nearest one."""
+if TYPE_CHECKING:
+    from . import analysis as analysis
+    from . import distributed as distributed
+    from . import huggingface as huggingface
+    from . import integrations as integrations
+    from . import tuning as tuning
+else:  # a checker would take every name for one of ours
+
+    def __getattr__(name: str) -> ModuleType:
+        """Import a public folder; of other names raise AttributeError, which says where the name is instead.
+
+        Python adds the nearest name.
+        """
+        if name in _FOLDERS:
+            return import_module(f".{name}", __name__)
         hint = ""
         if name in nn.__all__:
             hint = f"; there is tritonattn.nn.{name}"
         elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
             hint = f"; before its use: import tritonattn.{name}"
+        elif folder := next((one for one in _FOLDERS if f'    "{name}",' in _source(one)), None):
+            hint = f"; there is tritonattn.{folder}.{name}"
         raise AttributeError(
             f"module 'tritonattn' has no attribute {name!r}{hint}", name=name, obj=sys.modules[__name__]
         )
 
+    def _source(folder: str) -> str:
+        """The text of a folder's __init__.py, whose import may need other packages."""
+        return (Path(__file__).parent / folder / "__init__.py").read_text(encoding="utf-8")
+
 
 def __dir__() -> list[str]:
-    imported = {"analysis", "distributed", "huggingface", "integrations", "tuning"} & set(globals())
-    return sorted({*__all__, *imported})
+    needs = {"huggingface": "transformers"}
+    return sorted({*__all__, *(one for one in _FOLDERS if one not in needs or find_spec(needs[one]) is not None)})

@@ -270,6 +270,7 @@ def test_arguments():
             Monitor(net, **options)
     refuses("TypeError: model: expected an nn.Module", Monitor, "model")
     refuses("ValueError: ~ thresholds.max_logit", Thresholds, max_logit=float("nan"))
+    refuses("TypeError: Monitor: ~ got threshold= (did you mean thresholds=?)", Monitor, net, threshold=50)
     for share in (90, -1):
         refuses(f"ValueError: ~ expected a share of rows, from 0 to 1, got {share}", Thresholds, near_one_hot=share)
     for limit in (-5, 0.0):
@@ -279,6 +280,14 @@ def test_arguments():
         refuses("ValueError: thresholds.warmup: expected a number of steps, at least 0, got", Thresholds, warmup=warmup)
     with Monitor(net) as monitor, pytest.raises(RuntimeError, match="not in use"):
         monitor.__enter__()
+
+
+def test_it_shows_its_model_and_steps():
+    with Monitor(Net(), every=2, thresholds=QUIET) as monitor:
+        monitor.restart(3)
+        monitor.step()
+        assert repr(monitor) == "<Monitor Net: every=2, 4 steps taken, in use>"
+    assert repr(monitor) == "<Monitor Net: every=2, 4 steps taken, not in use>"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, while it compiles

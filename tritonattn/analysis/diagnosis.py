@@ -10,6 +10,7 @@ from torch import Tensor
 from ..calls.attention import batch_visibility
 from ..calls.checks import check, operands
 from ..calls.dispatch import logits
+from ..calls.public import public
 from ..core.call import AttentionCall, Logits
 from ..core.norms import key_norms_of
 from ..core.statistics import Statistics
@@ -106,6 +107,7 @@ _HEADERS = {
 }
 
 
+@public()
 @torch.no_grad()
 def diagnose(
     q: Tensor,

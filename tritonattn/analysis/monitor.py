@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..calls.checks import check_bool
 from ..core.errors import install
+from ..core.hints import hinted
 from ..core.records import append
 from .alarms import Alarm, Alarms, Thresholds, layer_value
 from .over_ranks import joined_losses, rank_and_size
@@ -25,6 +26,7 @@ Action = Callable[[Sequence[Alarm]], Any]
 Log = Callable[[dict[str, float], int], Any]
 
 
+@hinted
 class Monitor:
     """Watch every k-th step of a training run: a context manager whose `step` is called at the end of every step.
 
@@ -118,7 +120,7 @@ class Monitor:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every: expected a positive int, got {every!r}")
         if thresholds is not None and not isinstance(thresholds, Thresholds):
-            raise TypeError(f"thresholds: expected Thresholds, got {type(thresholds).__name__}")
+            raise TypeError(f"thresholds: expected Thresholds(max_logit=...), got {type(thresholds).__name__}")
         if log is not None and not callable(log):
             raise TypeError(f"log: expected a function of (values, step), got {type(log).__name__}")
         self.model, self.every = model, every
@@ -143,6 +145,10 @@ class Monitor:
         self._active = False
         self._not_finite: Tensor | None = None  # bool on the loss's device: one since the last check was not
         self._warned_blind = False
+
+    def __repr__(self) -> str:
+        use = "in use" if self._active else "not in use"
+        return f"<Monitor {type(self.model).__name__}: every={self.every}, {self.steps} steps taken, {use}>"
 
     def __enter__(self) -> Monitor:
         if self._active:

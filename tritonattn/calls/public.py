@@ -98,6 +98,7 @@ _HINTS = {
     "return_lse": ("return_aux", "lse, largest logit and entropy"),
     "block_mask": ("key_ranges", "[lo, hi) of every row; or mask"),
     "score_mod": ("query_scale", f"and key_scale=, its factors; {_ADDED}"),
+    "v": ("", "q and k are enough"),
     "query_scale": ("scaling", f"a Scaling, or factors; {_ADDED}"),
 }
 
@@ -137,6 +138,8 @@ def _hint_for_order(arguments: Sequence[Any], known: Mapping[str, Parameter]) ->
     if len(arguments) <= len(ordered):
         return None
     first = arguments[len(ordered)]
+    if ordered == ["q", "k"] and isinstance(first, Tensor):
+        return _hint("v", known)
     name = _BY_TYPE.get(first.dtype == torch.bool if isinstance(first, Tensor) else type(first), "")
     value = "..." if isinstance(first, Tensor) else repr(first)
     example = f", such as {name}={value}" if name in known else ""
