@@ -142,6 +142,10 @@ def test_sinks(monkeypatch):
     flash.install(monkeypatch, FOUR)
     tensors = harness.inputs(torch.bfloat16, CPU, scales=("sinks", "gain"))
     assert_close(tensors, tritonattn.attention, scaling="log_key_count", causal=True)
+    of_rows = tensors | {"sinks": torch.zeros(2, 21)}
+    refuses(
+        "NotImplementedError: sinks of rows: ~ 'flash' ~ 'triton'", tritonattn.attention, **of_rows, backend="flash"
+    )
     flash.install(monkeypatch, THREE, TWO)
     refuses(
         "NotImplementedError: sinks: ~ by flash-attn-3 ~ 'triton'", tritonattn.attention, **tensors, backend="flash"

@@ -35,7 +35,7 @@ def textbook(q, k, v, multiplier, visible, softcap=None, sinks=None, keep=None, 
         capped = logit if softcap is None else softcap * torch.tanh(logit / softcap)
         lse[b, h, i] = torch.logsumexp(capped, 0)
         entropy[b, h, i] = torch.distributions.Categorical(logits=capped).entropy()
-        entries = capped if sinks is None else torch.cat([capped, sinks[h, None]])
+        entries = capped if sinks is None else torch.cat([capped, sinks[b, h, i, None]])
         probability = torch.softmax(entries, 0)[: len(keys)]
         if keep is not None:
             probability = probability * keep[b, h, i, keys] / (1 - p)
@@ -49,7 +49,7 @@ def test_is_the_textbook(name, softcap, with_sinks, p):
     visible = visible_pairs((B, HQ, SQ, SK), **arguments)
     q, k, v = tensors()
     multiplier = torch.randn(B, HQ, SQ, SK, dtype=torch.float64)  # any sign
-    sinks = torch.randn(HQ, dtype=torch.float64) if with_sinks else None
+    sinks = torch.randn(B, HQ, SQ, dtype=torch.float64) if with_sinks else None
     inputs = [x.requires_grad_() for x in (q, k, v, multiplier, sinks) if x is not None]
     dropout = Dropout(p, torch.tensor([1, 2])) if p else None
     keep = dropout.tile((B, HQ), slice(0, SQ), slice(0, SK)) if p else None

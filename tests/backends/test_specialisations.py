@@ -39,11 +39,11 @@ def apart(x: Tensor, by: int = 1) -> Tensor:
 
 
 QKV = dict(zip("qkv", (normal(2, 2, SIZE, SIZE) for _ in range(3)), strict=True))
-VECTOR, BIAS, SINKS = torch.ones(2, 2, SIZE), torch.ones(2, 2, 1, SIZE), torch.ones(2)
+VECTOR, BIAS = torch.ones(2, 2, SIZE), torch.ones(2, 2, 1, SIZE)
 LENGTHS, RANGES = torch.ones(2, dtype=torch.int32), torch.tensor([0, SIZE]).expand(2, SIZE, 2)
 TABLE = torch.arange(2, dtype=torch.int32)[:, None]  # of pages as large as a sequence: their shape is that of keys
 PAIRS, TABLE_OF_DISTANCES = torch.ones(1, 1, 1, SIZE), torch.ones(1, 2, 1, 8)
-TERMS = {"query_scale": VECTOR, "key_scale": VECTOR, "key_bias": BIAS, "softcap": 1.5, "sinks": SINKS}
+TERMS = {"query_scale": VECTOR, "key_scale": VECTOR, "key_bias": BIAS, "softcap": 1.5, "sinks": VECTOR}
 TERMS |= {"bias": PAIRS, "relative_bias": TABLE_OF_DISTANCES}
 BEFORE = {"key_bias": BIAS, "softcap": 1.5}  # of a bias that is added behind a softcap
 

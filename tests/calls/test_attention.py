@@ -238,6 +238,34 @@ def test_sinks_that_are_not_finite(backend, sink):
     assert_extreme_sink_of_decode(sink, backend, keys=9)
 
 
+OF_SINKS: dict[str, dict] = {  # key heads are shared; some rows attend to no key
+    "fewer keys": {"causal": True},
+    "ranges": {"key_ranges": torch.tensor([[1, 4], [0, 7], [5, 5], [2, 3], [0, 1]]).expand(2, 5, 2)},
+    "mask": {"mask": (torch.arange(4 * 5 * 7) % 3 == 0).view(4, 5, 7), "softcap": 2.0, "return_aux": True},
+}
+
+
+@pairwise(masks=OF_SINKS, backend=["sdpa", "reference"], batch_invariant=[False, True])
+def test_a_sink_of_a_row_changes_that_row_alone(masks, backend, batch_invariant):
+    q, k, v = operands(lengths=(5, 3 if masks == "fewer keys" else 7)).values()
+    options = OF_SINKS[masks] | {"backend": backend, "batch_invariant": batch_invariant and backend == "sdpa"}
+
+    def attend(sinks):
+        found = tritonattn.attention(q, k, v, sinks=sinks, **options)
+        return found if isinstance(found, Tensor) else found[0]
+
+    sinks = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(attend, sinks)
+    out, moved = attend(sinks), sinks.detach().clone()
+    moved[1, 2, 4] += 1
+    differs = (attend(moved) != out).any(-1)
+    assert differs[1, 2, 4]
+    assert differs.sum() == 1
+    of_heads = sinks[0, :, 0]
+    for same in (of_heads[:, None], of_heads[:, None].expand(4, 5), of_heads[None, :, None]):
+        assert torch.equal(attend(same), attend(of_heads))
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_scales_in_16_bit_act_in_fp32(backend):
     q, k, v = (x.detach() for x in operands(torch.float32, heads=(4, 4), lengths=(48, 48), dims=(16, 16)).values())

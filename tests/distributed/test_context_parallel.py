@@ -14,7 +14,7 @@ import tritonattn
 from tests.distributed.pool import on_every_rank
 from tests.support.pairs import in_turn, pairwise
 from tests.support.refusals import refuses
-from tritonattn import Scales, Scaling
+from tritonattn import Scales, Scaling, nn
 from tritonattn.distributed import context_parallel_attention, context_parallel_decode, shard, unshard
 from tritonattn.nn import PerHead, SSMax
 
@@ -65,11 +65,14 @@ def errors(
     mesh, dtype = mesh_of(size), options.get("dtype", torch.float64)
     options = {name: value for name, value in options.items() if name != "dtype"}
     *whole, d_out = operands(dtype)
-    rows = torch.rand(HEADS, 1, dtype=torch.float64) + 0.5, torch.randn(HEADS, dtype=torch.float64)
+    has_sinks_of_rows, of_rows = layout == "zigzag", {"mesh": mesh, "layout": layout}
+    sinks_shape = (2, HEADS, LENGTH) if has_sinks_of_rows else (HEADS,)
+    rows = torch.rand(HEADS, 1, dtype=torch.float64) + 0.5, torch.randn(sinks_shape, dtype=torch.float64)
     bias = torch.randn(KV_HEADS, LENGTH, dtype=torch.float64)
+    marked = nn.counted_from_rows if "softcap" not in options else torch.clone
     mode, learned = deepcopy(scaling), deepcopy(scaling)
     *one, gain, sinks, one_bias = leaves(*(x.double() for x in whole), *rows, bias)
-    learnable = {"scaling": mode, "gain": gain, "sinks": sinks, "key_bias": one_bias}
+    learnable = {"scaling": mode, "gain": gain, "sinks": sinks, "key_bias": marked(one_bias)}
     of_one = {name: value for name, value in options.items() if name != "head_group"}
     out = tritonattn.attention(*one, **learnable, **in_one_process(MASKS[mask], 2), **of_one)
     out.backward(d_out.double())
@@ -78,18 +81,23 @@ def errors(
         given["cu_seqlens"] = torch.tensor(given["cu_seqlens"], dtype=torch.int32)
     wide = torch.promote_types(dtype, torch.float32)
     *parts, local_gain, local_sinks, local_bias = leaves(
-        *(shard(x, mesh=mesh, layout=layout) for x in whole),
-        *(x.to(wide) for x in rows),
-        shard(bias.to(wide), mesh=mesh, layout=layout, dim=1),
+        *(shard(x, **of_rows) for x in whole),
+        rows[0].to(wide),
+        shard(rows[1].to(wide), **of_rows) if has_sinks_of_rows else rows[1].to(wide),
+        shard(bias.to(wide), **of_rows, dim=1),
     )
-    given |= {"scaling": learned, "gain": local_gain, "sinks": local_sinks, "key_bias": local_bias, **options}
+    given |= {"scaling": learned, "gain": local_gain, "sinks": local_sinks, "key_bias": marked(local_bias), **options}
     got = context_parallel_attention(*parts, mesh=mesh, method=method, layout=layout, **given)
     got.backward(shard(d_out, mesh=mesh, layout=layout))
     pairs = {"out": (got, shard(out, mesh=mesh, layout=layout))}
     for name, mine, all_of_it in zip("qkv", parts, one, strict=True):
         pairs[name] = mine.grad, shard(all_of_it.grad, mesh=mesh, layout=layout)
     pairs["key_bias"] = local_bias.grad, shard(one_bias.grad, mesh=mesh, layout=layout, dim=1)
-    parameters = [("gain", local_gain, gain), ("sinks", local_sinks, sinks)]
+    parameters = [("gain", local_gain, gain)]
+    if has_sinks_of_rows:
+        pairs["sinks"] = local_sinks.grad, shard(sinks.grad, **of_rows)
+    else:
+        parameters.append(("sinks", local_sinks, sinks))
     if isinstance(mode, torch.nn.Module):
         parameters += [
             (name, mine, one) for (name, mine), one in zip(learned.named_parameters(), mode.parameters(), strict=True)
@@ -223,7 +231,7 @@ def decode(rank: int, scaling: str, q_len: int, window: Any, has_statistics: boo
     hidden = torch.arange(ranks * capacity) >= lengths[:, None, None, None]
     k, v = (x.masked_fill(hidden.mT, torch.nan) for x in (k, v))
     options = {"scaling": scaling, "gain": 3.0, "window": window, "softcap": 4.0, "return_aux": True}
-    options |= {"sinks": torch.linspace(-1, 2, HEADS), "key_lengths": lengths.to(torch.uint8)}
+    options |= {"sinks": torch.linspace(-1, 2, HEADS * q_len).view(HEADS, -1), "key_lengths": lengths.to(torch.uint8)}
     wanted, expected = tritonattn.attention_decode(q.double(), k.double(), v.double(), **options)
     parts = slice(rank * capacity, (rank + 1) * capacity)
     k, v, statistics = k[:, :, parts], v[:, :, parts], None

@@ -24,7 +24,7 @@ from tritonattn.distributed import (
     shard,
     unshard,
 )
-from tritonattn.nn import ALiBi, ForgetGate, KeyValueCache, ScaledAttention
+from tritonattn.nn import ALiBi, ForgetGate, KeyValueCache, ScaledAttention, counted_from_rows
 
 WIDTH, HEADS, LENGTH = 16, 4, 22
 ENDS = torch.tensor([0, 7, 8, 22, 24], dtype=torch.int32)  # documents, and padding to a multiple of the chunks
@@ -46,7 +46,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, **packing: Any) -> Tensor:
         bias = self.gate(x)
         if self.alibi is not None:
-            bias = bias + 30 * self.alibi(x.shape[-2]).double()
+            bias = counted_from_rows(bias + 30 * self.alibi(x.shape[-2]).double())
         return self.attention(x, key_bias=bias, **packing)
 
 

@@ -61,6 +61,7 @@ def test_results_and_gradients_are_those_of_one_process(rank: int, placed: str, 
     torch.manual_seed(0)
     named = {"q": _random(B, HQ, S, D), "k": _random(B, HKV, S, D), "v": _random(B, HKV, S, D + 4)}
     named |= {"gain": torch.rand(HQ, 1, dtype=torch.float64) + 0.5, "sinks": _random(HQ)}
+    named |= {} if scaling in nn.LEARNED else {"sinks": _random(B, HQ, S)}
     named |= {"bias": _random(HQ, 1, S), "relative_bias": _random(B, 1, S, 4)}
     fixed: dict[str, Any] = {"causal": True, "softcap": 20.0, "relative_right": 1, "return_aux": True}
     fixed |= {"key_lengths": torch.tensor([S, 3, 5, 7]), "mask": torch.rand(1, HQ, S, S) > 0.2}
@@ -99,7 +100,8 @@ def others(rank: int) -> dict[str, float]:
     vectors = {
         "query_scale": torch.rand(HQ, 1, dtype=torch.float64),
         "key_scale": torch.rand(B, 1, S, dtype=torch.float64),
-        "key_bias": torch.rand(B, HKV, S, dtype=torch.float64),
+        "key_bias": nn.counted_from_rows(torch.rand(B, HKV, S, dtype=torch.float64)),
+        "sinks": _random(HQ),
     }
     compared("scaled", tritonattn.scaled_attention, operands, both, **vectors, causal=True)
 
@@ -108,7 +110,8 @@ def others(rank: int) -> dict[str, float]:
     heads = dict.fromkeys(packed, (Replicate(), Shard(1)))
     given: dict[str, Any] = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": 7, "max_seqlen_k": 7}
     given |= {"scaling": "key_norm_mean", "relative_bias": _random(HQ, 1, 3)}
-    compared("varlen", tritonattn.attention_varlen, packed, heads, **given, sinks=_random(HQ), gain=torch.rand(HQ, 1))
+    given |= {"sinks": _random(HQ, S), "gain": torch.rand(HQ, 1)}
+    compared("varlen", tritonattn.attention_varlen, packed, heads, **given)
 
     cache = {"q": operands["q"][:, :, :2], "k_cache": operands["k"], "v_cache": operands["v"]}
     both = dict.fromkeys(cache, (Shard(0), Shard(1)))
@@ -167,7 +170,7 @@ def operators(rank: int) -> dict[str, float]:
     lengths, table, rows = torch.tensor([16, 5]), torch.tensor([[1], [0]], dtype=torch.int32), torch.tensor([2, 1])
     pages = [x.transpose(1, 2).contiguous() for x in (k, v)]
     for cache, placed in (((k, v, lengths), both), ((*pages, lengths, table, rows), (Replicate(), Shard(1)))):
-        call = cached_call(q[:, :, :2], *cache, sinks=_random(4), aux=True)
+        call = cached_call(q[:, :, :2], *cache, sinks=_random(2, 4, 2), aux=True)
         compared("forward", [*flat(call), False], [both, placed, placed], case=str(placed))
     seen, of_keys = torch.arange(16)[None, None] < lengths[:, None, None], key_norms_of(k)
     with pytest.MonkeyPatch.context() as patch:

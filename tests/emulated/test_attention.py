@@ -27,7 +27,7 @@ ALL, PAIRS = (*BOTH, "key_bias"), ("query_scale", "bias", "relative_bias")
 FAST = (
     (GPU(80), Case(HALF, tiles=SMALL, mask="everything", scales=BIAS, form="everything", heads=(2, 1))),
     (GPU(90), Case(SINGLE, (20, 12), TileConfig(32, 16, 2, 2), "ranges", BOTH, "aux", lengths=(50, 33))),
-    (GPU(90, True), Case(BFLOAT, (32, 32), WARPGROUP, "causal window", ALL, heads=(2, 2), lengths=(70, 90), batch=1)),
+    (GPU(90, True), Case(BFLOAT, (32, 32), WARPGROUP, "causal window", ALL, "sinks", (2, 2), (70, 90), 1)),
     (GPU(80), Case(HALF, tiles=SMALL, mask="causal", scales=PAIRS, form="softcap")),
     (GPU(80), Case(BFLOAT, tiles=SMALL, mask="everything", scales=(*PAIRS, "key_bias"), form="aux", heads=(2, 1))),
     (GPU(90, True), Case(BFLOAT, (32, 32), WARPGROUP, "causal", PAIRS, "after", lengths=(70, 90), batch=1)),

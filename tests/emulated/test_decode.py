@@ -53,7 +53,7 @@ class Case:
         """Hold the newest rows to the bound of the same rows of one full pass."""
         options = FORMS[self.form] | {"scaling": self.scaling, "window": self.window, "lay": padded}
         if options.pop("sinks", False):
-            options["sinks"] = torch.linspace(-1, 2, self.heads[0])
+            options["sinks"] = torch.linspace(-1, 2, 2 * self.heads[0] * max(self.written)).view(2, self.heads[0], -1)
         if options.pop("key_bias", False):
             options["bias_heads"] = self.heads[0]
         sizes = {"heads": self.heads, "dims": self.dims, "count": self.count, "page": self.page}

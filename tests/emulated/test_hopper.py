@@ -37,7 +37,7 @@ HALF, BFLOAT = torch.float16, torch.bfloat16
 NAME = "attention_forward_hopper"
 ORDERS = (("random", 1), ("last-warp", 0), ("round-robin", 0))
 QUERY = ("query_scale",)
-TERMS = ("query_scale", "key_scale", "key_bias", "sinks")
+TERMS = ("query_scale", "key_scale", "key_bias", "sinks of rows")
 
 # A fast selection: three consumers and two, every term of a logit, keys hidden from all rows.
 FAST = (

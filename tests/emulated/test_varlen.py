@@ -56,8 +56,8 @@ class Case:
         """Hold the results and every gradient to the bound."""
         packed, arguments = PACKED[self.packed], harness.FORMS[self.form] | MASKS[self.mask]
         scales = ("gain",) if self.gain else ()
-        if arguments.pop("sinks", False):
-            scales = (*scales, "sinks")
+        if "sinks" in arguments:
+            scales = (*scales, arguments.pop("sinks"))
         tensors = harness.packed_inputs(
             packed,
             self.dtype,

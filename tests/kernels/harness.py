@@ -17,12 +17,12 @@ FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "softcap": {"softcap": 1.5},
     "after": {"softcap": 1.5, "bias_after_softcap": True},
-    "sinks": {"sinks": True},
+    "sinks": {"sinks": "sinks of rows"},
     "dropout": {"dropout_p": 0.3},
     "aux": {"return_aux": True},
     "softcap aux": {"softcap": 1.5, "return_aux": True},
-    "sinks dropout": {"sinks": True, "dropout_p": 0.3},
-    "everything": {"softcap": 1.5, "sinks": True, "dropout_p": 0.3, "return_aux": True},
+    "sinks dropout": {"sinks": "sinks of rows", "dropout_p": 0.3},
+    "everything": {"softcap": 1.5, "sinks": "sinks", "dropout_p": 0.3, "return_aux": True},
 }
 
 
@@ -62,6 +62,8 @@ def inputs(
         tensors["gain"] = normal(heads, 1).abs() + 0.5
     if "sinks" in scales:
         tensors["sinks"] = normal(heads)
+    if "sinks of rows" in scales:
+        tensors["sinks"] = normal(batch, heads, q_len)
     if "key_bias" in scales:
         tensors["key_bias"] = 2 * normal(batch, heads, k_len)
         tensors["key_bias"][..., ::5] = -torch.inf
@@ -78,8 +80,8 @@ def of_form(
 ) -> tuple[Tensors, dict[str, Any]]:
     """The tensors and the arguments of one of `FORMS`."""
     arguments = dict(FORMS[form])
-    if arguments.pop("sinks", False):
-        scales = (*scales, "sinks")
+    if "sinks" in arguments:
+        scales = (*scales, arguments.pop("sinks"))
     return inputs(dtype, device, scales=scales, **sizes), arguments
 
 
@@ -108,6 +110,8 @@ def packed_inputs(
         tensors["gain"][:, ::7] = 0
     if "sinks" in scales:
         tensors["sinks"] = torch.randn(heads, generator=random)
+    if "sinks of rows" in scales:
+        tensors["sinks"] = torch.randn(heads, packed.q_len, generator=random)
     if "key_bias" in scales:
         tensors["key_bias"] = torch.randn(heads, tensors["k"].shape[0], generator=random)
     return {name: tensor.detach().to(device) for name, tensor in tensors.items()}

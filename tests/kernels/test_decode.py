@@ -48,7 +48,7 @@ def test_windows(window, count, device):
 def test_biases_of_keys(bias_heads, page, count, softcap, window, invariant, device):
     """A row for all heads, for each key head and for each query head."""
     options = {"softcap": softcap, "window": window, "invariant": invariant}
-    options["sinks"] = torch.linspace(-1, 2, 4, device=device)
+    options["sinks"] = torch.linspace(-1, 2, 8 * LENGTH, device=device).view(2, 4, -1)
     _check(torch.float32, device, bias_heads=bias_heads, page=page, count=count, **options)
 
 

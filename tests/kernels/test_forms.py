@@ -111,7 +111,7 @@ def test_parts_add_up_to_the_whole(backend, dtype, allowed, device):
     q, _, _ = sequences(dtype, heads=(2, 1), length=ROWS, dims=(16, 24), device=device)
     _, k, v = sequences(dtype, heads=(2, 1), length=KEYS, dims=(16, 24), device=device)
     query, key = torch.rand(2, 2, ROWS, device=device) + 0.5, torch.rand(2, 1, KEYS, device=device) + 0.5
-    bias, sinks = torch.randn(2, 1, 2, KEYS, device=device), torch.tensor([0.3, 2.0], device=device)
+    bias, sinks = torch.randn(2, 1, 2, KEYS, device=device), torch.randn(2, 2, ROWS, device=device)
     operands = q, k, v, query, key, bias, sinks
     d_out, d_lse = torch.randn(2, 2, ROWS, 24, device=device).to(dtype), torch.randn(2, 2, ROWS, device=device)
     exact = [x.double() for x in operands]

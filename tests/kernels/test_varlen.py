@@ -40,7 +40,7 @@ def attend(packed: Packed, device: torch.device):
 )
 def test_every_pair_of_choices(scaling, mask, form, bias, dtype, heads, dims, device):
     arguments = dict(harness.FORMS[form])
-    sinks = ("sinks",) if arguments.pop("sinks", False) else ()
+    sinks = (arguments.pop("sinks"),) if "sinks" in arguments else ()
     sizes = {"kv_heads": heads[0], "group": heads[1], "head_dim": dims[0], "value_dim": dims[1]}
     tensors = harness.packed_inputs(FEW, dtype, device, scales=("gain", *sinks, *bias), **sizes)
     harness.check(tensors, attend(FEW, device), scaling=scaling, **arguments, **MASKS[mask])

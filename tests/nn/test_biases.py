@@ -5,16 +5,20 @@ import torch
 
 from tests.support.caches import sequences
 from tests.support.refusals import refuses
-from tritonattn import attention, attention_decode, attention_varlen, nn
+from tritonattn import Scales, Scaling, attention, attention_decode, attention_varlen, check_scaling, nn
 
 B, H, S, WIDTH = 2, 4, 24, 5
 
 
-def softmax_attention(q, k, v, pairs):
-    """softmax(q k^T / sqrt(D) + pairs) v over the lower triangle."""
+def softmax_attention(q, k, v, pairs, sinks=None, softcap=None):
+    """softmax(cap(q k^T / sqrt(D)) + pairs) v over the lower triangle; sinks [B, H, S] join the denominator."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    logits = q @ k.mT / q.shape[-1] ** 0.5 + pairs
-    return logits.masked_fill(~torch.ones_like(logits).tril().bool(), -torch.inf).softmax(-1) @ v
+    logits = q @ k.mT / q.shape[-1] ** 0.5
+    logits = (logits if softcap is None else softcap * torch.tanh(logits / softcap)) + pairs
+    logits = logits.masked_fill(~torch.ones_like(logits).tril().bool(), -torch.inf)
+    if sinks is None:
+        return logits.softmax(-1) @ v
+    return torch.cat([logits, sinks[..., None]], -1).softmax(-1)[..., :-1] @ v
 
 
 @pytest.mark.parametrize(
@@ -100,3 +104,133 @@ def test_a_layer_takes_biases_in_every_form():
         cache = layer.cache(2, 8)
         parts = [layer(part, cache=cache, key_bias=alibi(8)) for part in (x[:, :5], x[:, 5:])]
     torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+def gated(dtype=torch.float64):
+    """A gate with its x, and operands of the same sequences, in which queries share key heads."""
+    torch.manual_seed(0)
+    gate, x = nn.ForgetGate(WIDTH, H, dtype=torch.float64), torch.randn(B, S, WIDTH).double().requires_grad_()
+    return gate, x, [y.requires_grad_() for y in sequences(dtype, heads=(H, 2), length=S)]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("shape", [(H,), (H, 1), (B, H, S)], ids=str)
+def test_sinks_join_the_papers_logits(shape, backend):
+    """Values and every gradient, with a softcap before the bias too."""
+    gate, x, operands = gated()
+    sinks = torch.randn(shape, dtype=torch.float64).requires_grad_()
+    leaves = (*operands, sinks, x, gate.proj.weight)
+    of_rows = (sinks if sinks.dim() > 1 else sinks[:, None]).expand(B, H, S)
+    for softcap in (None, 1.5):
+        wanted = softmax_attention(*operands, forgetting(gate, x), of_rows, softcap)
+        options = {"sinks": sinks, "softcap": softcap, "bias_after_softcap": True, "backend": backend}
+        out = attention(*operands, causal=True, key_bias=gate(x), **options)
+        torch.testing.assert_close(out, wanted)
+        of_out, of_wanted = (torch.autograd.grad(y.square().sum(), leaves) for y in (out, wanted))
+        torch.testing.assert_close(of_out, of_wanted)
+
+
+def test_sinks_with_alibi_do_not_depend_on_what_follows():
+    """Neither later tokens nor neighbours in a pack change a row; a bias without a mark shifts against the sinks."""
+    q, k, v = (x[:1] for x in sequences(heads=(H, H), length=64))
+    alibi, sinks = nn.ALiBi(H), torch.linspace(-1, 2, H, dtype=torch.float64)
+    position = torch.arange(4)
+    pairs = alibi.slopes.double()[:, None, None] * (position - position[:, None])
+    first = [x[:, :, :4] for x in (q, k, v)]
+    wanted = softmax_attention(*first, pairs, sinks[:, None].expand(1, H, 4))
+    options = {"causal": True, "sinks": sinks}
+    for length in (4, 8, 64):
+        given = (x[:, :, :length] for x in (q, k, v))
+        torch.testing.assert_close(attention(*given, key_bias=alibi(length), **options)[:, :, :4], wanted)
+    assert not torch.allclose(attention(*first, key_bias=alibi(8).clone()[:, :4], **options), wanted)
+    for before in (0, 7):
+        starts = torch.tensor([0, before, before + 4, 64], dtype=torch.int32)
+        tokens = [torch.cat([x[:, :, 64 - before :], x[:, :, : 64 - before]], 2)[0].transpose(0, 1) for x in (q, k, v)]
+        packed = attention_varlen(*tokens, starts, starts, 64, 64, key_bias=alibi(64), **options)
+        torch.testing.assert_close(packed[before : before + 4].transpose(0, 1)[None], wanted)
+
+
+def test_sinks_with_a_bias_in_a_buffer_of_a_cache():
+    """Of two sequences, which end elsewhere in it."""
+    gate, x, operands = gated()
+    q, k, v = (y.detach() for y in operands)
+    sinks, ends = torch.randn(B, H, S, dtype=torch.float64), (S, S - 2)
+    rows = torch.tensor([[end - 3, end - 2, end - 1] for end in ends])[:, None].expand(B, H, 3)
+
+    def newest(y):
+        return torch.take_along_dim(y, rows[..., None], 2)
+
+    with torch.no_grad():
+        wanted = newest(softmax_attention(q, k, v, forgetting(gate, x), sinks))
+        bias = nn.counted_from_rows(torch.nn.functional.pad(gate(x), (0, 5), value=torch.nan))
+        cache = [torch.nn.functional.pad(y, (0, 0, 0, 5)) for y in (k, v)]
+        options = {"key_lengths": torch.tensor(ends), "key_bias": bias, "sinks": newest(sinks[..., None])[..., 0]}
+        torch.testing.assert_close(attention_decode(newest(q), *cache, **options), wanted)
+
+
+def test_a_layer_with_sinks_takes_them_in_every_form():
+    torch.manual_seed(0)
+    layer = nn.ScaledAttention(16, heads=4, kv_heads=2, causal=True, sinks=True).double()
+    torch.nn.init.normal_(layer.sinks)
+    x, alibi = torch.randn(2, 6, 16).double(), nn.ALiBi(4)
+    whole = layer(x, key_bias=alibi(6))
+    torch.testing.assert_close(layer(x[:, :4], key_bias=alibi(4)), whole[:, :4])
+    ends = torch.tensor([0, 6, 12], dtype=torch.int32)
+    packed = layer(x.flatten(0, 1), cu_seqlens=ends, max_seqlen=6, key_bias=alibi(12))
+    torch.testing.assert_close(packed.unflatten(0, (2, 6)), whole)
+    with torch.no_grad():
+        cache = layer.cache(2, 8)
+        parts = [layer(part, cache=cache, key_bias=alibi(8)) for part in (x[:, :5], x[:, 5:])]
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+class Decaying(Scaling):
+    """The bias (j - i) / 8, whose term of the row `scales` leaves out."""
+
+    name, reads_keys = "decaying", False
+
+    def scales(self, q, k, visibility, statistics):
+        keys = torch.arange(k.shape[2], device=q.device).double()[None] / 8
+        return Scales(q.shape[-1] ** -0.5, key_bias=nn.counted_from_rows(keys))
+
+    def multiplier(self, q, k, visible):
+        return q.shape[-1] ** -0.5
+
+    def relative_addend(self, q, k, distance):
+        return -distance.double() / 8
+
+
+def test_a_scaling_with_a_bias_that_counts_from_rows():
+    (q, k, v), sinks = sequences(heads=(H, 2), length=S), torch.randn(H, dtype=torch.float64)
+    options = {"scaling": Decaying(), "causal": True, "sinks": sinks}
+    torch.testing.assert_close(*(attention(q, k, v, **options, backend=one) for one in ("sdpa", "reference")))
+    assert max(check_scaling(Decaying()).values()) < 1e-6
+
+
+def test_a_softcap_over_a_bias_that_counts_from_rows_is_refused():
+    (q, k, v), alibi = sequences(heads=(H, H), length=S), nn.ALiBi(H)
+    message = "NotImplementedError: softcap: ~ ALiBi and ForgetGate ~ bias_after_softcap=True"
+    for options in ({"key_bias": alibi(S)}, {"scaling": Decaying()}):
+        refuses(message, attention, q, k, v, causal=True, softcap=2.0, **options)
+        attention(q, k, v, causal=True, softcap=2.0, bias_after_softcap=True, **options)
+    layer = nn.ScaledAttention(16, heads=4, causal=True, softcap=2.0)
+    refuses(message, layer, torch.randn(2, 6, 16), key_bias=alibi(6))
+    refuses("TypeError: key_bias: expected a tensor, got list", nn.counted_from_rows, [0.0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tracing_keeps_and_guards_the_mark():
+    (q, k, v), alibi = sequences(torch.float32, heads=(H, H), length=S), nn.ALiBi(H)
+    sinks = torch.linspace(-1, 2, H)
+
+    def attend(bias):
+        return attention(q, k, v, causal=True, key_bias=bias, sinks=sinks)
+
+    marked, plain = alibi(S), alibi(S).clone()
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for bias in (marked, plain, marked):
+        torch.testing.assert_close(compiled(bias), attend(bias))
+    whole = torch.compile(lambda: attend(alibi(S)), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(whole(), attend(marked))
+    assert not torch.allclose(attend(marked), attend(plain))

@@ -38,7 +38,7 @@ OPTIONS = {
         "query_scale": torch.randn(2, 4, 3),
         "key_scale": torch.randn(2, 2, 32),
         "key_bias": torch.randn(2, 2, 2, 32),
-        "sinks": torch.randn(4),
+        "sinks": torch.randn(2, 4, 3),
     },
 }
 

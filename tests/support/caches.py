@@ -189,6 +189,8 @@ def check_newest(
     arguments |= {name: lay(arguments[name]) for name in ("k_cache", "v_cache")}
     if bias is not None:
         options["key_bias"] = torch.nn.functional.pad(bias, (0, cache.capacity - length), value=torch.nan)
+    if "sinks" in options and options["sinks"].dim() == 3:
+        options["sinks"] = cache.newest(options["sinks"], count)
     options |= {"window": window, "backend": "triton", "batch_invariant": invariant, "return_aux": aux}
     found = tritonattn.attention_decode(lay(cache.newest(q, count)), **arguments, **options)
     out, rows = found if aux else (found, None)

@@ -86,7 +86,7 @@ def example(
         masks["sequences"] = Sequences(offsets(q_lengths), offsets(k_lengths), max(q_lengths), max(k_lengths))
     q, k, v = leaf(batch, 4, 5, dims[0]), leaf(batch, 2, 7, dims[0]), leaf(batch, 2, 7, dims[1])
     query_scale, key_scale = (leaf(batch, 4, 5), leaf(batch, 2, 7)) if scales else (None, None)
-    key_bias, sink_logits = leaf(batch, 2, 2, 7) if bias else None, leaf(4) if sinks else None
+    key_bias, sink_logits = leaf(batch, 2, 2, 7) if bias else None, leaf(batch, 4, 5) if sinks else None
     logits = Logits(0.3, query_scale, key_scale, key_bias, softcap, sink_logits)
     if pairs is not None:
         of_pairs = leaf(*pairs, 5, 7), leaf(*pairs, 5 if pairs[0] > 1 else 1, 4)

@@ -103,7 +103,7 @@ def paged_call(
         batch.table[lost] = WILD[1]
     q, k, v = (x.transpose(0, 1)[None].contiguous().to(device) for x in (batch.q, batch.k, batch.v))
     random = torch.Generator().manual_seed(0)
-    shapes = {"query_scale": (1, q_heads, q_len), "key_scale": (1, kv_heads, k_len), "sinks": (q_heads,)}
+    shapes = {"query_scale": (1, q_heads, q_len), "key_scale": (1, kv_heads, k_len), "sinks": (1, q_heads, q_len)}
     shapes["key_bias"] = (1, kv_heads, q_heads // kv_heads, k_len)
     vectors = {name: torch.randn(shapes[name], generator=random).to(device) for name in terms}
     if "query_scale" in terms:

@@ -31,7 +31,7 @@ def attention(
         capped[i, j]  = softcap * tanh(logit[i, j] / softcap)         or logit[i, j] without softcap
         lse[i]        = ln sum_j exp(capped[i, j])                    over the keys j visible to row i
         s[i, j]       = exp(capped[i, j] - lse[i])
-        p[i, j]       = s[i, j] / (1 + exp(sink - lse[i]))            or s[i, j] without sinks
+        p[i, j]       = s[i, j] / (1 + exp(sinks[i] - lse[i]))        or s[i, j] without sinks
         out[i]        = sum_j keep[i, j] / (1 - p_drop) * p[i, j] * v[j]
         max_logit[i]  = max_j logit[i, j]
         entropy[i]    = -sum_j s[i, j] * ln(s[i, j])
@@ -40,7 +40,7 @@ def attention(
     multiplier   a float or a tensor broadcastable to [B, Hq, Sq, Sk]; of no account at invisible pairs
     bias         likewise, or None for 0; where it is -inf, so is capped; where it is added after the softcap, it is
                  added to capped, of which max_logit then is
-    sinks        [Hq]; -inf is no sink, +inf gives p = 0, NaN gives NaN
+    sinks        broadcastable to [B, Hq, Sq]; -inf is no sink, +inf gives p = 0, NaN gives NaN
     returns      out [B, Hq, Sq, Dv] in q's dtype; the others [B, Hq, Sq] in fp32 (fp64 for fp64 q)
 
     Operands keep their dtype; logits, softmax and accumulation are in fp32 (fp64 for fp64 q); p is rounded to
@@ -75,7 +75,7 @@ def attention(
         lse = _log_sum_exp(capped)
         probability = _softmax(capped)
         if sinks is not None:
-            gap = torch.where(attends, lse[..., None] - sinks.to(dtype)[:, None, None], 0)
+            gap = torch.where(attends, lse[..., None] - sinks.to(dtype)[..., None], 0)
             probability = probability * logsigmoid(gap).exp()  # 1 - sigmoid, in its gradient, is 0 from a gap of 17 on
         if dropout is not None:
             heads = (visibility.batch, visibility.q_heads)

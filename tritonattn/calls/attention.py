@@ -105,8 +105,9 @@ def attention(
         bias_after_softcap: Add the three biases after the softcap: logit -> c * tanh(logit / c) + biases, of which
             lse, entropy and max_logit then are. Without a bias it changes nothing.
         softcap: c > 0: logit -> c * tanh(logit / c), after scaling and with the biases.
-        sinks: [Hq]: a logit that joins the softmax's denominator only, neither scaled nor capped; gets a
-            gradient. -inf is no sink, +inf gives zeros, and NaN gives NaN in rows that attend to keys.
+        sinks: [Hq], or broadcastable to [B, Hq, Sq]: a logit of each row that joins the softmax's denominator only,
+            neither scaled nor capped; gets a gradient. -inf is no sink, +inf gives zeros, and NaN gives NaN in rows
+            that attend to keys. With a key_bias that is `nn.counted_from_rows` the row's part is added to it.
         dropout_p: Chance in [0, 1) to drop a probability; the others are multiplied by 1 / (1 - dropout_p).
             The bits follow torch.manual_seed and are the same on every backend.
         return_aux: Return (out, `AttentionAux`).

@@ -169,12 +169,13 @@ class _Case:
                 self._compare(about, without, with_keys)
 
     def _call(self) -> AttentionCall:
-        return AttentionCall(self.q, self.k, self.k, self.visibility, Logits(), scaling=self.scaling)
+        terms = Logits(sinks=self.q.new_zeros(self.visibility.rows))  # take what a bias counts from
+        return AttentionCall(self.q, self.k, self.k, self.visibility, terms, scaling=self.scaling)
 
     def _scales(self, k: Tensor, given: Tensor | None = None, distances: bool = True) -> tuple[Tensor, Tensor]:
         """The factor and the bias of every visible pair from `scales`, [B, Hq, Sq, Sk]; 0 elsewhere.
 
-        distances   add the relative bias, too
+        distances   add the relative bias, too, and count biases of keys from the rows where they do
         """
         statistics = Statistics(k, self.visibility)
         terms = logits(self._call(), statistics, k if given is None else given)
@@ -189,6 +190,8 @@ class _Case:
             bias = bias + terms.key_bias.flatten(1, 2)[:, :, None]
         if terms.relative_bias is not None and distances:
             bias = bias + relative_pairs(terms.relative_bias, terms.relative_right, self.visibility)
+        if terms.sinks is not None and distances:
+            bias = bias - terms.sinks[..., None]
         return torch.where(self.visible, factor, 0), torch.where(self.visible, bias, 0).clamp(min=_LEAST)
 
     def _compare(self, about: str, got: Tensor, expected: Tensor, size: Tensor | None = None) -> float:

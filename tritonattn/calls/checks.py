@@ -18,6 +18,7 @@ from torch import Tensor
 from ..core.autograd import autocast_is_on, runs_eagerly
 from ..core.call import AttentionCall, Logits
 from ..core.invariance import switch
+from ..core.row_terms import sinks_beside
 from ..core.shards import unshard
 from ..scaling import SCALINGS, Given, Scaling
 from ..scaling.names import named_scaling
@@ -102,14 +103,14 @@ def check(call: AttentionCall, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or
     if terms.key_bias is not None:
         check_key_bias("key_bias", terms.key_bias, q, _last(visible.keys, keys), keys)
     if sinks is not None:
-        check_tensor("sinks", sinks, "[Hq]", FLOATS, q, sizes=(q.shape[1],))
-        sinks = sinks.to(scale_dtype(q))
+        sinks = sinks_of_rows(sinks, q, visible.rows, rows)
     if not (softcap is None and sinks is None and is_after is False):
         check_bool("bias_after_softcap", is_after)
         softcap = float(softcap) if isinstance(softcap, int) else softcap  # an int is another type to a kernel
-        call.logits = terms = terms.changed(
-            softcap=softcap, sinks=sinks, bias_after_softcap=is_after and softcap is not None
-        )
+        terms = terms.changed(softcap=softcap, sinks=sinks, bias_after_softcap=is_after and softcap is not None)
+        if terms.key_bias is not None:
+            terms = terms.changed(sinks=sinks_beside(terms.key_bias, terms, visible))
+        call.logits = terms
     if not (terms.bias is None and terms.relative_bias is None and terms.relative_right == 0):
         call.logits = _with_pairs(terms, call, rows)
     scaling, gain = call.scaling, call.gain
@@ -170,6 +171,19 @@ def check_key_bias(name: str, bias: Any, q: Tensor, keys: tuple[int, ...], axes:
     *batch, kv_heads, k_len = keys
     heads = kv_heads if bias.dim() > 1 and bias.shape[-2] == kv_heads else q.shape[1]
     check_factor(name, bias, q, (*batch, heads, k_len), axes)
+
+
+def sinks_of_rows(sinks: Any, q: Tensor, shape: tuple[int, ...], axes: str = "[B, Hq, Sq]") -> Tensor:
+    """Sinks, one a head or one a row, as backends take them, [B, Hq, Sq]; raises unless they are of such rows.
+
+    axes   the last ones of `shape`, to which those of rows broadcast
+    """
+    check_tensor("sinks", sinks, f"[Hq] or {axes}", FLOATS, q)
+    of_rows = sinks[:, None] if sinks.shape == shape[1:2] else sinks
+    if of_rows.dim() < 2 or not broadcasts(of_rows.shape, _last(shape, axes)):
+        wanted = f"[Hq] = {[shape[1]]} or one broadcastable to {axes} = {list(_last(shape, axes))}"
+        raise ValueError(f"sinks: expected a shape {wanted}, got {shape_of(sinks)}")
+    return of_rows.to(scale_dtype(q)).expand(shape)
 
 
 def _with_pairs(terms: Logits, call: AttentionCall, rows: str) -> Logits:

@@ -21,6 +21,7 @@ from ..core.dropout import Dropout
 from ..core.key_records import RecordedStatistics
 from ..core.observation import ObservedCall, ObservedRows, notify_observers, observers
 from ..core.pair_biases import sum_of_tables
+from ..core.row_terms import sinks_beside
 from ..core.sequences import PageTable
 from ..core.statistics import DoubleStatistics, Statistics
 from ..core.visibility import Visibility
@@ -134,24 +135,28 @@ def _keys_for_scaling(call: AttentionCall) -> Tensor:
     return call.q.new_full((), torch.nan).expand(visible.batch, visible.kv_heads, visible.k_len, call.q.shape[3])
 
 
-def logits(call: AttentionCall, statistics: Statistics, k: Tensor | None = None) -> Logits:
+def logits(
+    call: AttentionCall, statistics: Statistics, k: Tensor | None = None, positions: Tensor | None = None
+) -> Logits:
     """Compute the terms of the logits of a checked call: the scaling's scales times the gain, its bias and the call's.
 
     statistics   of the keys that its rows attend to
     k            stands for call.k before the scaling, or None
+    positions    of the rows among the keys, int64 [1, Sq], or None, where the call's visibility knows them
     """
     q, given = call.q, call.logits
-    bias = given.key_bias
+    bias, sinks = given.key_bias, given.sinks
     scales = scales_of(call.scaling, call.gain, q, call.k if k is None else k, call.visibility, statistics)
     if bias is not None:
         bias = per_group(bias.to(scale_dtype(q)), call.visibility)
     if scales.key_bias is not None:
+        sinks = sinks_beside(scales.key_bias, given, call.visibility, positions)
         added = per_group(scales.key_bias.to(scale_dtype(q)), call.visibility)
         bias = added if bias is None else added + bias
     pairs, is_after = (None, None, 0), bias is not None and given.bias_after_softcap
     if not (given.bias is None and given.relative_bias is None and scales.relative_bias is None):
         pairs, is_after = _pairs(given, scales, call.visibility), given.bias_after_softcap
-    return Logits(scales.constant, scales.query, scales.key, bias, given.softcap, given.sinks, *pairs, is_after)
+    return Logits(scales.constant, scales.query, scales.key, bias, given.softcap, sinks, *pairs, is_after)
 
 
 def _pairs(given: Logits, scales: Scales, visible: Visibility) -> tuple[Tensor | None, Tensor | None, int]:

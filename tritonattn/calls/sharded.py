@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from ..core.dropout import stream
+from ..core.row_terms import as_marked
 from ..core.shards import is_dtensor, twin
 
 if TYPE_CHECKING:
@@ -39,20 +40,29 @@ class Axes(NamedTuple):
         return x.ndim + axis if x.ndim >= -axis and x.shape[axis] > 1 else None
 
 
+class OfSinks(Axes):
+    """Those of sinks, whose only axis, where they have one, is that of heads."""
+
+    def of(self, x: Tensor, meaning: str | None) -> int | None:
+        if x.ndim > 1:
+            return super().of(x, meaning)
+        return 0 if meaning == "heads" else None
+
+
 ROWS, OPERAND, NOWHERE = Axes(-3, -2), Axes(0, 1), Axes(None, None)
 BATCHED = {
     **dict.fromkeys(("q", "k", "v"), OPERAND),
     **dict.fromkeys(("scaling", "gain", "query_scale", "key_scale", "key_bias"), ROWS),
     **dict.fromkeys(("key_lengths", "key_ranges"), Axes(0, None)),
     **dict.fromkeys(("mask", "bias", "relative_bias"), Axes(-4, -3)),
-    "sinks": Axes(None, 0),
+    "sinks": OfSinks(-3, -2),
     "aux": OPERAND,
 }
 PACKED = {
     **dict.fromkeys(("q", "k", "v"), Axes(None, 1)),
     **dict.fromkeys(("scaling", "gain", "key_bias"), Axes(None, -2)),
     "relative_bias": Axes(None, -3),
-    "sinks": Axes(None, 0),
+    "sinks": OfSinks(None, -2),
     "aux": Axes(None, 0),
 }
 CACHED = {
@@ -113,7 +123,7 @@ def _part_with(q: Tensor, name: str, x: Any, axes: Mapping[str, Axes]) -> Any:
     if axis is not None and part.shape[axis] != q.shape[heads]:
         got = f"{part.shape[axis]} of {x.shape[axis]}, placed {_placed(x)}"
         raise ValueError(f"{name}: expected a value for each of q's {q.shape[heads]} heads on this rank, got {got}")
-    return part
+    return as_marked(part, x)
 
 
 class Shards(NamedTuple):
@@ -172,7 +182,7 @@ class Shards(NamedTuple):
         """This rank's part of an argument: a DTensor, or a tensor or a module that all ranks hold alike."""
         if isinstance(x, nn.Module):  # a scaling: the first axis of a parameter is that of heads, if as long
             return twin(x, lambda one: self._tensor(one, _BY_HEAD if one.shape[:1] == (self.heads,) else NOWHERE))
-        return self._tensor(x, self.axes.get(name, NOWHERE)) if isinstance(x, Tensor) else x
+        return as_marked(self._tensor(x, self.axes.get(name, NOWHERE)), x) if isinstance(x, Tensor) else x
 
     def _wanted(self, x: Tensor, axes: Axes) -> tuple[tuple[Any, ...], list[Any]]:
         """The placements of x where q's parts need it, and of its gradient: a rank has a part of that of replicas."""

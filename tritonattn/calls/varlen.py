@@ -125,7 +125,8 @@ def attention_varlen(
             sequence n is at cu_seqlens_k[n] + j.
         relative_bias: Floating, [Hq or 1, T_q or 1, extent], with relative_right as in `attention`: a number for every
             distance to the row's position, which is that of `causal` in its sequence.
-        bias_after_softcap, softcap, sinks, dropout_p: As in `attention`.
+        sinks: [Hq], or broadcastable to [Hq, T_q], as in `attention`.
+        bias_after_softcap, softcap, dropout_p: As in `attention`.
         return_aux: Return (out, `AttentionAux`), its fields [Hq, T_q].
         backend, batch_invariant: As in `attention`.
 

@@ -26,7 +26,8 @@ class Logits(NamedTuple):
     key_scale     [B, Hkv, Sk] or None, likewise
     key_bias      [B, Hkv, Hq / Hkv, Sk] or None, likewise; a key with -inf has no weight, whatever the softcap
     softcap       c: logit -> c * tanh(logit / c), or None
-    sinks         fp32 [Hq] or None: a logit per head in the softmax's denominator only, neither scaled nor capped
+    sinks         [B, Hq, Sq] or None, likewise: a logit of each row in the softmax's denominator only, neither scaled
+                  nor capped
     bias          each axis of [B, Hq, Sq, Sk] or 1, or None; of any dtype but that fp64 is for fp64 q; any strides
     relative_bias [B or 1, Hq or 1, Sq or 1, extent] or None, likewise: relative[i, j] is the entry of row i at
                   position[i] - j + relative_right, and 0 outside of the extent; `Visibility.positions`
@@ -164,6 +165,12 @@ class AttentionCall:
         end = self.visibility.k_len if sequences is None else sequences.k_starts[-1]
         end = end if lengths is None else lengths[:, None]
         return table.find(torch.where(key < end, key, -1), x.shape[0]).of(x.transpose(1, 2)).transpose(1, 2)
+
+
+def sinks_of_heads(sinks: Tensor) -> Tensor | None:
+    """The sinks [Hq] of a call whose rows share one a head, which their strides say; None where rows have their own."""
+    shares = all(sinks.shape[axis] == 1 or sinks.stride(axis) == 0 for axis in (0, 2))
+    return sinks[0, :, 0] if shares else None
 
 
 def per_group(bias: Tensor, visibility: Visibility) -> Tensor:

@@ -32,11 +32,11 @@ def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
 
     q = heads_to_tokens(call.q, split, Wire(dtype, dtype))
     k, v = (heads_to_tokens(repeated(x), split, Wire(dtype, gradients)) for x in (call.k, call.v))
-    query, key, sinks = logits.query_scale, logits.key_scale, logits.sinks
-    if query is not None:
-        query = heads_to_tokens(query[..., None], split, Wire(wide, wide))[..., 0]
-    key = None if key is None else of_rank(repeated(key), 1)
-    sinks = None if sinks is None else of_rank(sinks, 0)
+    query, sinks = (
+        None if x is None else heads_to_tokens(x[..., None], split, Wire(wide, wide))[..., 0]
+        for x in (logits.query_scale, logits.sinks)
+    )
+    key = None if logits.key_scale is None else of_rank(repeated(logits.key_scale), 1)
     bias = logits.key_bias
     if bias is not None:  # [B, Hkv, Hq / Hkv, S]: a repeated key head takes its share of the query heads
         bias = of_rank(bias.unflatten(2, (repeats, -1)).flatten(1, 2), 1)

@@ -43,7 +43,7 @@ class Piece(NamedTuple):
         """Indices of the piece in the tensors of a call; those of k and v are in what is held."""
         rows, keys = (ALL, self.q_heads, self.rows), (ALL, self.kv_heads, self.vectors)
         of_bias: Any = (ALL, self.kv_heads, ALL, self.vectors)
-        return Gradients(rows, None, None, rows, keys, of_bias, self.q_heads)  # pyright: ignore[reportArgumentType]
+        return Gradients(rows, None, None, rows, keys, of_bias, rows)  # pyright: ignore[reportArgumentType]
 
     def visible(self, q: Tensor, k: Tensor, ranges: Tensor | None) -> Visibility:
         """The keys that the rows attend to; ranges are those of all of this rank's rows in the sequence."""
@@ -96,9 +96,9 @@ class Schedule:
         parts: list[Any] = [
             None if x is None or index is None else x[index] for x, index in zip(tensors, piece.indices, strict=True)
         ]
-        q, _, _, query, key, bias, of_heads, *_ = parts
+        q, _, _, query, key, bias, of_rows, *_ = parts
         k, v = held.keys[:, :, piece.keys].to(q.dtype), held.values[:, :, piece.keys]
-        terms = Logits(settings.scale, query, key, bias, settings.softcap, of_heads if sinks else None)
+        terms = Logits(settings.scale, query, key, bias, settings.softcap, of_rows if sinks else None)
         visible, aux, backend = piece.visible(q, k, ranges), settings.aux, settings.backend
         return AttentionCall(q, k, v, visible, terms, is_part=self.is_part, aux=aux, backend=backend)
 

@@ -113,7 +113,7 @@ def logits_of(call: AttentionCall, sequence: SharedSequence, reduce_dtype: torch
         of_rank = key_bias.expand((*key_bias.shape[:-1], k.shape[2]))
         key_bias = collectives.gather(of_rank, split, -1, torch.promote_types(reduce_dtype, of_rank.dtype))
         call.logits = Logits(key_bias=key_bias, softcap=call.logits.softcap, sinks=call.logits.sinks)
-    return logits(call, statistics, whole)
+    return logits(call, statistics, whole, split.positions(k.shape[2], k.device)[None])
 
 
 def check_over_ranks(call: AttentionCall, rows: str = "[B, Hq, Sq]") -> None:
@@ -128,8 +128,8 @@ def check_over_ranks(call: AttentionCall, rows: str = "[B, Hq, Sq]") -> None:
 
 
 def share_with_sinks(lse: Tensor, sinks: Tensor) -> Tensor:
-    """The weight of keys with a sink [Hq]: exp(lse) / (exp(lse) + exp(sink)), 0 for a row without keys."""
-    return torch.sigmoid(lse - sinks[:, None]).masked_fill(lse == -torch.inf, 0)
+    """The weight of keys with sinks [B, Hq, Sq]: exp(lse) / (exp(lse) + exp(sinks)), 0 for a row without keys."""
+    return torch.sigmoid(lse - sinks).masked_fill(lse == -torch.inf, 0)
 
 
 class SharedStatistics(Statistics):

@@ -16,6 +16,7 @@ mode, but SSMax's s = 0 is uniform attention, and an exponent of 0 leaves a stat
 ... ])
 """
 
+from ..core.row_terms import counted_from_rows
 from .attention import ScaledAttention
 from .biases import ALiBi, ForgetGate
 from .cache import KeyValueCache
@@ -41,6 +42,7 @@ __all__ = [
     "SSMax",
     "ScaledAttention",
     "Scheduled",
+    "counted_from_rows",
     "scaling_parameters",
 ]
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..calls.checks import check_bool, check_count, check_dtype, check_tensor, shape_of
 from ..core.ranges import prefix_sum
+from ..core.row_terms import counted_from_rows
 from ..core.shards import SharesSequence, refuse_context_parallel
 
 
@@ -14,8 +15,10 @@ class ALiBi(SharesSequence, nn.Module):
     """bias[h, j] = m_h * (j - (keys - 1)): attention with linear biases.
 
     The paper adds m_h * (j - i) to the logit of row i and key j. A term of the row alone cancels in the softmax, so
-    that one number a key is enough; lse and max_logit shift by it. The slopes m_h are 2^(-8 h / n) for h = 1 .. n where
-    the number of heads n is a power of two; else those of the power below, then every second one of twice that power.
+    that one number a key is enough; lse and max_logit shift by it. With sinks it does not cancel: the bias is one
+    that is `counted_from_rows`, and a call adds the term to its sinks. The slopes m_h are 2^(-8 h / n) for h = 1 .. n
+    where the number of heads n is a power of two; else those of the power below, then every second one of twice that
+    power.
 
     Numbers near -m_h * keys are rounded to float32: differences of logits are off by at most m_h * keys * 2^-23, 0.002
     for the steepest slope among 2^15 keys.
@@ -28,10 +31,11 @@ class ALiBi(SharesSequence, nn.Module):
         bidirectional: Return the bias of distances.
         device: The device of the bias; it moves with the module.
 
-    Calling it with a number of keys returns the bias, float32 [heads, keys]: pass it with any scaling. In decoding
-    the number is the cache's capacity. Under `tritonattn.distributed.ContextParallel` the number is that of this rank's
-    keys, and their bias counts positions in the whole sequence. A bidirectional one returns float32
-    [1, heads, 1, 2 * keys - 1]: pass it as `relative_bias`, with `relative_right=keys - 1`.
+    Calling it with a number of keys returns the bias, float32 [heads, keys]: pass it with any scaling, and under a
+    softcap with `bias_after_softcap=True`. In decoding the number is the cache's capacity. Under
+    `tritonattn.distributed.ContextParallel` the number is that of this rank's keys, and their bias counts positions in
+    the whole sequence. A bidirectional one returns float32 [1, heads, 1, 2 * keys - 1]: pass it as `relative_bias`,
+    with `relative_right=keys - 1`; causal calls take it too, sinks and a softcap of either order included.
 
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
@@ -74,7 +78,7 @@ class ALiBi(SharesSequence, nn.Module):
             return self._of_distances(keys)
         ranks = 1 if self.sequence_part is None else self.sequence_part.ranks
         distance = self._positions(keys, self._place.device).double() - (keys * ranks - 1)
-        return (self._exact_slopes()[:, None] * distance).float()
+        return counted_from_rows((self._exact_slopes()[:, None] * distance).float())
 
     def _of_distances(self, keys: int) -> Tensor:
         if self.sequence_part is not None:
@@ -94,7 +98,8 @@ class ForgetGate(SharesSequence, nn.Module):
 
     The paper adds the sum of ln f over j < l <= i to the logit of row i and key j. That is c_i - c_j with
     c_i = sum of ln f over l <= i; c_i cancels in the softmax of row i, so that -c_j is enough; lse and max_logit shift
-    by c_i. For the same reason the sums of packed sequences need not begin again.
+    by c_i. For the same reason the sums of packed sequences need not begin again. With sinks c_i does not cancel: the
+    bias is one that is `counted_from_rows`, and a call adds its term to the sinks.
 
     Args:
         width: Features of x.
@@ -103,8 +108,9 @@ class ForgetGate(SharesSequence, nn.Module):
         device, dtype: The device and dtype of the projection.
 
     Calling it with x [B, S, width], or packed [T, width], returns float32 [B, heads, S] or [heads, T] (float64 of
-    float64): pass it as `key_bias` to a causal call. In decoding `before` [B, heads] is the bias of the last token, and
-    the bias of all tokens stands in a buffer with the cache.
+    float64): pass it as `key_bias` to a causal call, under a softcap with `bias_after_softcap=True`. In decoding
+    `before` [B, heads] is the bias of the last token, and the bias of all tokens stands in a buffer with the cache:
+    `counted_from_rows(buffer)` where there are sinks.
 
     Sums are float64, and their rounding to float32 puts logits off by at most 2^-23 of the sum. Under
     `tritonattn.distributed.ContextParallel` x holds this rank's tokens, and sums begin at the whole sequence's first.
@@ -152,4 +158,4 @@ class ForgetGate(SharesSequence, nn.Module):
         log_gates = nn.functional.logsigmoid(gates.to(dtype))
         part = self.sequence_part
         sums = prefix_sum(log_gates)[..., 1:] if part is None else part.running_sum(log_gates)
-        return (-sums if before is None else before.double()[..., None] - sums).to(dtype)
+        return counted_from_rows((-sums if before is None else before.double()[..., None] - sums).to(dtype))

@@ -170,7 +170,7 @@ def without_repeats(call: AttentionCall) -> AttentionCall:
 def vmap_of_call(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
     """Map in one batch, except where dropout depends on the position in it, or an argument has no batch axis."""
     named = dict(zip(NAMES, arguments, strict=False))
-    one_by_one = any(named[name] is not None for name in ("dropout_state", "sinks", "q_starts", "block_table"))
+    one_by_one = any(named[name] is not None for name in ("dropout_state", "q_starts", "block_table"))
     return (in_a_loop if one_by_one else in_one_batch)(operator, info.batch_size, in_dims, arguments)
 
 

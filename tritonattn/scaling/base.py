@@ -24,7 +24,8 @@ class Scales:
     query       broadcastable to [B, Hq, Sq], or one row a key head, [B, Hkv, Sq]; any float dtype; None is 1
     key         broadcastable to [B, Hkv, Sk]; any float dtype; None is 1
     is_finite   query is finite in rows without keys too; a call puts 0 there otherwise
-    key_bias    broadcastable to [B, Hq, Sk] or [B, Hkv, Sk]; any float dtype; None is 0; a key with -inf has no weight
+    key_bias    broadcastable to [B, Hq, Sk] or [B, Hkv, Sk]; any float dtype; None is 0; a key with -inf has no weight;
+                `nn.counted_from_rows` marks one that counts from the row's position, as `addend` then does
     relative_bias, relative_right   as of `attention`, of a packed batch [1, Hq or 1, T_q or 1, extent]; None is 0
 
     A call raises ValueError for another shape, and TypeError for another type.

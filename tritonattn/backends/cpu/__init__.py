@@ -7,13 +7,13 @@ is rounded in between, P included: the result of a 16-bit call is rounded once.
 With x = scale * (q . k) * query_scale * key_scale + biases and z = x, or softcap * tanh(x / softcap):
 
     s       = exp(z - lse)
-    share_i = exp(lse_i) / (exp(lse_i) + exp(sink))         1 without sinks
+    share_i = exp(lse_i) / (exp(lse_i) + exp(sinks_i))      1 without sinks
     keep_ij = kept_ij / (1 - p)                             1 without dropout
     out_i   = share_i sum_j keep_ij s_ij v_j
     delta_i = out_i . d_out_i
     dz_ij   = s_ij (share_i keep_ij (d_out_i . v_j) - share_i delta_i + d_lse_i)
     dx_ij   = dz_ij (1 - (z_ij / softcap)^2)                dz_ij without softcap
-    d_sink  = -sum_i (1 - share_i) delta_i
+    d_sinks_i = -(1 - share_i) delta_i
     d_bias_ij = dx_ij                                   dz_ij where biases are added after the softcap
 
 The gradient of a scale is that of the scaled operand before it meets the scale, times the operand: nothing is

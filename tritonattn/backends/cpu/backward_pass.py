@@ -115,8 +115,7 @@ class _Rows:
         delta = tiles.dot(out, d_out)
         share = d_sink = None
         if call.logits.sinks is not None:
-            sinks = tiles.of_each_row(call.logits.sinks[None, :, None].expand(call.q.shape[:3]), block)
-            gap = (lse - sinks).masked_fill(blind, 0)
+            gap = (lse - tiles.of_each_row(call.logits.sinks, block)).masked_fill(blind, 0)
             d_sink = -torch.sigmoid(-gap) * delta
             share = torch.sigmoid(gap)
             d_out = d_out * share
@@ -254,7 +253,7 @@ def _weights(
 
 def _store_of_rows(tiles: Tiles, block: Block, rows: _Rows, d_query: Tensor | None, gradients: Gradients) -> None:
     if gradients.sinks is not None and rows.d_sink is not None:
-        gradients.sinks[block.heads.queries] += tiles.by_head(rows.d_sink, block).sum((0, 3, 4)).flatten()
+        tiles.store(gradients.sinks, rows.d_sink, block)
     if d_query is None:
         return
     d_query.mul_(tiles.call.logits.scale)

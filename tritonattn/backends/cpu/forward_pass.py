@@ -78,9 +78,8 @@ class _Softmax:
     def out(self) -> Tensor:
         total, blind = self.total, self.total == 0
         if self.call.logits.sinks is not None:
-            sinks = self.call.logits.sinks[None, :, None].expand(self.call.q.shape[:3])
             base = self.peak.masked_fill(self.peak == -torch.inf, 0)
-            total = total + torch.exp(self.tiles.of_each_row(sinks, self.block) - base)
+            total = total + torch.exp(self.tiles.of_each_row(self.call.logits.sinks, self.block) - base)
         if self.call.dropout is not None:
             total = total * (1 - self.call.dropout.p)
         return self.weighted / total.masked_fill(blind, 1)

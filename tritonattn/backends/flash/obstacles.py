@@ -11,7 +11,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...core.autograd import is_transformed
-from ...core.call import AttentionCall
+from ...core.call import AttentionCall, Logits, sinks_of_heads
 from ...core.visibility import Visibility
 from .libraries import CUDNN, KEYWORDS_OF_LSE, WIDEST, Library, lengths, limits
 
@@ -34,11 +34,16 @@ def obstacle_of_all(call: AttentionCall) -> str | None:
         ("dropout_p", call.dropout_p or None),
         ("batch_invariant", visible.invariant or None),
         ("return_aux with sinks", call.logits.sinks if call.aux else None),
+        ("sinks of rows", _has_sinks_of_rows(call.logits) or None),
         ("torch.func", is_transformed() or None),
     ):
         if value is not None:
             return name
     return None
+
+
+def _has_sinks_of_rows(terms: Logits) -> bool:
+    return terms.sinks is not None and sinks_of_heads(terms.sinks) is None
 
 
 def obstacle(library: Library, call: AttentionCall, card: int, has_graph: bool) -> str | None:

@@ -10,7 +10,7 @@ from torch.autograd.function import Function
 from torch.nn.functional import pad
 
 from ...core.autograd import apply, first_order, needs_graph, refuse_second_order
-from ...core.call import AttentionCall, ForwardResult
+from ...core.call import AttentionCall, ForwardResult, sinks_of_heads
 from .libraries import FLASH, HOW_TO_INSTALL, Library, card_of, libraries, why_none
 from .obstacles import lse_has_gradient, obstacle, obstacle_of_all
 
@@ -46,7 +46,8 @@ def attention(call: AttentionCall) -> ForwardResult:
     if scale <= 0:  # libraries take the maximum of a row before they multiply
         q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
     q, k, v = (_as_taken(x, width, is_packed) for x, width in ((q, widths[0]), (k, widths[0]), (v, widths[1])))
-    out, lse = library.attend(q, k, v, call, float(scale), terms.sinks)
+    sinks = None if terms.sinks is None else sinks_of_heads(terms.sinks)
+    out, lse = library.attend(q, k, v, call, float(scale), sinks)
     if out.requires_grad:
         out.register_hook(_aligned)
         refuse_second_order(out)

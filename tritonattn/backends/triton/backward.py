@@ -59,7 +59,7 @@ def attention_row_terms(
     delta_ptr,
     d_sinks_ptr,
     scale,
-    sinks_ptr,
+    sinks,
     q_len,
     terms_len,
     q_heads,
@@ -75,11 +75,11 @@ def attention_row_terms(
 ):
     """Row terms of the softmax's derivative, for BLOCK_M rows of one (batch or sequence, head).
 
-        total[i]   = exp(lse[i]) + exp(sinks[head])            without sinks, no second term
+        total[i]   = exp(lse[i]) + exp(sinks[i])               without sinks, no second term
         lse2[i]    = log2(total[i]), +inf for a row without keys, so that its probabilities come out as 0
         delta[i]   = sum_c out[i, c] * d_out[i, c] - d_lse[i] * total[i] / exp(lse[i])
         factor[i]  = scale * log2(e) * query_scale[i]          only with query_scale
-        d_sinks[i] = -exp(sinks[head]) / total[i] * sum_c out[i, c] * d_out[i, c]
+        d_sinks[i] = -exp(sinks[i]) / total[i] * sum_c out[i, c] * d_out[i, c]
 
     where out is what it was before it was rounded: with 16 bits of it, delta's error times the mean key passes d_q
     where keys and values have means (arXiv:2510.04212 traces training that diverges to such rounding).
@@ -117,9 +117,9 @@ def attention_row_terms(
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK_M]
     lse2 = tl.where(live, lse * LOG2_E, 0.0)
     total2 = lse2
-    if sinks_ptr is not None:
-        sink2 = tl.load(sinks_ptr + head) * LOG2_E
-        peak, weight, of_sink = joint_peak(lse2, sink2)
+    if sinks is not None:
+        sink = tl.load(vector_from(sinks, batch, head, 0, memory_row + block_rows), mask=live, other=0.0)
+        peak, weight, of_sink = joint_peak(lse2, sink * LOG2_E)
         total2 = peak + tl.log2(weight + of_sink)
         if d_sinks_ptr is not None:
             d_sinks = tl.where(live, -of_sink / (weight + of_sink) * delta, 0.0)
@@ -191,7 +191,7 @@ def backward(
     found = Gradients()
     if needs.k or needs.v or needs.key_scale or of_pairs:
         found = grad_key_value(specialisation, call, arguments, needs, d_out)
-    d_sinks = d_sinks.sum((0, 2)) if d_sinks is not None and needs.sinks else None
+    d_sinks = d_sinks if needs.sinks else None
     return found._replace(q=d_q if needs.q else None, query_scale=d_query_scale, sinks=d_sinks)
 
 

@@ -395,11 +395,11 @@ def joint_peak(shift, sink):
 
 
 @triton.jit
-def finish_softmax(m_i, l_i, spread, factor, softcap, sinks_ptr, head, results, offsets, keep):
+def finish_softmax(m_i, l_i, spread, factor, softcap, sinks, batch, head, rows, results, offsets, keep):
     """(l_i, weight, total) of rows [BLOCK_M], whose output is weight * acc / total; stores lse, max_logit and entropy.
 
     A row without keys has l_i 0, total 1, lse and max_logit -inf, entropy 0. A sink joins the total only: -inf is no
-    sink, +inf gives weight 0, and NaN a total of NaN.
+    sink, +inf gives weight 0, and NaN a total of NaN. rows are those of `sinks`, a `Scale` or None.
     """
     l_i, spread = tl.sum(l_i, 1), tl.sum(spread, 1)
     empty = l_i == 0.0
@@ -417,8 +417,9 @@ def finish_softmax(m_i, l_i, spread, factor, softcap, sinks_ptr, head, results, 
         entropy = tl.where(empty, 0.0, (tl.log2(total) - spread / total) * LN_2)
         tl.store(results.entropy + offsets, tl.where(entropy < 0.0, 0.0, entropy), mask=keep)
     weight = 1.0
-    if sinks_ptr is not None:
-        _, weight, of_sink = joint_peak(shift, tl.load(sinks_ptr + head) * LOG2_E)
+    if sinks is not None:
+        sink = tl.load(vector_from(sinks, batch, head, 0, rows), mask=keep, other=0.0)  # [BLOCK_M]
+        _, weight, of_sink = joint_peak(shift, sink * LOG2_E)
         total = tl.where(empty, 1.0, tl.fma(l_i, weight, of_sink))
     return l_i, weight, total
 

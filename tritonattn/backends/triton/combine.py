@@ -8,16 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.call import AttentionCall
-from .block import LENGTHS, LN_2, LOG2_E, lost_in_rounding, program_position
+from .block import LENGTHS, LN_2, LOG2_E, lost_in_rounding, program_position, vector_from
 from .launch import KERNELS, Specialisation, plan
-from .records import Arguments, Results
+from .records import Arguments, Results, Scale
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def combine_splits(
     parts,
     results,
-    sinks_ptr,
+    sinks,
     q_len,
     splits,
     part_rows,
@@ -31,7 +31,7 @@ def combine_splits(
     """One row of a call from the parts that `attention_decode` or `attention_forward` wrote for the splits of its keys.
 
         lse        = ln sum_s exp(lse[s]),  w[s] = exp(lse[s] - lse)
-        out        = sum_s w[s] * out[s]                 times exp(lse) / (exp(lse) + exp(sink)) with a sink
+        out        = sum_s w[s] * out[s]                 times exp(lse) / (exp(lse) + exp(sinks[row])) with sinks
         entropy    = sum_s w[s] * (entropy[s] - ln w[s])
         max_logit  = max_s max_logit[s]
 
@@ -85,8 +85,9 @@ def combine_splits(
     if results.entropy is not None:
         entropy = tl.sum(entropy_sum, 0) / total + log_total
         tl.store(results.entropy + row, tl.where(entropy < 0.0, 0.0, entropy))
-    if sinks_ptr is not None:
-        with_sink = total + tl.exp2((tl.load(sinks_ptr + head) - shift) * LOG2_E)
+    if sinks is not None:
+        sink = tl.load(vector_from(sinks, batch, head, 0, token))
+        with_sink = total + tl.exp2((sink - shift) * LOG2_E)
         total = tl.where(empty, total, with_sink)
     out = acc / total
     rounded = out.to(results.out.dtype.element_ty)
@@ -129,10 +130,10 @@ def new_parts(call: AttentionCall, result: Tensor, splits: int, fill: float = 0.
     return result.new_full(shape, fill, dtype=torch.float32)
 
 
-def combine(specialisation: Specialisation, parts: Results, results: Results, sinks: Tensor | None) -> None:
+def combine(specialisation: Specialisation, parts: Results, results: Results, sinks: Scale | None) -> None:
     """Join the parts of rows into results."""
     splits, batch, q_heads, q_len = parts.lse.shape
-    arguments: Arguments = {"parts": parts, "results": results, "sinks_ptr": sinks, "q_len": q_len, "q_heads": q_heads}
+    arguments: Arguments = {"parts": parts, "results": results, "sinks": sinks, "q_len": q_len, "q_heads": q_heads}
     arguments |= {"splits": splits, "part_rows": batch * q_heads * q_len}
     chosen = plan("combine_splits", specialisation, parts.lse.device)
     chosen.launch((q_len, q_heads, batch), arguments, specialisation)

@@ -102,7 +102,7 @@ def attention_decode(
     results,
     scale,
     softcap,
-    sinks_ptr,
+    sinks,
     left,
     q_len,
     capacity,
@@ -145,7 +145,7 @@ def attention_decode(
     query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale  fp32 [B, Hkv, capacity] or None = 1
     key_bias         fp32 [B, Hkv, group, capacity] or None = 0; a key with -inf has no weight
     bias, relative_bias, extent, BIAS_AFTER   as in `attention_forward`
-    sinks            fp32 [Hq] or None, with splits = 1 only
+    sinks            fp32 [B, Hq, Sq] or None, with splits = 1 only
     results          a `Results` without rounding; of several splits their parts, of part_rows = B * Hq * Sq rows each,
                      out not written where a row has no key in one; lse natural log, max_logit uncapped
 
@@ -246,8 +246,9 @@ def attention_decode(
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
 
     offsets = (batch * q_heads + kv_head * group) * q_len + packed + split.to(tl.int64) * part_rows  # [BLOCK_M]
-    q_head = tl.minimum(head, q_heads - 1)
-    l_i, weight, total = finish_softmax(m_i, l_i, spread, factor, cap, sinks_ptr, q_head, results, offsets, keep_row)
+    l_i, weight, total = finish_softmax(
+        m_i, l_i, spread, factor, cap, sinks, batch, head, row, results, offsets, keep_row
+    )
     out = (acc * (weight / total)[:, None]).to(results.out.dtype.element_ty)  # [BLOCK_M, BLOCK_DV]
     offs_value = tl.arange(0, BLOCK_DV)
     written = keep_row & (tl.where(splits == 1, 1.0, l_i) > 0.0)
@@ -293,9 +294,9 @@ def _launch(call: AttentionCall, aux: bool, specialisation: Specialisation, chos
     joined = _allocate(call, rows, aux)
     parts = joined if splits == 1 else parts_of(call, joined, splits)
     arguments = _arguments(call)
-    arguments["results"], arguments["splits"], sinks = parts, splits, arguments["sinks_ptr"]
+    arguments["results"], arguments["splits"], sinks = parts, splits, arguments["sinks"]
     arguments["part_rows"] = joined.lse.numel()
-    arguments["sinks_ptr"] = sinks if splits == 1 else None
+    arguments["sinks"] = sinks if splits == 1 else None
     chosen.launch((splits * tiles, visible.kv_heads, visible.batch), arguments, specialisation)
     if splits > 1:
         combine(specialisation, parts, joined, sinks)

@@ -64,7 +64,7 @@ def attention_forward(
     results,
     scale,
     softcap,
-    sinks_ptr,
+    sinks,
     keep_from,
     dropout_ptr,
     keep_scale,
@@ -102,7 +102,7 @@ def attention_forward(
         lse[i]       = ln sum_j exp(z[i, j])
         max_logit[i] = max_j x[i, j]
         entropy[i]   = lse[i] - sum_j exp(z[i, j] - lse[i]) * z[i, j]
-        out[i]       = sum_j keep[i, j] * keep_scale * exp(z[i, j]) * v[j] / (exp(lse[i]) + exp(sinks[head]))
+        out[i]       = sum_j keep[i, j] * keep_scale * exp(z[i, j]) * v[j] / (exp(lse[i]) + exp(sinks[i]))
 
     Grid: (size of a section, blocks of the longest Sq times splits, sections), see `program_in_section`; each program
     writes its rows of the results, all of them, once.
@@ -114,7 +114,7 @@ def attention_forward(
     key_bias         `Scale` [B, Hkv, group, Sk] or None = 0; exp(z) is 0 where it is -inf
     bias, relative_bias, extent   of `pair_biases`, or None; HAS_BIAS: one of the three biases is given
     BIAS_AFTER       x has no b, z = softcap * tanh(x / softcap) + b, and max_logit is the maximum of z
-    sinks            fp32 [Hq] or None
+    sinks            fp32 `Scale` [B, Hq, Sq] or None
     key_lengths, key_ranges, left, right   of `key_range`, or None
     q_starts, k_starts                     of `sequence_bounds`, or None
     mask             `Strided` uint8 [B, Hq, Sq, Sk], strides 0 on broadcast axes, or None
@@ -277,10 +277,12 @@ def attention_forward(
                 acc *= alpha[:, None]
                 acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
 
-    offsets = row_base + block_rows
-    l_i, weight, total = finish_softmax(m_i, l_i, spread, factor, cap, sinks_ptr, head, results, offsets, keep_row)
+    memory_rows = memory_row + block_rows
+    l_i, weight, total = finish_softmax(
+        m_i, l_i, spread, factor, cap, sinks, batch, head, memory_rows, results, row_base + block_rows, keep_row
+    )
     out = acc / total[:, None]  # [BLOCK_M, BLOCK_DV]
-    if sinks_ptr is not None:
+    if sinks is not None:
         out *= weight[:, None]
     if dropout_ptr is not None:
         out *= keep_scale
@@ -319,5 +321,5 @@ def _in_splits(
 ) -> None:
     """Launch with the keys of each row shared out among splits, and join their parts."""
     results, parts = arguments["results"], parts_of(call, arguments["results"], arguments["splits"])
-    chosen.launch(grid, arguments | {"results": parts, "sinks_ptr": None}, specialisation)
-    combine(specialisation, parts, results, arguments["sinks_ptr"])
+    chosen.launch(grid, arguments | {"results": parts, "sinks": None}, specialisation)
+    combine(specialisation, parts, results, arguments["sinks"])

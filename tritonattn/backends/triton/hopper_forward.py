@@ -36,7 +36,7 @@ Steps = namedtuple("Steps", "high masked blocks top full")
 # first_row, first_key: in memory, of the program and of its sequence; start: the program's first row in the sequence,
 # `rows` of them from there on. Keys outside of [live, live_end) are hidden from all rows of the sequence.
 Position = namedtuple("Position", "batch head kv_head of_group first_row first_key start rows live live_end")
-Terms = namedtuple("Terms", "scale query_scale key_scale key_bias softcap sinks_ptr")
+Terms = namedtuple("Terms", "scale query_scale key_scale key_bias softcap sinks")
 # seen: pointer to the sequence's first key; row: the program's first one in [B, Hq, Sq].
 Work = namedtuple("Work", "q_descriptor k_descriptor v_descriptor position terms view steps shared seen results row")
 # The visible keys lo <= j < hi of a consumer's rows [ROWS], and |factor|.
@@ -61,7 +61,7 @@ def attention_forward_hopper(
     results,
     scale,
     softcap,
-    sinks_ptr,
+    sinks,
     left,
     right,
     q_len,
@@ -98,7 +98,7 @@ def attention_forward_hopper(
     if seen_ptr is not None:
         seen_ptr += (batch.to(gl.int64) * (q_heads // group) + kv_head) * k_len
     row = (batch.to(gl.int64) * q_heads + head) * packed_rows + first_row
-    terms = Terms(scale, query_scale, key_scale, key_bias, softcap, sinks_ptr)
+    terms = Terms(scale, query_scale, key_scale, key_bias, softcap, sinks)
     position = Position(batch, head, kv_head, head % group, first_row, first_key, start, q_len - start, live, live_end)
     shared = _shared(q_descriptor, k_descriptor, v_descriptor, STAGES, CONSUMERS, CLEARS)
     work = Work(q_descriptor, k_descriptor, v_descriptor, position, terms, view, steps, shared, seen_ptr, results, row)
@@ -354,8 +354,11 @@ def _store_rows(acc, state, rows, q, work, WG: gl.constexpr, VALUE_DIM: gl.const
     offs = WG * ROWS + gl.arange(0, ROWS, layout=layout)  # [ROWS]
     m_i, factor = gl.convert_layout(state.m_i, layout), gl.convert_layout(rows.factor, layout)
     results, at, keep = work.results, work.row + offs, offs < work.position.rows
-    cap, sinks, head = work.terms.softcap, work.terms.sinks_ptr, work.position.head
-    _, weight, total = bl.finish_softmax(m_i, state.l_i, state.spread, factor, cap, sinks, head, results, at, keep)
+    cap, sinks, position = work.terms.softcap, work.terms.sinks, work.position
+    batch, head, memory_rows = position.batch, position.head, position.first_row + offs
+    _, weight, total = bl.finish_softmax(
+        m_i, state.l_i, state.spread, factor, cap, sinks, batch, head, memory_rows, results, at, keep
+    )
     of_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     out = acc / gl.convert_layout(total, of_rows)[:, None]  # [ROWS, D]
     if sinks is not None:

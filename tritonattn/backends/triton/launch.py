@@ -346,7 +346,7 @@ def logit_arguments(logits: Logits) -> Arguments:
         "extent": None if logits.relative_bias is None else logits.relative_bias.shape[3],
         "relative_right": None if logits.relative_bias is None else logits.relative_right,
         "softcap": None if logits.softcap is None else float(logits.softcap),
-        "sinks_ptr": None if logits.sinks is None else logits.sinks.contiguous(),
+        "sinks": None if logits.sinks is None else scale_of(logits.sinks),
     }
 
 

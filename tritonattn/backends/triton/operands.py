@@ -139,7 +139,7 @@ class Operands:
             self.normal(*keys) if problem.key_scale else None,
             self.normal(*keys[:2], self.size.group, keys[2]) if problem.key_bias else None,
             20.0 if problem.softcap else None,
-            self.normal(rows[1]) if problem.sinks else None,
+            self.normal(rows[1], 1).expand(rows) if problem.sinks else None,
             self.normal(*rows, keys[2], dtype=problem.dtype) if problem.bias else None,
             self.normal(1, rows[1], rows[2], _EXTENT, dtype=problem.dtype) if problem.relative_bias else None,
             bias_after_softcap=problem.bias_after_softcap,

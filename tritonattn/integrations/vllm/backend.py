@@ -247,7 +247,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
                 )
             layer.attn_backend = RecordingBackend
         self._factor = found.to(self._device)
-        self._sinks = None if self._sinks is None else self._sinks.detach().float()
+        self._sinks = None if self._sinks is None else self._sinks.detach().float()[:, None]
         self._backend, self._invariant = settings.backend, _invariant(settings, name)
 
     def forward(
@@ -320,7 +320,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
             k,
             v,
             visible,
-            Logits(softcap=self._softcap, sinks=self._sinks),
+            Logits(softcap=self._softcap, sinks=None if self._sinks is None else self._sinks.expand(visible.rows)),
             block_table=block_table,
             scaling=self._factor.scaling,
             gain=self._factor.gain,
@@ -340,7 +340,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         else:
             key = self._factor.shared, self._softcap
             terms = call.visibility.once(key, lambda: with_logits(replace(call)).logits)
-            call.logits = terms._replace(sinks=self._sinks)
+            call.logits = terms._replace(sinks=call.logits.sinks)
         return ops.attention(call).out
 
 
