@@ -166,6 +166,12 @@ def test_a_word_that_is_no_command_is_not_named_as_one(words, capsys):
     assert capsys.readouterr().err.startswith("tritonattn: argument command: ")
 
 
+def test_a_mistyped_command_brings_the_nearest(capsys):
+    for word, hint in (("comapre", "; did you mean compare?\n"), ("zzz", ")\n")):
+        assert cli.main([word]) == 2
+        assert capsys.readouterr().err.endswith(hint)
+
+
 @pytest.mark.parametrize(("command", "parts"), REFUSED, ids=[command for command, _ in REFUSED])
 def test_wrong_usage_is_named_before_any_work(command, parts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

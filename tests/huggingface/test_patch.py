@@ -208,8 +208,8 @@ def test_a_gain_made_without_memory_is_reset_to_the_values_given():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"layers": [7]}, ValueError, "layers: expected .*self_attn.*got 7"),
-        ({"layers": [-3]}, ValueError, "layers: expected numbers, .*self_attn.*got -3"),
+        ({"layers": [7]}, ValueError, "layers: expected numbers from -2 to 1, names .*self_attn.*got 7"),
+        ({"layers": [-3]}, ValueError, "layers: expected numbers from -2 to 1, .*self_attn.*got -3"),
         ({"layers": ["lm_head"]}, ValueError, "lm_head"),
         ({"layers": []}, ValueError, "at least one"),
         ({"layers": [1.5]}, TypeError, "float"),

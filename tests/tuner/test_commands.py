@@ -6,6 +6,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+from tritonattn.backends.triton import launch
 from tritonattn.tuner.gate import Candidate, Code
 from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.defaults import default_config
@@ -88,14 +89,34 @@ def test_measured_entries_and_other_keys_are_kept(user, capsys):
     )
 
 
-def test_configs_says_where_each_comes_from(user, capsys):
+def test_configs_says_where_each_comes_from(user, tmp_path, capsys):
     entries = {Key("forward", 64, "none", "long"): MEASURED, Key("decode", 256, "none", "long"): OF_ANOTHER}
     single = Exact("forward", Problem(64, 64, torch.float16, mask=True))
     write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), entries | {single: MEASURED}))
+    shipped = {Key("forward", 128, "none", "long"): MEASURED}
+    write_table(tmp_path / "shipped" / "h100.json", Table("h100", H100, kernels_fingerprint(), shipped))
     status, out, _ = run(capsys, "configs", "--gpu", "h100")
     assert status == 0
     lines = {line.split("|")[1].strip(): line for line in out.splitlines()[2:]}
     assert set(lines) == {*map(str, keys()), str(single)}
-    assert "h100.json, measured  " in lines["forward/64/none/long"]
-    assert "h100.json, static, for triton 3.1.4" in lines["decode/256/none/long"]
+    assert " yours: h100.json, measured  " in lines["forward/64/none/long"]
+    assert " yours: h100.json, static, for triton 3.1.4" in lines["decode/256/none/long"]
+    assert " shipped: h100.json, measured  " in lines["forward/128/none/long"]
     assert "default" in lines["forward/64/none/short"]
+
+
+@pytest.mark.parametrize(
+    ("interpreting", "has_gpu", "wanted"),
+    [
+        (False, False, "never: there is no GPU, and TRITON_INTERPRET=1 is not set"),
+        (False, True, "compiled"),
+        (True, False, "in Triton's interpreter (TRITON_INTERPRET=1)"),
+    ],
+)
+def test_env_says_how_kernels_run(interpreting, has_gpu, wanted, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "interpreting", interpreting)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    status, out, _ = run(capsys, "env")
+    assert status == 0
+    assert f"\nkernels run: {wanted}\n" in out

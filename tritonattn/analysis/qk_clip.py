@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.hints import shortened
 from ..core.shards import is_dtensor, local, rows_of_rank, twin, whole
 from ..integrations.torch_modules import MultiheadAttention
 from ..nn import ScaledAttention
@@ -228,8 +229,7 @@ def _by_reason(skipped: dict[str, str]) -> str:
     layers: dict[str, list[str]] = {}
     for name, reason in skipped.items():
         layers.setdefault(reason, []).append(name)
-    listed = {reason: names if len(names) <= 4 else [*names[:2], "...", names[-1]] for reason, names in layers.items()}
-    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in listed.items())
+    return "; ".join(f"{shortened(names)}: {reason}" for reason, names in layers.items())
 
 
 def _largest(values: list[Any]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,16 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise CommandError(message)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Name the nearest choice to a wrong one, such as the command that was meant."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = difflib.get_close_matches(str(value), map(str, action.choices or ()), n=1)
+            raise argparse.ArgumentError(
+                action, error.message + "".join(f"; did you mean {x}?" for x in near)
+            ) from None
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if message and file is sys.stdout:

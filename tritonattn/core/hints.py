@@ -5,12 +5,17 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 _LISTED = 8  # arguments at most that a hint lists
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Names in a line: of more than four the first two and the last."""
+    return ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]])
 
 
 def hint_for_keyword(word: str, known: Iterable[str]) -> str | None:

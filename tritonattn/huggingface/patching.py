@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..calls.checks import BACKENDS, check_bool, type_of
 from ..calls.public import public
+from ..core.hints import shortened
 from ..core.shards import obstacle_to_parameters
 from ..core.tables import table
 from ..scaling import Scaling
@@ -300,9 +301,11 @@ def _wishes(found: list[AttentionModule], layers: Any, common: dict[str, Any]) -
     for selector, wish in asked_for:
         matching = [one for one in found if _matches(selector, one, depths)]
         if not matching:
-            names = ", ".join(one.name for one in found if one.obstacle is None)
+            most = max((depths[one.stack] for one in found if one.number is not None), default=0)
+            numbers = f"numbers from {-most} to {most - 1}, " if most else ""
+            names = shortened([one.name for one in found if one.obstacle is None])
             raise ValueError(
-                f"layers: expected numbers, names or patterns out of {names}, or None for all, got {selector!r}"
+                f"layers: expected {numbers}names or patterns of {names}, or None for all, got {selector!r}"
             )
         able = [one for one in matching if one.obstacle is None]
         if not able:

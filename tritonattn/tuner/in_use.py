@@ -26,7 +26,7 @@ def kernel_facts() -> dict[str, str]:
     """Describe how kernels run on this machine, by the names that `tritonattn env` prints."""
     facts = {
         "kernels": kernels_fingerprint(),
-        "kernels run": "in Triton's interpreter (TRITON_INTERPRET=1)" if launch.interpreting else "compiled",
+        "kernels run": _how_kernels_run(),
         "shipped tables": _folder(cache_dir.shipped_tables),
         "user cache": _folder(cache_dir.user_cache),
         "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", "not set"),
@@ -36,6 +36,12 @@ def kernel_facts() -> dict[str, str]:
     for index in range(torch.cuda.device_count()):
         facts |= _of_gpu(torch.device("cuda", index))
     return facts
+
+
+def _how_kernels_run() -> str:
+    if launch.interpreting:
+        return "in Triton's interpreter (TRITON_INTERPRET=1)"
+    return "compiled" if torch.cuda.is_available() else "never: there is no GPU, and TRITON_INTERPRET=1 is not set"
 
 
 def _folder(folder: Callable[[], Path]) -> str:
@@ -115,5 +121,6 @@ def shown(config: TileConfig) -> str:
 def _origin(found: lookup.Found) -> str:
     if found.path is None or found.entry is None:
         return "default"
-    source = f"{found.path.name}, {found.entry.source}"
+    whose = "shipped" if str(found.path.parent) == _folder(cache_dir.shipped_tables) else "yours"
+    source = f"{whose}: {found.path.name}, {found.entry.source}"
     return source + (f", for triton {found.entry.triton}" if found.is_of_another_triton else "")
