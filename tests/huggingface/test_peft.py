@@ -7,6 +7,7 @@ peft = pytest.importorskip("peft")
 import transformers
 
 from tests.huggingface.architectures import ARCHITECTURES
+from tests.support.refusals import refuses
 from tritonattn.huggingface import patch, patched
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -59,6 +60,24 @@ def test_the_adapters_copy_of_the_scaling_is_trained_saved_loaded_and_merged(tmp
     merged.save_pretrained(tmp_path / "whole")
     whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     torch.testing.assert_close(logits(whole), logits(merged))
+
+
+@pytest.mark.parametrize("wrap", ["get_peft_model", "its base", "prompt", "add_adapter"])
+def test_a_model_that_peft_has_adapted_takes_no_learned_values_which_it_would_not_save(wrap, tmp_path):
+    network = model([])
+    if wrap == "add_adapter":  # of transformers, which calls this
+        adapted = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), network)
+    else:
+        prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        adapted = peft.get_peft_model(network, prompt if wrap == "prompt" else lora())
+    given = network if wrap == "its base" else adapted
+    for learned in ({"scaling": "ssmax"}, {"gain": torch.ones(4, 1)}):
+        refuses("ValueError: model: ~ PEFT ~ patch first ~ modules_to_save=['tritonattn']", patch, given, **learned)
+    assert patched(adapted) is None
+    before = logits(adapted)
+    with patch(given, scaling="key_count"):  # nothing to save but the adapter
+        assert not torch.equal(logits(adapted), before)
+    assert torch.equal(logits(adapted), before)
 
 
 @pytest.mark.parametrize(

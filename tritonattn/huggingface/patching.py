@@ -42,6 +42,7 @@ from .settings import (
 )
 
 _HANDLE = "_tritonattn_patched"
+_OF_PEFT = ("PeftModel", "BaseTunerLayer")  # around a model, or in the place of its modules
 _MASKS = ("eager", "sdpa", NAME)
 
 _DEFAULTS = {"scaling": "sqrt_dim", "gain": None, "backend": "auto"}
@@ -165,7 +166,7 @@ def patch(
         backend, batch_invariant: As in `tritonattn.attention`.
 
     Learned values become parameters of the attention modules, in `Patched.layers[name].scaling`, so make the optimizer,
-    and wrap the model in DDP or FSDP or shard it, afterwards. The settings become part of model.config, which is a copy
+    and wrap the model in PEFT, DDP or FSDP or shard it, afterwards. The settings become part of model.config, which is a copy
     until `undo`, since other models may share the original. save_pretrained, of the model or of one that holds it,
     keeps both, and from_pretrained applies them again where `tritonattn.huggingface` has been imported, and fails where
     it has not.
@@ -178,7 +179,7 @@ def patch(
 
     Raises:
         TypeError, ValueError: A model without attention that can be patched, one that is patched already, or, for
-            learned values, one that is wrapped or sharded already; a layer that does not exist; an argument.
+            learned values, one that is wrapped, sharded or adapted by PEFT already; a layer that does not exist; an argument.
         NotImplementedError: A chosen layer that cannot be patched (Bloom's takes no attention function), and why.
 
     >>> import torch, transformers, tritonattn.huggingface
@@ -225,12 +226,8 @@ def patched(model: nn.Module) -> Patched | None:
 
 def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling], copied: bool) -> Patched:
     """Put the plans, by module name, into a model, and into its configs or, if copied, into copies of them."""
-    learned = any(next(plan.parameters(), None) is not None for plan in plans.values())
-    if learned and (obstacle := obstacle_to_parameters(model)) is not None:
-        raise ValueError(
-            f"model: expected one that is not distributed yet, got a {type(model).__name__} for learned parameters, but"
-            f" {obstacle}: nothing would reduce their gradients over ranks; patch first, then wrap or shard"
-        )
+    if any(next(plan.parameters(), None) is not None for plan in plans.values()):
+        _refuse_wrapped(model)
     # Configs of modules that stay as they are; of a part of a model the rest is not known.
     shared = {id(one.config) for one in found if one.name not in plans or one.saved_name is None}
     whole = {id(one.config) for one in found} - shared
@@ -258,6 +255,22 @@ def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, Layer
     state_masks(model)
     model.__dict__[_HANDLE] = result
     return result
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Raise ValueError where parameters that are added to a model would not be reduced over ranks, or not saved."""
+    got = f"got a {type(model).__name__} for learned parameters"
+    if (obstacle := obstacle_to_parameters(model)) is not None:
+        raise ValueError(
+            f"model: expected one that is not distributed yet, {got}, but"
+            f" {obstacle}: nothing would reduce their gradients over ranks; patch first, then wrap or shard"
+        )
+    names = {base.__name__ for part in model.modules() for base in type(part).__mro__}
+    if not names.isdisjoint(_OF_PEFT):
+        raise ValueError(
+            f"model: expected one that PEFT has not adapted yet, {got}, which its save_pretrained would leave out:"
+            f" patch first, then get_peft_model with modules_to_save=[{ATTRIBUTE!r}]; or merge_and_unload() before"
+        )
 
 
 def _take_mark(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
