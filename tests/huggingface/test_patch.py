@@ -174,6 +174,16 @@ def test_learned_scalings_start_where_the_model_was_and_learn(scaling):
         assert all(gradient.any() for gradient in torch.autograd.grad(loss, learned))
 
 
+@pytest.mark.parametrize("learned", [{"scaling": "ssmax"}, {"gain": torch.ones(4, 1)}], ids=str)
+def test_an_optimizer_from_before_the_patch_is_told_what_it_leaves_out(learned):
+    network = LLAMA.build()
+    before = torch.optim.SGD(network.parameters(), lr=0.1)
+    with patch(network, **learned):
+        before.step()
+        with pytest.warns(UserWarning, match="optimizer: expected the parameters that a patch has added .* got a SGD"):
+            before.step()
+
+
 def test_every_layer_has_a_scaling_and_a_gain_for_itself():
     """Copies start from the given tensor, which does not change."""
     network, given, calls = LLAMA.build(), torch.ones(4, 1), {}

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..calls.checks import BACKENDS, check_bool, type_of
 from ..calls.public import public
 from ..core.hints import shortened
+from ..core.optimizers import expect_steps
 from ..core.shards import obstacle_to_parameters
 from ..core.tables import table
 from ..scaling import Scaling
@@ -166,10 +167,10 @@ def patch(
         backend, batch_invariant: As in `tritonattn.attention`.
 
     Learned values become parameters of the attention modules, in `Patched.layers[name].scaling`, so make the optimizer,
-    and wrap the model in PEFT, DDP or FSDP or shard it, afterwards. The settings become part of model.config, which is a copy
-    until `undo`, since other models may share the original. save_pretrained, of the model or of one that holds it,
-    keeps both, and from_pretrained applies them again where `tritonattn.huggingface` has been imported, and fails where
-    it has not.
+    and wrap the model in PEFT, DDP or FSDP or shard it, afterwards. The settings become part of model.config, which is
+    a copy until `undo`, since other models may share the original. save_pretrained, of the model or of one that holds
+    it, keeps both, and from_pretrained applies them again where `tritonattn.huggingface` has been imported, and fails
+    where it has not.
 
     Layers that are left out keep their implementation and masks. If all layers are patched, masks are ranges of
     keys and O(Q); otherwise they are those of the model's implementation, which must be "eager" or "sdpa".
@@ -179,7 +180,8 @@ def patch(
 
     Raises:
         TypeError, ValueError: A model without attention that can be patched, one that is patched already, or, for
-            learned values, one that is wrapped, sharded or adapted by PEFT already; a layer that does not exist; an argument.
+            learned values, one that is wrapped, sharded or adapted by PEFT already; a layer that does not exist; an
+            argument.
         NotImplementedError: A chosen layer that cannot be patched (Bloom's takes no attention function), and why.
 
     >>> import torch, transformers, tritonattn.huggingface
@@ -226,7 +228,7 @@ def patched(model: nn.Module) -> Patched | None:
 
 def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling], copied: bool) -> Patched:
     """Put the plans, by module name, into a model, and into its configs or, if copied, into copies of them."""
-    if any(next(plan.parameters(), None) is not None for plan in plans.values()):
+    if learned := [name for name, plan in plans.items() if next(plan.parameters(), None) is not None]:
         _refuse_wrapped(model)
     # Configs of modules that stay as they are; of a part of a model the rest is not known.
     shared = {id(one.config) for one in found if one.name not in plans or one.saved_name is None}
@@ -254,7 +256,13 @@ def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, Layer
         result._hooks.append(root.register_load_state_dict_pre_hook(_take_mark))
     state_masks(model)
     model.__dict__[_HANDLE] = result
+    expect_steps([one.module for one in found if one.name in learned], _added)
     return result
+
+
+def _added(module: Any) -> Iterable[nn.Parameter]:
+    """The parameters that a patch has added to an attention module."""
+    return () if (layer := layer_scaling(module)) is None else layer.parameters()
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

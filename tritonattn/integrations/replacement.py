@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from ..core.optimizers import expect_steps
+from ..nn.learned import scaling_parameters
+
 _ADDED = object()  # stands for an attribute that the owner itself did not have
 
 
@@ -23,6 +26,8 @@ class Replacement:
         self._before: list[tuple[Any, str, Any]] = []
         for _, owner, attribute, value in changes:
             self.put(owner, attribute, value)
+        owners = dict.fromkeys(owner for _, owner, *_ in changes if isinstance(owner, nn.Module))
+        expect_steps(owners, scaling_parameters)
 
     def put(self, owner: Any, attribute: str, value: Any) -> None:
         is_added = (attribute not in vars(owner) and hasattr(type(owner), attribute)) or not hasattr(owner, attribute)
