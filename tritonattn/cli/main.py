@@ -72,9 +72,8 @@ class _Parser(argparse.ArgumentParser):
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
             near = difflib.get_close_matches(str(value), map(str, action.choices or ()), n=1)
-            raise argparse.ArgumentError(
-                action, error.message + "".join(f"; did you mean {x}?" for x in near)
-            ) from None
+            hint = "".join(f"; did you mean {one}?" for one in near)
+            raise argparse.ArgumentError(action, error.message + hint) from None
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if message and file is sys.stdout:
