@@ -25,7 +25,7 @@ OFFSETS = (0, 5, 20, 21, 48)
 MASKS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"causal": True},
-    "window": {"causal": True, "window": (10, None)},
+    "window": {"causal": True, "window": (13, None)},  # rows attend to the last key alone of a chunk of 6, and of 12
     "two-sided": {"window": (9, 5)},
     "documents": {"causal": True, "cu_seqlens": OFFSETS},
     "full documents": {"cu_seqlens": OFFSETS},
@@ -163,6 +163,44 @@ def test_statistics_of_rows_and_repeated_bits(rank: int, method: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*bits, strict=True))
 
 
+@pytest.mark.parametrize("method", METHODS)
+@on_every_rank
+def test_gradients_of_keys_in_16_bits(rank: int, method: str) -> None:
+    """They are the same where q has none, and less exact where ranks add them in 16 bits."""
+    mesh, (*whole, d_out) = mesh_of(dist.get_world_size()), operands(torch.bfloat16)
+    options = {"scaling": "key_norm_mean", "causal": True}
+    one = leaves(*(x.double() for x in whole))
+    tritonattn.attention(*one, **options).backward(d_out.double())
+
+    def gradient(q_learns: bool, reduce_dtype: torch.dtype) -> torch.Tensor:
+        q, k, v = leaves(*(shard(x, mesh=mesh) for x in whole))
+        out = context_parallel_attention(
+            q.requires_grad_(q_learns), k, v, mesh=mesh, method=method, reduce_dtype=reduce_dtype, **options
+        )
+        out.backward(shard(d_out, mesh=mesh))
+        return unshard(k.grad, mesh=mesh)
+
+    exact = gradient(True, torch.float32)
+    assert torch.equal(exact, gradient(False, torch.float32))
+    errors = [(x - one[1].grad).norm() for x in (exact, gradient(True, torch.bfloat16))]
+    assert 1.2 * errors[0] < errors[1]
+
+
+@on_every_rank
+def test_of_equal_norms_the_first_key_takes_the_gradient(rank: int) -> None:
+    """Of one process and of ranks, whose chunks all hold keys of one norm."""
+    mesh, (*whole, d_out) = mesh_of(dist.get_world_size()), operands(torch.float64)
+    whole[1] = whole[1].sign()
+    for causal in (False, True):
+        one = leaves(*whole)
+        tritonattn.attention(*one, scaling="key_norm_max", causal=causal).backward(d_out)
+        for layout in LAYOUTS:
+            parts = leaves(*(shard(x, mesh=mesh, layout=layout) for x in whole))
+            out = context_parallel_attention(*parts, mesh=mesh, layout=layout, scaling="key_norm_max", causal=causal)
+            out.backward(shard(d_out, mesh=mesh, layout=layout))
+            torch.testing.assert_close(parts[1].grad, shard(one[1].grad, mesh=mesh, layout=layout), rtol=0, atol=1e-12)
+
+
 @on_every_rank
 def test_shard_and_unshard_are_inverse_and_say_what_cannot_be_divided(rank: int) -> None:
     mesh, x = mesh_of(dist.get_world_size()), torch.arange(48.0).view(2, 1, 24)
@@ -296,10 +334,10 @@ def test_other_dtypes_and_few_heads_at_a_time(method, dtype, allowed, pool):
 
 
 @in_turn(
-    scaling=["sqrt_dim", "key_count", "key_norm_mean", "key_norm_rms", "key_norm_max", "cosine"],
+    scaling=[*MODES, "key_norm_max", "key_norm_mean"],
     q_len=[1, 3],
-    window=[None, (10, None), None],
-    has_statistics=[False, False, False, True, True],
+    window=[None, (6, None), None],
+    has_statistics=[False, False, False, True, True, False, False, True],
     dtype=[torch.float32, torch.float64, torch.bfloat16, torch.float32],
 )
 def test_decode_of_a_shared_cache(scaling, q_len, window, has_statistics, dtype, pool):

@@ -36,7 +36,7 @@ class _Gathering(Schedule):
             keys = collectives.gathered(k[:, heads].to(v.dtype), split, 2).to(k.dtype)
             values = collectives.gathered(v[:, heads], split, 2)
             gradients = [
-                None if total is None else self.zeros(x) for total, x in zip(totals, (keys, values), strict=True)
+                None if total is None else self.zeros(x, v) for total, x in zip(totals, (keys, values), strict=True)
             ]
             held = Held(keys, values, self._pieces(slice(heads.start * group, heads.stop * group), heads), gradients)
             yield held

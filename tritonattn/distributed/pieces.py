@@ -85,9 +85,9 @@ class Schedule:
         """The results of all rows, as of `forward_pass`, from those of pieces."""
         raise NotImplementedError
 
-    def zeros(self, x: Tensor) -> Tensor:
-        """Zeros for the gradient of keys or values, in the dtype in which ranks add theirs."""
-        return x.new_zeros(x.shape, dtype=torch.promote_types(self.settings.reduce_dtype, x.dtype))
+    def zeros(self, x: Tensor, v: Tensor) -> Tensor:
+        """Zeros for the gradient of keys or values x, in the dtype in which ranks add theirs; keys may be in fp32."""
+        return x.new_zeros(x.shape, dtype=torch.promote_types(self.settings.reduce_dtype, v.dtype))
 
     def call(
         self, tensors: Sequence[Any], ranges: Tensor | None, held: Held, piece: Piece, sinks: bool

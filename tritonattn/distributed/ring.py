@@ -37,7 +37,7 @@ class _Ring(Schedule):
         for step in range(split.size):
             coming = collectives.pass_on(part, split) if step < split.size - 1 else None
             pieces = pieces_of(self.settings.sequence, (split.rank - step) % split.size)
-            held = Held(part[0], part[1], pieces, [None if sums is None else self.zeros(x) for x in part])
+            held = Held(part[0], part[1], pieces, [None if sums is None else self.zeros(x, v) for x in part])
             yield held
             if sums is not None:
                 gradients = [x for x in held.gradients if x is not None]
