@@ -91,6 +91,13 @@ def decode(aux: bool = False, **given: Any) -> None:
     attention.decode(AttentionCall(**tensors, visibility=visible, logits=logits, block_table=table), aux)
 
 
+def append(heads: int) -> None:
+    """Keys of so many heads, which are the stride of a page's entries."""
+    dtypes = (torch.float32, torch.float64, torch.float64, torch.float32)
+    buffers = tuple(torch.zeros(2, SIZE, heads, dtype=dtype) for dtype in dtypes)
+    attention.append_to_pages(normal(4, heads, SIZE), LENGTHS.new_tensor([0, 3, 4]), LENGTHS, TABLE, buffers)
+
+
 # Options that a call has or not, alone or with another: by these it differs from the same call without.
 MASKS = {
     "window": (4, None),
@@ -127,6 +134,7 @@ PROPERTIES = [
     (decode, {}, {"key_ranges": RANGES[:, :1]}),
     (decode, {"key_lengths": LENGTHS}, {"key_lengths": LENGTHS, "block_table": TABLE}),
     (decode, {"key_lengths": LENGTHS}, {"key_lengths": LENGTHS, "row_counts": LENGTHS}),
+    (append, {"heads": 1}, {"heads": 2}),
 ]
 
 

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 import tritonattn
+from tests.support.caches import cached_call
+from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import launch
 from tritonattn.tuning import Target
 
@@ -52,6 +56,31 @@ def test_operands_at_an_odd_offset_take_the_code_of_aligned_ones():
         assert one.arguments["q"].ptr.data_ptr() % 16 == 0
         assert one.arguments["k"].ptr.data_ptr() == k.data_ptr()
     assert all(one.arguments["k"].h == 0 for one in expanded)
+
+
+def test_descriptors_have_legal_strides_along_axes_of_one_entry():
+    """No entry is reached by them, and the hardware takes multiples of 16 bytes alone."""
+    x = torch.randn(64 * 64, dtype=torch.bfloat16).as_strided((1, 1, 64, 64), (3, 0, 64, 1)).requires_grad_()
+    with launch.recording(SM_90) as launches:
+        out = tritonattn.attention(x, x, x, backend="triton")
+        out.backward(torch.ones_like(out))
+    values = [value for one in launches for value in one.arguments.values()]
+    described = [value for value in values if isinstance(value, TensorDescriptor)]
+    assert len(described) >= 4
+    assert {tuple(one.strides[2:]) for one in described} == {(64, 1)}
+    assert all(stride > 0 and stride % 8 == 0 for one in described for stride in one.strides[:3])
+
+
+def test_offsets_in_a_page_pass_int32():
+    """2,048 keys 2^20 elements apart, of which no tile has so many."""
+    q, lengths, table = torch.randn(1, 2, 1, 64).bfloat16(), torch.tensor([5]), torch.zeros(1, 1, dtype=torch.int32)
+    for stride, is_wide in ((2**20, True), (128, False)):
+        pages = torch.empty_strided((1, 2048, 2, 64), (0, stride, 64, 1), dtype=q.dtype, device="meta")
+        call = cached_call(q, pages, pages, lengths, table)
+        with launch.recording(SM_90) as launches:
+            triton_backend.decode(call, aux=False)
+            triton_backend.forward(call, aux=False)
+        assert [one.arguments["WIDE"] for one in launches if "pages" in one.arguments] == [is_wide] * 2
 
 
 @pytest.mark.parametrize("axes", [(1, 1, 1), (2, 1, 1), (2, 2, 64), (64,)], ids=str)

@@ -120,8 +120,9 @@ def of_wide_heads() -> list[Case]:
 
 
 def of_pages() -> list[Case]:
-    """Targets, head dims and forms in turn."""
-    common, cases = "right sequences block_table query_scale", []
+    """Targets, head dims and forms in turn, and the one that spills where its steps are not halved."""
+    common = "right sequences block_table query_scale"
+    cases = [Case("forward", Problem(128, 128, BFLOAT, **dict.fromkeys(f"{common} aux".split(), True)), "sm_100")]
     for number, target in enumerate(("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")):
         options, dim = (common, f"{common} key_scale {EVERYTHING}")[number % 2], (64, 80, 128)[number % 3]
         cases.append(Case("forward", Problem(dim, dim, BFLOAT, **dict.fromkeys(options.split(), True)), target))

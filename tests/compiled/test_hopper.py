@@ -19,6 +19,8 @@ from tritonattn.tuning import Problem, Target, compile_kernel
 from tritonattn.tuning.config import legal_reasons
 from tritonattn.tuning.defaults import gluon_config
 
+from .facts import facts
+
 pytestmark = [
     pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile"),
     pytest.mark.skipif(OLDER_TRITON, reason="the limits are of one compiler's code"),
@@ -59,6 +61,23 @@ def check(head_dim: int, causal: bool) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_unmasked_loop(head_dim):
     check(head_dim, causal=False)
+
+
+FORMS = ("aux", "softcap", "left", "key_ranges", "key_scale", "key_bias")
+
+
+@pytest.mark.parametrize("form", FORMS[:1])
+def test_a_form_that_holds_more_has_two_consumers(form):
+    check_form(form)
+
+
+def check_form(form: str) -> None:
+    """A thread of three consumers has 160 registers: they would spill 76 to 684 bytes (static, triton 3.9)."""
+    plain = Problem(64, 64, torch.bfloat16, query_scale=True, right=True)
+    problem = replace(plain, **{form: True})
+    configs = [gluon_config(one, H100) for one in (plain, problem)]
+    assert [config.block_m for config in configs if config] == [192, 128]
+    assert facts("forward", problem, "sm_90", configs[1]).spill_bytes == 0
 
 
 def test_configs_that_would_not_compile_are_refused():

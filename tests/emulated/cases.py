@@ -10,16 +10,25 @@ import torch
 
 import tritonattn
 from tests.kernels import harness
-from tests.support.masks import MASKS
+from tests.support.masks import MASKS, visible_pairs
 from tritonattn.tuning.config import TileConfig
 
 from .executor import padded, padded_operands
 
 CPU = torch.device("cpu")
 
+
+def _wide_sides_and_ranges(batch: int, _: int, q_len: int, k_len: int) -> dict:
+    row = torch.arange(q_len)
+    ranges = torch.stack([40 + row % 20, k_len - row % 9], -1).int().expand(batch, -1, -1)
+    lengths = torch.full((batch,), k_len - 5)
+    return {"causal": True, "window": (k_len - 40, 0), "key_lengths": lengths, "key_ranges": ranges}
+
+
 # Besides the masks of all tests, those that leave whole blocks of the default tiles visible between two edges.
 WIDE_MASKS = MASKS | {
     "wide window": lambda *_: {"window": (130, 70)},
+    "wide sides, lengths and ranges": _wide_sides_and_ranges,
     "wide causal window": lambda *_: {"causal": True, "window": (150, None)},
     "sides, lengths and ranges": lambda *sizes: {
         "causal": True,
@@ -52,13 +61,20 @@ class Case:
         return described(self)
 
     def check(self, gradients: bool = True) -> None:
-        """Hold the results and every gradient of backend "triton", which the emulator executes, to the bound."""
+        """Hold the results and every gradient of backend "triton", which the emulator executes, to the bound.
+
+        Keys and values that no row attends to are NaN.
+        """
         (kv_heads, group), (q_len, k_len) = self.heads, self.lengths
         sizes = {"q_len": q_len, "k_len": k_len, "head_dim": self.dims[0], "value_dim": self.dims[1]}
         tensors, arguments = harness.of_form(
             self.form, self.dtype, CPU, scales=self.scales, batch=self.batch, kv_heads=kv_heads, group=group, **sizes
         )
-        arguments |= WIDE_MASKS[self.mask](self.batch, kv_heads * group, q_len, k_len)
+        shape = self.batch, kv_heads * group, q_len, k_len
+        masks = WIDE_MASKS[self.mask](*shape)
+        is_hidden = ~visible_pairs(shape, **masks).any(2).any(1)[:, None, :, None]  # [B, 1, Sk, 1]
+        tensors |= {name: tensors[name].masked_fill(is_hidden, torch.nan) for name in "kv"}
+        arguments |= masks
         if "mask" in arguments:
             arguments["mask"] = padded(arguments["mask"])
         attend = with_padded_gradient(tritonattn.scaled_attention)

@@ -16,6 +16,7 @@ from tritonattn.tuning import TileConfig
 
 from .cases import WIDE_MASKS, Case
 from .executor import GPU, GPUS, padded_operands
+from .recorder import Recorder
 
 HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
 SMALL = TileConfig(16, 16, 1, 2)  # short sequences have inner blocks, edges and tails
@@ -102,9 +103,10 @@ def test_nan_of_a_visible_pair_is_in_its_row(name, softcap, emulate):
 def test_bits_of_batch_invariant_rows(emulate, monkeypatch):
     """Causal rows among all rows, told their keys by ranges, and in decoding; tests/invariance has more batches.
 
-    `cosine` divides by the queries' norms, whose last bit shows in lse behind a softcap.
+    `cosine` divides by the queries' norms, whose last bit shows in lse behind a softcap. The compiler may fuse nothing:
+    it would do so in one code and not in another.
     """
-    emulate(GPU(80), SMALL)
+    recorder = emulate(GPU(80), SMALL, executor=Recorder)
     torch.manual_seed(0)
     monkeypatch.setattr(key_statistics, "kernels_take", lambda keys: True)  # not only of tensors on a GPU
     q, k, v = torch.randn(3, 1, 2, 48, 40, dtype=torch.float16)  # padded, where loads before a product change its order
@@ -120,3 +122,5 @@ def test_bits_of_batch_invariant_rows(emulate, monkeypatch):
     for few, few_aux in (by_ranges, decoded):
         for whole, part in zip((out, *aux), (few, *few_aux), strict=True):
             assert torch.equal(whole[:, :, 39:], part)
+    fused = {one.name for one in recorder.launches if one.launched.kernel.metadata.enable_fp_fusion}
+    assert fused == {"keys_seen"}, "whole numbers alone"

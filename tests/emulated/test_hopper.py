@@ -39,10 +39,12 @@ ORDERS = (("random", 1), ("last-warp", 0), ("round-robin", 0))
 QUERY = ("query_scale",)
 TERMS = ("query_scale", "key_scale", "key_bias", "sinks of rows")
 
-# A fast selection: three consumers and two, every term of a logit, keys hidden from all rows.
-FAST = (
+# A fast selection: three consumers and two, every term of a logit; keys hidden from all rows, in a block at either end.
+FAST: tuple[Case | Varlen, ...] = (
     Case(BFLOAT, (64, 64), None, "causal", QUERY, "plain", (1, 1), (150, 300), 1),
-    Case(HALF, (64, 64), None, "sides, lengths and ranges", TERMS, "softcap aux", (1, 1), (100, 300), 1),
+    Case(HALF, (64, 64), None, "wide sides, lengths and ranges", TERMS, "softcap aux", (1, 1), (100, 360), 1),
+    Case(BFLOAT, (64, 64), None, "wide causal window", (), "plain", (1, 1), (100, 300), 1),
+    Varlen(BFLOAT, (64, 64), heads=(1, 1), gain=False),
 )
 
 CHOICES = {
@@ -51,6 +53,7 @@ CHOICES = {
     "mask": [
         *("full", "causal", "wide window", "wide causal window", "lengths", "causal lengths", "ranges"),
         *("causal ranges", "sides, lengths and ranges", "an entry without keys"),
+        "wide sides, lengths and ranges",
     ],
     "form": ["plain", "softcap", "sinks", "aux", "softcap aux"],
     "scales": [(), QUERY, ("query_scale", "key_scale"), ("query_scale", "key_bias"), TERMS[:3]],

@@ -1,5 +1,7 @@
 """Kernels run on a GPU where there is one, else in Triton's interpreter, which TRITON_INTERPRET=1 asks for."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -50,3 +52,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         return TileConfig(16, 16, 4, 1) if kernel in TILED_KERNELS else default(kernel, problem, target)
 
     monkeypatch.setattr(launch, "config_for", config)
+
+
+@pytest.fixture
+def new_memory_holds_nan() -> Iterator[None]:
+    """torch.empty fills what it returns."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(deterministic)

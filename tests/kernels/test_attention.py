@@ -14,8 +14,9 @@ from tests.support.calls import assert_extreme_sink, assert_extreme_sink_of_deco
 from tests.support.masks import MASKS
 from tests.support.pairs import in_turn, pairwise
 from tritonattn.backends import triton as triton_backend
+from tritonattn.backends.triton import launch
 from tritonattn.core.call import Logits
-from tritonattn.tuning.config import Target
+from tritonattn.tuning.config import Target, TileConfig
 
 SCALES = ((), ("query_scale",), ("query_scale", "key_scale"), ("query_scale", "key_bias"))
 
@@ -69,6 +70,15 @@ def test_lengths_whose_edge_is_that_of_a_tile(lengths, device):
     """One key fewer than fills blocks, as many, one more: no gradient reaches the one that is hidden."""
     tensors = harness.inputs(torch.float32, device, k_len=48, batch=3, group=1)
     harness.check(tensors, key_lengths=torch.tensor(lengths, device=device))
+
+
+@pytest.mark.usefixtures("new_memory_holds_nan")
+def test_a_tile_of_rows_that_reaches_past_the_last_block_of_terms(device, monkeypatch):
+    """37 rows: programs that write terms have 16 of them, those that read them 32."""
+    monkeypatch.setattr(
+        launch, "config_for", lambda kernel, *_: TileConfig(16 if kernel == "row_terms" else 32, 32, 4, 1)
+    )
+    harness.check(harness.inputs(torch.float32, device, q_len=37, batch=1))
 
 
 @pytest.mark.parametrize(

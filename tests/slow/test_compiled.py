@@ -6,6 +6,7 @@ triton = pytest.importorskip("triton")
 from perf.static import ranking
 from perf.static.gate import examine
 from perf.static.ranking import ranked_table
+from tests.compiled import test_hopper as hopper
 from tests.compiled.table import CASES, QUICK, problem_of
 from tests.compiled.test_compiled import SLOW, check, check_cost_of_scales, check_direct_loads, check_loads, pytestmark
 from tests.perf.test_static import ENTRIES, check_shipped_entry
@@ -34,6 +35,12 @@ def test_cases(case):
 )
 def test_scales_cost_few_instructions(kernel, target):
     check_cost_of_scales(kernel, target)
+
+
+@of_this_compiler
+@pytest.mark.parametrize("form", hopper.FORMS[1:])
+def test_forms_of_gluon_that_hold_more_have_two_consumers(form):
+    hopper.check_form(form)
 
 
 @pytest.mark.parametrize("case", SLOW, ids=lambda case: f"{case[0]}-{case[1]}")

@@ -160,6 +160,15 @@ def test_page_numbers_come_a_stage_before_their_keys():
         assert bool(legal_reasons("decode", config, widest, target)) == (target.backend == "hip")
 
 
+def test_extras_over_pages_take_half_of_a_wide_step_with_tensor_memory():
+    """With a whole one, statistics of rows spill 256 bytes (static, triton 3.9); tests/slow compiles them."""
+    pages = {"block_table": True, "sequences": True, "query_scale": True}
+    plain = default_config("forward", problem(128, **pages), SM_100)
+    for extra in ("aux", "softcap", "key_scale", "key_bias"):
+        found = default_config("forward", problem(128, **pages, **{extra: True}), SM_100)
+        assert found == replace(plain, block_n=plain.block_n // 2, num_stages=found.num_stages), extra
+
+
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_tiles_of_batch_invariant_calls_follow_head_dims_and_dtype_alone(target):
     """They are those of a call without options, above width 256 with ranges; over pages without descriptors."""
