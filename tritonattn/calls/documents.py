@@ -16,8 +16,9 @@ def document_ranges(documents: Tensor) -> Tensor:
     `causal` and `window` narrow them. It takes O(B S) memory, and reads no value on the host.
 
     Args:
-        documents: Integers [B, S], the document of every token. Each run of equal ids is one document. A
-            negative id is padding, whose rows attend to nothing and have the output 0.
+        documents: Integers [B, S], the document of every token. Each run of equal ids is one document. An id that comes
+            again, as in [[0, 1, 0]], begins another: a document in several runs needs a `mask`. A negative id is
+            padding, whose rows attend to nothing and have the output 0.
 
     Returns:
         int32 [B, S, 2].
