@@ -89,10 +89,11 @@ def test_the_largest_logit_is_without_a_bias_of_keys():
 ONE = torch.Generator().manual_seed(1)
 PAIRS = 9 * torch.randn(2, HEADS, 9, 9, generator=ONE)
 DISTANCES = 9 * torch.randn(1, HEADS, 1, 12, generator=ONE)
+SLOPES = tritonattn.nn.ALiBi(HEADS).slopes[:, None, None] * torch.arange(-8.0, 1)
 DISTANCE = torch.arange(9)[:, None] - torch.arange(9)
 BIASES = {
     "key_bias": ({"key_bias": PAIRS[:, :, 0]}, PAIRS[:, :, :1]),
-    "ALiBi": ({"key_bias": tritonattn.nn.ALiBi(HEADS)(9)}, tritonattn.nn.ALiBi(HEADS)(9)[:, None]),
+    "slopes": ({"key_bias": SLOPES[:, 0]}, SLOPES),
     "bias": ({"bias": PAIRS}, PAIRS),
     "relative_bias": ({"relative_bias": DISTANCES, "relative_right": 2}, DISTANCES[0, :, 0, (DISTANCE + 2).clamp(0)]),
     "of the scaling": ({"scaling": Recent()}, None),

@@ -61,11 +61,11 @@ class Monitor:
     Values that do not exist (no backward, no row) or are not finite are null in the file, and alarms name the latter.
     Probabilities and entropy are taken before dropout and without sinks; the output is the one that the model gets.
 
-    **It changes nothing.** Statistics are computed by one more forward of O(S) memory, from the same q and k as the
-    model's attention, without dropout. Weights after a run with a Monitor are bit for bit those without, unless
-    `on_alarm` changes them or the model is compiled. A transformers layer that is not patched keeps its attention
-    (eager or sdpa), and has another config during a watched step: so `patch` before the with block. In other steps
-    `step` only counts, and checks the loss if that does not wait for a GPU.
+    **It changes nothing.** Statistics are computed by one more forward of O(S) memory, or two with biases, from the
+    same q and k as the model's attention, without dropout. Weights after a run with a Monitor are bit for bit those
+    without, unless `on_alarm` changes them or the model is compiled. A transformers layer that is not patched keeps its
+    attention (eager or sdpa), and has another config during a watched step: so `patch` before the with block. In other
+    steps `step` only counts, and checks the loss if that does not wait for a GPU.
 
     **A step** is everything between two calls of `step`. Forwards of several micro-batches or parts of a loss are
     joined, so gradient accumulation gives the statistics of one large batch. A layer counts in training mode, or if its
