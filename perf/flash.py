@@ -38,7 +38,7 @@ LEAST_GAIN = 1.05
 _TOKENS, _HEADS, _ROUNDS = 8192, 16, 20
 _TOKENS_OF_ERRORS, _SEEDS = 2048, 3
 SCALINGS = {
-    "log_key_count, base e": tritonattn.SCALINGS["log_key_count"](),
+    "log_key_count, base e": tritonattn.SCALINGS["log_key_count"](base=math.e),
     "log_key_count, base 64": tritonattn.SCALINGS["log_key_count"](base=64),
     "key_norm_mean": tritonattn.SCALINGS["key_norm_mean"](),
 }

@@ -10,6 +10,7 @@ from tests.support.calls import operands
 from tests.support.masks import MASKS
 from tritonattn.calls import dispatch
 from tritonattn.core.call import AttentionCall, Logits
+from tritonattn.core.hints import warn_once
 from tritonattn.core.visibility import Visibility
 
 
@@ -58,7 +59,7 @@ def test_a_card_that_lacks_memory_or_tensor_cores(dtype, dim, chosen, reason, mo
     for arch, backend in chosen.items():
         monkeypatch.setattr(config.Target, "of", lambda _, arch=arch: config.Target("cuda", arch, "a card"))
         dispatch._kept_obstacle_of_card.cache_clear()
-        dispatch._warn_once.cache_clear()
+        warn_once.cache_clear()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert dispatch.choose_backend(called(q, k, v)) == backend
@@ -93,7 +94,7 @@ class OnGpu(torch.Tensor):
 )
 def test_auto_on_a_gpu(installed, dtype, dim, arguments, backend, reason, monkeypatch):
     monkeypatch.setattr(dispatch, "_HAS_TRITON", installed)
-    dispatch._warn_once.cache_clear()
+    warn_once.cache_clear()
     q, k, v = (x.detach().as_subclass(OnGpu) for x in operands(dtype, dims=(dim, 8)).values())
     if reason is None:
         assert dispatch.choose_backend(called(q, k, v, **arguments)) == backend

@@ -91,6 +91,8 @@ SHARED: list[Case] = [
     ({"scaling": "key_norm_meen"}, "ValueError: did you mean 'key_norm_mean'"),
     ({"scaling": KeyNormSum}, "TypeError: scaling: ~ instance ~ write KeyNormSum()"),
     ({"scaling": inf}, "ValueError: scaling: ~ finite ~ inf"),
+    ({"backend": "tritton"}, "ValueError: backend: ~ got 'tritton' (did you mean 'triton'?)"),
+    ({"softcap": 0}, "ValueError: softcap: expected a number above 0, got 0 ~ None is no softcap"),
     ({"scaling": "ssmax"}, "ValueError: 'ssmax' ~ module ~ tritonattn.nn.SSMax(heads=Hq)"),
     ({"scaling": "per_head"}, "ValueError: 'per_head' ~ nn.PerHead('sqrt_dim', heads=Hq)"),
     *factors("gain"),

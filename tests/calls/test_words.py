@@ -13,6 +13,7 @@ import tritonattn
 from tritonattn.analysis import Thresholds
 from tritonattn.calls import dispatch
 from tritonattn.calls.public import _HINTS, _hint
+from tritonattn.core.hints import warn_once
 from tritonattn.distributed import context_parallel_attention, context_parallel_decode
 
 FUNCTIONS = (
@@ -48,6 +49,18 @@ Q = torch.ones(1, 2, 3, 4)
         ("attention_decode", {"is_causal": True}, "attention_decode: expected no is_causal=: a row attends to the k"),
         ("attention_decode", {"attn_mask": Q}, "attention_decode: expected key_lengths= ([B]: the number of keys"),
         ("attention_varlen", {"attn_mask": Q}, "attention_varlen() got an unexpected keyword argument 'attn_mask'"),
+        (
+            "attention",
+            {"scaling": "log_key_count", "base": 64},
+            'attention: expected scaling=tritonattn.SCALINGS["log_key_count"](base=64) or "log_key_count:64", got',
+        ),
+        (
+            "attention",
+            {"scaling": "log_power", "power": 2},
+            'attention: expected scaling=tritonattn.SCALINGS["log_power"](power=2), got power=',
+        ),
+        ("attention", {"base": 64}, 'attention: expected scaling= (a mode with its base, such as "log_key_count:64")'),
+        (partial(LAYER, 8, 2), {"scaling": "ssmax", "base": 64}, 'ScaledAttention: expected scaling="ssmax:64", got'),
         ("attention", {"casual": True}, "attention: expected causal=, got casual="),
         (partial(LAYER, 8), {"head": 2}, "ScaledAttention: expected heads=, got head="),
         ("attention", {"of_none": 1}, "attention() got an unexpected keyword argument 'of_none'"),
@@ -137,8 +150,8 @@ def test_functions_look_as_they_did(function):
 
 
 def test_a_warning_names_the_line_that_calls(monkeypatch):
-    dispatch._warn_once.cache_clear()
-    monkeypatch.setattr(dispatch, "choose_backend", lambda *_: dispatch._warn_once("another backend") or "sdpa")
+    warn_once.cache_clear()
+    monkeypatch.setattr(dispatch, "choose_backend", lambda *_: warn_once("another backend") or "sdpa")
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         tritonattn.attention(Q, Q, Q)

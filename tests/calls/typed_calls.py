@@ -8,6 +8,7 @@ from typing_extensions import assert_type
 from tritonattn import SCALINGS, attention, attention_decode, attention_varlen, scaled_attention
 from tritonattn.calls.results import AttentionAux
 from tritonattn.distributed import context_parallel_attention, context_parallel_decode
+from tritonattn.nn import ScaledAttention
 from tritonattn.scaling import LogKeyCount, QwenLogn
 
 Both = tuple[Tensor, AttentionAux]
@@ -46,6 +47,9 @@ def words_of_a_call(q: Tensor) -> None:
     attention(q, q, q, True)  # pyright: ignore[reportCallIssue]
     attention(q, q, q, causal="yes")  # pyright: ignore[reportArgumentType]
     attention_decode(q, q, q)  # pyright: ignore[reportCallIssue]
+    attention(q, q, q, backend="sdpa", scaling="log_key_count:64")
+    attention(q, q, q, backend="tritton")  # pyright: ignore[reportArgumentType]
+    ScaledAttention(64, 4, scaling="ssmax", backend="tritton")  # pyright: ignore[reportArgumentType]
 
 
 def modes_by_name() -> None:

@@ -102,12 +102,12 @@ def test_statistics_against_a_dense_computation(small):
 @pytest.mark.parametrize(
     ("text", "name", "like"),
     [
-        ("ssmax", "ssmax:64", LogKeyCount(64)),  # the trained length
+        ("ssmax:CONTEXT", "ssmax:64", LogKeyCount(64)),  # the trained length
         ("ssmax:9*2", "ssmax:9*2", LogKeyCount(9)),
         ("log_key_count", "log_key_count:64", LogKeyCount(64)),
         ("log_key_count(9)", "log_key_count:9", LogKeyCount(9)),  # as `advise` writes it
         ("log_power", "log_power:64", LogPower(base=64)),
-        ("learned_log_power", "learned_log_power:64", LogPower(base=64)),
+        ("learned_log_power:CONTEXT", "learned_log_power:64", LogPower(base=64)),
         ("key_norm_sum+gain:9", "key_norm_sum+gain:9", None),
         ("power_law", "power_law", SqrtDim()),
         ("learned_cosine", "learned_cosine", Cosine()),
@@ -125,8 +125,10 @@ def test_a_written_mode_is_the_scaling_as_training_would_begin(text, name, like,
 
 
 def test_a_mode_that_needs_a_trained_length_asks_for_it():
-    with pytest.raises(CommandError, match=r"--modes: expected a base in 'ssmax\*2', .*: ssmax:BASE"):
-        variant("ssmax*2", None)
+    with pytest.raises(CommandError, match=r"--modes: expected a base in 'log_power\*2', .*: log_power:BASE"):
+        variant("log_power*2", None)
+    with pytest.raises(CommandError, match=r"--modes: expected ssmax:CONTEXT or ssmax:BASE, got 'ssmax', which starts"):
+        variant("ssmax", 64)
     assert variant("ssmax:9", None).name == "ssmax:9"
 
 

@@ -20,7 +20,8 @@ from ..core.norms import key_norms_of
 from ..core.records import for_json
 from ..core.tables import table
 from ..core.visibility import Visibility
-from ..scaling import SCALINGS, Scaling
+from ..scaling import Scaling
+from ..scaling.names import ModeName, named_scaling
 from .diagnosis import Diagnosis, diagnose
 from .fading import half_at
 from .gaps import layer_power, power_of
@@ -158,7 +159,7 @@ class _Layer:
         """Diagnose the layer with a mode; None is its present scaling."""
         scaling, gain = self.scaling, self.gain
         if mode is not None:
-            scaling = mode_of(mode)
+            scaling = named_scaling(mode)
             gain = None if scaling.normalises_query else self.relative
         found = diagnose(self.q, self.k, scaling=scaling, gain=gain, softcap=self.softcap, **self.visible)
         longest = int(self.seen.counts().max())
@@ -179,7 +180,7 @@ class _Layer:
 
     def _bounded(self, scaling: Any) -> str:
         """Name what bounds the logits."""
-        mode = SCALINGS[scaling] if isinstance(scaling, str) else scaling
+        mode = named_scaling(scaling) if isinstance(scaling, str) else scaling
         if getattr(mode, "normalises_query", False):
             return "cosine"
         return "QK-norm" if self.qk_norm else "" if self.softcap is None else f"softcap {self.softcap:g}"
@@ -190,7 +191,7 @@ def advise(
     tokens: Tensor | Mapping[str, Tensor],
     *,
     context: int | None = None,
-    scaling: str | Scaling | float = "sqrt_dim",
+    scaling: ModeName | str | Scaling | float = "sqrt_dim",
     gain: float | Tensor | None = None,
     softcap: float | None = None,
     **visible: Any,
@@ -243,13 +244,6 @@ def advise(
     if names:
         raise TypeError(f"{', '.join(names)}: expected only with q and k, got a {type(model).__name__}")
     return _joined(_findings_of_model(model, tokens, context))
-
-
-def mode_of(text: str) -> Scaling:
-    """Make the scaling of an `Advice.mode`, such as "cosine", "qwen_logn(2048)" or "log_power(0.5, 2048)"."""
-    name, _, parameters = text.rstrip(")").partition("(")
-    scaling: Any = SCALINGS[name]
-    return scaling(*(float(one) if "." in one else int(one) for one in parameters.split(", ") if one))
 
 
 def _findings_of_model(model: nn.Module, tokens: Any, context: int | None) -> list[Finding]:

@@ -17,6 +17,7 @@ from ..core.statistics import Statistics
 from ..core.tables import table
 from ..core.visibility import Visibility
 from ..scaling import Scaling
+from ..scaling.names import ModeName
 from .fading import gaps_of, half_at, logit_bound
 from .gaps import count_power, described
 from .row_statistics import RowStatistics, row_statistics
@@ -113,7 +114,7 @@ def diagnose(
     q: Tensor,
     k: Tensor,
     *,
-    scaling: str | Scaling | float | Tensor = "sqrt_dim",
+    scaling: ModeName | str | Scaling | float | Tensor = "sqrt_dim",
     gain: float | Tensor | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,

@@ -181,7 +181,7 @@ RULES: tuple[Rule, ...] = (
         name="uniform",
         condition=f"entropy / ln n of more than {ILL:.0%} of the rows is above 0.98",
         applies=lambda one: one.near_uniform > ILL,
-        candidates=("sqrt_dim", "key_norm_mean", "log_key_count", "cosine"),
+        candidates=("sqrt_dim", "key_norm_mean", "log_key_count(2.71828)", "cosine"),
         fixes=_fixes,
         otherwise="a learned gain on the scaling: patch(..., gain=torch.ones(heads, 1)), or PerHead, started above 1",
         why="rows average their values: q and k hardly change the output",

@@ -10,9 +10,12 @@ from torch import Tensor
 from ..core.call import AttentionCall, Logits
 from ..core.visibility import Visibility
 from ..scaling import Given, Scaling
+from ..scaling.names import ModeName
 from .checks import (
     FLOATS,
     INTEGERS,
+    Backend,
+    as_float,
     broadcasts,
     check,
     check_factor,
@@ -53,7 +56,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    scaling: str | Scaling | float | Tensor = "sqrt_dim",
+    scaling: ModeName | str | Scaling | float | Tensor = "sqrt_dim",
     gain: float | Tensor | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
@@ -69,7 +72,7 @@ def attention(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     return_aux: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
     batch_invariant: bool | None = None,
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention whose logit scaling is a parameter.
@@ -82,7 +85,8 @@ def attention(
         k: [B, Hkv, Sk, D] in q's dtype. Hkv divides Hq: query head h reads key head h // (Hq / Hkv).
         v: [B, Hkv, Sk, Dv] in q's dtype.
         scaling: The factor: a name in `SCALINGS`, a `Scaling`, a float (the factor itself), or a tensor
-            broadcastable to [B, Hq, Sq], which gets a gradient. "sqrt_dim" is 1 / sqrt(D).
+            broadcastable to [B, Hq, Sq], which gets a gradient. "sqrt_dim" is 1 / sqrt(D), and "log_key_count:64" is
+            ln(n) / ln(64) / sqrt(D), with the trained length as base.
         gain: A float, or a tensor broadcastable to [B, Hq, Sq] (one a head: [Hq, 1]), which gets a gradient.
         causal: Row i attends to the keys j <= i + Sk - Sq (bottom-right).
         window: (left, right): row i attends to i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: no limit.
@@ -207,7 +211,7 @@ def scaled_attention(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     return_aux: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
     batch_invariant: bool | None = None,
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention with explicit scales, to which every scaling comes down.
@@ -237,6 +241,7 @@ def scaled_attention(
         key_scale = key_scale.to(scale_dtype(q))
     constant = q.shape[-1] ** -0.5 if scale is None else scale
     check_number("scale", constant)
+    constant = as_float(constant)
     terms = Logits(1.0, None, None, key_bias, softcap, sinks, bias, relative_bias, relative_right, bias_after_softcap)
     given = Given(constant, query_scale, key_scale)
     call = AttentionCall(q, k, v, visible, terms, scaling=given, dropout_p=dropout_p, aux=return_aux, backend=backend)

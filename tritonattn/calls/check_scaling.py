@@ -14,7 +14,7 @@ from ..core.sequences import Sequences
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scaling
-from ..scaling.names import named_scaling
+from ..scaling.names import ModeName, named_scaling
 from .checks import check_count, check_number, refuse_scaling, type_of
 from .dispatch import logits
 from .formulas import dense
@@ -25,7 +25,7 @@ _TOLERANCE = 1e-4  # of the larger one: parameters may be fp32
 
 
 def check_scaling(
-    scaling: str | Scaling, *, heads: int | None = None, kv_heads: int | None = None, head_dim: int = 8
+    scaling: ModeName | str | Scaling, *, heads: int | None = None, kv_heads: int | None = None, head_dim: int = 8
 ) -> dict[str, float]:
     """Check a user's scaling: `scales` against `multiplier`, `addend`, `relative_addend`, under every mask.
 

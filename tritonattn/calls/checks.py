@@ -7,10 +7,12 @@ expectation and the value: TypeError for types and dtypes, ValueError for the re
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from numbers import Real
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +26,8 @@ from ..scaling import SCALINGS, Given, Scaling
 from ..scaling.names import named_scaling
 from .layouts import BATCHED, CACHE, CACHE_PAGES, SMALLEST_PAGE, Layout, names_of
 
-BACKENDS = ("auto", "triton", "flash", "sdpa", "reference")
+Backend = Literal["auto", "triton", "flash", "sdpa", "reference"]
+BACKENDS = get_args(Backend)
 
 _LARGEST = torch.finfo(torch.float32).max * math.log(2)  # numbers act in float32, times log2(e)
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -98,6 +101,8 @@ def check(call: AttentionCall, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or
     softcap, sinks, is_after = terms.softcap, terms.sinks, terms.bias_after_softcap
     check_bool("return_aux", call.aux)
     check_settings(call.backend, softcap, call.dropout_p)
+    if not isinstance(call.dropout_p, float):
+        call.dropout_p = as_float(call.dropout_p)
     if call.cached and call.dropout_p > 0:
         raise NotImplementedError(f"dropout_p: expected 0 with a block_table, got {call.dropout_p}")
     if terms.key_bias is not None:
@@ -106,7 +111,7 @@ def check(call: AttentionCall, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or
         sinks = sinks_of_rows(sinks, q, visible.rows, rows)
     if not (softcap is None and sinks is None and is_after is False):
         check_bool("bias_after_softcap", is_after)
-        softcap = float(softcap) if isinstance(softcap, int) else softcap  # an int is another type to a kernel
+        softcap = None if softcap is None else as_float(softcap)
         terms = terms.changed(softcap=softcap, sinks=sinks, bias_after_softcap=is_after and softcap is not None)
         if terms.key_bias is not None:
             terms = terms.changed(sinks=sinks_beside(terms.key_bias, terms, visible))
@@ -125,6 +130,7 @@ def check(call: AttentionCall, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or
         call.gain = gain.to(scale_dtype(q))
     elif gain is not None:
         check_number("gain", gain)
+        call.gain = as_float(gain)
     return call
 
 
@@ -138,10 +144,10 @@ def _given(scaling: Any, q: Tensor, shape: tuple[int, ...], axes: str) -> Scalin
     if isinstance(scaling, Tensor):
         check_factor("scaling", scaling, q, shape, axes)
         return Given(1.0, scaling.to(scale_dtype(q)))
-    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+    if isinstance(scaling, bool) or not isinstance(scaling, Real):
         refuse_scaling(scaling)
     check_number("scaling", scaling)
-    return Given(scaling)
+    return Given(as_float(scaling))
 
 
 def scale_dtype(q: Tensor) -> torch.dtype:
@@ -229,10 +235,16 @@ def _narrowed(bias: Tensor, q: Tensor) -> Tensor:
     return bias.float() if bias.dtype == torch.float64 != q.dtype else bias
 
 
+def as_float(number: Any) -> Any:
+    """A checked number as kernels take it: an int, or a number of numpy, is another type to them."""
+    return number if isinstance(number, (float, torch.SymInt, torch.SymFloat)) else float(number)
+
+
 def check_number(name: str, value: Any) -> None:
     """Raise unless value is a finite number."""
-    if not isinstance(value, _NUMBERS) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, (*_NUMBERS, Real)):
         raise TypeError(f"{name}: expected a number, got {type_of(value)}")
+    value = value if isinstance(value, _NUMBERS) else float(value)
     if not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{name}: expected a finite number, got {value!r} (the largest is {_LARGEST:.4g})")
 
@@ -256,14 +268,21 @@ def is_required(parameter: inspect.Parameter) -> bool:
     )
 
 
+def refuse_backend(backend: Any) -> None:
+    """Raise the ValueError for a value that is no name in BACKENDS."""
+    close = difflib.get_close_matches(str(backend), BACKENDS, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}{hint}")
+
+
 def check_settings(backend: Any, softcap: Any, dropout_p: Any) -> None:
     """Raise unless these are options of a call of any operands."""
     if not isinstance(backend, str) or backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        refuse_backend(backend)
     if softcap is not None:
         check_number("softcap", softcap)
         if softcap < _SMALLEST:
-            least = f"(the least is {_SMALLEST:.4g})"
+            least = f"(the least is {_SMALLEST:.4g}; None is no softcap)"
             raise ValueError(f"softcap: expected a number above 0, got {softcap!r} {least}")
     check_number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
@@ -311,7 +330,8 @@ def check_tensor(
     if x.is_nested or x.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor {axes}, got {type_of(x)} and layout {x.layout}")
     if dtypes and x.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {_WORDS[dtypes]}, got {x.dtype}")
+        hint = f"; {name}.int() is" if dtypes == (torch.int32,) and x.dtype in INTEGERS else ""
+        raise TypeError(f"{name}: expected {_WORDS[dtypes]}, got {x.dtype}{hint}")
     if like is not None and x.device != like.device:
         raise ValueError(f"{name}: expected {owner}'s device {like.device}, got {x.device}")
     if sizes is None:

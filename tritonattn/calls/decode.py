@@ -10,8 +10,10 @@ from torch import Tensor
 from ..core.call import LONGEST_QUERY, AttentionCall, Logits
 from ..core.visibility import Visibility, window_sides
 from ..scaling import Scaling
+from ..scaling.names import ModeName
 from .checks import (
     INTEGERS,
+    Backend,
     check,
     check_masks,
     check_tensor,
@@ -54,7 +56,7 @@ def attention_decode(
     v_cache: Tensor,
     *,
     key_lengths: Tensor,
-    scaling: str | Scaling | float | Tensor = "sqrt_dim",
+    scaling: ModeName | str | Scaling | float | Tensor = "sqrt_dim",
     gain: float | Tensor | None = None,
     statistics: KeyStatistics | PagedKeyStatistics | None = None,
     block_table: Tensor | None = None,
@@ -67,7 +69,7 @@ def attention_decode(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_aux: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
     batch_invariant: bool | None = None,
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention of the newest tokens over a KV cache that already holds their keys and values; no gradients.

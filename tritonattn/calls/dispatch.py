@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..backends.cpu import sdpa
 from ..core.autograd import autocast_is_on, is_transformed, needs_graph, refuse_tangents
 from ..core.call import AttentionCall, Gradients, Logits, per_group
 from ..core.dropout import Dropout
+from ..core.hints import warn_once
 from ..core.key_records import RecordedStatistics
 from ..core.observation import ObservedCall, ObservedRows, notify_observers, observers
 from ..core.pair_biases import sum_of_tables
@@ -303,7 +303,7 @@ def choose_backend(call: AttentionCall) -> str:
             obstacle = _kernel_obstacle(q, v, decodes) or (not _HAS_TRITON and "triton is not installed")
             backend = "sdpa" if obstacle else "triton"
             if obstacle and not torch.compiler.is_compiling():
-                _warn_once(f"tritonattn: backend 'sdpa' instead of 'triton': {obstacle}")
+                warn_once(f"tritonattn: backend 'sdpa' instead of 'triton': {obstacle}")
     elif backend == "triton":
         _check_kernels_run_on(q.device)
     elif backend == "flash":
@@ -405,8 +405,3 @@ def _check_kernels_run_on(device: torch.device) -> None:
             f"backend: expected tensors on a CUDA or HIP device for 'triton', got {device}; kernels run on CPU"
             " tensors only in triton's interpreter, with TRITON_INTERPRET=1 in the environment"
         )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=6)

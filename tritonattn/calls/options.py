@@ -6,6 +6,8 @@ from torch import Tensor
 from typing_extensions import Required, TypedDict
 
 from ..scaling import Scaling
+from ..scaling.names import ModeName
+from .checks import Backend
 from .key_statistics import KeyStatistics
 from .paged_statistics import PagedKeyStatistics
 
@@ -20,7 +22,7 @@ class Terms(TypedDict, total=False):
     bias_after_softcap: bool
     softcap: float | None
     sinks: Tensor | None
-    backend: str
+    backend: Backend
     batch_invariant: bool | None
 
 
@@ -44,7 +46,7 @@ class ScaledOptions(BatchedTerms, total=False):
 class Factors(TypedDict, total=False):
     """Options of every function but `scaled_attention`."""
 
-    scaling: str | Scaling | float | Tensor
+    scaling: ModeName | str | Scaling | float | Tensor
     gain: float | Tensor | None
 
 

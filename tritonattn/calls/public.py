@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter
 from typing import Any, ParamSpec, TypeVar
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.hints import hint_for_keyword
 from ..core.shards import refuse_context_parallel
+from ..scaling.names import hint_for_argument
 from .sharded import Axes, call_of_parts
 
 P = ParamSpec("P")
@@ -83,6 +84,7 @@ _HINTS = {
     "softmax_scale": ("scaling", "a float is the factor itself"),
     "mode": ("scaling", "a name in SCALINGS, a Scaling or a float"),
     "scaling": ("scale", "a float"),
+    "base": ("scaling", 'a mode with its base, such as "log_key_count:64"'),
     "enable_gqa": ("", "k may have fewer heads than q, whose number they divide"),
     "window_size": ("window", "a pair: left, right"),
     "logits_soft_cap": ("softcap", "a number above 0"),
@@ -107,13 +109,16 @@ _BY_TYPE = {bool: "causal", str: "scaling", True: "mask", False: "bias"}
 
 
 def _hint_for(
-    arguments: Sequence[Any], keywords: Iterable[str], known: Mapping[str, Parameter], made: Mapping[str, Parameter]
+    arguments: Sequence[Any], keywords: Mapping[str, Any], known: Mapping[str, Parameter], made: Mapping[str, Parameter]
 ) -> str | None:
     """The hint for arguments that are not among the `known` ones of a function; None where all are.
 
     made   the arguments of the constructor, of a layer's forward
     """
     unknown = [word for word in keywords if word not in known]
+    of_mode = (hint_for_argument(keywords.get("scaling"), word, keywords[word]) for word in unknown)
+    if (hint := next(filter(None, of_mode), None)) is not None:
+        return hint
     hints = (_hint(word, known, made) or hint_for_keyword(word, known) for word in unknown)
     return next(filter(None, hints), None) or _hint_for_order(arguments, known)
 

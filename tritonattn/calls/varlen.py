@@ -12,8 +12,9 @@ from ..core.call import AttentionCall, Logits
 from ..core.sequences import Sequences
 from ..core.visibility import Visibility, window_sides
 from ..scaling import Scaling
+from ..scaling.names import ModeName
 from . import layouts, sharded
-from .checks import check, check_count, check_masks, check_tensor, operands, values_are_read
+from .checks import Backend, check, check_count, check_masks, check_tensor, operands, values_are_read
 from .dispatch import refuse_gradients, run
 from .paged_statistics import PagedKeyStatistics, check_paged_statistics
 from .public import public
@@ -75,7 +76,7 @@ def attention_varlen(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
-    scaling: str | Scaling | float | Tensor = "sqrt_dim",
+    scaling: ModeName | str | Scaling | float | Tensor = "sqrt_dim",
     gain: float | Tensor | None = None,
     block_table: Tensor | None = None,
     statistics: PagedKeyStatistics | None = None,
@@ -89,7 +90,7 @@ def attention_varlen(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     return_aux: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
     batch_invariant: bool | None = None,
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """`attention` over sequences of different lengths, packed without padding.

@@ -15,8 +15,8 @@ from .threads import limit_threads
 _NEEDED = ["transformers", "accelerate", "gguf", "tqdm"]
 _DEMO_MODES = "sqrt_dim,key_norm_mean,sqrt_key_count,key_count,key_norm_sum,log_key_count,none"
 _WRITTEN_MODE = (
-    "NAME[:BASE][*GAIN]: a mode, or one that learns (ssmax, ...) where training begins; its base or training length, by"
-    " default that of the model, CONTEXT; and a constant gain"
+    "NAME[:BASE][*GAIN]: a mode, or one that learns (ssmax:CONTEXT, ...) where training begins; its base or training"
+    " length, CONTEXT being that of the model and the default of modes that do not learn; and a constant gain"
 )
 
 

@@ -1,10 +1,12 @@
-"""Hints for keyword arguments that a function or a class does not have."""
+"""Hints for keyword arguments that a function or a class does not have, and warnings."""
 
 from __future__ import annotations
 
 import difflib
 import functools
 import inspect
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -28,6 +30,15 @@ def hint_for_keyword(word: str, known: Iterable[str]) -> str | None:
         return f"expected {names[0]}=, got {word}=" if names else None
     hint = f" (did you mean {close[0]}=?)" if close else ""
     return f"expected one of {', '.join(f'{name}=' for name in names)}, got {word}={hint}"
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warn, once a process, at the line outside of this package that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "tritonattn":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def hinted(cls: type[T]) -> type[T]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..calls.attention import batch_visibility
-from ..calls.checks import check_count, check_dtype, operands
+from ..calls.checks import Backend, check_count, check_dtype, operands
 from ..calls.public import public
 from ..calls.results import AttentionAux, aux_of
 from ..calls.sequence_checks import check_offset_values, check_offsets
@@ -18,6 +18,7 @@ from ..core.autograd import needs_graph, without_autocast
 from ..core.call import AttentionCall, Logits
 from ..core.invariance import refuse_over_ranks
 from ..scaling import Scaling
+from ..scaling.names import ModeName
 from . import by_heads, gathered, ring
 from .agreement import require_agreement
 from .layout import Split, refuse_dtensors
@@ -34,7 +35,7 @@ class ParallelOptions(TypedDict, total=False):
 
     method: str
     layout: str
-    scaling: str | Scaling | float | Tensor
+    scaling: ModeName | str | Scaling | float | Tensor
     gain: float | Tensor | None
     key_bias: Tensor | None
     causal: bool
@@ -42,7 +43,7 @@ class ParallelOptions(TypedDict, total=False):
     cu_seqlens: Tensor | None
     softcap: float | None
     sinks: Tensor | None
-    backend: str
+    backend: Backend
     reduce_dtype: torch.dtype
     head_group: int | None
 
@@ -74,7 +75,7 @@ def context_parallel_attention(
     mesh: DeviceMesh,
     method: str = "allgather",
     layout: str = "contiguous",
-    scaling: str | Scaling | float | Tensor = "sqrt_dim",
+    scaling: ModeName | str | Scaling | float | Tensor = "sqrt_dim",
     gain: float | Tensor | None = None,
     key_bias: Tensor | None = None,
     causal: bool = False,
@@ -83,7 +84,7 @@ def context_parallel_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_aux: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
     reduce_dtype: torch.dtype = torch.float32,
     head_group: int | None = None,
 ) -> Tensor | tuple[Tensor, AttentionAux]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import ops
-from ..calls.checks import INTEGERS, check_tensor, check_values
+from ..calls.checks import INTEGERS, Backend, check_tensor, check_values
 from ..calls.decode import cache_operands, cache_visibility, check_statistics
 from ..calls.dispatch import logits, refuse_gradients
 from ..calls.key_statistics import KeyStatistics
@@ -23,6 +23,7 @@ from ..core.key_records import RecordedStatistics
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scaling
+from ..scaling.names import ModeName
 from . import collectives
 from .agreement import require_agreement
 from .layout import Split, refuse_dtensors
@@ -35,13 +36,13 @@ if TYPE_CHECKING:
 class ParallelDecodeOptions(TypedDict, total=False):
     """The keyword arguments of `context_parallel_decode` but for those that it needs, and return_aux."""
 
-    scaling: str | Scaling | float | Tensor
+    scaling: ModeName | str | Scaling | float | Tensor
     gain: float | Tensor | None
     statistics: KeyStatistics | None
     window: tuple[int | None, int | None] | None
     softcap: float | None
     sinks: Tensor | None
-    backend: str
+    backend: Backend
 
 
 @overload
@@ -85,14 +86,14 @@ def context_parallel_decode(
     *,
     mesh: DeviceMesh,
     key_lengths: Tensor,
-    scaling: str | Scaling | float | Tensor = "sqrt_dim",
+    scaling: ModeName | str | Scaling | float | Tensor = "sqrt_dim",
     gain: float | Tensor | None = None,
     statistics: KeyStatistics | None = None,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_aux: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """`attention_decode` over a KV cache whose P equal parts lie on the ranks of a mesh; no gradients.
 

@@ -10,13 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..calls.checks import BACKENDS, check_bool, type_of
+from ..calls.checks import BACKENDS, Backend, check_bool, refuse_backend, type_of
 from ..calls.public import public
 from ..core.hints import shortened
 from ..core.optimizers import expect_steps
 from ..core.shards import obstacle_to_parameters
 from ..core.tables import table
 from ..scaling import Scaling
+from ..scaling.names import LayerMode
 from .architecture import (
     AttentionModule,
     attention_modules,
@@ -135,11 +136,11 @@ class Patched:
 @public()
 def patch(
     model: nn.Module,
-    scaling: str | Scaling | type[Scaling] | float | None = "sqrt_dim",
+    scaling: LayerMode | Scaling | type[Scaling] | float | None = "sqrt_dim",
     layers: Selector | Iterable[Selector] | Mapping[Selector, Any] | None = None,
     *,
     gain: float | Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     batch_invariant: bool | None = None,
 ) -> Patched:
     """Compute attention layers of a transformers model by `tritonattn.attention`, with another scaling.
@@ -155,7 +156,8 @@ def patch(
             one (PEFT's), or a part of one, such as one layer. Layers go by their names in this module.
         scaling: A name in `tritonattn.SCALINGS` or `tritonattn.nn.LEARNED`, a `Scaling`, a class of them, or a float.
             A learned name or a class of modules is made for every layer with its number of query heads; those of
-            nn.LEARNED start at sqrt_dim, where the model is (learned_cosine cannot). An nn.Module is copied for every
+            nn.LEARNED start at sqrt_dim, where the model is (learned_cosine cannot). "log_key_count:8192" and
+            "ssmax:8192" have that base. An nn.Module is copied for every
             layer with its start. The names llama4, ministral3, inkling and inkling2 take their settings from the
             model's config, where it has them. None keeps the model's.
         layers: The modules to patch. None is all; a layer's number, from 0, or from the end, -1 being the last (in
@@ -358,8 +360,8 @@ def _matches(selector: Any, one: AttentionModule, depths: dict[str, int]) -> boo
 
 def _settings(module: Any, batch_invariant: bool | None, scaling: Any, gain: Any, backend: Any) -> Settings:
     """The settings of one module, with copies of what is learned."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        refuse_backend(backend)
     heads = query_heads(module)
     if isinstance(gain, Tensor):
         if not gain.is_floating_point():

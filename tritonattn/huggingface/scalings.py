@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import reprlib
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def make_scaling(scaling: Any, heads: int, config: Any) -> Any:
         return None
     if isinstance(scaling, str) and (settings := _settings_in(config, scaling)):
         return SCALINGS[scaling](**settings)
-    if isinstance(scaling, (int, float)) and not isinstance(scaling, bool):
+    if isinstance(scaling, Real) and not isinstance(scaling, bool):
         return float(scaling)
     if isinstance(scaling, type) and scaling in LEARNED.values():
         scaling = scaling.name
@@ -65,7 +66,7 @@ def make_scaling(scaling: Any, heads: int, config: Any) -> Any:
     if not isinstance(scaling, (str, Scaling)):
         refuse_scaling(scaling, "a name, a Scaling, a class of them, a float or None (gain= takes a tensor)")
     if not isinstance(scaling, Scaling) or not isinstance(scaling, nn.Module):
-        return scaling_of_layer(scaling, heads, trained=True)
+        return scaling_of_layer(scaling, heads)
     for part in scaling.modules():
         if isinstance(part, Learned) and part.heads != heads:
             raise ValueError(f"scaling: expected {type(part).__name__} of {heads} heads, got one of {part.heads}")

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from ..core.pair_biases import mask_arguments
 from ..nn.registry import scaling_of_layer
 from ..scaling import Scaling
+from ..scaling.names import LayerMode
 
 
-def scaling_for(
-    scaling: str | Scaling, heads: int, device: torch.device | None = None, *, trained: bool = True
-) -> Scaling:
-    """The Scaling of a layer that is trained already: `scaling_of_layer` on a device."""
-    made = scaling_of_layer(scaling, heads, trained=trained)
+def scaling_for(scaling: LayerMode | Scaling, heads: int, device: torch.device | None = None) -> Scaling:
+    """`scaling_of_layer` on a device."""
+    made = scaling_of_layer(scaling, heads)
     return made.to(device) if isinstance(made, nn.Module) else made
 
 

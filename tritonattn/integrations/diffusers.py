@@ -7,10 +7,12 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..calls.attention import attention
+from ..calls.checks import Backend
 from ..core.errors import install
 from ..nn.learned import as_mode
 from ..scaling import Scaling
 from ..scaling.base import relative_gain
+from ..scaling.names import ModeName
 from .arguments import keys_and_masks
 from .replacement import Replacement
 
@@ -22,7 +24,7 @@ except ImportError as error:
 NAME = "tritonattn"
 
 
-def register(name: str = NAME, scaling: str | Scaling = "sqrt_dim", backend: str = "auto") -> None:
+def register(name: str = NAME, scaling: ModeName | str | Scaling = "sqrt_dim", backend: Backend = "auto") -> None:
     """Register a scaling with diffusers as an attention backend, or register a name of ours again.
 
     Args:
@@ -99,7 +101,7 @@ def _new_entry(name: str) -> Any:
     return entry
 
 
-def _function(scaling: Scaling, backend: str) -> Any:
+def _function(scaling: Scaling, backend: Backend) -> Any:
     # diffusers passes the arguments that this signature names, and drops others with a warning.
     def scaled(
         query: Tensor,

@@ -10,9 +10,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from ..calls.attention import attention
+from ..calls.checks import Backend
 from ..core.errors import install
 from ..scaling import Scaling
 from ..scaling.base import relative_gain
+from ..scaling.names import LayerMode
 from .arguments import keys_and_masks, scaling_for
 from .replacement import Replacement
 
@@ -22,7 +24,7 @@ except ImportError as error:
     raise ImportError(f"tritonattn.integrations.timm needs timm: {install('integrations')}") from error
 
 
-def attention_layer(scaling: str | Scaling = "sqrt_dim", backend: str = "auto") -> type[Attention]:
+def attention_layer(scaling: LayerMode | Scaling = "sqrt_dim", backend: Backend = "auto") -> type[Attention]:
     """A subclass of timm.layers.Attention whose logits are scaled by a mode: its arguments, state_dict and results.
 
     Args:
@@ -66,7 +68,9 @@ def attention_layer(scaling: str | Scaling = "sqrt_dim", backend: str = "auto") 
     return ScaledAttention
 
 
-def replace_attention(model: nn.Module, scaling: str | Scaling = "sqrt_dim", backend: str = "auto") -> Replacement:
+def replace_attention(
+    model: nn.Module, scaling: LayerMode | Scaling = "sqrt_dim", backend: Backend = "auto"
+) -> Replacement:
     """Give every attention layer of a timm model a scaling: BEiT, Swin, MaxViT, relative positions, EVA, ...
 
     Args:
@@ -82,7 +86,7 @@ def replace_attention(model: nn.Module, scaling: str | Scaling = "sqrt_dim", bac
     >>> import timm, torch
     >>> from tritonattn.integrations.timm import replace_attention
     >>> model = timm.create_model("test_vit_relpos", img_size=32, num_classes=3)
-    >>> with replace_attention(model, "log_key_count") as replaced:
+    >>> with replace_attention(model, "log_key_count:196") as replaced:
     ...     print(len(replaced.names), model(torch.randn(2, 3, 32, 32)).shape)
     9 torch.Size([2, 3])
     """
@@ -95,14 +99,14 @@ def replace_attention(model: nn.Module, scaling: str | Scaling = "sqrt_dim", bac
     return Replacement(model, "one with attention layers of timm", changes)
 
 
-def _scaled_forward(layer: Any, backend: str, *arguments: Any, **keywords: Any) -> Any:
+def _scaled_forward(layer: Any, backend: Backend, *arguments: Any, **keywords: Any) -> Any:
     """A layer's forward, whose calls of scaled_dot_product_attention are `attention` with its scaling."""
     with _Scaled(layer.logit_scaling, backend):
         return type(layer).forward(layer, *arguments, **keywords)
 
 
 class _Scaled(TorchFunctionMode):
-    def __init__(self, scaling: Scaling, backend: str) -> None:
+    def __init__(self, scaling: Scaling, backend: Backend) -> None:
         super().__init__()
         self.scaling, self.backend = scaling, backend
 

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..calls.attention import attention
+from ..calls.checks import Backend
 from ..core.pair_biases import mask_arguments
+from ..nn.learned import describe
 from ..scaling import Scaling
+from ..scaling.names import LayerMode
 from .arguments import scaling_for
 from .replacement import Replacement
 
@@ -47,16 +50,19 @@ class MultiheadAttention(nn.MultiheadAttention):
         embed_dim: int,
         num_heads: int,
         *arguments: Any,
-        scaling: str | Scaling = "sqrt_dim",
-        backend: str = "auto",
+        scaling: LayerMode | Scaling = "sqrt_dim",
+        backend: Backend = "auto",
         **keywords: Any,
     ) -> None:
         super().__init__(embed_dim, num_heads, *arguments, **keywords)
-        self._set_scaling(scaling, backend, trained=False)
+        self._set_scaling(scaling, backend)
 
     @classmethod
     def of(
-        cls, layer: nn.MultiheadAttention, scaling: str | Scaling = "sqrt_dim", backend: str = "auto"
+        cls,
+        layer: nn.MultiheadAttention,
+        scaling: LayerMode | Scaling = "sqrt_dim",
+        backend: Backend = "auto",
     ) -> MultiheadAttention:
         """The layer with a scaling: it holds the same parameters, hooks and mode; the layer itself stays as it is.
 
@@ -66,19 +72,19 @@ class MultiheadAttention(nn.MultiheadAttention):
         made.__dict__.update(layer.__dict__)
         for name in ("_parameters", "_buffers", "_modules"):
             made.__dict__[name] = dict(layer.__dict__[name])
-        made._set_scaling(scaling, backend, trained=True)
+        made._set_scaling(scaling, backend)
         return made
 
-    def _set_scaling(self, scaling: str | Scaling, backend: str, trained: bool) -> None:
+    def _set_scaling(self, scaling: LayerMode | Scaling, backend: Backend) -> None:
         for name, given in (("add_bias_kv", self.bias_k is not None), ("add_zero_attn", self.add_zero_attn)):
             if given:
                 raise NotImplementedError(f"{name}: keys that the layer adds are not supported, got True")
-        self.scaling = scaling_for(scaling, self.num_heads, self.out_proj.weight.device, trained=trained)
-        self.backend = backend
+        self.scaling = scaling_for(scaling, self.num_heads, self.out_proj.weight.device)
+        self.backend: Backend = backend
         self._qkv_same_embed_dim = False  # torch's encoders check it before they bypass this layer's forward
 
     def extra_repr(self) -> str:
-        return "" if isinstance(self.scaling, nn.Module) else f"scaling={self.scaling.name}"
+        return "" if isinstance(self.scaling, nn.Module) else f"scaling={describe(self.scaling)}"
 
     def forward(
         self,
@@ -146,7 +152,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 masks[name] = x if before is None else before & x if name == "mask" else before + x
         return masks
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, backend: str, masks: dict[str, Any]) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, backend: Backend, masks: dict[str, Any]) -> Tensor:
         dropout_p = self.dropout if self.training else 0.0
         return attention(q, k, v, scaling=self.scaling, dropout_p=dropout_p, backend=backend, **masks)
 
@@ -156,13 +162,17 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     >>> import torch
     >>> from tritonattn.integrations.torch_modules import TransformerEncoderLayer
-    >>> layer = TransformerEncoderLayer(64, 4, batch_first=True, scaling="log_key_count")
+    >>> layer = TransformerEncoderLayer(64, 4, batch_first=True, scaling="log_key_count:512")
     >>> torch.nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)(torch.randn(2, 10, 64)).shape
     torch.Size([2, 10, 64])
     """
 
     def __init__(
-        self, *arguments: Any, scaling: str | Scaling = "sqrt_dim", backend: str = "auto", **keywords: Any
+        self,
+        *arguments: Any,
+        scaling: LayerMode | Scaling = "sqrt_dim",
+        backend: Backend = "auto",
+        **keywords: Any,
     ) -> None:
         super().__init__(*arguments, **keywords)
         self.self_attn = MultiheadAttention.of(self.self_attn, scaling, backend)
@@ -170,8 +180,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 def replace_multihead_attention(
     model: nn.Module,
-    scaling: str | Scaling | Callable[[str, nn.MultiheadAttention], str | Scaling | None] = "sqrt_dim",
-    backend: str = "auto",
+    scaling: LayerMode | Scaling | Callable[[str, nn.MultiheadAttention], LayerMode | Scaling | None] = "sqrt_dim",
+    backend: Backend = "auto",
 ) -> Replacement:
     """Give every torch.nn.MultiheadAttention inside a model a scaling; parameters stay the same objects.
 

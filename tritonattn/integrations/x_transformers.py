@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.attention import attention
+from ..calls.checks import Backend
 from ..core.errors import install
 from ..scaling import Scaling
 from ..scaling.base import relative_gain
+from ..scaling.names import LayerMode
 from .arguments import scaling_for
 from .replacement import Replacement
 
@@ -58,11 +60,17 @@ class ScaledAttend(nn.Module):
         NotImplementedError: An option of attend that is not supported, by its name.
     """
 
-    def __init__(self, attend: Attend, heads: int, scaling: str | Scaling = "sqrt_dim", backend: str = "auto") -> None:
+    def __init__(
+        self,
+        attend: Attend,
+        heads: int,
+        scaling: LayerMode | Scaling = "sqrt_dim",
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__()
         _refuse(attend)
         self.scaling = scaling_for(scaling, heads)
-        self.backend = backend
+        self.backend: Backend = backend
         self.scale, self.causal, self.dropout = attend.scale, attend.causal, attend.dropout
         self.softcap = attend.logit_softclamp_value if attend.softclamp_logits else None
         self.head_attn_sink: Tensor | None
@@ -104,7 +112,9 @@ class ScaledAttend(nn.Module):
         return out, Intermediates()
 
 
-def replace_attend(model: nn.Module, scaling: str | Scaling = "sqrt_dim", backend: str = "auto") -> Replacement:
+def replace_attend(
+    model: nn.Module, scaling: LayerMode | Scaling = "sqrt_dim", backend: Backend = "auto"
+) -> Replacement:
     """Give every attention layer inside a model of x-transformers a scaling.
 
     Args:

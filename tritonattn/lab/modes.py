@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..core.errors import CommandError
-from ..nn import LEARNED, LearnedLogPower, PerHead, QueryAdaptiveSSMax, SSMax
-from ..scaling import SCALINGS, LogKeyCount, LogPower, QwenLogn, Scaling
+from ..nn import LEARNED, PerHead, QueryAdaptiveSSMax
+from ..nn.registry import scaling_of_layer
+from ..scaling import SCALINGS, Scaling
 
 BASELINE = "sqrt_dim"
 SWAP = ":"
@@ -32,14 +33,8 @@ _TRAINED = re.compile(r"(?P<mode>\w+)(?P<gain>\+gain|\*(\d*[1-9]\d*(\.\d+)?|0\.\
 _PATCHED = re.compile(r"(?P<mode>[\w+]+)(:(?P<base>\d+|CONTEXT))?(\*(?P<gain>[\d.]+))?")
 _ADVISED = re.compile(r"(log_key_count|qwen_logn)\((\w+)\)")  # NAME(BASE), as `Advice.mode` writes it
 _LEARNED = (*LEARNED, QueryAdaptiveSSMax.name)
-# Modes with a base, from heads and keys: a row of that many keys starts as sqrt_dim's.
-_BASED: dict[str, Callable[[int, int], Scaling]] = {
-    "log_key_count": lambda _, keys: LogKeyCount(keys),
-    "log_power": lambda _, keys: LogPower(base=keys),
-    "qwen_logn": lambda _, keys: QwenLogn(keys),
-    "ssmax": lambda heads, keys: SSMax(heads, base=keys),
-    "learned_log_power": lambda heads, keys: LearnedLogPower(heads, base=keys),
-}
+# Modes with a base: a row of that many keys starts as sqrt_dim's.
+_BASED = tuple(name for name, mode in {**SCALINGS, **LEARNED}.items() if mode.trained_length)
 
 
 def trained_and_tested(mode: str) -> tuple[str, str]:
@@ -60,12 +55,12 @@ def build(name: str, heads: int, head_dim: int, keys: int) -> str | Scaling:
     """
     check_mode(name)
     mode, gain = _parts(name)
-    if mode in _BASED:
-        scaling = _BASED[mode](heads, keys)
-    elif mode == QueryAdaptiveSSMax.name:
+    if mode == QueryAdaptiveSSMax.name:
         scaling = QueryAdaptiveSSMax(heads, head_dim)
+    elif mode in _BASED or mode in LEARNED:
+        scaling = scaling_of_layer(f"{mode}:{keys}" if mode in _BASED else mode, heads)
     else:
-        scaling = LEARNED[mode](heads=heads) if mode in LEARNED else mode
+        scaling = mode
     if gain is None:
         return scaling
     starts = {
@@ -127,6 +122,8 @@ def check_written(texts: Iterable[str]) -> None:
 def variant(text: str, context: int | None) -> Variant:
     """Parse NAME[:BASE][*GAIN], NAME being one that `build` knows; BASE is the model's trained length unless given.
 
+    A mode that learns has to be given its BASE: its name alone starts at sqrt_dim, which is the model as it is.
+
     Raises CommandError for another text.
     """
     parts = _PATCHED.fullmatch(_ADVISED.sub(r"\1:\2", text))
@@ -135,6 +132,10 @@ def variant(text: str, context: int | None) -> Variant:
     mode, base, gain = parts.group("mode", "base", "gain")
     check_mode(mode)
     if mode.removesuffix(GAIN) in _BASED or mode.endswith(GAIN):
+        if base is None and mode in LEARNED:
+            raise CommandError(
+                f"--modes: expected {mode}:CONTEXT or {mode}:BASE, got {text!r}, which starts at sqrt_dim"
+            )
         if base in (None, "CONTEXT") and context is None:
             raise CommandError(
                 f"--modes: expected a base in {text!r}, as the model's configuration has no max_position_embeddings: "

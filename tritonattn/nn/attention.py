@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..calls.attention import attention
 from ..calls.checks import (
     FLOATS,
+    Backend,
     check_bool,
     check_count,
     check_dtype,
@@ -33,6 +34,7 @@ from ..core.shards import SharesSequence
 from ..core.visibility import window_sides
 from ..scaling import Scaling
 from ..scaling.base import check_positive, has_relative_bias
+from ..scaling.names import LayerMode
 from .cache import KeyValueCache
 from .learned import describe
 from .registry import scaling_of_layer
@@ -49,8 +51,9 @@ class ScaledAttention(SharesSequence, nn.Module):
         kv_heads: Hkv, a divisor of heads; None is heads.
         head_dim: D; None is width // heads.
         context_width: Features of context, for cross attention; None is width.
-        scaling: A name in `tritonattn.SCALINGS` or in `tritonattn.nn.LEARNED` (the layer then makes and keeps the
-            module), a `Scaling`, or a float. A module is registered and learned with the layer.
+        scaling: A name in `tritonattn.SCALINGS` or in `tritonattn.nn.LEARNED`, a `Scaling`, or a float. A learned name
+            makes a module, which starts at sqrt_dim, but for "learned_cosine"; "ssmax:64" starts at that base. Modules
+            are registered and learned with the layer.
         causal, window, softcap: As in `tritonattn.attention`.
         sinks: Learn a sink [heads], a logit in the softmax's denominator only, from 0.
         qk_norm: RMS-normalise q and k over D, each with a weight [D], as Qwen 3 and Gemma 3 do.
@@ -87,7 +90,7 @@ class ScaledAttention(SharesSequence, nn.Module):
         kv_heads: int | None = None,
         head_dim: int | None = None,
         context_width: int | None = None,
-        scaling: str | Scaling | float = "sqrt_dim",
+        scaling: LayerMode | Scaling | float = "sqrt_dim",
         causal: bool = False,
         window: tuple[int | None, int | None] | None = None,
         softcap: float | None = None,
@@ -96,7 +99,7 @@ class ScaledAttention(SharesSequence, nn.Module):
         rotary: float | None = None,
         dropout_p: float = 0.0,
         bias: bool = False,
-        backend: str = "auto",
+        backend: Backend = "auto",
         batch_invariant: bool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

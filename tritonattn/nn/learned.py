@@ -214,6 +214,7 @@ class SSMax(Learned):
 
     name = "ssmax"
     reads_keys = False
+    trained_length = "base"
     s: nn.Parameter
     b: nn.Parameter | None
     base, bias, mode = math.e, False, None  # of a pickle that has none
@@ -266,7 +267,7 @@ def scaling_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
         TypeError: A value that is no module.
 
     >>> import tritonattn
-    >>> layer = tritonattn.nn.ScaledAttention(64, heads=4, scaling="ssmax")
+    >>> layer = tritonattn.nn.ScaledAttention(64, heads=4, scaling="ssmax:64")
     >>> [tuple(parameter.shape) for parameter in tritonattn.nn.scaling_parameters(layer)]
     [(4,)]
     """

@@ -50,6 +50,7 @@ class LearnedLogPower(Learned):
 
     name = "learned_log_power"
     reads_keys = False
+    trained_length = "base"
     p: nn.Parameter
     power, mode = 0.5, None  # of a pickle that has none
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..scaling import Scaling
-from ..scaling.names import named_scaling
+from ..scaling.names import parsed
 from .learned import LearnedCosine, PerHead, SSMax, as_mode
 from .log_power import LearnedLogPower
 from .power_law import PowerLaw
@@ -20,13 +20,16 @@ LEARNED: dict[str, type[PerHead | SSMax | PowerLaw | LearnedLogPower]] = {
 }
 
 
-def scaling_of_layer(scaling: Any, heads: int, *, trained: bool = False, **options: Any) -> Scaling:
+def scaling_of_layer(scaling: Any, heads: int, **options: Any) -> Scaling:
     """The Scaling of a layer: of a name in LEARNED a new module, made with the options; others as `as_mode` says.
 
-    trained   with sqrt_dim: a learned module starts there, but for a cosine
+    A learned module starts as sqrt_dim, but for a cosine; with a trained length, "ssmax:64", from that base.
     """
-    if not isinstance(scaling, str) or scaling not in LEARNED:
-        return named_scaling(scaling, LEARNED) if isinstance(scaling, str) else as_mode(scaling)
-    if trained and scaling != LearnedCosine.name:
+    if not isinstance(scaling, str):
+        return as_mode(scaling)
+    mode, arguments = parsed(scaling, LEARNED)
+    if mode.name not in LEARNED:
+        return mode(**arguments)
+    if not arguments and mode is not LearnedCosine:
         options["mode"] = "sqrt_dim"
-    return LEARNED[scaling](heads=heads, **options)
+    return mode(heads=heads, **arguments, **options)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.autograd import runs_eagerly
+from ..core.hints import warn_once
 from ..core.statistics import Statistics, counts_of
 from ..core.visibility import Visibility
 
@@ -58,6 +59,8 @@ class Scaling:
     name               the mode's name, in errors and in saved configs
     reads_keys         False: `scales` takes from k only its shape, and everything else from `statistics`; decoding then
                        gathers no pages for it. Not inherited: True in a subclass that does not set it.
+    trained_length     the argument that "NAME:LENGTH" gives, the n at which the factor is that of sqrt_dim; "" where a
+                       mode has none
     normalises_query   True: the factor divides by ||q||. Logits are then the same whatever q was multiplied by, and a
                        patched model's factor does not apply.
 
@@ -74,6 +77,7 @@ class Scaling:
 
     name: ClassVar[str]
     reads_keys: bool = True
+    trained_length: ClassVar[str] = ""
     normalises_query: bool = False
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -112,17 +116,24 @@ class Scaling:
         return None
 
 
+NO_BASE = math.exp(1)  # e, and no other object is this one: the base that was not given
+
+
 class OfCount(Scaling):
     """A mode of parameters whose factor is a constant times a function of n, the keys that a row attends to.
 
-    Raises ValueError unless each parameter is finite and above 0, and a base of a logarithm above 1.
+    Raises ValueError unless each parameter is finite and above 0, and a trained length above 1.
     """
-
-    _bases: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for name in type(self).__match_args__:  # pyright: ignore[reportAttributeAccessIssue]  of a dataclass, its fields
-            check_positive(name, getattr(self, name), above=float(name in self._bases))
+            value = getattr(self, name)
+            check_positive(name, value, above=float(name == self.trained_length))
+            if value is NO_BASE and not torch.compiler.is_compiling():
+                warn_once(
+                    f"{self.name}: expected a base, the n at which the logits are those of sqrt_dim, got none, which is"
+                    f' base e: write "{self.name}:64", or base=64, with the length of your training for 64'
+                )
 
     def _constant(self, head_dim: int) -> float:
         return head_dim**-0.5

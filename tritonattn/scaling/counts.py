@@ -12,7 +12,7 @@ from ..core.hints import hinted
 from ..core.invariance import power
 from ..core.statistics import Statistics, reciprocal, reciprocal_root
 from ..core.visibility import Visibility
-from .base import OfCount, Scales, Scaling, scales_of_count
+from .base import NO_BASE, OfCount, Scales, Scaling, scales_of_count
 
 
 class KeyCount(Scaling):
@@ -51,18 +51,18 @@ class LogKeyCount(OfCount):
 
     A lone key has logit 0, which is harmless: its probability is 1 at any logit.
 
-    base   the n at which the factor is that of `SqrtDim`; e by default
+    base   the n at which the factor is that of `SqrtDim`, such as the trained length; e, with a warning, by default
 
     Source: Chiang & Cholak 2022, "Overcoming a theoretical limitation of self-attention", ACL 2022, long.527
     (base e); Su 2021, https://kexue.fm/archives/8823 (base 512, the training length).
     Raises ValueError unless base is finite and above 1.
     """
 
-    base: float = math.e
+    base: float = NO_BASE
 
     name = "log_key_count"
     reads_keys = False
-    _bases = ("base",)
+    trained_length = "base"
 
     def _constant(self, head_dim: int) -> float:
         return head_dim**-0.5 / math.log(self.base)
@@ -86,7 +86,7 @@ class LogPower(OfCount):
 
     power   1/2 by default, the scale of diffusion models sampled at other resolutions, with the trained number of
             tokens as base
-    base    the n at which the factor is that of `SqrtDim`; e by default
+    base    the n at which the factor is that of `SqrtDim`, such as the trained length; e, with a warning, by default
 
     Source: "Critical attention scaling in long-context transformers", arXiv:2510.05554; the powers by gaps:
     arXiv:2605.12697; power 1/2: Jin et al. 2023, arXiv:2306.08645, equation 10.
@@ -94,11 +94,11 @@ class LogPower(OfCount):
     """
 
     power: float = 0.5
-    base: float = math.e
+    base: float = NO_BASE
 
     name = "log_power"
     reads_keys = False
-    _bases = ("base",)
+    trained_length = "base"
 
     def _constant(self, head_dim: int) -> float:
         return head_dim**-0.5 / math.log(self.base) ** self.power

@@ -1,10 +1,11 @@
-"""The modes by name, and the error for other names."""
+"""The modes by name, the one reader of names, and the error for other names."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 from .base import Scaling
 from .constants import Dim, SqrtDim, Unscaled
@@ -12,6 +13,30 @@ from .cosine import Cosine
 from .counts import KeyCount, LogKeyCount, LogPower, SqrtKeyCount
 from .key_norms import KeyNormL2, KeyNormMax, KeyNormMean, KeyNormRms, KeyNormSum
 from .positional import Beam, Inkling, Inkling2, Llama4, Ministral3, QwenLogn
+
+ModeName = Literal[
+    "sqrt_dim",
+    "dim",
+    "none",
+    "key_count",
+    "sqrt_key_count",
+    "key_norm_sum",
+    "key_norm_mean",
+    "key_norm_rms",
+    "key_norm_max",
+    "key_norm_l2",
+    "log_key_count",
+    "log_power",
+    "qwen_logn",
+    "llama4",
+    "ministral3",
+    "inkling",
+    "inkling2",
+    "beam",
+    "cosine",
+]
+LearnedName = Literal["per_head", "ssmax", "learned_cosine", "power_law", "learned_log_power"]
+LayerMode = ModeName | LearnedName | str
 
 # Modes that are modules, and the expression that makes one for q of Hq heads.
 _LEARNED = {
@@ -23,6 +48,7 @@ _LEARNED = {
     "learned_cosine": "LearnedCosine(heads=Hq)",
     "scheduled": "Scheduled('sqrt_dim', 'key_norm_mean', steps=1000)",
 }
+_OTHER_WORDS = {"logn": "log_key_count", "scalablesoftmax": "ssmax"}  # by `_letters`
 
 
 if TYPE_CHECKING:
@@ -56,7 +82,7 @@ class _Modes(dict[str, type[Scaling]]):
     """Classes of modes by name. Another name raises KeyError with the nearest one."""
 
     def __missing__(self, name: str) -> NoReturn:
-        raise KeyError(_unknown(name, self))
+        raise KeyError(_unknown(name, name))
 
 
 _CLASSES = (SqrtDim, Dim, Unscaled, KeyCount, SqrtKeyCount, KeyNormSum, KeyNormMean, KeyNormRms, KeyNormMax, KeyNormL2)
@@ -64,20 +90,70 @@ _CLASSES += (LogKeyCount, LogPower, QwenLogn, Llama4, Ministral3, Inkling, Inkli
 SCALINGS: Modes = cast("Modes", _Modes({mode.name: mode for mode in _CLASSES}))
 
 
-def named_scaling(name: str, learned: Iterable[str] = ()) -> Scaling:
-    """The mode of a name in SCALINGS, with its defaults; a caller makes those that are `learned` itself."""
-    if name in SCALINGS:
-        return SCALINGS[name]()
-    raise ValueError(_unknown(name, [*SCALINGS, *learned]))
+def named_scaling(text: str) -> Scaling:
+    """The mode of a text, such as "dim", as `parsed` reads it."""
+    mode, arguments = parsed(text)
+    return mode(**arguments)
 
 
-def _unknown(name: Any, known: Iterable[str]) -> str:
-    """The message for a name that selects no mode."""
+def parsed(text: str, learned: Mapping[str, type[Scaling]] = MappingProxyType({})) -> tuple[Any, dict[str, float]]:
+    """The class, in SCALINGS or `learned`, and the arguments of NAME, NAME:LENGTH or NAME(NUMBER, ...).
+
+    "log_key_count:64" is LogKeyCount(base=64), and so is "log_key_count(64)", which `Advice.mode` writes: LENGTH is the
+    mode's `trained_length`, and the numbers are arguments of modes that do not learn, in order. Raises ValueError.
+    """
+    name, colon, length = text.partition(":")
+    numbers = length if colon else ""
+    if not colon and text.endswith(")"):
+        name, _, numbers = text[:-1].partition("(")
+    mode = SCALINGS[name] if name in SCALINGS else learned.get(name)
+    if mode is None:
+        raise ValueError(_unknown(name, text, learned))
+    if name == text:
+        return mode, {}
+    names = (mode.trained_length,) * (mode.trained_length != "") if colon else getattr(mode, "__match_args__", ())
+    values = [_number(one.strip()) for one in numbers.split(",")]
+    if None in values or len(values) > len(names):
+        known = {**SCALINGS, **learned}
+        lengths = ", ".join(f"{one}:LENGTH" for one in known if known[one].trained_length)
+        raise ValueError(f"scaling: expected a name, or one of {lengths}, LENGTH a number of tokens, got {text!r}")
+    return mode, dict(zip(names, values, strict=False))  # pyright: ignore[reportReturnType]
+
+
+def hint_for_argument(scaling: Any, word: str, value: Any) -> str | None:
+    """How to write a mode by name with an argument that a call was given beside it; None for other words."""
+    if not isinstance(scaling, str):
+        return None
+    if scaling not in SCALINGS:
+        return f'expected scaling="{scaling}:{value}", got {word}=' if scaling in _LEARNED and word == "base" else None
+    mode = SCALINGS[scaling]
+    if word not in getattr(mode, "__match_args__", ()):
+        return None
+    short = f' or "{scaling}:{value}"' if word == mode.trained_length and isinstance(value, int) else ""
+    return f'expected scaling=tritonattn.SCALINGS["{scaling}"]({word}={value!r}){short}, got {word}='
+
+
+def _number(text: str) -> float | None:
+    """A number without a sign, or None."""
+    if text.isdecimal():
+        return int(text)
+    whole, _, rest = text.partition(".")
+    return float(text) if (whole + rest).isdecimal() else None
+
+
+def _letters(text: str) -> str:
+    return "".join(letter for letter in text.lower() if letter.isalnum())
+
+
+def _unknown(name: Any, text: Any, learned: Iterable[str] = ()) -> str:
+    """The message for a name that selects no mode, in a text."""
     if name in _LEARNED:
         return (
-            f"scaling: expected a mode without a state, got {name!r}, which is a module: make it once, keep"
+            f"scaling: expected a mode without a state, got {text!r}, which is a module: make it once, keep"
             f" it with the model, and pass it, scaling=tritonattn.nn.{_LEARNED[name]}"
         )
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"scaling: expected one of {', '.join(known)}, got {name!r}{hint}"
+    known, letters = [*SCALINGS, *learned], _letters(str(name))
+    near = {_letters(one): one for one in (*known, *_LEARNED)} | _OTHER_WORDS
+    close = difflib.get_close_matches(letters, near, n=1)
+    hint = f" (did you mean {near[close[0]]!r}?)" if close else ""
+    return f"scaling: expected one of {', '.join(known)}, got {text!r}{hint}"

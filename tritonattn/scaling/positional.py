@@ -41,7 +41,7 @@ class QwenLogn(OfCount):
 
     name = "qwen_logn"
     reads_keys = False
-    _bases = ("train_length",)
+    trained_length = "train_length"
 
     def _of_count(self, n: Tensor) -> Tensor:
         return n.clamp(min=self.train_length).log() / math.log(self.train_length)
