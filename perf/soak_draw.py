@@ -263,7 +263,9 @@ def _forms(source: Draw, q_heads: int, leaves: Tensors) -> dict[str, Any]:
     if source.happens(0.25):
         forms["softcap"] = source.one_of(0.7, 5.0, 30.0)
     if source.happens(0.25):
-        leaves["sinks"] = source.normal(q_heads)
+        q = leaves["q"]
+        of_rows = (len(q), q_heads, q.shape[2]) if q.dim() == 4 else (q_heads, len(q))
+        leaves["sinks"] = source.normal(*source.one_of((q_heads,), of_rows))
     if source.happens(0.3):
         forms["return_aux"] = True
     return forms

@@ -98,7 +98,8 @@ class Trial:
         has_keys = named["lse"].isfinite()
         total = named["lse"][has_keys]
         if "sinks" in leaves:
-            total = torch.logaddexp(total, leaves["sinks"][:, None].expand_as(has_keys)[has_keys])
+            of_rows = leaves["sinks"] if leaves["sinks"].dim() > 1 else leaves["sinks"][:, None]
+            total = torch.logaddexp(total, of_rows.expand_as(has_keys)[has_keys])
         found = torch.autograd.grad(total.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
         value = leaves["v"].nan_to_num().norm(dim=-1).max() * self._d_out(named["out"]).norm(dim=-1).max()
         kept = 1 - self.options.get("dropout_p", 0.0)

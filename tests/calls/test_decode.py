@@ -19,7 +19,7 @@ every_mode = pytest.mark.parametrize("mode", SCALINGS)
 PAGES = (None, 16, 19)
 
 
-GAINS, SINKS = torch.tensor([[1.0], [-2.0], [0.5], [0.0]]), torch.tensor([0.1, -3.0, 2.0, 0.0])
+GAINS, SINKS = torch.tensor([[1.0], [-2.0], [0.5], [0.0]]), torch.linspace(-3, 2, 2 * 4 * 24).view(2, 4, 24)
 EXTRAS = {
     "plain": {},
     "capped": {"gain": GAINS, "softcap": 1.5, "sinks": SINKS},
@@ -44,9 +44,9 @@ def test_prefill_then_decode_is_one_full_pass(mode, backend, statistics, page, w
     cache.write([0, 11])
     for count in (1, 4, 2):
         cache.write(count)
-        found, found_aux = attention_decode(
-            cache.newest(q, count), **cache.arguments(), **cut_biases(options, cache.capacity), backend=backend
-        )
+        given = {**cache.arguments(), **cut_biases(options, cache.capacity), "backend": backend}
+        given |= {"sinks": cache.newest(options["sinks"], count)} if "sinks" in options else {}
+        found, found_aux = attention_decode(cache.newest(q, count), **given)
         torch.testing.assert_close(found, cache.newest(expected, count), rtol=1e-11, atol=1e-13)
         for name, row in found_aux._asdict().items():
             torch.testing.assert_close(row, cache.newest(getattr(aux, name), count), msg=name)

@@ -26,7 +26,10 @@ MASKS = {
 }
 
 
-FORMS = ("gain", "gain of rows, softcap, sinks", "biases of keys", "biases of distances", "biases of distances of rows")
+FORMS = (
+    *("gain", "gain, softcap, sinks", "gain of rows, softcap, sinks"),
+    *("biases of keys", "biases of distances", "biases of distances of rows"),
+)
 
 
 def outcome(attend, leaves: dict[str, Tensor], **arguments) -> dict[str, Tensor]:
@@ -52,7 +55,8 @@ def test_every_sequence_is_as_if_alone(scaling, mask, backend, form):
     leaves, arguments = packed_operands(RAGGED), {"scaling": scaling, **MASKS[mask]}
     leaves["gain"] = torch.rand(4, RAGGED.q_len if "rows" in form else 1, dtype=torch.float64, requires_grad=True)
     if "sinks" in form:
-        leaves["sinks"] = torch.randn(4, dtype=torch.float64).requires_grad_()
+        shape = (4, RAGGED.q_len) if "rows" in form else (4,)
+        leaves["sinks"] = torch.randn(shape, dtype=torch.float64).requires_grad_()
         arguments["softcap"] = 1.5
     if "keys" in form:
         leaves["key_bias"] = torch.randn(4, RAGGED.k_len, dtype=torch.float64).requires_grad_()

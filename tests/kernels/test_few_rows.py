@@ -40,7 +40,8 @@ def test_few_rows_of_attention(form, device, launched):
         if "key_ranges" in masks and k_len == 150:
             k[:, :, :5], v[:, :, :5] = torch.nan, torch.inf  # hidden from all rows of the first sequence
             k[1, :, :5], v[1, :, :5] = 0.5, 0.5
-        options = {"scaling": "key_norm_mean", "softcap": 3.0, "sinks": torch.arange(3.0, device=device), **masks}
+        sinks = torch.linspace(-1, 2, 6 * q_len, device=device).view(2, 3, q_len)
+        options = {"scaling": "key_norm_mean", "softcap": 3.0, "sinks": sinks, **masks}
         torch.manual_seed(0)
         out, aux = attention(q, k, v, **options, backend="triton", return_aux=True)
         torch.manual_seed(0)

@@ -209,7 +209,7 @@ def test_a_scaling_with_a_bias_that_counts_from_rows():
 
 def test_a_softcap_over_a_bias_that_counts_from_rows_is_refused():
     (q, k, v), alibi = sequences(heads=(H, H), length=S), nn.ALiBi(H)
-    message = "NotImplementedError: softcap: ~ ALiBi and ForgetGate ~ bias_after_softcap=True"
+    message = "NotImplementedError: softcap: ~ ALiBi and ForgetGate ~ (bias_after_softcap=True)"
     for options in ({"key_bias": alibi(S)}, {"scaling": Decaying()}):
         refuses(message, attention, q, k, v, causal=True, softcap=2.0, **options)
         attention(q, k, v, causal=True, softcap=2.0, bias_after_softcap=True, **options)

@@ -81,6 +81,7 @@ def one_by_one(
     gain: Tensor | None = None,
     key_bias: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     **arguments,
 ) -> tuple[Tensor, tritonattn.AttentionAux]:
     """The results of `attention_varlen` with return_aux, from one reference call a sequence."""
@@ -89,6 +90,7 @@ def one_by_one(
         arrays = (x[part].transpose(0, 1)[None] for x, part in ((q, rows), (k, keys), (v, keys)))
         arguments["gain"] = gain if gain is None or gain.shape[-1] == 1 else gain[:, rows]
         arguments["key_bias"] = key_bias if key_bias is None else key_bias[:, keys]
+        arguments["sinks"] = sinks if sinks is None or sinks.dim() == 1 else sinks[:, rows]
         if relative_bias is not None:
             arguments["relative_bias"] = (relative_bias if relative_bias.shape[1] == 1 else relative_bias[:, rows])[
                 None

@@ -23,7 +23,8 @@ def counted_from_rows(key_bias: Tensor) -> Tensor:
     An operation on a marked tensor gives one without a mark: mark a sum of two, or a buffer of a cache, again.
 
     Args:
-        key_bias: As of `tritonattn.attention`, with an entry for every key; a gradient passes.
+        key_bias: As of `tritonattn.attention`, with an entry for every key; a gradient passes. Rows that attend to keys
+            stand at one, as causal rows do.
 
     Raises:
         TypeError: A value that is no tensor.
@@ -61,7 +62,7 @@ def sinks_beside(
     if terms.softcap is not None and not terms.bias_after_softcap:
         raise NotImplementedError(
             "softcap: not supported over a key_bias that counts from rows, as of ALiBi and ForgetGate, since a row's"
-            " part of it does not cancel in tanh; bias_after_softcap=True is, and ALiBi's relative_bias"
+            " part of it does not cancel in tanh; attention(bias_after_softcap=True) is, and ALiBi as a relative_bias"
         )
     if terms.sinks is None:
         return None

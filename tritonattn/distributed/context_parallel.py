@@ -108,7 +108,8 @@ def context_parallel_attention(
         causal, window: As in `attention`, of positions in the whole sequence.
         cu_seqlens: int32 [N + 1]: where documents begin and end in the whole sequence, the same on every rank and for
             every batch entry. A row attends to its document only. Documents may cross the parts of ranks.
-        softcap, sinks, return_aux: As in `attention`.
+        sinks: As in `attention`; those of rows are of this rank's.
+        softcap, return_aux: As in `attention`.
         backend: "auto", "triton" or "sdpa", as in `attention`.
         reduce_dtype: The dtype in which gradients of keys and values are sent and added over ranks.
         head_group: Key heads whose keys and values are gathered at a time, in "allgather"; None is all of them.
