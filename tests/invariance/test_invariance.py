@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 import tritonattn
 from perf.invariance_cases import cases, differences
@@ -63,6 +64,33 @@ def test_a_bias_of_keys():
         out = tritonattn.attention(*operands[:3], key_bias=operands[3], causal=True, batch_invariant=True, **lengths)
         found.append([x[0, :, :171] for x in (out, *torch.autograd.grad(out, operands, upstream))])
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("scaling", ["key_norm_mean", "key_norm_sum"])
+def test_gradients_of_one_key_head_that_many_query_heads_share(scaling):
+    """Padded, packed and alone."""
+    torch.manual_seed(0)
+    settings = {"scaling": scaling, "causal": True, "batch_invariant": True}
+    q, k, v, d_out = (torch.randn(heads, 221, 16) for heads in (8, 1, 1, 8))
+    alone, pair = (slice(0, 151),), (slice(0, 151), slice(151, 221))
+    found = []
+    for documents in (alone, pair):
+        leaves = [
+            torch.stack([pad(x[:, rows], (0, 0, 0, 151 - x[:, rows].shape[1])) for rows in documents])
+            for x in (q, k, v)
+        ]
+        leaves = [x.requires_grad_() for x in leaves]
+        upstream = torch.stack([pad(d_out[:, rows], (0, 0, 0, 151 - d_out[:, rows].shape[1])) for rows in documents])
+        lengths = {} if documents is alone else {"key_lengths": torch.tensor([151, 70])}
+        out = tritonattn.attention(*leaves, **settings, **lengths)
+        found.append([x[0] for x in torch.autograd.grad(out, leaves, upstream)])
+    leaves = [x.transpose(0, 1).contiguous().requires_grad_() for x in (q, k, v)]
+    ends = torch.tensor([0, 151, 221], dtype=torch.int32)
+    out = tritonattn.attention_varlen(*leaves, ends, ends, 151, 151, **settings)
+    packed = torch.autograd.grad(out, leaves, d_out.transpose(0, 1))
+    found.append([x[:151].transpose(0, 1) for x in packed])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
 
 
 def test_layers_and_patches_hand_it_on():

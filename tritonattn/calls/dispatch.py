@@ -208,7 +208,9 @@ def scales_of(
     check_number(f"{name}.constant", constant)
     rows, kv_heads = (visibility.batch, visibility.q_heads, visibility.q_len), visibility.kv_heads
     if query is not None:
-        if isinstance(query, Tensor) and query.dim() > 1 and 1 < query.shape[-2] == kv_heads != visibility.q_heads:
+        # One key head broadcasts, but then torch adds up the heads' gradients in an order that follows the length.
+        repeats = kv_heads != visibility.q_heads and (kv_heads > 1 or visibility.invariant)
+        if repeats and isinstance(query, Tensor) and query.dim() > 1 and query.shape[-2] == kv_heads:
             check_factor(f"{name}.query", query, q, (rows[0], kv_heads, rows[2]), "[B, Hkv, Sq]")
             query = visibility.repeated(query)
         else:
