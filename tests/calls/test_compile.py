@@ -84,9 +84,10 @@ def test_causal_calls_of_any_length_and_number():
     assert_compiles(function, *calls, dynamic=True)
 
 
-def test_packed_sequences_of_any_lengths():
+@pytest.mark.parametrize("scaling", ["key_count", "key_norm_mean"])
+def test_packed_sequences_of_any_lengths(scaling):
     def function(q, k, v, gain, sinks, **sequences):
-        options = {"scaling": "key_count", "window": (3, 0)}
+        options = {"scaling": scaling, "window": (3, 0)}
         return objective(q, k, v, gain, sinks, tritonattn.attention_varlen, **options, **sequences)
 
     calls = [Packed(lengths, lengths[::-1]) for lengths in ((3, 4, 2, 5), (9, 2, 4, 4, 5, 1, 1, 3, 7))]
@@ -139,10 +140,11 @@ def test_export(options, learns, strict):
         assert torch.ops.tritonattn.forward.default in {node.target for node in program.graph.nodes}
 
 
-def test_export_of_packed_sequences():
+@pytest.mark.parametrize("invariant", [False, True])
+def test_export_of_packed_sequences(invariant):
     class Layer(torch.nn.Module):
         def forward(self, *tensors):
-            options = {"scaling": "key_norm_mean", "causal": True, "batch_invariant": True}
+            options = {"scaling": "key_norm_mean", "causal": True, "batch_invariant": invariant}
             return tritonattn.attention_varlen(*tensors, 16, 16, **options)
 
     def arguments(packed: Packed) -> tuple[Tensor, ...]:

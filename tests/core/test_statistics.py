@@ -3,12 +3,18 @@
 import pytest
 import torch
 
+from tests.support.calls import torch_kernels
 from tests.support.masks import MASKS, visible_pairs
+from tests.support.packed import offsets
 from tests.support.refusals import refuses
-from tritonattn import KeyStatistics, PagedKeyStatistics
+from tritonattn import KeyStatistics, PagedKeyStatistics, document_ranges
 from tritonattn.core.norms import key_norms_of
+from tritonattn.core.ranges import prefix_sum
+from tritonattn.core.sequences import Sequences
 from tritonattn.core.statistics import Statistics
 from tritonattn.core.visibility import Visibility
+from tritonattn.ops import STATISTICS as STATISTICS_OF
+from tritonattn.ops import attend
 
 B, HQ, HKV, SQ, SK, D = 2, 4, 2, 6, 9, 5
 STATISTICS = ["norm_sum", "norm_square_sum", "norm_max"]
@@ -74,6 +80,51 @@ def test_a_late_window_over_64k_keys():
     for statistic, expected in zip(STATISTICS, exact, strict=True):
         error = (getattr(ours, statistic)[..., -1000:] - expected).abs() / expected
         assert error.max() < 1e-6, statistic
+
+
+def test_prefix_sums_begin_again():
+    x, restarts = torch.arange(1.0, 8), torch.tensor([False, False, True, False, True, True, False])
+    assert prefix_sum(x, restarts).tolist() == [0, 1, 3, 3, 7, 5, 6, 13]
+    for count in (0, 1):
+        assert prefix_sum(torch.ones(2, count), torch.ones(count).bool()).tolist() == [[0.0, 1.0][: count + 1]] * 2
+
+
+LENGTHS, TOTAL = (4, 9, 1, 7), 24  # and 3 rows and keys of no document
+IDS = torch.tensor([0, 1, 2, 3, -1]).repeat_interleave(torch.tensor([*LENGTHS, 3]))[None]
+OFFSETS = offsets(LENGTHS)
+ORDER = torch.randperm(TOTAL, generator=torch.Generator().manual_seed(0))
+DOCUMENTS = {
+    "packed": {"sequences": Sequences(OFFSETS, OFFSETS, 9, 9)},
+    "packed, causal": {"sequences": Sequences(OFFSETS, OFFSETS, 9, 9), "causal": True},
+    "packed, window": {"sequences": Sequences(OFFSETS, OFFSETS, 9, 9), "window": (2, 1)},
+    "ranges, causal": {"key_ranges": document_ranges(IDS), "causal": True},
+    "ranges of rows in any order": {"key_ranges": document_ranges(IDS)[:, ORDER]},
+}
+
+
+@pytest.mark.parametrize("backend", STATISTICS_OF)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e15])
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_no_bit_of_a_document_depends_on_a_key_of_another(name, poison, backend, monkeypatch):
+    """Values and gradients, where the first document has a key, and gradients of its rows, that swallow all others."""
+    monkeypatch.setattr(attend, "kernels", torch_kernels)
+    random = torch.Generator().manual_seed(0)
+    k, g = torch.randn(1, HKV, TOTAL, D, generator=random), torch.randn(1, HKV, TOTAL, generator=random)
+    first_rows = (IDS[0, ORDER] if "any order" in name else IDS[0]) == 0
+    found = []
+    for value in (None, poison):
+        leaf, upstream = k.clone(), g.clone()
+        if value is not None:
+            leaf[:, 0, 2], upstream[:, :, first_rows] = value, value
+        visible = Visibility.of(k.new_empty(1, HQ, TOTAL, D), leaf, **DOCUMENTS[name])
+        statistics = STATISTICS_OF[backend](leaf.requires_grad_(), visible)
+        for statistic in STATISTICS:
+            values = getattr(statistics, statistic)
+            d_k = torch.autograd.grad(values, leaf, upstream.to(values.dtype), retain_graph=True)[0]
+            found.append((values.detach()[..., ~first_rows], d_k[:, :, LENGTHS[0] :]))
+    for clean, dirty in zip(found[: len(STATISTICS)], found[len(STATISTICS) :], strict=True):
+        assert all(map(torch.equal, clean, dirty))
+        assert all(x.isfinite().all() for x in clean)
 
 
 def test_norms_differentiate_twice():

@@ -176,7 +176,9 @@ def operators(rank: int) -> dict[str, float]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attend, "kernels", torch_kernels)
         compared("key_norms", [k.requires_grad_(), seen], [both])
-        compared("prefix_sums", [of_keys], [both])
+        shared = torch.arange(16)[None, None] % 5 == 0
+        for case, restarts in {"": None, "restarts of all heads": shared, "restarts of each": of_keys > 2}.items():
+            compared("prefix_sums", [of_keys, restarts], [both], case=case)
         compared("argmax_over_ranges", [of_keys, torch.tensor([[[0, 3]]]), torch.tensor([[[9, 16]]])], [both])
     odd = (_random(2, n, 5, D).requires_grad_() for n in (6, 3, 3))
     compared("forward", [*odd, *arguments("plain")[3:]], [both] * 3, (Shard(0), Replicate()), "3 key heads")

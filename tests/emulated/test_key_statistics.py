@@ -10,6 +10,7 @@ from tritonattn import KeyStatistics
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import ranges
 from tritonattn.core.norms import key_norms_of
+from tritonattn.core.ranges import prefix_sum
 from tritonattn.core.visibility import Visibility
 
 from .executor import GPU, padded
@@ -48,6 +49,20 @@ def test_key_statistics(emulate):
         *["prefix_sums_kernel"] * 2,
         *["key_statistics_grad_kernel"] * 2,
     ]
+
+
+def test_prefix_sums_begin_again(emulate):
+    """NaN before a restart, in the same block and in the one before, reaches nothing behind it."""
+    executor = emulate(GPU(90))
+    generator = torch.Generator().manual_seed(0)
+    addends, restarts = torch.randn(1, 2, 4500, generator=generator), torch.zeros(1, 1, 4500, dtype=torch.bool)
+    restarts[..., [7, 40, 41, 1300, 4200]] = True
+    addends[..., [3, 4199]] = torch.nan
+    found, expected = triton_backend.prefix_sums(addends, restarts), prefix_sum(addends, restarts)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert found[..., 8:4200].isfinite().all()
+    assert found[..., 4201:].isfinite().all()
+    assert executor.launched == ["prefix_sums_kernel"]
 
 
 def test_append_keys(emulate):

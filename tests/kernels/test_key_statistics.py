@@ -11,6 +11,7 @@ from tritonattn.backends import triton as triton_backend
 from tritonattn.calls import key_statistics as cache_statistics
 from tritonattn.core.call import AttentionCall, Logits
 from tritonattn.core.norms import key_norms_of
+from tritonattn.core.ranges import prefix_sum
 from tritonattn.core.visibility import Visibility
 from tritonattn.ops import STATISTICS
 
@@ -25,6 +26,23 @@ def test_norms_and_prefix_sums(dtype, sizes, device):
         sums = triton_backend.prefix_sums(addends)
         assert (sums[..., 0] == 0).all()
         torch.testing.assert_close(sums[..., 1:], addends.double().cumsum(-1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # the interpreter's
+@pytest.mark.parametrize("of_heads", [1, 2])
+def test_prefix_sums_begin_again(of_heads, device):
+    """In one block and across blocks, which NaN and inf before do not pass."""
+    random = torch.Generator().manual_seed(0)
+    addends = torch.randn(2, 2, 8500, generator=random).to(device)
+    restarts = (torch.rand(2, of_heads, 8500, generator=random) < 0.002).to(device)
+    restarts[..., 100], restarts[..., 5000] = True, True
+    clean = triton_backend.prefix_sums(addends, restarts)
+    torch.testing.assert_close(clean, prefix_sum(addends, restarts), rtol=1e-12, atol=1e-12)
+    addends[..., 50], addends[..., 4999] = torch.nan, torch.inf
+    found = triton_backend.prefix_sums(addends, restarts)
+    assert found[..., 51].isnan().all()
+    assert torch.equal(found[..., 101:5000], clean[..., 101:5000])
+    assert torch.equal(found[..., 5001:], clean[..., 5001:])
 
 
 def test_unseen_keys_count_nothing(device):

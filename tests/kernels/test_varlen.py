@@ -67,9 +67,10 @@ def test_rows_without_keys(packed, device):
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")  # the interpreter's
-def test_nan_in_a_sequence_stays_there(device):
+@pytest.mark.parametrize("scaling", ["log_key_count", "key_norm_mean", "key_norm_l2", "key_norm_max"])
+def test_nan_in_a_sequence_stays_there(scaling, device):
     tensors = harness.packed_inputs(FEW, torch.float32, device, group=1, scales=("gain", "sinks"))
-    arguments = {"causal": True, "scaling": "log_key_count", **EVERYTHING}
+    arguments = {"causal": True, "scaling": scaling, **EVERYTHING}
     clean = harness.by_kernels(tensors, attend(FEW, device), **arguments)
     rows, keys = FEW.sequences()[0]
     for name, index in {"q": rows, "k": keys, "v": keys}.items():

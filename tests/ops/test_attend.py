@@ -146,7 +146,8 @@ def test_key_norms_pass_opcheck():
     for mask, added in ((None, torch.ones(k.shape)), (seen, None)):
         arguments = (k.detach(), mask, norms, torch.randn_like(norms), added)
         opcheck(torch.ops.tritonattn.key_norms_backward.default, arguments)
-    opcheck(torch.ops.tritonattn.prefix_sums.default, (norms,))
+    for restarts in (None, torch.arange(7)[None, None] % 3 == 0):
+        opcheck(torch.ops.tritonattn.prefix_sums.default, (norms, restarts))
     lo, hi = torch.tensor([[[0, 2, 5]], [[1, 1, 0]]]), torch.tensor([[[7, 4, 5]], [[7, 2, 0]]])
     opcheck(torch.ops.tritonattn.argmax_over_ranges.default, (norms, lo, hi))
 

@@ -7,6 +7,7 @@ there is one, is read a block of rows at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,24 @@ _ENTRIES = 2**22
 _ENTRIES_OF_GPU = 2**25
 _TRACED_ROWS = 256
 
-Scan = Callable[[Tensor], Tensor]  # `prefix_sum`, or another that computes it
+_LEVELS = 31  # of doubling: no axis is longer than 2^31
+
+Scan = Callable[[Tensor, "Tensor | None"], Tensor]  # `prefix_sum`, or another that computes it
+
+
+class Order(NamedTuple):
+    """The order of the ranges of rows.
+
+    is_sorted   neither lo nor hi falls along the rows
+    restarts    sums begin again at each key, or row, that no range crosses, so that what one packed document holds is
+                in no sum of another; sums over rows that are not sorted always do
+    """
+
+    is_sorted: bool
+    restarts: bool
+
+
+IN_ORDER = Order(is_sorted=True, restarts=False)
 
 
 def later(bound: Tensor | None, other: Tensor) -> Tensor:
@@ -51,8 +69,14 @@ def row_tiles(lo: Tensor, hi: Tensor, mask: Tensor, k_len: int, heads: int) -> I
         yield rows, pairs(lo, hi, mask, k_len, rows)
 
 
-def prefix_sum(x: Tensor) -> Tensor:
-    """fp64 sums of x over [0, j) along the last axis, j = 0 .. n: [..., n] -> [..., n + 1]."""
+def prefix_sum(x: Tensor, restarts: Tensor | None = None) -> Tensor:
+    """fp64 sums of x over [0, j) along the last axis, j = 0 .. n: [..., n] -> [..., n + 1].
+
+    restarts   bool, broadcastable to x: the sums begin again at these entries, and nothing before them is in a later
+               one; entry j is then the sum over [c, j), c the last of them below j
+    """
+    if restarts is not None:
+        return _restarted_sum(x.double(), restarts)
     total = F.pad(x.double(), (1, 0))
     if x.device.type == "cpu":
         return total.cumsum(-1)
@@ -62,6 +86,16 @@ def prefix_sum(x: Tensor) -> Tensor:
         total = total + F.pad(total[..., :-shift], (shift, 0))
         shift *= 2
     return total
+
+
+def _restarted_sum(total: Tensor, restarts: Tensor) -> Tensor:
+    entry = torch.arange(total.shape[-1], device=total.device)
+    since = entry - torch.where(restarts, entry, 0).cummax(-1).values  # entries since the last restart
+    is_free = torch.compiler.is_compiling() or not isinstance(total.shape[-1], int)  # a trace would bind the length
+    levels = _LEVELS if is_free else max(total.shape[-1] - 1, 0).bit_length()
+    for level in range(levels):
+        total = total + torch.where(since >= 1 << level, total.roll(1 << level, -1), 0)
+    return F.pad(total, (1, 0))
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
@@ -118,44 +152,70 @@ def rows_of_keys(lo: Tensor, hi: Tensor, k_len: int, sorted_bounds: bool) -> Ten
     return begun - ended
 
 
-def sum_of_rows(g: Tensor, lo: Tensor | None, hi: Tensor, k_len: int, sorted_bounds: bool, scan: Scan) -> Tensor:
-    """y[j] = sum of g[i] over the rows with lo[i] <= j < hi[i]: the transpose of a sum over ranges, without atomics.
+def sum_of_keys(x: Tensor, lo: Tensor | None, hi: Tensor, order: Order, scan: Scan) -> Tensor:
+    """y[i] = sum of x[j] over lo[i] <= j < hi[i], fp64: x [B, H, Sk], lo and hi broadcastable to [B, H, Sq]."""
+    if lo is None or not order.restarts:
+        sums = scan(x, None)
+        ends = gather(sums, hi)
+        return ends if lo is None else ends - gather(sums, lo)
+    restarts = _uncrossed(lo, hi, x.shape[-1])
+    sums = scan(x, restarts[..., :-1])
+    before = torch.where(gather(restarts, lo), 0, gather(sums, lo))
+    return torch.where(hi > lo, gather(sums, hi) - before, 0)
 
-    g [B, H, Sq], lo and hi broadcastable to it, lo None is 0; sorted_bounds: neither falls along the rows.
+
+def _uncrossed(lo: Tensor, hi: Tensor, k_len: int) -> Tensor:
+    """True at each position j of 0 .. Sk that no range crosses, as lo < j < hi does: bool [..., Sk + 1]."""
+    ends = lo.new_zeros((*lo.shape[:-1], k_len + 2)).scatter_reduce_(-1, lo + 1, hi, "amax")
+    furthest = ends.cummax(-1).values[..., :-1]  # of the ranges that begin before
+    return furthest <= torch.arange(k_len + 1, device=lo.device)
+
+
+def sum_of_rows(g: Tensor, lo: Tensor | None, hi: Tensor, k_len: int, order: Order, scan: Scan) -> Tensor:
+    """y[j] = sum of g[i] over the rows with lo[i] <= j < hi[i]: the transpose of `sum_of_keys`, without atomics.
+
+    g [B, H, Sq], 0 for an empty range.
     """
-    if lo is not None and not sorted_bounds:
-        return _sum_of_begun(g, lo, k_len, scan) - _sum_of_begun(g, hi, k_len, scan)
-    sums = scan(g)
-    begun = sums[..., -1:] if lo is None else gather(sums, rows_begun(lo, k_len))
-    return begun - gather(sums, rows_begun(hi, k_len))
+    if lo is None or (order.is_sorted and not order.restarts):
+        sums = scan(g, None)
+        begun = sums[..., -1:] if lo is None else gather(sums, rows_begun(lo, k_len))
+        return begun - gather(sums, rows_begun(hi, k_len))
+    by_begin, by_end, hi = g, g, torch.maximum(hi, lo + 1)
+    if not order.is_sorted:
+        lo, of_begins = lo.sort(dim=-1, stable=True)
+        hi, of_ends = hi.sort(dim=-1, stable=True)
+        by_begin, by_end = gather(g, of_begins), gather(g, of_ends)
+    begun, ended = rows_begun(lo, k_len), rows_begun(hi, k_len)
+    # Before a key that no range crosses, as many rows have begun as ended: sums begin again at the row after them.
+    is_crossed = F.pad(begun, (1, 0))[..., :-1] != ended
+    base = torch.where(is_crossed, 0, ended).cummax(-1).values
+    held = rows_begun(base, g.shape[-1])
+    restarts = held > F.pad(held, (1, 0))[..., :-1]
+    sums = scan(by_begin, restarts)
+    of_ended = sums if order.is_sorted else scan(by_end, restarts)
+    return torch.where(begun > base, gather(sums, begun), 0) - torch.where(ended > base, gather(of_ended, ended), 0)
 
 
-def _sum_of_begun(g: Tensor, bound: Tensor, k_len: int, scan: Scan) -> Tensor:
-    """The sum of g over the rows with bound <= j, whose bounds are in no order."""
-    bound, order = bound.sort(dim=-1, stable=True)
-    return gather(scan(gather(g, order)), rows_begun(bound, k_len))
-
-
-def pick(x: Tensor, key: Tensor, seen: Tensor | None, sorted_keys: bool, scan: Scan) -> Tensor:
+def pick(x: Tensor, key: Tensor, seen: Tensor | None, order: Order, scan: Scan) -> Tensor:
     """x[..., key] where seen, else 0; the gradient returns to the picked keys in a fixed order.
 
-    seen None says that all are; sorted_keys says that key does not fall along the rows; scan as in `sum_of_rows`.
+    seen None says that all are; order of key, and scan as in `sum_of_rows`.
     """
-    return apply(_Pick, x, key, seen, sorted_keys, scan)
+    return apply(_Pick, x, key, seen, order, scan)
 
 
 class _Pick(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, key, seen, sorted_keys, scan) -> Tensor:
+    def forward(x, key, seen, order, scan) -> Tensor:
         if x.shape[-1] == 0:
             return x.new_zeros(key.shape)
         return _where(seen, gather(x, key))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, key, seen, ctx.sorted_keys, ctx.scan = inputs
+        x, key, seen, ctx.order, ctx.scan = inputs
         ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
         ctx.save_for_backward(key, seen)
 
@@ -163,7 +223,7 @@ class _Pick(torch.autograd.Function):
     @first_order
     def backward(ctx, saved, g: Tensor):
         key, seen = saved
-        d_x = sum_of_rows(_where(seen, g), key, key + 1, ctx.k_len, ctx.sorted_keys, ctx.scan)
+        d_x = sum_of_rows(_where(seen, g), key, key + 1, ctx.k_len, ctx.order, ctx.scan)
         return d_x.to(ctx.dtype), None, None, None, None
 
 

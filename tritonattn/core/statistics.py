@@ -162,7 +162,8 @@ def sum_over_keys(
     """Sum of x [B, Hkv, Sk] over the keys visible to each row: [B, Hkv, Sq] in a dtype, 0 for a row without keys.
 
     Where query heads attend to different keys (`per_query_head`) the result is [B, Hq, Sq]. Accumulates in fp64, so
-    that a short window late in a long sequence is as exact as an early one; scan is what computes prefix sums.
+    that a short window late in a long sequence is as exact as an early one; scan is what computes prefix sums. They
+    begin again at each packed document.
     """
     if visible.invariant:  # in the order of the row's sequence: no bit follows the rest of the batch
         if visible.mask is not None:
@@ -179,32 +180,34 @@ def sum_over_keys(
         return ranges.sum_over_mask(_per_mask_head(x, visible), *visible.ranges(), visible.mask).to(dtype)
     elif scan is prefix_sum and x.device.type == "cpu" and visible.is_causal:  # torch's sums are differentiable
         return x.cumsum(-1, dtype=torch.float64)[..., visible.k_len - visible.q_len :].to(dtype)
+    order = ranges.IN_ORDER
     if visible.is_causal:  # a prefix sum a row, whose end the sizes tell
         lo = hi = None
     elif visible.begins_at_first:  # a prefix sum a row
         lo, hi = None, visible.ends()[:, None]
     else:  # a difference of two
         lo, hi = (bound[:, None] for bound in visible.ranges())
-    return apply(_Sums, x, lo, hi, visible.q_len, visible.key_ranges is None, scan, dtype)
+        order = visible.order
+    return apply(_Sums, x, lo, hi, visible.q_len, order, scan, dtype)
 
 
 class _Sums(Function):
     """Sums of x [B, H, Sk] over the ranges [lo, hi) of Sq rows, in fp64, rounded to a dtype: [B, H, Sq].
 
-    lo None is 0; hi None, with lo None, is hi[i] = i + 1 + Sk - Sq; sorted_bounds as in `ranges.sum_of_rows`.
+    lo None is 0; hi None, with lo None, is hi[i] = i + 1 + Sk - Sq.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, lo, hi, q_len, sorted_bounds, scan, dtype) -> Tensor:
-        sums = scan(x)
-        ends = sums[..., x.shape[-1] - q_len + 1 :] if hi is None else ranges.gather(sums, hi)
-        return (ends if lo is None else ends - ranges.gather(sums, lo)).to(dtype)
+    def forward(x, lo, hi, q_len, order, scan, dtype) -> Tensor:
+        if hi is None:
+            return scan(x, None)[..., x.shape[-1] - q_len + 1 :].to(dtype)
+        return ranges.sum_of_keys(x, lo, hi, order, scan).to(dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, lo, hi, _, ctx.sorted_bounds, ctx.scan, _ = inputs
+        x, lo, hi, _, ctx.order, ctx.scan, _ = inputs
         ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
         ctx.save_for_backward(lo, hi)
 
@@ -213,12 +216,12 @@ class _Sums(Function):
     def backward(ctx, saved, g: Tensor):
         lo, hi = saved
         if hi is None:
-            sums, earlier_keys = ctx.scan(g), ctx.k_len - g.shape[-1]
+            sums, earlier_keys = ctx.scan(g, None), ctx.k_len - g.shape[-1]
             ended = F.pad(sums[..., :-1], (earlier_keys, 0)) if earlier_keys else sums[..., :-1]
             d_x = sums[..., -1:] - ended
         else:  # the factor of a row without keys may have an infinite slope
             g = torch.where(hi > (0 if lo is None else lo), g, 0)
-            d_x = ranges.sum_of_rows(g, lo, hi, ctx.k_len, ctx.sorted_bounds, ctx.scan)
+            d_x = ranges.sum_of_rows(g, lo, hi, ctx.k_len, ctx.order, ctx.scan)
         return d_x.to(ctx.dtype), *[None] * 6
 
 
@@ -231,9 +234,9 @@ def max_over_keys(
     """
     if visible.invariant and visible.sequences is not None:  # gradients that follow the row's sequence alone
         return _as_padded(x, visible, lambda x, padded: max_over_keys(x, padded, scan, argmax))
-    seen, in_order = None, visible.key_ranges is None
+    seen, order = None, visible.order
     if visible.mask is not None:  # holes, for which each pair is read
-        x, in_order = _per_mask_head(x, visible), False
+        x = _per_mask_head(x, visible)
         key, seen = ranges.argmax_over_mask(x.detach(), *visible.ranges(), visible.mask)
     elif visible.left is None and visible.is_full and visible.k_len > 0:  # one key for all rows
         key = x.detach().argmax(-1, keepdim=True).expand(*x.shape[:-1], visible.q_len)
@@ -243,7 +246,7 @@ def max_over_keys(
             key = _argmax_of_prefixes(x.detach(), visible)
         else:
             key = argmax(x.detach(), *(bound[:, None] for bound in visible.ranges()))
-    return ranges.pick(x, key, seen, in_order, scan)
+    return ranges.pick(x, key, seen, order, scan)
 
 
 def _argmax_of_prefixes(x: Tensor, visible: Visibility) -> Tensor:

@@ -212,6 +212,15 @@ class Visibility:
         return self.sequences is None and not self.at_lengths
 
     @property
+    def order(self) -> ranges.Order:
+        """The order of the ranges, and of the keys that rows of a mask pick. Packed documents may be key_ranges.
+
+        Where `invariant`, packed sequences are taken apart before, and no sum may begin again for padding alone.
+        """
+        is_packed = self.key_ranges is not None or self.sequences is not None
+        return ranges.Order(self.key_ranges is None and self.mask is None, is_packed and not self.invariant)
+
+    @property
     def per_query_head(self) -> bool:
         """True where the query heads of one key head may attend to different keys (a mask with a head axis)."""
         return self.mask is not None and self.mask.shape[1] > 1

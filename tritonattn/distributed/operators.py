@@ -22,7 +22,7 @@ from ..ops.operators import NAMESPACE, OPERATORS
 _PAGES = Axes(None, 1)
 _AXES = {
     **{name: BATCHED[name] for name in ("key_lengths", "key_ranges", "mask", "bias", "relative_bias")},
-    **dict.fromkeys(("seen", "lo", "hi"), ROWS),
+    **dict.fromkeys(("seen", "lo", "hi", "restarts"), ROWS),
     **dict.fromkeys(("q_starts", "k_starts", "dropout_state"), NOWHERE),
     **dict.fromkeys(("row_counts", "block_table"), Axes(0, None)),
 }  # and OPERAND

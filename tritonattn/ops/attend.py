@@ -276,9 +276,9 @@ def _operator_of(name: str, arguments: str, result: str, empty: Callable[..., Te
 
 _prefix_sums_operator = _operator_of(
     "prefix_sums",
-    "Tensor x",
+    "Tensor x, Tensor? restarts",
     "sums",
-    lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] + 1), dtype=torch.float64),
+    lambda x, _: x.new_empty((*x.shape[:-1], x.shape[-1] + 1), dtype=torch.float64),
 )
 _argmax_operator = _operator_of(
     "argmax_over_ranges",
@@ -300,9 +300,9 @@ _key_norms_backward_operator = _operator_of(
 )
 
 
-def _prefix_sums(x: Tensor) -> Tensor:
+def _prefix_sums(x: Tensor, restarts: Tensor | None) -> Tensor:
     """`ranges.prefix_sum` of x [B, H, n]: one launch instead of dozens on a GPU."""
-    return kernels().prefix_sums(x) if runs_eagerly(x) else _prefix_sums_operator(x)
+    return (kernels().prefix_sums if runs_eagerly(x, restarts) else _prefix_sums_operator)(x, restarts)
 
 
 def _argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:

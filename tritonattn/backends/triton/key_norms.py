@@ -63,9 +63,16 @@ def key_statistics_kernel(
     tl.store(norms_ptr + key_offsets, norms_of(load_tile(k_ptrs, load_key, HEAD_DIM)), mask=keep_key)
 
 
+@triton.jit
+def _restarting(restarts, total, next_restarts, next_total):
+    """Two neighbouring stretches as one: if a sum begins again there, and the sum since."""
+    return restarts | next_restarts, tl.where(next_restarts != 0, next_total, total + next_total)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def prefix_sums_kernel(
     addends_ptr,
+    restarts_ptr,
     sums_ptr,
     addends_len,
     q_heads,
@@ -76,6 +83,7 @@ def prefix_sums_kernel(
     """fp64 sums of addends over [0, j), j = 0 .. n, of one (batch, head).
 
     Grid: (1, H, B). addends [B, H, n] of any float dtype, sums fp64 [B, H, n + 1], both contiguous; n = addends_len.
+    restarts uint8 [B, H, n], contiguous, or None: the sums begin again at these addends.
     """
     _, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
     row = batch.to(tl.int64) * q_heads + head
@@ -87,8 +95,16 @@ def prefix_sums_kernel(
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         keep = offs_n < addends_len
         addends = tl.load(addends_ptr + offs_n, mask=keep, other=0.0).to(tl.float64)
-        tl.store(sums_ptr + 1 + offs_n, total + tl.cumsum(addends, 0), mask=keep)
-        total += tl.sum(addends, 0)
+        if restarts_ptr is None:
+            tl.store(sums_ptr + 1 + offs_n, total + tl.cumsum(addends, 0), mask=keep)
+            total += tl.sum(addends, 0)
+        else:
+            restarts = tl.load(restarts_ptr + row * addends_len + offs_n, mask=keep, other=0).to(tl.int32)
+            has_restarted, sums = tl.associative_scan((restarts, addends), 0, _restarting)
+            sums = tl.where(has_restarted != 0, sums, total + sums)
+            tl.store(sums_ptr + 1 + offs_n, sums, mask=keep)
+            is_last = tl.arange(0, BLOCK_N) == BLOCK_N - 1
+            total = tl.zeros([1], tl.float64) + tl.sum(tl.where(is_last, sums, 0.0), 0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -170,12 +186,16 @@ def key_norms_backward(
     return d_k
 
 
-def prefix_sums(addends: Tensor) -> Tensor:
-    """fp64 sums of addends [B, H, n], of any float dtype, over [0, j), j = 0 .. n: [B, H, n + 1]."""
+def prefix_sums(addends: Tensor, restarts: Tensor | None = None) -> Tensor:
+    """fp64 sums of addends [B, H, n], of any float dtype, over [0, j), j = 0 .. n: [B, H, n + 1].
+
+    restarts   bool, broadcastable to the addends, or None: the sums begin again there, as in `ranges.prefix_sum`
+    """
     batch, heads, count = addends.shape
     sums = torch.empty((batch, heads, count + 1), dtype=torch.float64, device=addends.device)
     arguments = {"addends_ptr": addends.contiguous(), "sums_ptr": sums, "addends_len": count, "q_heads": heads}
-    specialisation = kept_specialisation((addends.dtype,), lambda: (NO_HEADS, False))
+    arguments |= {"restarts_ptr": None if restarts is None else seen_bytes(restarts, addends.shape)}
+    specialisation = kept_specialisation((addends.dtype, restarts is None), lambda: (NO_HEADS, False))
     plan("prefix_sums", specialisation, addends.device).launch((1, heads, batch), arguments, specialisation)
     return sums
 
