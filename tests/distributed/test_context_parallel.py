@@ -236,6 +236,8 @@ def test_every_rank_refuses(rank: int) -> None:
     for offsets, message in (([0, 9, 3], "that do not fall, got 3 after 9"), ([0, 999], "of at most S = 48, got 999")):
         given = {"mesh": mesh, "cu_seqlens": torch.tensor(offsets).int()}
         refuses(f"ValueError: cu_seqlens: expected offsets {message}", context_parallel_attention, q, k, v, **given)
+    message = "TypeError: reduce_dtype: expected one of torch.float16 ~ got None"
+    refuses(message, context_parallel_attention, q, k, v, mesh=mesh, reduce_dtype=None)
     sharded = distribute_tensor(q, mesh, [Shard(1)])
     message = (
         r": expected a plain tensor, got a DTensor placed \(S(hard)?\((dim=)?1\)\) on a mesh of \(4,\);"

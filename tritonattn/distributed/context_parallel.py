@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..calls.attention import batch_visibility
-from ..calls.checks import Backend, check_count, check_dtype, operands
+from ..calls.checks import FLOATS, Backend, check_count, operands
 from ..calls.public import public
 from ..calls.results import AttentionAux, aux_of
 from ..calls.sequence_checks import check_offset_values, check_offsets
@@ -187,6 +187,7 @@ def _check(
     if cu_seqlens is not None:
         check_offsets("cu_seqlens", cu_seqlens, q)
         check_offset_values("cu_seqlens", cu_seqlens, q.shape[2] * split.size, "S")
-    check_dtype(reduce_dtype)
+    if reduce_dtype not in FLOATS:
+        raise TypeError(f"reduce_dtype: expected one of {', '.join(map(str, FLOATS))}, got {reduce_dtype!r}")
     if head_group is not None:
         check_count("head_group", head_group, 1)
