@@ -71,6 +71,25 @@ def test_dropout_is_for_training_and_invariance_reaches_the_call():
     refuses("NotImplementedError: batch_invariant ~ reference", layer(backend="reference", batch_invariant=True), x)
 
 
+@pytest.mark.parametrize(
+    ("base", "options", "most"),
+    [
+        (8, {"causal": True, "window": (6, 0)}, 7),
+        (8, {"causal": True, "window": (6, 3)}, 7),
+        (8, {"window": (3, 3)}, 7),
+        (7, {"causal": True, "window": (6, 0)}, None),
+        (8, {"window": (3, None)}, None),
+        (8, {"causal": True}, None),
+    ],
+)
+@pytest.mark.parametrize("make", [LogKeyCount, lambda base: nn.SSMax(HEADS, base)], ids=["log_key_count", "ssmax"])
+def test_a_base_above_the_window_warns(make, base, options, most, recwarn):
+    layer(make(base), **options)
+    said = [str(one.message) for one in recwarn if "window" in str(one.message)]
+    assert [one.partition(":")[0] for one in said] == ["scaling"] * (most is not None)
+    assert all(f"base of at most {most}, the keys in window=" in one and "got 8" in one for one in said)
+
+
 def test_cross_attention():
     made = layer("key_norm_mean", context_width=10)
     x, context = tokens().requires_grad_(), tokens(length=5, width=10).requires_grad_()

@@ -103,11 +103,9 @@ def refuse_unsupported(model: nn.Module, found: list[AttentionModule]) -> None:
 @functools.cache
 def interface_keywords(cls: type) -> frozenset[str] | None:
     """The keywords that a class passes to AttentionInterface by name, from its code; None if it does not call it."""
-    if (function := interface_function(cls)) is None:
+    if interface_function(cls) is None:
         return None
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):  # no source: an argument is refused when it comes
+    if (tree := parsed(cls)) is None:  # no source: an argument is refused when it comes
         return frozenset()
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     passed = [
@@ -118,6 +116,15 @@ def interface_keywords(cls: type) -> frozenset[str] | None:
         if keyword.arg is not None and ast.unparse(keyword.value) != "None"
     ]
     return frozenset(str(keyword.arg) for keyword in passed)
+
+
+@functools.cache
+def parsed(cls: type) -> ast.Module | None:
+    """The code of `interface_function`; None without one, and without its source."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(interface_function(cls))))
+    except (OSError, TypeError, SyntaxError):
+        return None
 
 
 @functools.cache
@@ -176,15 +183,22 @@ def head_dim(module: Any) -> int | None:
 def layer_type(found: AttentionModule) -> str:
     """The model's name of the layer's type, or "cross_attention", "sliding_attention" or "full_attention"."""
     module = found.module
-    types, index = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
     names = f"{type(module).__name__}.{found.name.rpartition('.')[2]}"
     if re.search("cross|encoder_attn", names, re.IGNORECASE) or getattr(module, "is_cross_attention", False):
         return "cross_attention"
-    if types and isinstance(index, int) and index < len(types):
-        return types[index]
-    if getattr(module, "sliding_window", None):
-        return "sliding_attention"
-    return "full_attention"
+    if (kind := entry_of_layer(found, "layer_types")) is not None:
+        return kind
+    is_passed = "sliding_window" in (interface_keywords(type(module)) or ())
+    default = getattr(found.config, "sliding_window", None) if is_passed else None
+    return "sliding_attention" if getattr(module, "sliding_window", default) else "full_attention"
+
+
+def entry_of_layer(found: AttentionModule, name: str) -> Any:
+    """The entry of a layer in a list of the model's config; None without one."""
+    entries, index = getattr(found.config, name, None), getattr(found.module, "layer_idx", None)
+    if not isinstance(entries, (list, tuple)) or not isinstance(index, int):
+        return None
+    return entries[index] if index < len(entries) else None
 
 
 def _first(module: Any, names: tuple[str, ...], config_name: str) -> int | None:

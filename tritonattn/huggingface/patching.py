@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..calls.checks import BACKENDS, Backend, check_bool, refuse_backend, type_of
+from ..calls.checks import BACKENDS, Backend, check_bool, refuse_backend
 from ..calls.public import public
 from ..core.hints import shortened
 from ..core.optimizers import expect_steps
 from ..core.shards import obstacle_to_parameters
 from ..core.tables import table
-from ..scaling import Scaling
+from ..nn.registry import largest_base
+from ..scaling import Scaling, SqrtDim
 from ..scaling.names import LayerMode
 from .architecture import (
     AttentionModule,
@@ -30,7 +32,9 @@ from .architecture import (
 )
 from .attention import NAME, note_wanted_weights
 from .configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, PatchedConfigs, install, state_masks
+from .kinds import window_size
 from .scalings import make_scaling, to_config
+from .selection import Selector, wishes_of
 from .settings import (
     ATTRIBUTE,
     LAYERS,
@@ -46,10 +50,6 @@ from .settings import (
 _HANDLE = "_tritonattn_patched"
 _OF_PEFT = ("PeftModel", "BaseTunerLayer")  # around a model, or in the place of its modules
 _MASKS = ("eager", "sdpa", NAME)
-
-_DEFAULTS = {"scaling": "sqrt_dim", "gain": None, "backend": "auto"}
-
-Selector = int | str
 
 
 class Patched:
@@ -162,8 +162,9 @@ def patch(
             model's config, where it has them. None keeps the model's.
         layers: The modules to patch. None is all; a layer's number, from 0, or from the end, -1 being the last (in
             encoder-decoders both layers of that number); a name, the name of a module above, or a pattern of names as
-            in the shell; several of these; or a dict from these to a scaling or to {"scaling": ..., "gain": ...,
-            "backend": ...}, where later entries win.
+            in the shell; "global", the layers over all keys, without a window, or "without positions", those that turn
+            neither q nor k by positions (NoPE), where config and code of the model say so; several of these; or a dict
+            from these to a scaling or to {"scaling": ..., "gain": ..., "backend": ...}, where later entries win.
         gain: A float, or a tensor broadcastable to [Hq, 1], such as torch.ones(heads, 1), of which every layer gets a
             learned copy as parameter.
         backend, batch_invariant: As in `tritonattn.attention`.
@@ -173,6 +174,9 @@ def patch(
     a copy until `undo`, since other models may share the original. save_pretrained, of the model or of one that holds
     it, keeps both, and from_pretrained applies them again where `tritonattn.huggingface` has been imported, and fails
     where it has not.
+
+    A layer whose window is below the base of a log_key_count, log_power, SSMax or LearnedLogPower keeps sqrt_dim, with
+    a warning: its n would stay below the base, and its logits be smaller for good.
 
     Layers that are left out keep their implementation and masks. If all layers are patched, masks are ranges of
     keys and O(Q); otherwise they are those of the model's implementation, which must be "eager" or "sdpa".
@@ -196,12 +200,10 @@ def patch(
     found = _patchable_modules(model)
     if batch_invariant is not None:
         check_bool("batch_invariant", batch_invariant)
-    wishes = _wishes(found, layers, {"scaling": scaling, "gain": gain, "backend": backend})
-    plans = {
-        one.name: LayerScaling(_settings(one.module, batch_invariant, **wishes[one.name]))
-        for one in found
-        if one.name in wishes
-    }
+    wishes = wishes_of(found, layers, {"scaling": scaling, "gain": gain, "backend": backend})
+    asked = [one for one in found if one.name in wishes]
+    settings = {one.name: _settings(one.module, batch_invariant, **wishes[one.name]) for one in asked}
+    plans = {name: LayerScaling(one) for name, one in _within_windows(asked, settings).items()}
     return apply(model, found, plans, copied=True)
 
 
@@ -310,54 +312,6 @@ def _patchable_modules(model: Any) -> list[AttentionModule]:
     return found
 
 
-def _wishes(found: list[AttentionModule], layers: Any, common: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The scaling, gain and backend asked for each chosen module, by its name."""
-    if layers is None:
-        return {one.name: common for one in found if one.obstacle is None}
-    if isinstance(layers, (int, str)):
-        layers = [layers]
-    asked_for = layers.items() if isinstance(layers, Mapping) else [(selector, None) for selector in layers]
-    wishes: dict[str, dict[str, Any]] = {}
-    depths: dict[str, int] = {}
-    for one in found:
-        depths[one.stack] = max(depths.get(one.stack, 0), 1 + (one.number or 0))
-    for selector, wish in asked_for:
-        matching = [one for one in found if _matches(selector, one, depths)]
-        if not matching:
-            most = max((depths[one.stack] for one in found if one.number is not None), default=0)
-            numbers = f"numbers from {-most} to {most - 1}, " if most else ""
-            names = shortened([one.name for one in found if one.obstacle is None])
-            raise ValueError(
-                f"layers: expected {numbers}names or patterns of {names}, or None for all, got {selector!r}"
-            )
-        able = [one for one in matching if one.obstacle is None]
-        if not able:
-            name, module = matching[0].name, type(matching[0].module).__name__
-            raise NotImplementedError(f"layers: {name} ({module}) cannot be patched: {matching[0].obstacle}")
-        asked = wish if isinstance(wish, dict) else {} if wish is None else {"scaling": wish}
-        if unknown := asked.keys() - common.keys():
-            raise ValueError(f"layers: expected {', '.join(map(repr, common))}, got {', '.join(map(repr, unknown))}")
-        wishes.update({one.name: {**common, **asked} for one in able})
-    if not wishes:
-        raise ValueError("layers: expected at least one layer, got none")
-    for name, value in common.items():
-        if value != _DEFAULTS[name] and all(wish[name] is not value for wish in wishes.values()):
-            raise ValueError(
-                f"{name}: expected a layer that takes it, got {type_of(value)}, and a {name} of its own for each of"
-                f" layers: name the others too, layers={{'*': {{}}, ...}}, or leave {name} out"
-            )
-    return wishes
-
-
-def _matches(selector: Any, one: AttentionModule, depths: dict[str, int]) -> bool:
-    if isinstance(selector, bool) or not isinstance(selector, (int, str)):
-        raise TypeError(f"layers: expected numbers or names, got {type(selector).__name__}")
-    if isinstance(selector, int):
-        return one.number is not None and one.number == selector + depths[one.stack] * (selector < 0)
-    names = {one.name, one.saved_name or one.name}
-    return any(fnmatchcase(name, selector) or name.startswith(f"{selector}.") for name in names)
-
-
 def _settings(module: Any, batch_invariant: bool | None, scaling: Any, gain: Any, backend: Any) -> Settings:
     """The settings of one module, with copies of what is learned."""
     if not isinstance(backend, str) or backend not in BACKENDS:
@@ -376,6 +330,23 @@ def _settings(module: Any, batch_invariant: bool | None, scaling: Any, gain: Any
     scaling = make_scaling(scaling, heads, module.config)
     to_config(scaling)  # refuse now, not at save_pretrained
     return Settings(scaling, gain, backend, batch_invariant)
+
+
+def _within_windows(layers: list[AttentionModule], settings: dict[str, Settings]) -> dict[str, Settings]:
+    """The settings, with sqrt_dim where n cannot reach the base of ln(n); warns of these layers."""
+    kept, left = dict(settings), []
+    for one in layers:
+        window, base = window_size(one), largest_base(settings[one.name].scaling)
+        if window is not None and base > window:
+            kept[one.name] = replace(settings[one.name], scaling=SqrtDim())
+            left.append(f"{one.name} (base {base:g}, window {window})")
+    if left:
+        warnings.warn(
+            f"scaling: expected a base of at most the layer's window, got {shortened(left)}: n would stay below it and"
+            " logits be smaller for good; these layers keep sqrt_dim, as they do with layers='global'",
+            stacklevel=4,
+        )
+    return kept
 
 
 def _check_masks(configs: Iterable[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from ..scaling.base import check_positive, has_relative_bias
 from ..scaling.names import LayerMode
 from .cache import KeyValueCache
 from .learned import describe
-from .registry import scaling_of_layer
+from .registry import largest_base, scaling_of_layer
 
 
 class ScaledAttention(SharesSequence, nn.Module):
@@ -125,6 +126,7 @@ class ScaledAttention(SharesSequence, nn.Module):
                 refuse_scaling(scaling, "a name, a Scaling or a float")
             check_number("scaling", scaling)
             self.scaling = scaling
+        _warn_of_window(self.scaling, causal, window)
         self.rotary = rotary
         self.width, self.context_width = width, context_width
         self.heads, self.kv_heads = heads, kv_heads
@@ -366,6 +368,20 @@ def _checked_head_dim(width: Any, heads: Any, kv_heads: Any, head_dim: Any, cont
     if head_dim is None and width % heads != 0:
         raise ValueError(f"head_dim: expected an int where heads = {heads} do not divide width = {width}, got None")
     return width // heads if head_dim is None else head_dim
+
+
+def _warn_of_window(scaling: Any, causal: bool, window: tuple[int | None, int | None] | None) -> None:
+    """Warn of a base that the number of keys in a window never reaches."""
+    left, right = window_sides(window)
+    if left is None or (right is None and not causal):
+        return
+    most, base = 1 + left + (0 if causal else right or 0), largest_base(scaling)
+    if base > most:
+        warnings.warn(
+            f"scaling: expected a base of at most {most}, the keys in window={window!r}, got {base:g}: logits stay"
+            " below those of sqrt_dim",
+            stacklevel=4,
+        )
 
 
 def _check_features(name: str, x: Any, axes: str, width: int) -> None:

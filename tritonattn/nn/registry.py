@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..scaling import Scaling
+from ..scaling import LogKeyCount, LogPower, Scaling
 from ..scaling.names import parsed
 from .learned import LearnedCosine, PerHead, SSMax, as_mode
 from .log_power import LearnedLogPower
@@ -18,6 +18,17 @@ LEARNED: dict[str, type[PerHead | SSMax | PowerLaw | LearnedLogPower]] = {
     "power_law": PowerLaw,
     "learned_log_power": LearnedLogPower,
 }
+
+
+def largest_base(scaling: Any) -> float:
+    """The largest base of ln(n) in a scaling and the modes inside it, 0 without one.
+
+    Where n stays below it, logits are smaller than those of sqrt_dim for good.
+    """
+    of_ln = isinstance(scaling, (LogKeyCount, LogPower, SSMax, LearnedLogPower))
+    own = scaling.base if of_ln and getattr(scaling, "mode", None) is None else 0.0
+    inside = (getattr(scaling, name, None) for name in ("mode", "mode_a", "mode_b"))
+    return max([own, *(largest_base(mode) for mode in inside if isinstance(mode, Scaling))])
 
 
 def scaling_of_layer(scaling: Any, heads: int, **options: Any) -> Scaling:
