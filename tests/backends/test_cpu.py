@@ -1,4 +1,4 @@
-"""The blockwise path against the reference in fp64: every mask, option and gradient, across tile edges."""
+"""Tiles in plain torch against the reference in fp64: every mask, option and gradient, across tile edges."""
 
 import functools
 
@@ -10,7 +10,7 @@ from tests.kernels import harness
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import in_turn, pairwise
 from tests.support.watch import Watch
-from tritonattn.backends.cpu import sdpa, tiles
+from tritonattn.backends.cpu import by_parts, sdpa, tiles
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -27,6 +27,7 @@ run = functools.partial(harness.run, attend=tritonattn.scaled_attention, backend
 @pytest.fixture(autouse=True)
 def _leave_pytorchs_kernel_out(monkeypatch):
     monkeypatch.setattr(sdpa, "supports", lambda call: False)
+    monkeypatch.setattr(by_parts, "prepared", lambda call, needs=None: None)
 
 
 @pytest.fixture

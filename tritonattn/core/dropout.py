@@ -71,19 +71,27 @@ class Dropout:
 
 
 def _philox(counter: list[Tensor], key: list[Tensor]) -> Tensor:
-    """First output word of Philox4x32-10, computed in int64."""
+    """First output word of Philox4x32-10, computed in int64.
+
+    A word that depends on few axes, as all do in the first rounds, is computed on these alone.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(_ROUNDS):
-        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
-        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+    for _ in range(_ROUNDS - 1):
+        (high0, low0), (high1, low1) = _multiply(c0, _MULTIPLIERS[0]), _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = _mixed(high1, c1, k0), low1, _mixed(high0, c3, k1), low0
         k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
-    return c0
+    return _mixed(_multiply(c2, _MULTIPLIERS[1])[0], c1, k0)
 
 
 def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """High and low 32-bit words of x * factor, both below 2^32; halves keep every product inside int64."""
-    low_part = (x & 0xFFFF) * factor  # < 2^48
-    high_part = (x >> 16) * factor + (low_part >> 16)  # < 2^49
-    return high_part >> 16, ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF)
+    """High and low 32-bit words of x * factor, both below 2^32: a product wraps around int64, its bits stay."""
+    product = x * factor
+    return (product >> 32).bitwise_and_(_WORD), product.bitwise_and_(_WORD)
+
+
+def _mixed(new: Tensor, word: Tensor, key: Tensor) -> Tensor:
+    """new ^ word ^ key, in the memory of `new` where it has the shape."""
+    if torch.broadcast_shapes(new.shape, word.shape) == new.shape:
+        return new.bitwise_xor_(word).bitwise_xor_(key)
+    return (new ^ word).bitwise_xor_(key)

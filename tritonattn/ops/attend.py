@@ -89,8 +89,8 @@ def _forward(call: AttentionCall, rounding: Tensor | None = None, *, has_graph: 
     """Run a call on its backend. With a graph, forward and backward must multiply in the same tiles."""
     aux, visible, runs_kernels = call.aux, call.visibility, call.backend == "triton"
     if call.cached and visible.sequences is None:
-        if runs_kernels and not visible.invariant:
-            return kernels().decode(call, aux)
+        if not visible.invariant:
+            return kernels().decode(call, aux) if runs_kernels else blockwise.forward(call.gathered(), aux)
         # An invariant call splits no keys, and its loop is that of other calls.
         call = call.by_ranges()
         return kernels().forward(call, aux) if runs_kernels else blockwise.forward(call.gathered(), aux)
@@ -151,10 +151,10 @@ def _allocate_forward(call: AttentionCall, keep_rounding: bool) -> tuple[Tensor,
 
 
 def _filled(results: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """Replace None by a tensor of size 0: an operator returns tensors."""
+    """Replace None by a tensor of size 0: an operator returns tensors, laid out as its fake says."""
     _, lse, *_ = results
     assert lse is not None
-    return tuple(lse.new_empty(0) if result is None else result for result in results)
+    return tuple(lse.new_empty(0) if result is None else result.contiguous() for result in results)
 
 
 @operator(
@@ -182,7 +182,7 @@ def _backward_operator(*arguments):
     *arguments, out, lse, rounding, d_out, d_lse, needs = arguments
     call = call_of(arguments)
     found = _backward(call, (out, lse, rounding), d_out, d_lse, Needs(*needs))
-    return tuple(call.q.new_empty(0) if x is None else x for x in found)
+    return tuple(call.q.new_empty(0) if x is None else x.contiguous() for x in found)
 
 
 @_backward_operator.register_fake

@@ -1,4 +1,13 @@
-"""Attention on a CPU for every mask and option, tile by tile in plain torch: memory O(S D), backward included.
+"""Attention on a CPU for every mask and option; memory O(S D), backward included. A call takes the first way that fits:
+
+    way                      calls                                      reason
+    sdpa.attention           all keys, or a square's lower triangle,    PyTorch's kernel with PyTorch's gradient
+                             and no other term
+    by_parts                 the others without softcap, dropout and    PyTorch's kernel, on parts that hide nothing or
+                             batch_invariant                            under a mask
+    forward_pass,            all; gradients of biases and of lse        tiles in plain torch: the kernel gives neither
+    backward_pass                                                       dP nor P
+    statistics_of_rows       return_aux, after either                   the kernel gives lse alone
 
 A tile is some query rows against some keys, for a few heads. Tiles without a visible pair are skipped; tiles in which
 every pair is visible are not masked. Operands are widened to fp32 (fp64 stays) a tile at a time and nothing
@@ -17,10 +26,46 @@ With x = scale * (q . k) * query_scale * key_scale + biases and z = x, or softca
     d_bias_ij = dx_ij                                   dz_ij where biases are added after the softcap
 
 The gradient of a scale is that of the scaled operand before it meets the scale, times the operand: nothing is
-divided by a scale.
-"""
+divided by a scale."""
 
-from .backward_pass import backward
-from .forward_pass import forward
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
+from . import backward_pass, by_parts, forward_pass
+
+
+def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
+    """Compute the output and lse of a call, and with aux its max_logit and entropy.
+
+    rounding, int8 and shaped like the output, receives what the output lost when it was rounded: `core.rounding`.
+    """
+    prepared = by_parts.prepared(call)
+    found = forward_pass.forward(call, rounding) if prepared is None else by_parts.forward(prepared, rounding)
+    if not aux:
+        return found
+    return ForwardResult(found.out, found.lse, *forward_pass.statistics_of_rows(call, found.lse))
+
+
+def backward(
+    call: AttentionCall,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    needs: Needs,
+    rounding: Tensor | None = None,
+) -> Gradients:
+    """Compute the gradients that `needs` asks for.
+
+    out [B, Hq, Sq, Dv], lse [B, Hq, Sq] and rounding are those of `forward`; d_out and d_lse are alike, any strides.
+    """
+    needs_tiles = d_lse is not None or needs.key_bias or needs.bias or needs.relative_bias
+    prepared = None if needs_tiles else by_parts.prepared(call, needs)
+    if prepared is None:
+        return backward_pass.backward(call, out, lse, d_out, d_lse, needs, rounding)
+    return by_parts.backward(prepared, out, lse, d_out, needs, rounding)
+
 
 __all__ = ["backward", "forward"]

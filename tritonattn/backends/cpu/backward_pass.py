@@ -159,13 +159,15 @@ class _KeySums:
 class _Piece:
     """Pairs of a block and a span of keys: [N, G * rows, keys], or [N, keys, D] for key; slope None for 1.
 
-    d_logit is dropped and without delta, or None where nothing but v needs it.
+    dropped   the pairs that dropout drops, or None
+    d_logit   dropped and without delta, or None where nothing but v needs it
     """
 
     keys: slice
     key: Tensor
     weight: Tensor
     slope: Tensor | None
+    dropped: Tensor | None
     d_logit: Tensor | None
 
 
@@ -173,11 +175,12 @@ def _pieces(tiles: Tiles, block: Block, rows: _Rows, spans: list, needs_logits: 
     for keys, hidden in tiles.keys_of(block, spans):
         key = tiles.scaled_keys(block.heads, keys)
         weight, slope = _weights(tiles, block, rows, keys, key, hidden)
-        d_logit = None
+        dropped, d_logit = tiles.dropped(block, keys), None
         if needs_logits:
             value = tiles.of_keys(tiles.call.v, block.heads, keys)
-            d_logit = tiles.drop(torch.bmm(rows.d_weight_of, value.mT), block, keys)
-        yield _Piece(keys, key, weight, slope, d_logit)
+            d_logit = torch.bmm(rows.d_weight_of, value.mT)
+            tiles.hide(d_logit, block, dropped, 0.0)
+        yield _Piece(keys, key, weight, slope, dropped, d_logit)
 
 
 def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradients: Gradients) -> Tensor | None:
@@ -206,7 +209,11 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
     for piece in pieces:
         weight, d_logit = piece.weight, piece.d_logit
         if sums.value is not None:
-            tiles.add_product(sums.value, piece.keys, tiles.drop(weight, block, piece.keys).mT, rows.d_out)
+            kept = weight
+            if piece.dropped is not None:
+                kept = weight.clone()
+                tiles.hide(kept, block, piece.dropped, 0.0)
+            tiles.add_product(sums.value, piece.keys, kept.mT, rows.d_out)
         if d_logit is None:
             continue
         d_logit = d_logit.add_(rows.shift(delta)).mul_(weight)

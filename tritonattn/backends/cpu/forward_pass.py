@@ -1,4 +1,4 @@
-"""Output and row statistics, by a softmax that grows with every tile of keys."""
+"""Output and lse, by a softmax that grows with every tile of keys; statistics of rows, from the logits again."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from torch import Tensor
 
 from ...core.call import AttentionCall, ForwardResult
 from ...core.rounding import lost_in_rounding
-from .tiles import Block, Tiles, exp_, logits_of, tiles_of
+from .tiles import Block, Tiles, exp_, logits_of, smallest_exponent, tiles_of
 
 
-def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
-    """Compute the output and lse of a call, and with aux its max_logit and entropy.
+def forward(call: AttentionCall, rounding: Tensor | None = None) -> ForwardResult:
+    """Compute the output and lse of a call.
 
     rounding, int8 and shaped like the output, receives what the output lost when it was rounded: `core.rounding`.
     """
     tiles = tiles_of(call)
     rows = call.q.shape[:3]
     out = call.v.new_empty(*rows, call.v.shape[3])
-    lse, max_logit, entropy = (call.q.new_empty(rows, dtype=tiles.dtype) for _ in range(3))
+    lse = call.q.new_empty(rows, dtype=tiles.dtype)
     for heads in tiles.heads():
         for block in tiles.blocks(heads):
-            softmax = _Softmax(tiles, block, aux)
+            softmax = _Softmax(_Rows(tiles, block))
             for keys, hidden in tiles.keys_of(block, tiles.spans_of(block)):
                 softmax.add(keys, hidden)
             exact = softmax.out()
@@ -30,10 +30,62 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
             if rounding is not None:
                 tiles.store(rounding, lost_in_rounding(exact, rounded), block)
             tiles.store(lse, softmax.lse(), block)
-            if aux:
-                tiles.store(max_logit, softmax.max_logit, block)
-                tiles.store(entropy, softmax.entropy(), block)
-    return ForwardResult(out, lse, max_logit, entropy) if aux else ForwardResult(out, lse)
+    return ForwardResult(out, lse)
+
+
+def statistics_of_rows(call: AttentionCall, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the largest logit and the entropy of each row, [B, Hq, Sq], from lse.
+
+    With t_j = z_j - lse and w = sum_j exp(t_j), which is 1 but for rounding, entropy = ln w - sum_j exp(t_j) t_j / w.
+    """
+    tiles = tiles_of(call)
+    max_logit, entropy = torch.empty_like(lse), torch.empty_like(lse)
+    for heads in tiles.heads():
+        for block in tiles.blocks(heads):
+            rows = _Rows(tiles, block)
+            base = tiles.of_each_row(lse, block)
+            base = base.masked_fill(base == -torch.inf, 0)
+            largest = torch.full_like(base, -torch.inf)
+            total, spread = torch.zeros_like(base), torch.zeros_like(base)
+            for keys, hidden in tiles.keys_of(block, tiles.spans_of(block)):
+                logit, peak = rows.logits(keys, hidden)
+                largest = torch.maximum(largest, peak)
+                above = logit.sub_(base).clamp_min_(smallest_exponent(logit.dtype))  # exp of it is 0 but for rounding
+                weight = torch.exp(above)
+                total, spread = total + tiles.sum(weight), spread + tiles.dot(weight, above)
+            tiles.store(max_logit, largest, block)
+            is_blind = largest == -torch.inf
+            total = total.masked_fill(is_blind, 1)
+            tiles.store(entropy, (total.log() - spread / total).clamp_(min=0).masked_fill_(is_blind, 0), block)
+    return max_logit, entropy
+
+
+class _Rows:
+    """The rows of a block, for their logits."""
+
+    def __init__(self, tiles: Tiles, block: Block) -> None:
+        self.tiles, self.block, self.call = tiles, block, tiles.call
+        self.query = tiles.of_rows(self.call.q, block)
+        self.factor = self.call.logits.scale
+        if self.call.logits.query_scale is not None:
+            self.factor = tiles.of_each_row(self.call.logits.query_scale, block) * self.call.logits.scale
+
+    def logits(self, keys: slice, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The logits of a span of keys, [N, G * rows, keys], and the largest of each row before the softcap.
+
+        With biases after the softcap it is the largest of the logits.
+        """
+        tiles, block, softcap = self.tiles, self.block, self.call.logits.softcap
+        logit = logits_of(self.query, self.factor, tiles.scaled_keys(block.heads, keys))
+        if softcap is not None and self.call.logits.bias_after_softcap:
+            logit, softcap = logit.div_(softcap).tanh_().mul_(softcap), None
+        tiles.add_bias(logit, block, keys)
+        tiles.hide(logit, block, hidden)
+        largest = logit.amax(-1, keepdim=True)
+        if softcap is not None:
+            logit = logit.div_(softcap).tanh_().mul_(softcap)
+            tiles.hide(logit, block, hidden)
+        return logit, largest
 
 
 class _Softmax:
@@ -42,38 +94,31 @@ class _Softmax:
     peak       largest logit z, after the softcap
     total      sum of exp(z - peak)
     weighted   sum of exp(z - peak) * v, over the pairs that dropout keeps
-    spread     sum of exp(z - peak) * (z - peak)
-    max_logit  largest logit before the softcap, or with biases after it where they are added there
 
-    Each is [N, G * rows, 1] or [N, G * rows, Dv]; spread and max_logit are kept only with aux.
+    Each is [N, G * rows, 1] or [N, G * rows, Dv].
     """
 
-    def __init__(self, tiles: Tiles, block: Block, aux: bool) -> None:
-        self.tiles, self.block, self.call, self.aux = tiles, block, tiles.call, aux
-        self.query = query = tiles.of_rows(self.call.q, block)
-        self.factor = self.call.logits.scale
-        if self.call.logits.query_scale is not None:
-            self.factor = tiles.of_each_row(self.call.logits.query_scale, block) * self.call.logits.scale
+    def __init__(self, rows: _Rows) -> None:
+        self.rows, self.tiles, self.block, self.call = rows, rows.tiles, rows.block, rows.call
+        query = rows.query
         self.peak = query.new_full((*query.shape[:2], 1), -torch.inf)
-        self.max_logit = self.peak
-        self.total, self.spread = torch.zeros_like(self.peak), torch.zeros_like(self.peak)
+        self.total = torch.zeros_like(self.peak)
         self.weighted = query.new_zeros(*query.shape[:2], self.call.v.shape[3])
 
     def add(self, keys: slice, hidden: Tensor | None) -> None:
         """Add a span of keys."""
-        logit = self._logits(keys, hidden)
-        peak = torch.maximum(self.peak, logit.amax(-1, keepdim=True))
+        logit, largest = self.rows.logits(keys, hidden)
+        if self.call.logits.softcap is not None:
+            largest = logit.amax(-1, keepdim=True)
+        peak = torch.maximum(self.peak, largest)
         base = peak.masked_fill(peak == -torch.inf, 0)
         weight = exp_(logit.sub_(base))
         decay = torch.exp(self.peak - base)
-        if self.aux:
-            shift = torch.where(decay > 0, self.peak - base, 0)
-            self.spread = (self.spread + shift * self.total) * decay
-            self.spread -= self.tiles.sum(torch.special.entr(weight))
         self.peak = peak
         self.total = self.total.mul_(decay).add_(self.tiles.sum(weight))
         value = self.tiles.of_keys(self.call.v, self.block.heads, keys)
-        self.weighted.mul_(decay).baddbmm_(self.tiles.drop(weight, self.block, keys), value)
+        self.tiles.hide(weight, self.block, self.tiles.dropped(self.block, keys), 0.0)
+        self.weighted.mul_(decay).baddbmm_(weight, value)
 
     def out(self) -> Tensor:
         total, blind = self.total, self.total == 0
@@ -86,22 +131,3 @@ class _Softmax:
 
     def lse(self) -> Tensor:
         return self.peak + self.total.log()
-
-    def entropy(self) -> Tensor:
-        empty = self.total == 0
-        total = self.total.masked_fill(empty, 1)
-        return (total.log() - self.spread / total).masked_fill(empty, 0).clamp(min=0)
-
-    def _logits(self, keys: slice, hidden: Tensor | None) -> Tensor:
-        tiles, block, softcap = self.tiles, self.block, self.call.logits.softcap
-        logit = logits_of(self.query, self.factor, tiles.scaled_keys(block.heads, keys))
-        if softcap is not None and self.call.logits.bias_after_softcap:
-            logit, softcap = logit.div_(softcap).tanh_().mul_(softcap), None
-        tiles.add_bias(logit, block, keys)
-        tiles.hide(logit, block, hidden)
-        if self.aux:
-            self.max_logit = torch.maximum(self.max_logit, logit.amax(-1, keepdim=True))
-        if softcap is not None:
-            logit = logit.div_(softcap).tanh_().mul_(softcap)
-            tiles.hide(logit, block, hidden)
-        return logit

@@ -18,10 +18,10 @@ from ...core.autograd import needs_graph, refuse_second_order, runs_eagerly
 from ...core.call import AttentionCall
 
 # Keys that PyTorch's kernel for CPUs compares at a time, at most.
-_VECTOR = 16
+VECTOR = 16
 
 # From torch 2.9 on PyTorch's kernel for CPUs serves several query heads with one key head.
-_SHARES_KEY_HEADS = torch.__version__ >= "2.9"
+SHARES_KEY_HEADS = torch.__version__ >= "2.9"
 
 # Logits must stay below it in PyTorch's kernel: fp32 ends at 3.4e38.
 _LARGEST_LOGIT = 1e38
@@ -38,19 +38,26 @@ def supports(call: AttentionCall) -> bool:
         return False
     if not (visible.is_full or visible.is_square_causal):
         return False
-    return not (runs_eagerly(call.k) and visible.k_len < _VECTOR and _hides_nan(call))
+    return not (runs_eagerly(call.k) and visible.k_len < VECTOR and _hides_nan(call))
 
 
 def _hides_nan(call: AttentionCall) -> bool:
     """True where PyTorch's kernel may take a row of NaN for one without keys, and return 0 or uninitialised memory.
 
     Its maximum ignores NaN in a remainder of keys that fills no vector; fewer keys than a vector are all remainder.
-    The product of all norms bounds every logit and every sum on the way to it, so no logit is NaN while it fits fp32.
     """
-    operands = [x for x in (call.q, call.k, call.logits.query_scale, call.logits.key_scale) if x is not None]
-    if call.k.device.type != "cpu" or not runs_eagerly(*operands):
-        return False
-    return not max(1.0, abs(call.logits.scale)) * math.prod(map(_norm, operands)) < _LARGEST_LOGIT
+    operands = (call.q, call.k, call.logits.query_scale, call.logits.key_scale)
+    return call.k.device.type == "cpu" and runs_eagerly(*operands) and not stays_finite(call)
+
+
+def stays_finite(call: AttentionCall, *others: Tensor) -> bool:
+    """True where no logit before its biases is NaN or leaves fp32, nor others; reads values.
+
+    The product of all norms bounds every logit and every sum on the way to it.
+    """
+    operands = (call.q, call.k, call.logits.query_scale, call.logits.key_scale)
+    bound = math.prod(_norm(x) for x in operands if x is not None)
+    return max(1.0, abs(call.logits.scale)) * bound < _LARGEST_LOGIT and all(math.isfinite(_norm(x)) for x in others)
 
 
 def _norm(x: Tensor) -> float:
@@ -74,13 +81,13 @@ def attention(call: AttentionCall) -> Tensor:
     k, v = call.k if key_scale is None else _fold(call.k, key_scale), call.v
     if scale <= 0:  # the kernel hides keys by -inf before it multiplies
         q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
-    if not _SHARES_KEY_HEADS and q.shape[1] != k.shape[1]:
+    if not SHARES_KEY_HEADS and q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     width, value_width = max(q.shape[-1], v.shape[-1]), v.shape[-1]
     out = scaled_dot_product_attention(
-        _for_kernel(q, width),
-        _for_kernel(k, width),
-        _for_kernel(v, width),
+        for_kernel(q, width),
+        for_kernel(k, width),
+        for_kernel(v, width),
         scale=scale,
         is_causal=False if is_full else True,  # under torch.compile is_full may be a SymBool
         enable_gqa=True if q.shape[1] != k.shape[1] else False,
@@ -123,7 +130,7 @@ def _fold(x: Tensor, scale: Tensor) -> Tensor:
     return folded if folded.dtype == x.dtype else folded.to(x.dtype)
 
 
-def _for_kernel(x: Tensor, width: int) -> Tensor:
+def for_kernel(x: Tensor, width: int) -> Tensor:
     """x with the head_dim and the strides that PyTorch's fast kernel takes.
 
     The kernel reads foreign memory where rows overlap, as those of `unfold` do.

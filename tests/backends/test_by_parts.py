@@ -1,0 +1,258 @@
+"""PyTorch's kernel on parts of the visible pairs: the parts, results and gradients, and what is private in torch."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as tried
+from hypothesis import strategies as st
+
+import tritonattn
+from tests.kernels import harness
+from tests.support.bound import BAND, PYTORCH_GRADIENT_BAND, assert_within_bound
+from tests.support.masks import MASKS, visible_pairs
+from tests.support.pairs import pairwise
+from tritonattn.backends.cpu import by_parts, parts
+from tritonattn.core.visibility import Visibility
+
+from .test_cpu import BOTH, CPU, DTYPES, SIZES, direction, of_form, run
+
+FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+BIASES = {
+    "none": {},
+    "of keys": {"key_bias": (2, 4, 29)},
+    "of keys with -inf": {"key_bias": (2, 4, 29)},
+    "of pairs": {"bias": (2, 1, 21, 29)},
+    "of distances": {"relative_bias": (1, 4, 1, 30)},
+    "all": {"key_bias": (2, 4, 29), "bias": (1, 4, 21, 1), "relative_bias": (1, 1, 21, 30)},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(parts, "_ROWS", 8)
+    monkeypatch.setattr(parts, "_LEAST_ROWS", 4)
+    monkeypatch.setattr(parts, "_PAIRS", 64)
+    monkeypatch.setattr(parts, "_SHORTEST", 4)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The answers of `prepared` so far."""
+    answers, prepared = [], by_parts.prepared
+    monkeypatch.setattr(by_parts, "prepared", lambda *arguments: answers.append(prepared(*arguments)) or answers[-1])
+    return answers
+
+
+def check(tensors, gradients=True, **arguments):
+    results = harness.ours_exact_eager(
+        tensors, tritonattn.scaled_attention, backend="sdpa", gradients=gradients, **arguments
+    )
+    for name in results[0]:
+        ours, exact, eager = (one[name] for one in results)
+        hidden = exact.isneginf()
+        assert torch.equal(ours.isneginf(), hidden), name
+        values = (x.masked_fill(hidden, 0) for x in (ours, exact, eager))
+        band = PYTORCH_GRADIENT_BAND if name in tensors else BAND
+        assert_within_bound(*values, tensors["q"].dtype, name=name, band=band)
+
+
+@pairwise(
+    mask=MASKS,
+    bias=BIASES,
+    dtype=DTYPES,
+    kv_heads=[1, 2, 4],
+    scales=[(), BOTH],
+    sinks=[False, True],
+    scale=[0.3, -0.3, 0.0],
+    results=["gradients", "statistics", "out"],
+)
+def test_every_mask(mask, bias, dtype, kv_heads, scales, sinks, scale, results, taken):
+    if mask == "full" and bias == "none" and not sinks and results != "statistics":
+        mask = "lengths"  # the full call is that of `sdpa.supports`
+    tensors, arguments = of_form("plain", dtype, mask, kv_heads, (*scales, "sinks") if sinks else scales)
+    random = torch.Generator().manual_seed(3)
+    biases = {name: torch.randn(size, generator=random) for name, size in BIASES[bias].items()}
+    if bias == "of keys with -inf":
+        biases["key_bias"][:, ::2, 5:] = -torch.inf
+    if "relative_bias" in biases:
+        arguments["relative_right"] = 4
+    arguments |= {"scale": scale, "return_aux": results == "statistics", **biases}
+    check(tensors, results == "gradients", **arguments)
+    assert taken
+    assert taken[0] is not None
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_few_rows_of_a_group(kv_heads):
+    tensors = harness.inputs(torch.float32, CPU, kv_heads=kv_heads, group=4 // kv_heads, q_len=3, k_len=130)
+    check(tensors, key_lengths=torch.tensor([17, 130]))
+
+
+def test_a_row_of_one_key_gives_its_query_no_gradient(taken):
+    """And its key none of that row, whatever biases there are."""
+    tensors = harness.inputs(torch.float32, CPU, kv_heads=2, value_dim=72, scales=BOTH, **SIZES)
+    row = torch.arange(21)
+    arguments = {"scale": 0.3, "key_ranges": torch.stack([row - row % 3, row + 1], -1).expand(2, 21, 2)}
+    arguments["key_bias"] = torch.randn(2, 4, 29, generator=torch.Generator().manual_seed(0))
+    gradients = run(tensors, direction(tensors), **arguments)
+    assert taken[-1] is not None
+    for name in ("q", "query_scale"):
+        assert gradients[name][:, :, ::3].count_nonzero() == 0
+        assert gradients[name][:, :, 1::3].count_nonzero() > 0
+    check(tensors, **arguments)
+
+
+@pairwise(
+    mask=["causal lengths", "causal ranges", "everything"],
+    poison=[torch.nan, torch.inf, -torch.inf],
+)
+def test_keys_hidden_from_every_row_reach_nothing(mask, poison, taken):
+    tensors, arguments = of_form("plain", mask=mask, scales=BOTH)
+    visible = visible_pairs((2, 4, *SIZES.values()), **MASKS[mask](2, 4, *SIZES.values()))
+    unseen, blind = ~visible.unflatten(1, (2, 2)).any(3).any(2), ~visible.any(-1)
+    d_out = direction(tensors)
+    clean = run(tensors, d_out, **arguments)
+    for name, hidden in (("k", unseen), ("v", unseen), ("key_scale", unseen), ("q", blind), ("query_scale", blind)):
+        tensors[name][hidden] = poison
+    d_out[blind] = poison
+    harness.assert_same(run(tensors, d_out, **arguments), clean)
+    assert None not in taken
+
+
+def test_nan_in_a_key_that_some_row_attends_to_reaches_its_rows_alone(taken):
+    tensors, _ = of_form("plain", torch.float32)
+    window = {"scale": 0.3, "causal": True, "window": (3, None)}
+    clean = run(tensors, direction(tensors), gradients=False, **window)["out"]
+    tensors["k"][:, :, 14] = torch.nan
+    found = run(tensors, direction(tensors), gradients=False, **window)["out"]
+    reached = found.isnan().all(-1)
+    assert reached[..., 6:10].all()  # row i stands at key i + 8
+    torch.testing.assert_close(found[~reached], clean[~reached])
+    assert taken[-1] is None
+
+
+# ---- The parts
+
+
+def pairs_of(found, visible):
+    """How often each pair of an entry is in a part, as one of its form: int [B, Sq, Sk]; -1 where a mask decides."""
+    count = torch.zeros(visible.batch, visible.q_len, visible.k_len, dtype=torch.int)
+    for whole in found:
+        for part in parts.unstacked(whole):
+            pairs = torch.ones(part.height, part.width, dtype=torch.int)
+            if part.form == "causal":
+                assert part.height == part.width
+                pairs = pairs.tril()
+            if part.form == "ranges":
+                lo, hi = (x.expand(visible.batch, -1)[part.batch, part.rows, None] for x in visible.ranges())
+                key = torch.arange(part.keys.start, part.keys.stop)
+                pairs = ((key >= lo) & (key < hi)).int()
+            count[part.batch, part.rows, part.keys] += pairs
+    return count
+
+
+@st.composite
+def ranges(draw):
+    """Ranges of 1 to 3 entries: documents, windows, padding, and what no rule makes."""
+    batch, rows, keys = draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    bounds = torch.empty(batch, rows, 2, dtype=torch.int32)
+    for entry in range(batch):
+        row = 0
+        while row < rows:
+            length = draw(st.integers(1, rows - row))
+            lo, hi = draw(st.integers(0, keys)), draw(st.integers(0, keys))
+            steps = draw(st.sampled_from([(0, 0), (0, 1), (1, 1), (1, 0), (2, 1)]))
+            at = torch.arange(length)
+            bounds[entry, row : row + length, 0] = lo + at * steps[0]
+            bounds[entry, row : row + length, 1] = hi + at * steps[1]
+            row += length
+        if entry and draw(st.booleans()):
+            bounds[entry] = bounds[entry - 1]
+    return bounds.clamp(0, keys), keys
+
+
+@given(ranges())
+@tried(max_examples=150, deadline=None)
+def test_parts_hold_every_visible_pair_once(drawn):
+    bounds, keys = drawn
+    batch, rows, _ = bounds.shape
+    visible = Visibility(batch, 1, 1, rows, keys, CPU, key_ranges=bounds)
+    lo, hi = (x[:, :, None] for x in visible.ranges())
+    key = torch.arange(keys)
+    assert torch.equal(pairs_of(parts.parts_of(visible), visible), ((key >= lo) & (key < hi)).int())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "forms"),
+    [
+        ({"causal": True, "key_lengths": [64, 64]}, ["causal"]),
+        ({"causal": True, "key_lengths": [40, 64]}, ["causal", "full", "causal"]),
+        ({"window": (70, 70)}, ["full"]),
+        ({"key_lengths": [64, 9]}, ["full", "full"]),
+    ],
+    ids=str,
+)
+def test_what_hides_nothing_needs_no_mask(arguments, forms):
+    if "key_lengths" in arguments:
+        arguments = arguments | {"key_lengths": torch.tensor(arguments["key_lengths"])}
+    visible = Visibility.of_shapes((2, 2, 64, 8), (2, 2, 64, 8), CPU, **arguments)
+    assert [part.form for part in parts.parts_of(visible)] == forms
+
+
+def test_documents_of_one_length_are_one_part():
+    starts = torch.arange(64) // 8 * 8
+    bounds = torch.stack([starts, torch.arange(64) + 1], -1)[None].int()
+    (part,) = parts.parts_of(Visibility(1, 2, 2, 64, 64, CPU, key_ranges=bounds))
+    assert (part.form, part.count, part.height, part.step) == ("causal", 8, 8, 8)
+
+
+def test_documents_at_other_distances_are_parts_of_their_own():
+    first = torch.tensor([0, 10, 20, 40, 60]).repeat_interleave(8)
+    bounds = torch.stack([first, first + torch.arange(40) % 8 + 1], -1)[None].int()
+    found = parts.parts_of(Visibility(1, 2, 2, 40, 70, CPU, key_ranges=bounds))
+    assert [(part.count, part.key_step) for part in found] == [(3, 10), (2, 20)]
+
+
+# ---- What is private in torch
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_kernel_takes_a_mask_and_a_triangle(dtype):
+    """It adds a mask of any axis of size 1; lse is of the natural logarithm and in fp32 for 16 bits."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 33, 16, generator=random).to(dtype) for _ in range(3))
+    wide = torch.promote_types(dtype, torch.float32)
+    masks = [torch.randn(shape, generator=random).to(wide) for shape in [(2, 3, 33, 33), (1, 3, 1, 33), (2, 1, 33, 33)]]
+    for mask in [None, *masks]:
+        for is_causal in (False, True):
+            logits = 0.3 * q.double() @ k.double().mT + (0 if mask is None else mask.double())
+            if is_causal:
+                logits = logits.masked_fill(torch.ones(33, 33, dtype=torch.bool).triu(1), -torch.inf)
+            given_mask = None if mask is None else mask.expand(-1, -1, 33, 33)
+            out, lse = FORWARD(q, k, v, 0.0, is_causal, attn_mask=given_mask, scale=0.3)
+            tolerance = {"rtol": 0, "atol": 0.03 if dtype == torch.bfloat16 else 1e-5}
+            assert lse.dtype == wide
+            assert lse.shape == (2, 3, 33)
+            torch.testing.assert_close(lse.double(), logits.logsumexp(-1), **tolerance)
+            torch.testing.assert_close(out.double(), logits.softmax(-1) @ v.double(), **tolerance)
+
+
+def test_the_kernels_backward_takes_a_mask_and_foreign_out_and_lse():
+    """Those of all keys, for some of them: gradients of parts add up."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v, d_out = (torch.randn(2, 3, 33, 16, generator=random, dtype=torch.float64) for _ in range(4))
+    mask = torch.randn(2, 3, 33, 33, generator=random, dtype=torch.float64)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    logits = 0.3 * leaves[0] @ leaves[1].mT + mask
+    out, lse = logits.softmax(-1) @ leaves[2], logits.logsumexp(-1)
+    expected = torch.autograd.grad(out, leaves, d_out)
+    found = [torch.zeros_like(x) for x in (q, k, v)]
+    for keys in (slice(0, 20), slice(20, 33)):
+        of_rows = d_out, q, k[:, :, keys], v[:, :, keys], out.detach(), lse.detach()
+        settings = {"attn_mask": mask[..., keys], "scale": 0.3}
+        parts_of_it = BACKWARD(*of_rows, 0.0, False, **settings)
+        found[0] += parts_of_it[0]
+        for at in (1, 2):
+            found[at][:, :, keys] += parts_of_it[at]
+    torch.testing.assert_close(tuple(found), expected)

@@ -1,0 +1,273 @@
+"""Attention on a CPU by PyTorch's kernel, a part of the visible pairs at a time: memory O(S D), backward included.
+
+The kernel is the one behind torch.nn.functional.scaled_dot_product_attention. It adds a mask to the logits and returns
+lse, and its backward takes out and lse: a part needs no more than its rows and keys. Both operators are private;
+tests/backends/test_by_parts.py holds what is relied on.
+
+With share_i = exp(lse_i) / (exp(lse_i) + exp(sink)), a sink leaves share_i out_i. The gradients are then those of the
+kernel for share_i d_out_i, given the out that a sink left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
+from ...core.pair_biases import reflected
+from ...core.rounding import before_rounding, lost_in_rounding
+from .parts import Part, cut_rows, parts_of, unstacked
+from .sdpa import SHARES_KEY_HEADS, VECTOR, for_kernel, stays_finite
+from .tiles import sliced
+
+_forward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# A call of so few rows hands the query heads of a key head to the kernel as rows: keys are then read once.
+_FEW_ROWS = 16
+
+
+def prepared(call: AttentionCall, needs: Needs | None = None) -> AttentionCall | None:
+    """The call as the kernel takes it for its output, or for gradients; None where it cannot honour something.
+
+    It adds -inf to hidden logits, which leaves NaN, and its maximum skips NaN among few keys. So where operands hold
+    NaN or infinity, zeros stand for keys that no row attends to and for rows without keys; the rest must be finite.
+    """
+    visible, terms = call.visibility, call.logits
+    if call.k.device.type != "cpu" or visible.invariant or terms.softcap is not None or call.dropout is not None:
+        return None
+    meets_hidden = _has_mask(call) or any(part.form == "ranges" or part.width < VECTOR for part in parts_of(visible))
+    of_scales = needs is not None and (needs.query_scale or needs.key_scale) and not visible.depends_on_sizes_only
+    if not (meets_hidden or of_scales) or stays_finite(call, call.v):
+        return call
+    call = _without_hidden(call)
+    return call if stays_finite(call, call.v) else None
+
+
+def _without_hidden(call: AttentionCall) -> AttentionCall:
+    visible, terms = call.visibility, call.logits
+    unseen, blind = ~visible.seen_keys(), ~visible.attending_rows()
+
+    def zeroed(x: Tensor | None, hidden: Tensor) -> Any:
+        return None if x is None else x.masked_fill(hidden if x.dim() == 3 else hidden[..., None], 0)
+
+    terms = terms.changed(query_scale=zeroed(terms.query_scale, blind), key_scale=zeroed(terms.key_scale, unseen))
+    q, k, v = zeroed(call.q, blind), zeroed(call.k, unseen), zeroed(call.v, unseen)
+    return replace(call, q=q, k=k, v=v, logits=terms)
+
+
+def _has_mask(call: AttentionCall) -> bool:
+    terms = call.logits
+    biases = terms.key_bias, terms.bias, terms.relative_bias
+    return call.visibility.mask is not None or any(bias is not None for bias in biases)
+
+
+def forward(call: AttentionCall, rounding: Tensor | None = None) -> ForwardResult:
+    """Compute the output and lse of a `prepared` call; rounding as in `forward_pass.forward`."""
+    operands = _Operands.of(call, is_wide=rounding is not None)
+    rows, value_width = call.q.shape[:3], call.v.shape[3]
+    parts = list(operands.parts())
+    if len(parts) == 1 and parts[0].is_whole(call.visibility):
+        out, lse = operands.attend(parts[0])
+    else:
+        out = operands.v.new_zeros(*rows, value_width)
+        lse = call.q.new_full(rows, -torch.inf, dtype=operands.dtype)
+        for part in parts:
+            found = operands.attend(part)
+            part.of_rows(out).copy_(found[0])
+            part.of_rows(lse).copy_(found[1])
+    if call.logits.sinks is not None:
+        out = out * torch.sigmoid(_above_sinks(lse, call.logits.sinks))[..., None].to(out.dtype)
+    exact, out = out, out.to(call.v.dtype)
+    if rounding is not None:
+        rounding.copy_(lost_in_rounding(exact, out))
+    return ForwardResult(out, lse)
+
+
+def backward(
+    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, needs: Needs, rounding: Tensor | None = None
+) -> Gradients:
+    """Compute the gradients that `needs` asks for, none of a bias, as `backward_pass.backward` does without d_lse."""
+    operands, terms = _Operands.of(call, is_wide=True), call.logits
+    out = out.to(operands.dtype) if rounding is None else before_rounding(out, rounding)
+    blind = lse == -torch.inf
+    d_out = d_out.to(operands.dtype).masked_fill(blind[..., None], 0)
+    found: dict[str, Tensor] = {}
+    if terms.sinks is not None:
+        gap = _above_sinks(lse, terms.sinks)
+        found["sinks"] = -(torch.sigmoid(-gap) * torch.linalg.vecdot(out, d_out))
+        d_out = d_out * torch.sigmoid(gap)[..., None]
+    found["q"], found["k"], found["v"] = operands.gradients(out, lse.masked_fill(blind, torch.inf), d_out)
+    for name, x, scale in (("q", call.q, terms.query_scale), ("k", call.k, terms.key_scale)):
+        scaled = found[name]
+        if scale is not None:
+            found["query_scale" if name == "q" else "key_scale"] = torch.linalg.vecdot(scaled, x.to(scaled.dtype))
+            found[name] = scaled * scale[..., None]
+    pairs = zip(Gradients._fields, call.tensors, needs, strict=True)
+    return Gradients(*(found[name].to(x.dtype) if need and x is not None else None for name, x, need in pairs))
+
+
+def _above_sinks(lse: Tensor, sinks: Tensor) -> Tensor:
+    """lse less the sink of each row, [B, Hq, Sq]; 0 for rows without keys."""
+    return (lse - sinks).masked_fill(lse == -torch.inf, 0)
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """The operands of the kernel: one head dim for all, with scales folded into q and k, in one dtype.
+
+    sign    of the call's scale, which is in q: the kernel hides keys by -inf before it multiplies
+    dtype   of lse and masks: fp32, or fp64 for fp64 q
+    """
+
+    call: AttentionCall
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    sign: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, call: AttentionCall, is_wide: bool) -> _Operands:
+        terms, dtype = call.logits, torch.promote_types(call.q.dtype, torch.float32)
+        is_scaled = terms.query_scale is not None or terms.key_scale is not None
+        if is_wide or is_scaled or call.narrowed() is not call:
+            q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
+        else:
+            q, k, v = call.q, call.k, call.v
+        if terms.query_scale is not None:
+            q = q * terms.query_scale[..., None]
+        if terms.key_scale is not None:
+            k = k * terms.key_scale[..., None]
+        sign = (terms.scale > 0) - (terms.scale < 0)
+        q = q if sign == 1 else q * sign
+        width = max(q.shape[-1], v.shape[-1])
+        q, k, v = (for_kernel(x, width) for x in (q, k, v))
+        return cls(call, q, k, v, abs(terms.scale) or 1.0, sign, dtype)
+
+    def parts(self) -> Iterator[Part]:
+        """The parts of the call, cut to fewer rows where a mask of theirs has to be made."""
+        visible, terms = self.call.visibility, self.call.logits
+        tensors = [x for x in (visible.mask, terms.bias, terms.relative_bias) if x is not None]
+        if not tensors and terms.key_bias is None:
+            yield from parts_of(visible)
+            return
+        # The kernel adds its mask to what a triangle hides, so that NaN and infinity would stay there.
+        with_triangle = not tensors and bool((terms.key_bias < torch.inf).all())
+        with_rectangle = with_triangle or (len(tensors) == 1 and tensors[0] is terms.bias and terms.key_bias is None)
+        taken = {"causal": with_triangle, "full": with_rectangle, "ranges": False}
+        masks = max([x.shape[0] * x.shape[1] for x in tensors], default=1)
+        for part in parts_of(visible):
+            for one in unstacked(part):
+                yield from [one] if taken[part.form] else cut_rows(one, masks)
+
+    def attend(self, part: Part) -> tuple[Tensor, Tensor]:
+        """out [N, Hq, rows, Dv] and lse [N, Hq, rows] of a part."""
+        q, (k, v), mask = part.of_rows(self.q), self._keys_and_values(part), self._mask(part)
+        group, shape = q.shape[1] // k.shape[1], q.shape[:3]
+        folds = group > 1 and mask is None and part.form == "full" and shape[2] <= _FEW_ROWS
+        if folds:
+            q = q.unflatten(1, (-1, group)).flatten(2, 3)
+        out, lse = _forward(q, k, v, 0.0, part.form == "causal", attn_mask=mask, scale=self.scale)
+        out = out[..., : self.call.v.shape[-1]]
+        if folds:
+            out, lse = out.reshape(*shape, -1), lse.reshape(shape)
+        if mask is None:
+            return out, lse
+        suspects = ~(lse.abs() > 0)  # the kernel's lse of a row without keys is 0, or NaN
+        if not bool(suspects.any()):
+            return out, lse
+        blind = suspects & (self._visible(part, mask).amax(-1) == -torch.inf)
+        return out.masked_fill(blind[..., None], 0), lse.masked_fill(blind, -torch.inf)
+
+    def gradients(self, out: Tensor, lse: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of q times its scale, of k times its scale, and of v.
+
+        out and d_out [B, Hq, Sq, Dv], lse [B, Hq, Sq] with inf for rows without keys
+        """
+        width, (q_width, value_width) = self.q.shape[-1], (self.call.q.shape[-1], self.call.v.shape[-1])
+        query, lone = self.q, self._lone_rows()
+        if lone is not None:  # their softmax is 1, whatever the logit: that of 0 gives no rounding to k
+            query, lse = query.masked_fill(lone[..., None], 0), lse.masked_fill(lone, -torch.inf)
+        of_rows = (for_kernel(d_out, width), query, for_kernel(out, width), lse)
+        parts = list(self.parts())
+        if len(parts) == 1 and parts[0].is_whole(self.call.visibility):
+            d_q, d_k, d_v = self._gradients(parts[0], *of_rows)
+        else:
+            d_q, d_k, d_v = (torch.zeros_like(x) for x in (self.q, self.k, self.v))
+            for part in parts:
+                of_query, *of_keys = self._gradients(part, *of_rows)
+                part.of_rows(d_q).copy_(of_query)
+                for whole, found in zip((d_k, d_v), of_keys, strict=True):
+                    part.of_keys(whole).add_(found)
+        if lone is not None:
+            d_q = d_q.masked_fill(lone[..., None], 0)
+        d_q = d_q[..., :q_width]
+        return d_q if self.sign == 1 else d_q * self.sign, d_k[..., :q_width], d_v[..., :value_width]
+
+    def _gradients(self, part: Part, *of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d_out, q, out, lse = (part.of_rows(x) for x in of_rows)
+        k, v = self._keys_and_values(part)
+        mask, lone = self._mask(part), lse == -torch.inf
+        if bool(lone.any()):
+            lse = torch.where(lone, 0 if mask is None else self._visible(part, mask).amax(-1), lse)
+        lse = lse.transpose(1, 2).contiguous().transpose(1, 2)  # as the kernel's forward lays it out
+        settings = {"attn_mask": mask, "scale": self.scale}
+        d_q, d_k, d_v = _backward(d_out, q, k, v, out, lse, 0.0, part.form == "causal", **settings)
+        if k.shape[1] != self.k.shape[1]:
+            d_k, d_v = (x.unflatten(1, (self.k.shape[1], -1)).sum(2) for x in (d_k, d_v))
+        return d_q, d_k, d_v
+
+    def _keys_and_values(self, part: Part) -> tuple[Tensor, Tensor]:
+        k, v = part.of_keys(self.k), part.of_keys(self.v)
+        group = self.q.shape[1] // k.shape[1]
+        if SHARES_KEY_HEADS or group == 1:
+            return k, v
+        return k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+
+    def _mask(self, part: Part) -> Tensor | None:
+        """What is added to the logits of a part, -inf for hidden pairs: each axis of [N, Hq, rows, keys] or 1."""
+        visible, terms, batch, rows, keys = self.call.visibility, self.call.logits, part.batch, part.rows, part.keys
+        every, total = slice(None), None
+        if terms.key_bias is not None:
+            total = terms.key_bias[batch, :, :, keys].flatten(1, 2)[:, :, None]
+        if terms.bias is not None:
+            pairs = sliced(terms.bias, batch, every, rows, keys).to(self.dtype)
+            total = pairs if total is None else total + pairs
+        if terms.relative_bias is not None:
+            offset = sliced(visible.positions() + terms.relative_right, batch, rows)
+            pairs = reflected(sliced(terms.relative_bias, batch, every, rows), offset, keys).to(self.dtype)
+            total = pairs if total is None else total + pairs
+        hidden = None if visible.mask is None else ~sliced(visible.mask, batch, every, rows, keys)
+        if part.form == "ranges":
+            lo, hi = (sliced(bound, batch, rows)[:, None, :, None] for bound in visible.ranges())
+            key = torch.arange(keys.start, keys.stop)
+            outside = (key < lo) | (key >= hi)
+            hidden = outside if hidden is None else hidden | outside
+        if hidden is not None and total is not None:
+            total = total.masked_fill(hidden, -torch.inf)
+        elif hidden is not None:
+            total = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf)
+        if total is None:
+            return None
+        total = total.expand(-1, -1, part.height, part.width)
+        return total if total.stride(-1) == 1 else total.contiguous()
+
+    @staticmethod
+    def _visible(part: Part, mask: Tensor) -> Tensor:
+        """The mask of a part with -inf outside of its triangle."""
+        if part.form != "causal":
+            return mask
+        return mask.masked_fill(torch.ones(part.height, part.width, dtype=torch.bool).triu_(1), -torch.inf)
+
+    def _lone_rows(self) -> Tensor | None:
+        """Rows of one key, bool [B, Hq, Sq], or None where there is none."""
+        if self.call.is_part or self.call.logits.sinks is not None:
+            return None
+        lone = self.call.visibility.counts() == 1
+        return lone.expand(self.call.q.shape[:3]) if bool(lone.any()) else None

@@ -1,0 +1,238 @@
+"""Cut the visible pairs of a call into rectangles, triangles and the rest: parts that PyTorch's kernel takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...core.visibility import Visibility
+
+# Rows of a part whose pairs are neither a rectangle nor a triangle: its mask has this many at most, and _PAIRS pairs
+# unless that leaves fewer than _LEAST_ROWS.
+_ROWS = 256
+_LEAST_ROWS = 64
+_PAIRS = 1 << 22
+# Shorter rectangles and triangles join their neighbours under one mask: a call of the kernel costs as much.
+_SHORTEST = 24
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of some batch entries, and the keys outside which they attend to none.
+
+    form     "full": each row attends to all the keys. "causal": row i of the part to its first i + 1 keys, and there
+             are as many as rows. "ranges": a mask has to tell which.
+    count    parts of one shape and form, of one entry, the next one `step` rows and `key_step` keys further
+    """
+
+    batch: slice
+    rows: slice
+    keys: slice
+    form: str
+    count: int = 1
+    step: int = 0
+    key_step: int = 0
+
+    @property
+    def height(self) -> int:
+        """Its number of rows."""
+        return self.rows.stop - self.rows.start
+
+    @property
+    def width(self) -> int:
+        """Its number of keys."""
+        return self.keys.stop - self.keys.start
+
+    def is_whole(self, visible: Visibility) -> bool:
+        """True where it holds every row and every key."""
+        sizes = self.batch.stop - self.batch.start, self.height, self.width
+        return self.count == 1 and sizes == (visible.batch, visible.q_len, visible.k_len)
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """Its rows of x [B, Hq, Sq, ...], as a view [N, Hq, rows, ...]; N is batch entries, or `count`."""
+        return self._of(x, self.rows, self.step)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """Its keys of x [B, Hkv, Sk, ...], likewise."""
+        return self._of(x, self.keys, self.key_step)
+
+    def _of(self, x: Tensor, entries: slice, step: int) -> Tensor:
+        if self.count == 1:
+            return x[self.batch, :, entries]
+        size = entries.stop - entries.start
+        whole = x[self.batch.start, :, entries.start : entries.stop + (self.count - 1) * step]
+        windows = whole.unfold(1, size, step)  # [H, count, ..., size]
+        return windows.movedim(-1, 2).transpose(0, 1)
+
+
+class _Run(NamedTuple):
+    """Rows from `start` to `stop` whose first key and end move by `steps` keys a row, and lie at `first` and `end`."""
+
+    start: int
+    stop: int
+    first: int
+    end: int
+    steps: tuple[int, int]
+
+    @property
+    def form(self) -> str:
+        is_empty = self.end <= self.first
+        if self.stop - self.start == 1 or self.steps[0] == self.steps[1]:
+            if is_empty:
+                return ""
+            if self.steps == (0, 0):
+                return "full"
+        return "causal" if self.steps == (0, 1) and self.end - self.first == 1 else "ranges"
+
+    @property
+    def keys(self) -> tuple[int, int]:
+        """The first key of all ranges, and their end."""
+        last = self.stop - self.start - 1
+        ends = self.end, self.end + last * self.steps[1]
+        return min(self.first, self.first + last * self.steps[0]), max(ends)
+
+
+def parts_of(visible: Visibility) -> list[Part]:
+    """The parts that hold all visible pairs by ranges; a dense mask narrows them. Reads the ranges' values."""
+    return visible.once("parts", lambda: _parts_of(visible))
+
+
+def _parts_of(visible: Visibility) -> list[Part]:
+    everything = slice(0, visible.batch), slice(0, visible.q_len), slice(0, visible.k_len)
+    if visible.is_full or visible.is_square_causal:
+        return [Part(*everything, "full" if visible.is_full else "causal")]
+    lo, hi = visible.ranges()
+    parts = []
+    for batch in _equal_entries(lo, hi, visible.batch):
+        entry = min(batch.start, lo.shape[0] - 1), min(batch.start, hi.shape[0] - 1)
+        found = [part for run in _joined(_runs(lo[entry[0]], hi[entry[1]])) for part in _cut(run, batch)]
+        parts += found if batch.stop - batch.start > 1 else _stacked(found)
+    return parts
+
+
+def unstacked(part: Part) -> list[Part]:
+    """A part as parts of count 1."""
+    if part.count == 1:
+        return [part]
+
+    def moved(whole: slice, by: int) -> slice:
+        return slice(whole.start + by, whole.stop + by)
+
+    steps = [(n * part.step, n * part.key_step) for n in range(part.count)]
+    return [Part(part.batch, moved(part.rows, rows), moved(part.keys, keys), part.form) for rows, keys in steps]
+
+
+def cut_rows(part: Part, masks: int) -> list[Part]:
+    """A part as rectangles and ranges of few rows, so that `masks` masks of its pairs stay small."""
+    size = max(_LEAST_ROWS, _PAIRS // (max(part.width, 1) * masks))
+    size = size if part.form == "full" else min(size, _ROWS)
+    cut = []
+    for start in range(part.rows.start, part.rows.stop, size):
+        rows, keys, form = slice(start, min(start + size, part.rows.stop)), part.keys, part.form
+        if form == "causal":
+            keys, form = slice(keys.start, keys.start + rows.stop - part.rows.start), "ranges"
+        cut.append(Part(part.batch, rows, keys, form))
+    return cut
+
+
+def _equal_entries(lo: Tensor, hi: Tensor, batch: int) -> list[slice]:
+    """Batch entries, one after the other, whose rows have equal ranges."""
+    if lo.shape[0] == hi.shape[0] == 1:
+        return [slice(0, batch)]
+    lo, hi = lo.expand(batch, -1), hi.expand(batch, -1)
+    same = ((lo[1:] == lo[:-1]) & (hi[1:] == hi[:-1])).all(-1)
+    starts = [0, *(entry + 1 for entry, is_same in enumerate(same.tolist()) if not is_same), batch]
+    return [slice(*ends) for ends in pairwise(starts)]
+
+
+def _runs(lo: Tensor, hi: Tensor) -> list[_Run]:
+    """Runs of rows [Sq], as long as can be, whose ranges move by equal steps."""
+    if lo.shape[0] == 1:
+        return [run for run in [_Run(0, 1, int(lo), int(hi), (0, 0))] if run.form]
+    steps = torch.stack((lo.diff(), hi.diff()))
+    changes = ((steps[:, 1:] != steps[:, :-1]).any(0).nonzero().flatten() + 1).tolist()
+    firsts, ends = lo.tolist(), hi.tolist()
+    runs, start = [], 0
+    for last in [*changes, len(ends) - 1]:
+        if start < last:
+            step = firsts[start + 1] - firsts[start], ends[start + 1] - ends[start]
+            runs.append(_Run(start, last + 1, firsts[start], ends[start], step))
+            start = last + 1
+    if start < len(ends):
+        runs.append(_Run(start, start + 1, firsts[start], ends[start], (0, 0)))
+    return [run for run in runs if run.form]
+
+
+def _joined(runs: list[_Run]) -> list[list[_Run]]:
+    """Runs by themselves, or several short ones."""
+
+    def is_alone(place: int) -> int:
+        run = runs[place]
+        return place if run.stop - run.start >= _SHORTEST else -1
+
+    return [[runs[place] for place in places] for _, places in groupby(range(len(runs)), is_alone)]
+
+
+def _cut(runs: list[_Run], batch: slice) -> list[Part]:
+    """One part of a rectangle or a triangle, or parts of a few rows each."""
+    run, form = runs[0], runs[0].form
+    if len(runs) == 1 and form != "ranges":
+        size = run.stop - run.start
+        end = run.end if form == "full" else run.first + size
+        return [Part(batch, slice(run.start, run.stop), slice(run.first, end), form)]
+    parts = []
+    for run in runs:
+        start = run.start
+        while start < run.stop:
+            moved = run.first + (start - run.start) * run.steps[0], run.end + (start - run.start) * run.steps[1]
+            rest = run._replace(start=start, first=moved[0], end=moved[1])
+            width = rest.end - rest.first
+            size = min(_ROWS, max(_LEAST_ROWS, width if run.steps[0] else _PAIRS // max(width, 1)))
+            piece = rest._replace(stop=min(run.stop, start + size))
+            parts.append(Part(batch, slice(piece.start, piece.stop), slice(*piece.keys), "ranges"))
+            start = piece.stop
+    return parts if len(runs) == 1 else _merged(parts)
+
+
+def _merged(parts: list[Part]) -> list[Part]:
+    """Neighbours of few rows together, up to _ROWS rows."""
+    merged = parts[:1]
+    for part in parts[1:]:
+        last = merged[-1]
+        rows = slice(last.rows.start, part.rows.stop)
+        if rows.stop - rows.start > _ROWS:
+            merged.append(part)
+            continue
+        keys = slice(min(last.keys.start, part.keys.start), max(last.keys.stop, part.keys.stop))
+        merged[-1] = Part(part.batch, rows, keys, "ranges")
+    return merged
+
+
+def _stacked(parts: list[Part]) -> list[Part]:
+    """Neighbours of one shape, form and distance as one part, which the kernel takes as batch entries."""
+    stacked: list[Part] = []
+    for part in parts:
+        last = stacked[-1] if stacked else None
+        if last is not None and _follows(last, part):
+            step, key_step = part.rows.start - last.rows.start, part.keys.start - last.keys.start
+            step, key_step = (step, key_step) if last.count == 1 else (last.step, last.key_step)
+            stacked[-1] = Part(last.batch, last.rows, last.keys, last.form, last.count + 1, step, key_step)
+        else:
+            stacked.append(part)
+    return stacked
+
+
+def _follows(last: Part, part: Part) -> bool:
+    if last.form != part.form or last.form == "ranges":
+        return False
+    sizes = [(one.rows.stop - one.rows.start, one.keys.stop - one.keys.start) for one in (last, part)]
+    if sizes[0] != sizes[1]:
+        return False
+    if last.count == 1:
+        return part.rows.start > last.rows.start and part.keys.start >= last.keys.stop
+    moved = last.rows.start + last.count * last.step, last.keys.start + last.count * last.key_step
+    return moved == (part.rows.start, part.keys.start)
