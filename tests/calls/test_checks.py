@@ -171,7 +171,7 @@ OF_ONE: dict[str, list[Case]] = {
         *OF_DENSE,
     ],
     "attention_varlen": [
-        ({"cu_seqlens_q": CU.long()}, "TypeError: cu_seqlens_q: expected dtype torch.int32, got torch.int64"),
+        ({"cu_seqlens_q": CU.long()}, "TypeError: cu_seqlens_q: ~ got torch.int64; cu_seqlens_q.int() is"),
         ({"cu_seqlens_k": CU.to(META)}, "ValueError: cu_seqlens_k: expected q's device cpu, got meta"),
         ({"cu_seqlens_q": CU[None]}, "ValueError: cu_seqlens_q: expected shape [N + 1] ~ got [1, 3]"),
         ({"cu_seqlens_k": offsets((5,))}, "ValueError: cu_seqlens_k: expected shape [N + 1] = [3], got [2]"),

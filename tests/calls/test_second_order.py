@@ -72,6 +72,7 @@ def test_forward_mode_is_refused_but_by_the_reference(call, transform):
         assert tangent_of(function, "reference", argument, transform, **options).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 def test_forward_mode_towards_a_learned_scaling_is_refused():
     scaling = tritonattn.nn.SSMax(heads=2)
     q = torch.randn(1, 2, 20, 8)
