@@ -247,7 +247,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
                 )
             layer.attn_backend = RecordingBackend
         self._factor = found.to(self._device)
-        self._sinks = None if self._sinks is None else self._sinks.detach().float()[:, None]
+        self._sinks = None if self._sinks is None else self._sinks.detach().float()
         self._backend, self._invariant = settings.backend, _invariant(settings, name)
 
     def forward(
@@ -320,7 +320,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
             k,
             v,
             visible,
-            Logits(softcap=self._softcap, sinks=None if self._sinks is None else self._sinks.expand(visible.rows)),
+            Logits(softcap=self._softcap, sinks=self._sinks_of(visible)),
             block_table=block_table,
             scaling=self._factor.scaling,
             gain=self._factor.gain,
@@ -330,6 +330,9 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         )
         call.backend = choose_backend(call)
         return call
+
+    def _sinks_of(self, visible: Visibility) -> Tensor | None:
+        return None if self._sinks is None else self._sinks[:, None].expand(visible.rows)
 
     def _attend(self, call: AttentionCall) -> Tensor:
         """out of a call, with the terms of its logits from another layer of the step that has the same."""
