@@ -148,6 +148,8 @@ _INKLING = {
     **{"mlp_layer_types": ["dense", "dense"], "n_routed_experts": 4, "num_experts_per_tok": 1},
 }
 
+_INKLING_2 = {**_INKLING, "n_layers_per_attn_res_block": 1, "log_scaling_n_floor": 4, "qk_l2_clip_threshold": 2.0}
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _decoder("Llama"),
     "llama_yarn": _decoder(
@@ -210,4 +212,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "longt5": _t5("LongT5", encoder_attention_type="local", local_radius=4),
     # The bias of a pair from the query's hidden state, for the nearest keys.
     "inkling": Architecture("InklingForCausalLM", "InklingTextConfig", _INKLING, since=(5, 24)),
+    # The same, and a sink for each token.
+    "inkling2": Architecture("Inkling2ForCausalLM", "Inkling2TextConfig", _INKLING_2, since=(5, 24)),
 }

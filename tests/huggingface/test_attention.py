@@ -61,6 +61,24 @@ def test_unsupported_arguments_are_refused_by_name(name):
     attention_forward(module, q, q, q, None, scaling=0.5, **{name: None})
 
 
+def test_a_sink_for_each_token():
+    """[B, Hq, Q, 1], also of packed requests; next to one a head it is refused."""
+    q, k, v = torch.randn(3, 1, 2, 5, 4)
+    module, sinks = module_with(), torch.randn(1, 2, 5, 1).requires_grad_()
+    ends = torch.tensor([0, 2, 5], dtype=torch.int32)
+    requests: dict[str, Any] = {"read_index": torch.arange(5), "max_length_q": 3, "max_length_k": 3}
+    requests |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+    ranges = torch.tensor([[0, 1], [0, 2], [2, 3], [2, 4], [2, 5]])[None]
+    for packing, masks in (({}, {"causal": True}), (requests, {"key_ranges": ranges})):
+        out, _ = attention_forward(module, q, k, v, None, sinks=sinks, **packing)
+        wanted = tritonattn.attention(q, k, v, sinks=sinks[..., 0], **masks).transpose(1, 2)
+        torch.testing.assert_close(out, wanted)
+        gradients = (torch.autograd.grad(x.square().sum(), sinks) for x in (out, wanted))
+        torch.testing.assert_close(*gradients)
+    both = {"sinks": sinks, "s_aux": torch.zeros(2)}
+    refuses("NotImplementedError: sinks: ~ one for each query", attention_forward, module, q, k, v, None, **both)
+
+
 @pytest.mark.parametrize("compiling", [False, True])
 def test_other_numbers_of_an_additive_mask_are_a_bias(compiling, monkeypatch):
     """With a position_bias they are added; keys behind the mask stay invisible, and are not counted."""

@@ -140,6 +140,8 @@ def _obstacle(module: nn.Module) -> str | None:
     passed = interface_keywords(type(module)) or frozenset()
     if "indices" in passed:
         return "selects keys by an indexer"
+    if "AttentionResidual" in type(module).__name__:
+        return "attends to the outputs of layers, not to tokens"
     # GPT-2 up to transformers 4: only its eager attention reads these.
     if passed and "scaling" not in passed:
         if getattr(module, "scale_attn_by_inverse_layer_idx", False) or not getattr(module, "scale_attn_weights", True):

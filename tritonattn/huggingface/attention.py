@@ -32,7 +32,6 @@ _REFUSED = {
     "relative_position_bias": "a bias under this name",
     "indices": "sparse key indices",
     "block_indices": "sparse block indices",
-    "sinks": "a sink for each token, or sink keys",
     "head_mask": "a mask of whole heads",
     "block_table": "a paged cache",
     "cache": "a paged cache that the attention function has to read (transformers before 5.24)",
@@ -71,7 +70,7 @@ def attention_forward(
         attention_mask: As `key_range_mask` makes it; int32, bool or floating [B, 1, Q, K or 2], or None.
         scaling: model_scaling in the formula.
         dropout: Chance in [0, 1) to drop a probability.
-        kwargs: Further arguments of transformers, such as softcap, s_aux, sliding_window and position_bias.
+        kwargs: Further arguments of transformers, such as softcap, s_aux, sinks, sliding_window and position_bias.
 
     Under torch's context_parallel query, key and value are this rank's part of a sequence: a full causal layer attends
     to all of it, and another one raises. A layer also raises where DeepSpeed's Ulysses has cut sequences for another
@@ -90,6 +89,8 @@ def attention_forward(
         if kwargs.get("position_bias") is not None:
             _refuse("position_bias", "a bias of pairs of packed requests", module)
         options = _options(module, query, scaling, dropout, **kwargs)
+        if kwargs.get("sinks") is not None:
+            options["sinks"] = options["sinks"][0]
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # packed requests: no mask of T_q x T_k
         return attention_varlen(q, k, v, **packed_arguments(kwargs), **options)[None], None
     arguments = call_arguments(module, query, key, attention_mask, scaling, dropout, **kwargs)
@@ -163,6 +164,7 @@ def _options(
     *,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """The arguments of `tritonattn.attention` but those of visibility and bias."""
@@ -179,11 +181,18 @@ def _options(
     return {
         **scaling_arguments(settings, scaling, query.shape[-1]),
         "softcap": softcap,
-        "sinks": s_aux,
+        "sinks": s_aux if sinks is None else _sinks_of_tokens(module, query, s_aux, sinks),
         "dropout_p": dropout,
         "backend": settings.backend,
         "batch_invariant": settings.batch_invariant,
     }
+
+
+def _sinks_of_tokens(module: nn.Module, query: Tensor, s_aux: Tensor | None, sinks: Tensor) -> Tensor:
+    """A sink of each query and head, of [B, Hq, Q, 1] as models have it."""
+    if s_aux is not None or sinks.shape != (*query.shape[:3], 1):
+        _refuse("sinks", "another sink than one for each query, [B, Hq, Q, 1],", module)
+    return sinks[..., 0]
 
 
 def _refuse(name: str, meaning: str, module: nn.Module) -> NoReturn:
