@@ -137,9 +137,17 @@ def biases() -> str:
     return table(header, rows) + f"\nStatic: {source}, bf16, causal, default configs.\n"
 
 
+def language_model() -> str:
+    """Recall of the ledger by `python -m perf language-model`."""
+    from perf.language_model.records import read
+    from perf.language_model.report import LEDGER_HEADER, ledger_rows, sources
+
+    return table(LEDGER_HEADER, ledger_rows(read())) + f"\n{sources(read())}\n"
+
+
 PARTS: dict[str, Callable[[], str]] = {
     **{"floors": floors, "support": support, "costs": costs, "memory": memory},
-    "biases": biases,
+    **{"biases": biases, "language_model": language_model},
 }
 
 

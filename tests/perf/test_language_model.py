@@ -10,6 +10,7 @@ from perf.__main__ import main
 from perf.language_model.cells import study, swaps_of
 from perf.language_model.model import GPT, Factor, Shape, Swap, rotated, swapped
 from perf.language_model.records import read
+from perf.language_model.report import ledger_rows
 from perf.language_model.tasks import FILLERS, NAMES, VALUES, ledger
 
 
@@ -91,5 +92,10 @@ def test_the_command_goes_on_where_its_record_stops(tmp_path, capsys):
     assert all(set(run.found.results[""]) == {"1", "2", "4", "8", "16", "32"} for run in runs)
     assert set(runs[1].found.results) == {"", "log n at test", "twice at test", "four times at test"}
     assert replace(runs[1].cell, recipe=study()[0].recipe) == study()[0]
+    assert [row[:3] for row in ledger_rows(runs)][:3] == [
+        ["wn, QK-norm", "**`sqrt_dim`, 2 times**", "1"],
+        ["", "**`sqrt_dim`**", "1"],
+        ["", "`sqrt_dim`, log n at test", "1"],
+    ]
     main([*words, "--list"])
     assert "+ ledger wn qk_norm=plain sqrt_dim window=4 adamw seed=0" in capsys.readouterr().out

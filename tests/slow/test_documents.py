@@ -16,6 +16,7 @@ def test_tables_of_interpreted_kernels_are_not_stale():
 def test_every_committed_picture_is_drawn_from_the_records_and_small():
     drawn = {name.removesuffix(".png") for name, _ in studies.figures()} | {
         "kernels",
+        "language-model",
         "layouts",
         "masks",
         "recall",
