@@ -154,11 +154,11 @@ class _Operands:
         """The parts of the call, cut to fewer rows where a mask of theirs has to be made."""
         visible, terms = self.call.visibility, self.call.logits
         tensors = [x for x in (visible.mask, terms.bias, terms.relative_bias) if x is not None]
-        if not tensors and terms.key_bias is None:
+        if not _has_mask(self.call):
             yield from parts_of(visible)
             return
         # The kernel adds its mask to what a triangle hides, so that NaN and infinity would stay there.
-        with_triangle = not tensors and bool((terms.key_bias < torch.inf).all())
+        with_triangle = terms.key_bias is not None and not tensors and bool((terms.key_bias < torch.inf).all())
         with_rectangle = with_triangle or (len(tensors) == 1 and tensors[0] is terms.bias and terms.key_bias is None)
         taken = {"causal": with_triangle, "full": with_rectangle, "ranges": False}
         masks = max([x.shape[0] * x.shape[1] for x in tensors], default=1)
