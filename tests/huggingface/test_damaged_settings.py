@@ -40,6 +40,7 @@ LAYERS = {
     "a gain": ({"gain": "x"}, ".gain", f"{NUMBER}, got 'x'"),
     "a huge gain": ({"gain": {"learned": [10**12]}}, ".gain", f"{NUMBER}, got"),
     "a nested gain": ({"gain": {"learned": [[4], 1]}}, ".gain", NUMBER),
+    "a base": ({"scaling": "log_key_count:x"}, ".scaling", "expected a name, or one of log_key_count:LENGTH"),
     "a backend": ({"backend": "cuda"}, ".backend", "expected one of auto, "),
 }
 # Whole entries `tritonattn`, and the message.

@@ -73,6 +73,7 @@ def test_layers_share_a_factor_only_where_all_of_it_is_equal():
     def shared(**given):
         return settings.LayerFactor.of(settings.Settings.from_config(given), 0.125, (4, 2), 64).shared
 
+    assert shared(scaling="log_key_count:512") == shared(scaling={"name": "log_key_count", "base": 512})
     assert shared(scaling="log_key_count", gain=0.5) == shared(scaling="log_key_count", gain=0.5)
     different = [shared(scaling="log_key_count", gain=gain) for gain in (None, 0.5, 1.5)]
     different += [shared(scaling={"name": "log_key_count", "base": 512.0}), shared(scaling="key_count")]

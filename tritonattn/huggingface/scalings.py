@@ -16,6 +16,7 @@ from ..nn import LEARNED, LearnedCosine, LearnedLogPower, PowerLaw, QueryAdaptiv
 from ..nn.learned import Learned
 from ..nn.registry import scaling_of_layer
 from ..scaling import SCALINGS, Scaling
+from ..scaling.names import parsed
 
 _MODES = ("mode", "mode_a", "mode_b")  # arguments that are scalings
 _DEPTH = 8  # scalings inside one another, at most
@@ -110,7 +111,7 @@ def to_config(scaling: Any, depth: int = 1) -> Any:
 
 
 def from_config(saved: Any, heads: int | None, entry: str, depth: int = 1) -> Any:
-    """The scaling that `to_config` wrote. A `Scaling` comes back as it is.
+    """The scaling that `to_config` wrote, or of "log_key_count:64", a name with a base. A `Scaling` stays as it is.
 
     heads   the query heads of its attention module; None refuses modes with parameters
     entry   of the config, for errors
@@ -121,7 +122,13 @@ def from_config(saved: Any, heads: int | None, entry: str, depth: int = 1) -> An
     _check_depth(entry, depth)
     if saved is None or isinstance(saved, Scaling) or is_finite(saved):
         return saved
-    arguments = dict(saved) if isinstance(saved, dict) else {"name": saved}
+    arguments: dict[str, Any] = dict(saved) if isinstance(saved, dict) else {"name": saved}
+    if isinstance(saved, str) and ":" in saved:
+        try:
+            mode, settings = parsed(saved, LEARNED)
+        except ValueError as error:
+            raise ValueError(f"{entry}: {str(error).removeprefix('scaling: ')}") from error
+        arguments = {"name": mode.name, **settings}
     name = arguments.pop("name", None)
     if not isinstance(name, str):
         raise ValueError(f"{entry}: expected a name, a dict with a name, a number or None, got {reprlib.repr(saved)}")
