@@ -179,3 +179,33 @@ def test_pages_that_lie_nowhere_are_zeros_where_they_are_not_read():
     assert not out.any()
     torch.testing.assert_close(aux.lse, torch.tensor([20.0, 20.0, 3.0]).log().expand(4, -1))
     assert not statistics.norms.any()
+
+
+def test_keys_without_a_page_leave_page_0_as_it_is():
+    statistics, ends = PagedKeyStatistics(2, 16, 2), torch.tensor([0, 3], dtype=torch.int32)
+    arguments = {"key_lengths": torch.tensor([3]), "block_table": torch.zeros(1, 1, dtype=torch.int32)}
+    statistics.append(torch.ones(3, 2, 4), ends, **arguments)
+    held = [buffer.clone() for buffer in statistics.buffers]
+    with values_unread():
+        statistics.append(torch.ones(3, 2, 4), ends, **arguments | {"block_table": arguments["block_table"] - 1})
+    assert all(map(torch.equal, statistics.buffers, held))
+
+
+@torch.no_grad()
+def test_pages_that_left_the_window_need_not_exist():
+    batch = PagedBatch((2, 1), (40, 21))
+    q = torch.stack([batch.q[:2], batch.q[1:3]]).transpose(1, 2)
+    cache = {name + "_cache": batch.arguments()[name] for name in ("k", "v")} | {"key_lengths": batch.key_lengths}
+    tables = [batch.table, batch.table.clone()]
+    tables[1][0, :2], tables[1][1, 0] = -1, 1 << 30  # rows attend from key 32 and from key 16 on
+
+    def outcome(table: torch.Tensor, left: int) -> torch.Tensor | str:
+        try:
+            return attention_decode(q, **cache, block_table=table, window=(left, 0))
+        except ValueError as error:
+            return str(error).split(":")[0]
+
+    expected, found = (outcome(table, 3) for table in tables)
+    assert not isinstance(found, str)
+    assert torch.equal(found, expected)
+    assert outcome(tables[1], 7) == "block_table"

@@ -62,6 +62,38 @@ def test_norms_at_the_ends_of_the_range(dtype, component):
     torch.testing.assert_close(k.grad, torch.full_like(k, 0.5))
 
 
+@pytest.mark.parametrize("component", [1e-30, 1e30])
+def test_a_norm_beyond_the_range_of_squares_among_others(component):
+    k = torch.ones(5, 4)
+    k[2] = component
+    torch.testing.assert_close(key_norms_of(k), 2 * k[:, 0], rtol=1e-6, atol=0)
+
+
+def test_infinite_slopes_of_rows_without_keys_reach_no_key():
+    """Of causal rows before the first key, of rows behind a packed sequence's keys, and of empty ranges."""
+    k = keys()[:1].requires_grad_()
+    packed = {"sequences": Sequences.of(offsets((3, 2)), offsets((0, SK)), SQ, SK, 3, SK)}
+    empty = torch.tensor([[[0, 4], [5, 5], [2, SK], [SK, SK], [0, 0], [3, 4]]])
+    for q_len, masks in ((SK + 3, {"causal": True}), (SQ, packed), (SQ, {"key_ranges": empty})):
+        statistics = statistics_of(k, q_len, **masks)
+        attends = statistics.visibility.attending_rows().expand(1, HKV, -1)
+        assert not attends.all()
+        for name in ("norm_sum", "norm_max"):
+            sums = getattr(statistics, name)
+            slopes = (torch.where(attends, 1.0, x).to(k.dtype) for x in (0.0, torch.inf))
+            gradients = [torch.autograd.grad(sums, k, slope, retain_graph=True)[0] for slope in slopes]
+            assert gradients[0].any()
+            assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("masks", [{"causal": True}, {"window": (SK, 0)}], ids=str)
+def test_nan_is_the_largest_norm(masks):
+    k = keys()
+    k[:, :, 4] = torch.nan
+    largest = statistics_of(k, SK, **masks).norm_max
+    assert torch.equal(largest.isnan(), (torch.arange(SK) >= 4).expand_as(largest))
+
+
 def test_squares_of_huge_keys_fit():
     k = torch.full((B, HKV, SK, D), 1e30, requires_grad=True)
     total = statistics_of(k).norm_square_sum

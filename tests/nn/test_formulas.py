@@ -196,6 +196,16 @@ def test_the_power_law_of_tiny_keys(dtype):
     torch.testing.assert_close(d_q, wanted, rtol=0, atol=tight * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_the_power_law_of_tiny_keys_and_queries_in_float64(backend):
+    """Factors near 1e60 act as they are."""
+    scaling = nn.PowerLaw(4, "none")
+    set_to(scaling.length_exponent, -2.0, -2.0, -2.0, -2.0)
+    q, k, v = (x.detach() for x in operands(torch.float64).values())
+    tiny, usual = (attention(q * by, k * by, v, scaling=scaling, backend=backend) for by in (1e-30, 1.0))
+    torch.testing.assert_close(tiny, usual, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("blend", ["linear", "geometric"])
 @pytest.mark.parametrize(
     ("start", "end"), [("sqrt_dim", "key_norm_sum"), ("log_key_count", "dim"), ("none", "key_count")]

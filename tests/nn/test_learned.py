@@ -9,6 +9,7 @@ from tests.support.masks import MASKS
 from tests.support.pairs import pairwise
 from tests.support.refusals import refuses
 from tritonattn import SCALINGS, Scaling, attention, nn
+from tritonattn.scaling.base import relative_gain
 
 every_case = pytest.mark.parametrize("case", LEARNED)
 
@@ -182,6 +183,12 @@ def test_scaling_parameters_are_those_of_every_scaling_once():
     found = list(nn.scaling_parameters(model))
     assert len(found) == 4
     assert set(found) == {custom.weight, model[1].theta, shared.s, shared.b}
+
+
+def test_a_temperature_divides_by_the_query_where_its_mode_does():
+    """A cosine then keeps a model's factor out of the gain."""
+    gains = [relative_gain(nn.PerHead(mode, heads=4), 0.5, 64, gain=2.0) for mode in ("cosine", "key_count")]
+    assert gains == [2.0, 8.0]
 
 
 def test_former_names_of_modules_are_importable():
