@@ -238,7 +238,7 @@ OF_ONE: dict[str, list[Case]] = {
         ),
         ({"block_table": TABLE.to(META)}, "ValueError: block_table: expected q's device cpu"),
         ({"block_table": TABLE + 7}, "ValueError: block_table: expected pages in [0, N = 8) up to cu_seqlens_k, got 8"),
-        ({"block_table": TABLE[:, :1]}, "ValueError: cu_seqlens_k: expected at most max_pages * page = 16"),
+        ({"block_table": TABLE[:, :1]}, "ValueError: cu_seqlens_k: expected at most block_table's max_pages * page"),
         ({"max_seqlen_k": 19}, "ValueError: max_seqlen_k: expected at least the longest sequence, 20, got 19"),
         ({"dropout_p": 0.1}, "NotImplementedError: dropout_p: expected 0 with a block_table, got 0.1"),
         *(
@@ -259,6 +259,7 @@ OF_ONE: dict[str, list[Case]] = {
     "attention_decode over pages": [
         ({"block_table": TABLE.float()}, "TypeError: block_table: expected dtype torch.int32, got torch.float32"),
         ({"block_table": ones(3, 2, dtype=INT)}, "ValueError: block_table: expected shape [B, max_pages] = [2"),
+        ({"block_table": TABLE[:, :1]}, "ValueError: key_lengths: ~ block_table's max_pages * page = 16], got 20"),
         ({"block_table": TABLE + 4}, "ValueError: block_table: expected pages in [0, N = 7) up to key_lengths, got 7"),
         ({"block_table": TABLE[:, :0]}, "ValueError: k_cache: expected a capacity of at least 1 key"),
         (of_kv(ones(7, 9, 2, 8), suffix="_cache"), "ValueError: pages of at least 16 keys, got 9"),
@@ -321,7 +322,7 @@ OF_PAGED_RECORD: list[Case] = [
     ({"k_new": KEYS.to(META)}, "ValueError: k_new: expected this PagedKeyStatistics's device"),
     ({"k_new": KEYS[:2]}, "ValueError: cu_seqlens: expected offsets of at most T = 2, got 3"),
     ({"key_lengths": LENGTHS[:1]}, "ValueError: key_lengths: expected shape [B] = [2], got [1]"),
-    ({"key_lengths": LENGTHS.clamp(max=1)}, "ValueError: the 2 new keys of sequence 0 to max_pages"),
+    ({"key_lengths": LENGTHS.clamp(max=1)}, "ValueError: 2 new keys of sequence 0 to block_table's max_pages"),
     ({"key_lengths": LENGTHS + torch.tensor([0, 32])}, "ValueError: expected values from the 1 new keys of"),
     ({"key_lengths": LENGTHS + torch.tensor([0, 30])}, "ValueError: pages in [0, N = 4) up to key_lengths, got 9"),
     ({"block_table": TABLE[:1]}, "ValueError: block_table: expected shape [B, max_pages] = [2, max"),

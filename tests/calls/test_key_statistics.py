@@ -88,3 +88,12 @@ def test_pickled_statistics_go_on():
     pages.append(k, ends, key_lengths=ends[1:], block_table=table)
     assert one.norm_sums.flatten().tolist() == [0, 2, 4, 0, 0]
     assert pages.norm_sums.flatten()[:3].tolist() == [2, 4, 0]
+
+
+def test_printed_statistics_show_their_sizes_and_keys():
+    statistics = KeyStatistics(2, 1, 8)
+    statistics.append(torch.ones(2, 1, 3, 4))
+    dtype = "device=cpu, dtype=torch.float32"
+    assert repr(statistics) == f"KeyStatistics(batch=2, kv_heads=1, capacity=8, {dtype}, counts=[3, 3])"
+    assert repr(PagedKeyStatistics(4, 16, 2)) == f"PagedKeyStatistics(pages=4, page=16, kv_heads=2, {dtype})"
+    assert repr(KeyStatistics(1, 2, 3, device="meta")).endswith("device=meta, dtype=torch.float32)")

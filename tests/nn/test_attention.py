@@ -1,5 +1,8 @@
 """ScaledAttention: its arithmetic in plain PyTorch, gradients, masks, packing and caches."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.nn.functional import linear, rms_norm
@@ -215,6 +218,30 @@ def test_a_full_cache_refuses_more_keys():
     refuses("ValueError: ~ expected at most capacity = 5 keys, got 6", made, x[:, :2], cache=cache)
     assert torch.equal(cache.k, held)
     assert cache.lengths.tolist() == [4, 4]
+
+
+@torch.no_grad()
+def test_a_cache_of_another_layer_is_refused():
+    first, second, x = layer(causal=True), layer(causal=True, seed=2), tokens(length=5)
+    cache = first.cache(2, 9)
+    prompt = first(x, cache=cache)
+    refuses("ValueError: cache: expected one that this layer alone fills, got one with", second, x, cache=cache)
+    assert cache.lengths.tolist() == [5, 5]
+    for copied in (pickle.loads(pickle.dumps(cache)), copy.deepcopy(cache)):
+        second(x[:, :1], cache=copied)
+    first(x[:, :1], cache=cache)
+    cache.reset()
+    torch.testing.assert_close(second(x, cache=cache), second(x))
+    assert not torch.equal(prompt, second(x))
+
+
+def test_a_printed_cache_shows_its_sizes_and_keys():
+    cache = nn.KeyValueCache(2, 1, 8, 4, 3)
+    cache.append(torch.ones(2, 1, 2, 4), torch.ones(2, 1, 2, 3), torch.tensor([2, 1]))
+    assert repr(cache) == (
+        "KeyValueCache(batch=2, kv_heads=1, capacity=8, head_dim=4, value_dim=3, device=cpu, dtype=torch.float32,"
+        " counts=[2, 1])"
+    )
 
 
 @torch.no_grad()

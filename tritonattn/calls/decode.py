@@ -189,7 +189,8 @@ def cache_visibility(
     invariant = check_masks(True, window, batch_invariant)
     (batch, q_heads, q_len, _), capacity = q.shape, capacity_of(k, block_table)
     check_tensor("key_lengths", key_lengths, "[B]", INTEGERS, q, sizes=(batch,))
-    check_values("key_lengths", key_lengths, capacity, "capacity = ")
+    limit = "capacity" if block_table is None else "block_table's max_pages * page"
+    check_values("key_lengths", key_lengths, capacity, f"{limit} = ")
     if query_lengths is not None:
         check_tensor("query_lengths", query_lengths, "[B]", INTEGERS, q, sizes=(batch,))
         check_values("query_lengths", query_lengths, q_len, "Sq = ")

@@ -27,6 +27,12 @@ from .sequence_checks import check_new_keys
 _OWNER = "this KeyStatistics"
 
 
+def described(cache: Any, sizes: str, buffer: Tensor, counts: Tensor | None = None) -> str:
+    """The repr of a cache, with the keys that it holds where the host may read them."""
+    held = f", counts={counts.tolist()}" if counts is not None and values_are_read(counts) else ""
+    return f"{type(cache).__name__}({sizes}, device={buffer.device}, dtype={buffer.dtype}{held})"
+
+
 class KeyStatistics(KeyRecord):
     """Norms of the keys in a KV cache, with their sums and maxima, for `attention_decode(..., statistics=)`.
 
@@ -38,7 +44,8 @@ class KeyStatistics(KeyRecord):
         norm_maxima[b, h, j]      = max ||k[b, h, j']||, 0 at j = 0  [B, Hkv, capacity + 1]  `dtype`
         counts[b]                 = c[b]                             [B]                     int64
 
-    Entries after c[b] have no effect. Sums and maxima over a window come from its norms.
+    Entries after c[b] have no effect. Sums and maxima over a window come from its norms. Each cache needs a record of
+    its own: a call cannot tell keys of another layer from those of a longer sequence.
 
     Args:
         batch: B, the sequences of the cache.
@@ -79,6 +86,10 @@ class KeyStatistics(KeyRecord):
         # Each has one more entry at its end, for keys that are dropped.
         norms, prefix = (batch, kv_heads, capacity + 1), (batch, kv_heads, capacity + 2)
         self._memory = zeros((norms, prefix, prefix, prefix), dtype, device)
+
+    def __repr__(self) -> str:
+        batch, kv_heads, capacity = self.norms.shape
+        return described(self, f"{batch=}, {kv_heads=}, {capacity=}", self.norms, self.counts)
 
     def _shown(self, x: Tensor) -> Tensor:
         return x[..., :-1]

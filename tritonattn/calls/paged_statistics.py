@@ -14,6 +14,7 @@ from ..core.norms import key_norms_of
 from ..core.sequences import Found, PackedAxis, PageTable
 from .checks import INTEGERS, check_count, check_tensor, type_of, values_are_read
 from .dispatch import kernels_take
+from .key_statistics import described
 from .layouts import SMALLEST_PAGE
 from .sequence_checks import (
     check_block_table,
@@ -96,6 +97,10 @@ class PagedKeyStatistics(KeyRecord):
     def buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.norms, self.norm_sums, self.norm_square_sums, self.norm_maxima
 
+    def __repr__(self) -> str:
+        pages, page, kv_heads = self.norms.shape
+        return described(self, f"{pages=}, {page=}, {kv_heads=}", self.norms)
+
     def _shown(self, x: Tensor) -> Tensor:
         return x[: self.pages]
 
@@ -171,8 +176,8 @@ class PagedKeyStatistics(KeyRecord):
         if wrong.any():
             at = int(wrong.nonzero()[0])
             raise ValueError(
-                f"key_lengths: expected values from the {int(new[at])} new keys of sequence {at} to max_pages * page ="
-                f" {capacity}, got {int(end[at])}"
+                f"key_lengths: expected values from the {int(new[at])} new keys of sequence {at} to block_table's"
+                f" max_pages * page = {capacity}, got {int(end[at])}"
             )
         first = torch.where(new > 0, (end - new - 1).clamp(min=0), end)
         check_page_numbers(block_table, self.page, self.pages, first, end, "key_lengths")

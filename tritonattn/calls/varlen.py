@@ -268,7 +268,8 @@ def _check_pages(packing: Packing, table: Tensor, k: Tensor, window: tuple[int |
     page, capacity = k.shape[1], table.shape[1] * k.shape[1]
     if keys.numel() and int(keys.max()) > capacity:
         raise ValueError(
-            f"cu_seqlens_k: expected at most max_pages * page = {capacity} keys a sequence, got {int(keys.max())}"
+            f"cu_seqlens_k: expected at most block_table's max_pages * page = {capacity} keys a sequence,"
+            f" got {int(keys.max())}"
         )
     left, _ = window_sides(window)
     first = torch.zeros_like(keys) if left is None else keys - rows - left

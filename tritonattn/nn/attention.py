@@ -313,6 +313,7 @@ class ScaledAttention(SharesSequence, nn.Module):
             raise NotImplementedError("cache: no gradient goes through it; call under torch.no_grad()")
         positions = cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)  # [B, Sq]
         q, k = self.positioned(q, k, positions)
+        cache.claim(self)
         cache.append(k, v, counts)
         settings = self._settings(biases)
         if counts is None and x.shape[1] <= LONGEST_QUERY:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calls.checks import FLOATS, check_count, check_dtype, check_tensor
-from ..calls.key_statistics import KeyStatistics
+from ..calls.key_statistics import KeyStatistics, described
 
 
 class KeyValueCache:
@@ -30,6 +30,9 @@ class KeyValueCache:
     Buffers have fixed shapes and change in place, and nothing waits for the device: a step can be compiled and captured
     in a CUDA graph. On a GPU keys past the capacity are dropped, on a CPU they raise ValueError.
 
+    Each layer needs a cache of its own: `ScaledAttention` refuses, unless compiled, one that another layer has filled
+    since its last `reset`.
+
     Raises:
         TypeError, ValueError: An invalid size or dtype.
 
@@ -39,6 +42,8 @@ class KeyValueCache:
     >>> cache.lengths
     tensor([3])
     """
+
+    _layer: nn.Module | None = None
 
     def __init__(
         self,
@@ -63,6 +68,14 @@ class KeyValueCache:
         self._k = torch.zeros(batch, kv_heads, capacity + 1, head_dim, device=device, dtype=dtype)
         self._v = torch.zeros(batch, kv_heads, capacity + 1, value_dim, device=device, dtype=dtype)
 
+    def __repr__(self) -> str:
+        (batch, kv_heads, _, head_dim), value_dim = self._k.shape, self._v.shape[3]
+        sizes = f"{batch=}, {kv_heads=}, capacity={self.capacity}, {head_dim=}, {value_dim=}"
+        return described(self, sizes, self._k, self.lengths)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_layer": None}  # a copy goes on with any layer
+
     @property
     def k(self) -> Tensor:
         return self._k[:, :, :-1]
@@ -78,6 +91,17 @@ class KeyValueCache:
     @property
     def capacity(self) -> int:
         return self.statistics.capacity
+
+    def claim(self, layer: nn.Module) -> None:
+        """Note the layer that fills this cache; raise ValueError where that is another one. Compiled code does not."""
+        if torch.compiler.is_compiling():
+            return
+        if self._layer is not None and self._layer is not layer:
+            raise ValueError(
+                "cache: expected one that this layer alone fills, got one with keys of another layer; each layer needs"
+                " its own, as of layer.cache(batch, capacity)"
+            )
+        self._layer = layer
 
     @torch.no_grad()
     def append(self, k_new: Tensor, v_new: Tensor, counts: Tensor | None = None) -> None:
@@ -119,5 +143,6 @@ class KeyValueCache:
         self.statistics.truncate(lengths)
 
     def reset(self) -> None:
-        """Forget all keys."""
+        """Forget all keys, and the layer that they came from."""
         self.statistics.reset()
+        self._layer = None
