@@ -204,7 +204,8 @@ def _append_to_pages(problem: Problem) -> None:
 
 
 def _prefix_sums(problem: Problem) -> None:
-    prefix_sums(_tensor(*_keys(problem)[0].shape[:3]))
+    addends, begins_again = _tensor(*_keys(problem)[0].shape[:3]), problem.key_ranges or problem.sequences
+    prefix_sums(addends, _tensor(*addends.shape, dtype=torch.bool) if begins_again else None)
 
 
 def _seen_keys(problem: Problem) -> None:
