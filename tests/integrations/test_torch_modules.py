@@ -177,3 +177,30 @@ def test_refusals():
         MultiheadAttention(E, H, scaling="power_lw")
     with pytest.raises(ValueError, match=r"model: expected one with a torch.nn.MultiheadAttention inside, got Linear"):
         replace_multihead_attention(nn.Linear(2, 2))
+
+
+def test_learned_scalings_come_before_peft_which_then_saves_their_layers(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def encoder():
+        torch.manual_seed(0)
+        return nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(E, H, batch_first=True, dropout=0.0), 2, enable_nested_tensor=False
+        )
+
+    config = peft.LoraConfig(r=2, target_modules=["linear1"], modules_to_save=["self_attn"])
+    message = "ValueError: model: ~ PEFT has not adapted yet ~ patch first ~ their layers in modules_to_save"
+    refuses(message, replace_multihead_attention, peft.get_peft_model(encoder(), config), "ssmax")
+    models = [encoder(), encoder()]
+    for one in models:
+        replace_multihead_attention(one, "ssmax")
+    adapted, x = peft.get_peft_model(models[0], config), torch.randn(2, L, E)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad and "scaling" in name:
+                parameter += 0.5
+        wanted, before = adapted(x), models[1](x)
+    assert not torch.allclose(wanted, before)
+    adapted.save_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(models[1], tmp_path)(x), wanted)

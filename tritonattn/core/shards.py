@@ -149,6 +149,28 @@ def twin(module: nn.Module, parameter: Callable[[Tensor], Tensor]) -> Any:
     return copied
 
 
+_OF_PEFT = ("PeftModel", "BaseTunerLayer")  # around a model, or in the place of its modules
+
+
+def refuse_wrapped(model: nn.Module, saved_by: str) -> None:
+    """Raise ValueError where parameters that are added to a model would not be reduced over ranks, or not saved.
+
+    saved_by   the argument by which PEFT saves them
+    """
+    got = f"got a {type(model).__name__} for learned parameters"
+    if (obstacle := obstacle_to_parameters(model)) is not None:
+        raise ValueError(
+            f"model: expected one that is not distributed yet, {got}, but"
+            f" {obstacle}: nothing would reduce their gradients over ranks; patch first, then wrap or shard"
+        )
+    names = {base.__name__ for part in model.modules() for base in type(part).__mro__}
+    if not names.isdisjoint(_OF_PEFT):
+        raise ValueError(
+            f"model: expected one that PEFT has not adapted yet, {got}, which its save_pretrained would leave out:"
+            f" patch first, then get_peft_model with {saved_by}; or merge_and_unload() before"
+        )
+
+
 def obstacle_to_parameters(module: nn.Module) -> str | None:
     """The reason why parameters added to a module from now on would not be reduced over ranks, or None."""
     for part in module.modules():

@@ -15,7 +15,7 @@ from ..calls.checks import BACKENDS, Backend, check_bool, refuse_backend
 from ..calls.public import public
 from ..core.hints import shortened
 from ..core.optimizers import expect_steps
-from ..core.shards import obstacle_to_parameters
+from ..core.shards import refuse_wrapped
 from ..core.tables import table
 from ..nn.registry import largest_base
 from ..scaling import Scaling, SqrtDim
@@ -48,7 +48,6 @@ from .settings import (
 )
 
 _HANDLE = "_tritonattn_patched"
-_OF_PEFT = ("PeftModel", "BaseTunerLayer")  # around a model, or in the place of its modules
 _MASKS = ("eager", "sdpa", NAME)
 
 
@@ -233,7 +232,7 @@ def patched(model: nn.Module) -> Patched | None:
 def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling], copied: bool) -> Patched:
     """Put the plans, by module name, into a model, and into its configs or, if copied, into copies of them."""
     if learned := [name for name, plan in plans.items() if next(plan.parameters(), None) is not None]:
-        _refuse_wrapped(model)
+        refuse_wrapped(model, f"modules_to_save=[{ATTRIBUTE!r}]")
     # Configs of modules that stay as they are; of a part of a model the rest is not known.
     shared = {id(one.config) for one in found if one.name not in plans or one.saved_name is None}
     whole = {id(one.config) for one in found} - shared
@@ -267,22 +266,6 @@ def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, Layer
 def _added(module: Any) -> Iterable[nn.Parameter]:
     """The parameters that a patch has added to an attention module."""
     return () if (layer := layer_scaling(module)) is None else layer.parameters()
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    """Raise ValueError where parameters that are added to a model would not be reduced over ranks, or not saved."""
-    got = f"got a {type(model).__name__} for learned parameters"
-    if (obstacle := obstacle_to_parameters(model)) is not None:
-        raise ValueError(
-            f"model: expected one that is not distributed yet, {got}, but"
-            f" {obstacle}: nothing would reduce their gradients over ranks; patch first, then wrap or shard"
-        )
-    names = {base.__name__ for part in model.modules() for base in type(part).__mro__}
-    if not names.isdisjoint(_OF_PEFT):
-        raise ValueError(
-            f"model: expected one that PEFT has not adapted yet, {got}, which its save_pretrained would leave out:"
-            f" patch first, then get_peft_model with modules_to_save=[{ATTRIBUTE!r}]; or merge_and_unload() before"
-        )
 
 
 def _take_mark(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:

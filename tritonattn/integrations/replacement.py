@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..core.optimizers import expect_steps
+from ..core.shards import refuse_wrapped
 from ..nn.learned import scaling_parameters
 
 _ADDED = object()  # stands for an attribute that the owner itself did not have
@@ -19,9 +20,15 @@ class Replacement:
     """
 
     def __init__(self, model: Any, wanted: str, changes: list[tuple[str, Any, str, Any]]) -> None:
-        """Make the changes: (a module's name, owner, attribute, new value). Raises ValueError where there are none."""
+        """Make the changes: (a module's name, owner, attribute, new value).
+
+        Raises ValueError where there are none, and as `refuse_wrapped` where they add learned parameters.
+        """
         if not changes:
             raise ValueError(f"model: expected {wanted}, got {type(model).__name__}")
+        values = [value for *_, value in changes if isinstance(value, nn.Module)]
+        if any(next(scaling_parameters(value), None) is not None for value in values):
+            refuse_wrapped(model, "their layers in modules_to_save")
         self.names = list(dict.fromkeys(name for name, *_ in changes))
         self._before: list[tuple[Any, str, Any]] = []
         for _, owner, attribute, value in changes:
