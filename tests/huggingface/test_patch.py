@@ -1,7 +1,10 @@
 """`patch`: its changes, the layers that it leaves alone, its report and its undo."""
 
 import dataclasses
+import json
+import math
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -182,6 +185,22 @@ def test_an_optimizer_from_before_the_patch_is_told_what_it_leaves_out(learned):
         before.step()
         with pytest.warns(UserWarning, match="optimizer: expected the parameters that a patch has added .* got a SGD"):
             before.step()
+
+
+def test_names_with_a_base_and_numbers_of_numpy():
+    network, half = LLAMA.build(), np.float32(0.5)
+    for given, scaling, start in (
+        ("log_key_count:64", {"name": "log_key_count", "base": 64}, None),
+        ("ssmax:64", {"name": "ssmax", "base": 64}, 1 / math.log(64)),
+        ("ssmax", {"name": "ssmax", "mode": "sqrt_dim"}, 0.0),
+        (half, 0.5, None),
+    ):
+        with patch(network, given, gain=half) as one:
+            layer = one.layers[FIRST]
+            assert json.loads(json.dumps(layer.to_config())) == {"scaling": scaling, "gain": 0.5, "backend": "auto"}
+            assert start is None or layer.scaling.s[0].item() == pytest.approx(start)
+    refuses("ValueError: backend: ~ (did you mean 'triton'?)", patch, network, backend="tritton")
+    refuses('TypeError: patch: ~ such as "log_key_count:64"), got base=', patch, network, "ssmax", base=64)
 
 
 def test_every_layer_has_a_scaling_and_a_gain_for_itself():

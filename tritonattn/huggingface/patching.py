@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -308,8 +309,10 @@ def _settings(module: Any, batch_invariant: bool | None, scaling: Any, gain: Any
             raise ValueError(f"gain: expected {wanted}, got {list(gain.shape)}")
         copied = gain.detach().clone()
         gain = nn.Parameter(copied.reshape(1) if gain.dim() == 0 else copied)  # FSDP takes no parameter without an axis
-    elif gain is not None and (isinstance(gain, bool) or not isinstance(gain, (int, float))):
-        raise TypeError(f"gain: expected a float or a tensor, got {type(gain).__name__}")
+    elif gain is not None:
+        if isinstance(gain, bool) or not isinstance(gain, Real):
+            raise TypeError(f"gain: expected a float or a tensor, got {type(gain).__name__}")
+        gain = float(gain)
     scaling = make_scaling(scaling, heads, module.config)
     to_config(scaling)  # refuse now, not at save_pretrained
     return Settings(scaling, gain, backend, batch_invariant)
