@@ -329,7 +329,7 @@ def test_scalings_with_parameters_and_of_a_user(method, scaling, mask, pool):
     check(pool, 1e-12, 4, method, "zigzag", mask, scaling, softcap=3.0)
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 2e-6), (torch.bfloat16, 1.6e-2)], ids=str)
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 7e-6), (torch.bfloat16, 1.6e-2)], ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_other_dtypes_and_few_heads_at_a_time(method, dtype, allowed, pool):
     check(pool, allowed, 4, method, "zigzag", "causal", "key_norm_mean", dtype=dtype, head_group=1)
