@@ -15,13 +15,14 @@ from tests.support.versions import TRITON
 from tritonattn.backends.triton import KERNELS, launch
 from tritonattn.backends.triton.compile import compile_launch, launch_of
 from tritonattn.backends.triton.records import Scale, Strided
-from tritonattn.tuning import Problem, Target
+from tritonattn.tuning import Problem, Target, TileConfig
+from tritonattn.tuning.defaults import gluon_config
 
 pytestmark = [
     pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile"),
     pytest.mark.skipif(TRITON < (3, 5), reason="other names of operations"),
 ]
-SM_80 = Target.parse("sm_80")
+SM_80, SM_90 = Target.parse("sm_80"), Target.parse("sm_90")
 TERMS = "query_scale key_scale key_bias bias relative_bias sinks aux grouped query_scale_grad rounding"
 PADDED = f"{TERMS} left right key_lengths key_ranges mask dropout"
 PAGED = f"{TERMS} left right sequences block_table"
@@ -29,7 +30,7 @@ CASES = [*((kernel, PADDED) for kernel in KERNELS), ("forward", PAGED), ("decode
 
 _OPERATION = re.compile(r'\s*%([\w.#-]+)(?::\d+)? = "?([\w.]+)"? ?(.*?) : (.*)')
 _LINEAR = {f"arith.{name}" for name in ("addi", "muli", "extsi")}  # no division, whose results are small
-_LINEAR |= {f"tt.{name}" for name in ("splat", "broadcast", "expand_dims", "reshape")}
+_LINEAR |= {f"tt.{name}" for name in ("splat", "broadcast", "expand_dims", "reshape")} | {"ttg.convert_layout"}
 _COUNTS_OF_HEADS = {"q_heads", "group"}  # a product with them is the number of a head
 
 
@@ -39,7 +40,7 @@ class _Stopped(Exception):
 
 @pytest.fixture
 def stopped(monkeypatch, tmp_path) -> None:
-    """Compilation ends with `_Stopped` where code of a target would be made, and finds no code from before."""
+    """Compilation ends with `_Stopped` behind its first stage, and finds no code from before."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     backend = type(make_backend(GPUTarget("cuda", 80, 32)))
     add_stages = backend.add_stages
@@ -49,7 +50,7 @@ def stopped(monkeypatch, tmp_path) -> None:
             raise _Stopped(str(module))
 
         add_stages(self, stages, *rest)
-        stages["ttgir"] = stop
+        stages[list(stages)[1]] = stop
 
     monkeypatch.setattr(backend, "add_stages", add)
 
@@ -87,9 +88,24 @@ def narrow_products(ir: str) -> set[str]:
 @pytest.mark.parametrize(("kernel", "form"), CASES, ids=[f"{kernel}-{form.split()[-1]}" for kernel, form in CASES])
 def test_products_are_of_64_bits(kernel, form):
     problem = Problem(16, 16, torch.bfloat16, **dict.fromkeys(form.split(), True))
-    one = launch_of(kernel, problem, quick_config(kernel, problem, SM_80), SM_80)
+    check(kernel, problem, quick_config(kernel, problem, SM_80), SM_80)
+
+
+@pytest.mark.usefixtures("stopped")
+@pytest.mark.skipif(TRITON < (3, 6), reason="Gluon needs triton 3.6")
+def test_products_in_gluon_are_of_64_bits():
+    form = "query_scale key_scale key_bias sinks aux grouped rounding left right key_lengths key_ranges softcap"
+    problem = Problem(64, 64, torch.bfloat16, **dict.fromkeys(form.split(), True))
+    config = gluon_config(problem, SM_90)
+    assert config is not None
+    check("forward", problem, config, SM_90)
+
+
+def check(kernel: str, problem: Problem, config: TileConfig, target: Target) -> None:
+    one = launch_of(kernel, problem, config, target)
     arguments = {name: with_steps(x) for name, x in one.arguments.items()}
     arguments |= {name: 1000 for name in ("splits", "part_rows") if name in arguments}
+    arguments |= {"WIDE": True} if "WIDE" in arguments else {}
     with pytest.raises(_Stopped) as stopped:
-        compile_launch(one._replace(arguments=arguments | {"WIDE": True}), SM_80)
+        compile_launch(one._replace(arguments=arguments), target)
     assert not narrow_products(str(stopped.value))

@@ -324,10 +324,10 @@ def _softmax(i, logits, m_i, rows, work, MASKED: gl.constexpr):
     memory_key = position.first_key + first_key
     if terms.key_scale is not None:
         first = vector_from(terms.key_scale, position.batch, position.kv_head, 0, memory_key)
-        logits *= gl.load(first + columns * terms.key_scale.s, mask=exists)[None, :]
+        logits *= gl.load(first + columns.to(gl.int64) * terms.key_scale.s, mask=exists)[None, :]
     if terms.key_bias is not None:
         first = vector_from(terms.key_bias, position.batch, position.kv_head, position.of_group, memory_key)
-        bias = (gl.load(first + columns * terms.key_bias.s, mask=exists) * bl.LOG2_E)[None, :]
+        bias = (gl.load(first + columns.to(gl.int64) * terms.key_bias.s, mask=exists) * bl.LOG2_E)[None, :]
     entropy = work.results.entropy is not None
     return bl.probabilities(logits, bias, keep, rows.factor, terms.softcap, m_i, MASKED, entropy)
 
