@@ -37,6 +37,44 @@ class Keys:
         return norms.cummax(-1).values[..., -self.q_len :] if self.causal else norms.amax(-1, keepdim=True)
 
 
+@dataclass(frozen=True)
+class Visible:
+    """The keys that rows attend to: ranges from lo to hi, int64 [Sq] or [B, 1, Sq], or None where a mask has holes.
+
+    mask   bool, that fits [B, H, Sq, Sk], or None where no call needs one
+    """
+
+    lo: Tensor | None
+    hi: Tensor | None
+    mask: Tensor | None
+
+    @property
+    def counts(self) -> Tensor:
+        if self.lo is None or self.hi is None:
+            assert self.mask is not None
+            return self.mask.sum(-1).float()
+        return (self.hi - self.lo).float()
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum x [B, H, Sk] over the keys of each row: [B, H, Sq]."""
+        if self.lo is None or self.hi is None:
+            assert self.mask is not None
+            return x @ self.mask.to(x.dtype).mT
+        sums = torch.nn.functional.pad(x.cumsum(-1), (1, 0))
+        lo, hi = (bound.expand(*x.shape[:2], -1) for bound in (self.lo, self.hi))
+        return sums.gather(-1, hi) - sums.gather(-1, lo)
+
+
+def rows_by_hand(scaling: str, k: Tensor, visible: Visible) -> Tensor:
+    """The factor of a mode of counts or of a mean, fp32 that fits [B, H, Sq], for k [B, H, Sk, D]."""
+    n = visible.counts
+    if scaling == "log_key_count":
+        return n.log() * k.shape[-1] ** -0.5
+    if scaling == "key_norm_mean":
+        return n / visible.total(k.float().norm(dim=-1))
+    raise Unavailable(f"no recipe for {scaling}")
+
+
 CONSTANTS: dict[str, Callable[[int], float]] = {
     "sqrt_dim": lambda dim: dim**-0.5,
     "dim": lambda dim: 1 / dim,

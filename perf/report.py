@@ -18,6 +18,7 @@ from .records import Record, read_all
 
 # Axes that get a column; the others follow from these.
 _SHOWN = (
+    "form",
     "batch",
     "heads",
     "kv_heads",

@@ -69,7 +69,7 @@ def planned(options: Namespace, machine: Machine) -> list[Contest | AccuracyCase
 
     Options that are set replace the axes of the suites.
     """
-    names = options.suite or tuple(name for name in SUITES if name != "cpu" or machine.name == "cpu")
+    names = options.suite or tuple(name for name in SUITES if name not in ("cpu", "forms") or machine.name == "cpu")
     _check_names("--suite", names, SUITES)
     wanted = {axis.name: getattr(options, axis.name) for axis in fields(Axes)}
     wanted = {name: () if value == ("none",) else value for name, value in wanted.items() if value is not None}

@@ -15,6 +15,8 @@ from .accuracy import AccuracyCase
 from .attention_cases import DTYPES, OURS, Case
 from .contest import Contest
 from .decode_cases import DecodeCase
+from .form_cases import FormCase
+from .forms import Size, forms
 from .peers import PEERS
 from .varlen_cases import VarlenCase, spread
 from .work import Shape
@@ -116,6 +118,21 @@ def _against_plain(axes: Axes, machine: Machine) -> Iterator[Contest]:
         yield Case("cpu", tiny, "fp32", passes, (plain, *ours), machine.device, machine.backend, calls=100).contest()
 
 
+def _forms(axes: Axes, machine: Machine) -> Iterator[Contest]:
+    """List the forms of attention of a CPU; bf16 forward alone, batches of 4 up to 1,024 tokens."""
+    if machine.name != "cpu":
+        return
+    for dtype, length, scaling in product(axes.dtypes, axes.lengths, axes.scalings):
+        for head_dim, batch in product(axes.head_dims, (1, 4) if length <= _LONGEST_OF_FOUR else (1,)):
+            size = Size(batch, 8, length, head_dim, DTYPES[dtype], scaling)
+            small = Size(1, 1, 32, head_dim, DTYPES[dtype], scaling)
+            for form in forms(small):
+                if form.name.startswith(_OF_PAIRS) and length * batch > _LONGEST_OF_FOUR:
+                    continue
+                for passes in ("forward", "forward+backward") if form.backward and dtype == "fp32" else ("forward",):
+                    yield FormCase(form.name, size, dtype, passes).contest()
+
+
 def _decode(axes: Axes, machine: Machine) -> Iterator[Contest]:
     """List decoding cases with groups of 4 query heads; on a GPU equally many cached tokens for every length."""
     for head_dim, dtype, scaling in product(axes.head_dims, axes.dtypes, axes.scalings):
@@ -169,6 +186,8 @@ def _axes(
     }
 
 
+_LONGEST_OF_FOUR = 1024
+_OF_PAIRS = ("bias of pairs", "relative_bias")
 _KEY_COUNTS = (1, 16, 256, 4096, 65536)
 _DECODING = ("sdpa", "flash-attn-2")
 _TRAINING = {"cuda": _POWERS, "cpu": (512, 1024, 2048)}
@@ -199,6 +218,14 @@ SUITES = {
         dict.fromkeys(BACKENDS, _CPU_AXES),
         Axes((128,), (32,), ("fp32",), ("sqrt_dim", "key_norm_sum"), ("eager",)),
         _against_plain,
+    ),
+    "forms": Suite(
+        "on a CPU: masks, packing, biases, statistics, dropout and decoding over the best that PyTorch does by hand",
+        dict.fromkeys(
+            BACKENDS, Axes((256, 1024, 4096), (64,), ("fp32", "bf16"), ("sqrt_dim", "log_key_count", "key_norm_mean"))
+        ),
+        Axes((64,), (32,), ("fp32",), ("sqrt_dim",)),
+        _forms,
     ),
     "overhead": Suite(
         "every scaling over sqrt_dim, by length",

@@ -34,6 +34,7 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(parts, "_LEAST_ROWS", 4)
     monkeypatch.setattr(parts, "_PAIRS", 64)
     monkeypatch.setattr(parts, "_SHORTEST", 4)
+    monkeypatch.setattr(parts, "_CALL", 0)
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from ...core.visibility import Visibility
 _ROWS = 256
 _LEAST_ROWS = 64
 _PAIRS = 1 << 22
+# Pairs that the kernel computes in the time that a call of it, and what leads to it, takes at the least.
+_CALL = 20_000
 # Shorter rectangles and triangles join their neighbours under one mask: a call of the kernel costs as much.
 _SHORTEST = 24
 
@@ -46,6 +48,12 @@ class Part:
     def width(self) -> int:
         """Its number of keys."""
         return self.keys.stop - self.keys.start
+
+    @property
+    def pairs(self) -> float:
+        """The pairs of a head that the kernel computes."""
+        entries = self.count * (self.batch.stop - self.batch.start)
+        return entries * self.height * self.width * (0.5 if self.form == "causal" else 1)
 
     def is_whole(self, visible: Visibility) -> bool:
         """True where it holds every row and every key."""
@@ -111,7 +119,14 @@ def _parts_of(visible: Visibility) -> list[Part]:
         entry = min(batch.start, lo.shape[0] - 1), min(batch.start, hi.shape[0] - 1)
         found = [part for run in _joined(_runs(lo[entry[0]], hi[entry[1]])) for part in _cut(run, batch)]
         parts += found if batch.stop - batch.start > 1 else _stacked(found)
-    return parts
+    masked = cut_rows(Part(*everything, "ranges"), visible.batch)
+    return masked if _cost(masked, visible.q_heads) < _cost(parts, visible.q_heads) else parts
+
+
+def _cost(parts: list[Part], heads: int) -> float:
+    """The pairs that the kernel computes in the time of the parts: calls, the pairs of all heads, and of masks."""
+    masked = [part.pairs for part in parts if part.form == "ranges"]
+    return _CALL * (len(parts) + len(masked)) + heads * sum(part.pairs for part in parts) + 2 * sum(masked)
 
 
 def unstacked(part: Part) -> list[Part]:
