@@ -12,7 +12,7 @@ from torch import Tensor
 import tritonattn
 from tests.support.bound import PYTORCH_GRADIENT_BAND
 
-from .attention_cases import DTYPES, OURS, entrant_name
+from .attention_cases import OURS, entrant_name
 from .check import judge
 from .contest import Contest, Entrant, Results, Verdict
 from .forms import Form, Size, forms

@@ -133,7 +133,7 @@ def _of_ranges(size: Size) -> Iterator[Form]:
     peers |= {f"chunks of {chunk}": _chunks(size, band, chunk) for chunk in (128, 256)}
     yield Form(f"window of {WINDOW}", leaves, _ours(size, **window), peers, window)
 
-    rows = length // 4
+    rows = max(1, length // 4)
     last = Visible(causal.lo[-rows:], causal.hi[-rows:], causal.mask[-rows:])
     of_last = leaves[0][:, :, -rows:].contiguous(), *leaves[1:]
     masked = {"mask": _plain(size, last, attn_mask=last.mask)}
@@ -143,11 +143,11 @@ def _of_ranges(size: Size) -> Iterator[Form]:
     peers = {"eager": _eager(size, causal, drop=0.1)}
     yield Form("causal, dropout", leaves, _ours(size, **dropping), peers, dropping, random=True)
     capped = {"causal": True, "softcap": 30.0}
-    yield Form("causal, softcap", leaves, _ours(size, **capped), {"eager": _eager(size, causal, softcap=30.0)}, capped)
+    peers = {"eager": _eager(size, causal, softcap=30.0)}
+    yield Form("causal, softcap", leaves, _ours(size, **capped), peers, capped)
     wide = *leaves[:2], _normal(size, size.batch, size.heads, length, 2 * size.head_dim)
-    yield Form(
-        "window, Dv = 2 D", wide, _ours(size, **window), {"mask": _plain(size, band, attn_mask=band.mask)}, window
-    )
+    peers = {"mask": _plain(size, band, attn_mask=band.mask)}
+    yield Form("window, Dv = 2 D", wide, _ours(size, **window), peers, window)
     whole = Visible(torch.zeros_like(row), torch.full_like(row, length), None)
     for name, visible, arguments in (("causal", causal, {"causal": True}), ("full", whole, {})):
         ours = _ours(size, return_aux=True, **arguments)
@@ -177,7 +177,8 @@ def _packed(size: Size) -> Iterator[Form]:
         "8 documents": [length // 8] * 8,
         "32 documents": [length // 32] * 32,
     }.items():
-        starts = [0, *accumulate([*lengths] * size.batch)]
+        lengths = [max(1, one) for one in lengths]
+        starts = [0, *accumulate(lengths * size.batch)]
         ends = torch.tensor(starts, dtype=torch.int32)
         document = torch.bucketize(torch.arange(starts[-1]), ends[1:].long(), right=True)
         first = ends.long()[document]
@@ -204,9 +205,9 @@ def _packed(size: Size) -> Iterator[Form]:
 
 def _of_lengths(size: Size) -> Iterator[Form]:
     """Four padded sequences of a quarter of the tokens."""
-    length, batch = size.length // 4, 4 * size.batch
+    length, batch = max(1, size.length // 4), 4 * size.batch
     leaves = _operands(Size(batch, size.heads, length, size.head_dim, size.dtype, size.scaling))
-    lengths = [length, length * 3 // 4, length // 2, length // 3] * size.batch
+    lengths = [length, max(1, length * 3 // 4), max(1, length // 2), max(1, length // 3)] * size.batch
     ends, row = torch.tensor(lengths), torch.arange(length)
     padding = (row < ends[:, None])[:, None, None]
     whole = Visible(torch.zeros(batch, 1, length).long(), ends[:, None, None].expand(-1, 1, length), padding)
@@ -299,7 +300,7 @@ def _decoding(size: Size) -> Iterator[Form]:
     length, dim = size.length, size.head_dim
     for name, batch, heads, kv_heads, written in (
         ("decode", size.batch, 8, 8, length),
-        ("decode, half of the cache", size.batch, 8, 8, length // 2),
+        ("decode, half of the cache", size.batch, 8, 8, max(1, length // 2)),
         ("decode, 32 / 8 heads", size.batch, 32, 8, length),
         ("decode, 8 sequences", 8 * size.batch, 8, 8, length),
     ):

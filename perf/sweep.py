@@ -24,7 +24,9 @@ _DEVICES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    suites = "forward,backward,dims,decode,varlen,overhead,accuracy,scaling,cpu,forms,ceilings; default: all for the device"
+    suites = (
+        "forward,backward,dims,decode,varlen,overhead,accuracy,scaling,cpu,forms,ceilings; default: all of a device"
+    )
     parser.add_argument("--suite", type=names, metavar="A,B", help=suites)
     parser.add_argument("--device", choices=("cuda", "cpu", "interpret", "emulate"), help=_DEVICES)
     parser.add_argument("--peers", type=names, help="sdpa,flex,...: implementations to run next to ours, or none")

@@ -20,6 +20,8 @@ def test_every_suite(tmp_path, capsys):
         if record.status != "measured":
             assert record.status == "skipped"
             assert record.reason
+        elif "dropout" in record.case and record.contestant == f"eager {record.scaling}":
+            assert record.error is None  # it draws other masks
         elif record.suite != "ceilings" and record.contestant != "copy":
             assert record.error <= record.bound or record.contestant.startswith("pre-scaled"), record
             assert record.suite == "accuracy" or record.lower_ms <= record.median_ms <= record.upper_ms
