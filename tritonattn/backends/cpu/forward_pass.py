@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...core.call import AttentionCall, ForwardResult
 from ...core.rounding import lost_in_rounding
-from .tiles import Block, Tiles, exp_, logits_of, smallest_exponent, tiles_of
+from .tiles import Block, Tiles, bounded_, exp_, logits_of, tiles_of, without_smallest_
 
 
 def forward(call: AttentionCall, rounding: Tensor | None = None) -> ForwardResult:
@@ -50,8 +50,8 @@ def statistics_of_rows(call: AttentionCall, lse: Tensor) -> tuple[Tensor, Tensor
             for keys, hidden in tiles.keys_of(block, tiles.spans_of(block)):
                 logit, peak = rows.logits(keys, hidden)
                 largest = torch.maximum(largest, peak)
-                above = logit.sub_(base).clamp_min_(smallest_exponent(logit.dtype))  # exp of it is 0 but for rounding
-                weight = torch.exp(above)
+                above = bounded_(logit.sub_(base))
+                weight = without_smallest_(torch.exp(above))
                 total, spread = total + tiles.sum(weight), spread + tiles.dot(weight, above)
             tiles.store(max_logit, largest, block)
             is_blind = largest == -torch.inf

@@ -368,17 +368,21 @@ def logits_of(query: Tensor, factor: Tensor | float, key: Tensor) -> Tensor:
     return torch.bmm(query, key.mT).mul_(factor)
 
 
-def smallest_exponent(dtype: torch.dtype) -> float:
-    """The smallest x whose exp is no subnormal number."""
-    return math.log(torch.finfo(dtype).tiny) + 1e-3
-
-
 def exp_(x: Tensor) -> Tensor:
     """exp(x) in place, and 0 for subnormal results, which would slow down every later product several times.
 
     x is bounded before: exp takes three times as long over -inf.
     """
-    x.clamp_min_(smallest_exponent(x.dtype)).exp_()
+    return without_smallest_(bounded_(x).exp_())
+
+
+def bounded_(x: Tensor) -> Tensor:
+    """x in place, and the smallest number whose exp is no subnormal one for smaller numbers and -inf."""
+    return x.clamp_min_(math.log(torch.finfo(x.dtype).tiny) + 1e-3)
+
+
+def without_smallest_(x: Tensor) -> Tensor:
+    """exp of `bounded_` in place, with 0 where it was bounded."""
     return torch.threshold_(x, 1.01 * torch.finfo(x.dtype).tiny, 0.0)
 
 
