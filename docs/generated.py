@@ -164,7 +164,7 @@ def renewed(text: str, known: dict[str, str]) -> str:
 
 
 def documents() -> list[Path]:
-    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(RESULTS.glob("*.md"))]
     return [file for file in files if PART.search(file.read_text(encoding="utf-8"))]
 
 

@@ -1,4 +1,4 @@
-"""Hooks of the site: its version and repository from the package's metadata, and the dark look of pictures."""
+"""Hooks of the site: its version and repository from the package's metadata, the dark look of pictures, links."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ def on_config(config: MkDocsConfig) -> None:
         config.repo_url, config.repo_name = repository, "/".join(repository.rstrip("/").split("/")[-2:])
 
 
-def on_page_markdown(markdown: str, **_: object) -> str:
-    """Let a picture be followed by its dark look, NAME-dark.png; the site shows one of the two."""
+def on_page_markdown(markdown: str, config: MkDocsConfig, **_: object) -> str:
+    """Let a picture be followed by its dark look, NAME-dark.png; the site shows one of the two.
+
+    A link to a file outside of docs/ leads to the repository.
+    """
+    markdown = markdown.replace("](../", f"]({config.repo_url}/blob/main/")
     return _PICTURE.sub(r"![\1](\2.png#only-light)\n![\1](\2-dark.png#only-dark)", markdown)

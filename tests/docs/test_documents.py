@@ -22,8 +22,9 @@ from tritonattn.analysis import diagnose
 from tritonattn.cli import main as cli
 
 DOCUMENTS = sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "docs").glob("*.md"))
+RECORDS = sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "perf/results").glob("*.md"))
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "perf/README.md", "autotune_cache/README.md"]
-PAGES += ["RELEASING.md", "SECURITY.md", "tests/emulator/README.md", *DOCUMENTS]
+PAGES += ["RELEASING.md", "SECURITY.md", "tests/emulator/README.md", *DOCUMENTS, *RECORDS]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 BLOCKS = [(document, position) for document in DOCUMENTS for position in range(len(snippets(document)))]
 OPTIONAL = {"transformers": r"transformers|tritonattn\.huggingface", "peft": "peft"}
