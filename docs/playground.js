@@ -110,19 +110,27 @@ const SLIDERS = {
   seed: { label: "draw", values: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], start: 0 },
 };
 const BARS = 32;
+const [DECADES, HEIGHT] = [6, 60]; // from 1 at the top of every card down to 10^-6
+const GRID = Array.from({ length: DECADES + 1 }, (_, i) => 10 ** -i);
+
+// The height of a bar: one scale for every card and every n.
+const heightOf = (p) => Math.max(0, HEIGHT * (1 + Math.log10(p) / DECADES));
+
 const shown = (value) => (value === Math.E ? "e" : value.toLocaleString("en-US"));
 
 function card(name, { p, relativeEntropy, maxLogit, gradient }) {
   const most = leaders(p, BARS);
   const width = 160 / Math.max(most.length, 8);
+  const line = (height, kind) => `<path class="${kind}" d="M0 ${HEIGHT - height}H160"></path>`;
+  const grid = GRID.map((x) => line(heightOf(x), "grid")).join("") + line(heightOf(1 / p.length), "uniform");
   const bars = most
     .map((x, i) => {
-      const height = (60 * x) / most[0];
-      return `<rect x="${i * width}" y="${60 - height}" width="${width * 0.8}" height="${height}"></rect>`;
+      const height = heightOf(x);
+      return `<rect x="${i * width}" y="${HEIGHT - height}" width="${width * 0.8}" height="${height}"></rect>`;
     })
     .join("");
   return `<figure><figcaption><code>${name}</code></figcaption>
-    <svg viewBox="0 0 160 60" role="img" aria-label="probabilities of ${name}">${bars}</svg>
+    <svg viewBox="0 0 160 ${HEIGHT}" role="img" aria-label="probabilities of ${name}">${bars}${grid}</svg>
     <dl><dt>largest p</dt><dd>${most[0].toPrecision(3)}</dd><dt>entropy / ln n</dt><dd>${relativeEntropy.toFixed(3)}</dd>
     <dt>largest logit</dt><dd>${maxLogit.toPrecision(3)}</dd>
     <dt>gradient</dt><dd>${gradient.toExponential(1)}</dd></dl></figure>`;
@@ -155,4 +163,4 @@ function start(root) {
 }
 
 if (typeof document !== "undefined") start(document.getElementById("playground-row"));
-if (typeof module !== "undefined") module.exports = { keys, row, leaders };
+if (typeof module !== "undefined") module.exports = { keys, row, leaders, card };

@@ -211,6 +211,19 @@ def test_numbers_are_those_of_tritonattn(case):
 
 
 @needs_node
+def test_bars_of_all_cards_share_a_scale():
+    """A bar's height is that of its probability, in any card: a tenth of it is a sixth of the card lower."""
+    measures = "relativeEntropy: 0, maxLogit: 0, gradient: 0"
+    sharp, flat = (
+        [float(height) for height in re.findall(r'height="([^"]+)"></rect>', shown)]
+        for shown in in_node(f"[[0.9, 0.1, 1e-7], [0.1, 0.09]].map(p => page.card('', {{ p, {measures} }}))")
+    )
+    assert sharp[1] == flat[0] == pytest.approx(50)
+    assert flat[1] == pytest.approx(sharp[0] - 10)
+    assert sharp[2] == 0
+
+
+@needs_node
 def test_most_keys_are_drawn_as_normal_components():
     drawn = in_node("page.keys({ n: 131072, D: 16, spread: 0, seed: 3 })")
     _, k = operands(drawn, 16)
