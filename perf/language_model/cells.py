@@ -13,6 +13,7 @@ TWICE, FOUR_TIMES = Factor(gain=2.0), Factor(gain=4.0)
 LEDGER = Recipe()
 MUON = replace(LEDGER, optimizer="muon", rate=3e-3)
 TEXT = Recipe(optimizer="muon", rate=2e-3, batch=16, target=None, cap=600, cool=200, precision="bf16")
+LONGER = replace(TEXT, cap=900, cool=300)
 
 
 def _cells(task: str, recipe: Recipe, seeds: range, *shapes: Shape) -> Iterator[Cell]:
@@ -32,24 +33,26 @@ def study() -> list[Cell]:
     gain, none = replace(plain, qk_norm="gain"), replace(plain, qk_norm="none")
     everywhere, wide = replace(plain, where="all"), replace(plain, window=16)
     text = Shape("wnwn", qk_norm="gain", window=16)
-    rotary_text = replace(text, layers="rrrr")
-    first, second, third, rest = range(1), range(1, 2), range(2, 3), range(3, 5)
+    wider, rotary_text = replace(text, width=128), replace(text, layers="rrrr")
+    others = (*_each(none, SQRT, LOG), *_each(rotary, SQRT, LOG), *_each(everywhere, LOG))
+    first = range(1)
     groups = (
         _cells("ledger", LEDGER, range(5), *_each(plain, SQRT, LOG, SSMAX, TWICE, FOUR_TIMES)),
         _cells("ledger", LEDGER, range(3), *_each(gain, SQRT, LOG)),
         _cells("code", TEXT, first, *_each(text, SQRT, LOG, SSMAX), *_each(rotary_text, SQRT)),
-        _cells("ledger", LEDGER, range(2), *_each(none, SQRT, LOG), *_each(rotary, SQRT, LOG), *_each(everywhere, LOG)),
+        _cells("ledger", LEDGER, first, *others),
+        _cells("code", LONGER, first, *_each(wider, SQRT, LOG)),
         _cells("ledger", LEDGER, first, *_each(wide, SQRT, LOG)),
         _cells("ledger", MUON, first, *_each(plain, SQRT, LOG)),
+        _cells("ledger", LEDGER, range(1, 5), *others),
+        _cells("code", LONGER, first, *_each(wider, SSMAX)),
         _cells("code", TEXT, first, *_each(rotary_text, LOG)),
-        _cells("ledger", LEDGER, third, *_each(none, SQRT, LOG), *_each(rotary, SQRT, LOG), *_each(everywhere, LOG)),
-        _cells("ledger", LEDGER, rest, *_each(gain, SQRT, LOG)),
-        _cells("ledger", LEDGER, rest, *_each(none, SQRT, LOG), *_each(rotary, SQRT, LOG), *_each(everywhere, LOG)),
-        _cells("code", TEXT, second, *_each(text, SQRT, LOG, SSMAX), *_each(rotary_text, SQRT, LOG)),
-        _cells("ledger", LEDGER, range(1, 3), *_each(wide, SQRT, LOG)),
-        _cells("ledger", MUON, range(1, 3), *_each(plain, SQRT, LOG)),
+        _cells("ledger", LEDGER, range(3, 5), *_each(gain, SQRT, LOG)),
         _cells("ledger", LEDGER, range(5), *_each(gain, SSMAX, TWICE)),
-        _cells("code", TEXT, range(2, 5), *_each(text, SQRT, LOG, SSMAX), *_each(rotary_text, SQRT, LOG)),
+        _cells("ledger", MUON, range(1, 5), *_each(plain, SQRT, LOG)),
+        _cells("ledger", LEDGER, range(1, 5), *_each(wide, SQRT, LOG)),
+        _cells("code", LONGER, range(1, 5), *_each(wider, SQRT, LOG, SSMAX)),
+        _cells("code", TEXT, range(1, 5), *_each(text, SQRT, LOG, SSMAX), *_each(rotary_text, SQRT, LOG)),
     )
     return [cell for group in groups for cell in group]
 

@@ -25,6 +25,7 @@ def model_of(cell: Cell) -> str:
     if cell.task == "ledger":
         words += [f"window {cell.shape.window}"] * (cell.shape.window != usual.window)
         words += ["Muon"] * (cell.recipe.optimizer == "muon")
+    words += [f"width {cell.shape.width}"] * (cell.shape.width != usual.width)
     return ", ".join([*words, *["factor in every layer"] * (cell.shape.where == "all")])
 
 

@@ -57,6 +57,7 @@ class Cell:
         shape, factor = self.shape, self.shape.factor
         words = [self.task, shape.layers, f"qk_norm={shape.qk_norm}", factor.name]
         words += [f"x{factor.gain:g}"] * (factor.gain != 1) + ["everywhere"] * (shape.where == "all")
+        words += [f"width={shape.width}"] * (shape.width != Shape.width)
         return " ".join([*words, f"window={shape.window}", self.recipe.optimizer, f"seed={self.seed}"])
 
 

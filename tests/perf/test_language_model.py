@@ -95,7 +95,7 @@ def test_the_command_goes_on_where_its_record_stops(tmp_path, capsys):
     assert [row[:3] for row in ledger_rows(runs)][:3] == [
         ["wn, QK-norm", "**`sqrt_dim`, 2 times**", "1"],
         ["", "**`sqrt_dim`**", "1"],
-        ["", "`sqrt_dim`, log n at test", "1"],
+        ["", "`sqrt_dim`, twice at test", "1"],
     ]
     main([*words, "--list"])
     assert "+ ledger wn qk_norm=plain sqrt_dim window=4 adamw seed=0" in capsys.readouterr().out
