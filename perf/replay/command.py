@@ -52,7 +52,8 @@ replayed by its control codes; nothing ran. `{command}`.
   are those of the model at {low:.2f} to {high:.2f} GHz; its clock was not published. No time of another card was
   compared, nor of these kernels: shares of sm_90 may be off by 15%, and those of other targets rank configs.
 - Not in the model: memory behind L2 (so decoding is left out), the instruction cache, bank conflicts, power. sm_100
-  and sm_120 are not replayed but bounded, by the rates of their units and by what loads leave exposed."""
+  and sm_120 are not replayed but bounded, by the rates of their units and by what loads leave exposed. Where one
+  program fits a processor of sm_100, its products and softmax take turns: the least; the remark has the most."""
 
 
 class Case(NamedTuple):
@@ -126,6 +127,8 @@ def _remarks(config: TileConfig, found: Replay) -> list[str]:
     remarks = ["in Gluon"] if config.kernel == "gluon" else []
     remarks += ["does not fit"] if found.programs == 0 else []
     remarks += ["asks late"] if found.awaits_last else []
+    overlaps = found.overlapped is not None and found.overlapped > found.share
+    remarks += [f"{found.overlapped:.3f} if products and softmax overlap"] if overlaps else []
     return remarks + (["serialised"] if found.is_serialised else [])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..static.model import Rates, cycles
+from ..static.model import Rates, cycles, turns
 from .loops import HotLoop
 from .operations import Operation
 from .parameters import Parameters
@@ -44,19 +44,30 @@ def flight(path: list[Operation], stages: int) -> Flight:
     return Flight(iterations, apart, groups)
 
 
+class Bounds(NamedTuple):
+    """Clocks of an iteration: where a program's products and the rest take turns, and where they overlap.
+
+    exposed   clocks that loads leave exposed: max(0, latency + bytes / rate - clocks between request and wait);
+              in `clocks`
+    """
+
+    clocks: float
+    exposed: float
+    overlapped: float
+
+
 def _positions(path: list[Operation], act: str) -> list[int]:
     return [position for position, operation in enumerate(path) if operation.act == act]
 
 
 def bounded_clocks(
     loop: HotLoop, path: list[Operation], ahead: Flight, parameters: Parameters, rates: Rates, warps: int, programs: int
-) -> tuple[float, float]:
-    """Bound the clocks of an iteration while `programs` run, from the rates of units and what loads leave exposed.
-
-    exposed = max(0, latency + bytes / rate - clocks between request and wait). Return (clocks, exposed).
-    """
-    busy = programs * max(cycles(loop.work, rates, warps).values())
+) -> Bounds:
+    """Bound the clocks of an iteration while `programs` run, from the rates of units and what loads leave exposed."""
+    overlapped = programs * max(cycles(loop.work, rates, warps).values())
+    in_turn = max(overlapped, sum(turns(loop.work, rates, warps))) if loop.work.operand_bytes else overlapped
     copied = sum(one.amount for one in path if one.act == "copy") * warps / 4
     latency = parameters.request_latency if loop.request_bytes else parameters.copy_latency
-    exposed = max(0.0, latency + (loop.request_bytes + copied) / parameters.l2_bytes - ahead.apart * busy)
-    return busy + exposed, exposed
+    load = latency + (loop.request_bytes + copied) / parameters.l2_bytes
+    exposed, least = (max(0.0, load - ahead.apart * busy) for busy in (in_turn, overlapped))
+    return Bounds(in_turn + exposed, exposed, overlapped + least)

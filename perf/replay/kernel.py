@@ -32,7 +32,8 @@ EVERY_POLL = 10**6
 class Replay:
     """Figures of a kernel's loop over blocks without a mask; modelled but for the counts.
 
-    share              of the processor's tensor rate
+    share              of the processor's tensor rate; where units are bounded, not replayed, and one program fits a
+                       processor, its products (of tcgen05) and the rest are taken to take turns
     clocks             of an iteration of a program, while `programs` run
     waits              shares of a warp's time by reason; loads alone where the target's units are bounded, not replayed
                        loads: data asked for is not there. products: results of wgmma. wgmma: their queue is full.
@@ -45,6 +46,7 @@ class Replay:
     product_waits      waits for them; more of them than products: ptxas serialised the products
     groups_in_flight   cp.async groups that may be outstanding behind the loop's first wait for them; None without
     awaits_last        whether an iteration waits for what the one before it asked for, or it itself
+    overlapped         the share if products and the rest overlap; None where that is replayed
     """
 
     share: float
@@ -57,6 +59,7 @@ class Replay:
     product_waits: int
     groups_in_flight: int | None
     awaits_last: bool
+    overlapped: float | None = None
 
     @property
     def is_serialised(self) -> bool:
@@ -86,13 +89,16 @@ def replay(compiled: CompiledKernel, config: TileConfig, target: Target) -> Repl
     fitting = programs_per_sm(rates, code.registers, code.shared_bytes, code.tensor_memory, warps)
     programs = max(1, fitting)
     ahead = flight(path, config.num_stages)
+    least = programs * loop.work.flops / rates.tensor
+    overlapped = None
     if target.arch in PARAMETERS:
         clocks, waits = _replayed(loop, path, config, programs, parameters)
     else:
-        clocks, exposed = bounded_clocks(loop, path, ahead, parameters, rates, warps, programs)
-        waits = {"loads": exposed / clocks}
+        bounds = bounded_clocks(loop, path, ahead, parameters, rates, warps, programs)
+        clocks, waits = bounds.clocks, {"loads": bounds.exposed / bounds.clocks}
+        overlapped = least / bounds.overlapped
     return Replay(
-        programs * loop.work.flops / rates.tensor / clocks,
+        least / clocks,
         clocks / loop.work.tiles,
         waits,
         loop.work.flops / loop.work.tiles,
@@ -102,6 +108,7 @@ def replay(compiled: CompiledKernel, config: TileConfig, target: Target) -> Repl
         sum(one.act == "product wait" for one in path),
         ahead.groups,
         ahead.iterations <= 1,
+        overlapped,
     )
 
 

@@ -85,16 +85,19 @@ def loops(listing: Listing) -> list[Span]:
     loop, since its target does not dominate it.
     """
     blocks, successors = _blocks(listing)
-    predecessors: dict[int, set[int]] = {start: set() for start in blocks}
-    for start, following in successors.items():
-        for other in following:
-            predecessors[other].add(start)
+    predecessors = _reversed(successors)
     dominators = _dominators(list(blocks), successors, predecessors)
     latches: dict[int, list[int]] = {}
     for start, following in successors.items():
         for header in following & dominators.get(start, frozenset()):
             latches.setdefault(header, []).append(start)
     return [_span(header, latches[header], blocks, predecessors) for header in sorted(latches)]
+
+
+def blocks_of(listing: Listing) -> tuple[dict[int, int], dict[int, set[int]]]:
+    """Cut into basic blocks {start: end}; also return the starts of those that may come before each."""
+    blocks, successors = _blocks(listing)
+    return blocks, _reversed(successors)
 
 
 def innermost(spans: list[Span], wanted: set[int]) -> list[Span]:
@@ -143,6 +146,14 @@ def _blocks(listing: Listing) -> tuple[dict[int, int], dict[int, set[int]]]:
     blocks = dict(zip(starts, [*starts[1:], count], strict=True))
     successors = {start: follows.get(end - 1, {end} if end < count else set()) for start, end in blocks.items()}
     return blocks, successors
+
+
+def _reversed(successors: dict[int, set[int]]) -> dict[int, set[int]]:
+    predecessors: dict[int, set[int]] = {start: set() for start in successors}
+    for start, following in successors.items():
+        for other in following:
+            predecessors[other].add(start)
+    return predecessors
 
 
 def _leaves(instruction: Instruction) -> bool:

@@ -14,7 +14,7 @@ from tritonattn.tuning.config import Problem, Target, TileConfig, padded_dim, sh
 from tritonattn.tuning.gpus import GPU
 
 from .machine_code import MachineCode, MmaLoop, flops_per_logit, read_machine_code
-from .model import RATES, cycles, programs_per_sm
+from .model import RATES, cycles, programs_per_sm, turns
 
 # Bytes that the L2 cache gives an SM a clock: 5120 for the 108 of an A100 (NVIDIA A100 whitepaper); taken for all.
 _L2_BYTES = 48
@@ -110,8 +110,9 @@ def modelled_clocks(kernel: str, problem: Problem, candidate: Judged, gpu: GPU) 
     """Model the clocks of a representative call on a GPU from the rates of its units, for ranking only.
 
     A processor holds some programs at once. Their units overlap as far as warps hide one another: an iteration takes
-    its longest unit's time and, of the others' time, the share that one of a scheduler's warps leaves exposed; loads
-    are exposed as far as the iterations between request and wait are shorter. A replay of the loop stands for all that.
+    its longest unit's time and, of the others' time, the share that one of a scheduler's warps leaves exposed, or one
+    of the programs where all warps of a program wait for its products (wgmma, tcgen05); loads are exposed as far as
+    the iterations between request and wait are shorter. A replay of the loop stands for all that.
     AMD's loops are not read: their units follow from the tiles.
     Decoding has another model, of memory.
     """
@@ -125,12 +126,16 @@ def modelled_clocks(kernel: str, problem: Problem, candidate: Judged, gpu: GPU) 
     if candidate.latency is not None and candidate.latency.clocks is not None:
         return waves * iterations * candidate.latency.clocks
     of_l2 = _streamed_bytes(kernel, problem, config) / _L2_BYTES
+    hiding = resident * config.num_warps / 4
     if rates and loop:
         tiles, units, in_turn = loop.tiles, cycles(loop, rates, config.num_warps), ("tensor", "exp", "issue")
     else:
         tiles, units, in_turn = 1, _amd_cycles(kernel, problem, config, target), ("tensor", "exp", "shared")
+    taken = sum(units[name] for name in in_turn)
+    if rates and loop and loop.operand_bytes:  # all warps of a program wait for its products
+        taken, hiding = sum(turns(loop, rates, config.num_warps)), resident
     longest = max(*units.values(), tiles * of_l2)
-    exposed = (sum(units[name] for name in in_turn) - longest) / max(1.0, resident * config.num_warps / 4)
+    exposed = (taken - longest) / max(1.0, hiding)
     ahead = max(0, config.num_stages - 1 - config.descriptors)  # the TMA is asked at an iteration's end
     waiting = max(0.0, tiles * (_LATENCY + of_l2) - ahead * resident * longest) / resident
     return waves * resident * iterations / tiles * (longest + max(exposed, 0.0) + waiting)

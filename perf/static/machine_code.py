@@ -12,7 +12,8 @@ from triton.compiler import CompiledKernel
 from tritonattn.tuner.gate import number_behind, read_binary, read_code
 from tritonattn.tuning.config import Problem, padded_dim
 
-from .control_flow import Instruction, Span, innermost, is_ptx_mma, loops, parse, ptx_loops
+from .control_flow import Instruction, Listing, Span, innermost, is_ptx_mma, loops, parse, ptx_loops
+from .lanes import Lanes
 
 # Classes of opcodes (up to their first dot); MUFU is the exp unit, U* the uniform datapath; others are integer.
 _OPCODES = {
@@ -48,6 +49,7 @@ class MmaLoop:
                    that find too few rows repeat each other's work
     shared_bytes   moved to and from shared memory by the whole program: loads, stores, asynchronous copies, and
                    operands of wgmma and tcgen05. Writes of the TMA are left out: no instruction holds their size
+    operand_bytes  of them, operands of wgmma and tcgen05; 0: no products that run while warps go on
     products       groups of wgmma that the source commits, and product_waits, waits for them; 0 without wgmma
     """
 
@@ -56,6 +58,7 @@ class MmaLoop:
     tiles: int
     flops: int
     shared_bytes: int
+    operand_bytes: int = 0
     products: int = 0
     product_waits: int = 0
 
@@ -107,7 +110,7 @@ def read_machine_code(compiled: CompiledKernel) -> MachineCode:
     spans = loops(code)
     inside = {index for span in spans for index in span.indices}
     spills = sum(_local_bytes(code.instructions[index]) for index in inside)
-    hot = _mma_loops(code.instructions, spans, compiled.asm["ptx"], compiled.metadata.num_warps)
+    hot = _mma_loops(code, spans, compiled.asm["ptx"], compiled.metadata.num_warps)
     memory = (read.spill_bytes, read.shared_bytes, spills, read.tensor_memory)
     return MachineCode(read.registers, *memory, hot, len(code.instructions))
 
@@ -134,38 +137,43 @@ def instruction_class(instruction: Instruction) -> str:
     return _CLASS_OF.get(name) or ("uniform" if name.startswith("U") or name in ("R2UR", "S2UR") else "integer")
 
 
-def _mma_loops(instructions: list[Instruction], spans: list[Span], ptx: str, warps: int) -> tuple[MmaLoop, ...]:
+def _mma_loops(code: Listing, spans: list[Span], ptx: str, warps: int) -> tuple[MmaLoop, ...]:
     """Find the loops that hold tensor instructions and no other such loop, in order.
 
     ptxas turns an MMA of the PTX into one instruction, and LLVM does not unroll loops that synchronise a program, so
     the MMAs of a loop in the PTX are those of one tile.
     """
-    inner = innermost(spans, {index for index, one in enumerate(instructions) if instruction_class(one) == "tensor"})
+    tensor = {index for index, one in enumerate(code.instructions) if instruction_class(one) == "tensor"}
+    inner, lanes = innermost(spans, tensor), Lanes(code)
     source = ptx_loops(ptx)
     of_a_tile = [(sum(map(is_ptx_mma, loop)), sum(one.opcode.startswith(_COMMIT) for one in loop)) for loop in source]
     if len(set(of_a_tile)) == 1:
         of_a_tile = of_a_tile[:1] * len(inner)
-    return tuple(_mma_loop(instructions, span, *counts, warps) for span, counts in zip(inner, of_a_tile, strict=True))
+    found = zip(inner, of_a_tile, strict=True)
+    return tuple(_mma_loop(code.instructions, lanes, span, *counts, warps) for span, counts in found)
 
 
-def _mma_loop(instructions: list[Instruction], span: Span, mmas_of_a_tile: int, products: int, warps: int) -> MmaLoop:
+def _mma_loop(
+    instructions: list[Instruction], lanes: Lanes, span: Span, mmas_of_a_tile: int, products: int, warps: int
+) -> MmaLoop:
     body = [instructions[index] for index in span.body]
-    flops = shared = 0
+    flops = of_operands = shared = 0
     for index in span.body:
         instruction = instructions[index]
         if instruction_class(instruction) == "tensor":
             work, operands, sharing_warps = tensor_work(instructions, index, warps)
             flops += work * warps // sharing_warps
-            shared += operands * warps // sharing_warps
+            of_operands += operands * warps // sharing_warps
         else:
-            shared += shared_bytes(instruction) * warps
+            in_pairs = instruction.name == "LDS" and _width(instruction) > 4 and lanes.read_in_pairs(index)
+            shared += shared_bytes(instruction, in_pairs) * warps
     mix = Counter(instruction_class(instruction) for instruction in body)
     packed = sum(instruction.name in _PACKED for instruction in body)
     tiles, rest = divmod(mix["tensor"], mmas_of_a_tile)
     if rest:
         raise ValueError(f"loop: expected a multiple of the PTX's {mmas_of_a_tile} MMAs, got {mix['tensor']}")
     waits = sum(one.opcode.startswith("WARPGROUP.DEPBAR") for one in body)
-    return MmaLoop(dict(mix), packed, tiles, flops, shared, tiles * products, waits)
+    return MmaLoop(dict(mix), packed, tiles, flops, shared + of_operands, of_operands, tiles * products, waits)
 
 
 def tensor_work(instructions: list[Instruction], index: int, warps: int) -> tuple[int, int, int]:
@@ -219,10 +227,18 @@ def _local_bytes(instruction: Instruction) -> int:
     return _width(instruction) if instruction_class(instruction) == "local" else 0
 
 
-def shared_bytes(instruction: Instruction) -> int:
-    """Count the bytes that a warp moves to or from shared memory."""
+def shared_bytes(instruction: Instruction, in_pairs: bool = False) -> int:
+    """Count the bytes that a warp moves to or from shared memory.
+
+    A load brings a register of a warp a clock, 128 bytes, and two registers where lanes read one address in pairs, n
+    and n ^ 1 or n and n ^ 2, as where all read one: half of the bytes (NVIDIA on its forum, of compute capability 7.0
+    to 7.5: forums.developer.nvidia.com/t/unexpected-shared-memory-bank-conflict/77228; taken for all).
+    """
+    if instruction.predicate.strip() == "@!PT":  # never runs
+        return 0
     if instruction.name in ("LDSM", "STSM"):  # matrices of 8 x 8 16-bit elements
         return 128 * next((int(part) for part in instruction.opcode.split(".") if part in ("2", "4")), 1)
     if instruction.name in ("LDS", "STS", "LDGSTS"):
-        return 32 * _width(instruction)
+        registers = -(-_width(instruction) // 4)
+        return 128 * -(-registers // 2) if in_pairs else 32 * _width(instruction)
     return 0

@@ -75,6 +75,17 @@ def cycles(loop: MmaLoop, rates: Rates, warps: int) -> dict[str, float]:
     }
 
 
+def turns(loop: MmaLoop, rates: Rates, warps: int) -> tuple[float, float]:
+    """Count the clocks of a program's products, as of wgmma and tcgen05, and of the longest other unit.
+
+    All warps of a program wait for such products at once. Unless a later block's are under way they take turns with
+    the rest, and only another program fills the gaps.
+    """
+    units, operands = cycles(loop, rates, warps), loop.operand_bytes / 128
+    products, moved = max(units.pop("tensor"), operands), units.pop("shared")
+    return products, max(*units.values(), moved - operands)
+
+
 def utilisation(bounds: dict[str, float], flops: float, rates: Rates) -> float:
     """Compute the share of the tensor unit's peak that `flops` reach if all units overlap perfectly."""
     return flops / rates.tensor / max(bounds.values())

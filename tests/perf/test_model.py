@@ -6,9 +6,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from perf.replay.exposed import Flight, bounded_clocks
+from perf.replay.loops import HotLoop
+from perf.replay.parameters import PARAMETERS
 from perf.static.gate import Judged, Latency, modelled_clocks
 from perf.static.machine_code import MachineCode, MmaLoop
-from perf.static.model import Rates, cycles, utilisation
+from perf.static.model import RATES, Rates, cycles, turns, utilisation
 from tritonattn.tuning.config import Problem, TileConfig
 from tritonattn.tuning.gpus import GPUS
 
@@ -47,6 +50,28 @@ def test_clocks_of_a_call():
     assert clocks(LOOP, latency=replayed) == 38 * 128 * 1500, "of a program while another runs"
     stores = replace(LOOP, shared_bytes=5000 * 128)
     assert clocks(stores) == pytest.approx(38 * 2 * 128 * 5000)
+
+
+def test_products_and_the_rest_take_turns_where_all_warps_wait():
+    """Of an iteration: 1,000 clocks of products, 800 of exponentials, and 300 of the rest in shared memory."""
+    loop = replace(LOOP, shared_bytes=700 * 128, operand_bytes=400 * 128)
+    rates = RATES["80"]
+    assert turns(loop, rates, warps=8) == (1000, 800)
+    assert turns(replace(loop, shared_bytes=2200 * 128, operand_bytes=1200 * 128), rates, warps=8) == (1200, 1000)
+    assert clocks(loop) == pytest.approx(38 * 2 * 128 * (1000 + 800 / 2)), "2 programs, of which each hides one half"
+    assert clocks(loop, registers=255) == pytest.approx(76 * 128 * (1000 + 800)), "a program alone"
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+def test_bounds_with_and_without_overlap(programs):
+    rates, parameters = RATES["80"], PARAMETERS["80"]
+    in_turn = replace(LOOP, operand_bytes=128)
+    for loop, clocks in ((LOOP, programs * 1000), (in_turn, max(programs * 1000, 1800))):
+        hot = HotLoop([], {}, loop, 0, 0)
+        found = bounded_clocks(hot, [], Flight(1, 0.25, None), parameters, rates, 8, programs)
+        exposed = parameters.copy_latency - 0.25 * clocks
+        least = parameters.copy_latency - 0.25 * programs * 1000
+        assert found == (clocks + max(0, exposed), max(0, exposed), programs * 1000 + max(0, least))
 
 
 def of_amd(config, kernel="forward", registers=154):

@@ -1,11 +1,12 @@
 """The replay of loops: each mechanism by itself, what listings say, and times that others published."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
 from perf.__main__ import main
-from perf.replay import command, times
+from perf.replay import Replay, command, times
 from perf.replay.control import Control, parse_with_controls
 from perf.replay.loops import loop_body, tensor_spans
 from perf.replay.operations import Operation, operations
@@ -100,6 +101,17 @@ def test_clocks_of_a_loop_and_its_longest_wait(name):
     found = timeline(*loop, **warps)
     assert found.clocks == clocks
     assert " " in name or max(found.waits, key=found.waits.get) == name
+
+
+def test_a_bounded_kernel_shows_both_shares():
+    """Where one program fits a processor of sm_100, products and softmax take turns, or overlap at best."""
+    case = command.Case("forward", 128, Target.parse("sm_100"), TileConfig(128, 64, 8, 4, True))
+    found = Replay(0.43, 1194.0, {}, 1.0, 162, 1, 0, 0, None, False, overlapped=0.751)
+    [*_, shown] = command.replay_table([(case, found)]).splitlines()
+    assert "0.430" in shown
+    assert "0.751 if products and softmax overlap" in shown
+    [*_, alike] = command.replay_table([(case, replace(found, overlapped=0.43))]).splitlines()
+    assert "overlap" not in alike
 
 
 # ---- Published times

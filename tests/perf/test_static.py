@@ -9,6 +9,7 @@ import torch
 from perf.static import machine_code
 from perf.static.control_flow import innermost, loops, parse, parse_ptx
 from perf.static.gate import examine, gate_reasons
+from perf.static.lanes import Lanes
 from perf.static.machine_code import MachineCode, MmaLoop, read_machine_code
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends.triton import launch
@@ -139,16 +140,89 @@ def test_loops_of_ptx():
     assert opcodes == ["bra", "mma", "bra", "tcgen05", "bra"]
 
 
-def test_spills_are_those_inside_of_loops(monkeypatch):
+@pytest.fixture
+def machine_code_of(monkeypatch):
+    """Read a listing as that of a program of 4 warps with one product."""
+
+    def read(listing):
+        monkeypatch.setattr(gate, "read_binary", lambda *_: " REG:96 STACK:16 SHARED:0")
+        monkeypatch.setattr(machine_code, "disassemble", lambda cubin: listing)
+        ptx = "$L__BB0_1:\n\tmma.sync.aligned.m16n8k16 {%r1};\n\t@%p1 bra \t$L__BB0_1;\n\tret;\n"
+        metadata = SimpleNamespace(shared=4096, num_warps=4, tmem_size=64)
+        return read_machine_code(SimpleNamespace(metadata=metadata, asm={"cubin": b"", "ptx": ptx}))
+
+    return read
+
+
+def test_spills_are_those_inside_of_loops(machine_code_of):
     """Code that lies before and after them runs once."""
     once = "        /*0008*/                   STL.128 [R1], R4 ;\n"
-    listing = LISTING.replace(".L_x_4:\n", once + ".L_x_4:\n")
-    monkeypatch.setattr(gate, "read_binary", lambda *_: " REG:96 STACK:16 SHARED:0")
-    monkeypatch.setattr(machine_code, "disassemble", lambda cubin: listing)
-    ptx = "$L__BB0_1:\n\tmma.sync.aligned.m16n8k16 {%r1};\n\t@%p1 bra \t$L__BB0_1;\n\tret;\n"
-    metadata = SimpleNamespace(shared=4096, num_warps=4, tmem_size=64)
-    found = read_machine_code(SimpleNamespace(metadata=metadata, asm={"cubin": b"", "ptx": ptx}))
+    found = machine_code_of(LISTING.replace(".L_x_4:\n", once + ".L_x_4:\n"))
     assert (found.registers, found.stack_bytes, found.shared_bytes, found.spill_bytes) == (96, 16, 4096, 8)
     assert found.tensor_memory == 64
     [loop] = found.mma_loops
     assert (loop.tiles, loop.flops, loop.other) == (1, 4 * 4096, 3)
+
+
+# The loads of a loop; R0 holds a thread's number, R50 a stage that is the same for all lanes.
+LOADS = """
+.text.kernel:
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/                   LOP3.LUT R2, R0, 0x3, RZ, 0xc0, !PT ;
+        /*0020*/                   SHF.R.U32.HI R3, RZ, 0x2, R0 ;
+        /*0030*/                   LOP3.LUT R5, R0, 0x1d, RZ, 0xc0, !PT ;
+        /*0040*/                   SHF.R.U32.HI R9, RZ, 0x5, R0 ;
+        /*0050*/                   LOP3.LUT R6, R0, 0xfffffffc, RZ, 0x3c, !PT ;
+        /*0060*/                   IMAD.MOV.U32 R50, RZ, RZ, RZ ;
+.L_x_1:
+        /*0070*/                   VIADD R50, R50, 0x1 ;
+        /*0080*/                   ISETP.GT.AND P5, PT, R50, 0x1, PT ;
+        /*0090*/                   SEL R50, R50, RZ, !P5 ;
+        /*00a0*/                   LEA R51, R50, UR35, 0x8 ;
+        /*00b0*/                   IMAD R7, R9, 0x40, R51 ;
+        /*00c0*/                   LDS.128 R60, [R51+UR32+0x30000] ;
+        /*00d0*/                   LDS.128 R64, [R7] ;
+        /*00e0*/                   LDS.128 R72, [R3.X16] ;
+        /*00f0*/                   LDS.128 R76, [R5.X16] ;
+        /*0100*/                   LDS.128 R68, [R2.X16+UR33+0x12000] ;
+        /*0110*/                   LDS.128 R68, [R6.X16] ;
+        /*0120*/              @!P5 IADD3 R51, P1, PT, R0, 0x1, RZ ;
+        /*0130*/                   LDS.128 R60, [R51] ;
+        /*0134*/                   MOV R7, R2 ;
+        /*0136*/              @!P5 MOV R7, R50 ;
+        /*0138*/                   LDS.128 R60, [R7+0x10] ;
+        /*0140*/                   LDS R84, [R3.X4] ;
+        /*0150*/              @!PT LDS RZ, [RZ] ;
+        /*0160*/                   HMMA.16816.F32.BF16 R88, R8, R12, R88 ;
+        /*0170*/                   SHFL.IDX PT, R53, R50, R50, 0x1f ;
+        /*0180*/               @P0 BRA `(.L_x_1) ;
+        /*0190*/                   EXIT ;
+"""
+READ_IN_PAIRS = {
+    "[R51+UR32+0x30000]": True,  # by all lanes
+    "[R7]": True,  # by the lanes of a warp
+    "[R3.X16]": True,  # by 4 lanes in a row
+    "[R5.X16]": True,  # by lanes n and n + 2
+    "[R2.X16+UR33+0x12000]": False,  # by every 4th lane
+    "[R6.X16]": False,
+    "[R51]": False,  # unless P5 holds
+    "[R7+0x10]": False,  # if P5 holds
+}
+
+
+def test_loads_of_one_address_by_pairs_of_lanes():
+    listing = parse(LOADS)
+    lanes = Lanes(listing)
+    loads = {
+        one.operands.split(", ")[1]: index for index, one in enumerate(listing.instructions) if one.opcode == "LDS.128"
+    }
+    assert {operands: lanes.read_in_pairs(index) for operands, index in loads.items()} == READ_IN_PAIRS
+    shuffled = parse(LOADS.replace("SHFL.IDX PT, R53", "SHFL.IDX PT, R50"))
+    assert not Lanes(shuffled).read_in_pairs(loads["[R51+UR32+0x30000]"]), "another lane's stage comes around"
+
+
+def test_loads_bring_two_registers_a_clock_to_pairs_of_lanes(machine_code_of):
+    """4 of 8 loads of 16 bytes do; one of 4 bytes brings one register in any case, one that never runs none."""
+    found = machine_code_of(LOADS)
+    assert found.unmasked_loop.shared_bytes == 4 * (4 * 2 + 4 * 4 + 1) * 128
+    assert found.unmasked_loop.operand_bytes == 0
