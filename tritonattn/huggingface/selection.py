@@ -51,7 +51,7 @@ def wishes_of(found: list[AttentionModule], layers: Any, common: dict[str, Any])
     if not wishes:
         raise ValueError("layers: expected at least one layer, got none")
     for name, value in common.items():
-        if value != _DEFAULTS[name] and all(wish[name] is not value for wish in wishes.values()):
+        if value is not None and value != _DEFAULTS[name] and all(wish[name] is not value for wish in wishes.values()):
             raise ValueError(
                 f"{name}: expected a layer that takes it, got {type_of(value)}, and a {name} of its own for each of"
                 f" layers: name the others too, layers={{'*': {{}}, ...}}, or leave {name} out"
