@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 
+from tests.huggingface.architectures import ARCHITECTURES, Architecture, _decoder
+from tests.huggingface.test_kinds import _ROTARY_IN_WINDOWS, built
 from tests.huggingface.test_patch import state
 from tests.lab.test_demo import subject
 from tests.support.llama import ids, llama
@@ -36,7 +37,7 @@ def sharpened(factor: float, layers=(0, 1), key: float = 1.0):
 @pytest.mark.parametrize(
     ("factor", "key", "rule", "mode"),
     [
-        (1.0, 1.0, "healthy", "sqrt_dim"),
+        (1.0, 1.0, "positions first", "sqrt_dim"),
         (300.0, 1.0, "peaked", "cosine"),  # the queries are too large: key norms cannot tell
         (1.0, 300.0, "peaked", "key_norm_mean"),
         (1e-3, 1.0, "uniform", "cosine"),
@@ -52,7 +53,8 @@ def test_models(factor, key, rule, mode):
     assert [module.training for module in net.modules()] == training
     assert {one.rule.name for one in advice.findings} == {rule}
     assert advice.mode == mode
-    assert advice.keeps == (rule == "healthy")
+    assert advice.keeps == (mode == "sqrt_dim")
+    assert advice.text.startswith("positions first: in all layers rotary positions beyond the trained length (64 t")
     assert [one.layer for one in advice.findings] == [f"model.layers.{i}.self_attn" for i in (0, 1)]
     assert {one.reading.bounded for one in advice.findings} == {""}
     for one in advice.findings:
@@ -129,7 +131,7 @@ def test_bounded_logits_are_recognised_and_fade_as_the_formula_says():
 
     q, k = standing_out(5.0, 63, 3)
     assert advise(q, k, scaling=1.0).findings[0].rule.name == "healthy"
-    assert "149" in advise(q, k, scaling=1.0).table()
+    assert "149" not in advise(q, k, scaling=1.0).table()  # nothing bounds its logits
     q, k = standing_out(5.0, 63, 64)
     for window, rule in ((None, "will fade"), ((62, 0), "healthy")):  # a window's rows never get more keys
         local = advise(q, k, scaling=1.0, softcap=50.0, causal=True, window=window)
@@ -137,22 +139,37 @@ def test_bounded_logits_are_recognised_and_fade_as_the_formula_says():
     assert "window" in local.table()
     advice = advise(q, k, scaling=1.0, softcap=50.0)
     assert advice.keeps
+    assert "149, softcap 50" in advice.table()
     for part in ("softcap 50 bounds", "0.70 at 64 keys and 0.50 at 149", "train with ssmax"):
         assert part in advice.text
     assert advise(q, k, scaling=Cosine(5.0)).findings[0].reading.bounded == "cosine"
 
 
+class Layers(torch.nn.Module):
+    """Layers of ours by a letter each: w rotary with a window, r rotary, n without positions; S: n with SSMax."""
+
+    def __init__(self, kinds, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.layers = torch.nn.Embedding(61, 64), torch.nn.ModuleList()
+        for kind in kinds:
+            own = {"rotary": 1e4 if kind in "rw" else None, "window": (7, None) if kind == "w" else None}
+            own["scaling"] = "ssmax:40" if kind == "S" else "sqrt_dim"
+            self.layers.append(ScaledAttention(64, 4, causal=True, **own, **options))
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
 def test_layers_that_normalise_keys_are_recognised_and_fade_at_different_n_with_one_advice():
-    config = transformers.Qwen3Config(
-        vocab_size=61, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=16
-    )
-    config.num_key_value_heads, config.max_position_embeddings = 4, 40
-    torch.manual_seed(0)
-    net = transformers.Qwen3ForCausalLM(config).eval()
+    net = Layers("nn", qk_norm=True)
     with torch.no_grad():
-        for sharpness, layer in zip((1.6, 1.4), net.model.layers, strict=True):
-            layer.self_attn.q_norm.weight.fill_(sharpness)
-            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+        for sharpness, layer in zip((1.6, 1.4), net.layers, strict=True):
+            layer.q_norm.weight.fill_(sharpness)
+            layer.k_proj.weight.copy_(layer.q_proj.weight)
     advice = advise(net, TOKENS)
     first, last = advice.findings
     assert (first.rule.name, last.rule.name) == ("will fade", "will fade")
@@ -161,6 +178,89 @@ def test_layers_that_normalise_keys_are_recognised_and_fade_at_different_n_with_
     assert last.advice in advice.text
     assert advice.text.endswith("on all layers")
     assert "QK-norm" in advice.table()
+
+
+POSITIONS, OPEN, BARE = "positions first", "without positions", "without QK-norm"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "qk_norm", "rules", "mode", "text"),
+    [
+        ("rr", True, (POSITIONS, POSITIONS), None, "positions first: in all layers rotary positions"),
+        ("wn", True, ("healthy", OPEN), "qwen_logn(40)", "qwen_logn(40), on 1 of 2 layers (layers.1)"),
+        ("wn", False, ("healthy", BARE), None, "without QK-norm little is gained"),
+        ("wS", True, ("healthy", "healthy"), None, "keep sqrt_dim, ssmax"),
+        ("wr", True, ("healthy", POSITIONS), None, "positions first: in 1 of 2 layers (layers.1) rotary"),
+        ("rn", True, (POSITIONS, OPEN), "qwen_logn(40)", "fade"),
+        ("nn", True, ("healthy", "healthy"), None, "keep sqrt_dim"),  # positions may have come with the tokens
+    ],
+)
+def test_layers_of_ours(kinds, qk_norm, rules, mode, text):
+    net = Layers(kinds, qk_norm=qk_norm).train()
+    with torch.no_grad():
+        for layer in net.layers:  # at its start a layer without QK-norm is uniform
+            layer.q_proj.weight.mul_(1.0 if qk_norm else 9.0)
+    advice = advise(net, TOKENS, context=40)
+    assert net.layers[0].training
+    assert tuple(one.rule.name for one in advice.findings) == rules
+    assert (advice.mode, advice.keeps) == (mode or "sqrt_dim", mode is None)
+    assert text in advice.text
+    assert ("positions first" in advice.text) == ("r" in kinds)
+    assert "half at" not in advice.text
+    if mode is not None:
+        assert advice.layers == ("layers.1",)
+    for one, column in zip(advice.findings, advice.table().splitlines()[2:], strict=True):
+        assert ("positions " in column) == (one.rule.name in (POSITIONS, OPEN))
+        assert ("QK-norm " in column) == (one.rule.name in (OPEN, BARE))
+
+
+def test_a_reading_of_ours_is_that_of_the_layers_own_operands_and_arguments():
+    net, x = ScaledAttention(32, 4, causal=True, scaling=0.5, softcap=9.0).eval(), torch.randn(2, 9, 32)
+    found = advise(net, {"x": x, "key_lengths": torch.tensor([4, 9])}).findings[0]
+    q, k, _ = net.operands(x)
+    alone = diagnose(q[1:], k[1:], scaling=0.5, softcap=9.0, causal=True)
+    padded = diagnose(q[:1, :, :4], k[:1, :, :4], scaling=0.5, softcap=9.0, causal=True)
+    assert found.reading.max_logit == pytest.approx(float(max(alone.max_logit.max(), padded.max_logit.max())))
+    assert found.reading.key_count_mean == pytest.approx((10 + 45) / 13)
+    for name, x in (("cu_seqlens", torch.tensor([0, 9], dtype=torch.int32)), ("cache", net.cache(2, 9))):
+        with pytest.raises(NotImplementedError, match=f"tokens: expected sequences in rows of their own, got {name}"):
+            advise(net, {"x": torch.randn(9, 32), name: x})
+
+
+KINDS = {
+    "llama": (ARCHITECTURES["llama"], [POSITIONS, POSITIONS]),
+    "qwen3": (_decoder("Qwen3"), [POSITIONS, POSITIONS]),
+    "gemma3": (ARCHITECTURES["gemma3"], ["window", POSITIONS]),
+    "llama4": (
+        Architecture(
+            "Llama4ForCausalLM",
+            "Llama4TextConfig",
+            {**ARCHITECTURES["llama4"].arguments, "no_rope_layers": [1, 0], "attn_temperature_tuning": False},
+        ),
+        ["window", BARE],
+    ),
+    "llama4 with its factor": (ARCHITECTURES["llama4"], ["window", "healthy"]),
+    "smollm3": (_decoder("SmolLM3", use_sliding_window=False, no_rope_layers=[1, 0]), [POSITIONS, BARE]),
+    "cohere2": (_decoder("Cohere2", **_ROTARY_IN_WINDOWS), [BARE, "window"]),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("length", [4, 40])
+def test_kinds_of_layers_in_transformers_models(name, length):
+    """A window counts where the tokens do not reach it, too."""
+    architecture, expected = KINDS[name]
+    net = built(architecture)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(0.3)
+    advice = advise(net, ids(2, length))
+    found = ["window" if one.reading.windowed else one.rule.name for one in advice.findings]
+    assert found == expected
+    assert advice.keeps
+    assert advice.text.startswith("positions first: ") == (POSITIONS in expected)
+    assert ("compare qwen_logn(64)" in advice.text) == (BARE in expected)
 
 
 def test_where_a_mode_or_none_is_a_fix():
@@ -205,7 +305,8 @@ def test_errors():
         ((None, TOKENS), {}, TypeError, "model: expected a transformers model, got NoneType"),
         ((llama(), TOKENS), {"context": "long"}, TypeError, "context: expected an int"),
         ((q, q), {"context": 1}, ValueError, "context: expected at least 2"),
-        ((ScaledAttention(32, 4), torch.randn(1, 2, 32)), {}, NotImplementedError, "cannot patch ScaledAttention"),
+        ((ScaledAttention(32, 4), torch.randn(1, 2, 31)), {}, ValueError, "ScaledAttention takes, got torch.float32"),
+        ((ScaledAttention(32, 4), {"x": None}), {}, ValueError, "ScaledAttention takes, got x NoneType"),
     ):
         with pytest.raises(error, match=message):
             advise(*arguments, **options)
@@ -226,7 +327,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert len(record["findings"]) == 2
     assert record["mode"] == advise(one.model, one.tokenizer(demo.TEXT.read_text())["input_ids"][:, :40]).mode
     assert cli.main(["advise", "--max-tokens", "40", "--context", "10"]) == 0
-    assert "qwen_logn(10)" in capsys.readouterr().out
+    assert "the trained length (10 tokens)" in capsys.readouterr().out.replace("\n  ", " ")
 
 
 SMALL = ("near_one_hot", "near_uniform", "jacobian_norm", "gradient_norm", "key_count_variation")
@@ -236,6 +337,9 @@ HEALTHY = Reading(
     **{"key_count_mean": 64.4, "key_norm_mean": 5.0, "causal": False, "longest": 64, "context": 64},
     **dict.fromkeys(SMALL, 0.1),
 )
+
+
+LONG = {"rotary": False, "causal": True, "bounded": "QK-norm"}
 
 
 @pytest.mark.parametrize(
@@ -249,6 +353,7 @@ HEALTHY = Reading(
         ("uniform", {"near_uniform": 0.5}, {"near_uniform": 0.51}),
         ("beyond the context", {"longest": 64}, {"longest": 65}),
         ("beyond the context", {"longest": 65, "context": None}, {"longest": 65}),
+        ("beyond the context", {"longest": 65, "rotary": True, "windowed": True}, {"longest": 65}),
         ("varied norms", {"key_norm_between": 0.5}, {"key_norm_between": 0.51}),
         ("varied counts", {"key_count_variation": 0.25}, {"key_count_variation": 0.26}),
         ("varied counts", {"key_count_variation": 0.26, "causal": True}, {"key_count_variation": 0.26}),
@@ -256,6 +361,12 @@ HEALTHY = Reading(
         ("will fade", {"gap": 4.1, "bounded": "QK-norm"}, {"gap": 4.2, "bounded": "QK-norm"}),  # ln 63 = 4.14
         ("will fade", {"gap": 6.0, "bounded": "QK-norm", "windowed": True}, {"gap": 6.0, "bounded": "QK-norm"}),
         ("will fade", {"gap": 8.4, "bounded": "QK-norm"}, {"gap": 8.3, "bounded": "QK-norm"}),  # ln 4095 = 8.32
+        (POSITIONS, {"rotary": True, "windowed": True}, {"rotary": True, "longest": 65}),
+        (POSITIONS, {"rotary": True, "windowed": True}, {"rotary": True, "gap": 6.0, "bounded": "QK-norm"}),
+        (OPEN, {**LONG, "windowed": True}, LONG),
+        (OPEN, {**LONG, "causal": False}, LONG),
+        (OPEN, {**LONG, "constant": False}, LONG),
+        (BARE, {"rotary": None, "causal": True}, {"rotary": False, "causal": True}),
     ],
 )
 def test_a_rule_applies_beyond_its_limit_alone(rule, fine, beyond):

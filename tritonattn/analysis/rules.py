@@ -29,7 +29,9 @@ class Reading:
     power      p of the factor (ln n)^p that the gaps of the largest logits ask for; None if they do not tell
     context    the length of the model's training in tokens; None if it is not known
     bounded    what bounds the logits: "QK-norm", "cosine", "softcap 50"; "" if nothing does
-    windowed   True where no row attends to all keys that the rows of its sequence do, as in a window
+    windowed   True in a window or chunks: no row attends to all keys that the rows of its sequence do
+    rotary     True where q and k are turned by positions, False where they have none, None where that is not known
+    constant   True where no factor counts or measures keys, in the present scaling or in the model's code
     gap        of the sharpest head, see `analysis.fading`
     logit_bound   the largest logit that q and k of these norms can have
 
@@ -60,6 +62,8 @@ class Reading:
     power: float | None = None
     bounded: str = ""
     windowed: bool = False
+    rotary: bool | None = None
+    constant: bool = True
     gap: float = math.nan
     logit_bound: float = math.nan
 
@@ -67,6 +71,16 @@ class Reading:
     def trained(self) -> int:
         """The keys of a row at the trained length; the longest row's where that is not known."""
         return self.longest if self.context is None else self.context
+
+    @property
+    def positions_first(self) -> bool:
+        """True where rotary positions meet distances beyond the trained ones as soon as inputs are longer."""
+        return self.rotary is True and not self.windowed and math.isfinite(self.max_logit)
+
+    @property
+    def is_open(self) -> bool:
+        """True of causal rows over all keys without positions, whose factor does not grow: they can read on."""
+        return self.rotary is False and not self.windowed and self.causal and self.constant
 
     @property
     def fading(self) -> str:
@@ -103,12 +117,15 @@ class Rule:
     candidates   modes to try on the layer's q and k, the least intrusive first: the first that fixes it is advised;
                  {context} stands for the layer's number, and {counted} for `Reading.counted`
     fixes        True where a mode's reading is better, given the old one
+    is_harmless  there is nothing to repair up to the trained length
+    fades        attention fades as keys are added
     otherwise    the advice if no candidate does
     why, watch, turn_back, evidence   explanations for the reader
 
     >>> from tritonattn.analysis import RULES
     >>> print(*(rule.name for rule in RULES), sep=", ")
-    broken, few keys, peaked, uniform, beyond the context, varied norms, varied counts, will fade, healthy
+    broken, few keys, peaked, uniform, beyond the context, varied norms, varied counts, without positions, \
+without QK-norm, will fade, positions first, healthy
     """
 
     name: str
@@ -117,6 +134,8 @@ class Rule:
     candidates: tuple[str, ...] = ()
     fixes: Callable[[Reading, Reading], bool] = _always
     otherwise: str = ""
+    is_harmless: bool = False
+    fades: bool = False
     why: str
     watch: str
     turn_back: str
@@ -128,9 +147,8 @@ def _fixes(old: Reading, new: Reading) -> bool:
 
 
 def _will_fade(one: Reading) -> bool:
-    return (
-        bool(one.bounded) and not one.windowed and mass(one.gap, one.trained) > 0.5 > mass(one.gap, FAR * one.trained)
-    )
+    gets_more_keys = bool(one.bounded) and one.rotary is None and not one.windowed
+    return gets_more_keys and mass(one.gap, one.trained) > 0.5 > mass(one.gap, FAR * one.trained)
 
 
 RULES: tuple[Rule, ...] = (
@@ -199,8 +217,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="beyond the context",
-        condition="rows attend to more keys than the model was trained for",
-        applies=lambda one: one.context is not None and one.longest > one.context,
+        condition="rows attend to more keys than the model was trained for, and rotary positions are not seen",
+        applies=lambda one: one.rotary is None and one.context is not None and one.longest > one.context,
         candidates=("qwen_logn({context})",),
         why="with more keys than in training a softmax spreads; ln(n) / ln(L) undoes that for n > L, and up to L the"
         " model is as it was",
@@ -245,12 +263,44 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        name="without positions",
+        condition="over all keys without positions, with QK-norm or cosine, and the factor is constant",
+        applies=lambda one: one.is_open and one.bounded in ("QK-norm", "cosine"),
+        candidates=("qwen_logn({trained})",),
+        fades=True,
+        why="these layers can read on, and attention fades in them as keys are added: their logits are bounded. The"
+        " factor changes nothing up to the trained length L. To train with one, take ssmax:L or log_key_count:L. A"
+        " learned gain of QK-norm does a part of its work",
+        watch="the loss by position, or recall, past the trained length, with sqrt_dim's: tritonattn length-study",
+        turn_back="the loss past the trained length is not below sqrt_dim's",
+        evidence=(
+            "docs/language-model.md: a ledger's values recalled at 32 times the trained length, by factor",
+            "the code of Llama 4, Inkling and Beam: rotary layers with windows or chunks, and a factor in the others",
+        ),
+    ),
+    Rule(
+        name="without QK-norm",
+        condition="over all keys without positions, without a bound on the logits, and the factor is constant",
+        applies=lambda one: one.is_open,
+        otherwise="keep {mode}; without QK-norm little is gained by a factor: to read on beyond {trained:,} keys,"
+        " compare qwen_logn({trained}) with it",
+        why="these layers can read on; where nothing bounds the logits, training answers more keys with larger ones",
+        watch="the loss by position, or recall, past the trained length: tritonattn length-study",
+        turn_back="the loss past the trained length is not below sqrt_dim's",
+        evidence=(
+            "docs/language-model.md: layers without QK-norm",
+            "docs/training.md, Recall with QK-norm: without it at 64 times the trained keys 82% with ln n, 76% with"
+            " sqrt_dim",
+        ),
+    ),
+    Rule(
         name="will fade",
-        condition="QK-norm, cosine or softcap bounds the logits, and the mass of the largest key, above 1/2 at the"
-        f" trained length, falls below that within {FAR} times the length",
+        condition="QK-norm, cosine or softcap bounds the logits, rotary positions are not seen, and the mass of the"
+        f" largest key, above 1/2 at the trained length, falls below that within {FAR} times the length",
         applies=_will_fade,
-        otherwise="keep {mode} up to {trained:,} keys; {fading}. If inputs will be longer, train with ssmax or"
-        " log_key_count({trained}), or try qwen_logn({trained}), which changes nothing up to there",
+        otherwise="keep {mode} up to {trained:,} keys; {fading}. If inputs will be longer and positions bear it, train"
+        " with ssmax or log_key_count({trained}), or try qwen_logn({trained}), which changes nothing up to there",
+        fades=True,
         why="bounded logits cannot answer more keys with a larger gap: the odds of the largest key fall like 1 / n",
         watch="the loss by position past the trained length: tritonattn length-study",
         turn_back="the largest key is a sink, such as the first token; or the loss past the trained length is not below"
@@ -264,10 +314,27 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        name="positions first",
+        condition="over all keys with rotary positions",
+        applies=lambda one: one.positions_first,
+        otherwise="keep {mode}",
+        is_harmless=True,
+        why="at distances beyond the trained length L rotary positions take angles that no training has seen, also in"
+        " training with a factor. Give layers over all keys no positions, and rotary ones a window; or stretch the"
+        " rotary base of a trained model, and then compare qwen_logn:L",
+        watch="the loss by position past the trained length: tritonattn length-study",
+        turn_back="-",
+        evidence=(
+            "docs/language-model.md: rotary layers over all keys, with and without a factor",
+            "perf/results/training.md, Text: past the trained length every mode loses 0.2 to 1.2 nats",
+        ),
+    ),
+    Rule(
         name="healthy",
         condition="none of these",
         applies=lambda one: True,
         otherwise="keep {mode}",
+        is_harmless=True,
         why="rows are neither one-hot nor uniform, logits are moderate: there is nothing for a scaling to repair",
         watch="a Monitor at its default thresholds, if the model is trained on",
         turn_back="-",

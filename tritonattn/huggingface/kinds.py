@@ -37,13 +37,18 @@ def window_size(found: AttentionModule) -> int | None:
 
 def has_positions(found: AttentionModule) -> bool | None:
     """True of a layer with rotary positions or a bias of positions, None where neither config nor code say."""
+    if "position_bias" in (interface_keywords(type(found.module)) or ()):
+        return True  # Inkling, T5
+    return is_rotary(found)
+
+
+def is_rotary(found: AttentionModule) -> bool | None:
+    """True of a layer that turns q and k by positions, None where neither config nor code say."""
     theta, ropes = entry_of_layer(found, "layer_rope_theta"), getattr(found.config, "rope_parameters", None)
     if theta is not None:
         return bool(theta)  # Granite, Muse
     if isinstance(ropes, dict) and (kind := layer_type(found)) in ropes:
         return ropes[kind] is not None  # Beam
-    if "position_bias" in (interface_keywords(type(found.module)) or ()):
-        return True  # Inkling, T5
     return _rotates(found.module)
 
 

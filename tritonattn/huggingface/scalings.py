@@ -84,13 +84,18 @@ def _settings_in(config: Any, mode: str) -> dict[str, Any]:
         settings[setting] = value
     if None in settings.values():
         return {}
-    model = getattr(config, "model_type", "")
-    if mode in _IN_MODEL.get(model, ()) and getattr(config, "attn_temperature_tuning", True):
+    if mode in modes_in_model(config):
         raise ValueError(
-            f"scaling: expected another mode than {mode!r} for a {model}, whose code has multiplied q by it:"
-            " 'sqrt_dim' is the model as it was"
+            f"scaling: expected another mode than {mode!r} for a {config.model_type}, whose code has multiplied q by"
+            " it: 'sqrt_dim' is the model as it was"
         )
     return settings
+
+
+def modes_in_model(config: Any) -> tuple[str, ...]:
+    """The modes by which a model's code has multiplied q, in some layers at least, by its config."""
+    has_factor = getattr(config, "attn_temperature_tuning", True)
+    return _IN_MODEL.get(getattr(config, "model_type", ""), ()) if has_factor else ()
 
 
 def to_config(scaling: Any, depth: int = 1) -> Any:
