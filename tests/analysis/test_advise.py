@@ -354,12 +354,14 @@ LONG = {"rotary": False, "causal": True, "bounded": "QK-norm"}
         ("beyond the context", {"longest": 64}, {"longest": 65}),
         ("beyond the context", {"longest": 65, "context": None}, {"longest": 65}),
         ("beyond the context", {"longest": 65, "rotary": True, "windowed": True}, {"longest": 65}),
+        ("beyond the context", {"longest": 65, "constant": False}, {"longest": 65}),
         ("varied norms", {"key_norm_between": 0.5}, {"key_norm_between": 0.51}),
         ("varied counts", {"key_count_variation": 0.25}, {"key_count_variation": 0.26}),
         ("varied counts", {"key_count_variation": 0.26, "causal": True}, {"key_count_variation": 0.26}),
         ("will fade", {"gap": 6.0}, {"gap": 6.0, "bounded": "QK-norm"}),
         ("will fade", {"gap": 4.1, "bounded": "QK-norm"}, {"gap": 4.2, "bounded": "QK-norm"}),  # ln 63 = 4.14
         ("will fade", {"gap": 6.0, "bounded": "QK-norm", "windowed": True}, {"gap": 6.0, "bounded": "QK-norm"}),
+        ("will fade", {"gap": 6.0, "bounded": "QK-norm", "constant": False}, {"gap": 6.0, "bounded": "QK-norm"}),
         ("will fade", {"gap": 8.4, "bounded": "QK-norm"}, {"gap": 8.3, "bounded": "QK-norm"}),  # ln 4095 = 8.32
         (POSITIONS, {"rotary": True, "windowed": True}, {"rotary": True, "longest": 65}),
         (POSITIONS, {"rotary": True, "windowed": True}, {"rotary": True, "gap": 6.0, "bounded": "QK-norm"}),

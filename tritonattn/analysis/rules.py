@@ -78,6 +78,11 @@ class Reading:
         return self.rotary is True and not self.windowed and math.isfinite(self.max_logit)
 
     @property
+    def may_take_factor(self) -> bool:
+        """True where neither rotary positions nor a factor are seen."""
+        return self.rotary is None and self.constant
+
+    @property
     def is_open(self) -> bool:
         """True of causal rows over all keys without positions, whose factor does not grow: they can read on."""
         return self.rotary is False and not self.windowed and self.causal and self.constant
@@ -147,8 +152,8 @@ def _fixes(old: Reading, new: Reading) -> bool:
 
 
 def _will_fade(one: Reading) -> bool:
-    gets_more_keys = bool(one.bounded) and one.rotary is None and not one.windowed
-    return gets_more_keys and mass(one.gap, one.trained) > 0.5 > mass(one.gap, FAR * one.trained)
+    fades = bool(one.bounded) and one.may_take_factor and not one.windowed
+    return fades and mass(one.gap, one.trained) > 0.5 > mass(one.gap, FAR * one.trained)
 
 
 RULES: tuple[Rule, ...] = (
@@ -217,8 +222,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="beyond the context",
-        condition="rows attend to more keys than the model was trained for, and rotary positions are not seen",
-        applies=lambda one: one.rotary is None and one.context is not None and one.longest > one.context,
+        condition="rows attend to more keys than the model was trained for, without rotary positions or a factor",
+        applies=lambda one: one.may_take_factor and one.context is not None and one.longest > one.context,
         candidates=("qwen_logn({context})",),
         why="with more keys than in training a softmax spreads; ln(n) / ln(L) undoes that for n > L, and up to L the"
         " model is as it was",
