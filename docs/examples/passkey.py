@@ -6,6 +6,7 @@
 train.bin holds GPT-2 tokens as uint16, as nanoGPT's data/openwebtext/prepare.py writes them; without it the text is
 random. Eight passkeys of five digits, each with a name, are hidden in every window, and asked for by name at its end.
 A run prints its loss and the share of passkeys with all digits right at 1, 2, 4 and 8 times the trained length.
+Every other layer attends to all keys without positions and has the scaling; the rest are rotary, with a window.
 """
 
 import argparse
@@ -32,24 +33,25 @@ class Size:
     width: int
     heads: int
     length: int  # tokens in training
+    window: int  # keys of a row in every other layer
     rows: int  # windows at a time
     turns: int  # backward passes a step
     steps: int
     text: int  # tokens of text; marks, digits and names follow
 
     def hours(self, operations: float) -> float:
-        """Modelled: 6 operations a parameter and token, and 3.5 times the causal products q k and p v."""
+        """Modelled: 6 operations a parameter and token, and 3.5 times the products q k and p v of visible keys."""
         parameters = self.layers * 12 * self.width**2 + (self.text + 2 + 10 + NAMES) * self.width
-        attention = 3.5 * self.layers * 2 * self.length * self.width
+        attention = 3.5 * self.layers * (self.length + 2 * self.window) * self.width
         tokens = self.steps * self.turns * self.rows * self.length
         return tokens * (6 * parameters + attention) / (SHARE * operations) / 3600
 
 
-SIZES = {"tiny": Size(2, 32, 2, 128, 4, 1, 2, 100), "124M": Size(12, 768, 12, 2048, 8, 16, 2000, 50257)}
+SIZES = {"tiny": Size(2, 32, 2, 128, 16, 4, 1, 2, 100), "124M": Size(12, 768, 12, 2048, 256, 8, 16, 2000, 50257)}
 
 
 class Block(nn.Module):
-    def __init__(self, size, scaling, qk_norm):
+    def __init__(self, size, scaling, qk_norm, index):
         super().__init__()
         modes = {
             "sqrt_dim": "sqrt_dim",
@@ -57,9 +59,9 @@ class Block(nn.Module):
             "ssmax": tritonattn.nn.SSMax(size.heads, base=size.length),
         }
         self.norms = nn.ModuleList([nn.LayerNorm(size.width), nn.LayerNorm(size.width)])
-        self.attention = tritonattn.nn.ScaledAttention(
-            size.width, size.heads, scaling=modes[scaling], qk_norm=qk_norm, rotary=500_000.0, causal=True
-        )
+        windowed = {"window": (size.window - 1, 0), "rotary": 10_000.0}  # a window has few keys: they need no factor
+        options = {"scaling": modes[scaling]} if index % 2 else windowed
+        self.attention = tritonattn.nn.ScaledAttention(size.width, size.heads, qk_norm=qk_norm, causal=True, **options)
         self.mlp = nn.Sequential(
             nn.Linear(size.width, 4 * size.width), nn.GELU(), nn.Linear(4 * size.width, size.width)
         )
@@ -74,7 +76,7 @@ class GPT(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(size.text + 2 + 10 + NAMES, size.width)
         nn.init.normal_(self.tokens.weight, std=0.02)
-        self.blocks = nn.Sequential(*(Block(size, scaling, qk_norm) for _ in range(size.layers)))
+        self.blocks = nn.Sequential(*(Block(size, scaling, qk_norm, i) for i in range(size.layers)))
         self.norm = nn.LayerNorm(size.width)
 
     def forward(self, tokens, last):

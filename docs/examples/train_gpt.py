@@ -1,4 +1,9 @@
-"""Train a small GPT that reads on past its trained length: rotary positions, QK-norm, and SSMax (arXiv:2501.19399)."""
+"""Train a small GPT on 64 tokens and let it read 2,048: with SSMax (arXiv:2501.19399), and with 1/sqrt(D) beside it.
+
+Its text is a ledger: names with their values, in which a name comes again, any distance later, with the value that it
+had. The layers are those of Llama 4: one with rotary positions and a window, then one over all keys without positions,
+QK-norm without learned weights in both, and the factor in the latter alone.
+"""
 
 import math
 
@@ -7,23 +12,29 @@ from torch import nn
 
 import tritonattn
 
-TEXT = "the quick brown fox jumps over the lazy dog; " * 40
-WIDTH, HEADS, LENGTH, STEPS = 64, 4, 64, 30
+NAMES, VALUES, WIDTH, HEADS, LENGTH, STEPS = 1024, 32, 64, 2, 64, 400
+
+
+def ledger(rows, length, random):
+    """Draw names and values, int64 [rows, length / 2], and where a name comes again, bool."""
+    shape = rows, length // 2
+    new = torch.rand(shape, generator=random) < 0.05 + 0.6 * torch.rand(rows, 1, generator=random)
+    new[:, 0] = True
+    seen = new.cumsum(1)
+    entry = torch.where(new, seen - 1, (torch.rand(shape, generator=random) * seen).long())
+    names = torch.rand(rows, NAMES, generator=random).argsort(1)
+    values = torch.randint(VALUES, (rows, NAMES), generator=random)
+    return names.gather(1, entry), values.gather(1, entry), ~new
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, **options):
         super().__init__()
-        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)])
-        self.attention = tritonattn.nn.ScaledAttention(
-            WIDTH,
-            HEADS,
-            scaling=tritonattn.nn.SSMax(HEADS, base=LENGTH),  # each head learns how its logits grow with its keys
-            qk_norm=True,  # which bounds logits: without a factor that grows, attention fades as keys are added
-            rotary=10_000.0,
-            causal=True,
-        )
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.norms = nn.ModuleList([nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)])
+        self.attention = tritonattn.nn.ScaledAttention(WIDTH, HEADS, qk_norm=True, causal=True, **options)
+        self.attention.q_norm.requires_grad_(False)  # learned weights let logits grow: attention fades less, and later
+        self.attention.k_norm.requires_grad_(False)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.ReLU(), nn.Linear(2 * WIDTH, WIDTH))
 
     def forward(self, x):
         x = x + self.attention(self.norms[0](x))
@@ -31,43 +42,52 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self):
+    def __init__(self, scaling):
         super().__init__()
-        self.tokens, self.blocks = nn.Embedding(256, WIDTH), nn.Sequential(Block(), Block())
-        self.head = nn.Linear(WIDTH, 256)
+        self.tokens = nn.Embedding(NAMES + VALUES, WIDTH)
+        nn.init.normal_(self.tokens.weight, std=0.5)
+        self.blocks = nn.Sequential(Block(window=(3, 0), rotary=10.0), Block(scaling=scaling))
+        self.norm, self.head = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, VALUES)
 
-    def loss(self, data, length, rows):
-        """Cross entropy of the last LENGTH bytes of random windows."""
-        starts = torch.randint(len(data) - length - 1, (rows,))
-        batch = torch.stack([data[start : start + length + 1] for start in starts])
-        logits = self.head(self.blocks(self.tokens(batch[:, :-1])))
-        return nn.functional.cross_entropy(logits[:, -LENGTH:].flatten(0, 1), batch[:, -LENGTH:].flatten())
+    def forward(self, names, values):
+        """Logits of each name's value, [rows, names, VALUES]."""
+        tokens = torch.stack([names, NAMES + values], dim=-1).flatten(1)
+        return self.head(self.norm(self.blocks(self.tokens(tokens))[:, ::2]))
 
 
-torch.manual_seed(0)
-data = torch.tensor(list(TEXT.encode()))
-model = GPT()
-learned = set(tritonattn.nn.scaling_parameters(model))  # weight decay would pull them to 0, which is uniform attention
-optimizer = torch.optim.AdamW(
-    [
-        {"params": [p for p in model.parameters() if p not in learned], "weight_decay": 0.1},
-        {"params": list(learned), "weight_decay": 0.0},
-    ],
-    lr=5e-3,
-)
-losses = []
-for _ in range(STEPS):
-    loss = model.loss(data, LENGTH, rows=16)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    losses.append(loss.item())
-with torch.no_grad():
-    longer = model.loss(data, 4 * LENGTH, rows=16).item()
-print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}; at 4 times the length, {4 * LENGTH} bytes: {longer:.2f}")
-print(f"s of every head, {1 / math.log(LENGTH):.2f} at the start:")
-for name, parameter in model.named_parameters():
-    if name.endswith("scaling.s"):
-        print(f"{name}: {[round(s, 2) for s in parameter.tolist()]}")
-assert losses[-1] < 1.0 < losses[0]
-assert longer < 1.0
+def trained(scaling):
+    torch.manual_seed(0)
+    model, random = GPT(scaling), torch.Generator().manual_seed(0)
+    learned = set(tritonattn.nn.scaling_parameters(model))  # weight decay pulls them to 0, which is uniform attention
+    others = [p for p in model.parameters() if p not in learned]
+    groups = [{"params": others, "weight_decay": 0.01}, {"params": list(learned), "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=7e-3, betas=(0.9, 0.98))
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 50, 2 * (1 - i / STEPS)))
+    for _ in range(STEPS):
+        names, values, again = ledger(16, LENGTH, random)
+        loss = nn.functional.cross_entropy(model(names, values)[again], values[again])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+    return model
+
+
+@torch.no_grad()
+def recalled(model, length):
+    """Share of the values recalled, of names that come again in the last half of a sequence."""
+    names, values, again = ledger(max(16, 16384 // length), length, torch.Generator().manual_seed(1))
+    again[:, : length // 4] = False
+    return (model(names, values).argmax(-1) == values)[again].double().mean().item()
+
+
+ssmax = tritonattn.nn.SSMax(HEADS, base=LENGTH)  # s ln(n) / sqrt(D) for each head; at n = LENGTH it begins at 1/sqrt(D)
+found = {}
+for scaling in ("sqrt_dim", ssmax):
+    model, name = trained(scaling), "SSMax" if scaling is ssmax else scaling
+    found[name] = {length: recalled(model, length) for length in (LENGTH, 4 * LENGTH, 32 * LENGTH)}
+    print(f"{name}, values recalled:", ", ".join(f"{share:.1%} at {n} tokens" for n, share in found[name].items()))
+print(f"s of every head, {1 / math.log(LENGTH):.2f} at the start: {[round(s, 2) for s in ssmax.s.tolist()]}")
+assert all(shares[LENGTH] > 0.9 for shares in found.values())  # both have learned it
+assert found["SSMax"][32 * LENGTH] > found["sqrt_dim"][32 * LENGTH] + 0.25

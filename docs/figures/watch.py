@@ -1,6 +1,6 @@
 """The picture of monitoring.md: `python -m docs.figures.watch` trains a small GPT too fast, and draws its records.
 
-Its learning rate is four times that of docs/examples/train_gpt.py. QK-clip takes a head back whose logits pass 20.
+Its learning rate, 0.02, is too large for it. QK-clip takes a head back whose logits pass 20.
 """
 
 from __future__ import annotations
