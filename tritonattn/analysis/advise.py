@@ -143,7 +143,8 @@ def advise(
             layers of `tritonattn.nn.ScaledAttention`; it does not change. Or q [B, Hq, Sq, D] of one layer.
         tokens: Token ids [B, S], or the model's inputs by name, with attention_mask if there is padding, whose rows do
             not count. Or k [B, Hkv, Sk, D].
-        context: The length of the model's training; None is its config's max_position_embeddings.
+        context: The length of the model's training; None is its config's max_position_embeddings, or without a config
+            the largest number of keys that a row attends to.
         scaling, gain, softcap, causal, window, key_lengths, key_ranges, mask: With q and k: as in `diagnose`.
 
     The first of `tritonattn.analysis.rules.RULES` that applies to a layer gives its advice. Modes are tried on the
