@@ -1,5 +1,7 @@
 """PyTorch's kernel on parts of the visible pairs: the parts, results and gradients, and what is private in torch."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -133,6 +135,80 @@ def test_nan_in_a_key_that_some_row_attends_to_reaches_its_rows_alone(taken):
     assert taken[-1] is None
 
 
+@pytest.mark.parametrize("given", ["key_bias", "bias"])
+def test_a_bias_that_hides_the_one_key_of_a_row_gives_no_gradient(given, taken):
+    tensors, arguments = of_form("plain", torch.float32, scales=BOTH)
+    row = torch.arange(21)
+    arguments["key_ranges"] = torch.stack([row - row % 3, row + 1], -1).expand(2, 21, 2)
+    arguments[given] = torch.zeros((1, 1, 29) if given == "key_bias" else (1, 1, 21, 29))
+    arguments[given][..., ::6] = -torch.inf
+    check(tensors, **arguments)
+    assert taken[-1] is not None
+
+
+@pytest.mark.parametrize("needs", ["q", "k"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scales_that_meet_no_pair_reach_no_gradient(needs, value, taken):
+    """Where no part has a mask, and the scales themselves need no gradient: rows and keys of a shifted band."""
+    tensors = harness.inputs(torch.float32, CPU, kv_heads=2, q_len=48, k_len=48, scales=BOTH)
+    d_out, arguments = direction(tensors), {"scale": 0.3, "key_ranges": torch.tensor([0, 16]).repeat(2, 48, 1)}
+    arguments["key_ranges"][:, 32:] = 0
+    results = []
+    for poison in (None, value):
+        scales = {name: tensors[name].clone() for name in BOTH}
+        if poison is not None:
+            scales["query_scale"][:, :, 32:], scales["key_scale"][:, :, 16:] = poison, poison
+        leaf = tensors[needs].clone().requires_grad_()
+        operands = {name: tensors[name] for name in "qkv"} | {needs: leaf}
+        out = tritonattn.scaled_attention(**operands, **scales, backend="sdpa", **arguments)
+        results.append(torch.autograd.grad(out, leaf, d_out)[0])
+    assert torch.equal(*results)
+    assert None not in taken
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("keys", [3, 33, 48])
+def test_nan_in_a_bias_reaches_the_rows_that_meet_it(value, keys, taken):
+    """A kernel's lse of such a row is that of one without keys, or inf."""
+    tensors = harness.inputs(torch.float32, CPU, kv_heads=2, q_len=48, k_len=keys)
+    bias = torch.zeros(2, 1, 48, keys)
+    bias[0, :, 3::5, 1] = value
+    bias[1, :, 2::5] = -torch.inf
+    bias[1, :, 2::5, -1] = value
+    settings = {"bias": bias, "return_aux": True, "gradients": False}
+    ours, exact = (
+        harness.run(tensors, direction(tensors), tritonattn.scaled_attention, backend=backend, **settings)
+        for backend in ("sdpa", "reference")
+    )
+    for name in ("out", "lse"):
+        assert torch.equal(ours[name].isnan(), exact[name].isnan()), name
+    assert taken == [taken[0]]
+    assert taken[0] is not None
+
+
+@pairwise(
+    mask=["causal", "window", "lengths", "everything"],
+    largest=[10.0, 60.0, 1e3, 1e4],
+    scales=[(), ("query_scale",)],
+    scale=[0.3, 1.0],
+)
+def test_large_logits(mask, largest, scales, scale):
+    """The kernel's backward rounds logits as its forward does; where this is not enough, tiles compute the call."""
+    tensors, arguments = of_form("plain", torch.float32, mask, scales=scales)
+    size = (tensors["q"] @ tensors["k"].repeat_interleave(2, 1).mT).abs().max() * scale
+    tensors["q"] *= largest / size
+    check(tensors, **arguments | {"scale": scale})
+
+
+def test_the_kernel_multiplies_by_powers_of_two(monkeypatch):
+    scales, kernel = [], by_parts._forward
+    monkeypatch.setattr(by_parts, "_forward", lambda *a, **b: scales.append(b["scale"]) or kernel(*a, **b))
+    for scale in (0.3, -0.3, 0.125, 3.0, 0.0):
+        tensors, arguments = of_form("plain", torch.float32, "window", scales=())
+        check(tensors, gradients=False, **arguments | {"scale": scale})
+    assert {math.frexp(scale)[0] for scale in scales} == {0.5}
+
+
 # ---- The parts
 
 
@@ -199,6 +275,15 @@ def test_what_hides_nothing_needs_no_mask(arguments, forms):
         arguments = arguments | {"key_lengths": torch.tensor(arguments["key_lengths"])}
     visible = Visibility.of_shapes((2, 2, 64, 8), (2, 2, 64, 8), CPU, **arguments)
     assert [part.form for part in parts.parts_of(visible)] == forms
+
+
+@pytest.mark.parametrize("rows", [9, 17, 48])
+def test_rows_without_keys_at_the_end_of_a_part_are_none(rows):
+    """A window that leaves the keys behind: PyTorch's kernel divides by the number of keys of a part."""
+    visible = Visibility(1, 2, 2, 48, 48, CPU, left=rows - 1, right=0, key_lengths=torch.tensor([20]))
+    assert all(part.width for part in parts.parts_of(visible))
+    tensors = harness.inputs(torch.float32, CPU, kv_heads=2, q_len=48, k_len=48)
+    check(tensors, window=(rows - 1, 0), key_lengths=torch.tensor([20, 33]))
 
 
 def test_documents_of_one_length_are_one_part():

@@ -4,7 +4,7 @@
     sdpa.attention           all keys, or a square's lower triangle,    PyTorch's kernel with PyTorch's gradient
                              and no other term
     by_parts                 the others without softcap, dropout and    PyTorch's kernel, on parts that hide nothing or
-                             batch_invariant                            under a mask
+                             batch_invariant, with lse up to 64         under a mask
     forward_pass,            all; gradients of biases and of lse        tiles in plain torch: the kernel gives neither
     backward_pass                                                       dP nor P
     statistics_of_rows       return_aux, after either                   the kernel gives lse alone
@@ -42,7 +42,9 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
     rounding, int8 and shaped like the output, receives what the output lost when it was rounded: `core.rounding`.
     """
     prepared = by_parts.prepared(call)
-    found = forward_pass.forward(call, rounding) if prepared is None else by_parts.forward(prepared, rounding)
+    found = None if prepared is None else by_parts.forward(prepared, rounding)
+    if found is None or by_parts.is_steep(found.lse):
+        found = forward_pass.forward(call, rounding)
     if not aux:
         return found
     return ForwardResult(found.out, found.lse, *forward_pass.statistics_of_rows(call, found.lse))
@@ -62,6 +64,7 @@ def backward(
     out [B, Hq, Sq, Dv], lse [B, Hq, Sq] and rounding are those of `forward`; d_out and d_lse are alike, any strides.
     """
     needs_tiles = d_lse is not None or needs.key_bias or needs.bias or needs.relative_bias
+    needs_tiles = needs_tiles or by_parts.is_steep(lse)
     prepared = None if needs_tiles else by_parts.prepared(call, needs)
     if prepared is None:
         return backward_pass.backward(call, out, lse, d_out, d_lse, needs, rounding)

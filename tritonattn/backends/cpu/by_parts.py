@@ -10,6 +10,7 @@ kernel for share_i d_out_i, given the out that a sink left.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,10 @@ from .tiles import sliced
 _forward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+# Calls with a larger lse, or one below its negative, take tiles. A probability exp(logit - lse) of a backward, which
+# computes the logits again, is off by eps times their size; the kernel also rounds scales into q and k.
+_LARGEST_LSE = 64.0
+
 # A call of so few rows hands the query heads of a key head to the kernel as rows: keys are then read once.
 _FEW_ROWS = 16
 
@@ -41,7 +46,9 @@ def prepared(call: AttentionCall, needs: Needs | None = None) -> AttentionCall |
     if call.k.device.type != "cpu" or visible.invariant or terms.softcap is not None or call.dropout is not None:
         return None
     meets_hidden = _has_mask(call) or any(part.form == "ranges" or part.width < VECTOR for part in parts_of(visible))
-    of_scales = needs is not None and (needs.query_scale or needs.key_scale) and not visible.depends_on_sizes_only
+    has_scales = terms.query_scale is not None or terms.key_scale is not None
+    hides = not (visible.every_row_attends and visible.attends_to_every_key)
+    of_scales = needs is not None and has_scales and hides
     if not (meets_hidden or of_scales) or stays_finite(call, call.v):
         return call
     call = _without_hidden(call)
@@ -64,6 +71,11 @@ def _has_mask(call: AttentionCall) -> bool:
     terms = call.logits
     biases = terms.key_bias, terms.bias, terms.relative_bias
     return call.visibility.mask is not None or any(bias is not None for bias in biases)
+
+
+def is_steep(lse: Tensor) -> bool:
+    """True where the logits of some row are too large for the kernel; reads values."""
+    return bool((lse.masked_fill(lse == -torch.inf, 0).abs() > _LARGEST_LSE).any())
 
 
 def forward(call: AttentionCall, rounding: Tensor | None = None) -> ForwardResult:
@@ -120,8 +132,10 @@ def _above_sinks(lse: Tensor, sinks: Tensor) -> Tensor:
 class _Operands:
     """The operands of the kernel: one head dim for all, with scales folded into q and k, in one dtype.
 
-    sign    of the call's scale, which is in q: the kernel hides keys by -inf before it multiplies
-    dtype   of lse and masks: fp32, or fp64 for fp64 q
+    scale    a power of two where q is in `dtype`. By another the kernel multiplies logits in its forward and operands
+             in its backward, whose exp(logit - lse) then errs ten times as much
+    factor   the rest of the call's scale, in q, with its sign: the kernel hides keys by -inf before it multiplies
+    dtype    of lse and masks: fp32, or fp64 for fp64 q
     """
 
     call: AttentionCall
@@ -129,7 +143,7 @@ class _Operands:
     k: Tensor
     v: Tensor
     scale: float
-    sign: int
+    factor: float
     dtype: torch.dtype
 
     @classmethod
@@ -144,11 +158,12 @@ class _Operands:
             q = q * terms.query_scale[..., None]
         if terms.key_scale is not None:
             k = k * terms.key_scale[..., None]
-        sign = (terms.scale > 0) - (terms.scale < 0)
-        q = q if sign == 1 else q * sign
+        power = math.ldexp(1.0, math.frexp(terms.scale)[1] - 1) if q.dtype == dtype else abs(terms.scale) or 1.0
+        factor = terms.scale / power
+        q = q if factor == 1 else q * factor
         width = max(q.shape[-1], v.shape[-1])
         q, k, v = (for_kernel(x, width) for x in (q, k, v))
-        return cls(call, q, k, v, abs(terms.scale) or 1.0, sign, dtype)
+        return cls(call, q, k, v, power, factor, dtype)
 
     def parts(self) -> Iterator[Part]:
         """The parts of the call, cut to fewer rows where a mask of theirs has to be made."""
@@ -179,11 +194,13 @@ class _Operands:
             out, lse = out.reshape(*shape, -1), lse.reshape(shape)
         if mask is None:
             return out, lse
-        suspects = ~(lse.abs() > 0)  # the kernel's lse of a row without keys is 0, or NaN
+        suspects = ~(lse.abs() > 0)  # the kernel's lse of a row without keys, or of one with NaN in its mask: 0, or NaN
         if not bool(suspects.any()):
             return out, lse
-        blind = suspects & (self._visible(part, mask).amax(-1) == -torch.inf)
-        return out.masked_fill(blind[..., None], 0), lse.masked_fill(blind, -torch.inf)
+        largest = self._visible(part, mask).amax(-1)
+        blind, spoiled = suspects & (largest == -torch.inf), suspects & largest.isnan()
+        out = out.masked_fill(blind[..., None], 0).masked_fill(spoiled[..., None], torch.nan)
+        return out, lse.masked_fill(blind, -torch.inf).masked_fill(spoiled, torch.nan)
 
     def gradients(self, out: Tensor, lse: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Those of q times its scale, of k times its scale, and of v.
@@ -191,7 +208,7 @@ class _Operands:
         out and d_out [B, Hq, Sq, Dv], lse [B, Hq, Sq] with inf for rows without keys
         """
         width, (q_width, value_width) = self.q.shape[-1], (self.call.q.shape[-1], self.call.v.shape[-1])
-        query, lone = self.q, self._lone_rows()
+        query, lone = self.q, self._lone_rows(lse)
         if lone is not None:  # their softmax is 1, whatever the logit: that of 0 gives no rounding to k
             query, lse = query.masked_fill(lone[..., None], 0), lse.masked_fill(lone, -torch.inf)
         of_rows = (for_kernel(d_out, width), query, for_kernel(out, width), lse)
@@ -208,7 +225,7 @@ class _Operands:
         if lone is not None:
             d_q = d_q.masked_fill(lone[..., None], 0)
         d_q = d_q[..., :q_width]
-        return d_q if self.sign == 1 else d_q * self.sign, d_k[..., :q_width], d_v[..., :value_width]
+        return d_q if self.factor == 1 else d_q * self.factor, d_k[..., :q_width], d_v[..., :value_width]
 
     def _gradients(self, part: Part, *of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         d_out, q, out, lse = (part.of_rows(x) for x in of_rows)
@@ -265,9 +282,9 @@ class _Operands:
             return mask
         return mask.masked_fill(torch.ones(part.height, part.width, dtype=torch.bool).triu_(1), -torch.inf)
 
-    def _lone_rows(self) -> Tensor | None:
-        """Rows of one key, bool [B, Hq, Sq], or None where there is none."""
+    def _lone_rows(self, lse: Tensor) -> Tensor | None:
+        """Rows of one key, bool [B, Hq, Sq], or None where there is none; a bias can hide the one key."""
         if self.call.is_part or self.call.logits.sinks is not None:
             return None
-        lone = self.call.visibility.counts() == 1
-        return lone.expand(self.call.q.shape[:3]) if bool(lone.any()) else None
+        lone = (self.call.visibility.counts() == 1) & (lse < torch.inf)
+        return lone if bool(lone.any()) else None

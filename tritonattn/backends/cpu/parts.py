@@ -118,6 +118,7 @@ def _parts_of(visible: Visibility) -> list[Part]:
     for batch in _equal_entries(lo, hi, visible.batch):
         entry = min(batch.start, lo.shape[0] - 1), min(batch.start, hi.shape[0] - 1)
         found = [part for run in _joined(_runs(lo[entry[0]], hi[entry[1]])) for part in _cut(run, batch)]
+        found = [part for part in found if part.width > 0]  # the kernel divides by the number of keys
         parts += found if batch.stop - batch.start > 1 else _stacked(found)
     masked = cut_rows(Part(*everything, "ranges"), visible.batch)
     return masked if _cost(masked, visible.q_heads) < _cost(parts, visible.q_heads) else parts
