@@ -209,6 +209,16 @@ def test_the_kernel_multiplies_by_powers_of_two(monkeypatch):
     assert {math.frexp(scale)[0] for scale in scales} == {0.5}
 
 
+@pytest.mark.parametrize("layout", ["of rows", "transposed"])
+def test_a_bias_whose_keys_lie_apart_is_copied_a_few_rows_at_a_time(layout, monkeypatch):
+    sizes, kernel = [], by_parts._forward
+    monkeypatch.setattr(by_parts, "_forward", lambda *a, **b: sizes.append(b["attn_mask"].shape[2]) or kernel(*a, **b))
+    tensors, _ = of_form("plain", torch.float32, scales=())
+    bias = torch.randn(1, 4, 21, 1) if layout == "of rows" else torch.randn(1, 4, 29, 21).mT
+    check(tensors, gradients=False, bias=bias)
+    assert max(sizes) <= parts._ROWS
+
+
 # ---- The parts
 
 
