@@ -145,9 +145,17 @@ def language_model() -> str:
     return table(LEDGER_HEADER, ledger_rows(read())) + f"\n{sources(read())}\n"
 
 
+def language_model_text() -> str:
+    """Loss on text by `python -m perf language-model`."""
+    from perf.language_model.records import read
+    from perf.language_model.report import text_rows
+
+    return table(*text_rows(read()))
+
+
 PARTS: dict[str, Callable[[], str]] = {
     **{"floors": floors, "support": support, "costs": costs, "memory": memory},
-    **{"biases": biases, "language_model": language_model},
+    **{"biases": biases, "language_model": language_model, "language_model_text": language_model_text},
 }
 
 

@@ -13,7 +13,7 @@ from .training import Cell
 
 Row = list[str]
 LEDGER_HEADER = ("layers, QK-norm", "factor", "seeds", "steps", "1x", "8x", "32x", "loss, 32x")
-_LEDGER_MULTIPLES = ("1", "8", "32")
+_NEAR, _FAR = ("1", "8"), "32"  # multiples: means alone, and the spread over seeds too
 _QK_NORM = {"plain": "QK-norm", "gain": "QK-norm, learned gain", "none": "no QK-norm"}
 _FACTORS = {"sqrt_dim": "`sqrt_dim`", "log_key_count": "`log_key_count`", "ssmax": "`SSMax`"}
 
@@ -77,13 +77,13 @@ def ledger_rows(runs: Iterable[Run]) -> list[Row]:
     def cells(same: list[Run], swap: str) -> Row:
         results = [run.found.results[swap] for run in same]
 
-        def at(multiple: str, what: str, text: Callable[[float], str]) -> str:
-            found = [one[multiple][what] for one in results if multiple in one]
-            return over_seeds(found, text) if found else ""
+        def at(multiple: str) -> list[float]:
+            return [one[multiple]["accuracy"] for one in results if multiple in one]
 
-        accuracies = [at(multiple, "accuracy", _percent) for multiple in _LEDGER_MULTIPLES]
-        loss = at("32", "loss", lambda x: f"{x:.2f}")
-        return [str(len(same)), "" if swap else _steps(same), *accuracies, loss]
+        near = [_percent(fmean(found)) if (found := at(multiple)) else "" for multiple in _NEAR]
+        loss = fmean(one[_FAR]["loss"] for one in results)
+        steps = "" if swap else _steps(same)
+        return [str(len(same)), steps, *near, over_seeds(at(_FAR), _percent), f"{loss:.2f}"]
 
     return _rows(runs, "ledger", cells)
 
@@ -108,6 +108,7 @@ def _by_position(run: Run, swap: str) -> dict[str, Any]:
 def sources(runs: Iterable[Run]) -> str:
     """The machine, versions and commits of the runs, and the processor time they took."""
     runs = list(runs)
-    environments = "; ".join(dict.fromkeys(f"{run.environment}, {run.date}" for run in runs))
+    commits = " and ".join(dict.fromkeys(run.environment.commit for run in runs))
+    environments = "; ".join(dict.fromkeys(f"{replace(run.environment, commit=commits)}, {run.date}" for run in runs))
     minutes = sum(run.found.cpu_seconds for run in runs) / 60
     return f"Measured: {environments}; {len(runs)} models, {minutes:.0f} minutes of one core."
