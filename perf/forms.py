@@ -139,9 +139,6 @@ def _of_ranges(size: Size) -> Iterator[Form]:
     masked = {"mask": _plain(size, last, attn_mask=last.mask)}
     yield Form("causal, the last quarter of the rows", of_last, _ours(size, causal=True), masked, {"causal": True})
 
-    dropping = {"causal": True, "dropout_p": 0.1}
-    peers = {"eager": _eager(size, causal, drop=0.1)}
-    yield Form("causal, dropout", leaves, _ours(size, **dropping), peers, dropping, random=True)
     capped = {"causal": True, "softcap": 30.0}
     peers = {"eager": _eager(size, causal, softcap=30.0)}
     yield Form("causal, softcap", leaves, _ours(size, **capped), peers, capped)
@@ -150,6 +147,9 @@ def _of_ranges(size: Size) -> Iterator[Form]:
     yield Form("window, Dv = 2 D", wide, _ours(size, **window), peers, window)
     whole = Visible(torch.zeros_like(row), torch.full_like(row, length), None)
     for name, visible, arguments in (("causal", causal, {"causal": True}), ("full", whole, {})):
+        dropping = {**arguments, "dropout_p": 0.1}
+        peers = {"eager": _eager(size, visible, drop=0.1)}
+        yield Form(f"{name}, dropout", leaves, _ours(size, **dropping), peers, dropping, random=True)
         ours = _ours(size, return_aux=True, **arguments)
         peer = {"sdpa alone": _plain(size, visible, is_causal=name == "causal")}
         yield Form(f"{name}, return_aux", leaves, ours, peer, arguments, aux=True)

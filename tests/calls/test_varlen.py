@@ -12,6 +12,8 @@ import tritonattn
 from tests.kernels import harness
 from tests.support.packed import RAGGED, Packed, one_by_one, packed_operands
 from tests.support.pairs import pairwise
+from tritonattn.backends.cpu import tiles
+from tritonattn.core.dropout import Dropout
 from tritonattn.core.sequences import Sequences
 from tritonattn.core.statistics import max_over_keys, sum_over_keys
 from tritonattn.core.visibility import Visibility
@@ -94,13 +96,26 @@ def test_dropout_counts_packed_rows_and_keys(mask):
         torch.manual_seed(3)
         out = tritonattn.attention_varlen(q, k, v, **packed.arguments(), dropout_p=0.4, backend=backend, **MASKS[mask])
         results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
-    torch.manual_seed(3)
-    batched = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = tritonattn.attention(*batched, mask=packed.visible(**MASKS[mask]), dropout_p=0.4)[0].transpose(0, 1)
-    results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
     for tensors in results[:-1]:
         torch.testing.assert_close(tensors, results[-1])
-    assert not torch.allclose(out, tritonattn.attention_varlen(q, k, v, **packed.arguments(), **MASKS[mask]))
+
+
+@pytest.mark.parametrize("values", ["read", "not read"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_groups_the_keys_of_each_packed_sequence(backend, values, monkeypatch):
+    """The kept pairs, from weights that unit vectors as values give out."""
+    if values == "not read":
+        monkeypatch.setattr(tiles, "readable", lambda device: False)
+    monkeypatch.setattr(tiles, "KEYS", 4)
+    packed = Packed((3, 5, 4), (3, 14, 7))
+    q, k, _ = packed_operands(packed).values()
+    unit = torch.eye(24, dtype=q.dtype)[:, None].expand(-1, k.shape[1], -1)
+    torch.manual_seed(3)
+    weights = tritonattn.attention_varlen(q, k, unit, **packed.arguments(), dropout_p=0.4, backend=backend)
+    torch.manual_seed(3)
+    first = torch.tensor([0, 3, 17]).repeat_interleave(torch.tensor(packed.q_lengths))
+    kept = Dropout.draw(0.4, torch.device("cpu")).tile((1, q.shape[1]), slice(0, 12), slice(0, 24), first)
+    assert torch.equal((weights != 0).transpose(0, 1), kept[0] & packed.visible())
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ FAST = (
     (GPU(90), Case(SINGLE, (20, 12), TileConfig(32, 16, 2, 2), "ranges", BOTH, "aux", lengths=(50, 33))),
     (GPU(90, True), Case(BFLOAT, (32, 32), WARPGROUP, "causal window", ALL, "sinks", (2, 2), (70, 90), 1)),
     (GPU(80), Case(HALF, tiles=SMALL, mask="causal", scales=PAIRS, form="softcap")),
+    (GPU(80), Case(BFLOAT, (32, 32), TileConfig(32, 64, 4, 2), mask="causal", form="dropout", heads=(2, 1), batch=1)),
     (GPU(80), Case(BFLOAT, tiles=SMALL, mask="everything", scales=(*PAIRS, "key_bias"), form="aux", heads=(2, 1))),
     (GPU(90, True), Case(BFLOAT, (32, 32), WARPGROUP, "causal", PAIRS, "after", lengths=(70, 90), batch=1)),
 )

@@ -79,7 +79,8 @@ def attention(
             probability = probability * logsigmoid(gap).exp()  # 1 - sigmoid, in its gradient, is 0 from a gap of 17 on
         if dropout is not None:
             heads = (visibility.batch, visibility.q_heads)
-            keep = dropout.tile(heads, slice(0, visibility.q_len), slice(0, visibility.k_len))
+            rows, keys = slice(0, visibility.q_len), slice(0, visibility.k_len)
+            keep = dropout.tile(heads, rows, keys, visibility.sequence_begins())
             probability = torch.where(keep, probability, 0) / (1 - dropout.p)
         out = torch.where(attends, probability.to(v.dtype).to(dtype) @ value, 0)
 

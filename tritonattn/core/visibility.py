@@ -297,6 +297,10 @@ class Visibility:
             first = last.clamp(0, self.k_len) - self.q_len
         return (torch.arange(self.q_len, device=self.device) + first).view(-1, self.q_len)
 
+    def sequence_begins(self) -> Tensor | int:
+        """The first key of each row's sequence of a packed batch, int64 [Sq], or 0."""
+        return 0 if self.sequences is None else self.once("rows", self._rows)[0][0]
+
     def as_ranges(self) -> Visibility:
         """The same visible keys as key_ranges [B, Sq, 2], and the mask."""
         bounds = torch.stack([bound.expand(self.batch, -1) for bound in self.ranges()], dim=-1)

@@ -21,7 +21,6 @@ _ROWS = 256
 KEYS = 256
 _PAIRS = 1 << 19
 _FIXED_ROWS = 32  # of a query head, in `FixedTiles`
-_PHILOX_ROWS = 64  # of a head: the words of their pairs stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -161,16 +160,23 @@ class Tiles:
 
     def dropped(self, block: Block, keys: slice) -> Tensor | None:
         """The pairs that dropout drops, bool [batch entries, key heads, G, rows, keys], or None without dropout."""
-        dropout, heads = self.call.dropout, block.heads
+        dropout, visible = self.call.dropout, self.call.visibility
         if dropout is None:
             return None
-        entries, queries = (torch.arange(part.start, part.stop) for part in (heads.batch, heads.queries))
-        row, key = (torch.arange(part.start, part.stop, device=self.lo.device) for part in (block.rows, keys))
-        kept = torch.empty((len(entries), len(queries), len(row), len(key)), dtype=torch.bool, device=row.device)
-        for tile, (entry, head) in zip(kept.flatten(0, 1), torch.cartesian_prod(entries, queries), strict=True):
-            for part, rows in zip(tile.split(_PHILOX_ROWS), row.split(_PHILOX_ROWS), strict=True):
-                part.copy_(dropout.keep(entry, head, rows[:, None], key, self.call.visibility.q_heads))
-        return self._grouped(kept.logical_not_())
+        batch, queries = block.heads.batch, block.heads.queries
+        head = torch.arange(queries.start, queries.stop, device=self.lo.device).view(-1, self.group, 1)
+        row = torch.arange(block.rows.start, block.rows.stop, device=head.device)
+        first = visible.sequence_begins()
+        if isinstance(first, Tensor) and not self.readable:  # one batch entry, and keys begin anywhere in a sequence
+            key = torch.arange(keys.start, keys.stop, device=head.device)
+            kept = dropout.keep(0, head[..., None], row[:, None], key, first[block.rows, None], visible.q_heads)
+            return kept.logical_not_()[None]
+        shape = (batch.stop - batch.start, *head.shape[:2], len(row), keys.stop - keys.start)
+        dropped = torch.empty(shape, dtype=torch.bool, device=head.device)
+        for entry, tiles in enumerate(dropped, batch.start):
+            for heads, tile in zip(head, tiles, strict=True):  # one key head at a time: its words stay in a core's cache
+                dropout.drop_run(tile, entry, heads, row, keys.start, visible.q_heads)
+        return dropped
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum of x [N, G * rows, C] over C: [N, G * rows, 1]."""

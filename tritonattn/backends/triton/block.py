@@ -291,16 +291,33 @@ def soft_cap_slope(capped, softcap):
 
 
 @triton.jit
-def dropout_keeps(dropout_ptr, keep_from, batch_head, offs_row, offs_key):
-    """True for the pairs that dropout keeps; indices of rows and keys, in the packed axes, broadcast.
+def dropout_keeps(dropout_ptr, keep_from, batch_head, rows, first, KEYS: tl.constexpr):
+    """True for the pairs of rows and the KEYS keys from `first` on that dropout keeps, as `core.dropout` defines them.
 
     dropout_ptr   int64 [2]: seed and offset; a pair is kept where its word of Philox is at least keep_from
     batch_head    batch entry * Hq + head
+    rows          [M, 1] for a result [M, KEYS], or [1, M] for one [KEYS, M]; rows and first in the packed axes
+    first         a multiple of 4 behind the first key of the sequence: each call of Philox gives the words of 4 keys
     """
+    groups = first + 4 * tl.arange(0, KEYS // 4)  # [KEYS // 4]
+    groups = groups[None, :] if rows.shape[1] == 1 else groups[:, None]
     seed, offset = tl.load(dropout_ptr), tl.load(dropout_ptr + 1)
-    zero = (offs_row + offs_key) * 0
-    counter = zero + offs_key, zero + offs_row, zero + batch_head, zero + offset.to(tl.int32)
-    word, _, _, _ = tl.philox(seed, counter[0], counter[1], counter[2], counter[3], 10)
+    zero = (rows + groups) * 0
+    counter = zero + groups, zero + rows, zero + batch_head, zero + offset.to(tl.int32)
+    w0, w1, w2, w3 = tl.philox(seed, counter[0], counter[1], counter[2], counter[3], 10)
+    even = tl.join(is_kept(w0, keep_from), is_kept(w2, keep_from))  # bits, since words would cost more to move
+    odd = tl.join(is_kept(w1, keep_from), is_kept(w3, keep_from))
+    kept = tl.join(even, odd)  # in the order of keys: [M, KEYS // 4, 2, 2] or [KEYS // 4, M, 2, 2]
+    if rows.shape[1] == 1:
+        kept = kept.reshape(rows.shape[0], KEYS)
+    else:
+        kept = kept.permute(0, 2, 3, 1).reshape(KEYS, rows.shape[1])
+    return kept
+
+
+@triton.jit
+def is_kept(word, keep_from):
+    """word >= keep_from + 2^31, both unsigned."""
     return word.to(tl.int32, bitcast=True) ^ -2147483648 >= keep_from
 
 

@@ -273,7 +273,9 @@ def attention_forward(
                 )
                 l_i, spread = moved_sums(p, weighted, alpha, moved, l_i, spread, results.entropy is not None)
                 if dropout_ptr is not None:
-                    p = tl.where(dropout_keeps(dropout_ptr, keep_from, batch * q_heads + head, rows, keys), p, 0.0)
+                    batch_head, first = batch * q_heads + head, first_key + start_n
+                    kept = dropout_keeps(dropout_ptr, keep_from, batch_head, rows, first, step.shape[0])
+                    p = tl.where(kept, p, 0.0)
                 acc *= alpha[:, None]
                 acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
 

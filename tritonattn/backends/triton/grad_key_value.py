@@ -329,7 +329,7 @@ def attention_grad_key_value(
                     dp = tl.dot(v_tile, do.T, input_precision="ieee")  # [BLOCK_N, M]
                     weights = p
                     if dropout_ptr is not None:
-                        kept = dropout_keeps(dropout_ptr, keep_from, batch_head, rows, keys)
+                        kept = dropout_keeps(dropout_ptr, keep_from, batch_head, rows, first_key + start_n, BLOCK_N)
                         weights = tl.where(kept, p, 0.0)
                         dp = tl.where(kept, dp * keep_scale, 0.0)
                     gradient_term, gradient_factor = load_term(term_ptrs + 1, one, SPLIT_TERMS)

@@ -259,7 +259,8 @@ def attention_grad_query(
                 if PASS != UNMASKED:
                     p = tl.where(visible(offs_m, offs_n, lo, hi, batch, head, view, mask), p, 0.0)
                 if dropout_ptr is not None:
-                    kept = dropout_keeps(dropout_ptr, keep_from, batch * q_heads + head, rows, keys)
+                    batch_head, first = batch * q_heads + head, first_key + start_n
+                    kept = dropout_keeps(dropout_ptr, keep_from, batch_head, rows, first, step.shape[0])
                     dp = tl.where(kept, dp * keep_scale, 0.0)
                 zero = tl.zeros_like(s)
                 ds = tl.fma(p, dp - delta[:, None], zero)  # [BLOCK_M, N]
