@@ -103,7 +103,8 @@ def _philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Te
     """
     c0, c1, c2, c3 = counter
     rounds = torch.arange(_ROUNDS, device=key[0].device)
-    for k0, k1 in zip(*((half + rounds * step).unbind() for half, step in zip(key, _KEY_STEPS)), strict=True):
+    keys = [half + rounds * step for half, step in zip(key, _KEY_STEPS, strict=True)]
+    for k0, k1 in zip(*keys, strict=True):
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # they wrap around int64, their bits stay
         c0, c1, c2, c3 = _mixed(product1 >> 32, c1, k0), product1, _mixed(product0 >> 32, c3, k1), product0
     return c0, c1 & _WORD, c2, c3 & _WORD

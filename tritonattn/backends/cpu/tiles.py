@@ -173,8 +173,8 @@ class Tiles:
             return kept.logical_not_()[None]
         shape = (batch.stop - batch.start, *head.shape[:2], len(row), keys.stop - keys.start)
         dropped = torch.empty(shape, dtype=torch.bool, device=head.device)
-        for entry, tiles in enumerate(dropped, batch.start):
-            for heads, tile in zip(head, tiles, strict=True):  # one key head at a time: its words stay in a core's cache
+        for entry, tiles in enumerate(dropped, batch.start):  # one key head at a time, so that words stay in cache
+            for heads, tile in zip(head, tiles, strict=True):
                 dropout.drop_run(tile, entry, heads, row, keys.start, visible.q_heads)
         return dropped
 
