@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .autograd import runs_eagerly
+from .autograd import needs_graph, runs_eagerly
 from .visibility import Visibility
 
 # An additive mask hides a key by a number at most this, whose exp is 0 in every dtype.
@@ -57,9 +57,25 @@ def reflected(x: Tensor, offset: Tensor, columns: slice, start: int = 0) -> Tens
     offset   int64 [B or 1, S]
     start    the number of x's first column
     """
+    is_shared = x.shape[2] == 1 and offset.shape[0] == 1
+    if is_shared and x.device.type == "cpu" and runs_eagerly(x, offset) and not needs_graph(x):
+        return _by_windows(x[:, :, 0], offset[0] - start, columns)
     count = x.shape[3]
     at = offset[:, None, :, None] - (torch.arange(columns.start, columns.stop, device=x.device) + start)
     inside = (at >= 0) & (at < count)
     shape = torch.broadcast_shapes(x.shape[:3], at.shape[:3])
     found = x.expand(*shape, -1).gather(-1, at.clamp(0, count - 1).expand(*shape, -1))
     return found.masked_fill(~inside, 0)
+
+
+def _by_windows(x: Tensor, offset: Tensor, columns: slice) -> Tensor:
+    """`reflected` of one table [B or 1, H or 1, n] for all rows: copies of windows of it, turned round. Reads offset.
+
+    Row i is the window of the columns' width that begins at n - 1 - offset[i] + columns.start.
+    """
+    count, width = x.shape[-1], columns.stop - columns.start
+    first = count - 1 + columns.start - offset  # [S]
+    least, most = map(int, first.aminmax())
+    before, after = max(0, -least), max(0, most + width - count)
+    windows = pad(x.flip(-1), (before, after)).unfold(-1, width, 1)
+    return windows.index_select(-2, first + before)

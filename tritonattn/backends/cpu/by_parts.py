@@ -22,7 +22,7 @@ from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
 from ...core.pair_biases import reflected
 from ...core.rounding import before_rounding, lost_in_rounding
 from .parts import Part, cut_rows, parts_of, unstacked
-from .sdpa import SHARES_KEY_HEADS, VECTOR, for_kernel, stays_finite
+from .sdpa import SHARES_KEY_HEADS, VECTOR, folds_rows, for_kernel, stays_finite
 from .tiles import sliced
 
 _forward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -31,9 +31,6 @@ _backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 # Calls with a larger lse, or one below its negative, take tiles. A probability exp(logit - lse) of a backward, which
 # computes the logits again, is off by eps times their size; the kernel also rounds scales into q and k.
 _LARGEST_LSE = 64.0
-
-# A call of so few rows hands the query heads of a key head to the kernel as rows: keys are then read once.
-_FEW_ROWS = 16
 
 
 def prepared(call: AttentionCall, needs: Needs | None = None) -> AttentionCall | None:
@@ -86,8 +83,11 @@ def forward(call: AttentionCall, rounding: Tensor | None = None) -> ForwardResul
     if len(parts) == 1 and parts[0].is_whole(call.visibility):
         out, lse = operands.attend(parts[0])
     else:
-        out = operands.v.new_zeros(*rows, value_width)
-        lse = call.q.new_full(rows, -torch.inf, dtype=operands.dtype)
+        out = operands.v.new_empty(*rows, value_width)
+        lse = call.q.new_empty(rows, dtype=operands.dtype)
+        if sum(part.entries * part.height for part in parts) < call.visibility.batch * call.visibility.q_len:
+            out.zero_()  # rows without keys are in no part
+            lse.fill_(-torch.inf)
         for part in parts:
             found = operands.attend(part)
             part.of_rows(out).copy_(found[0])
@@ -187,7 +187,7 @@ class _Operands:
         """out [N, Hq, rows, Dv] and lse [N, Hq, rows] of a part."""
         q, (k, v), mask = part.of_rows(self.q), self._keys_and_values(part), self._mask(part)
         group, shape = q.shape[1] // k.shape[1], q.shape[:3]
-        folds = group > 1 and mask is None and part.form == "full" and shape[2] <= _FEW_ROWS
+        folds = mask is None and part.form == "full" and folds_rows(q, group)
         if folds:
             q = q.unflatten(1, (-1, group)).flatten(2, 3)
         out, lse = _forward(q, k, v, 0.0, part.form == "causal", attn_mask=mask, scale=self.scale)
@@ -223,7 +223,7 @@ class _Operands:
                 of_query, *of_keys = self._gradients(part, *of_rows)
                 part.of_rows(d_q).copy_(of_query)
                 for whole, found in zip((d_k, d_v), of_keys, strict=True):
-                    part.of_keys(whole).add_(found)
+                    part.add_to_keys(whole, found)
         if lone is not None:
             d_q = d_q.masked_fill(lone[..., None], 0)
         d_q = d_q[..., :q_width]
@@ -256,7 +256,8 @@ class _Operands:
         if terms.key_bias is not None:
             total = terms.key_bias[batch, :, :, keys].flatten(1, 2)[:, :, None]
         if terms.bias is not None:
-            pairs = sliced(terms.bias, batch, every, rows, keys).to(self.dtype)
+            pairs = sliced(terms.bias, batch, every, rows, keys)
+            pairs = pairs if pairs.dtype == self.q.dtype else pairs.to(self.dtype)
             total = pairs if total is None else total + pairs
         if terms.relative_bias is not None:
             offset = sliced(visible.positions() + terms.relative_right, batch, rows)

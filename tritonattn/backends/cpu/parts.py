@@ -27,7 +27,7 @@ class Part:
     """Rows of some batch entries, and the keys outside which they attend to none.
 
     form     "full": each row attends to all the keys. "causal": row i of the part to its first i + 1 keys, and there
-             are as many as rows. "ranges": a mask has to tell which.
+             are as many as rows. "ranges": a mask has to tell which, the same for all of `count`.
     count    parts of one shape and form, of one entry, the next one `step` rows and `key_step` keys further
     """
 
@@ -50,10 +50,14 @@ class Part:
         return self.keys.stop - self.keys.start
 
     @property
+    def entries(self) -> int:
+        """Its number of batch entries for the kernel: those of the call, or `count`."""
+        return self.count * (self.batch.stop - self.batch.start)
+
+    @property
     def pairs(self) -> float:
         """The pairs of a head that the kernel computes."""
-        entries = self.count * (self.batch.stop - self.batch.start)
-        return entries * self.height * self.width * (0.5 if self.form == "causal" else 1)
+        return self.entries * self.height * self.width * (0.5 if self.form == "causal" else 1)
 
     def is_whole(self, visible: Visibility) -> bool:
         """True where it holds every row and every key."""
@@ -67,6 +71,12 @@ class Part:
     def of_keys(self, x: Tensor) -> Tensor:
         """Its keys of x [B, Hkv, Sk, ...], likewise."""
         return self._of(x, self.keys, self.key_step)
+
+    def add_to_keys(self, whole: Tensor, found: Tensor) -> None:
+        """Add what was found for its keys, [N, Hkv, keys, C], to whole [B, Hkv, Sk, C]: parts may share keys."""
+        pieces = unstacked(self)
+        for piece, one in zip(pieces, found.split(found.shape[0] // len(pieces)), strict=True):
+            piece.of_keys(whole).add_(one)
 
     def _of(self, x: Tensor, entries: slice, step: int) -> Tensor:
         if self.count == 1:
@@ -119,7 +129,7 @@ def _parts_of(visible: Visibility) -> list[Part]:
         entry = min(batch.start, lo.shape[0] - 1), min(batch.start, hi.shape[0] - 1)
         found = [part for run in _joined(_runs(lo[entry[0]], hi[entry[1]])) for part in _cut(run, batch)]
         found = [part for part in found if part.width > 0]  # the kernel divides by the number of keys
-        parts += found if batch.stop - batch.start > 1 else _stacked(found)
+        parts += found if batch.stop - batch.start > 1 else _stacked(found, ("full", "causal"))
     masked = cut_rows(Part(*everything, "ranges"), visible.batch)
     return masked if _cost(masked, visible.q_heads) < _cost(parts, visible.q_heads) else parts
 
@@ -211,7 +221,11 @@ def _cut(runs: list[_Run], batch: slice) -> list[Part]:
             piece = rest._replace(stop=min(run.stop, start + size))
             parts.append(Part(batch, slice(piece.start, piece.stop), slice(*piece.keys), "ranges"))
             start = piece.stop
-    return parts if len(runs) == 1 else _merged(parts)
+    if len(runs) > 1:
+        return _merged(parts)
+    # Pieces of a window that moves by a key a row have one mask.
+    is_window = run.steps == (1, 1) and batch.stop - batch.start == 1
+    return _stacked(parts) if is_window else parts
 
 
 def _merged(parts: list[Part]) -> list[Part]:
@@ -228,12 +242,12 @@ def _merged(parts: list[Part]) -> list[Part]:
     return merged
 
 
-def _stacked(parts: list[Part]) -> list[Part]:
+def _stacked(parts: list[Part], forms: tuple[str, ...] = ("ranges",)) -> list[Part]:
     """Neighbours of one shape, form and distance as one part, which the kernel takes as batch entries."""
     stacked: list[Part] = []
     for part in parts:
         last = stacked[-1] if stacked else None
-        if last is not None and _follows(last, part):
+        if last is not None and part.form in forms and _follows(last, part):
             step, key_step = part.rows.start - last.rows.start, part.keys.start - last.keys.start
             step, key_step = (step, key_step) if last.count == 1 else (last.step, last.key_step)
             stacked[-1] = Part(last.batch, last.rows, last.keys, last.form, last.count + 1, step, key_step)
@@ -243,12 +257,13 @@ def _stacked(parts: list[Part]) -> list[Part]:
 
 
 def _follows(last: Part, part: Part) -> bool:
-    if last.form != part.form or last.form == "ranges":
+    if last.form != part.form:
         return False
     sizes = [(one.rows.stop - one.rows.start, one.keys.stop - one.keys.start) for one in (last, part)]
     if sizes[0] != sizes[1]:
         return False
     if last.count == 1:
-        return part.rows.start > last.rows.start and part.keys.start >= last.keys.stop
+        is_apart = part.form == "ranges" or part.keys.start >= last.keys.stop
+        return part.rows.start > last.rows.start and part.keys.start > last.keys.start and is_apart
     moved = last.rows.start + last.count * last.step, last.keys.start + last.count * last.key_step
     return moved == (part.rows.start, part.keys.start)

@@ -20,6 +20,9 @@ from ...core.call import AttentionCall
 # Keys that PyTorch's kernel for CPUs compares at a time, at most.
 VECTOR = 16
 
+# Rows of a call whose groups of heads are handed over as rows.
+_FEW_ROWS = 16
+
 # From torch 2.9 on PyTorch's kernel for CPUs serves several query heads with one key head.
 SHARES_KEY_HEADS = torch.__version__ >= "2.9"
 
@@ -84,6 +87,10 @@ def attention(call: AttentionCall) -> Tensor:
     if not SHARES_KEY_HEADS and q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     width, value_width = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    shape, group = q.shape[:3], q.shape[1] // k.shape[1]
+    folds = is_full and folds_rows(q, group)
+    if folds:
+        q = q.unflatten(1, (-1, group)).flatten(2, 3)
     out = scaled_dot_product_attention(
         for_kernel(q, width),
         for_kernel(k, width),
@@ -94,8 +101,14 @@ def attention(call: AttentionCall) -> Tensor:
     )
     if out.requires_grad:
         refuse_second_order(out)
+    out = out.reshape(*shape, -1) if folds else out
     out = out if value_width == width else out[..., :value_width]
     return out if out.dtype == dtype else out.to(dtype)
+
+
+def folds_rows(q: Tensor, group: int) -> bool:
+    """True where the query heads of a key head go to the kernel as rows, so that keys are read once: few rows."""
+    return group > 1 and runs_eagerly(q) and q.shape[2] <= _FEW_ROWS
 
 
 def _needs_fp32(call: AttentionCall) -> bool:
