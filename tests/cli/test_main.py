@@ -122,12 +122,12 @@ def test_as_many_threads_as_idle_cores(idle, wanted, monkeypatch):
 
 
 REFUSED = [
-    ("demo --modes sqrt_dim,no_such_mode", ["--modes", "'no_such_mode'", "sqrt_dim"]),
+    ("compare --modes sqrt_dim,no_such_mode", ["--modes", "'no_such_mode'", "sqrt_dim"]),
     ("demo --device no_such_device", ["--device", "no_such_device"]),
-    ("demo --text /no/such/file", ["--text", "/no/such/file"]),
-    ("demo --json /dev/null/a.json", ["--json: expected a folder", "'/dev/null'"]),
-    ("demo --plot a.xyz", ["--plot", "a.xyz", "png"]),
-    (f"demo --model {__file__}", ["--model", ".gguf"]),
+    ("compare --text /no/such/file", ["--text", "/no/such/file"]),
+    ("compare --json /dev/null/a.json", ["--json: expected a folder", "'/dev/null'"]),
+    ("compare --plot a.xyz", ["--plot", "a.xyz", "png"]),
+    (f"compare --model {__file__}", ["--model", ".gguf"]),
     ("simulate --modes sqrt_dim,nope", ["--modes", "'nope'", "key_norm_sum"]),
     ("simulate --parts papers", ["--parts", "'papers'", "paper, sweep, verdict"]),
     ("simulate --seed -1", ["--seed", "-1"]),
@@ -183,13 +183,13 @@ def test_wrong_usage_is_named_before_any_work(command, parts, tmp_path, monkeypa
 def test_an_unknown_model_without_network(monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert_refused(capsys, "demo --model no-such-user/no-such", ["no-such-user/no-such", "HF_HUB_OFFLINE"])
+    assert_refused(capsys, "compare --model no-such-user/no-such", ["no-such-user/no-such", "HF_HUB_OFFLINE"])
 
 
 @pytest.mark.parametrize(
     ("command", "parts"),
     [
-        ("demo", ["transformers", install("demo")]),
+        ("compare", ["transformers", install("demo")]),
         ("simulate --plot x", [f"simulate needs tqdm, matplotlib; to mend it: {install('lab')}"]),
         ("watch run.jsonl", [f"watch needs matplotlib; to mend it: {install('monitor')}"]),
         ("train-compare", ["sklearn", f"to mend it: {install('lab')}"]),

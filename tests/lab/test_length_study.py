@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from tests.lab.test_demo import subject
+from tests.lab.test_compare import subject
 from tritonattn.cli import main as cli
 from tritonattn.huggingface import patched
 from tritonattn.lab import length
-from tritonattn.lab.demo.measurement import Subject
+from tritonattn.lab.compare.measurement import Subject
 from tritonattn.lab.length import losses
 from tritonattn.lab.modes import variant
 

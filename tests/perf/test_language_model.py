@@ -11,7 +11,7 @@ from perf.language_model.cells import study, swaps_of
 from perf.language_model.model import GPT, Factor, Shape, Swap, rotated, swapped
 from perf.language_model.records import read
 from perf.language_model.report import ledger_rows
-from perf.language_model.tasks import FILLERS, NAMES, VALUES, ledger
+from tritonattn.lab.ledger import FILLERS, NAMES, VALUES, ledger
 
 
 @pytest.mark.parametrize("factor", [Factor(), Factor(gain=2.0), Factor("log_key_count"), Factor("ssmax")], ids=str)

@@ -19,7 +19,8 @@ FOLDER = "import sys, tritonattn; assert tritonattn.__file__.startswith(sys.pref
 COMMANDS = (
     ("env",),
     ("configs", "--gpu", "h100"),
-    ("demo", "--max-tokens", "64", "--modes", "sqrt_dim,log_key_count:64"),
+    ("demo",),
+    ("compare", "--max-tokens", "64", "--modes", "sqrt_dim,log_key_count:64", "--plot", "../compare.png"),
 )
 
 

@@ -13,7 +13,7 @@ from .. import __version__
 from ..core.errors import INTERRUPTED, CommandError, unguard
 from . import machine, models, studies
 
-COMMANDS = models.COMMANDS | studies.COMMANDS | machine.COMMANDS
+COMMANDS = studies.COMMANDS | models.COMMANDS | machine.COMMANDS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Commands that run a text through a pretrained language model: demo, compare, advise, length-study."""
+"""Commands that run a text through a pretrained language model: compare, advise, length-study."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from .options import Command, add_device, add_folder, add_number, check_file, ma
 from .threads import limit_threads
 
 _NEEDED = ["transformers", "accelerate", "gguf", "tqdm"]
-_DEMO_MODES = "sqrt_dim,key_norm_mean,sqrt_key_count,key_count,key_norm_sum,log_key_count,none"
 _WRITTEN_MODE = (
     "NAME[:BASE][*GAIN]: a mode, or one that learns (ssmax:CONTEXT, ...) where training begins; its base or training"
     " length, CONTEXT being that of the model and the default of modes that do not learn; and a constant gain"
@@ -35,41 +34,29 @@ def _add_opening(parser: ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure, per layer too, as JSON")
 
 
-def _add_modes(parser: ArgumentParser, modes: str) -> None:
-    text = f"{_WRITTEN_MODE} (default: %(default)s)"
-    parser.add_argument("--modes", type=names, default=modes, metavar="A,B", help=text)
-
-
-def _add_demo(parser: ArgumentParser) -> None:
-    _add_opening(parser)
-    _add_modes(parser, _DEMO_MODES)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures (.png, .svg, .pdf)")
-    parser.set_defaults(layers=None, by_layer=False)
-
-
 def _add_compare(parser: ArgumentParser) -> None:
     _add_opening(parser)
-    _add_modes(parser, "sqrt_dim,key_norm_mean,log_key_count")
+    modes, text = "sqrt_dim,key_norm_mean,log_key_count", f"{_WRITTEN_MODE} (default: %(default)s)"
+    parser.add_argument("--modes", type=names, default=modes, metavar="A,B", help=text)
     layers = "patch these only: layer numbers (-1 is the last), module names or patterns (default: all)"
     parser.add_argument("--layers", type=_layers, metavar="A,B", help=layers)
     picture = "the picture (default: %(default)s)"
     parser.add_argument("--plot", type=Path, metavar="FILE", default=Path("compare.png"), help=picture)
-    parser.set_defaults(by_layer=True)
 
 
 def _layers(text: str) -> tuple[int | str, ...]:
     return tuple(int(name) if name.removeprefix("-").isdecimal() else name for name in names(text))
 
 
-def _demo(options: Namespace) -> int:
-    require(options.command, _NEEDED + ["matplotlib"] * (options.plot is not None), extra="demo")
-    from ..lab import demo
+def _compare(options: Namespace) -> int:
+    require("compare", [*_NEEDED, "matplotlib"], extra="demo")
+    from ..lab import compare
 
-    demo.check(options)
+    compare.check(options)
     check_file("--json", options.json)
     check_file("--plot", options.plot)
     limit_threads()
-    return demo.run(options, swap=not options.by_layer and options.modes == names(_DEMO_MODES))
+    return compare.run(options)
 
 
 def _add_advise(parser: ArgumentParser) -> None:
@@ -82,7 +69,7 @@ def _advise(options: Namespace) -> int:
     """Print the advice for a model on a text, and write it."""
     require("advise", _NEEDED, extra="demo")
     from ..analysis import advise
-    from ..lab.demo import subject_and_tokens
+    from ..lab.compare import subject_and_tokens
 
     check_file("--json", options.json)
     limit_threads()
@@ -126,22 +113,13 @@ def _length_study(options: Namespace) -> int:
 
 
 COMMANDS = {
-    "demo": Command(
-        "patch a small model that then recalls among 64 times its keys; run a text through a real one",
-        "With the default modes, first train a small model for seconds, with QK-norm and without, patch it, and print "
-        "how much it recalls among more keys than it was trained on, before and after. Then run a text through a "
-        "pretrained language model once with each scaling of the attention logits, and print what that does to its "
-        "loss and its attention. Needs no GPU.",
-        _add_demo,
-        _demo,
-    ),
     "compare": Command(
         "compare scalings on some or all layers of a model, layer by layer",
         "Patch the attention layers of a pretrained language model with each scaling in turn, run a text through it, "
         "and print its loss and perplexity, and for every layer the entropy of its attention and its logits; draw them "
         "too. sqrt_dim, the model as it is, always runs first. Needs no GPU.",
         _add_compare,
-        _demo,
+        _compare,
     ),
     "advise": Command(
         "say which scaling a model should try first, on which layers, and why",

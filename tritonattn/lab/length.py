@@ -21,9 +21,9 @@ from ..core import records, tables
 from ..core.errors import CommandError
 from ..core.progress import Progress
 from ..core.provenance import Environment, command_line
-from .demo import read_text
-from .demo.measurement import Subject, patched_with
-from .demo.model import load
+from .compare import read_text
+from .compare.measurement import Subject, patched_with
+from .compare.model import load
 from .figures import COLOURS, foot, plain_numbers, save, staggered, styles
 from .modes import BASELINE, Variant, variants
 from .texts import WONDERLAND

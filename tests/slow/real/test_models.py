@@ -15,15 +15,15 @@ import transformers
 
 from tritonattn.analysis import advise
 from tritonattn.huggingface import patch
-from tritonattn.lab import demo
-from tritonattn.lab.demo import measurement
-from tritonattn.lab.demo.model import load
+from tritonattn.lab import compare
+from tritonattn.lab.compare import measurement
+from tritonattn.lab.compare.model import load
 from tritonattn.lab.modes import variant
 from tritonattn.nn import QueryAdaptiveSSMax
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 TOKENS = 400
-# Nats a token over the first TOKENS of the demo's text; of Gemma over these, by its tokenizer.
+# Nats a token over the first TOKENS of the default text; of Gemma over these, by its tokenizer.
 SMOLLM_LOSSES = {"key_norm_mean": 4.7597, "key_norm_max": 5.1807, "sqrt_key_count": 4.0094, "cosine": 5.5114}
 LEARNED = ["per_head", "ssmax", "power_law", "learned_log_power", QueryAdaptiveSSMax(9, 64, mode="sqrt_dim")]
 GEMMA_TOKENS = [2, 85305, 691, 6534, 531, 974, 1401, 20718, 529, 8116, 684, 1116, 12198, 580, 506]
@@ -65,7 +65,7 @@ def gemma(tmp_path_factory):
 
 
 def tokens(subject) -> torch.Tensor:
-    return subject.tokenizer(demo.TEXT.read_text(), return_tensors="pt")["input_ids"][:, :TOKENS]
+    return subject.tokenizer(compare.TEXT.read_text(), return_tensors="pt")["input_ids"][:, :TOKENS]
 
 
 def loss(subject, mode: str, layers=None) -> float:

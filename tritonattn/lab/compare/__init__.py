@@ -1,4 +1,4 @@
-"""The loss and attention of a pretrained language model with each scaling: `tritonattn demo` and `compare`."""
+"""The loss and attention of a pretrained language model with each scaling: `tritonattn compare`."""
 
 from __future__ import annotations
 
@@ -15,53 +15,41 @@ from ..modes import Variant, check_written, variants
 from .measurement import Measurement, Subject, eager_loss, measure, patched_with
 from .model import load
 from .report import Report
-from .swap import report as swapped
 
 TEXT = Path(__file__).parent / "data" / "alice.txt"
-INTRODUCTION = (
-    "Now a pretrained language model, with each scaling in turn. Its text is shorter than those that it was\n"
-    "trained on, where nothing fades: this shows what a scaling costs a model that was trained without it."
-)
 
 
-def run(options: Namespace, *, swap: bool = False) -> int:
-    """Measure, print the tables, write the files; `options` are those of `tritonattn compare`.
-
-    swap   first patch a small model, and print how much it recalls
+def run(options: Namespace) -> int:
+    """Measure, print the tables, write the files; `options` are those of the command.
 
     Returns 0, or 1 where sqrt_dim, which is the model's scaling, gives another loss than its eager attention.
     """
     subject, tokens = subject_and_tokens(options)
-    if swap:
-        print(f"{swapped(options.device)}\n\n{INTRODUCTION}\n", flush=True)
     eager, measurements = _measure_all(subject, tokens, variants(options.modes, subject.context), options)
     report = Report(subject.name, tokens.shape[1], eager, tuple(measurements))
     print(report.table())
-    if options.by_layer:
-        print(f"\n{report.layers()}")
+    print(f"\n{report.layers()}")
     print(report.check())
     print(report.advice())
     if options.json is not None:
         report.write_json(options.json)
-    if options.plot is not None:
-        from ..figures import save
-        from .plot import figure_of
+    from ..figures import save
+    from .plot import figure_of
 
-        save(figure_of(subject.name, measurements, Environment.of(subject.device, command_line())), options.plot)
-        print(f"plot: {options.plot}")
+    save(figure_of(subject.name, measurements, Environment.of(subject.device, command_line())), options.plot)
+    print(f"plot: {options.plot}")
     return 0 if report.agrees else 1
 
 
 def check(options: Namespace) -> None:
     """Raise CommandError for modes that no model has, and for pictures that cannot be drawn."""
     check_written(options.modes or ("",))
-    if options.plot is not None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-        types = sorted(FigureCanvasAgg.get_supported_filetypes())
-        if options.plot.suffix[1:].lower() not in types:
-            expected = f"a name ending in one of {', '.join(types)}"
-            raise CommandError(f"--plot: expected {expected}, got {options.plot.name!r}")
+    types = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if options.plot.suffix[1:].lower() not in types:
+        expected = f"a name ending in one of {', '.join(types)}"
+        raise CommandError(f"--plot: expected {expected}, got {options.plot.name!r}")
 
 
 def subject_and_tokens(options: Namespace) -> tuple[Subject, Tensor]:
@@ -85,7 +73,7 @@ def _measure_all(
     subject: Subject, tokens: Tensor, asked: list[Variant], options: Namespace
 ) -> tuple[float, list[Measurement]]:
     with patched_with(subject, asked[0], options.layers) as patched:  # refuses missing layers before any pass
-        if options.by_layer and options.layers is not None:
+        if options.layers is not None:
             print(f"layers: {', '.join(patched.layers)}\n")
     measurements = []
     with Progress(total=len(asked) + 1, unit="pass", leave=False) as progress:

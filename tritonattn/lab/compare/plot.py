@@ -1,4 +1,4 @@
-"""The figures of `tritonattn demo` as a picture."""
+"""The figures of `tritonattn compare` as a picture."""
 
 from __future__ import annotations
 
