@@ -27,7 +27,7 @@ demo:  ## small GPTs that read 32 times their trained length, with a factor that
 	$(VENV)/bin/tritonattn demo $(ARGS)
 
 define DEMO
-make demo installs the library, PyTorch, Triton and numpy into $(VENV): 1.0 GB with PyTorch's build for CPUs, and
+make demo installs the library, PyTorch, Triton and numpy into $(VENV): 1.9 GB with PyTorch's build for CPUs, and
 several GB more with the CUDA libraries that PyPI's build has on Linux. To leave them out:
     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 It then trains three small GPTs, about a minute on one free core, and prints what they recall beyond their trained
