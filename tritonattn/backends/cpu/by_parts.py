@@ -23,7 +23,7 @@ from ...core.pair_biases import reflected
 from ...core.rounding import before_rounding, lost_in_rounding
 from .parts import Part, cut_rows, parts_of, unstacked
 from .sdpa import SHARES_KEY_HEADS, VECTOR, folds_rows, for_kernel, stays_finite
-from .tiles import sliced
+from .tiles import readable, sliced
 
 _forward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -71,8 +71,8 @@ def _has_mask(call: AttentionCall) -> bool:
 
 
 def is_steep(lse: Tensor) -> bool:
-    """True where the logits of some row are too large for the kernel; reads values."""
-    return bool((lse.masked_fill(lse == -torch.inf, 0).abs() > _LARGEST_LSE).any())
+    """True where the logits of some row are too large for the kernel; reads values, if there are any."""
+    return readable(lse.device) and bool((lse.masked_fill(lse == -torch.inf, 0).abs() > _LARGEST_LSE).any())
 
 
 def forward(call: AttentionCall, rounding: Tensor | None = None) -> ForwardResult:
