@@ -4,7 +4,7 @@
     sdpa.attention           all keys, or a square's lower triangle,    PyTorch's kernel with PyTorch's gradient
                              and no other term
     by_parts                 the others without softcap, dropout and    PyTorch's kernel, on parts that hide nothing or
-                             batch_invariant, with lse up to 64         under a mask
+                             batch_invariant; sequences with lse <= 64   under a mask
     forward_pass,            all; gradients of biases and of lse        tiles in plain torch: the kernel gives neither
     backward_pass                                                       dP nor P
     statistics_of_rows       return_aux, after either                   the kernel gives lse alone
@@ -30,6 +30,7 @@ divided by a scale."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
@@ -42,9 +43,12 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
     rounding, int8 and shaped like the output, receives what the output lost when it was rounded: `core.rounding`.
     """
     prepared = by_parts.prepared(call)
-    found = None if prepared is None else by_parts.forward(prepared, rounding)
-    if found is None or by_parts.is_steep(found.lse):
+    if prepared is None:
         found = forward_pass.forward(call, rounding)
+    else:
+        found = by_parts.forward(prepared, rounding)
+        if (steep := by_parts.steep_rows(found.lse, call.visibility)) is not None:
+            found = _with_steep_rows(call, found, rounding, steep)
     if not aux:
         return found
     return ForwardResult(found.out, found.lse, *forward_pass.statistics_of_rows(call, found.lse))
@@ -64,11 +68,29 @@ def backward(
     out [B, Hq, Sq, Dv], lse [B, Hq, Sq] and rounding are those of `forward`; d_out and d_lse are alike, any strides.
     """
     needs_tiles = d_lse is not None or needs.key_bias or needs.bias or needs.relative_bias
-    needs_tiles = needs_tiles or by_parts.is_steep(lse)
     prepared = None if needs_tiles else by_parts.prepared(call, needs)
     if prepared is None:
         return backward_pass.backward(call, out, lse, d_out, d_lse, needs, rounding)
-    return by_parts.backward(prepared, out, lse, d_out, needs, rounding)
+    steep = by_parts.steep_rows(lse, call.visibility)
+    if steep is None:
+        return by_parts.backward(prepared, out, lse, d_out, needs, rounding)
+    # A row with an lse of -inf has no gradient: each way leaves the other's rows out, and what they find adds up.
+    of_parts = by_parts.backward(prepared, out, lse.masked_fill(steep, -torch.inf), d_out, needs, rounding)
+    of_tiles = backward_pass.backward(call, out, lse.masked_fill(~steep, -torch.inf), d_out, None, needs, rounding)
+    pairs = zip(of_parts, of_tiles, strict=True)
+    return Gradients(*(None if x is None or y is None else x + y for x, y in pairs))
+
+
+def _with_steep_rows(
+    call: AttentionCall, found: ForwardResult, rounding: Tensor | None, steep: Tensor
+) -> ForwardResult:
+    """A result with these rows by tiles: no bit of a sequence depends on another's logits."""
+    lost = None if rounding is None else torch.empty_like(rounding)
+    tiles = forward_pass.forward(call, lost)
+    out = torch.where(steep[..., None], tiles.out, found.out)
+    if rounding is not None and lost is not None:
+        rounding.copy_(torch.where(steep[..., None], lost, rounding))
+    return ForwardResult(out, torch.where(steep, tiles.lse, found.lse))
 
 
 __all__ = ["backward", "forward"]

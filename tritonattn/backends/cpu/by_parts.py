@@ -21,15 +21,16 @@ from torch import Tensor
 from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
 from ...core.pair_biases import reflected
 from ...core.rounding import before_rounding, lost_in_rounding
+from ...core.visibility import Visibility
 from .parts import Part, cut_rows, parts_of, unstacked
 from .sdpa import SHARES_KEY_HEADS, VECTOR, folds_rows, for_kernel, stays_finite
-from .tiles import readable, sliced
+from .tiles import sliced
 
 _forward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Calls with a larger lse, or one below its negative, take tiles. A probability exp(logit - lse) of a backward, which
-# computes the logits again, is off by eps times their size; the kernel also rounds scales into q and k.
+# Sequences with a larger lse, or one below its negative, take tiles. A probability exp(logit - lse) of a backward,
+# which computes the logits again, is off by eps times their size; the kernel also rounds scales into q and k.
 _LARGEST_LSE = 64.0
 
 
@@ -70,9 +71,19 @@ def _has_mask(call: AttentionCall) -> bool:
     return call.visibility.mask is not None or any(bias is not None for bias in biases)
 
 
-def is_steep(lse: Tensor) -> bool:
-    """True where the logits of some row are too large for the kernel; reads values, if there are any."""
-    return readable(lse.device) and bool((lse.masked_fill(lse == -torch.inf, 0).abs() > _LARGEST_LSE).any())
+def steep_rows(lse: Tensor, visible: Visibility) -> Tensor | None:
+    """Rows of sequences with logits too large for the kernel, bool [B, Hq, Sq], or None where there is none."""
+    steep = (lse.abs() > _LARGEST_LSE) & (lse > -torch.inf)
+    if not bool(steep.any()):
+        return None
+    rows = steep.any(1)  # [B, Sq]
+    if visible.sequences is None:
+        rows = rows.any(-1, keepdim=True)
+    else:
+        starts = visible.sequences.q_starts.long()
+        sequence = torch.bucketize(torch.arange(visible.q_len), starts[1:], right=True)
+        rows = torch.isin(sequence, sequence[rows[0]])[None]
+    return rows[:, None].expand_as(steep)
 
 
 def forward(call: AttentionCall, rounding: Tensor | None = None) -> ForwardResult:
