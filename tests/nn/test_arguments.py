@@ -123,3 +123,12 @@ def test_refused_keys_and_values_leave_the_cache_as_it_was(new, error, message):
         one.append(*new)
     assert one.lengths.tolist() == [0, 0]
     assert not one.k.any()
+
+
+@pytest.mark.parametrize("scaling", ["ssmax:64", "log_key_count:64", "qwen_logn:64", "ssmax"])
+def test_rotary_positions_over_all_keys_with_a_factor_that_grows_warn(scaling):
+    with pytest.warns(UserWarning, match="rotary: expected a window, or no positions"):
+        made(scaling=scaling, rotary=1e4, causal=True)
+    made(scaling=scaling, causal=True)
+    made(rotary=1e4, causal=True)
+    made(scaling="ssmax:8", rotary=1e4, causal=True, window=(7, 0))

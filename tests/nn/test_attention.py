@@ -161,10 +161,10 @@ class Rotated(nn.ScaledAttention):
 @torch.no_grad()
 def test_positions_reach_a_layer_in_every_form(layer_type, rotary):
     torch.manual_seed(0)
-    made = layer_type(WIDTH, HEADS, scaling="ssmax", causal=True, rotary=rotary, dtype=torch.float64)
+    made = layer_type(WIDTH, HEADS, scaling="per_head", causal=True, rotary=rotary, dtype=torch.float64)
     x = 2 * tokens(length=9)
     whole = made(x)
-    plain = nn.ScaledAttention(WIDTH, HEADS, scaling="ssmax", causal=True, dtype=torch.float64)
+    plain = nn.ScaledAttention(WIDTH, HEADS, scaling="per_head", causal=True, dtype=torch.float64)
     plain.load_state_dict(made.state_dict())
     assert not torch.allclose(plain(x), whole)
     cache = made.cache(2, 9)

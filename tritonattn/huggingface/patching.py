@@ -291,7 +291,10 @@ def _patchable_modules(model: Any) -> list[AttentionModule]:
             " all layers in one call, layers={10: ..., 11: ...}"
         )
     if not found:
-        raise ValueError(f"model: tritonattn cannot patch {type(model).__name__}: no attention module was found in it")
+        raise ValueError(
+            f"model: tritonattn cannot patch {type(model).__name__}: no attention module was found in it; transformers'"
+            " and nn.ScaledAttention's are found, other libraries' have tritonattn.integrations"
+        )
     refuse_unsupported(model, found)
     return found
 

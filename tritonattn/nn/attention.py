@@ -38,7 +38,7 @@ from ..scaling.base import check_positive, has_relative_bias
 from ..scaling.names import LayerMode
 from .cache import KeyValueCache
 from .learned import describe
-from .registry import largest_base, scaling_of_layer
+from .registry import grows_with_keys, largest_base, scaling_of_layer
 
 
 class ScaledAttention(SharesSequence, nn.Module):
@@ -127,6 +127,12 @@ class ScaledAttention(SharesSequence, nn.Module):
             check_number("scaling", scaling)
             self.scaling = scaling
         _warn_of_window(self.scaling, causal, window)
+        if rotary is not None and window_sides(window)[0] is None and grows_with_keys(self.scaling):
+            warnings.warn(
+                "rotary: expected a window, or no positions, in a layer whose factor grows with its keys: beyond the"
+                " trained length rotary positions over all keys fail first, and the factor does not repair that",
+                stacklevel=2,
+            )
         self.rotary = rotary
         self.width, self.context_width = width, context_width
         self.heads, self.kv_heads = heads, kv_heads

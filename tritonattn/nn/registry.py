@@ -6,6 +6,7 @@ from typing import Any
 
 from ..scaling import LogKeyCount, LogPower, Scaling
 from ..scaling.names import parsed
+from ..scaling.positional import QwenLogn
 from .learned import LearnedCosine, PerHead, SSMax, as_mode
 from .log_power import LearnedLogPower
 from .power_law import PowerLaw
@@ -27,8 +28,18 @@ def largest_base(scaling: Any) -> float:
     """
     of_ln = isinstance(scaling, (LogKeyCount, LogPower, SSMax, LearnedLogPower))
     own = scaling.base if of_ln and getattr(scaling, "mode", None) is None else 0.0
-    inside = (getattr(scaling, name, None) for name in ("mode", "mode_a", "mode_b"))
-    return max([own, *(largest_base(mode) for mode in inside if isinstance(mode, Scaling))])
+    return max([own, *map(largest_base, _inside(scaling))])
+
+
+def grows_with_keys(scaling: Any) -> bool:
+    """True where a scaling, or a mode inside it, grows like ln(n), or learns to."""
+    of_ln = (LogKeyCount, LogPower, QwenLogn, SSMax, LearnedLogPower)
+    return isinstance(scaling, of_ln) or any(map(grows_with_keys, _inside(scaling)))
+
+
+def _inside(scaling: Any) -> list[Scaling]:
+    found = (getattr(scaling, name, None) for name in ("mode", "mode_a", "mode_b"))
+    return [mode for mode in found if isinstance(mode, Scaling)]
 
 
 def scaling_of_layer(scaling: Any, heads: int, **options: Any) -> Scaling:
