@@ -219,6 +219,31 @@ def test_a_bias_whose_keys_lie_apart_is_copied_a_few_rows_at_a_time(layout, monk
     assert max(sizes) <= parts._ROWS
 
 
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e15])
+@pytest.mark.parametrize("operand", ["q", "k", "v"])
+@pytest.mark.parametrize(
+    "mask", [{"causal": True, "window": (5, None)}, {"window": (3, 3)}, {"key_bias": True}], ids=str
+)
+def test_a_spoiled_sequence_changes_no_bit_of_its_neighbours(mask, operand, poison):
+    random, starts = torch.Generator().manual_seed(0), torch.tensor([0, 30, 52, 90], dtype=torch.int32)
+    tensors = {name: torch.randn(90, 2, 16, generator=random) for name in "qkv"}
+    arguments = dict(mask)
+    if "key_bias" in mask:
+        arguments["key_bias"] = torch.randn(2, 90, generator=random)
+
+    def results(**tensors):
+        leaves = [x.clone().requires_grad_() for x in tensors.values()]
+        out = tritonattn.attention_varlen(*leaves, starts, starts, 38, 38, **arguments)
+        return out, *torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    clean = results(**tensors)
+    tensors[operand] = tensors[operand].clone()
+    tensors[operand][35, 1, 3] = poison
+    others = torch.cat([torch.arange(30), torch.arange(52, 90)])
+    for found, expected in zip(results(**tensors), clean, strict=True):
+        assert torch.equal(found[others], expected[others])
+
+
 # ---- The parts
 
 

@@ -46,9 +46,10 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
     if prepared is None:
         found = forward_pass.forward(call, rounding)
     else:
-        found = by_parts.forward(prepared, rounding)
-        if (steep := by_parts.steep_rows(found.lse, call.visibility)) is not None:
-            found = _with_steep_rows(call, found, rounding, steep)
+        found = by_parts.forward(prepared.call, rounding)
+        rows = by_parts.rows_of_tiles(found.lse, call.visibility, prepared.spoiled)
+        if rows is not None:
+            found = _with_rows_of_tiles(call, found, rounding, rows)
     if not aux:
         return found
     return ForwardResult(found.out, found.lse, *forward_pass.statistics_of_rows(call, found.lse))
@@ -71,26 +72,26 @@ def backward(
     prepared = None if needs_tiles else by_parts.prepared(call, needs)
     if prepared is None:
         return backward_pass.backward(call, out, lse, d_out, d_lse, needs, rounding)
-    steep = by_parts.steep_rows(lse, call.visibility)
-    if steep is None:
-        return by_parts.backward(prepared, out, lse, d_out, needs, rounding)
+    rows = by_parts.rows_of_tiles(lse, call.visibility, prepared.spoiled)
+    if rows is None:
+        return by_parts.backward(prepared.call, out, lse, d_out, needs, rounding)
     # A row with an lse of -inf has no gradient: each way leaves the other's rows out, and what they find adds up.
-    of_parts = by_parts.backward(prepared, out, lse.masked_fill(steep, -torch.inf), d_out, needs, rounding)
-    of_tiles = backward_pass.backward(call, out, lse.masked_fill(~steep, -torch.inf), d_out, None, needs, rounding)
+    of_parts = by_parts.backward(prepared.call, out, lse.masked_fill(rows, -torch.inf), d_out, needs, rounding)
+    of_tiles = backward_pass.backward(call, out, lse.masked_fill(~rows, -torch.inf), d_out, None, needs, rounding)
     pairs = zip(of_parts, of_tiles, strict=True)
     return Gradients(*(None if x is None or y is None else x + y for x, y in pairs))
 
 
-def _with_steep_rows(
-    call: AttentionCall, found: ForwardResult, rounding: Tensor | None, steep: Tensor
+def _with_rows_of_tiles(
+    call: AttentionCall, found: ForwardResult, rounding: Tensor | None, rows: Tensor
 ) -> ForwardResult:
     """A result with these rows by tiles: no bit of a sequence depends on another's logits."""
     lost = None if rounding is None else torch.empty_like(rounding)
     tiles = forward_pass.forward(call, lost)
-    out = torch.where(steep[..., None], tiles.out, found.out)
+    out = torch.where(rows[..., None], tiles.out, found.out)
     if rounding is not None and lost is not None:
-        rounding.copy_(torch.where(steep[..., None], lost, rounding))
-    return ForwardResult(out, torch.where(steep, tiles.lse, found.lse))
+        rounding.copy_(torch.where(rows[..., None], lost, rounding))
+    return ForwardResult(out, torch.where(rows, tiles.lse, found.lse))
 
 
 __all__ = ["backward", "forward"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,11 +34,19 @@ _backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 _LARGEST_LSE = 64.0
 
 
-def prepared(call: AttentionCall, needs: Needs | None = None) -> AttentionCall | None:
+class Prepared(NamedTuple):
+    """A call as the kernel takes it, and rows [B, Sq] of sequences that it leaves to tiles, or None for none."""
+
+    call: AttentionCall
+    spoiled: Tensor | None = None
+
+
+def prepared(call: AttentionCall, needs: Needs | None = None) -> Prepared | None:
     """The call as the kernel takes it for its output, or for gradients; None where it cannot honour something.
 
     It adds -inf to hidden logits, which leaves NaN, and its maximum skips NaN among few keys. So where operands hold
-    NaN or infinity, zeros stand for keys that no row attends to and for rows without keys; the rest must be finite.
+    NaN or infinity, zeros stand for keys that no row attends to, for rows without keys, and for the packed sequences
+    that hold them; the rest must be finite.
     """
     visible, terms = call.visibility, call.logits
     if call.k.device.type != "cpu" or visible.invariant or terms.softcap is not None or call.dropout is not None:
@@ -48,21 +56,51 @@ def prepared(call: AttentionCall, needs: Needs | None = None) -> AttentionCall |
     hides = not (visible.every_row_attends and visible.attends_to_every_key)
     of_scales = needs is not None and has_scales and hides
     if not (meets_hidden or of_scales) or stays_finite(call, call.v):
-        return call
-    call = _without_hidden(call)
-    return call if stays_finite(call, call.v) else None
+        return Prepared(call)
+    call = _with_zeros(call, ~visible.attending_rows(), ~visible.seen_keys())
+    if stays_finite(call, call.v):
+        return Prepared(call)
+    if visible.sequences is None:
+        return None
+    rows, keys = _spoiled(call)
+    call = _with_zeros(call, rows[:, None], keys[:, None])
+    return Prepared(call, rows) if stays_finite(call, call.v) else None
 
 
-def _without_hidden(call: AttentionCall) -> AttentionCall:
-    visible, terms = call.visibility, call.logits
-    unseen, blind = ~visible.seen_keys(), ~visible.attending_rows()
+def _with_zeros(call: AttentionCall, rows: Tensor, keys: Tensor) -> AttentionCall:
+    """The call with zeros for these rows [B or 1, 1 or Hq, Sq] and keys [B or 1, 1 or Hkv, Sk]."""
 
     def zeroed(x: Tensor | None, hidden: Tensor) -> Any:
         return None if x is None else x.masked_fill(hidden if x.dim() == 3 else hidden[..., None], 0)
 
-    terms = terms.changed(query_scale=zeroed(terms.query_scale, blind), key_scale=zeroed(terms.key_scale, unseen))
-    q, k, v = zeroed(call.q, blind), zeroed(call.k, unseen), zeroed(call.v, unseen)
+    terms = call.logits
+    terms = terms.changed(query_scale=zeroed(terms.query_scale, rows), key_scale=zeroed(terms.key_scale, keys))
+    q, k, v = zeroed(call.q, rows), zeroed(call.k, keys), zeroed(call.v, keys)
     return replace(call, q=q, k=k, v=v, logits=terms)
+
+
+def _spoiled(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Rows [1, Sq] and keys [1, Sk] of the packed sequences that hold NaN or infinity."""
+    terms, (rows, keys) = call.logits, _sequences(call.visibility)
+    found = []
+    for sequence, operands in ((rows, (call.q, terms.query_scale)), (keys, (call.k, call.v, terms.key_scale))):
+        for x in operands:
+            if x is not None:
+                is_finite = x.isfinite().flatten(3).all(-1) if x.dim() == 4 else x.isfinite()  # [1, H, S]
+                found.append(sequence[~is_finite.all(1)[0]])
+    bad = torch.cat(found)
+    return torch.isin(rows, bad)[None], torch.isin(keys, bad)[None]
+
+
+def _sequences(visible: Visibility) -> tuple[Tensor, Tensor]:
+    """The number of the packed sequence of each row and of each key."""
+    assert visible.sequences is not None
+    starts = visible.sequences.q_starts.long(), visible.sequences.k_starts.long()
+    sizes = visible.q_len, visible.k_len
+    rows, keys = (
+        torch.bucketize(torch.arange(size), one[1:], right=True) for one, size in zip(starts, sizes, strict=True)
+    )
+    return rows, keys
 
 
 def _has_mask(call: AttentionCall) -> bool:
@@ -71,18 +109,21 @@ def _has_mask(call: AttentionCall) -> bool:
     return call.visibility.mask is not None or any(bias is not None for bias in biases)
 
 
-def steep_rows(lse: Tensor, visible: Visibility) -> Tensor | None:
-    """Rows of sequences with logits too large for the kernel, bool [B, Hq, Sq], or None where there is none."""
+def rows_of_tiles(lse: Tensor, visible: Visibility, spoiled: Tensor | None) -> Tensor | None:
+    """Rows of sequences that the kernel does not serve, bool [B, Hq, Sq], or None where there is none.
+
+    They are spoiled, as of `Prepared`, or their logits are too large for it.
+    """
     steep = (lse.abs() > _LARGEST_LSE) & (lse > -torch.inf)
-    if not bool(steep.any()):
+    if spoiled is None and not bool(steep.any()):
         return None
     rows = steep.any(1)  # [B, Sq]
     if visible.sequences is None:
         rows = rows.any(-1, keepdim=True)
     else:
-        starts = visible.sequences.q_starts.long()
-        sequence = torch.bucketize(torch.arange(visible.q_len), starts[1:], right=True)
+        sequence, _ = _sequences(visible)
         rows = torch.isin(sequence, sequence[rows[0]])[None]
+    rows = rows if spoiled is None else rows | spoiled
     return rows[:, None].expand_as(steep)
 
 
