@@ -122,6 +122,46 @@ def costs() -> str:
     return table(["time over PyTorch's attention", *(f"`{mode}`" for mode in COST_MODES)], rows) + source
 
 
+FORM_COLUMNS = {
+    **{f"{length:,}": {"length": length} for length in (256, 1024, 4096)},
+    "1,024, batch of 4": {"length": 1024, "batch": 4},
+    "1,024, bf16": {"length": 1024, "dtype": "bf16"},
+    "1,024, `log_key_count`": {"length": 1024, "scaling": "log_key_count"},
+    "1,024, `key_norm_mean`": {"length": 1024, "scaling": "key_norm_mean"},
+}
+
+
+def forms() -> str:
+    """Time of ours over that of the fastest peer on a CPU, by form, from perf/results/forms.jsonl."""
+    records = [json.loads(line) for line in (RESULTS / "forms.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    def cell(form: str, **axes) -> str:
+        """Forward, and with backward: the median over rounds of ours over the peer of the least median."""
+        found = []
+        for passes in ("forward", "forward+backward"):
+            wanted = {"form": form, "passes": passes, "batch": 1, "dtype": "fp32", "scaling": "sqrt_dim", **axes}
+            peers = [
+                record
+                for record in records
+                if wanted.items() <= record["axes"].items()
+                and record["status"] == "measured"
+                and not record["contestant"].startswith("tritonattn")
+            ]
+            if peers:
+                found.append(f"{1 / min(peers, key=lambda record: record['median_ms'])['ratio']:.2f}")
+        return " / ".join(found) or "-"
+
+    names = dict.fromkeys(record["axes"]["form"] for record in records)
+    rows = [[form, *(cell(form, **axes) for axes in FORM_COLUMNS.values())] for form in names]
+    run = records[0]["environment"]
+    commits = ", ".join(dict.fromkeys(record["environment"]["commit"] for record in records))
+    source = (
+        f"\nMeasured: {run['device']}, {run['threads']} thread of a machine with other work, torch {run['torch']}, "
+        f"commits {commits}, `python -m perf sweep --suite forms --threads 1 --rounds 9`; -: not measured.\n"
+    )
+    return table(["form", *FORM_COLUMNS], rows) + source
+
+
 def biases() -> str:
     """Static counts of the kernels with each bias, from perf/results/biases.json."""
     records = json.loads((RESULTS / "biases.json").read_text(encoding="utf-8"))
@@ -154,7 +194,7 @@ def language_model_text() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    **{"floors": floors, "support": support, "costs": costs, "memory": memory},
+    **{"floors": floors, "support": support, "costs": costs, "forms": forms, "memory": memory},
     **{"biases": biases, "language_model": language_model, "language_model_text": language_model_text},
 }
 
