@@ -56,9 +56,9 @@ def behind(function: Function) -> set[Function]:
 
 
 @pytest.mark.parametrize("kernel", PRODUCTS, ids=lambda kernel: kernel[1])
-def test_a_kernel_has_at_most_22_functions_in_its_file_and_a_shared_one(kernel):
+def test_a_kernel_has_at_most_23_functions_in_its_file_and_a_shared_one(kernel):
     functions = behind(kernel)
-    assert len(functions) <= 22, sorted(functions)
+    assert len(functions) <= 23, sorted(functions)
     assert {file for file, _ in functions} == {kernel[0], "block"}
 
 
