@@ -65,22 +65,12 @@ class Visible:
         return sums.gather(-1, hi) - sums.gather(-1, lo)
 
 
-def rows_by_hand(scaling: str, k: Tensor, visible: Visible) -> Tensor:
-    """The factor of a mode of counts or of a mean, fp32 that fits [B, H, Sq], for k [B, H, Sk, D]."""
-    n = visible.counts
-    if scaling == "log_key_count":
-        return n.log() * k.shape[-1] ** -0.5
-    if scaling == "key_norm_mean":
-        return n / visible.total(k.float().norm(dim=-1))
-    raise Unavailable(f"no recipe for {scaling}")
-
-
 CONSTANTS: dict[str, Callable[[int], float]] = {
     "sqrt_dim": lambda dim: dim**-0.5,
     "dim": lambda dim: 1 / dim,
     "none": lambda dim: 1.0,
 }
-_ROWS: dict[str, Callable[[Keys], Tensor]] = {
+_ROWS: dict[str, Callable[[Keys | KeysUnderMask], Tensor]] = {
     "key_count": lambda keys: 1 / keys.n,
     "sqrt_key_count": lambda keys: keys.n**-0.5,
     "log_key_count": lambda keys: keys.n.log() * keys.head_dim**-0.5,
@@ -96,6 +86,33 @@ _ROWS: dict[str, Callable[[Keys], Tensor]] = {
     "key_norm_max": lambda keys: 1 / keys.longest(),
     "key_norm_l2": lambda keys: keys.total(2).rsqrt(),
 }
+
+
+@dataclass(frozen=True)
+class KeysUnderMask:
+    """Inputs of a recipe as of `Keys`, under any mask: k in fp32 [B, H, Sk, D], and the keys that rows attend to."""
+
+    k: Tensor
+    visible: Visible
+
+    @property
+    def head_dim(self) -> int:
+        return self.k.shape[-1]
+
+    @property
+    def n(self) -> Tensor:
+        return self.visible.counts
+
+    def total(self, power: int) -> Tensor:
+        """Sum ||k||^power over the keys of each row: [B, H, Sq]."""
+        return self.visible.total(self.k.norm(dim=-1) ** power)
+
+
+def rows_by_hand(scaling: str, k: Tensor, visible: Visible) -> Tensor:
+    """The factor of a mode under any mask, fp32 that fits [B, H, Sq], for k [B, H, Sk, D]."""
+    if scaling not in _ROWS or scaling == "key_norm_max":
+        raise Unavailable(f"no recipe for {scaling} under any mask")
+    return _ROWS[scaling](KeysUnderMask(k.float(), visible))
 
 
 def factor(scaling: str, q: Tensor, k: Tensor, causal: bool) -> float | Tensor:

@@ -44,7 +44,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model is, but for its vocabulary: see the options of the command.
+    """The shape of a model, but for its vocabulary: see the options of the command.
 
     layers    kinds, from the first layer on
     factor    in layers over all keys; `where` "all": in windowed ones too

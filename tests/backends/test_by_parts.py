@@ -360,7 +360,7 @@ def test_the_kernel_takes_a_mask_and_a_triangle(dtype):
 
 
 def test_the_kernels_backward_takes_a_mask_and_foreign_out_and_lse():
-    """Those of all keys, for some of them: gradients of parts add up."""
+    """Given out and lse of all keys, the gradients of parts add up."""
     random = torch.Generator().manual_seed(0)
     q, k, v, d_out = (torch.randn(2, 3, 33, 16, generator=random, dtype=torch.float64) for _ in range(4))
     mask = torch.randn(2, 3, 33, 33, generator=random, dtype=torch.float64)

@@ -36,7 +36,7 @@ class Doubled(Scaling):
 
 
 class Other(PowerLaw):
-    """Of the same settings."""
+    """Another class with the same settings."""
 
 
 @on_every_rank

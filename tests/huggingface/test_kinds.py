@@ -43,7 +43,7 @@ def built(architecture):
 
 @torch.no_grad()
 def calls(network, inputs):
-    """What each patched layer is called with: query, key, and arguments, by the layer's name."""
+    """The query, key and arguments of each patched layer's call, by the layer's name."""
     seen = {}
     names = {id(module): name for name, module in network.named_modules()}
 

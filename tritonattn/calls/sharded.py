@@ -41,7 +41,7 @@ class Axes(NamedTuple):
 
 
 class OfSinks(Axes):
-    """Those of sinks, whose only axis, where they have one, is that of heads."""
+    """The axes of sinks: those of rows, or that of heads alone."""
 
     def of(self, x: Tensor, meaning: str | None) -> int | None:
         if x.ndim > 1:

@@ -7,7 +7,7 @@ from torch import Tensor
 from .call import Logits, per_group
 from .visibility import Visibility
 
-# Of a tensor; tracing keeps and guards attributes, which it does not do for a subclass.
+# An attribute of a tensor: tracing keeps and guards attributes, and not subclasses.
 _MARK = "_tritonattn_counts_from_rows"
 
 

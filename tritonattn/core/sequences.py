@@ -45,10 +45,14 @@ class Sequences:
         """
         row = torch.arange(q_len, device=self.q_starts.device)
         q_starts, k_starts = self.q_starts.long(), self.k_starts.long()
-        sequence = torch.searchsorted(q_starts[1:], row, right=True)  # N for a row of no sequence
+        sequence = self.of_rows(q_len)
         following = (sequence + 1).clamp(max=q_starts.shape[0] - 1)
         first, last = k_starts[sequence], k_starts[following]
         return first[None], last[None], (row + last - q_starts[following])[None]
+
+    def of_rows(self, q_len: int) -> Tensor:
+        """The sequence of each row of the packed axis, N for none: int64 [T_q]."""
+        return _position(self.q_starts.long(), torch.arange(q_len, device=self.q_starts.device))[0]
 
     def position_of_keys(self, key: Tensor) -> tuple[Tensor, Tensor]:
         """The sequence of each key of the packed axis, N for none, and the key's number within it: int64, like key."""

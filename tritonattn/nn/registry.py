@@ -6,7 +6,6 @@ from typing import Any
 
 from ..scaling import LogKeyCount, LogPower, Scaling
 from ..scaling.names import parsed
-from ..scaling.positional import QwenLogn
 from .learned import LearnedCosine, PerHead, SSMax, as_mode
 from .log_power import LearnedLogPower
 from .power_law import PowerLaw
@@ -32,9 +31,9 @@ def largest_base(scaling: Any) -> float:
 
 
 def grows_with_keys(scaling: Any) -> bool:
-    """True where a scaling, or a mode inside it, grows like ln(n), or learns to."""
-    of_ln = (LogKeyCount, LogPower, QwenLogn, SSMax, LearnedLogPower)
-    return isinstance(scaling, of_ln) or any(map(grows_with_keys, _inside(scaling)))
+    """True where a scaling, or a mode inside it, has a trained length beyond which it grows, or learns to."""
+    grows = isinstance(scaling, Scaling) and scaling.trained_length != ""
+    return grows or any(map(grows_with_keys, _inside(scaling)))
 
 
 def _inside(scaling: Any) -> list[Scaling]:

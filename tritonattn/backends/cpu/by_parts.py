@@ -81,8 +81,10 @@ def _with_zeros(call: AttentionCall, rows: Tensor, keys: Tensor) -> AttentionCal
 
 def _spoiled(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Rows [1, Sq] and keys [1, Sk] of the packed sequences that hold NaN or infinity."""
-    terms, (rows, keys) = call.logits, _sequences(call.visibility)
-    found = []
+    terms, visible, found = call.logits, call.visibility, []
+    assert visible.sequences is not None
+    rows = visible.sequences.of_rows(visible.q_len)
+    keys, _ = visible.sequences.position_of_keys(torch.arange(visible.k_len))
     for sequence, operands in ((rows, (call.q, terms.query_scale)), (keys, (call.k, call.v, terms.key_scale))):
         for x in operands:
             if x is not None:
@@ -90,17 +92,6 @@ def _spoiled(call: AttentionCall) -> tuple[Tensor, Tensor]:
                 found.append(sequence[~is_finite.all(1)[0]])
     bad = torch.cat(found)
     return torch.isin(rows, bad)[None], torch.isin(keys, bad)[None]
-
-
-def _sequences(visible: Visibility) -> tuple[Tensor, Tensor]:
-    """The number of the packed sequence of each row and of each key."""
-    assert visible.sequences is not None
-    starts = visible.sequences.q_starts.long(), visible.sequences.k_starts.long()
-    sizes = visible.q_len, visible.k_len
-    rows, keys = (
-        torch.bucketize(torch.arange(size), one[1:], right=True) for one, size in zip(starts, sizes, strict=True)
-    )
-    return rows, keys
 
 
 def _has_mask(call: AttentionCall) -> bool:
@@ -121,7 +112,7 @@ def rows_of_tiles(lse: Tensor, visible: Visibility, spoiled: Tensor | None) -> T
     if visible.sequences is None:
         rows = rows.any(-1, keepdim=True)
     else:
-        sequence, _ = _sequences(visible)
+        sequence = visible.sequences.of_rows(visible.q_len)
         rows = torch.isin(sequence, sequence[rows[0]])[None]
     rows = rows if spoiled is None else rows | spoiled
     return rows[:, None].expand_as(steep)
@@ -257,7 +248,7 @@ class _Operands:
         return out, lse.masked_fill(blind, -torch.inf).masked_fill(spoiled, torch.nan)
 
     def gradients(self, out: Tensor, lse: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of q times its scale, of k times its scale, and of v.
+        """Compute the gradients of q times its scale, of k times its scale, and of v.
 
         out and d_out [B, Hq, Sq, Dv], lse [B, Hq, Sq] with inf for rows without keys
         """
@@ -302,7 +293,7 @@ class _Operands:
         return k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
 
     def _mask(self, part: Part) -> Tensor | None:
-        """What is added to the logits of a part, -inf for hidden pairs: each axis of [N, Hq, rows, keys] or 1."""
+        """The biases of a part, -inf for hidden pairs: each axis of [N, Hq, rows, keys] or 1; None for none."""
         visible, terms, batch, rows, keys = self.call.visibility, self.call.logits, part.batch, part.rows, part.keys
         every, total = slice(None), None
         if terms.key_bias is not None:
