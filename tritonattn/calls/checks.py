@@ -7,7 +7,6 @@ expectation and the value: TypeError for types and dtypes, ValueError for the re
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ..core.autograd import autocast_is_on, runs_eagerly
 from ..core.call import AttentionCall, Logits
+from ..core.hints import nearest
 from ..core.invariance import switch
 from ..core.row_terms import sinks_beside
 from ..core.shards import unshard
@@ -270,9 +270,7 @@ def is_required(parameter: inspect.Parameter) -> bool:
 
 def refuse_backend(backend: Any) -> None:
     """Raise the ValueError for a value that is no name in BACKENDS."""
-    close = difflib.get_close_matches(str(backend), BACKENDS, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}{hint}")
+    raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}{nearest(backend, BACKENDS)}")
 
 
 def check_settings(backend: Any, softcap: Any, dropout_p: Any) -> None:

@@ -20,6 +20,12 @@ def shortened(names: Sequence[str]) -> str:
     return ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]])
 
 
+def nearest(word: Any, names: Iterable[str]) -> str:
+    """The end of a message that names the nearest of some names, or nothing where none is near."""
+    close = difflib.get_close_matches(str(word), names, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
 def hint_for_keyword(word: str, known: Iterable[str]) -> str | None:
     """Name the arguments that there are, or of many the nearest one; None where none of many is near."""
     names = [name for name in known if name != "self"]

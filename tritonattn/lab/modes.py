@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..core.errors import CommandError
+from ..core.hints import nearest
 from ..nn import LEARNED, PerHead, QueryAdaptiveSSMax
 from ..nn.registry import scaling_of_layer
 from ..scaling import SCALINGS, Scaling
@@ -79,8 +79,7 @@ def check_mode(name: str) -> None:
     """Raise CommandError for a name that `build` does not know."""
     mode, gain = _parts(name)
     if mode not in SCALINGS and (gain is not None or name not in _LEARNED):
-        close = difflib.get_close_matches(name, [*SCALINGS, *_LEARNED], n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        hint = nearest(name, [*SCALINGS, *_LEARNED])
         raise CommandError(
             f"--modes: expected one of {', '.join(SCALINGS)}, also with {GAIN} or *4 behind it, or one of"
             f" {', '.join(_LEARNED)}; in train-compare also two as TRAINED{SWAP}TESTED; got {name!r}{hint}"
