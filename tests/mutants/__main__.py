@@ -1,4 +1,4 @@
-"""`python -m tests.mutants [WORD ...]`: every fault, or those whose name or file holds one of the words.
+"""`python -m tests.mutants [WORD ...]`: every fault, or those whose name, file or function holds one of the words.
 
 A fault is caught if an assertion of its test fails. It is missed if the test passes, raises another error or hangs.
 """
@@ -17,7 +17,7 @@ from .table import Mutant, read_table
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
-    parser.add_argument("words", nargs="*", help="of names or files")
+    parser.add_argument("words", nargs="*", help="of names, files or functions")
     parser.add_argument("--jobs", type=int, default=2, help="faults at a time (default: 2)")
     parser.add_argument("--verbose", action="store_true", help="show the output of tests that catch nothing")
     options = parser.parse_args()
@@ -30,7 +30,7 @@ def main() -> int:
 
 
 def _is_asked(mutant: Mutant, words: list[str]) -> bool:
-    return not words or any(word in mutant.name or word in mutant.file for word in words)
+    return not words or any(word in f"{mutant.where}: {mutant.name}" for word in words)
 
 
 def _count_missed(mutants: Sequence[Mutant], jobs: int, verbose: bool) -> int:
@@ -51,7 +51,7 @@ def _count_missed(mutants: Sequence[Mutant], jobs: int, verbose: bool) -> int:
             finally:
                 free.put(runner)
             verdict, seconds = "caught" if said is None else "MISSED", time.perf_counter() - start
-            print(f"{verdict} {seconds:5.1f} s  {mutant.file}: {mutant.name}", flush=True)
+            print(f"{verdict} {seconds:5.1f} s  {mutant.where}: {mutant.name}", flush=True)
             if said is not None and verbose:
                 print(said, flush=True)
             return said is not None

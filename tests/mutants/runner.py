@@ -55,13 +55,13 @@ class Runner(NamedTuple):
 
     def why_not_caught(self, mutant: Mutant) -> str | None:
         """The output of a fault's test where it does not fail by an assertion; None where it does."""
-        path = self.folder / mutant.path
-        sound = path.rename(path.with_suffix(".sound"))
+        place = mutant.place(self.folder)
+        changed, sound = place.replaced(mutant.fault), place.path.rename(place.path.with_suffix(".sound"))
         try:
-            path.write_text(mutant.applied(sound.read_text(encoding="utf-8")), encoding="utf-8")
+            place.path.write_text(changed, encoding="utf-8")
             status, output = self.run([mutant.test])
         finally:
-            sound.replace(path)
+            sound.replace(place.path)
         return None if status == 1 and _ASSERTED.search(output) else output
 
 

@@ -1,43 +1,54 @@
-"""The table of faults: in which file, the line as it stands, the line with the fault, the test that must catch it."""
+"""The table of faults: the function, the code as it stands, the code with the fault, the test that must catch it."""
 
 from pathlib import Path
 from typing import NamedTuple
+
+from .place import Place, places
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_name("table.txt")
 
 
 class Mutant(NamedTuple):
-    """A fault of one line.
+    """A fault of one expression or statement.
 
-    file    in the package, or one that begins with perf/
-    line    as it stands, once in the file
-    fault   what replaces it
-    test    a pytest id; where it has parameters and the id names none, one of them must fail
+    file      in the package, or one that begins with perf/
+    function  `name` or `Class.name` in the file; "" for the whole file
+    code      as it stands, once in the function, whatever its layout
+    fault     what replaces it
+    test      a pytest id; where it has parameters and the id names none, one of them must fail
     """
 
     file: str
+    function: str
     name: str
-    line: str
+    code: str
     fault: str
     test: str
 
     @property
-    def path(self) -> str:
-        """The file from the checkout's root."""
-        return self.file if self.file.startswith("perf/") else f"tritonattn/{self.file}"
+    def where(self) -> str:
+        """The file and the function, as the table names them."""
+        return f"{self.file}::{self.function}" if self.function else self.file
 
     @property
     def is_interpreted(self) -> bool:
         """True where its test runs kernels in Triton's interpreter."""
         return self.test.startswith("tests/kernels/")
 
-    def applied(self, source: str) -> str:
-        """The file's text with the fault. Raises ValueError unless the line stands there once."""
-        count = source.count(self.line)
-        if count != 1:
-            raise ValueError(f"{self.name}: expected {self.line!r} once in {self.path}, got it {count} times")
-        return source.replace(self.line, self.fault)
+    def place(self, root: Path = ROOT) -> Place:
+        """Where the code stands in a checkout: in the file or, if not there, in a function of this name elsewhere.
+
+        Raises ValueError unless it stands there once.
+        """
+        here = root / (self.file if self.file.startswith("perf/") else f"tritonattn/{self.file}")
+        found = places(here, self.function, self.code)
+        if not found:
+            others = sorted(path for folder in ("tritonattn", "perf") for path in (root / folder).rglob("*.py"))
+            found = [place for path in others for place in places(path, self.function, self.code)]
+        if len(found) != 1:
+            raise ValueError(f"{self.name}: expected {self.code!r} once in {self.where}, got it {len(found)} times")
+        return found[0]
 
 
 def read_table(text: str | None = None) -> list[Mutant]:
@@ -48,8 +59,9 @@ def read_table(text: str | None = None) -> list[Mutant]:
 
 
 def _mutant(block: list[str]) -> Mutant:
-    """From "file: name", the line behind "- ", the fault behind "+ ", and a test."""
+    """From "file::function: name", the code behind "- ", the fault behind "+ ", and a test."""
     if len(block) != 4 or ": " not in block[0] or block[1][:2] != "- " or block[2][:2] != "+ ":
-        raise ValueError(f"table.txt: expected file: name, - line, + fault and a test, got {block}")
-    file, name = block[0].split(": ", 1)
-    return Mutant(file, name, block[1][2:], block[2][2:], block[3])
+        raise ValueError(f"table.txt: expected file::function: name, - code, + fault and a test, got {block}")
+    where, name = block[0].split(": ", 1)
+    file, _, function = where.partition("::")
+    return Mutant(file, function, name, block[1][2:], block[2][2:], block[3])

@@ -14,12 +14,36 @@ def test_every_layer_has_faults():
     assert folders >= {path.parent.name for path in (ROOT / "tritonattn").glob("*/__init__.py")} - {"cli"}
 
 
-def test_each_line_stands_once_in_its_file_and_its_test_exists():
+def test_code_stands_once_in_its_function_and_its_test_exists():
     for mutant in MUTANTS:
-        changed = mutant.applied((ROOT / mutant.path).read_text(encoding="utf-8"))
-        assert compile(changed, mutant.path, "exec")
+        place = mutant.place()
+        assert compile(place.replaced(mutant.fault), place.path.name, "exec")
         file, name = mutant.test.split("[")[0].split("::", 1)
         assert f"def {name.rsplit('::', 1)[-1]}(" in (ROOT / file).read_text(encoding="utf-8"), mutant.name
+
+
+MOVED = """
+class A:
+    def f(self):
+        return g(  # why
+            'é', 'x',
+        ) + 1
+
+
+def f():
+    return g('é', 'x')
+"""
+
+
+def test_layout_does_not_count_and_a_function_is_found_where_it_has_moved(tmp_path):
+    (tmp_path / "tritonattn/core").mkdir(parents=True)
+    (tmp_path / "tritonattn/core/there.py").write_text(MOVED, encoding="utf-8")
+    mutant = Mutant("core/here.py", "A.f", "none", 'g("é", "x")', "0", COUNTS)
+    assert "        return 0 + 1\n" in mutant.place(tmp_path).replaced(mutant.fault)
+    with pytest.raises(ValueError, match=r"once in core/here\.py, got it 2 times"):
+        mutant._replace(function="").place(tmp_path)
+    with pytest.raises(ValueError, match=r"once in core/here\.py::A\.f, got it 0 times"):
+        mutant._replace(code="h('é', 'x')").place(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +60,14 @@ def test_a_fault_is_caught(why_not_caught):
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("return n.clamp(min=1.0).log()", "1 passed"),
-        ("return n.clamp(min=1).no_such_method()", "AttributeError"),
-        ("return __import__('time').sleep(600)", "stopped after 2 s"),
+        ("n.clamp(min=1.0).log()", "1 passed"),
+        ("n.clamp(min=1).no_such_method()", "AttributeError"),
+        ("__import__('time').sleep(600)", "stopped after 2 s"),
     ],
     ids=["nothing changes", "another error", "it hangs"],
 )
 def test_other_outcomes_are_no_catch(fault, said, why_not_caught, monkeypatch):
     if "sleep" in fault:
         monkeypatch.setattr(runner, "SECONDS", 2)
-    mutant = Mutant("scaling/counts.py", "none", "return n.clamp(min=1).log()", fault, COUNTS)
+    mutant = Mutant("scaling/counts.py", "LogKeyCount._of_count", "none", "n.clamp(min=1).log()", fault, COUNTS)
     assert said in (why_not_caught(mutant) or "")
