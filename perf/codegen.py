@@ -30,7 +30,7 @@ from .ceilings import NON_MMA_PER_LOGIT, PAIR_BIASES
 from .static.machine_code import CLASSES, MachineCode, flops_per_logit, read_machine_code
 from .static.model import RATES, UNITS, cycles, programs_per_sm, utilisation
 
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+TARGETS = tuple(f"sm_{arch}" for arch in RATES)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 READ = ("forward", "grad_key_value", "grad_query", "decode", "key_statistics")
 # Fields of Problem that are set: in full and causal calls, and in causal ones alone.

@@ -20,7 +20,6 @@ from tritonattn.tuning import splits
 from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.gpus import GPUS
 from tritonattn.tuning.lookup import config_for
-from tritonattn.tuning.order import lanes
 
 from .schedule import end_on
 
@@ -77,7 +76,7 @@ def _filled(
         for split in range(count):
             steps = min(max(blocks - split * size, 0), size) * step
             taken += [splits.FIXED + splits.PRICE * (count > 1) + steps] * heads
-    dies, machines = lanes(target), splits.resident(config, target)
+    dies, machines = target.architecture.dies, splits.resident(config, target)
     end = max(end_on(machines // dies, taken[die::dies]) for die in range(dies))
     return Fill(len(taken), sum(taken) / (machines * end), end)
 

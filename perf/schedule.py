@@ -18,7 +18,7 @@ from tritonattn.core.provenance import commit
 from tritonattn.core.tables import table as layout
 from tritonattn.tuning.config import Target
 from tritonattn.tuning.gpus import GPUS
-from tritonattn.tuning.order import Sections, lanes, sections
+from tritonattn.tuning.order import Sections, sections
 
 HEADING = """# Order of programs: a causal forward, head after head and in sections of heads
 
@@ -65,7 +65,7 @@ def by_head(case: Case) -> Iterator[Tile]:
 
 def in_sections(case: Case) -> Iterator[Tile | None]:
     """Order tiles as the kernels do, None for a program without a head."""
-    for program in programs(case.heads, case.blocks, case.sections, lanes(case.target)):
+    for program in programs(case.heads, case.blocks, case.sections, case.target.architecture.dies):
         yield program and (program[0], case.blocks - 1 - program[1])
 
 
@@ -88,7 +88,7 @@ def longest_first(case: Case) -> Iterator[Tile]:
 
 def end_of(case: Case, order: Iterable[Tile | None]) -> float:
     """Steps until the last tile has ended."""
-    gpu, dies = next(gpu for gpu in GPUS if gpu.name == case.gpu), lanes(case.target)
+    gpu, dies = next(gpu for gpu in GPUS if gpu.name == case.gpu), case.target.architecture.dies
     tiles = list(order)
     machines = gpu.processors // dies * _RESIDENT[case.gpu]
     of_dies = ([_steps(case, tile[1]) for tile in tiles[die::dies] if tile] for die in range(dies))

@@ -10,11 +10,11 @@ from triton.compiler import CompiledKernel
 
 from tritonattn.backends.triton.decode import splits_of
 from tritonattn.tuner.gate import Candidate, compiled_candidate, memory_reasons
-from tritonattn.tuning.config import Problem, Target, TileConfig, padded_dim, shared_limit
+from tritonattn.tuning.config import Problem, Target, TileConfig, padded_dim
 from tritonattn.tuning.gpus import GPU
 
 from .machine_code import MachineCode, MmaLoop, flops_per_logit, read_machine_code
-from .model import RATES, cycles, programs_per_sm, turns
+from .model import AMD_RATES, RATES, cycles, programs_per_sm, turns
 
 # Bytes that the L2 cache gives an SM a clock: 5120 for the 108 of an A100 (NVIDIA A100 whitepaper); taken for all.
 _L2_BYTES = 48
@@ -22,10 +22,6 @@ _L2_BYTES = 48
 _OF_A_SOFTCAP = 3
 # Approximate clocks until a load from memory arrives.
 _LATENCY = 600
-# AMD's compute units a clock (CDNA 3 and 4 whitepapers): FLOPs, dense in 16 bits, exponentials, and bytes of LDS.
-_AMD_TENSOR = {"gfx942": 2048, "gfx950": 4096}
-_AMD_EXP = {"gfx942": 16, "gfx950": 32}
-_AMD_LDS = {"gfx942": 128, "gfx950": 256}
 # Instructions that access local memory, as a share of a loop's: of fewer the price is in the model.
 _MOST_LOCAL = 0.02
 
@@ -147,7 +143,7 @@ def _resident(config: TileConfig, code: MachineCode, target: Target) -> int:
         fitting = programs_per_sm(rates, code.registers, code.shared_bytes, code.tensor_memory, config.num_warps)
     else:
         waves = 4 * min(8, 512 // max(code.registers, 1))
-        fitting = min(waves // config.num_warps, shared_limit(target) // max(code.shared_bytes, 1))
+        fitting = min(waves // config.num_warps, target.architecture.shared_bytes // max(code.shared_bytes, 1))
     return max(1, fitting)
 
 
@@ -161,11 +157,11 @@ def _amd_cycles(kernel: str, problem: Problem, config: TileConfig, target: Targe
     if kernel == "grad_key_value":
         held, streamed = streamed, held
     flops = flops_per_logit(kernel, problem)
-    logits = streamed * max(held, 16 * config.num_warps)
+    logits, rates = streamed * max(held, 16 * config.num_warps), AMD_RATES[target.arch]
     return {
-        "tensor": logits * flops / _AMD_TENSOR[target.arch],
-        "exp": logits / _AMD_EXP[target.arch],
-        "shared": config.num_warps * streamed * flops / 2 * problem.dtype.itemsize / _AMD_LDS[target.arch],
+        "tensor": logits * flops / rates.tensor,
+        "exp": logits / rates.exp,
+        "shared": config.num_warps * streamed * flops / 2 * problem.dtype.itemsize / rates.shared,
     }
 
 
@@ -178,7 +174,7 @@ def _clocks_of_decode(problem: Problem, config: TileConfig, code: MachineCode, g
     """
     programs, iterations = _work("decode", problem, config)
     rates, loop = RATES.get(gpu.target.arch), code.unmasked_loop
-    tensor = rates.tensor if rates else _AMD_TENSOR.get(gpu.target.arch, 2048)
+    tensor = (rates or AMD_RATES.get(gpu.target.arch, AMD_RATES["gfx942"])).tensor
     of_memory = _streamed_bytes("decode", problem, config) * gpu.flops_per_byte / tensor
     turns = -(-programs // gpu.processors)
     resident = min(_resident(config, code, gpu.target), turns)

@@ -45,6 +45,19 @@ RATES = {
 }
 
 
+@dataclass(frozen=True)
+class AmdRates:
+    """Rates of an AMD compute unit a clock: FLOPs, dense in 16 bits, exponentials, and bytes of LDS."""
+
+    tensor: int
+    exp: int
+    shared: int
+
+
+# CDNA 3 and 4 whitepapers.
+AMD_RATES = {"gfx942": AmdRates(2048, 16, 128), "gfx950": AmdRates(4096, 32, 256)}
+
+
 def programs_per_sm(rates: Rates, registers: int, shared_bytes: int, tensor_memory: int, warps: int) -> int:
     """Count the programs (thread blocks) that fit an SM at once.
 

@@ -9,7 +9,7 @@ from perf.ceilings import NON_MMA_PER_LOGIT, PAIR_BIASES
 from tests.support.pairs import all_pairs, thinned
 from tests.support.versions import OLDER_TRITON
 from tritonattn.tuning import Problem, Target
-from tritonattn.tuning.config import STREAMING_KERNELS, TILED_KERNELS, shared_limit
+from tritonattn.tuning.config import STREAMING_KERNELS, TILED_KERNELS
 
 from .facts import facts
 
@@ -57,7 +57,7 @@ class Case(NamedTuple):
         """Compile it; no loop may spill, its shared memory must fit, and 16 bits go through tensor instructions."""
         code = facts(self.kernel, self.problem, self.target)
         assert code.spill_bytes <= self.spills, code
-        assert code.shared_bytes <= shared_limit(Target.parse(self.target)), code
+        assert code.shared_bytes <= Target.parse(self.target).architecture.shared_bytes, code
         if self.kernel in TILED_KERNELS and self.target in NVIDIA and self.problem.dtype != SINGLE:
             assert code.mma_loops, f"expected a loop with tensor instructions, got {code}"
 

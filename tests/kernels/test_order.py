@@ -13,6 +13,7 @@ import tritonattn
 from perf import schedule
 from tritonattn.backends.triton import launch
 from tritonattn.backends.triton.block import program_in_section
+from tritonattn.tuning.architectures import ARCHITECTURES
 from tritonattn.tuning.config import Target
 from tritonattn.tuning.order import Sections, sections
 
@@ -44,6 +45,11 @@ SHAPES = {
 }
 
 
+def _with_cache(monkeypatch, target, size):
+    monkeypatch.setitem(ARCHITECTURES, target.arch, replace(target.architecture, l2_bytes=size))
+    sections.cache_clear()
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_every_kernel_of_a_call_covers_its_blocks(name, target, device, monkeypatch):
@@ -56,8 +62,7 @@ def test_every_kernel_of_a_call_covers_its_blocks(name, target, device, monkeypa
     for x in (q, k, *packed):
         x.requires_grad_()
     for cache in (2**12, 2**16, 2**30):
-        monkeypatch.setitem(tritonattn.tuning.order._L2_BYTES, target.arch, cache)
-        sections.cache_clear()
+        _with_cache(monkeypatch, target, cache)
         with launch.recording(target) as launches:
             out = tritonattn.attention(q, k, k, causal=True, backend="triton")
             out.backward(torch.empty_like(out))
@@ -79,8 +84,7 @@ def test_every_kernel_of_a_call_covers_its_blocks(name, target, device, monkeypa
 def test_every_order_gives_the_same_bits(device, monkeypatch):
     """A config's share of the cache says how many of 5 heads run side by side: 1, 3 after a section of 2, or all."""
     q, k, v = torch.randn(3, 5, 1, 40, 16, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
-    monkeypatch.setitem(tritonattn.tuning.order._L2_BYTES, Target.of(device).arch, 2 * 40 * (16 + 16) * 4)
-    sections.cache_clear()
+    _with_cache(monkeypatch, Target.of(device), 2 * 40 * (16 + 16) * 4)
     default, run, orders, found = launch.config_for, launch.run, set(), []
 
     def watch(kernel, grid, arguments, config):
@@ -107,7 +111,7 @@ def test_every_order_gives_the_same_bits(device, monkeypatch):
 def test_the_model_of_perf_has_the_order_of_the_kernels(gpu, heads, length, device):
     case = schedule.Case(gpu, 128, length, heads)
     size, count = case.sections
-    grid, dies = (size, case.blocks, count), schedule.lanes(case.target)
+    grid, dies = (size, case.blocks, count), case.target.architecture.dies
     found = started(device, grid, heads, heads - size * count, lanes=dies)
     assert [one and (one[1], one[0]) for one in found] == list(schedule.in_sections(case))
 

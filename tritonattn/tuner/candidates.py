@@ -19,26 +19,6 @@ from ..tuning.defaults import GLUON, default_config
 from ..tuning.lookup import config_for
 from ..tuning.table import EntryKey, Exact
 
-# By kernel: block_m (of decode by its packed rows), block_n, num_warps, num_stages; for head dims above 128, and for
-# others.
-_WIDE_RANGES = {
-    "forward": ((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)),
-    "grad_query": ((32, 64, 128), (32, 64), (4, 8), (1, 2, 3)),
-    "grad_key_value": ((32, 64), (32, 64), (4, 8), (1, 2, 3)),
-    "decode": ((), (32, 64, 128), (2, 4), (2, 3, 4)),
-}
-_RANGES = {
-    "forward": ((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)),
-    "grad_query": ((64, 128), (32, 64, 128), (4, 8), (2, 3)),
-    "grad_key_value": ((32, 64, 128), (32, 64, 128), (4, 8), (2, 3)),
-    "decode": ((), (32, 64, 128), (2, 4), (2, 3, 4)),
-}
-_AMD_RANGES = {
-    "forward": ((64, 128), (32, 64), (4, 8), (1, 2)),
-    "grad_query": ((32, 64), (16, 32, 64), (4, 8), (1, 2)),
-    "grad_key_value": ((16, 32), (32, 64), (4, 8), (1, 2)),
-    "decode": ((), (16, 32, 64), (2, 4), (1, 2)),
-}
 _WAVES_PER_EU = (0, 1, 2, 3)
 # Values of a config's SHARES that are timed, the default first.
 _L2_PERCENT = (100, 25, 50, 200, 400)
@@ -47,8 +27,7 @@ _SPLIT_BLOCKS = (4, 8, 16, 32, 64)
 
 def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
     """List legal configs, the default first, each once; with descriptors and OPTIONS where the hardware has them."""
-    of_width = _WIDE_RANGES if problem.width > 128 else _RANGES
-    ranges = (of_width if target.backend == "cuda" else _AMD_RANGES)[kernel]
+    ranges = target.architecture.family.ranges[problem.width > 128][kernel]
     if kernel == "decode":  # as many rows as a group fills
         ranges = (tuple(rows for rows in (16, 32, 64) if rows <= problem.packed_rows), *ranges[1:])
     loads = (True, False) if may_use_descriptors(kernel, problem, target) else (False,)
@@ -107,10 +86,9 @@ def _is_sensible(kernel: str, config: TileConfig, problem: Problem, target: Targ
         return True
     of_keys = kernel == "grad_key_value"
     held = config.block_n if of_keys else config.block_m
-    if target.arch == "90" and held < 16 * config.num_warps and not (of_keys and problem.width > 128):
+    if target.architecture.has_wgmma and held < 16 * config.num_warps and not (of_keys and problem.width > 128):
         return False
     tiles = 1 if kernel == "forward" else 2  # logits, and their gradients
-    sums = 0 if target.has_tensor_memory else held * problem.width * (2 if of_keys else 1)
+    sums = 0 if target.architecture.has_tensor_memory else held * problem.width * (2 if of_keys else 1)
     in_registers = tiles * config.block_m * config.block_n + sums
-    lanes = (64 if target.backend == "hip" else 32) * config.num_warps
-    return in_registers <= 208 * lanes
+    return in_registers <= 208 * target.architecture.warp_size * config.num_warps

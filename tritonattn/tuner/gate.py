@@ -25,7 +25,6 @@ from ..tuning.config import (
     TileConfig,
     legal_reasons,
     one_line,
-    shared_limit,
 )
 from ..tuning.ptxas import ptxas_version
 
@@ -111,8 +110,9 @@ def _unspecialised_reasons(compiled: CompiledKernel, found: Candidate) -> list[s
 def memory_reasons(code: Any, target: Target) -> list[str]:
     """List what code takes too much of."""
     reasons = []
-    if code.shared_bytes > shared_limit(target):
-        reasons.append(f"takes {code.shared_bytes} bytes of shared memory, {target.name} has {shared_limit(target)}")
+    limit = target.architecture.shared_bytes
+    if code.shared_bytes > limit:
+        reasons.append(f"takes {code.shared_bytes} bytes of shared memory, {target.name} has {limit}")
     if code.tensor_memory > TENSOR_MEMORY_COLUMNS:
         reasons.append(f"takes {code.tensor_memory} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}")
     return reasons

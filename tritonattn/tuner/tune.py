@@ -20,7 +20,7 @@ from ..core.progress import Progress as Bar
 from ..core.tables import table as layout
 from ..tuning import cache_dir, lookup
 from ..tuning.calls import Size, read_calls
-from ..tuning.config import Problem, Target, TileConfig, shared_limit
+from ..tuning.config import Problem, Target, TileConfig
 from ..tuning.defaults import default_config
 from ..tuning.fingerprint import kernels_fingerprint
 from ..tuning.gpus import GPU, GPUS, table_name
@@ -114,7 +114,7 @@ def _fullest(key: Key) -> Problem:
 
 
 def fits(found: Candidate, target: Target) -> bool:
-    return found.code is not None and found.code.shared_bytes <= shared_limit(target)
+    return found.code is not None and found.code.shared_bytes <= target.architecture.shared_bytes
 
 
 def tune_static(

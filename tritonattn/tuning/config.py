@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .architectures import ARCHITECTURES, Architecture, unknown
+
 # Kernels with an MMA loop, and the memory-bound ones, whose tiles only bound the rows that a program holds.
 TILED_KERNELS = ("forward", "grad_key_value", "grad_query", "decode")
 _DESCRIBED = TILED_KERNELS[:3]  # those that can load by the tensor memory accelerator
@@ -31,21 +33,6 @@ ROW_TERMS_ALIGNMENT = 128
 # Blocks of keys in a split of decode: shorter ones would move more of their results than of the cache.
 SHORTEST_SPLIT = 4
 
-# Largest shared memory of one block in bytes (CUDA C++ Programming Guide, table of compute capabilities; AMD LDS).
-_SHARED_BYTES = {
-    "80": 166912,
-    "86": 101376,
-    "87": 166912,
-    "89": 101376,
-    "90": 232448,
-    "100": 232448,
-    "103": 232448,
-    "120": 101376,
-    "121": 101376,
-    "gfx90a": 65536,
-    "gfx942": 65536,
-    "gfx950": 163840,
-}
 WIDEST = 512  # head dim that kernels take
 WIDEST_KEYS = 1024  # of decode, and of passes over keys alone: latent attention has 576
 TENSOR_MEMORY_COLUMNS = 512  # of 128 rows and 4 bytes, a program
@@ -84,9 +71,8 @@ class Target(NamedTuple):
         return self.backend == "cuda" and int(self.arch) < 80
 
     @property
-    def has_tensor_memory(self) -> bool:
-        """True where MMAs write to tensor memory. Threads then load whole rows, and fp32 instructions are packed."""
-        return self.backend == "cuda" and self.arch in ("100", "103")
+    def architecture(self) -> Architecture:
+        return ARCHITECTURES.get(self.arch) or unknown(self.backend, self.arch)
 
 
 @functools.cache
@@ -167,7 +153,7 @@ def is_short(q_len: int, k_len: int) -> bool:
 
 def sum_columns(problem: Problem, target: Target) -> int:
     """Columns of the sums over keys that a kernel keeps for each row: see `backends.triton.block.partial_sums`."""
-    in_registers = target.backend == "cuda" and not target.has_tensor_memory
+    in_registers = target.backend == "cuda" and not target.architecture.has_tensor_memory
     return 8 if in_registers and problem.dtype.itemsize == 2 else 1
 
 
@@ -178,7 +164,7 @@ def key_sum_columns(problem: Problem, config: TileConfig, target: Target) -> int
     With a bias, one column costs 17 % of the loop's instructions (sm_80 at D 128; static, triton 3.9).
     """
     columns = sum_columns(problem, target)
-    if columns == 1 or target.arch == "90" or config.block_m <= config.block_n:
+    if columns == 1 or target.architecture.has_wgmma or config.block_m <= config.block_n:
         return columns
     return min(columns * config.num_warps, config.block_m // 2)
 
@@ -242,8 +228,8 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
             reasons.append(f"{name} {size} is not a power of two of at least 16")
     if config.num_warps not in (1, 2, 4, 8, 16):
         reasons.append(f"num_warps {config.num_warps} is not a power of two up to 16")
-    if config.num_warps == 2 and target.arch == "gfx950":
-        reasons.append("num_warps 2 gives other bits in every run on gfx950 (ROCm/triton issue 953)")
+    if fault := target.architecture.faulty_warps.get(config.num_warps):
+        reasons.append(f"num_warps {config.num_warps} {fault}")
     if config.waves_per_eu and target.backend != "hip":
         reasons.append(f"waves_per_eu needs an AMD GPU, {target.name} is none")
     if config.warp_specialize and not (config.descriptors and may_specialise(kernel, problem, target)):
@@ -257,10 +243,10 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
         reasons.append(f"block_m {config.block_m} does not divide the row terms' alignment {ROW_TERMS_ALIGNMENT}")
     if config.descriptors and not may_use_descriptors(kernel, problem, target):
         reasons.append(f"descriptors need {', '.join(_DESCRIBED)} on sm_90 or later, 16 bits and aligned tensors")
-    shared, limit = _shared_estimate(kernel, config, problem, target), shared_limit(target)
+    shared, limit = _shared_estimate(kernel, config, problem, target), target.architecture.shared_bytes
     if shared > limit:
         reasons.append(f"tiles need at least {shared} bytes of shared memory, {target.name} has {limit}")
-    columns = _tensor_memory_estimate(kernel, config, problem) if target.has_tensor_memory else 0
+    columns = _tensor_memory_estimate(kernel, config, problem) if target.architecture.has_tensor_memory else 0
     if columns > TENSOR_MEMORY_COLUMNS:
         reasons.append(f"tiles need {columns} columns of tensor memory, {target.name} has {TENSOR_MEMORY_COLUMNS}")
     return reasons
@@ -269,7 +255,7 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
 def _gluon_reasons(kernel: str, config: TileConfig, problem: Problem, target: Target) -> list[str]:
     """Reasons why the kernel in Gluon may not be compiled: LLVM aborts the process for targets without wgmma."""
     reasons = []
-    if kernel != "forward" or target.backend != "cuda" or target.arch != "90":
+    if kernel != "forward" or not target.architecture.has_wgmma:
         reasons.append("gluon needs forward on sm_90")
     if triton_version() < (3, 6):
         reasons.append("gluon needs triton 3.6")
@@ -305,14 +291,9 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def shared_limit(target: Target) -> int:
-    """Bytes of shared memory that a program may take; for an unknown architecture, the least of all known ones."""
-    return _SHARED_BYTES.get(target.arch, 65536)
-
-
 def may_use_descriptors(kernel: str, problem: Problem, target: Target) -> bool:
     """True where the tensor memory accelerator can load a kernel's tiles."""
-    is_able = kernel in _DESCRIBED and target.backend == "cuda" and int(target.arch) >= 90
+    is_able = kernel in _DESCRIBED and target.architecture.has_descriptors
     return is_able and problem.aligned and not problem.block_table and problem.dtype.itemsize == 2
 
 
@@ -321,7 +302,7 @@ def may_specialise(kernel: str, problem: Problem, target: Target) -> bool:
 
     Gradients of wider heads would take more tensor memory than there is in most tiles: their code is a trap.
     """
-    is_able = target.has_tensor_memory and (kernel == "forward" or problem.width <= 64)
+    is_able = target.architecture.has_tensor_memory and (kernel == "forward" or problem.width <= 64)
     return is_able and may_use_descriptors(kernel, problem, target)
 
 
@@ -338,7 +319,7 @@ def _shared_estimate(kernel: str, config: TileConfig, problem: Problem, target: 
     if kernel == "grad_key_value":
         held, streamed = streamed, held
     held_width = padded_dim(problem.head_dim) if kernel in ("forward", "decode") else rows
-    reads_shared = kernel != "decode" and target.backend == "cuda" and target.arch in ("90", "100", "103")
+    reads_shared = kernel != "decode" and target.architecture.family.products in ("wgmma", "tcgen05")
     in_use = reads_shared and problem.dtype.itemsize == 2
     stages = max(config.num_stages - (not in_use), 1)
     in_turn = target.backend == "hip" and kernel != "decode" and config.num_stages == 1 and problem.dtype.itemsize == 2

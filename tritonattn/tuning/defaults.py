@@ -21,66 +21,8 @@ from .config import (
     may_use_descriptors,
 )
 
-# By family, kernel and the wider of the padded head and value dims: block_m, block_n, num_warps, num_stages.
-_TILES = {
-    "sm_80": {
-        "forward": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2), 512: (32, 64, 8, 1)},
-        "grad_query": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2), 512: (32, 32, 8, 1)},
-        "grad_key_value": {64: (64, 128, 8, 2), 128: (128, 64, 8, 2), 256: (32, 64, 8, 2), 512: (32, 16, 8, 1)},
-    },
-    "sm_86": {
-        "forward": {64: (128, 64, 4, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2), 512: (16, 32, 8, 1)},
-        "grad_query": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1), 512: (16, 32, 8, 1)},
-        "grad_key_value": {64: (64, 128, 8, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1), 512: (16, 16, 8, 1)},
-    },
-    "sm_90": {
-        "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2), 512: (32, 32, 8, 1)},
-        "grad_query": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2), 512: (32, 64, 8, 1)},
-        "grad_key_value": {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1), 512: (64, 16, 8, 1)},
-    },
-    "sm_100": {
-        "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 1), 512: (32, 32, 8, 1)},
-        "grad_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2), 512: (32, 64, 8, 1)},
-        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 1), 512: (64, 16, 8, 1)},
-    },
-    "amd": {
-        "forward": {64: (128, 64, 8, 1), 128: (128, 32, 8, 1), 256: (64, 32, 4, 1), 512: (64, 16, 4, 1)},
-        "grad_query": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1), 512: (64, 16, 4, 1)},
-        "grad_key_value": {64: (32, 64, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1), 512: (16, 32, 4, 1)},
-    },
-}
-_TILES["sm_120"] = {**_TILES["sm_86"], "grad_key_value": _TILES["sm_86"]["grad_key_value"] | {128: (64, 64, 8, 2)}}
-# The same where tiles are loaded by tensor descriptors, which cost no registers for addresses. sm_90's grad_key_value
-# of width 64 has fewer instructions with pointers.
-_DESCRIPTOR_TILES = {
-    "sm_90": {
-        "forward": {64: (128, 128, 4, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2), 512: (64, 32, 8, 2)},
-        "grad_query": {64: (128, 64, 4, 2), 128: (128, 128, 8, 2), 256: (64, 32, 4, 2)},
-        "grad_key_value": {128: (64, 64, 4, 2)},
-    },
-    "sm_100": {
-        "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2), 512: (64, 32, 8, 2)},
-        "grad_query": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (128, 64, 8, 1)},
-        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1)},
-    },
-}
-# IEEE fp32 products run on NVIDIA's FMA units, from registers, and on AMD's matrix cores, where a thread of 4 warps has
-# twice as many registers as one of 8.
-_TILES_OF_FLOAT32 = {
-    "cuda": {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 2), 512: (16, 16, 8, 1)},
-    "hip": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1), 512: (16, 16, 4, 1)},
-}
 # The forward in Gluon, which no default takes, in the tile that most calls may have.
 GLUON = TileConfig(128, 64, 4, 2, descriptors=True, kernel="gluon")
-# Decoding waits for memory: two blocks of keys on their way to every program, and several programs a multiprocessor.
-# By family and width: block_n, num_warps, num_stages.
-_DECODE_OF_SERVERS = {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3), 1024: (16, 4, 2)}
-_DECODE_OF_DESKTOPS = {64: (64, 4, 3), 128: (32, 4, 3), 256: (32, 4, 2), 512: (16, 4, 2), 1024: (16, 4, 2)}
-_DECODE_TILES = {
-    **dict.fromkeys(("sm_80", "sm_90", "sm_100"), _DECODE_OF_SERVERS),
-    **dict.fromkeys(("sm_86", "sm_120"), _DECODE_OF_DESKTOPS),
-    "amd": {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1), 512: (16, 4, 1), 1024: (16, 4, 1)},
-}
 # Passes without a head dim. A program of prefix_sums goes through a whole row in few steps, each as wide as registers
 # allow. keys_seen tests block_m rows at once, and takes those that attend to a key of its block by block_n.
 # argmax_of_ranges holds a tile of rows and keys where rows differ, and a vector of block_n keys where they do not.
@@ -92,15 +34,6 @@ _STREAMING_TILES = {
     "keys_seen": TileConfig(1024, 64, 8, 1),
     "argmax_of_ranges": TileConfig(64, 128, 16, 1),
     "sum_of_splits": TileConfig(1024, 1024, 4, 1),
-}
-_FAMILIES = {
-    "80": "sm_80",
-    "87": "sm_80",
-    "90": "sm_90",
-    "100": "sm_100",
-    "103": "sm_100",
-    "120": "sm_120",
-    "121": "sm_120",
 }
 
 
@@ -115,12 +48,11 @@ def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
     if kernel in STREAMING_KERNELS:
         rows = max(16, 8192 // max(width, 128))
         return _STREAMING_TILES.get(kernel, TileConfig(rows, rows, 4, 1))
-    family = "amd" if target.backend == "hip" else _FAMILIES.get(target.arch, "sm_86")
     if kernel == "decode":
-        return _decode_config(problem, width, family)
+        return _decode_config(problem, width, target)
     if problem.dtype == torch.float32:
         return _float32_config(kernel, problem, target, width)
-    config = _tiled_config(kernel, problem, target, family, width)
+    config = _tiled_config(kernel, problem, target, width)
     if problem.block_table:
         return _with_page_numbers(kernel, config, problem, target)
     return _lighter(kernel, problem, width, config) if _takes_many_registers(kernel, problem) else config
@@ -158,17 +90,18 @@ def _invariant_config(kernel: str, problem: Problem, target: Target) -> TileConf
 
 def _float32_config(kernel: str, problem: Problem, target: Target, width: int) -> TileConfig:
     """The fp32 config; gradients that take many registers get the smallest tiles and one stage."""
-    config = TileConfig(*_TILES_OF_FLOAT32[target.backend][width])
+    config = TileConfig(*target.architecture.family.float32[width])
     if kernel == "forward" or not _takes_many_registers(kernel, problem):
         return config
     return replace(config, block_m=16, block_n=16, num_stages=1)
 
 
-def _tiled_config(kernel: str, problem: Problem, target: Target, family: str, width: int) -> TileConfig:
-    described = _DESCRIPTOR_TILES.get(family, {}).get(kernel, {}).get(width)
+def _tiled_config(kernel: str, problem: Problem, target: Target, width: int) -> TileConfig:
+    family = target.architecture.family
+    described = family.described.get(kernel, {}).get(width)
     if described and may_use_descriptors(kernel, problem, target):
         return TileConfig(*described, descriptors=True)
-    return TileConfig(*_TILES[family][kernel][width])
+    return TileConfig(*family.tiles[kernel][width])
 
 
 def _with_page_numbers(kernel: str, config: TileConfig, problem: Problem, target: Target) -> TileConfig:
@@ -177,7 +110,7 @@ def _with_page_numbers(kernel: str, config: TileConfig, problem: Problem, target
     Addresses of keys hold registers: with tensor memory, whose threads hold whole rows, extras take half of wide steps.
     """
     holds_more = problem.aux or problem.softcap or problem.key_scale or problem.key_bias
-    if target.has_tensor_memory and problem.width >= 128 and holds_more:
+    if target.architecture.has_tensor_memory and problem.width >= 128 and holds_more:
         config = replace(config, block_n=config.block_n // 2)
     longer = replace(config, num_stages=config.num_stages + 1)
     is_legal = target.backend == "cuda" and not legal_reasons(kernel, longer, problem, target)
@@ -215,19 +148,20 @@ def _lighter(kernel: str, problem: Problem, width: int, config: TileConfig) -> T
     return replace(config, **{name: max(16, getattr(config, name) // 2) for name in halved})
 
 
-def _decode_config(problem: Problem, width: int, family: str) -> TileConfig:
+def _decode_config(problem: Problem, width: int, target: Target) -> TileConfig:
     """The decode config: as many rows as a group fills and registers hold, and one stage more for page numbers.
 
     At width 1024 shared memory has no room for that stage. A bias with page numbers, an element a row and key, takes
     registers: there tiles of many rows have half as many keys.
     """
+    family, is_nvidia = target.architecture.family, target.backend == "cuda"
     if problem.dtype == torch.float32:
-        return TileConfig(16, max(16, 4096 // max(width, 128)), 8 if width > 64 and family != "amd" else 4, 2)
+        return TileConfig(16, max(16, 4096 // max(width, 128)), 8 if width > 64 and is_nvidia else 4, 2)
     rows = min(problem.packed_rows, 64, max(16, 8192 // width))
-    block_n, warps, stages = _DECODE_TILES[family][width]
+    block_n, warps, stages = family.decode[width]
     block_n = min(block_n, 2**18 // (rows * width))
     if problem.block_table and problem.key_bias and rows > 32:
         block_n = max(16, block_n // 2)
-    if family == "sm_120" and rows * width >= 8192:  # with 4 warps some forms spill there
-        warps = 8
-    return TileConfig(rows, block_n, warps, stages + (problem.block_table and family != "amd" and width <= 512))
+    if rows * width >= 8192:
+        warps = family.many_rows_warps
+    return TileConfig(rows, block_n, warps, stages + (problem.block_table and is_nvidia and width <= 512))

@@ -15,29 +15,8 @@ from typing import NamedTuple
 
 from .config import SHARES, Target
 
-# Bytes of the L2 cache: NVIDIA's architecture whitepapers, of the smallest card of a table; AMD's CDNA 2 to 4
-# whitepapers, of one die, twice where an Infinity Cache is behind it.
-_L2_BYTES = {
-    "80": 40 * 2**20,
-    "86": 6 * 2**20,
-    "89": 48 * 2**20,
-    "90": 50 * 2**20,
-    "100": 126 * 2**20,
-    "120": 96 * 2**20,
-    "gfx90a": 8 * 2**20,
-    "gfx942": 8 * 2**20,
-    "gfx950": 8 * 2**20,
-}
-_SMALLEST = 4 * 2**20
 # Programs along the second and the third axis of a grid (CUDA C++ Programming Guide, table of compute capabilities).
 LONGEST_AXIS = 65535
-# Dies with one L2 cache each, to which the hardware deals programs in turn (CDNA 3 and 4 whitepapers).
-_LANES = {"gfx942": 8, "gfx950": 8}
-
-
-def lanes(target: Target) -> int:
-    """Number of dies to which programs are dealt in turn."""
-    return _LANES.get(target.arch, 1)
 
 
 class Sections(NamedTuple):
@@ -59,7 +38,7 @@ def sections(heads: int, bytes_of_head: int, target: Target, l2_percent: int = S
     bytes_of_head   that the programs of one head read, without those that heads of a group share
     l2_percent      the share, 100 unless a search on the card found another
     """
-    share, dies = _L2_BYTES.get(target.arch, _SMALLEST) * l2_percent // 100, lanes(target)
+    share, dies = target.architecture.l2_bytes * l2_percent // 100, target.architecture.dies
     fit = max(1, share // max(1, bytes_of_head))
     nearest = max(1, round(heads / (fit * dies)))
     size = dies * max(1, min(-(-heads // (nearest * dies)), fit + fit // 2))

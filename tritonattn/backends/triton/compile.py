@@ -77,9 +77,8 @@ def launch_of(kernel: str, problem: Problem, config: TileConfig, target: Target)
 
 def compile_launch(launch: Launch, target: Target) -> CompiledKernel:
     """The code that a launch runs on a card of the target; tensors may be meta tensors."""
-    warp_size = 64 if target.arch.startswith("gfx9") else 32  # CDNA; RDNA and NVIDIA have 32
     arch = int(target.arch) if target.backend == "cuda" else target.arch
-    gpu = GPUTarget(target.backend, arch, warp_size)
+    gpu = GPUTarget(target.backend, arch, target.architecture.warp_size)
     options = compile_options(launch.config, launch.arguments.get("INVARIANT", False))
     return triton.compile(specialised(launch.kernel, launch.arguments, options, gpu), target=gpu, options=options)
 

@@ -30,7 +30,7 @@ from ...tuning.config import (
     sum_columns,
 )
 from ...tuning.defaults import default_config
-from ...tuning.order import LONGEST_AXIS, lanes
+from ...tuning.order import LONGEST_AXIS
 from .device import Grid, KernelArguments, NotCompiledError, Specialisation, launch_on
 from .interpreter import run_interpreted, tensors_of
 from .records import Arguments, Pages, Scale, Strided
@@ -260,10 +260,10 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
         "HAS_BIAS": problem.has_bias,
         "BIAS_AFTER": problem.bias_after_softcap,
         "IS_PART": problem.is_part,
-        "SPLIT_TERMS": target.has_tensor_memory,
+        "SPLIT_TERMS": target.architecture.has_tensor_memory,
         "ALIGNED": problem.aligned and (problem.invariant or problem.head_dim % 16 or problem.value_dim % 16) > 0,
         "INVARIANT": problem.invariant,
-        "LANES": lanes(target),
+        "LANES": target.architecture.dies,
         "WARP_SPECIALIZE": config.warp_specialize,
     }
 
