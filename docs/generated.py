@@ -176,8 +176,8 @@ def biases() -> str:
 
 def language_model() -> str:
     """Recall of the ledger by `python -m perf language-model`, of the models with five seeds."""
-    from perf.language_model.records import read
-    from perf.language_model.report import LEDGER_HEADER, ledger_rows, sources
+    from perf.studies.language_model.records import read
+    from perf.studies.language_model.report import LEDGER_HEADER, ledger_rows, sources
 
     kept = [row for row in ledger_rows(read()) if row[2] == "5"]
     return table(LEDGER_HEADER, kept) + f"\n{sources(read())}\n"
@@ -185,8 +185,8 @@ def language_model() -> str:
 
 def language_model_text() -> str:
     """Loss on text by `python -m perf language-model`."""
-    from perf.language_model.records import read
-    from perf.language_model.report import text_rows
+    from perf.studies.language_model.records import read
+    from perf.studies.language_model.report import text_rows
 
     return table(*text_rows(read()))
 

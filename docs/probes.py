@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from perf import memory
+from perf.cpu import memory
 from tests.support import flash
 from tritonattn import attention, attention_decode, attention_varlen
 

@@ -6,50 +6,65 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 
 from tritonattn.core.errors import INTERRUPTED, CommandError, unguard
 
-COMMANDS = {
-    "sweep": "times and errors next to those of other implementations, as JSON lines",
-    "report": "tables of a sweep's records",
-    "plot": "charts of a sweep's records",
-    "gpu": "all that a GPU machine is asked for, in one command",
-    "preflight": "whether kernels run on this machine and are right, within a minute",
-    "compile": "the kernels of soak and sweeps, by all cores, before anything is timed",
-    "cpu": "time and memory on a CPU, against PyTorch's attention",
-    "memory": "bytes that a call keeps for its backward, by form",
-    "language-model": "small GPTs beyond their trained length, by factor and kinds of layer: hours",
-    "monitor": "what watching a training run costs",
-    "compilations": "distinct kernels that ordinary training, decoding and packing compile",
-    "distributed": "bytes, time and memory of a sequence that ranks share: measured, and a model of more ranks",
-    "launches": "the host's time and work in small calls, on a stub of NVIDIA's driver",
-    "serving": "the host's time a step in vLLM's attention layers, on the same stub",
-    "codegen": "the machine code of every kernel: registers, spills, instructions per logit",
-    "replay": "a model of every kernel's loop: share of the tensor rate, and what its warps wait for",
-    "tables": "the shipped tables of tile configs, ranked by the replay",
-    "stages": "two stages of a kernel's pipeline against three on a GPU, and the replay's gain",
-    "flash": "the kernels against FlashAttention or cuDNN with folded factors, on a GPU that has them",
-    "ptxas": "every kernel's PTX by the ptxas of several CUDA releases, side by side",
-    "fill": "how full a card is under calls of few programs, unsplit and in splits: a model",
-    "schedule": "when the tiles of a causal forward end, by the order of programs: a model",
-    "correctness": "the kernels' tests, in several processes",
-    "invariance": "random sequences alone and with the rest of a batch: whether batch_invariant keeps their bits",
-    "soak": "random calls of the kernels, for a while, against float64",
-    "sanitize": "a short soak under NVIDIA's compute-sanitizer",
+# The commands of each room; a command's module has its name.
+ROOMS = {
+    "sweep": {
+        "sweep": "times and errors next to those of other implementations, as JSON lines",
+        "report": "tables of a sweep's records",
+        "plot": "charts of a sweep's records",
+    },
+    "gpu": {
+        "gpu": "all that a GPU machine is asked for, in one command",
+        "preflight": "whether kernels run on this machine and are right, within a minute",
+        "compile": "the kernels of soak and sweeps, by all cores, before anything is timed",
+        "stages": "two stages of a kernel's pipeline against three on a GPU, and the replay's gain",
+        "flash": "the kernels against FlashAttention or cuDNN with folded factors, on a GPU that has them",
+        "correctness": "the kernels' tests, in several processes",
+    },
+    "soak": {
+        "invariance": "random sequences alone and with the rest of a batch: whether batch_invariant keeps their bits",
+        "soak": "random calls of the kernels, for a while, against float64",
+        "sanitize": "a short soak under NVIDIA's compute-sanitizer",
+    },
+    "cpu": {
+        "cpu": "time and memory on a CPU, against PyTorch's attention",
+        "memory": "bytes that a call keeps for its backward, by form",
+        "monitor": "what watching a training run costs",
+        "compilations": "distinct kernels that ordinary training, decoding and packing compile",
+        "distributed": "bytes, time and memory of a sequence that ranks share: measured, and a model of more ranks",
+        "launches": "the host's time and work in small calls, on a stub of NVIDIA's driver",
+        "serving": "the host's time a step in vLLM's attention layers, on the same stub",
+    },
+    "models": {
+        "codegen": "the machine code of every kernel: registers, spills, instructions per logit",
+        "replay": "a model of every kernel's loop: share of the tensor rate, and what its warps wait for",
+        "tables": "the shipped tables of tile configs, ranked by the replay",
+        "ptxas": "every kernel's PTX by the ptxas of several CUDA releases, side by side",
+        "fill": "how full a card is under calls of few programs, unsplit and in splits: a model",
+        "schedule": "when the tiles of a causal forward end, by the order of programs: a model",
+    },
+    "studies": {
+        "language-model": "small GPTs beyond their trained length, by factor and kinds of layer: hours",
+    },
 }
+ROOM_OF = {command: room for room, commands in ROOMS.items() for command in commands}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; the exit status is 130 when interrupted, else the command's."""
     unguard()
-    names = "\n".join(f"  {name:14}{text}" for name, text in COMMANDS.items())
+    lines = [f"  {name:16}{text}" for commands in ROOMS.values() for name, text in commands.items()]
     parser = argparse.ArgumentParser(
         prog="python -m perf",
         description="Measure, read and try the package.",
-        epilog=f"commands:\n{names}",
+        epilog="\n".join(["commands:", *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="command", help="see below; `<command> --help` says more")
+    parser.add_argument("command", choices=ROOM_OF, metavar="command", help="see below; `<command> --help` says more")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     try:
@@ -61,9 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
 
 
+def module_of(command: str) -> ModuleType:
+    """Import the module of one command alone, since a machine may lack the packages of the others."""
+    return import_module(f".{ROOM_OF[command]}.{command.replace('-', '_')}", __package__)
+
+
 def _run(command: str, arguments: Sequence[str]) -> None:
-    """Import the module of one command alone, since a GPU machine may lack the packages of the others."""
-    module = import_module(f".{command.replace('-', '_')}", __package__)
+    module = module_of(command)
     parser = argparse.ArgumentParser(prog=f"python -m perf {command}", description=module.__doc__)
     module.add_arguments(parser)
     options = parser.parse_args(arguments)

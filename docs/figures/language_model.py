@@ -9,11 +9,11 @@ from statistics import fmean
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from perf.language_model.cells import FOUR_TIMES, LEDGER, LOG, SQRT, SSMAX, TWICE
-from perf.language_model.model import Factor, Shape
-from perf.language_model.records import Run, read
-from perf.language_model.tasks import MULTIPLES, TASKS
-from perf.language_model.training import Found
+from perf.studies.language_model.cells import FOUR_TIMES, LEDGER, LOG, SQRT, SSMAX, TWICE
+from perf.studies.language_model.model import Factor, Shape
+from perf.studies.language_model.records import Run, read
+from perf.studies.language_model.tasks import MULTIPLES, TASKS
+from perf.studies.language_model.training import Found
 from tritonattn.lab.figures import COLOURS, foot, save_themes, ticks_at
 
 from .recall import label_ends

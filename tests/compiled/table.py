@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from perf.ceilings import NON_MMA_PER_LOGIT, PAIR_BIASES
+from perf.models.ceilings import NON_MMA_PER_LOGIT, PAIR_BIASES
 from tests.support.pairs import all_pairs, thinned
 from tests.support.versions import OLDER_TRITON
 from tritonattn.tuning import Problem, Target

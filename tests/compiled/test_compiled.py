@@ -11,8 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from perf import codegen
-from perf.ceilings import (
+from perf.models import codegen
+from perf.models.ceilings import (
     DIRECT_LOADS,
     KEY_BIAS,
     KEY_BIAS_OF_TARGET,
@@ -21,7 +21,7 @@ from perf.ceilings import (
     QUERY_SCALE,
     QUERY_SCALE_OF_TARGET,
 )
-from perf.static.machine_code import flops_per_logit, read_machine_code
+from perf.models.static.machine_code import flops_per_logit, read_machine_code
 from tests.support.tiles import quick_config
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends import triton as backend

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from perf.ceilings import GLUON_NON_MMA_PER_LOGIT, GLUON_SHARE
-from perf.replay import replay
-from perf.replay.loops import hot_loop
-from perf.replay.operations import operations
-from perf.replay.parameters import PARAMETERS
+from perf.models.ceilings import GLUON_NON_MMA_PER_LOGIT, GLUON_SHARE
+from perf.models.replay import replay
+from perf.models.replay.loops import hot_loop
+from perf.models.replay.operations import operations
+from perf.models.replay.parameters import PARAMETERS
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends.triton import launch
 from tritonattn.tuning import Problem, Target, compile_kernel

@@ -2,7 +2,6 @@
 
 import argparse
 import doctest
-import importlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import torch
 
 import tritonattn
 from docs import generated
+from perf.__main__ import module_of
 from tests.support.snippets import ROOT, run, snippets
 from tritonattn.analysis import diagnose
 from tritonattn.cli import main as cli
@@ -54,7 +54,7 @@ def test_commands_parse(document):
             cli._parser().parse_args(words[1:])
         elif words[:3] == ["python", "-m", "perf"] and words[3] != "COMMAND":
             parser = argparse.ArgumentParser()
-            importlib.import_module(f"perf.{words[3].replace('-', '_')}").add_arguments(parser)
+            module_of(words[3]).add_arguments(parser)
             parser.parse_args(words[4:])
 
 

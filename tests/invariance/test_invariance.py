@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import pad
 
 import tritonattn
-from perf.invariance_cases import cases, differences
+from perf.soak.invariance_cases import cases, differences
 from tests.support.calls import operands
 from tests.support.masks import MASKS
 from tests.support.refusals import refuses

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 import tritonattn
-from perf import schedule
+from perf.models import schedule
 from tritonattn.backends.triton import launch
 from tritonattn.backends.triton.block import program_in_section
 from tritonattn.tuning.architectures import ARCHITECTURES

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from perf.language_model.records import RECORD, read
+from perf.studies.language_model.records import RECORD, read
 from tritonattn.cli import main as cli
 from tritonattn.lab import demo
 from tritonattn.scaling import LogKeyCount, SqrtDim

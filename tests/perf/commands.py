@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from perf.__main__ import main
-from perf.records import Record, read
+from perf.cases.records import Record, read
 from tritonattn.core.provenance import Environment
 
 CPU = torch.device("cpu")

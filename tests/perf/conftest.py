@@ -5,6 +5,6 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _no_search_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
-    from perf import run_suites
+    from perf.sweep import run as run_suites
 
     monkeypatch.setattr(run_suites, "_free", lambda device: None)

@@ -12,8 +12,8 @@ import triton
 from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 
-from perf.compilations import LISTS, kernels_of
-from perf.soak_draw import Limits, draw
+from perf.cpu.compilations import LISTS, kernels_of
+from perf.soak.draw import Limits, draw
 from tritonattn.backends.triton import device, launch
 from tritonattn.tuning import Target, default_config
 

@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from perf import contest
-from perf.attention_cases import Case
-from perf.check import judge
-from perf.contest import Contest, Effort, Entrant, Verdict
-from perf.decode_cases import DecodeCase
-from perf.records import Record
-from perf.report import tables
-from perf.varlen_cases import VarlenCase
-from perf.work import Shape
+from perf.cases import contest
+from perf.cases.attention import Case
+from perf.cases.check import judge
+from perf.cases.contest import Contest, Effort, Entrant, Verdict
+from perf.cases.decode import DecodeCase
+from perf.cases.records import Record
+from perf.cases.varlen import VarlenCase
+from perf.cases.work import Shape
+from perf.sweep.report import tables
 
 from .commands import CPU, HERE
 

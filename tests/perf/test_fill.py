@@ -2,7 +2,7 @@
 
 import pytest
 
-from perf import fill, schedule
+from perf.models import fill, schedule
 
 FULL = 0.9
 

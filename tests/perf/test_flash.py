@@ -8,11 +8,11 @@ import torch
 
 pytest.importorskip("triton")
 import tritonattn
-from perf import flash as command
-from perf import flash_checks
-from perf.contest import Unavailable
-from perf.peers import PEERS, Problem
-from perf.work import Shape
+from perf.cases.contest import Unavailable
+from perf.cases.peers import PEERS, Problem
+from perf.cases.work import Shape
+from perf.gpu import flash as command
+from perf.gpu import flash_checks
 from tests.support import flash
 from tritonattn.backends.flash import libraries
 from tritonattn.calls import dispatch
@@ -118,6 +118,6 @@ def test_the_peer_of_a_sweep(stand_in, monkeypatch):
     problem = Problem(Shape(1, 2, 2, 8, 8, 16, causal=True), torch.bfloat16, CPU, False, "log_key_count")
     with pytest.raises(Unavailable, match="runs on a GPU"):
         PEERS["flash"].build(problem)
-    monkeypatch.setattr("perf.peers.require_gpu", lambda device: None)
+    monkeypatch.setattr("perf.cases.peers.require_gpu", lambda device: None)
     PEERS["flash"].build(problem)(*(x.bfloat16() for x in torch.randn(3, 1, 2, 8, 16)))
     assert stand_in.calls[0]["causal"]

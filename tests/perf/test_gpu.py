@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from perf import gpu
 from perf.__main__ import main
-from perf.records import read
+from perf.cases.records import read
+from perf.gpu import gpu
 from tests.support.versions import skip_without_stub
 
 SWEEPS = ("ceilings", "forward", "backward", "decode", "dims", "overhead")

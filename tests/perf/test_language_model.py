@@ -7,10 +7,10 @@ import torch
 
 import tritonattn
 from perf.__main__ import main
-from perf.language_model.cells import study, swaps_of
-from perf.language_model.model import GPT, Factor, Shape, Swap, rotated, swapped
-from perf.language_model.records import read
-from perf.language_model.report import ledger_rows
+from perf.studies.language_model.cells import study, swaps_of
+from perf.studies.language_model.model import GPT, Factor, Shape, Swap, rotated, swapped
+from perf.studies.language_model.records import read
+from perf.studies.language_model.report import ledger_rows
 from tritonattn.lab.ledger import FILLERS, NAMES, VALUES, ledger
 
 

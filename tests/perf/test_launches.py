@@ -1,6 +1,6 @@
 """Launches of small calls on a GPU, and their torch operators, each of which is one launch more."""
 
-from perf.launches import calls, measured
+from perf.cpu.launches import calls, measured
 from tests.support.shells import leave_bodies_out
 from tests.support.versions import skip_without_stub
 

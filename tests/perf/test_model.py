@@ -6,12 +6,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from perf.replay.exposed import Flight, bounded_clocks
-from perf.replay.loops import HotLoop
-from perf.replay.parameters import PARAMETERS
-from perf.static.gate import Judged, Latency, modelled_clocks
-from perf.static.machine_code import MachineCode, MmaLoop
-from perf.static.model import RATES, Rates, cycles, turns, utilisation
+from perf.models.replay.exposed import Flight, bounded_clocks
+from perf.models.replay.loops import HotLoop
+from perf.models.replay.parameters import PARAMETERS
+from perf.models.static.gate import Judged, Latency, modelled_clocks
+from perf.models.static.machine_code import MachineCode, MmaLoop
+from perf.models.static.model import RATES, Rates, cycles, turns, utilisation
 from tritonattn.tuning.config import Problem, TileConfig
 from tritonattn.tuning.gpus import GPUS
 

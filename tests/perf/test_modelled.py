@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from perf import modelled
 from perf.__main__ import main
-from perf.records import read
-from perf.replay.times import LAUNCH, LOOPS
-from perf.schedule import FIXED
+from perf.cases.records import read
+from perf.models import modelled
+from perf.models.replay.times import LAUNCH, LOOPS
+from perf.models.schedule import FIXED
 from tests.support.versions import skip_without_stub
 from tritonattn.backends.triton import KERNELS, launch
 from tritonattn.core.visibility import Visibility

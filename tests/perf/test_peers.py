@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import tritonattn
-from perf.attention_cases import Case
-from perf.contest import Effort
-from perf.recipes import rows_of
-from perf.work import Shape
+from perf.cases.attention import Case
+from perf.cases.contest import Effort
+from perf.cases.recipes import rows_of
+from perf.cases.work import Shape
 from tests.support.pairs import in_turn
 from tritonattn.calls import dispatch, formulas
 

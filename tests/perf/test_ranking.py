@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from perf.static import ranking
-from perf.static.gate import Judged, Latency
-from perf.static.machine_code import MachineCode
-from perf.static.ranking import ranked, ranked_table, static_candidates
+from perf.models.static import ranking
+from perf.models.static.gate import Judged, Latency
+from perf.models.static.machine_code import MachineCode
+from perf.models.static.ranking import ranked, ranked_table, static_candidates
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gpus import GPUS
 from tritonattn.tuning.table import Key

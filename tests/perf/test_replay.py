@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 
 from perf.__main__ import main
-from perf.replay import Replay, command, times
-from perf.replay.control import Control, parse_with_controls
-from perf.replay.loops import loop_body, tensor_spans
-from perf.replay.operations import Operation, operations
-from perf.replay.parameters import PARAMETERS
-from perf.replay.scheduler import Scheduler, Timeline, Warps
+from perf.models.replay import Replay, command, times
+from perf.models.replay.control import Control, parse_with_controls
+from perf.models.replay.loops import loop_body, tensor_spans
+from perf.models.replay.operations import Operation, operations
+from perf.models.replay.parameters import PARAMETERS
+from perf.models.replay.scheduler import Scheduler, Timeline, Warps
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends.triton import launch
 from tritonattn.tuning import Target, compile_kernel

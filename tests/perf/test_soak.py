@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tritonattn
-from perf.soak_trial import Trial
+from perf.soak.trial import Trial
 
 Q_LEN, K_LEN = 9, 6
 

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from perf.static import machine_code
-from perf.static.control_flow import innermost, loops, parse, parse_ptx
-from perf.static.gate import examine, gate_reasons
-from perf.static.lanes import Lanes
-from perf.static.machine_code import MachineCode, MmaLoop, read_machine_code
+from perf.models.static import machine_code
+from perf.models.static.control_flow import innermost, loops, parse, parse_ptx
+from perf.models.static.gate import examine, gate_reasons
+from perf.models.static.lanes import Lanes
+from perf.models.static.machine_code import MachineCode, MmaLoop, read_machine_code
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends.triton import launch
 from tritonattn.tuner import gate

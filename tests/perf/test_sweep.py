@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from perf import contest, run_suites
 from perf.__main__ import main
-from perf.records import read
-from perf.suites import SUITES
+from perf.cases import contest
+from perf.cases.records import read
+from perf.sweep import run as run_suites
+from perf.sweep.suites import SUITES
 
 from .commands import TINY, sweep
 

@@ -3,9 +3,9 @@
 import pytest
 
 triton = pytest.importorskip("triton")
-from perf.static import ranking
-from perf.static.gate import examine
-from perf.static.ranking import ranked_table
+from perf.models.static import ranking
+from perf.models.static.gate import examine
+from perf.models.static.ranking import ranked_table
 from tests.compiled import test_hopper as hopper
 from tests.compiled.table import CASES, QUICK, problem_of
 from tests.compiled.test_compiled import SLOW, check, check_cost_of_scales, check_direct_loads, check_loads, pytestmark

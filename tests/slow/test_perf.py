@@ -7,10 +7,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from perf import preflight
 from perf.__main__ import main
-from perf.plot import CHARTS
-from perf.suites import SUITES
+from perf.gpu import preflight
+from perf.sweep.plot import CHARTS
+from perf.sweep.suites import SUITES
 from tests.perf.commands import sweep
 from tests.perf.test_gpu import check_phase
 from tests.support.tiles import quick_config
@@ -39,7 +39,7 @@ def test_phases(name, tmp_path, monkeypatch, capsys):
 
 
 def test_plots_and_reports_of_every_suite(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("perf.plot.save", partial(save, dpi=20))
+    monkeypatch.setattr("perf.sweep.plot.save", partial(save, dpi=20))
     file = tmp_path / "a.jsonl"
     sweep(file, "--suite", ",".join(SUITES), "--scalings", "sqrt_dim,key_norm_max", "--peers", "sdpa")
     main(["plot", str(file), "--out", str(tmp_path / "plots")])

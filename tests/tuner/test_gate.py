@@ -14,7 +14,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from perf.static.ranking import static_candidates
+from perf.models.static.ranking import static_candidates
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends.triton import launch
 from tritonattn.tuner import gate

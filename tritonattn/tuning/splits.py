@@ -16,8 +16,8 @@ _MOST = 64
 _FEW_ROWS = 1024  # a row's part is as long as the row's output: more rows would move more of parts than of keys
 _HEADS = 32  # calls of few rows are split as if they had so many, whatever their number
 # Times of a program in keys that it multiplies with a block of rows, or in rows, with a block of keys: of what it does
-# outside of its loop (`perf.schedule.FIXED`), and until its part is written and read (modelled: 8 bytes a number, and
-# about 90 FLOP in the time of a byte of the L2 cache).
+# outside of its loop (`FIXED` of perf/models/schedule.py), and until its part is written and read (modelled: 8 bytes a
+# number, and about 90 FLOP in the time of a byte of the L2 cache).
 FIXED = 192
 PRICE = 256
 # Length of a split: the parts of a batch so large that it needs none take half the time of their products at the most.

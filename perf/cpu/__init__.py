@@ -1,0 +1,1 @@
+"""Time, memory and bytes on a CPU, and the host's part of calls on a GPU."""

@@ -1,0 +1,1 @@
+"""Sweeps: the suites, their runner, and tables and charts of the records."""
