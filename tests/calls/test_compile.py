@@ -84,8 +84,11 @@ def test_causal_calls_of_any_length_and_number():
     assert_compiles(function, *calls, dynamic=True)
 
 
-@pytest.mark.parametrize("scaling", ["key_count", "key_norm_mean"])
-def test_packed_sequences_of_any_lengths(scaling):
+def test_packed_sequences_of_any_lengths():
+    check_packed_sequences_of_any_lengths("key_count")
+
+
+def check_packed_sequences_of_any_lengths(scaling: str) -> None:
     def function(q, k, v, gain, sinks, **sequences):
         options = {"scaling": scaling, "window": (3, 0)}
         return objective(q, k, v, gain, sinks, tritonattn.attention_varlen, **options, **sequences)

@@ -30,6 +30,15 @@ def device() -> torch.device:
     return DEVICE
 
 
+@pytest.fixture(autouse=True)
+def _short_blocks_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefix sums 256 at a time in the interpreter, which takes seconds for blocks of 4,096 that may begin again."""
+    default = launch.config_for
+    if launch.interpreting:
+        short = {"prefix_sums": TileConfig(256, 256, 8, 1)}
+        monkeypatch.setattr(launch, "config_for", lambda kernel, *of: short.get(kernel) or default(kernel, *of))
+
+
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, TileConfig]]:
     """The kernels that have run, each with its config."""

@@ -16,7 +16,7 @@ from tritonattn.core.visibility import Visibility
 from tritonattn.ops import STATISTICS
 
 
-@in_turn(sizes=[(1, 16), (37, 5), (130, 64), (8500, 8)], dtype=[torch.float32, torch.float16, torch.bfloat16])
+@in_turn(sizes=[(1, 16), (37, 5), (130, 64), (600, 8)], dtype=[torch.float32, torch.float16, torch.bfloat16])
 def test_norms_and_prefix_sums(dtype, sizes, device):
     k = torch.randn(2, 2, *sizes, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
     norms = triton_backend.key_norms(k, None)
@@ -33,16 +33,16 @@ def test_norms_and_prefix_sums(dtype, sizes, device):
 def test_prefix_sums_begin_again(of_heads, device):
     """In one block and across blocks, which NaN and inf before do not pass."""
     random = torch.Generator().manual_seed(0)
-    addends = torch.randn(2, 2, 8500, generator=random).to(device)
-    restarts = (torch.rand(2, of_heads, 8500, generator=random) < 0.002).to(device)
-    restarts[..., 100], restarts[..., 5000] = True, True
+    addends = torch.randn(2, 2, 850, generator=random).to(device)
+    restarts = (torch.rand(2, of_heads, 850, generator=random) < 0.02).to(device)
+    restarts[..., :300], restarts[..., [100, 500]] = False, True
     clean = triton_backend.prefix_sums(addends, restarts)
     torch.testing.assert_close(clean, prefix_sum(addends, restarts), rtol=1e-12, atol=1e-12)
-    addends[..., 50], addends[..., 4999] = torch.nan, torch.inf
+    addends[..., 50], addends[..., 499] = torch.nan, torch.inf
     found = triton_backend.prefix_sums(addends, restarts)
     assert found[..., 51].isnan().all()
-    assert torch.equal(found[..., 101:5000], clean[..., 101:5000])
-    assert torch.equal(found[..., 5001:], clean[..., 5001:])
+    assert torch.equal(found[..., 101:500], clean[..., 101:500])
+    assert torch.equal(found[..., 501:], clean[..., 501:])
 
 
 def test_unseen_keys_count_nothing(device):

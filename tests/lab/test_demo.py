@@ -12,14 +12,16 @@ from tritonattn.lab import demo
 from tritonattn.scaling import LogKeyCount, SqrtDim
 
 
-@pytest.fixture
-def short(monkeypatch):
-    """Four steps of training, and short sequences."""
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    """Four steps of training, and short sequences, of which few are held out."""
     monkeypatch.setattr(demo, "MULTIPLES", (1, 2, 4))
     monkeypatch.setattr(demo, "STEPS", 4)
+    monkeypatch.setattr(demo, "_TOKENS", 2048)
+    monkeypatch.setattr(demo, "held_out", demo.held_out.__wrapped__)
 
 
-def test_the_screen_has_the_control_and_the_study(short, capsys):
+def test_the_screen_has_the_control_and_the_study(capsys):
     assert cli.main(["demo"]) == 0
     printed = capsys.readouterr()
     rows = {row.rsplit(None, 4)[0]: row.split()[-4:] for row in printed.out.splitlines() if row.count("%") == 4}
@@ -31,7 +33,8 @@ def test_the_screen_has_the_control_and_the_study(short, capsys):
 
 def test_it_needs_no_extra():
     code = "import sys; sys.modules |= dict.fromkeys({'tqdm', 'transformers', 'matplotlib', 'scipy', 'sklearn'})\n"
-    code += "from tritonattn.cli import main\nfrom tritonattn.lab import demo\ndemo.MULTIPLES, demo.STEPS = (1,), 1\n"
+    code += "from tritonattn.cli import main\nfrom tritonattn.lab import demo\n"
+    code += "demo.MULTIPLES, demo.STEPS, demo._TOKENS = (1,), 1, 64\n"
     subprocess.run([sys.executable, "-c", f"{code}assert main.main(['demo']) == 0"], check=True)
 
 

@@ -19,7 +19,6 @@ FOLDER = "import sys, tritonattn; assert tritonattn.__file__.startswith(sys.pref
 COMMANDS = (
     ("env",),
     ("configs", "--gpu", "h100"),
-    ("demo",),
     ("compare", "--max-tokens", "64", "--modes", "sqrt_dim,log_key_count:64", "--plot", "../compare.png"),
 )
 

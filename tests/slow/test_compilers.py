@@ -7,7 +7,12 @@ import torch
 
 pytest.importorskip("transformers")
 import tritonattn
-from tests.calls.test_compile import assert_same_gradients, objective, operands
+from tests.calls.test_compile import (
+    assert_same_gradients,
+    check_packed_sequences_of_any_lengths,
+    objective,
+    operands,
+)
 from tests.calls.test_compile import pytestmark as _filters
 from tests.huggingface.test_generation import assert_a_compiled_static_step
 from tests.ops.test_decode import _grown
@@ -24,6 +29,10 @@ def _fresh_compiler():
 def test_inductor():
     function = partial(objective, scaling="key_norm_max", window=(3, 0))
     assert_same_gradients(torch.compile(function, fullgraph=True), function, operands())
+
+
+def test_sums_over_packed_sequences_of_any_lengths():
+    check_packed_sequences_of_any_lengths("key_norm_mean")
 
 
 def test_inductor_of_packed_sequences():

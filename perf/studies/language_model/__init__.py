@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
     for number, cell in enumerate(cells, 1):
         if cell in done:
             continue
-        found = trained(cell, test_tokens=8192 if options.quick else TEST_TOKENS[cell.task], swaps=swaps_of(cell))
+        found = trained(cell, test_tokens=2048 if options.quick else TEST_TOKENS[cell.task], swaps=swaps_of(cell))
         today = datetime.now(timezone.utc).date().isoformat()
         append(options.out, Run(cell, found, environment, today))
         longest = list(found.results[""].values())[-1]
