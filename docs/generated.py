@@ -1,6 +1,6 @@
 """The parts of the documents that code writes: `python -m docs.generated` lists stale ones, `--write` renews them.
 
-A part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
+A part stands between `<!-- generated: NAME -->` and `<!-- end -->`; in Python and JavaScript, in such comments.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from tritonattn import SCALINGS, Scaling
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "perf/results"
-PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PART = re.compile(r"((?:<!--|//|#) generated: (\w+)(?: -->)?\n).*?([ \t]*(?:<!--|//|#) end\b)", re.DOTALL)
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -191,7 +193,71 @@ def language_model_text() -> str:
     return table(*text_rows(read()))
 
 
+def formula(mode: type[Scaling]) -> str:
+    """A mode's factor with the values of its letters."""
+    return ", ".join([mode.about.factor, *(f"{letter} = {value}" for letter, value in mode.about.letters.items())])
+
+
+def modes() -> str:
+    """The table of modes on README, with the names that take a trained length."""
+    rows = []
+    for name, mode in SCALINGS.items():
+        length = re.search(r"ln\((base|L)\)", mode.about.factor)
+        more = f'; {length[1]}: `"{name}:2048"`' if length else ""
+        rows.append([f"`{name}`" + " (default)" * (name == "sqrt_dim"), formula(mode) + more, mode.about.source])
+    return table(["name", "factor", "source"], rows)
+
+
+def advice() -> str:
+    """The table of modes in docs/scalings.md."""
+    rows = ([f"`{name}`", formula(mode), mode.about.advice] for name, mode in SCALINGS.items())
+    return table(["name", "factor", "advice"], rows)
+
+
+# Parts of a factor in JavaScript, as they are replaced in turn. A blank is a product behind a number, a bracket or a
+# norm, whose last letter is m.
+JAVASCRIPT = {
+    r"sum ‖k‖²": "squares",
+    r"mean ‖k‖²": "(squares / n)",
+    r"sum ‖k‖": "sum",
+    r"mean ‖k‖": "(sum / n)",
+    r"max ‖k‖": "largest",
+    r"‖q‖": "queryNorm",
+    r"‖k‖": "norm",
+    r"\bbase\b": "L",
+    r"\^": " ** ",
+    r" ?/ ?": " / ",
+    r"(?<=[\dm)]) (?=[a-z(])": " * ",
+    r"\b(?=(sqrt|floor|min|max)\()": "Math.",
+    r"\bln\(": "Math.log(",
+}
+
+
+def playground() -> str:
+    """The factors of docs/playground.js."""
+    lines = []
+    for name, mode in SCALINGS.items():
+        letters = {rf"\b{letter}\b": f"({value})" for letter, value in mode.about.letters.items()}
+        code = mode.about.factor
+        for part, its in (letters | JAVASCRIPT).items():
+            code = re.sub(part, its, code)
+        lines.append(f"  {name}: (norm) => {code},\n")
+    return "".join(lines)
+
+
+def names() -> str:
+    """The names of modes for type checkers."""
+    return "".join(f'    "{name}",\n' for name in SCALINGS)
+
+
+def types() -> str:
+    """The classes of modes for type checkers."""
+    paths = ((name, mode.__module__.rpartition(".")[2], mode.__name__) for name, mode in SCALINGS.items())
+    return "".join(f"        {name}: type[{file}.{cls}]\n" for name, file, cls in paths)
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    **{"modes": modes, "advice": advice, "playground": playground, "names": names, "types": types},
     **{"floors": floors, "support": support, "costs": costs, "forms": forms, "memory": memory},
     **{"biases": biases, "language_model": language_model, "language_model_text": language_model_text},
 }
@@ -211,6 +277,7 @@ def renewed(text: str, known: dict[str, str]) -> str:
 
 def documents() -> list[Path]:
     files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(RESULTS.glob("*.md"))]
+    files += [ROOT / "docs/playground.js", ROOT / "tritonattn/scaling/names.py"]
     return [file for file in files if PART.search(file.read_text(encoding="utf-8"))]
 
 

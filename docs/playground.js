@@ -1,29 +1,31 @@
 // One row of attention under every mode. `keys` and `row` are pure; the rest draws. Tests hold `row` to tritonattn.
 
-// Factors of q . k, one a key: D the head dim, L the trained length, norms those of the keys, queryNorm that of q.
-const MODES = {
-  sqrt_dim: ({ D }) => 1 / Math.sqrt(D),
-  dim: ({ D }) => 1 / D,
-  none: () => 1,
-  key_count: ({ n }) => 1 / n,
-  sqrt_key_count: ({ n }) => 1 / Math.sqrt(n),
-  key_norm_sum: ({ sum }) => 1 / sum,
-  key_norm_mean: ({ n, sum }) => n / sum,
-  key_norm_rms: ({ n, squares }) => Math.sqrt(n / squares),
-  key_norm_max: ({ largest }) => 1 / largest,
-  key_norm_l2: ({ squares }) => 1 / Math.sqrt(squares),
-  log_key_count: ({ n, D, L }) => Math.log(n) / Math.log(L) / Math.sqrt(D),
-  log_power: ({ n, D, L }) => Math.sqrt(Math.log(n) / Math.log(L) / D),
-  qwen_logn: ({ n, D, L }) => Math.max(1, Math.log(n) / Math.log(L)) / Math.sqrt(D),
-  llama4: ({ n, D }) => (1 + 0.1 * Math.log(Math.floor(n / 8192) + 1)) / Math.sqrt(D),
-  ministral3: ({ n, D }) => (1 + 0.1 * Math.log(1 + Math.floor((n - 1) / 16384))) / Math.sqrt(D),
-  inkling: ({ n, D }) => (1 + 0.1 * Math.log(Math.max(n / 128000, 1))) / Math.sqrt(D),
-  inkling2: ({ n, D, queryNorm }, norm) =>
-    MODES.inkling({ n, D }) * Math.min(1, Math.sqrt(512) / queryNorm) * Math.min(1, Math.sqrt(512) / norm),
-  beam: ({ n, D }) => (1 + n / 2048) ** 0.1 / Math.sqrt(D),
-  cosine: ({ D, queryNorm }, norm) => Math.sqrt(D) / (queryNorm * norm),
-  ssmax: ({ n, D, s }) => (s * Math.log(n)) / Math.sqrt(D),
-};
+// Factors of q . k as functions of a key's norm: D the head dim, L the trained length, queryNorm the norm of q, squares the
+// sum of the keys' squared norms.
+const modesOf = ({ n, D, L, s, queryNorm, sum, squares, largest }) => ({
+  // generated: playground
+  sqrt_dim: (norm) => 1 / Math.sqrt(D),
+  dim: (norm) => 1 / D,
+  none: (norm) => 1,
+  key_count: (norm) => 1 / n,
+  sqrt_key_count: (norm) => 1 / Math.sqrt(n),
+  log_key_count: (norm) => Math.log(n) / Math.log(L) / Math.sqrt(D),
+  log_power: (norm) => (Math.log(n) / Math.log(L)) ** (1 / 2) / Math.sqrt(D),
+  key_norm_sum: (norm) => 1 / sum,
+  key_norm_mean: (norm) => 1 / (sum / n),
+  key_norm_rms: (norm) => 1 / Math.sqrt((squares / n)),
+  key_norm_max: (norm) => 1 / largest,
+  key_norm_l2: (norm) => 1 / Math.sqrt(squares),
+  qwen_logn: (norm) => Math.max(1, Math.log(n) / Math.log(L)) / Math.sqrt(D),
+  llama4: (norm) => (1 + 0.1 * Math.log(Math.floor(n / 8192) + 1)) / Math.sqrt(D),
+  ministral3: (norm) => (1 + 0.1 * Math.log(1 + Math.floor((n-1) / 16384))) / Math.sqrt(D),
+  inkling: (norm) => (1 + 0.1 * Math.log(Math.max(n / 128000, 1))) / Math.sqrt(D),
+  inkling2: (norm) => Math.min(1, (Math.sqrt(512)) / queryNorm) * Math.min(1, (Math.sqrt(512)) / norm) * (1 + 0.1 * Math.log(Math.max(n / 128000, 1))) / Math.sqrt(D),
+  beam: (norm) => (1 + n / 2048) ** 0.1 / Math.sqrt(D),
+  cosine: (norm) => Math.sqrt(D) / (queryNorm * norm),
+  // end
+  ssmax: () => (s * Math.log(n)) / Math.sqrt(D),
+});
 
 // Uniform numbers of (0, 1) from a seed: mulberry32.
 function uniforms(seed) {
@@ -71,8 +73,8 @@ function row({ queryNorm, dots, norms }, { D, L, s }) {
   const squares = sum(norms.map((x) => x * x));
   const facts = { n: dots.length, D, L, s, queryNorm, sum: sum(norms), squares, largest: largest(norms) };
   return Object.fromEntries(
-    Object.entries(MODES).map(([name, factorOf]) => {
-      const factors = norms.map((norm) => factorOf(facts, norm));
+    Object.entries(modesOf(facts)).map(([name, factorOf]) => {
+      const factors = norms.map((norm) => factorOf(norm));
       const logits = dots.map((dot, j) => dot * factors[j]);
       const maxLogit = largest(logits);
       const weights = logits.map((z) => Math.exp(z - maxLogit));

@@ -89,7 +89,7 @@ def _attend(leaves: list[Tensor], rows: slice, scaling: str, causal: bool, round
         positions if causal else k.shape[2]
     )  # [rows or 1, Sk]
     differs_by_row = causal and q.shape[2] > 1
-    is_vector = scaling not in CONSTANTS and (differs_by_row or scaling.startswith(("key_norm", "cosine", "inkling2")))
+    is_vector = scaling not in CONSTANTS and (differs_by_row or tritonattn.SCALINGS[scaling].about.reads_norms)
     q = q[:, :, rows]
     keys = k.expand(-1, q.shape[1], -1, -1)
     factor = tritonattn.SCALINGS[scaling]().multiplier(q, keys, visible[None, None]).to(wide)

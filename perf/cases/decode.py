@@ -80,7 +80,7 @@ class DecodeCase:
         samples = [self._sample(contiguous[0], position) for position in (0, -1)]
         caches = [_in_pages(cache) for cache in contiguous] if self.paged else contiguous
         steps: dict[str, Callable[[], Step]] = {OURS: lambda: self._ours(None)}
-        if reads_keys(self.scaling):
+        if tritonattn.SCALINGS[self.scaling].about.reads_norms:
             steps[COUNTED] = lambda: self._ours(contiguous)
         steps |= {name: lambda name=name: self._peer(name) for name in self.peers}
         return [self._copy(), *(self._entrant(name, steps[name], caches, samples) for name in steps)]
@@ -166,7 +166,7 @@ class DecodeCase:
         require_16_bits(DTYPES[self.dtype])
 
         def step(cache: Caches) -> Tensor:
-            if cache.table is not None and reads_keys(self.scaling):
+            if cache.table is not None and tritonattn.SCALINGS[self.scaling].about.reads_norms:
                 raise Unavailable(f"no recipe for {self.scaling} of keys in pages")
             q, scale = prescaled(self.scaling, cache.q, cache.k, causal=False)
             pages = {} if cache.table is None else {table: cache.table}
@@ -181,11 +181,6 @@ class DecodeCase:
             return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
         return step
-
-
-def reads_keys(scaling: str) -> bool:
-    """True where a scaling's factor depends on the keys, not only on their number."""
-    return scaling.startswith("key_norm") or scaling in ("cosine", "inkling2")
 
 
 def _contiguous(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Caches:

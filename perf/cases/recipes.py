@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import Tensor
 import tritonattn
 from tritonattn.core.statistics import Statistics
 from tritonattn.core.visibility import Visibility
+from tritonattn.scaling.base import OfCount
 
 from .contest import Unavailable
 
@@ -70,16 +70,9 @@ CONSTANTS: dict[str, Callable[[int], float]] = {
     "dim": lambda dim: 1 / dim,
     "none": lambda dim: 1.0,
 }
-_ROWS: dict[str, Callable[[Keys | KeysUnderMask], Tensor]] = {
+_ROWS: dict[str, Callable[[Keys | KeysUnderMask], Tensor]] = {  # and those of `OfCount`
     "key_count": lambda keys: 1 / keys.n,
     "sqrt_key_count": lambda keys: keys.n**-0.5,
-    "log_key_count": lambda keys: keys.n.log() * keys.head_dim**-0.5,
-    "log_power": lambda keys: keys.n.log().sqrt() * keys.head_dim**-0.5,
-    "qwen_logn": lambda keys: keys.n.clamp(min=8192).log() / math.log(8192) * keys.head_dim**-0.5,
-    "llama4": lambda keys: (1 + 0.1 * ((keys.n / 8192).floor() + 1).log()) * keys.head_dim**-0.5,
-    "ministral3": lambda keys: (1 + 0.1 * (1 + ((keys.n - 1) / 16384).floor()).log()) * keys.head_dim**-0.5,
-    "inkling": lambda keys: (1 + 0.1 * (keys.n / 128000).clamp(min=1).log()) * keys.head_dim**-0.5,
-    "beam": lambda keys: (1 + keys.n / 2048) ** 0.1 * keys.head_dim**-0.5,
     "key_norm_sum": lambda keys: 1 / keys.total(1),
     "key_norm_mean": lambda keys: keys.n / keys.total(1),
     "key_norm_rms": lambda keys: (keys.n / keys.total(2)).sqrt(),
@@ -110,9 +103,25 @@ class KeysUnderMask:
 
 def rows_by_hand(scaling: str, k: Tensor, visible: Visible) -> Tensor:
     """The factor of a mode under any mask, fp32 that fits [B, H, Sq], for k [B, H, Sk, D]."""
-    if scaling not in _ROWS or scaling == "key_norm_max":
+    if scaling in CONSTANTS or scaling == "key_norm_max" or not has_recipe(scaling):
         raise Unavailable(f"no recipe for {scaling} under any mask")
-    return _ROWS[scaling](KeysUnderMask(k.float(), visible))
+    return _rows(scaling, KeysUnderMask(k.float(), visible))
+
+
+def has_recipe(scaling: str) -> bool:
+    return scaling in CONSTANTS or scaling in _ROWS or _of_count(scaling) is not None
+
+
+def _of_count(scaling: str) -> OfCount | None:
+    """A mode whose factor is a function of n, which takes n in fp32 too."""
+    cls = tritonattn.SCALINGS[scaling]
+    return cls() if issubclass(cls, OfCount) and not cls.about.reads_norms else None
+
+
+def _rows(scaling: str, keys: Keys | KeysUnderMask) -> Tensor:
+    if mode := _of_count(scaling):
+        return mode._of_count(keys.n) * mode._constant(keys.head_dim)
+    return _ROWS[scaling](keys)
 
 
 def factor(scaling: str, q: Tensor, k: Tensor, causal: bool) -> float | Tensor:
@@ -120,11 +129,11 @@ def factor(scaling: str, q: Tensor, k: Tensor, causal: bool) -> float | Tensor:
     dim, (q_len, k_len) = q.shape[-1], (q.shape[2], k.shape[2])
     if scaling in CONSTANTS:
         return CONSTANTS[scaling](dim)
-    if scaling not in _ROWS:
+    if not has_recipe(scaling):
         raise Unavailable(f"no recipe for {scaling}: it multiplies more than q")
     first = k_len - q_len + 1 if causal else k_len
     n = torch.arange(first, k_len + 1, device=k.device, dtype=torch.float32)
-    rows = _ROWS[scaling](Keys(dim, n, k.float(), q_len, causal))
+    rows = _rows(scaling, Keys(dim, n, k.float(), q_len, causal))
     group = q.shape[1] // k.shape[1]
     return rows if group == 1 or rows.dim() < 3 else rows.repeat_interleave(group, dim=1)
 

@@ -12,6 +12,7 @@ from torch import nn
 from tests.analysis.models import Net
 from tests.support.llama import llama
 from tests.support.refusals import refuses
+from tritonattn import SCALINGS
 from tritonattn.analysis import Alarm, Monitor, Thresholds, qk_clip
 from tritonattn.huggingface import patch
 from tritonattn.huggingface.architecture import interface_keywords
@@ -153,7 +154,7 @@ def refused(net, layer, match, heads=4):
 
 
 def test_others_are_refused_by_name():
-    for mode in ("cosine", "inkling2"):
+    for mode in (name for name, cls in SCALINGS.items() if "‖q‖" in cls.about.factor):
         refused(Net(scaling=mode), "attention", f"scaling {mode}")
     fresh = QueryAdaptiveSSMax(heads=4, head_dim=8)  # its weight of q is 0
     refused(Net(scaling=fresh), "attention", "scaling query_adaptive_ssmax")

@@ -8,7 +8,7 @@ import torch
 import tritonattn
 from perf.cases.attention import Case
 from perf.cases.contest import Effort
-from perf.cases.recipes import rows_of
+from perf.cases.recipes import has_recipe, rows_of
 from perf.cases.work import Shape
 from tests.support.pairs import in_turn
 from tritonattn.calls import dispatch, formulas
@@ -19,7 +19,7 @@ ONCE = Effort(1, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("scaling", [name for name in tritonattn.SCALINGS if name not in ("cosine", "inkling2")])
+@pytest.mark.parametrize("scaling", [*filter(has_recipe, tritonattn.SCALINGS)])
 def test_recipes_follow_the_formulas(scaling, causal):
     random = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 4, 5, 8, generator=random), torch.randn(2, 2, 9, 8, generator=random)

@@ -8,14 +8,6 @@ from tritonattn import SCALINGS, nn
 from tritonattn.scaling import Scaling
 
 HEADS, HEAD_DIM = 4, 8
-_SMALL = {
-    "qwen_logn": {"train_length": 3},
-    "llama4": {"scale": 0.5, "floor_scale": 2},
-    "ministral3": {"beta": 0.5, "original_length": 2},
-    "inkling": {"alpha": 0.5, "n_floor": 2},
-    "inkling2": {"alpha": 0.5, "n_floor": 2, "threshold": 2.0},
-    "beam": {"power": 0.5, "length": 2},
-}
 SIGNS = (0.9, 0.0, -1.2, 1e-3)  # what a learned factor passes on its way through zero
 
 
@@ -85,4 +77,4 @@ def learned(name: str) -> torch.nn.Module:
 
 def small(name: str) -> Scaling:
     """The mode of a name, at thresholds that a short test reaches."""
-    return SCALINGS[name](**_SMALL.get(name, {}))
+    return SCALINGS[name](**SCALINGS[name].about.example)

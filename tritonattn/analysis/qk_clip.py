@@ -174,7 +174,7 @@ def qk_clip(model: nn.Module, threshold: float = 100.0) -> QKClip:
 
     Layers that cannot be clipped are named in a warning here, and are left as they are later: QK-norm, whose result
     does not depend on the size of the weights before it; a scaling whose factor depends on q (cosine,
-    inkling2, QueryAdaptiveSSMax); projections that are quantised, adapted, gated or of another layout.
+    QueryAdaptiveSSMax, ...); projections that are quantised, adapted, gated or of another layout.
 
     Raises:
         NotImplementedError: A model without a layer that can be clipped, and why.

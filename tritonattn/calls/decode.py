@@ -91,7 +91,7 @@ def attention_decode(
         scaling, gain: As in `attention`.
         statistics: The `KeyStatistics` kept with the cache, or with pages the `PagedKeyStatistics`, to which the
             new keys have been appended: then no mode reads old keys. Without it the modes that need key norms
-            (key_norm_*, cosine, inkling2) read the visible keys of the cache once more, half of the memory traffic of
+            (key_norm_*, cosine, ...) read the visible keys of the cache once more, half of the memory traffic of
             the call itself, and gather pages to do so. A user's Scaling gets k_cache, gathered where it lies in
             pages unless its class says reads_keys = False. The reference follows the formulas and computes all of it
             from the keys.

@@ -23,28 +23,6 @@ _DEPTH = 8  # scalings inside one another, at most
 _STARTS = (SSMax, LearnedLogPower, PowerLaw, QueryAdaptiveSSMax)  # whose mode is where they start, by name
 _OF_THE_LAYER = {"heads", "device", "dtype"}  # arguments that no config gives
 
-# Settings of a mode by the entries of a model's config that hold them: a path through dicts.
-_INKLING = {"alpha": "log_scaling_alpha", "n_floor": "log_scaling_n_floor"}
-_FROM_MODEL = {
-    "llama4": {"scale": "attn_scale", "floor_scale": "floor_scale"},
-    "ministral3": {
-        "beta": "rope_parameters.llama_4_scaling_beta",
-        "original_length": "rope_parameters.original_max_position_embeddings",
-    },
-    "inkling": _INKLING,
-    "inkling2": {**_INKLING, "threshold": "qk_l2_clip_threshold"},
-}
-# Modes by which a model's code has multiplied q, by the model's type.
-_IN_MODEL = {
-    "llama4_text": ("llama4",),
-    "ministral3": ("ministral3",),
-    "mistral4": ("ministral3",),
-    "inkling_text": ("inkling",),
-    "inkling2_text": ("inkling", "inkling2"),
-    "inkling2_loop_text": ("inkling", "inkling2"),
-    "beam": ("beam",),
-}
-
 
 def make_scaling(scaling: Any, heads: int, config: Any) -> Any:
     """The scaling of one attention module with that many query heads: a Scaling, a float or None, as `patch` says.
@@ -76,8 +54,8 @@ def make_scaling(scaling: Any, heads: int, config: Any) -> Any:
 
 def _settings_in(config: Any, mode: str) -> dict[str, Any]:
     """The settings of a mode that a model's config names; none where an entry is missing."""
-    settings = {}
-    for setting, path in _FROM_MODEL.get(mode, {}).items():
+    settings, about = {}, vars(SCALINGS.get(mode, Scaling)).get("about")
+    for setting, path in about.config.items() if about else ():
         value = config
         for name in path.split("."):
             value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
@@ -95,7 +73,8 @@ def _settings_in(config: Any, mode: str) -> dict[str, Any]:
 def modes_in_model(config: Any) -> tuple[str, ...]:
     """The modes by which a model's code has multiplied q, in some layers at least, by its config."""
     has_factor = getattr(config, "attn_temperature_tuning", True)
-    return _IN_MODEL.get(getattr(config, "model_type", ""), ()) if has_factor else ()
+    named = ((name, vars(mode).get("about")) for name, mode in SCALINGS.items() if has_factor)
+    return tuple(name for name, about in named if about and getattr(config, "model_type", "") in about.models)
 
 
 def to_config(scaling: Any, depth: int = 1) -> Any:

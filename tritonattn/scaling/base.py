@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -76,6 +77,7 @@ class Scaling:
     """
 
     name: ClassVar[str]
+    about: ClassVar[About]
     reads_keys: bool = True
     trained_length: ClassVar[str] = ""
     normalises_query: bool = False
@@ -114,6 +116,63 @@ class Scaling:
         distance   int64 [B or 1, 1, Sq, Sk]: how many positions each key lies before the row's position
         """
         return None
+
+
+@dataclass(frozen=True)
+class About:
+    """What a named mode says of itself: tables of documents, the playground, types and patches ask for it.
+
+    factor    its formula, of n, D, ‖q‖, ‖k‖, sum, mean and max ‖k‖, sum and mean ‖k‖², of numbers, of `letters`, and of
+              base or L, the trained length. Tests compute it, so a product is written by a blank.
+    letters   values of its letters
+    source    a paper, or a model whose code has it
+    advice    when to take it
+    example   settings that change the factor of a few keys
+    config    entries of a model's config that hold settings, a path through dicts each
+    models    types of models whose code multiplies q by it
+    """
+
+    factor: str
+    letters: Mapping[str, str]
+    source: str
+    advice: str
+    example: Mapping[str, float]
+    config: Mapping[str, str]
+    models: tuple[str, ...]
+
+    @property
+    def reads_norms(self) -> bool:
+        """True where the factor depends on norms of keys."""
+        return "‖k‖" in self.factor
+
+    @property
+    def has_key_factor(self) -> bool:
+        """True where it multiplies each key by a factor of the key's own norm."""
+        return re.search(r"(?<!sum )(?<!mean )(?<!max )‖k‖", self.factor) is not None
+
+
+Mode = TypeVar("Mode", bound=type[Scaling])
+
+
+def mode(
+    name: str,
+    factor: str,
+    letters: Mapping[str, str] | None = None,
+    *,
+    source: str = "-",
+    advice: str = "",
+    example: Mapping[str, float] | None = None,
+    config: Mapping[str, str] | None = None,
+    models: tuple[str, ...] = (),
+) -> Callable[[Mode], Mode]:
+    """Class decorator of a named mode, whose `scales` reads keys by `statistics` alone. Arguments as of `About`."""
+
+    def named(cls: Mode) -> Mode:
+        cls.name, cls.reads_keys = name, False
+        cls.about = About(factor, letters or {}, source, advice, example or {}, config or {}, models)
+        return cls
+
+    return named
 
 
 NO_BASE = math.exp(1)  # e, and no other object is this one: the base that was not given

@@ -7,17 +7,15 @@ from torch import Tensor
 
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
-from .base import Scales, Scaling
+from .base import Scales, Scaling, mode
 
 
+@mode("sqrt_dim", "1/sqrt(D)", source="Vaswani 2017, arXiv:1706.03762", advice="the default; trained models expect it")
 class SqrtDim(Scaling):
     """factor = 1 / sqrt(D): unit variance of the logits for independent, unit-variance q and k.
 
     Source: Vaswani et al. 2017, "Attention is all you need", arXiv:1706.03762, section 3.2.1.
     """
-
-    name = "sqrt_dim"
-    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         return Scales(q.shape[-1] ** -0.5)
@@ -26,14 +24,12 @@ class SqrtDim(Scaling):
         return 1 / torch.full((), k.shape[-1], dtype=torch.float64, device=k.device).sqrt()
 
 
+@mode("dim", "1/D", source="muP: Yang 2022, arXiv:2203.03466", advice="for muP-initialised models")
 class Dim(Scaling):
     """factor = 1 / D: keeps logits bounded as D grows when q and k are correlated, as after training.
 
     Source: Yang et al. 2022, "Tensor Programs V" (muP), arXiv:2203.03466, definition 4.1.
     """
-
-    name = "dim"
-    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         return Scales(1 / q.shape[-1])
@@ -42,11 +38,9 @@ class Dim(Scaling):
         return 1 / torch.full((), k.shape[-1], dtype=torch.float64, device=k.device)
 
 
+@mode("none", "1", source="for q and k that are scaled already", advice="q, k that are scaled already")
 class Unscaled(Scaling):
     """factor = 1: the logits are the dot products, for models that scale q themselves (T5, Gemma 3n)."""
-
-    name = "none"
-    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         return Scales(1.0)

@@ -10,9 +10,15 @@ from torch import Tensor
 from ..core.hints import hinted
 from ..core.statistics import Statistics, reciprocal
 from ..core.visibility import Visibility
-from .base import Scales, Scaling, check_positive, dense_norms
+from .base import Scales, Scaling, check_positive, dense_norms, mode
 
 
+@mode(
+    "cosine",
+    "sqrt(D)/(‖q‖ ‖k‖)",
+    source="Henry 2020, arXiv:2010.04245",
+    advice="QK-norm without weights; `Cosine(tau=...)` sets tau",
+)
 @hinted
 @dataclass(frozen=True)
 class Cosine(Scaling):
@@ -27,9 +33,7 @@ class Cosine(Scaling):
 
     tau: float | None = None
 
-    name = "cosine"
     normalises_query = True
-    reads_keys = False
 
     def __post_init__(self) -> None:
         if self.tau is not None:

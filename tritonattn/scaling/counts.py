@@ -12,17 +12,15 @@ from ..core.hints import hinted
 from ..core.invariance import power
 from ..core.statistics import Statistics, reciprocal, reciprocal_root
 from ..core.visibility import Visibility
-from .base import NO_BASE, OfCount, Scales, Scaling, scales_of_count
+from .base import NO_BASE, OfCount, Scales, Scaling, mode, scales_of_count
 
 
+@mode("key_count", "1/n", advice="pushes attention to uniform as n grows: use a `gain`")
 class KeyCount(Scaling):
     """factor = 1 / n.
 
     The logits shrink as n grows, so that long rows attend almost uniformly, as with `KeyNormSum`.
     """
-
-    name = "key_count"
-    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         return scales_of_count(visibility, 1.0, torch.reciprocal if visibility.every_row_attends else reciprocal)
@@ -31,11 +29,9 @@ class KeyCount(Scaling):
         return reciprocal(visible.sum(-1, keepdim=True))
 
 
+@mode("sqrt_key_count", "1/sqrt(n)", advice="likewise, more slowly")
 class SqrtKeyCount(Scaling):
     """factor = 1 / sqrt(n)."""
-
-    name = "sqrt_key_count"
-    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         return scales_of_count(visibility, 1.0, reciprocal_root)
@@ -44,6 +40,13 @@ class SqrtKeyCount(Scaling):
         return reciprocal(visible.sum(-1, keepdim=True)).sqrt()
 
 
+@mode(
+    "log_key_count",
+    "ln(n)/ln(base)/sqrt(D)",
+    source="Chiang & Cholak 2022, arXiv:2202.12172",
+    advice="keeps attention sharp as n grows; with base = training length it is `sqrt_dim` at that length; Su uses 512;"
+    " without a base it is e, and warns",
+)
 @hinted
 @dataclass(frozen=True)
 class LogKeyCount(OfCount):
@@ -60,8 +63,6 @@ class LogKeyCount(OfCount):
 
     base: float = NO_BASE
 
-    name = "log_key_count"
-    reads_keys = False
     trained_length = "base"
 
     def _constant(self, head_dim: int) -> float:
@@ -76,6 +77,14 @@ class LogKeyCount(OfCount):
         return logarithm / math.sqrt(k.shape[-1])
 
 
+@mode(
+    "log_power",
+    "(ln(n)/ln(base))^p/sqrt(D)",
+    {"p": "1/2"},
+    source="arXiv:2510.05554, arXiv:2605.12697",
+    advice="p = 1 is `log_key_count`; diffusion models take 1/2 with base = trained tokens (arXiv:2306.08645);"
+    " [`diagnose`](monitoring.md#which-power-of-ln-n) measures which p a head asks for (arXiv:2605.12697)",
+)
 @hinted
 @dataclass(frozen=True)
 class LogPower(OfCount):
@@ -96,8 +105,6 @@ class LogPower(OfCount):
     power: float = 0.5
     base: float = NO_BASE
 
-    name = "log_power"
-    reads_keys = False
     trained_length = "base"
 
     def _constant(self, head_dim: int) -> float:

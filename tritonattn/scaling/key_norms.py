@@ -12,9 +12,17 @@ from torch.nn.functional import pad
 
 from ..core.statistics import Statistics, counts_of, reciprocal, reciprocal_root
 from ..core.visibility import Visibility
-from .base import Scales, Scaling, dense_norms
+from .base import Scales, Scaling, dense_norms, mode
+
+_VARIANT = "variant of `key_norm_sum`"
 
 
+@mode(
+    "key_norm_sum",
+    "1/sum ‖k‖",
+    source="Bernhard 2023, arXiv:2311.09406",
+    advice="the paper's; pushes attention to uniform as n grows: use a `gain`",
+)
 class KeyNormSum(Scaling):
     """factor = 1 / sum ||k||, over the visible keys.
 
@@ -26,9 +34,6 @@ class KeyNormSum(Scaling):
     https://github.com/James-Bernhard/attnsims.
     """
 
-    name = "key_norm_sum"
-    reads_keys = False
-
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         return Scales(1.0, query=reciprocal(statistics.norm_sum))
 
@@ -36,14 +41,17 @@ class KeyNormSum(Scaling):
         return reciprocal(_visible_norms(k, visible).sum(-1, keepdim=True))
 
 
+@mode(
+    "key_norm_mean",
+    "1/mean ‖k‖",
+    source=_VARIANT,
+    advice="about 1/sqrt(D) for unit-variance keys, whatever their size: the one to replace `sqrt_dim` by",
+)
 class KeyNormMean(Scaling):
     """factor = 1 / mean ||k||, over the visible keys: about 1 / sqrt(D) for components of unit variance.
 
     It is n times the factor of `KeyNormSum` (Bernhard 2023, arXiv:2311.09406).
     """
-
-    name = "key_norm_mean"
-    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         return Scales(1.0, query=reciprocal(statistics.norm_sum / counts_of(visibility).clamp(min=1)))
@@ -53,11 +61,9 @@ class KeyNormMean(Scaling):
         return reciprocal(_visible_norms(k, visible).sum(-1, keepdim=True) / torch.where(n > 0, n, 1))
 
 
+@mode("key_norm_rms", "1/sqrt(mean ‖k‖²)", source=_VARIANT, advice="likewise, smoother")
 class KeyNormRms(Scaling):
     """factor = 1 / sqrt(mean ||k||^2), over the visible keys."""
-
-    name = "key_norm_rms"
-    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         mean_square = statistics.norm_square_sum / counts_of(visibility).clamp(min=1)
@@ -69,11 +75,14 @@ class KeyNormRms(Scaling):
         return reciprocal(norm / torch.where(n > 0, n, 1).double().sqrt())
 
 
+@mode(
+    "key_norm_max",
+    "1/max ‖k‖",
+    source=_VARIANT,
+    advice="likewise; the gradient through the norm reaches the key of the largest norm only",
+)
 class KeyNormMax(Scaling):
     """factor = 1 / max ||k||, over the visible keys; the lowest of equal keys takes the gradient."""
-
-    name = "key_norm_max"
-    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         return Scales(1.0, query=reciprocal(statistics.norm_max))
@@ -85,11 +94,9 @@ class KeyNormMax(Scaling):
         return reciprocal(candidates.gather(-1, first))
 
 
+@mode("key_norm_l2", "1/sqrt(sum ‖k‖²)", source=_VARIANT, advice="between mean and sum")
 class KeyNormL2(Scaling):
     """factor = 1 / sqrt(sum ||k||^2), over the visible keys: the Frobenius norm of those keys."""
-
-    name = "key_norm_l2"
-    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         return Scales(1.0, query=reciprocal_root(statistics.norm_square_sum))

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
+from . import constants, cosine, counts, key_norms, positional
 from .base import Scaling
-from .constants import Dim, SqrtDim, Unscaled
-from .cosine import Cosine
-from .counts import KeyCount, LogKeyCount, LogPower, SqrtKeyCount
-from .key_norms import KeyNormL2, KeyNormMax, KeyNormMean, KeyNormRms, KeyNormSum
-from .positional import Beam, Inkling, Inkling2, Llama4, Ministral3, QwenLogn
 
 ModeName = Literal[
+    # generated: names
     "sqrt_dim",
     "dim",
     "none",
     "key_count",
     "sqrt_key_count",
+    "log_key_count",
+    "log_power",
     "key_norm_sum",
     "key_norm_mean",
     "key_norm_rms",
     "key_norm_max",
     "key_norm_l2",
-    "log_key_count",
-    "log_power",
     "qwen_logn",
     "llama4",
     "ministral3",
@@ -34,6 +31,7 @@ ModeName = Literal[
     "inkling2",
     "beam",
     "cosine",
+    # end
 ]
 LearnedName = Literal["per_head", "ssmax", "learned_cosine", "power_law", "learned_log_power"]
 LayerMode = ModeName | LearnedName | str
@@ -57,25 +55,27 @@ if TYPE_CHECKING:
     class Modes(TypedDict, extra_items=type[Scaling]):
         """Classes by name, with the arguments of each; a user's `Scaling` may be put there too."""
 
-        sqrt_dim: type[SqrtDim]
-        dim: type[Dim]
-        none: type[Unscaled]
-        key_count: type[KeyCount]
-        sqrt_key_count: type[SqrtKeyCount]
-        key_norm_sum: type[KeyNormSum]
-        key_norm_mean: type[KeyNormMean]
-        key_norm_rms: type[KeyNormRms]
-        key_norm_max: type[KeyNormMax]
-        key_norm_l2: type[KeyNormL2]
-        log_key_count: type[LogKeyCount]
-        log_power: type[LogPower]
-        qwen_logn: type[QwenLogn]
-        llama4: type[Llama4]
-        ministral3: type[Ministral3]
-        inkling: type[Inkling]
-        inkling2: type[Inkling2]
-        beam: type[Beam]
-        cosine: type[Cosine]
+        # generated: types
+        sqrt_dim: type[constants.SqrtDim]
+        dim: type[constants.Dim]
+        none: type[constants.Unscaled]
+        key_count: type[counts.KeyCount]
+        sqrt_key_count: type[counts.SqrtKeyCount]
+        log_key_count: type[counts.LogKeyCount]
+        log_power: type[counts.LogPower]
+        key_norm_sum: type[key_norms.KeyNormSum]
+        key_norm_mean: type[key_norms.KeyNormMean]
+        key_norm_rms: type[key_norms.KeyNormRms]
+        key_norm_max: type[key_norms.KeyNormMax]
+        key_norm_l2: type[key_norms.KeyNormL2]
+        qwen_logn: type[positional.QwenLogn]
+        llama4: type[positional.Llama4]
+        ministral3: type[positional.Ministral3]
+        inkling: type[positional.Inkling]
+        inkling2: type[positional.Inkling2]
+        beam: type[positional.Beam]
+        cosine: type[cosine.Cosine]
+        # end
 
 
 class _Modes(dict[str, type[Scaling]]):
@@ -85,8 +85,13 @@ class _Modes(dict[str, type[Scaling]]):
         raise KeyError(_unknown(name, name))
 
 
-_CLASSES = (SqrtDim, Dim, Unscaled, KeyCount, SqrtKeyCount, KeyNormSum, KeyNormMean, KeyNormRms, KeyNormMax, KeyNormL2)
-_CLASSES += (LogKeyCount, LogPower, QwenLogn, Llama4, Ministral3, Inkling, Inkling2, Beam, Cosine)
+def _named(*modules: ModuleType) -> Iterator[type[Scaling]]:
+    """The classes of modes in some files, in the order in which they stand there."""
+    for module in modules:
+        yield from (one for one in vars(module).values() if isinstance(one, type) and "about" in vars(one))
+
+
+_CLASSES = _named(constants, counts, key_norms, positional, cosine)
 SCALINGS: Modes = cast("Modes", _Modes({mode.name: mode for mode in _CLASSES}))
 
 

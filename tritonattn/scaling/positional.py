@@ -21,9 +21,16 @@ from ..core.hints import hinted
 from ..core.invariance import power
 from ..core.statistics import Statistics, reciprocal
 from ..core.visibility import Visibility
-from .base import OfCount, Scales, dense_norms
+from .base import OfCount, Scales, dense_norms, mode
 
 
+@mode(
+    "qwen_logn",
+    "max(1, ln(n)/ln(L))/sqrt(D)",
+    source="Qwen's code",
+    advice="L = training length",
+    example={"train_length": 3},
+)
 @hinted
 @dataclass(frozen=True)
 class QwenLogn(OfCount):
@@ -39,8 +46,6 @@ class QwenLogn(OfCount):
 
     train_length: float = 8192
 
-    name = "qwen_logn"
-    reads_keys = False
     trained_length = "train_length"
 
     def _of_count(self, n: Tensor) -> Tensor:
@@ -52,6 +57,14 @@ class QwenLogn(OfCount):
         return torch.where(n > self.train_length, logarithm, 1) / math.sqrt(k.shape[-1])
 
 
+@mode(
+    "llama4",
+    "(1 + 0.1 ln(floor(n/8192) + 1))/sqrt(D)",
+    source="Llama 4's code",
+    example={"scale": 0.5, "floor_scale": 2},
+    config={"scale": "attn_scale", "floor_scale": "floor_scale"},
+    models=("llama4_text",),
+)
 @hinted
 @dataclass(frozen=True)
 class Llama4(OfCount):
@@ -68,9 +81,6 @@ class Llama4(OfCount):
     scale: float = 0.1
     floor_scale: float = 8192
 
-    name = "llama4"
-    reads_keys = False
-
     def _of_count(self, n: Tensor) -> Tensor:
         return 1 + self.scale * (1 + (n / self.floor_scale).floor()).log()
 
@@ -80,6 +90,17 @@ class Llama4(OfCount):
         return temperature / math.sqrt(k.shape[-1])
 
 
+@mode(
+    "ministral3",
+    "(1 + 0.1 ln(1 + floor((n-1)/16384)))/sqrt(D)",
+    source="Ministral 3's code",
+    example={"beta": 0.5, "original_length": 2},
+    config={
+        "beta": "rope_parameters.llama_4_scaling_beta",
+        "original_length": "rope_parameters.original_max_position_embeddings",
+    },
+    models=("ministral3", "mistral4"),
+)
 @hinted
 @dataclass(frozen=True)
 class Ministral3(OfCount):
@@ -98,9 +119,6 @@ class Ministral3(OfCount):
     beta: float = 0.1
     original_length: float = 16384
 
-    name = "ministral3"
-    reads_keys = False
-
     def _of_count(self, n: Tensor) -> Tensor:
         return 1 + self.beta * (1 + ((n - 1).clamp(min=0) / self.original_length).floor()).log()
 
@@ -110,6 +128,14 @@ class Ministral3(OfCount):
         return (1 + self.beta * torch.log1p(steps)) / math.sqrt(k.shape[-1])
 
 
+@mode(
+    "inkling",
+    "(1 + 0.1 ln(max(n/128000, 1)))/sqrt(D)",
+    source="Inkling's code",
+    example={"alpha": 0.5, "n_floor": 2},
+    config={"alpha": "log_scaling_alpha", "n_floor": "log_scaling_n_floor"},
+    models=("inkling_text", "inkling2_text", "inkling2_loop_text"),
+)
 @hinted
 @dataclass(frozen=True)
 class Inkling(OfCount):
@@ -128,9 +154,6 @@ class Inkling(OfCount):
     alpha: float = 0.1
     n_floor: float = 128000
 
-    name = "inkling"
-    reads_keys = False
-
     def _of_count(self, n: Tensor) -> Tensor:
         return 1 + self.alpha * (n / self.n_floor).clamp(min=1).log()
 
@@ -140,6 +163,16 @@ class Inkling(OfCount):
         return (1 + self.alpha * math.log(2) * excess) / math.sqrt(k.shape[-1])
 
 
+@mode(
+    "inkling2",
+    "min(1, T/‖q‖) min(1, T/‖k‖) (1 + 0.1 ln(max(n/128000, 1)))/sqrt(D)",
+    {"T": "sqrt(512)"},
+    source="Inkling 2's code",
+    advice="bounds logits and leaves short q and k alone",
+    example={"alpha": 0.5, "n_floor": 2, "threshold": 2.0},
+    config={**Inkling.about.config, "threshold": "qk_l2_clip_threshold"},
+    models=("inkling2_text", "inkling2_loop_text"),
+)
 @hinted
 @dataclass(frozen=True)
 class Inkling2(Inkling):
@@ -159,9 +192,6 @@ class Inkling2(Inkling):
 
     threshold: float = 512**0.5
 
-    name = "inkling2"
-    reads_keys = False
-
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         rows = super().scales(q, k, visibility, statistics)
         query, key = (
@@ -178,6 +208,13 @@ class Inkling2(Inkling):
         return super().multiplier(q, k, visible) * clip_of_q * clip_of_k
 
 
+@mode(
+    "beam",
+    "(1 + n/2048)^0.1/sqrt(D)",
+    source="Beam's code",
+    example={"power": 0.5, "length": 2},
+    models=("beam",),
+)
 @hinted
 @dataclass(frozen=True)
 class Beam(OfCount):
@@ -192,9 +229,6 @@ class Beam(OfCount):
 
     power: float = 0.1
     length: float = 2048
-
-    name = "beam"
-    reads_keys = False
 
     def _of_count(self, n: Tensor) -> Tensor:
         return power(1 + n / self.length, self.power)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...analysis.row_statistics import RowStatistics
+from ...scaling import SCALINGS
 from .distributions import of_equal_norm, of_log_normal_norm
 from .measures import softmax_measures, statistics_of
 
@@ -51,7 +52,6 @@ CONDITIONS = (
     Condition("norms vary within a sequence", norms="within"),
     Condition("counts and norms vary", fold=256, norms="between"),
 )
-WITH_KEY_FACTORS = ("cosine", "inkling2")  # modes that multiply each key by a factor: see `Curves`
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Curves:
 
 def reaches_of(batch: Batch, modes: Iterable[str]) -> dict[str, Reach]:
     """Judge modes on a batch: those that multiply rows by a factor share their curves."""
-    named = {mode: mode if mode in WITH_KEY_FACTORS else "none" for mode in modes}
+    named = {mode: mode if SCALINGS[mode].about.has_key_factor else "none" for mode in modes}
     curves = {name: Curves(batch, name) for name in set(named.values())}
     return {mode: reach_of(batch, mode, curves[name]) for mode, name in named.items()}
 
