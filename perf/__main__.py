@@ -48,6 +48,8 @@ ROOMS = {
         "schedule": "when the tiles of a causal forward end, by the order of programs: a model",
     },
     "studies": {
+        "train-compare": "small models trained with each scaling, several seeds each, on small tasks",
+        "length-study": "the loss by position of a pretrained model, beyond its trained context, with each scaling",
         "language-model": "small GPTs beyond their trained length, by factor and kinds of layer: hours",
     },
 }

@@ -1,8 +1,9 @@
-"""The command line of a measurement, rebuilt from its options."""
+"""Options that several commands have, and the command line of a measurement, rebuilt from its options."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 # They change no figure, so that a run with other ones goes on.
 _OF_NO_FIGURE = ("run", "json", "minutes")
@@ -20,3 +21,9 @@ def command_line(command: str, options: argparse.Namespace) -> str:
         else:
             words.append(f"{option} {','.join(map(str, value)) if isinstance(value, tuple) else value}")
     return " ".join(words)
+
+
+def add_folder(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add --out, the folder of a command's files."""
+    text = "the folder to write into (default: %(default)s)"
+    parser.add_argument("--out", type=Path, default=Path(default), metavar="DIR", help=text)

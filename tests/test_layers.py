@@ -37,7 +37,7 @@ OPTIONAL_IN = {
     "core": {"tqdm"},
     "analysis": {"transformers"},
     "integrations": {"diffusers", "timm", "torchtitan", "vllm", "x_transformers"},
-    "lab": {"matplotlib", "scipy", "sklearn", "transformers"},
+    "lab": {"matplotlib", "transformers"},
     "cli": {"transformers"},
 }
 TRITON_IN = ("tuning", "tuner", "backends/triton")

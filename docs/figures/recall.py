@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from perf.studies.train_compare.records import read
+from perf.studies.train_compare.report import Interval
 from tritonattn.lab.figures import COLOURS, foot, save_themes, ticks_at
-from tritonattn.lab.training.records import read
-from tritonattn.lab.training.report import Interval
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "docs/data/qk-norm/runs-recall.jsonl"

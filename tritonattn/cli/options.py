@@ -84,12 +84,6 @@ def add_device(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--device", type=device, default="cpu", help=f"{text}, e.g. cuda (default: %(default)s)")
 
 
-def add_folder(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add --out, the folder of a command's files."""
-    text = "the folder to write into (default: %(default)s)"
-    parser.add_argument("--out", type=Path, default=Path(default), metavar="DIR", help=text)
-
-
 def device(text: str) -> torch.device:
     """Parse --device, and refuse a device that this machine lacks."""
     try:

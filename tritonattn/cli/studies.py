@@ -1,4 +1,4 @@
-"""Commands that train, simulate and watch: demo, simulate, train-compare, watch."""
+"""Commands that train, simulate and watch: demo, simulate, watch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ from .options import (
     Command,
     add_chosen,
     add_device,
-    add_folder,
-    add_number,
     check_file,
     make_folder,
-    names,
     numbers,
     require,
 )
@@ -54,7 +51,7 @@ def _add_simulate(parser: ArgumentParser) -> None:
 
 
 def _simulate(options: Namespace) -> int:
-    require("simulate", ["tqdm"] + ["matplotlib"] * (options.plot is not None), extra="lab")
+    require("simulate", ["tqdm"] + ["matplotlib"] * (options.plot is not None), extra="perf")
     from ..lab.simulation import command
 
     if not 0 <= options.seed < 1 << 63:
@@ -66,37 +63,6 @@ def _simulate(options: Namespace) -> int:
     options.counts = options.counts or (_QUICK_COUNTS if options.quick else _COUNTS)
     options.dims = options.dims or (_QUICK_DIMS if options.quick else _DIMS)
     return command.run(options)
-
-
-def _add_train_compare(parser: ArgumentParser) -> None:
-    add = parser.add_argument
-    tasks = "tasks to train on: text, digits, spell, recall, first (default: all but first)"
-    add("--tasks", type=names, default="text,digits,spell,recall", metavar="A,B", help=tasks)
-    modes = (
-        "modes, learned scalings (ssmax, power_law, ...), modes with a learned gain a head (key_count+gain) or a "
-        "constant one (sqrt_dim*4), and two of these, the second for testing only (sqrt_dim:log_key_count); "
-        "default: nine of them, or with --grid sqrt_dim,key_norm_sum+gain"
-    )
-    add("--modes", type=names, metavar="A,B", help=modes)
-    add_number(parser, "--seeds", 2, "runs of each mode, at least 2 (default: 5; 2 with --quick or --grid)")
-    add_number(parser, "--steps", 1, "steps of every run (default: that of each task)")
-    add("--qk-norm", action="store_true", help="models that RMS-normalise q and k, as Qwen 3 and Gemma 3 do")
-    add_number(parser, "--head-dim", 1, "the dimension of every head, a divisor of a model's width (default: 16)")
-    add("--grid", action="store_true", help="train two modes with several optimizers, learning rates and weight decays")
-    add("--quick", action="store_true", help="train everything for a few steps, to see that it works")
-    add("--report", action="store_true", help="train nothing; write tables and plots of the runs in the folder")
-    add_folder(parser, "train-compare")
-    add_device(parser, "where models train")
-
-
-def _train_compare(options: Namespace) -> int:
-    require("train-compare", ["sklearn", "scipy", "matplotlib", "tqdm"], extra="lab")
-    from ..lab import training
-
-    options.modes = training.checked_modes(options)
-    if not options.report:
-        make_folder("--out", options.out)
-    return training.run(options)
 
 
 def _add_watch(parser: ArgumentParser) -> None:
@@ -136,16 +102,6 @@ COMMANDS = {
         "verdict: whether one temperature serves rows whose keys vary in number or norm. Needs no GPU.",
         _add_simulate,
         _simulate,
-    ),
-    "train-compare": Command(
-        "train small models with each scaling, several seeds each, and compare them",
-        "Train small transformers with each scaling on small tasks: a byte language model (text), a vision transformer "
-        "(digits), numbers to words by cross attention (spell), and, tested with more keys than in training, retrieval "
-        "from a table (recall) and of a string's first bit (first). Every mode of a seed starts from the same weights "
-        "and gets the same data. Write records, tables and plots into a folder; the same command goes on where it was "
-        "stopped. Needs no GPU.",
-        _add_train_compare,
-        _train_compare,
     ),
     "watch": Command(
         "draw what a Monitor wrote: each layer's attention while it trained, or several runs next to one another",

@@ -72,8 +72,9 @@ class Environment:
 
 def command_line() -> str:
     """Return the running command as one would type it."""
-    name = Path(sys.argv[0]).name
-    words = ["python -m tritonattn" if name == "__main__.py" else name, *(shlex.quote(word) for word in sys.argv[1:])]
+    program = Path(sys.argv[0])
+    name = f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
+    words = [name, *(shlex.quote(word) for word in sys.argv[1:])]
     return " ".join(words)
 
 

@@ -1,4 +1,4 @@
-"""The scalings of --modes: those that models are trained with, and those that a pretrained model is patched with."""
+"""The scalings of --modes, which a model is trained or patched with."""
 
 from __future__ import annotations
 
@@ -16,31 +16,13 @@ from ..nn.registry import scaling_of_layer
 from ..scaling import SCALINGS, Scaling
 
 BASELINE = "sqrt_dim"
-SWAP = ":"
 GAIN = "+gain"
-MODES = (
-    "sqrt_dim",
-    "key_norm_mean",
-    "key_norm_sum+gain",
-    "key_count",
-    "key_count+gain",
-    "log_key_count",
-    "ssmax",
-    "learned_cosine",
-    "power_law",
-)
 _TRAINED = re.compile(r"(?P<mode>\w+)(?P<gain>\+gain|\*(\d*[1-9]\d*(\.\d+)?|0\.\d*[1-9]\d*))?")
 _PATCHED = re.compile(r"(?P<mode>[\w+]+)(:(?P<base>\d+|CONTEXT))?(\*(?P<gain>[\d.]+))?")
 _ADVISED = re.compile(r"(log_key_count|qwen_logn)\((\w+)\)")  # NAME(BASE), as `Advice.mode` writes it
 _LEARNED = (*LEARNED, QueryAdaptiveSSMax.name)
 # Modes with a base: a row of that many keys starts as sqrt_dim's.
 _BASED = tuple(name for name, mode in {**SCALINGS, **LEARNED}.items() if mode.trained_length)
-
-
-def trained_and_tested(mode: str) -> tuple[str, str]:
-    """Split "sqrt_dim:log_key_count", trained with the first and tested with the second; one name is both."""
-    trained, _, tested = mode.partition(SWAP)
-    return trained, tested or trained
 
 
 def build(name: str, heads: int, head_dim: int, keys: int) -> str | Scaling:
@@ -82,7 +64,7 @@ def check_mode(name: str) -> None:
         hint = nearest(name, [*SCALINGS, *_LEARNED])
         raise CommandError(
             f"--modes: expected one of {', '.join(SCALINGS)}, also with {GAIN} or *4 behind it, or one of"
-            f" {', '.join(_LEARNED)}; in train-compare also two as TRAINED{SWAP}TESTED; got {name!r}{hint}"
+            f" {', '.join(_LEARNED)}; got {name!r}{hint}"
         )
 
 

@@ -11,10 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ...analysis.row_statistics import relative_entropy
-from ...core.observation import ObservedCall, Observer
-from ...nn import ScaledAttention, scaling_parameters
-from ..modes import trained_and_tested
+from tritonattn.analysis.row_statistics import relative_entropy
+from tritonattn.core.observation import ObservedCall, Observer
+from tritonattn.nn import ScaledAttention, scaling_parameters
+
+from .modes import trained_and_tested
 from .records import Recipe, Run
 from .tasks import TASKS, Batch, loss_of
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...core import records
-from ...core.provenance import Environment
+from tritonattn.core import records
+from tritonattn.core.provenance import Environment
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Run:
 
 def read(file: Path) -> list[Run]:
     """Read the runs of a file; other lines are named on stderr and skipped."""
-    return records.read(file, _decoded, "a run of `tritonattn train-compare`")
+    return records.read(file, _decoded, "a run of `python -m perf train-compare`")
 
 
 def _decoded(values: dict[str, Any]) -> Run:

@@ -7,15 +7,16 @@ pytest.importorskip("sklearn", reason="pip install 'tritonattn[lab]'")
 
 from scipy import stats
 
-from tritonattn.cli import main as cli
+from perf.__main__ import main
+from perf.studies import train_compare
+from perf.studies.train_compare import trainer
+from perf.studies.train_compare.modes import MODES
+from perf.studies.train_compare.records import Recipe, Run, read
+from perf.studies.train_compare.report import Interval, other_metrics
+from perf.studies.train_compare.tasks import TASKS
+from perf.studies.train_compare.trainer import as_tested, attentions, fresh_model, train
 from tritonattn.core.provenance import Environment
-from tritonattn.lab import figures, training
-from tritonattn.lab.modes import MODES
-from tritonattn.lab.training import trainer
-from tritonattn.lab.training.records import Recipe, Run, read
-from tritonattn.lab.training.report import Interval, other_metrics
-from tritonattn.lab.training.tasks import TASKS
-from tritonattn.lab.training.trainer import as_tested, attentions, fresh_model, train
+from tritonattn.lab import figures
 
 CPU = torch.device("cpu")
 
@@ -137,10 +138,11 @@ def test_the_command_reports_the_models_that_are_asked_for(tmp_path, capsys, mon
     monkeypatch.setattr(figures, "save", lambda figure, file: file.touch())
     one = f"train-compare --tasks digits --modes sqrt_dim --steps 1 --quick --out {tmp_path}".split()
     other = [*one, "--qk-norm", "--head-dim", "8"]
-    assert cli.main(one) == cli.main(other) == 0
+    main(one)
+    main(other)
     capsys.readouterr()
     for asked, title in ((one, "## digits\n"), (other, "## digits, QK-norm, heads of 8\n")):
-        assert cli.main([*asked, "--report"]) == 0
+        main([*asked, "--report"])
         out = capsys.readouterr().out
         assert title in out
         assert out.count("##") == 1
@@ -150,7 +152,7 @@ def test_the_command_reports_the_models_that_are_asked_for(tmp_path, capsys, mon
 def test_the_command_writes_everything_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     arguments = ["train-compare", "--tasks", "digits", "--modes", "sqrt_dim,power_law", "--seeds", "2", "--steps", "2"]
     arguments += ["--out", str(tmp_path)]
-    assert cli.main(arguments) == 0
+    main(arguments)
     out = capsys.readouterr().out
     assert all(part in out for part in ("accuracy", "±", "exponent of n", "2 seeds"))
     assert (tmp_path / "runs.md").read_text() == out
@@ -160,13 +162,15 @@ def test_the_command_writes_everything_and_goes_on_where_it_was(tmp_path, capsys
     assert runs[0].environment.torch == torch.__version__
     assert runs[0].command
 
-    trained, real = [], training.train
+    trained, real = [], train_compare.train
     monkeypatch.setattr(figures, "save", lambda *_: None)
-    monkeypatch.setattr(training, "train", lambda run, *rest: trained.append((run.seed, run.mode)) or real(run, *rest))
+    monkeypatch.setattr(
+        train_compare, "train", lambda run, *rest: trained.append((run.seed, run.mode)) or real(run, *rest)
+    )
     lines = (tmp_path / "runs-digits.jsonl").read_text().splitlines()
     torn = "\n".join([*lines[:2], lines[2][:40]])  # killed while it wrote the third
     (tmp_path / "runs-digits.jsonl").write_text(torn)
-    assert cli.main(arguments) == 0
+    main(arguments)
     assert trained == [(1, "sqrt_dim"), (1, "power_law")]
     captured = capsys.readouterr()
     assert captured.out == out

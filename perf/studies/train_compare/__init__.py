@@ -1,18 +1,28 @@
-"""Training with each scaling: the `tritonattn train-compare` command."""
+"""Train small models with each scaling, several seeds each, and compare them.
+
+Small transformers learn small tasks: a byte language model (text), a vision transformer (digits), numbers to words by
+cross attention (spell), and, tested with more keys than in training, retrieval from a table (recall) and of a string's
+first bit (first). Every mode of a seed starts from the same weights and gets the same data. Writes records, tables and
+plots into a folder; the same command goes on where it was stopped. Needs no GPU; pip install '.[lab]'.
+"""
 
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from ...core.errors import CommandError
-from ...core.progress import Progress
-from ...core.provenance import Environment, command_line
-from ...core.records import append, write
-from ..modes import MODES, check_mode, trained_and_tested
+from tritonattn.cli.options import add_device, add_number, make_folder, names
+from tritonattn.core.errors import CommandError
+from tritonattn.core.progress import Progress
+from tritonattn.core.provenance import Environment, command_line
+from tritonattn.core.records import append, write
+from tritonattn.lab.modes import check_mode
+
+from ...options import add_folder
+from .modes import MODES, trained_and_tested
 from .records import Recipe, Run, grouped, read
 from .report import tables
 from .tasks import TASKS
@@ -26,11 +36,36 @@ _GRID = {
 GRID_MODES = ("sqrt_dim", "key_norm_sum+gain")
 
 
-def run(options: Namespace) -> int:
+def add_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    tasks = "tasks to train on: text, digits, spell, recall, first (default: all but first)"
+    add("--tasks", type=names, default="text,digits,spell,recall", metavar="A,B", help=tasks)
+    modes = (
+        "modes, learned scalings (ssmax, power_law, ...), modes with a learned gain a head (key_count+gain) or a "
+        "constant one (sqrt_dim*4), and two of these, the second for testing only (sqrt_dim:log_key_count); "
+        "default: nine of them, or with --grid sqrt_dim,key_norm_sum+gain"
+    )
+    add("--modes", type=names, metavar="A,B", help=modes)
+    add_number(parser, "--seeds", 2, "runs of each mode, at least 2 (default: 5; 2 with --quick or --grid)")
+    add_number(parser, "--steps", 1, "steps of every run (default: that of each task)")
+    add("--qk-norm", action="store_true", help="models that RMS-normalise q and k, as Qwen 3 and Gemma 3 do")
+    add_number(parser, "--head-dim", 1, "the dimension of every head, a divisor of a model's width (default: 16)")
+    add("--grid", action="store_true", help="train two modes with several optimizers, learning rates and weight decays")
+    add("--quick", action="store_true", help="train everything for a few steps, to see that it works")
+    add("--report", action="store_true", help="train nothing; write tables and plots of the runs in the folder")
+    add_folder(parser, "train-compare")
+    add_device(parser, "where models train")
+    parser.set_defaults(run=run)
+
+
+def run(options: Namespace) -> None:
     """Train the runs that the folder lacks, print and write the tables, draw the plots; --report trains none.
 
-    Returns 0, or 1 where the data of two modes differed.
+    Raises CommandError where the data of two modes differed.
     """
+    options.modes = checked_modes(options)
+    if not options.report:
+        make_folder("--out", options.out)
     stem = "grid" if options.grid else "runs"
     files = {name: options.out / f"{stem}-{name}.jsonl" for name in options.tasks}
     runs = _recorded(files, options) if options.report else _trained(files, options)
@@ -38,14 +73,15 @@ def run(options: Namespace) -> int:
     print(text)
     write(options.out / f"{stem}.md", text + "\n")
     if not options.grid:
-        from ..figures import save
+        from tritonattn.lab.figures import save
+
         from .plot import figure_of
 
         for name, same in grouped(runs, lambda run: run.subject).items():
             file = options.out / f"{name.replace(', ', '-').replace(' ', '-')}.png"
             save(figure_of(same), file)
             print(f"plot: {file}", file=sys.stderr)
-    return 0 if _same_data(runs) else 1
+    _check_data(runs)
 
 
 def checked_modes(options: Namespace) -> tuple[str, ...]:
@@ -122,14 +158,12 @@ def _recipes(options: Namespace, task: str) -> list[Recipe]:
     ]
 
 
-def _same_data(runs: list[Run]) -> bool:
-    """Compare the batches of a seed over modes and optimizers; print the first run that had others."""
+def _check_data(runs: list[Run]) -> None:
+    """Raise CommandError where modes or optimizers had other batches of a seed."""
     seen: dict[tuple, Run] = {}
     for run in runs:
         if run.status == "diverged":  # it stopped early
             continue
         other = seen.setdefault((run.task, run.seed, run.recipe.steps, run.recipe.batch), run)
         if other.data != run.data:
-            print(f"{run.task}, seed {run.seed}: {run.mode} and {other.mode} saw different data", file=sys.stderr)
-            return False
-    return True
+            raise CommandError(f"{run.task}, seed {run.seed}: {run.mode} and {other.mode} saw different data")

@@ -9,7 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..figures import dodge, foot, plain_numbers, staggered, styles, ticks_at, values_at_right
+from tritonattn.lab.figures import dodge, foot, plain_numbers, staggered, styles, ticks_at, values_at_right
+
 from .records import Run
 from .report import Interval, by_mode
 from .tasks import TASKS

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
+from perf.__main__ import main
+from perf.studies import length_study
+from perf.studies.length_study import losses
 from tests.lab.test_compare import subject
-from tritonattn.cli import main as cli
 from tritonattn.huggingface import patched
-from tritonattn.lab import length
 from tritonattn.lab.compare.measurement import Subject
-from tritonattn.lab.length import losses
 from tritonattn.lab.modes import variant
 
 MODES = "sqrt_dim,sqrt_dim*1.5,qwen_logn:CONTEXT,log_key_count:32"
@@ -19,13 +19,13 @@ MODES = "sqrt_dim,sqrt_dim*1.5,qwen_logn:CONTEXT,log_key_count:32"
 @pytest.fixture
 def small(monkeypatch) -> Subject:
     one = subject()  # 64 positions
-    monkeypatch.setattr(length, "load", lambda name, device: one)
+    monkeypatch.setattr(length_study, "load", lambda name, device: one)
     return one
 
 
 def test_the_command_writes_everything_and_goes_on_where_it_was(small, tmp_path, capsys, monkeypatch):
     arguments = ["length-study", "--modes", MODES, "--max-tokens", "96", "--out", str(tmp_path)]
-    assert cli.main(arguments) == 0
+    main(arguments)
     out = capsys.readouterr().out
     assert all(part in out for part in ("qwen_logn:64", "tokens 64 to 95", "nothing before 48"))
     record = json.loads((tmp_path / "length.json").read_text())
@@ -35,12 +35,14 @@ def test_the_command_writes_everything_and_goes_on_where_it_was(small, tmp_path,
     assert patched(small.model) is None
 
     passes = []
-    monkeypatch.setattr(length, "save", lambda *_: None)
-    monkeypatch.setattr(length, "losses", lambda s, tokens, one: passes.append(one.name) or losses(s, tokens, one))
+    monkeypatch.setattr(length_study, "save", lambda *_: None)
+    monkeypatch.setattr(
+        length_study, "losses", lambda s, tokens, one: passes.append(one.name) or losses(s, tokens, one)
+    )
     lines = (tmp_path / "losses.jsonl").read_text().splitlines()
     kept = [line for line in lines if "qwen_logn" not in line]
     (tmp_path / "losses.jsonl").write_text("\n".join([*kept, lines[3][:50]]))  # killed while it wrote
-    assert cli.main(arguments) == 0
+    main(arguments)
     assert passes == ["qwen_logn:64"]
     assert capsys.readouterr().out == out
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from ...core.tables import table
-from ...nn.power_law import POINTS
-from ..modes import BASELINE
+from tritonattn.core.tables import table
+from tritonattn.lab.modes import BASELINE
+from tritonattn.nn.power_law import POINTS
+
 from .records import Recipe, Run, grouped
 from .tasks import TASKS
 

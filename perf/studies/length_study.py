@@ -1,11 +1,16 @@
-"""A pretrained model beyond its trained context: the `tritonattn length-study` command."""
+"""The loss by position of a pretrained model, beyond its trained context, with each scaling.
+
+A long text runs through the model, patched with each scaling, and the loss is shown by position, below and above the
+number of positions that it was trained on. The same command goes on where it was stopped. Needs no GPU;
+pip install '.[demo]'.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import pairwise
@@ -17,15 +22,19 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..core import records, tables
-from ..core.errors import CommandError
-from ..core.progress import Progress
-from ..core.provenance import Environment, command_line
-from .compare import read_text
-from .compare.measurement import Subject, patched_with
-from .compare.model import load
-from .figures import COLOURS, foot, plain_numbers, save, staggered, styles
-from .modes import BASELINE, Variant, variants
+from tritonattn.cli.models import WRITTEN_MODE, add_model
+from tritonattn.cli.options import add_number, make_folder, names
+from tritonattn.core import records, tables
+from tritonattn.core.errors import CommandError
+from tritonattn.core.progress import Progress
+from tritonattn.core.provenance import Environment, command_line
+from tritonattn.lab.compare import read_text
+from tritonattn.lab.compare.measurement import Subject, patched_with
+from tritonattn.lab.compare.model import load
+from tritonattn.lab.figures import COLOURS, foot, plain_numbers, save, staggered, styles
+from tritonattn.lab.modes import BASELINE, Variant, check_written, variants
+
+from ..options import add_folder
 from .texts import WONDERLAND
 
 VARIANTS = (
@@ -46,8 +55,26 @@ _NORMAL = 1.96  # quantile of a 95% interval
 _LINEAR = 0.01  # differences up to here stand on a linear part of their axis
 
 
-def run(options: Namespace) -> int:
+def add_arguments(parser: ArgumentParser) -> None:
+    add_model(parser, "all of Alice in Wonderland")
+    modes = (
+        f"{WRITTEN_MODE} (default: sqrt_dim, sqrt_dim*1.08, qwen_logn:CONTEXT, qwen_logn:2048, "
+        "log_key_count:CONTEXT, llama4, key_norm_mean)"
+    )
+    parser.add_argument("--modes", type=names, default=VARIANTS, metavar="A,B", help=modes)
+    tokens = "use the first N tokens of the text (default: one and a half times the trained context)"
+    add_number(parser, "--max-tokens", 2, tokens)
+    positions = "average the loss over N positions in tables and plots (default: a 24th of the tokens)"
+    add_number(parser, "--bin", 2, positions)
+    parser.add_argument("--quick", action="store_true", help="use 384 tokens, to see that it works")
+    add_folder(parser, "length-study")
+    parser.set_defaults(run=run)
+
+
+def run(options: Namespace) -> None:
     """Run the text through the model once a variant, print the tables, write the files."""
+    check_written(options.modes)
+    make_folder("--out", options.out)
     file = options.text or WONDERLAND
     subject, tokens, context = _opened(options, file)
     count = tokens.shape[1]
@@ -80,7 +107,6 @@ def run(options: Namespace) -> int:
     print(f"plot: {options.out / 'length.png'}")
     if options.quick:
         print("A smoke run (--quick): so few tokens say nothing about lengths.")
-    return 0
 
 
 def _opened(options: Namespace, file: Path) -> tuple[Subject, Tensor, int]:
@@ -117,7 +143,7 @@ def _measured(
     A pass is a line in a file, rounded to 1e-4, so that a study that was stopped goes on.
     """
     about = {"model": subject.name, "tokens": tokens.shape[1], "sum": int(tokens.sum()), **asdict(environment)}
-    known = records.read(file, lambda line: (line.pop("losses"), line), "a pass of `tritonattn length-study`")
+    known = records.read(file, lambda line: (line.pop("losses"), line), "a pass of `python -m perf length-study`")
     for variant, start in (progress := Progress(passes, unit="pass", leave=False)):
         progress.set_description(variant.name)
         asked = {**about, "variant": variant.name, "start": start}

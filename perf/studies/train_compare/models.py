@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...nn import ScaledAttention
-from ..modes import build
+from tritonattn.lab.modes import build
+from tritonattn.nn import ScaledAttention
 
 
 @dataclass(frozen=True)
