@@ -305,13 +305,24 @@ def dropout_keeps(dropout_ptr, keep_from, batch_head, rows, first, KEYS: tl.cons
     zero = (rows + groups) * 0
     counter = zero + groups, zero + rows, zero + batch_head, zero + offset.to(tl.int32)
     w0, w1, w2, w3 = tl.philox(seed, counter[0], counter[1], counter[2], counter[3], 10)
-    even = tl.join(is_kept(w0, keep_from), is_kept(w2, keep_from))  # bits, since words would cost more to move
-    odd = tl.join(is_kept(w1, keep_from), is_kept(w3, keep_from))
-    kept = tl.join(even, odd)  # in the order of keys: [M, KEYS // 4, 2, 2] or [KEYS // 4, M, 2, 2]
-    if rows.shape[1] == 1:
+    k0, k1, k2, k3 = is_kept(w0, keep_from), is_kept(w1, keep_from), is_kept(w2, keep_from), is_kept(w3, keep_from)
+    IN_COLUMNS: tl.constexpr = rows.shape[1] == 1
+    if KEYS < 32 or rows.shape[0] * rows.shape[1] < 32:  # Triton up to 3.8 joins wrong for products of 16: triton#10645
+        bits = k0 | k1.to(tl.int32) << 1 | k2.to(tl.int32) << 2 | k3.to(tl.int32) << 3
+        bit = 1 << tl.arange(0, 4)  # [4]
+        if IN_COLUMNS:
+            kept = bits[:, :, None] & bit[None, None, :]  # [M, KEYS // 4, 4]
+        else:
+            kept = bits[:, None, :] & bit[None, :, None]  # [KEYS // 4, 4, M]
+        kept = kept != 0
+    else:  # bits, since words would cost more to move
+        kept = tl.join(tl.join(k0, k2), tl.join(k1, k3))  # [M, KEYS // 4, 2, 2] or [KEYS // 4, M, 2, 2]
+        if not IN_COLUMNS:
+            kept = kept.permute(0, 2, 3, 1)
+    if IN_COLUMNS:
         kept = kept.reshape(rows.shape[0], KEYS)
     else:
-        kept = kept.permute(0, 2, 3, 1).reshape(KEYS, rows.shape[1])
+        kept = kept.reshape(KEYS, rows.shape[1])
     return kept
 
 
