@@ -164,22 +164,6 @@ class Layers(torch.nn.Module):
         return x
 
 
-def test_layers_that_normalise_keys_are_recognised_and_fade_at_different_n_with_one_advice():
-    net = Layers("nn", qk_norm=True)
-    with torch.no_grad():
-        for sharpness, layer in zip((1.6, 1.4), net.layers, strict=True):
-            layer.q_norm.weight.fill_(sharpness)
-            layer.k_proj.weight.copy_(layer.q_proj.weight)
-    advice = advise(net, TOKENS)
-    first, last = advice.findings
-    assert (first.rule.name, last.rule.name) == ("will fade", "will fade")
-    assert first.reading.gap > last.reading.gap > 0
-    assert first.reading.bounded == last.reading.bounded == "QK-norm"
-    assert last.advice in advice.text
-    assert advice.text.endswith("on all layers")
-    assert "QK-norm" in advice.table()
-
-
 POSITIONS, OPEN, BARE = "positions first", "without positions", "without QK-norm"
 
 

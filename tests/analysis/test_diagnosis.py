@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tests.support.masks import MASKS, visible_pairs
-from tests.support.refusals import refuses
 from tests.support.rows import HQ, B, dense, tensors
 from tritonattn import SCALINGS
 from tritonattn.analysis import Diagnosis, advise, diagnose
@@ -134,12 +133,6 @@ def test_powers_under_every_mask(mask):
         x = (n if depth > 0.5 else n / 3).log().log()
         slope = torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], 1), b.log()[:, None]).solution[0, 0]
         assert float(found.count_power[head]) == pytest.approx(float(slope), abs=1e-9)
-
-
-def test_words_of_attention_bring_its_hints():
-    q, k = tensors()
-    refuses("TypeError: diagnose: expected no v=: q and k are enough", diagnose, q, k, k)
-    refuses("TypeError: diagnose: expected causal= ~ got is_causal=", diagnose, q, k, is_causal=True)
 
 
 def test_where_it_cannot_know_it_says_so():

@@ -17,7 +17,6 @@ from tests.support.llama import HEADS, KV_HEADS, ids, llama
 from tests.support.refusals import refuses
 from tritonattn.analysis import Monitor, Thresholds
 from tritonattn.core import observation
-from tritonattn.core.observation import ObservedCall, Observer
 from tritonattn.huggingface import patch
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*use_reentrant.*:UserWarning")
@@ -166,24 +165,6 @@ def test_padding_and_accumulation_say_what_the_sequences_say_alone(how, side):
         assert (layer["calls"], wanted["layers"][name]["calls"]) == (1, 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_numbers_of_16_bits_are_not_rounded_to_them(dtype):
-    """Gradient norms do not overflow either, under a scaled loss."""
-
-    operands, outputs = [x.to(dtype).requires_grad_() for x in torch.randn(3, 2, HEADS, 64, DIM)], []
-
-    def loss(net):
-        outputs.append(net(*operands))
-        return outputs[0].float().sin().sum() * 2e4
-
-    got = record_of(Bare(), loss)["layers"]["Bare"]
-    variance = outputs[0].detach().double().transpose(0, 1).flatten(1, 2).var(1, correction=0).mean(-1)
-    torch.testing.assert_close(torch.tensor(got["output_variance"]).double(), variance, rtol=1e-5, atol=0)
-    for name, x in zip(("q_gradient_norm", "k_gradient_norm"), operands, strict=False):
-        wanted = x.grad.double().square().sum((0, 2, 3)).sqrt()
-        torch.testing.assert_close(torch.tensor(got[name]).double(), wanted, rtol=1e-5, atol=0)
-
-
 def test_numbers_of_64_bits_are_not_rounded_to_32():
     """Squares of 1e25 are beyond fp32."""
     operands = [x.requires_grad_() for x in torch.randn(3, 2, HEADS, 9, DIM, dtype=torch.float64)]
@@ -244,18 +225,6 @@ def test_frozen_layers():
         torch.testing.assert_close(*(torch.tensor(one["1.attention"][name]) for one in (record, wanted)))
 
 
-def test_mixed_precision_and_loss_scaling():
-    net, x = Net(causal=True), torch.randn(2, 9, 32)
-    wanted = record_of(net, lambda net: net(x).square().sum())["layers"]["attention"]
-    with Monitor(net, every=1, thresholds=QUIET) as monitor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = net(x).float().square().sum()
-        (loss * 1024).backward()
-        got = monitor.step(loss, grad_scale=1024)["layers"]["attention"]
-    close(got, wanted, rtol=0.1, atol=0.02)
-    assert got["max_logit"] != wanted["max_logit"]
-
-
 def test_arguments():
     net = Net()
     for options, error in (
@@ -283,28 +252,17 @@ def test_arguments():
         monitor.__enter__()
 
 
-def test_it_shows_its_model_and_steps():
-    with Monitor(Net(), every=2, thresholds=QUIET) as monitor:
-        monitor.restart(3)
-        monitor.step()
-        assert repr(monitor) == "<Monitor Net: every=2, 4 steps taken, in use>"
-    assert repr(monitor) == "<Monitor Net: every=2, 4 steps taken, not in use>"
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, while it compiles
-@pytest.mark.parametrize(("model", "backend"), [("scaled", "inductor"), ("llama", "eager")])
-def test_compiled_layers_are_all_seen_and_compiled_once(model, backend):
-    net, x = (Net(causal=True), torch.randn(2, 9, 32)) if model == "scaled" else (llama("sdpa"), ids())
-    if model == "llama":
-        patch(net, "key_norm_mean", layers=[1])
+def test_compiled_layers_are_all_seen_and_compiled_once():
+    net, x = llama("sdpa"), ids()
+    patch(net, "key_norm_mean", layers=[1])
 
     def loss(run):
-        out = run(x)
-        return getattr(out, "logits", out).square().mean()
+        return run(x).logits.square().mean()
 
     wanted = record_of(net, loss)["layers"]
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend("eager")
     compiled, records = torch.compile(net, backend=counter), []
     with Monitor(net, every=2, thresholds=QUIET) as monitor:
         for _ in range(4):
@@ -404,16 +362,3 @@ def test_a_thread_that_was_in_the_model_at_the_end_of_a_step_is_not_observed_lat
         go_on.set()
         assert observed.result() is False
     hook.remove()
-
-
-@pytest.mark.parametrize("key_bias", [None, torch.zeros(2, 5)])
-def test_statistics_of_a_seen_call_are_no_call_when_taken_later(key_bias):
-    seen: list[ObservedCall] = []
-    observer = Observer(seen.append)
-    observer.begin()
-    try:
-        tritonattn.attention(*torch.randn(3, 1, 2, 5, 4), key_bias=key_bias)
-        seen[0].rows()
-    finally:
-        observer.close()
-    assert len(seen) == 1

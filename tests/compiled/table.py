@@ -16,6 +16,7 @@ from .facts import facts
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx90a", "gfx942", "gfx950")
 TARGETS = (*NVIDIA, *AMD)
+KINDS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")  # the others differ from one of them in memory alone
 BFLOAT, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
 
 SCALES = {
@@ -33,7 +34,7 @@ FORMS_OF_DECODE = (
 )
 PACKED_ROWS = (16, 32, 64, 256)
 # Bytes a thread of `of_biases_of_pairs` without a ceiling.
-SPILLS_OF_PAIRS = {("grad_query", "sm_86"): 8, ("grad_query", "sm_120"): 72, ("grad_key_value", "sm_120"): 12}
+SPILLS_OF_PAIRS = {("grad_query", "sm_120"): 72, ("grad_key_value", "sm_120"): 12}
 
 
 class Case(NamedTuple):
@@ -69,18 +70,18 @@ def problem_of(head_dim: int, scales: str = "q", causal: bool = True) -> Problem
 def of_ceilings() -> list[Case]:
     """Full attention at head dim 128, causal at others."""
     problems = {dim: problem_of(dim, causal=dim != 128) for _, _, dim in NON_MMA_PER_LOGIT}
-    cases = [(kernel, problems[dim], target) for kernel, target, dim in NON_MMA_PER_LOGIT]
-    return [Case(*case, spills_of(*case)) for case in cases]
+    spills = {("grad_query", "sm_90", 512): 8}
+    return [Case(one[0], problems[one[2]], one[1], spills.get(one, 0)) for one in NON_MMA_PER_LOGIT]
 
 
 def of_every_choice() -> list[Case]:
-    """Each kernel with each choice, each dtype with each, each target with each size.
+    """Each kernel with each choice, each dtype with each, each target of another kind with each size.
 
     Triton 3.8 spills with dropout.
     """
     choices = {
         "kernel": TILED_KERNELS,
-        "target": TARGETS,
+        "target": KINDS,
         "size": ((64, 64), (72, 72), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)),
         "dtype": (BFLOAT, HALF, SINGLE),
         "form": range(len(FORMS) - 2 * OLDER_TRITON),
@@ -93,19 +94,8 @@ def of_every_choice() -> list[Case]:
         options = dict.fromkeys(forms[row["form"]].split(), True) | SCALES_OF_ATTENTION[row["scales"]]
         rows = PACKED_ROWS[row["form"] % 4] if row["kernel"] == "decode" else 16
         problem = Problem(*row["size"], row["dtype"], packed_rows=rows, **options)
-        cases.append(Case(row["kernel"], problem, row["target"], spills_of(row["kernel"], problem, row["target"])))
+        cases.append(Case(row["kernel"], problem, row["target"]))
     return cases
-
-
-def spills_of(kernel: str, problem: Problem, target: str) -> int:
-    """Bytes a thread that a loop may spill: four combinations take a few registers too many."""
-    if kernel == "grad_query" and problem.width == 512 and target == "sm_90":
-        return 8
-    if problem.key_bias and problem.key_lengths and target == "sm_90":
-        return 20
-    if kernel == "grad_query" and problem.key_ranges and problem.query_scale_grad and target in ("sm_80", "sm_86"):
-        return 12
-    return 8 if kernel == "forward" and problem.key_bias and problem.dtype == SINGLE and target == "sm_80" else 0
 
 
 def of_wide_heads() -> list[Case]:
@@ -134,9 +124,9 @@ def of_pair_ceilings() -> dict[Case, float]:
 
 
 def of_biases_of_pairs() -> list[Case]:
-    """Each kernel on each target, causal, with a dense bias or a relative one, of head dim 64 or 128, in turn."""
+    """Each kernel on each kind of target, causal, with a dense or a relative bias, of head dim 64 or 128, in turn."""
     with_ceiling, cases = {(kernel, target) for kernel, target, *_ in PAIR_BIASES}, []
-    for (number, kernel), (turn, target) in product(enumerate(TILED_KERNELS), enumerate(TARGETS)):
+    for (number, kernel), (turn, target) in product(enumerate(TILED_KERNELS), enumerate(KINDS)):
         bias, dim = ("bias", "relative_bias")[(number + turn) % 2], (64, 128)[(number // 2 + turn // 2) % 2]
         if (kernel, target) not in with_ceiling:
             cases.append(_of_pairs(kernel, target, dim, bias, SPILLS_OF_PAIRS.get((kernel, target), 0)))
@@ -149,19 +139,17 @@ def _of_pairs(kernel: str, target: str, dim: int, bias: str, spills: int) -> Cas
 
 
 def of_streaming_kernels() -> list[Case]:
-    """Each on a target of each vendor, in turn."""
+    """Each on a target, in turn."""
     masks = dict.fromkeys(("right", "left", "key_lengths", "key_ranges"), True)
     problem = Problem(64, 64, BFLOAT, **masks, **SCALES["qk"])
-    return [
-        Case(kernel, problem, targets[number % len(targets)])
-        for number, kernel in enumerate(STREAMING_KERNELS)
-        for targets in (NVIDIA, AMD)
-    ]
+    return [Case(one, problem, TARGETS[number % len(TARGETS)]) for number, one in enumerate(STREAMING_KERNELS)]
 
 
 CEILINGS, PAIR_CEILINGS = of_ceilings(), of_pair_ceilings()
 CASES = [*CEILINGS, *of_every_choice(), *of_wide_heads(), *of_pages(), *of_biases_of_pairs(), *of_streaming_kernels()]
 CASES += PAIR_CEILINGS
+CASES += [Case(kernel, problem_of(64), one) for kernel, one in product(TILED_KERNELS, TARGETS) if one not in KINDS]
+CASES = list(dict.fromkeys(CASES))
 
 
 def soonest(kernel: str, target: str) -> Case:

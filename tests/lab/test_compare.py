@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 
 import tritonattn
@@ -16,7 +15,7 @@ from tritonattn.lab import compare
 from tritonattn.lab.compare import measurement as measuring
 from tritonattn.lab.compare import plot
 from tritonattn.lab.compare.measurement import Layer, Measurement, Subject
-from tritonattn.lab.figures import COLOURS, darken, foot, styles
+from tritonattn.lab.figures import COLOURS, foot, styles
 from tritonattn.lab.modes import variant
 from tritonattn.scaling import Cosine, LogKeyCount, LogPower, SqrtDim
 
@@ -132,28 +131,6 @@ def test_the_source_is_whole_and_covers_nothing(legend, tmp_path):
     others = [figure.axes[0].get_tightbbox(), *(one.get_window_extent() for one in figure.legends)]
     assert all(box.y1 <= other.y0 for other in others)
     assert not figure.legends or figure.legends[0].get_window_extent().y1 <= others[0].y0
-
-
-def luminance(colour) -> float:
-    return sum(map(float.__mul__, (0.2126, 0.7152, 0.0722), to_rgb(colour)))
-
-
-def test_a_dark_figure_has_the_same_marks_on_dark_paper():
-    figure = drawn()
-    (axes,) = figure.axes
-    axes.fill_between([1, 2], [1, 2], color=COLOURS[1], alpha=0.25)
-    axes.imshow([[0, 1]], cmap=ListedColormap(["#F2F2F2", COLOURS[2]]))
-    axes.lines[0].set(color=COLOURS[0], marker="o", markerfacecolor="none")
-    points = axes.lines[0].get_xydata().copy()
-    darken(figure)
-    line, band, image = axes.lines[0], axes.collections[0], axes.images[0]
-    inks = [line, axes.xaxis.label, axes.get_xticklabels()[0], axes.spines["left"]]
-    assert all(luminance(ink.get_color() if hasattr(ink, "get_color") else ink.get_edgecolor()) > 0.8 for ink in inks)
-    assert all(luminance(paper.get_facecolor()) < 0.1 for paper in (figure, axes))
-    assert line.get_markerfacecolor() == "none"
-    assert band.get_facecolor()[0][3] == 0.25
-    assert [luminance(colour) < 0.2 for colour in image.cmap.colors] == [True, False]
-    assert (line.get_xydata() == points).all()
 
 
 @pytest.mark.parametrize(

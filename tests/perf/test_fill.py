@@ -2,7 +2,7 @@
 
 import pytest
 
-from perf.models import fill, schedule
+from perf.models import fill
 
 FULL = 0.9
 
@@ -30,12 +30,3 @@ def test_few_rows_fill_a_card(card):
     assert min(least.values()) >= 0.79
     before, after = fill.gradients(2048, 1, True, fill.config_of("grad_key_value", 128, target), target)
     assert before.share < 0.2 < FULL <= after.share
-
-
-@pytest.mark.parametrize("gpu", ["h100", "b200", "a100", "mi300x"])
-def test_sections_end_as_early_as_longest_first(gpu):
-    """Within 3 %, where head after head takes up to 1.4 to 2 times as long; also of heads that dies do not divide."""
-    shapes = [(length, heads) for length in (1024, 4096) for heads in (8, 17, 20, 48, 71, 128)]
-    found = [schedule.row(schedule.Case(gpu, 128, *shape)) for shape in shapes]
-    assert max(one.in_sections for one in found) <= 1.03
-    assert max(one.by_head for one in found) > 1.4

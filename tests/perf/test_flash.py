@@ -8,9 +8,6 @@ import torch
 
 pytest.importorskip("triton")
 import tritonattn
-from perf.cases.contest import Unavailable
-from perf.cases.peers import PEERS, Problem
-from perf.cases.work import Shape
 from perf.gpu import flash as command
 from perf.gpu import flash_checks
 from tests.support import flash
@@ -30,13 +27,6 @@ def stand_in(monkeypatch, tmp_path):
     monkeypatch.setattr(cache_dir, "user_cache", lambda: tmp_path)
     yield module
     lookup.clear_cache()
-
-
-def test_gains_are_of_both(stand_in):
-    found = command.gains("sdpa", (16, 32), 16, CPU, 3)
-    assert list(found) == [16, 32]
-    assert min(found.values()) > 0
-    assert {call["q"].shape[-1] for call in stand_in.calls} == {16, 32}
 
 
 def test_calls_of_a_library_are_held_to_float64(stand_in, monkeypatch):
@@ -112,12 +102,3 @@ class Stopped(Exception):
     @classmethod
     def now(cls):
         raise cls
-
-
-def test_the_peer_of_a_sweep(stand_in, monkeypatch):
-    problem = Problem(Shape(1, 2, 2, 8, 8, 16, causal=True), torch.bfloat16, CPU, False, "log_key_count")
-    with pytest.raises(Unavailable, match="runs on a GPU"):
-        PEERS["flash"].build(problem)
-    monkeypatch.setattr("perf.cases.peers.require_gpu", lambda device: None)
-    PEERS["flash"].build(problem)(*(x.bfloat16() for x in torch.randn(3, 1, 2, 8, 16)))
-    assert stand_in.calls[0]["causal"]

@@ -1,6 +1,5 @@
 """Modelled milliseconds next to measured ones: which calls have them, and what they are made of."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +8,10 @@ import torch
 from perf.__main__ import main
 from perf.cases.records import read
 from perf.models import modelled
-from perf.models.replay.times import LAUNCH, LOOPS
-from perf.models.schedule import FIXED
+from perf.models.replay.times import LAUNCH
 from tests.support.versions import skip_without_stub
-from tritonattn.backends.triton import KERNELS, launch
 from tritonattn.core.visibility import Visibility
-from tritonattn.tuning import Problem, Target, TileConfig
+from tritonattn.tuning import Target, TileConfig
 from tritonattn.tuning.gpus import GPUS
 
 H100 = Target.parse("sm_90")
@@ -50,38 +47,6 @@ def test_blocks_that_a_tile_meets(q_len, k_len, mask):
     for kernel, counts in (("forward", tiles.sum(1)), ("grad_key_value", 3 * tiles.sum(0))):
         found = modelled._iterations(kernel, config, _arguments(q_len, k_len, **given))
         assert list(found.values()) == counts.tolist()
-
-
-def test_each_sequence_has_other_tiles():
-    """Sequences of 0, 70 and 20 rows: the programs of a block that a sequence has not end at once."""
-    starts = torch.tensor([0, 0, 70, 90])
-    arguments = _arguments(90, 90, heads=2, group=1, q_starts=starts, k_starts=starts, right=0)
-    assert modelled._iterations("forward", TileConfig(32, 16, 4, 2), arguments) == {
-        **{(1, block): count for block, count in enumerate((2, 4, 5))},
-        (2, 0): 2,
-    }
-    tiles = list(modelled._tiles("forward", (2, 3, 3), arguments))
-    assert tiles[:4] == [(0, 2), (0, 2), (0, 1), (0, 1)]
-    assert tiles[-1] == (2, 0)
-
-
-def test_clocks_are_those_of_the_last_tile(monkeypatch):
-    """4 heads and 3 blocks, 2 heads side by side, on 2 processors that hold 2 programs each."""
-    replayed = SimpleNamespace(clocks=1000, programs=2, flops=4 * 64 * 32 * 16)
-    monkeypatch.setattr(modelled, "_replayed", lambda *_: replayed)
-    specialisation = SimpleNamespace(problem=Problem(64, 64, torch.bfloat16, right=True), codes={})
-    arguments = type("Arguments", (dict,), {"specialisation": specialisation})(
-        _arguments(96, 96, heads=4, group=1, right=0)
-    )
-    one = launch.Launch(KERNELS["forward"], (2, 3, 2), arguments, TileConfig(32, 32, 4, 2))
-    # 3 3 2 2 | 1 1 of the first section, 3 3 .. of the second: processors end at 2 + 1 + 2 + 1, 3 + 3, ...
-    steps = [3, 3, 2, 2, 1, 1, 3, 3, 2, 2, 1, 1]
-    ends = [0, 0, 0, 0]
-    for step in steps:
-        ends[ends.index(min(ends))] += FIXED + step
-    assert modelled._clocks(one, H100, 2) == LAUNCH + max(ends) * 1000 * LOOPS
-    specialisation.problem = replace(specialisation.problem, mask=True)
-    assert modelled._clocks(one, H100, 99) == LAUNCH + (FIXED + 2 * 3) * 1000 * LOOPS, "two iterations a block"
 
 
 def test_a_sweep_prints_them(tmp_path, capsys):

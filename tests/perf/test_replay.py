@@ -1,15 +1,13 @@
 """The replay of loops: each mechanism by itself, what listings say, and times that others published."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 
 from perf.__main__ import main
-from perf.models.replay import Replay, command, times
-from perf.models.replay.control import Control, parse_with_controls
-from perf.models.replay.loops import loop_body, tensor_spans
-from perf.models.replay.operations import Operation, operations
+from perf.models.replay import command, times
+from perf.models.replay.control import Control
+from perf.models.replay.operations import Operation
 from perf.models.replay.parameters import PARAMETERS
 from perf.models.replay.scheduler import Scheduler, Timeline, Warps
 from tests.support.versions import OLDER_TRITON
@@ -60,25 +58,6 @@ def timeline(*loop: Operation, programs: int = 1, each: int = 1, ahead: int = 0,
 # ---- Control codes and instructions
 
 
-def test_a_listing_in_operations():
-    """A poll's retries are left out, a register that was kept is not read again, and .64 reads two."""
-    code, controls = parse_with_controls(listing())
-    assert controls[0] == Control(5, None, None, ())
-    assert controls[2] == Control(1, 1, None, (0, 5))
-    [span] = tensor_spans(code)
-    body, labels = loop_body(code, controls, span)
-    assert labels == {".L_x_1": 0, ".L_x_2": 4}
-    path = operations(body, labels, H100)
-    names = ["DEPBAR", "SYNCS", "BRA", "FFMA", "FFMA", "HGMMA", "LDGSTS", "BRA"]
-    assert [one.name for one in path] == names
-    wait, poll, _, first, second, product, copy, _ = path
-    assert (wait.act, wait.amount) == ("copy wait", 2)
-    assert (poll.act, poll.latency) == ("poll", H100.poll)
-    assert (first.unit, first.operands, second.operands) == ("fp32", 3, 2)
-    assert (product.turn, product.amount, product.in_registers) == (64, 1, True)
-    assert (copy.act, copy.amount) == ("copy", 4 * 32 * 16)
-
-
 # ---- Mechanisms. A loop ends with 12 clocks of its back edge.
 
 
@@ -101,17 +80,6 @@ def test_clocks_of_a_loop_and_its_longest_wait(name):
     found = timeline(*loop, **warps)
     assert found.clocks == clocks
     assert " " in name or max(found.waits, key=found.waits.get) == name
-
-
-def test_a_bounded_kernel_shows_both_shares():
-    """Where one program fits a processor of sm_100, products and softmax take turns, or overlap at best."""
-    case = command.Case("forward", 128, Target.parse("sm_100"), TileConfig(128, 64, 8, 4, True))
-    found = Replay(0.43, 1194.0, {}, 1.0, 162, 1, 0, 0, None, False, overlapped=0.751)
-    [*_, shown] = command.replay_table([(case, found)]).splitlines()
-    assert "0.430" in shown
-    assert "0.751 if products and softmax overlap" in shown
-    [*_, alike] = command.replay_table([(case, replace(found, overlapped=0.43))]).splitlines()
-    assert "overlap" not in alike
 
 
 # ---- Published times

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from perf.models.static import machine_code
-from perf.models.static.control_flow import innermost, loops, parse, parse_ptx
+from perf.models.static.control_flow import innermost, loops, parse
 from perf.models.static.gate import examine, gate_reasons
 from perf.models.static.lanes import Lanes
 from perf.models.static.machine_code import MachineCode, MmaLoop, read_machine_code
@@ -131,13 +131,6 @@ def test_loops_of_a_listing():
     assert [len(span.body) for span in retries] == [2], "the branch to itself at the end is never reached"
     hot = {index for index, one in enumerate(listing.instructions) if one.name == "HMMA"}
     assert innermost([outer, inner, *retries], hot) == [inner]
-
-
-def test_loops_of_ptx():
-    source = parse_ptx(PTX)
-    (loop,) = loops(source)
-    opcodes = [source.instructions[index].opcode.split(".")[0] for index in sorted(loop.indices)]
-    assert opcodes == ["bra", "mma", "bra", "tcgen05", "bra"]
 
 
 @pytest.fixture

@@ -97,19 +97,6 @@ def test_a_table_has_each_key_once_and_is_asked_for_keys_inside_its_length():
         assert [values[row, i].item() for i in found] == batch.target[row].tolist()
 
 
-def test_first_asks_for_the_marked_bit_which_the_others_do_not_tell():
-    batch = TASKS["first"].batch(500, torch.Generator().manual_seed(0))
-    keys, values, lengths, asked = (batch.inputs[name] for name in ("keys", "values", "lengths", "asked"))
-    assert (lengths.min(), lengths.max()) == (4, 64)
-    assert keys[:, 0].eq(asked[:, 0]).all()
-    assert keys[:, 1:].eq(0).all()
-    assert batch.target.tolist() == values[:, :1].tolist()
-    ones = values.double()
-    assert ones[:, 0].mean() == pytest.approx(0.5, abs=0.1)
-    assert torch.corrcoef(torch.stack([ones[:, 0], ones[:, 1:].mean(1)]))[0, 1].abs() < 0.15
-    assert ones[:, 1:].mean(1).std() == pytest.approx(12**-0.5, abs=0.05)  # of shares uniform in [0, 1]
-
-
 def test_a_swap_tests_the_same_weights_with_another_scaling():
     run = planned_run("recall", "sqrt_dim*4:sqrt_dim*2", qk_norm=True, head_dim=32)
     model = fresh_model(run)

@@ -61,15 +61,6 @@ def test_a_static_table_keeps_what_is_in_use_where_it_passes(user, tmp_path, mon
     assert entries[KEYS[0]].config == default_config("forward", KEYS[0].problem, Target("cuda", "80"))
 
 
-def test_static_tables_have_head_dims_that_are_multiples_of_16(on_h100, user, capsys):
-    """A search times others of models too."""
-    few = ("--kernels", "forward", "--lengths", "short")
-    run(capsys, "tune", "--static", "a100", *few)
-    assert {key.head_dim for key in read_table(user / "a100.json").entries} == {64, 80, 96, 128, 192, 256}
-    run(capsys, "tune", *few)
-    assert {40, 72, 88} < {key.head_dim for key in on_h100}
-
-
 def test_measured_entries_and_other_keys_are_kept(user, capsys):
     """Entries that were found for other code of the kernels are not."""
     measured = Entry(TileConfig(128, 64, 4, 2), "measured", {"milliseconds": 1.0})
