@@ -39,20 +39,16 @@ def study() -> list[Cell]:
     groups = (
         _cells("ledger", LEDGER, range(5), *_each(plain, SQRT, LOG, SSMAX, TWICE, FOUR_TIMES)),
         _cells("ledger", LEDGER, range(3), *_each(gain, SQRT, LOG)),
-        _cells("code", TEXT, first, *_each(text, SQRT, LOG, SSMAX), *_each(rotary_text, SQRT)),
-        _cells("ledger", LEDGER, first, *others),
-        _cells("code", LONGER, first, *_each(wider, SQRT, LOG)),
-        _cells("ledger", LEDGER, first, *_each(wide, SQRT, LOG)),
-        _cells("ledger", MUON, first, *_each(plain, SQRT, LOG)),
-        _cells("ledger", LEDGER, range(1, 5), *others),
-        _cells("code", LONGER, first, *_each(wider, SSMAX)),
-        _cells("code", TEXT, first, *_each(rotary_text, LOG)),
+        _cells("code", TEXT, range(5), *_each(text, SQRT, LOG, SSMAX)),
+        _cells("code", LONGER, first, *_each(wider, SQRT, LOG, SSMAX)),
+        _cells("code", TEXT, first, *_each(rotary_text, SQRT, LOG)),
+        _cells("ledger", LEDGER, range(5), *others),
         _cells("ledger", LEDGER, range(3, 5), *_each(gain, SQRT, LOG)),
         _cells("ledger", LEDGER, range(5), *_each(gain, SSMAX, TWICE)),
-        _cells("ledger", MUON, range(1, 5), *_each(plain, SQRT, LOG)),
-        _cells("ledger", LEDGER, range(1, 5), *_each(wide, SQRT, LOG)),
+        _cells("ledger", MUON, range(5), *_each(plain, SQRT, LOG)),
+        _cells("code", TEXT, range(1, 5), *_each(rotary_text, SQRT, LOG)),
         _cells("code", LONGER, range(1, 5), *_each(wider, SQRT, LOG, SSMAX)),
-        _cells("code", TEXT, range(1, 5), *_each(text, SQRT, LOG, SSMAX), *_each(rotary_text, SQRT, LOG)),
+        _cells("ledger", LEDGER, range(5), *_each(wide, SQRT, LOG)),
     )
     return [cell for group in groups for cell in group]
 
