@@ -146,19 +146,24 @@ def test_bounded_logits_are_recognised_and_fade_as_the_formula_says():
 
 
 class Layers(torch.nn.Module):
-    """Layers of ours by a letter each: w rotary with a window, r rotary, n without positions; S: n with SSMax."""
+    """Layers of ours by a letter each: w rotary with a window, r rotary, n without positions; S: n with SSMax.
+
+    A + behind them adds learned positions to the tokens.
+    """
 
     def __init__(self, kinds, **options):
         super().__init__()
         torch.manual_seed(0)
+        self.positions = torch.nn.Parameter(torch.randn(40, 64)) if "+" in kinds else None
         self.embedding, self.layers = torch.nn.Embedding(61, 64), torch.nn.ModuleList()
-        for kind in kinds:
+        for kind in kinds.rstrip("+"):
             own = {"rotary": 1e4 if kind in "rw" else None, "window": (7, None) if kind == "w" else None}
             own["scaling"] = "ssmax:40" if kind == "S" else "sqrt_dim"
             self.layers.append(ScaledAttention(64, 4, causal=True, **own, **options))
 
     def forward(self, tokens):
         x = self.embedding(tokens)
+        x = x if self.positions is None else x + self.positions
         for layer in self.layers:
             x = x + layer(x)
         return x
@@ -176,7 +181,8 @@ POSITIONS, OPEN, BARE = "positions first", "without positions", "without QK-norm
         ("wS", True, ("healthy", "healthy"), None, "keep sqrt_dim, ssmax"),
         ("wr", True, ("healthy", POSITIONS), None, "positions first: in 1 of 2 layers (layers.1) rotary"),
         ("rn", True, (POSITIONS, OPEN), "qwen_logn(40)", "fade"),
-        ("nn", True, ("healthy", "healthy"), None, "keep sqrt_dim"),  # positions may have come with the tokens
+        ("nn+", True, ("healthy", "healthy"), None, "keep sqrt_dim. Positions are not seen in all layers"),
+        ("nw", True, (OPEN, "healthy"), "qwen_logn(40)", "qwen_logn(40), on 1 of 2 layers (layers.0)"),
     ],
 )
 def test_layers_of_ours(kinds, qk_norm, rules, mode, text):
@@ -192,7 +198,7 @@ def test_layers_of_ours(kinds, qk_norm, rules, mode, text):
     assert ("positions first" in advice.text) == ("r" in kinds)
     assert "half at" not in advice.text
     if mode is not None:
-        assert advice.layers == ("layers.1",)
+        assert advice.layers == (f"layers.{kinds.index('n')}",)
     for one, column in zip(advice.findings, advice.table().splitlines()[2:], strict=True):
         assert ("positions " in column) == (one.rule.name in (POSITIONS, OPEN))
         assert ("QK-norm " in column) == (one.rule.name in (OPEN, BARE))
@@ -278,7 +284,8 @@ def test_errors():
         ((q, q), {"softcap": -1.0}, ValueError, "softcap: expected"),
         ((llama(), TOKENS), {"softcap": 1.0}, TypeError, "softcap: expected only with q and k"),
         ((llama(), TOKENS), {"causal": True}, TypeError, "causal: expected only with q and k"),
-        ((torch.nn.Linear(3, 3), TOKENS), {}, ValueError, "no attention module"),
+        ((torch.nn.Linear(3, 3), torch.randn(2, 3)), {}, ValueError, "model: expected attention by .*, got none"),
+        ((torch.nn.Linear(3, 3), TOKENS), {}, ValueError, "tokens: expected inputs that Linear takes"),
         ((q, torch.randn(1, 1, 2, 5)), {}, ValueError, "k: expected"),
         ((llama(), "hello"), {}, TypeError, r"tokens: expected token ids, int \[B, S\], .*, got str"),
         ((llama(), TOKENS[0]), {}, TypeError, r"tokens: expected token ids, .*, got torch.int64 \[40\]"),
@@ -286,7 +293,7 @@ def test_errors():
         ((llama(), TOKENS + 61), {}, ValueError, "tokens: expected inputs that LlamaForCausalLM takes, got input_ids"),
         ((llama(), {"tokens": TOKENS}), {}, ValueError, r"takes, got tokens torch.int64 \[2, 40\]"),
         ((llama(), {"inputs_embeds": torch.randn(1, 5, 7).half()}), {}, ValueError, "takes, got inputs_embeds torch.f"),
-        ((None, TOKENS), {}, TypeError, "model: expected a transformers model, got NoneType"),
+        ((None, TOKENS), {}, TypeError, "model: expected an nn.Module, or q of one layer, got NoneType"),
         ((llama(), TOKENS), {"context": "long"}, TypeError, "context: expected an int"),
         ((q, q), {"context": 1}, ValueError, "context: expected at least 2"),
         ((ScaledAttention(32, 4), torch.randn(1, 2, 31)), {}, ValueError, "ScaledAttention takes, got torch.float32"),

@@ -67,6 +67,7 @@ class Advice:
     mode       a name for `scaling=`, with its parameter in brackets; the present mode if it is to be kept
     text       the advice as a sentence, before it the layers over all keys with rotary positions: these fail first
     layers     the layers that `mode` is for
+    unseen     causal layers over all keys whose positions are not known
     why, watch, turn_back, evidence   of the rule behind most findings that are not harmless
     findings   one for each layer
 
@@ -85,6 +86,7 @@ class Advice:
     turn_back: str
     evidence: tuple[str, ...]
     findings: tuple[Finding, ...]
+    unseen: tuple[str, ...] = ()
 
     @property
     def keeps(self) -> bool:
@@ -139,28 +141,32 @@ def advise(
     """Diagnose every attention layer, and say which scaling to try first.
 
     Args:
-        model: A transformers model that `tritonattn.huggingface.patch` can patch, patched or not, or a module with
-            layers of `tritonattn.nn.ScaledAttention`; it does not change. Or q [B, Hq, Sq, D] of one layer.
-        tokens: Token ids [B, S], or the model's inputs by name, with attention_mask if there is padding, whose rows do
-            not count. Or k [B, Hkv, Sk, D].
+        model: A module that computes its attention by `tritonattn.attention` or `tritonattn.nn.ScaledAttention`, or a
+            transformers model that `tritonattn.huggingface.patch` can patch, patched or not; it does not change. Or q
+            [B, Hq, Sq, D] of one layer.
+        tokens: Token ids [B, S], or what the module takes first, or inputs by name, the tokens first, with
+            attention_mask if there is padding, whose rows do not count. Or k [B, Hkv, Sk, D].
         context: The length of the model's training; None is its config's max_position_embeddings, or without a config
             the largest number of keys that a row attends to.
         scaling, gain, softcap, causal, window, key_lengths, key_ranges, mask: With q and k: as in `diagnose`.
 
     The first of `tritonattn.analysis.rules.RULES` that applies to a layer gives its advice. Modes are tried on the
     layer's q and k before they are advised. Heads are averaged. A softcap bounds the gaps of `analysis.fading` alone,
-    and sinks and biases are ignored. Windows and rotary positions are read as `huggingface.patch(layers=...)` reads
-    them, keys that are normalised by the name of a module (k_norm, ...). The cost is one forward pass, and for each
-    layer and mode a `diagnose`, about 25 forward passes of its attention.
+    and sinks and biases are ignored. The cost is a forward pass, or two, and for each layer and mode a `diagnose`,
+    about 25 forward passes of its attention.
+
+    Kinds of layers: in transformers windows and rotary positions are read as `huggingface.patch(layers=...)` reads
+    them. In other models windows are those of the calls, and a run on the first token, repeated, shows positions: q . k
+    depends on the distance of a pair where they are rotary, and on nothing where there are none. Where neither is so,
+    as with positions added to the tokens, `unseen` and the text name the layer. QK-norm is a module k_norm (or as
+    transformers' models name it), or q and k that are an RMS norm's times weights.
 
     Returns:
         `Advice`; print(advice.report()).
 
     Raises:
-        TypeError, ValueError: An argument, inputs that the model does not take, or a model without attention that can
-            be patched.
-        NotImplementedError: A model whose attention cannot be patched, naming why; layers of ours that are called with
-            packed sequences or a cache.
+        TypeError, ValueError: An argument, inputs that the model does not take, or a model without such attention.
+        NotImplementedError: A transformers model whose attention cannot be patched, naming why; packed sequences.
 
     >>> import torch
     >>> from tritonattn.analysis import advise
@@ -187,7 +193,15 @@ def advise(
         raise TypeError(f"{', '.join(names)}: expected only with q and k, got a {type(model).__name__}")
     findings: list[Finding] = []
     read_layers(model, tokens, context, lambda layer: findings.append(_finding(layer)))
-    return _joined(findings)
+    unseen = [one for one in findings if one.reading.rotary is None and one.reading.is_global]
+    advice = _joined(findings)
+    if not unseen:
+        return advice
+    text = (
+        f"{advice.text}. Positions are not seen in {_where(unseen, findings)}: where they are rotary or learned, they"
+        " fail first beyond the trained length"
+    )
+    return dataclasses.replace(advice, text=text, unseen=tuple(one.layer for one in unseen))
 
 
 def _finding(layer: Layer) -> Finding:
@@ -214,7 +228,7 @@ def _joined(findings: list[Finding]) -> Advice:
     rule, first = chosen[0].rule, chosen[0].reading
     mode, text = chosen[0].mode, f"keep {', '.join(dict.fromkeys(one.reading.mode for one in findings))}"
     if ill:
-        text = f"{min(chosen, key=lambda one: one.reading.gap).advice}, on {_where(chosen, findings)}"
+        text = f"{min(chosen, key=lambda one: one.reading.gap).advice}, on {_where(chosen, findings)}{rule.caveat}"
         if others := len(ill) - len(chosen):
             text += f" ({others} more have other findings, see the table)"
     if rotary:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,16 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import INTEGERS
-from ..core.errors import install
 from ..core.norms import key_norms_of
+from ..core.observation import ObservedCall
 from ..core.visibility import Visibility
 from ..nn import ScaledAttention
-from ..scaling import Scaling
+from ..nn.registry import largest_base
+from ..scaling import Given, Scaling
 from ..scaling.names import named_scaling
 from .diagnosis import Diagnosis, diagnose
 from .gaps import layer_power, power_of
+from .operands import is_normalised, rotary_of
 from .rules import Reading
 from .tally import counted_rows
+from .watch import Calls
 
 VISIBLE = ("causal", "window", "key_lengths", "key_ranges", "mask")
 # The norm of the keys in transformers' models: Qwen 3, Gemma 3, OLMo 2; Phi; HunYuan; Idefics 2; Llama 4.
@@ -34,12 +39,14 @@ _CONSTANT = {"sqrt_dim", "dim", "none", "cosine"}
 class Kind:
     """A layer as its model describes it; `Reading` has the words.
 
+    window       the most keys that its rows attend to; None of other layers, and where that is not said
     qk_norm      it normalises q and k before the call
     has_factor   the model's code multiplies q by a factor that grows with n
     """
 
     rotary: bool | None = None
     windowed: bool = False
+    window: int | None = None
     qk_norm: bool = False
     has_factor: bool = False
 
@@ -88,6 +95,8 @@ class Layer:
             power=power_of(*layer_power(found.count_power, found.count_power_error)),
             bounded=self._bounded(scaling),
             windowed=self.kind.windowed or int(self.seen.seen_keys().sum(-1).max()) > longest,
+            window=self.kind.window,
+            base=largest_base(scaling),
             rotary=self.kind.rotary,
             constant=not self.kind.has_factor and name.partition("(")[0].partition(":")[0] in _CONSTANT,
         )
@@ -101,15 +110,16 @@ class Layer:
 
 
 def read_layers(model: Any, tokens: Any, context: int | None, each: Callable[[Layer], None]) -> None:
-    """Run a model on tokens in evaluation, and hand on every attention layer: ours, or transformers'.
+    """Run a model on tokens in evaluation, and hand on every attention that tritonattn, or transformers, computes.
 
     context   the length of the model's training; None is its config's max_position_embeddings
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, or q of one layer, got {type(model).__name__}")
     if context is None:
         context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    is_ours = isinstance(model, nn.Module) and any(isinstance(one, ScaledAttention) for one in model.modules())
-    observed = _observed_ours if is_ours else _observed_transformers
-    found = 0
+    is_ours, found = not _can_be_patched(model), 0
+    inputs = _inputs(tokens, is_ours)
 
     def hand_on(module: nn.Module, q: Tensor, k: Tensor, arguments: dict[str, Any], kind: Kind) -> None:
         nonlocal found
@@ -121,33 +131,55 @@ def read_layers(model: Any, tokens: Any, context: int | None, each: Callable[[La
             relative = scaling * q.shape[-1] ** 0.5 * (1.0 if gain is None else gain)
         each(Layer(names[id(module)], q, k, scaling, gain, relative, visible, context, softcap, kind))
 
-    with observed(model, hand_on):
-        names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
-        with _evaluating(model), torch.no_grad():
-            _run(model, _inputs(tokens, is_ours))
+    names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
+    with _evaluating(model), torch.no_grad():
+        if is_ours:
+            observed = _observed_calls(model, _positions(model, inputs), hand_on)
+        else:
+            observed = _observed_transformers(model, hand_on)
+        with observed:
+            _run(model, inputs)
     if not found:
-        raise ValueError("model: expected one that computes attention from these inputs, got none")
+        raise ValueError(
+            "model: expected attention by tritonattn.attention, or by layers that huggingface.patch takes, got none"
+            " from these inputs: put it in for F.scaled_dot_product_attention"
+        )
+
+
+def _can_be_patched(model: nn.Module) -> bool:
+    """True of a model of transformers without layers of ours. Raises NotImplementedError where no layer can be."""
+    is_ours = any(isinstance(one, ScaledAttention) for one in model.modules())
+    if is_ours or "transformers" not in sys.modules:  # then no model is one of transformers
+        return False
+    from ..huggingface.architecture import attention_modules, refuse_unsupported
+
+    found = [one for one in attention_modules(model) if one.inner is not None or one.obstacle is None]
+    refuse_unsupported(model, found)
+    return bool(found)
 
 
 @contextmanager
 def _observed_transformers(model: Any, hand_on: Callable[..., None]) -> Iterator[None]:
-    try:
-        from ..huggingface import patch, patched
-        from ..huggingface.architecture import attention_modules
-        from ..huggingface.kinds import is_global, is_rotary
-        from ..huggingface.scalings import modes_in_model
-    except ImportError as error:
-        raise ImportError(f"advise needs transformers for a model: {install('hf')}") from error
+    from ..huggingface import patch, patched
+    from ..huggingface.architecture import attention_modules
+    from ..huggingface.kinds import is_global, is_rotary, window_size
+    from ..huggingface.scalings import modes_in_model
+
     with ExitStack() as contexts:
-        handle = patched(model) if isinstance(model, nn.Module) else None
+        handle = patched(model)
         if handle is None:
             handle = contexts.enter_context(patch(model, "sqrt_dim"))
         found = {id(one.module): one for one in attention_modules(model)}
 
         def observe(module: nn.Module, q: Tensor, k: Tensor, arguments: dict[str, Any], aux: Any) -> None:
-            one, children = found[id(module)], module.named_children()
-            qk_norm = any(name in _KEY_NORMS and not isinstance(child, nn.Identity) for name, child in children)
-            kind = Kind(is_rotary(one), is_global(one) is False, qk_norm, bool(modes_in_model(one.config)))
+            one = found[id(module)]
+            kind = Kind(
+                rotary=is_rotary(one),
+                windowed=is_global(one) is False,
+                window=window_size(one),
+                qk_norm=_has_key_norm(module),
+                has_factor=bool(modes_in_model(one.config)),
+            )
             hand_on(module, q, k, arguments, kind)
 
         contexts.enter_context(handle.watch(observe))
@@ -155,26 +187,43 @@ def _observed_transformers(model: Any, hand_on: Callable[..., None]) -> Iterator
 
 
 @contextmanager
-def _observed_ours(model: nn.Module, hand_on: Callable[..., None]) -> Iterator[None]:
-    """A layer without rotary positions has none where others have: else the tokens may bring theirs along."""
-    layers = [one for one in model.modules() if isinstance(one, ScaledAttention)]
-    some_rotary = any(one.rotary is not None for one in layers)
+def _observed_calls(model: nn.Module, rotary: list[bool | None], hand_on: Callable[..., None]) -> Iterator[None]:
+    """Hand on the calls of tritonattn in their order, with what `rotary` says of each."""
+    count = itertools.count()
 
-    def observe(layer: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        given = {**dict(zip(("x", "context"), args, strict=False)), **keywords}
-        for name in ("cu_seqlens", "cache"):
-            if given.get(name) is not None:
-                raise NotImplementedError(f"tokens: expected sequences in rows of their own, got {name}")
-        q, k, _ = layer.operands(given["x"], given.get("context"))
-        plain = type(layer).positioned is ScaledAttention.positioned
-        rotary = True if layer.rotary is not None else False if some_rotary and plain else None
-        own = {name: getattr(layer, name) for name in ("causal", "window", "scaling", "softcap")}
-        hand_on(layer, q, k, own | given, Kind(rotary, qk_norm=not isinstance(layer.k_norm, nn.Identity)))
+    def observe(name: str, module: nn.Module, one: ObservedCall) -> None:
+        number, visible = next(count), one.visibility
+        if visible.sequences is not None:
+            raise NotImplementedError("tokens: expected sequences in rows of their own, got packed ones")
+        kind = Kind(
+            rotary=rotary[number] if number < len(rotary) else None,
+            windowed=visible.left is not None,
+            window=_keys_of_window(visible),
+            qk_norm=_has_key_norm(module) or (is_normalised(one.q) and is_normalised(one.k)),
+        )
+        terms = {"scaling": _constant_or(one.call.scaling), "gain": one.call.gain, "softcap": one.call.logits.softcap}
+        masks = {name: getattr(visible, name) for name in ("key_lengths", "key_ranges", "mask")}
+        hand_on(module, one.q, one.k, {**terms, **masks, "window": (visible.left, visible.right)}, kind)
 
-    with ExitStack() as contexts:
-        for layer in layers:
-            contexts.callback(layer.register_forward_pre_hook(observe, with_kwargs=True).remove)
+    with Calls(model, observe):
         yield
+
+
+def _positions(model: nn.Module, inputs: Any) -> list[bool | None]:
+    """Say of every call of a model whether q and k are turned by positions, from a run on one token repeated.
+
+    Tokens that are no ids may bring positions along: there a layer has none only where others are rotary.
+    """
+    found: list[bool | None] = []
+
+    def observe(name: str, module: nn.Module, one: ObservedCall) -> None:
+        known = isinstance(module, ScaledAttention) and module.rotary is not None
+        found.append(True if known else rotary_of(one))
+
+    repeated, are_ids = _repeated(inputs)
+    with Calls(model, observe):
+        _run(model, repeated)
+    return found if are_ids or True in found else [True if one else None for one in found]
 
 
 @contextmanager
@@ -188,14 +237,46 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def _keys_of_window(visible: Visibility) -> int | None:
+    """The most keys of a row in a window of two sides; None without."""
+    return None if visible.left is None or visible.right is None else 1 + visible.left + visible.right
+
+
+def _has_key_norm(module: nn.Module) -> bool:
+    children = module.named_children()
+    return any(name in _KEY_NORMS and not isinstance(child, nn.Identity) for name, child in children)
+
+
+def _constant_or(scaling: Any) -> Any:
+    """The float of a call with one; other scalings as they are."""
+    if isinstance(scaling, Given) and scaling.given.query is None and scaling.given.key is None:
+        return scaling.given.constant
+    return scaling
+
+
 def _inputs(tokens: Any, is_ours: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if is_ours and not isinstance(tokens, Mapping):
         return (tokens,), {}
     inputs = dict(tokens) if isinstance(tokens, Mapping) else {"input_ids": tokens}
+    for name in ("cu_seqlens", "cache"):
+        if is_ours and inputs.get(name) is not None:
+            raise NotImplementedError(f"tokens: expected sequences in rows of their own, got {name}")
     ids = inputs.get("input_ids")
     if "input_ids" in inputs and (not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in INTEGERS):
         raise TypeError(f"tokens: expected token ids, int [B, S], or inputs by name, got {_described(ids)}")
     return (), inputs
+
+
+def _repeated(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[Any, bool]:
+    """The inputs with the first of the tokens, their first tensor, at all positions; True where they are ids."""
+    args, keywords = inputs
+    named: dict[Any, Any] = {**dict(enumerate(args)), **keywords}
+    first = next((name for name, x in named.items() if isinstance(x, Tensor) and x.dim() > 1), None)
+    if first is None:
+        return inputs, False
+    x = named[first]
+    named[first] = x[:, :1].expand_as(x).contiguous()
+    return (tuple(named.pop(number) for number in range(len(args))), named), x.dtype in INTEGERS
 
 
 def _run(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> None:

@@ -30,6 +30,8 @@ class Reading:
     context    the length of the model's training in tokens; None if it is not known
     bounded    what bounds the logits: "QK-norm", "cosine", "softcap 50"; "" if nothing does
     windowed   True in a window or chunks: no row attends to all keys that the rows of its sequence do
+    window     the most keys of a row in its window; None of other layers, and where that is not said
+    base       the largest base of ln n in the scaling; 0 without one
     rotary     True where q and k are turned by positions, False where they have none, None where that is not known
     constant   True where no factor counts or measures keys, in the present scaling or in the model's code
     gap        of the sharpest head, see `analysis.fading`
@@ -62,6 +64,8 @@ class Reading:
     power: float | None = None
     bounded: str = ""
     windowed: bool = False
+    window: int | None = None
+    base: float = 0.0
     rotary: bool | None = None
     constant: bool = True
     gap: float = math.nan
@@ -78,6 +82,11 @@ class Reading:
         return self.rotary is True and not self.windowed and math.isfinite(self.max_logit)
 
     @property
+    def is_global(self) -> bool:
+        """True of causal rows over all keys."""
+        return self.causal and not self.windowed
+
+    @property
     def may_take_factor(self) -> bool:
         """True where neither rotary positions nor a factor are seen."""
         return self.rotary is None and self.constant
@@ -85,7 +94,7 @@ class Reading:
     @property
     def is_open(self) -> bool:
         """True of causal rows over all keys without positions, whose factor does not grow: they can read on."""
-        return self.rotary is False and not self.windowed and self.causal and self.constant
+        return self.rotary is False and self.is_global and self.constant
 
     @property
     def fading(self) -> str:
@@ -125,12 +134,13 @@ class Rule:
     is_harmless  there is nothing to repair up to the trained length
     fades        attention fades as keys are added
     otherwise    the advice if no candidate does
+    caveat       said behind the advice
     why, watch, turn_back, evidence   explanations for the reader
 
     >>> from tritonattn.analysis import RULES
     >>> print(*(rule.name for rule in RULES), sep=", ")
-    broken, few keys, peaked, uniform, beyond the context, varied norms, varied counts, without positions, \
-without QK-norm, will fade, positions first, healthy
+    broken, few keys, peaked, uniform, beyond the context, base beyond the window, varied norms, varied counts, \
+without positions, without QK-norm, will fade, positions first, healthy
     """
 
     name: str
@@ -139,6 +149,7 @@ without QK-norm, will fade, positions first, healthy
     candidates: tuple[str, ...] = ()
     fixes: Callable[[Reading, Reading], bool] = _always
     otherwise: str = ""
+    caveat: str = ""
     is_harmless: bool = False
     fades: bool = False
     why: str
@@ -207,6 +218,7 @@ RULES: tuple[Rule, ...] = (
         candidates=("sqrt_dim", "key_norm_mean", "log_key_count(2.71828)", "cosine"),
         fixes=_fixes,
         otherwise="a learned gain on the scaling: patch(..., gain=torch.ones(heads, 1)), or PerHead, started above 1",
+        caveat=", if its weights are trained: at its start a model without QK-norm is uniform by itself",
         why="rows average their values: q and k hardly change the output",
         watch="near_uniform and relative_entropy, which should fall, output_variance, which should rise, and the loss",
         turn_back="the model has only begun to learn, and entropy falls by itself in the first hundred steps with"
@@ -233,6 +245,20 @@ RULES: tuple[Rule, ...] = (
             "Qwen's modelling code (use_logn_attn)",
             "Su, kexue.fm/archives/8823: entropy invariance",
             "against it: docs/length.md: on SmolLM2-135M, 1,024 tokens beyond, it moved the loss by +0.0002 +- 0.0011",
+        ),
+    ),
+    Rule(
+        name="base beyond the window",
+        condition="the base of ln n is above the number of keys of the layer's window",
+        applies=lambda one: one.window is not None and one.base > one.window,
+        candidates=("sqrt_dim",),
+        why="n stays below the base, so that the factor makes these logits smaller than sqrt_dim's for good. Give"
+        " windowed layers no factor, as Llama 4, Inkling and Beam do, or the window's number of keys as base",
+        watch="near_uniform of these layers, and the loss",
+        turn_back="the model was trained with this factor, and its loss rises: its weights have made up for it",
+        evidence=(
+            "docs/language-model.md, Limits: a factor in windowed layers, trained with from the start",
+            "the code of Llama 4, Inkling and Beam: the factor stands in layers over all keys alone",
         ),
     ),
     Rule(

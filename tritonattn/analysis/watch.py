@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from ..core.observation import ObservedCall, Observer
 from ..core.shards import head_part
 from .tally import Tally
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class _Hook:
@@ -66,33 +69,24 @@ class _Uncompiled:
 _uncompiled = _Uncompiled()
 
 
-class Watch:
-    """A context in which every attention that a model computes is counted, by the module that computes it.
+class Calls:
+    """A context in which every attention that a model computes is handed to a function, with the module's name.
 
     These are calls of `tritonattn.attention` and `attention_varlen` by the model's modules, patched transformers layers
     among them, and transformers layers that use "eager" or "sdpa" attention. No number of the model changes.
 
-    Calls count while a module of the model runs, in the thread that runs it. This includes autograd's threads, which
+    Calls are seen while a module of the model runs, in the thread that runs it. This includes autograd's threads, which
     run checkpointed layers again, and those of nn.DataParallel, and excludes other models. Compiled code runs
     uncompiled, in all threads: a compiler would neither call an observer nor keep its graphs with the hooks.
-
-    A module counts in training mode, or if its result has a graph, so evaluation under torch.no_grad() does not.
-    The second forward of a checkpointed layer, inside backward, does not count again.
-
-    tallies   by the module's name
-    losses    of those outputs of the model that have one
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, each: Callable[[str, nn.Module, ObservedCall], None]) -> None:
         self._model = model
         self._running = _Running()
-        self._observer = Observer(self._observe)
+        self._observer = Observer(lambda call: each(*self._running.modules[-1], call))
         self._contexts = ExitStack()
-        self.tallies: dict[str, Tally] = {}
-        self.losses: list[Tensor] = []
-        self.losses_add_up = False
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Self:
         with ExitStack() as contexts:
             contexts.enter_context(_uncompiled)
             for context in _contexts_of(self._model):
@@ -102,7 +96,6 @@ class Watch:
                 enter = partial(self._enter, name or type(module).__name__)
                 contexts.callback(module.register_forward_pre_hook(_Hook(enter)).remove)
                 contexts.callback(module.register_forward_hook(_Hook(self._leave), always_call=True).remove)
-            contexts.callback(self._model.register_forward_hook(_Hook(self._take_loss), with_kwargs=True).remove)
             self._contexts = contexts.pop_all()
         return self
 
@@ -122,14 +115,35 @@ class Watch:
             if not modules:
                 self._observer.end()
 
+
+class Watch(Calls):
+    """A context in which the calls of a model are counted, by the module that computes them.
+
+    A module counts in training mode, or if its result has a graph, so evaluation under torch.no_grad() does not.
+    The second forward of a checkpointed layer, inside backward, does not count again.
+
+    tallies   by the module's name
+    losses    of those outputs of the model that have one
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, self._count)
+        self.tallies: dict[str, Tally] = {}
+        self.losses: list[Tensor] = []
+        self.losses_add_up = False
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._contexts.callback(self._model.register_forward_hook(_Hook(self._take_loss), with_kwargs=True).remove)
+        return self
+
     def _take_loss(self, module: nn.Module, _: Any, keywords: dict[str, Any], out: Any) -> None:
         loss = getattr(out, "loss", None)
         if module.training and isinstance(loss, Tensor) and loss.numel() == 1:
             self.losses.append(loss.detach().reshape(()))
             self.losses_add_up = keywords.get("num_items_in_batch") is not None
 
-    def _observe(self, call: ObservedCall) -> None:
-        name, module = self._running.modules[-1]
+    def _count(self, name: str, module: nn.Module, call: ObservedCall) -> None:
         if not (module.training or call.out.requires_grad):
             return
         if name not in self.tallies:

@@ -263,7 +263,7 @@ def refuse_gradients(call: str, /, **tensors: Any) -> None:
 
 def _notify(call: AttentionCall, out: Tensor) -> None:
     """Hand a checked call, which no backend has had, to its observers."""
-    notify_observers(ObservedCall(call.q, call.k, out, call.visibility, lambda: observed_rows(call)))
+    notify_observers(ObservedCall(call.q, call.k, out, call, lambda: observed_rows(call)))
 
 
 @torch.no_grad()

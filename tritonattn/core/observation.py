@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .autograd import is_transformed
+from .call import AttentionCall
+from .visibility import Visibility
 
 
 class ObservedRows(NamedTuple):
@@ -30,18 +32,22 @@ class ObservedRows(NamedTuple):
 class ObservedCall:
     """One computed attention.
 
-    q            [B, Hq, Sq, D], in the graph of the backward; packed sequences are [1, Hq, T, D]
-    k            [B, Hkv, Sk, D], likewise
-    out          [B, Hq, Sq, Dv], as the caller gets it, after dropout
-    visibility   which keys each row attends to, a `tritonattn.core.visibility.Visibility`
-    rows         computes the softmax of the rows in another pass, without a graph
+    q      [B, Hq, Sq, D], in the graph of the backward; packed sequences are [1, Hq, T, D]
+    k      [B, Hkv, Sk, D], likewise
+    out    [B, Hq, Sq, Dv], as the caller gets it, after dropout
+    call   the checked call, which no backend has had
+    rows   computes the softmax of the rows in another pass, without a graph
     """
 
     q: Tensor
     k: Tensor
     out: Tensor
-    visibility: Any
+    call: AttentionCall
     rows: Callable[[], ObservedRows]
+
+    @property
+    def visibility(self) -> Visibility:
+        return self.call.visibility
 
 
 class Observer:

@@ -99,5 +99,5 @@ def _observed_forward(
         terms = Logits(softcap=arguments["softcap"], bias=arguments.get("bias"))
         options = {name: arguments[name] for name in ("scaling", "gain", "backend")}
         call = check(AttentionCall(*cast, visible, terms, **options))
-        notify_observers(ObservedCall(query, key, out.transpose(1, 2), visible, lambda: observed_rows(call)))
+        notify_observers(ObservedCall(query, key, out.transpose(1, 2), call, lambda: observed_rows(call)))
     return out, weights

@@ -56,13 +56,13 @@ class Given(Scaling):
     reads_keys = False
 
     def __init__(self, constant: float, query: Tensor | None = None, key: Tensor | None = None) -> None:
-        self._scales = Scales(constant, query, key)
+        self.given = Scales(constant, query, key)
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        return self._scales
+        return self.given
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor | float:
-        factor, (query, key) = self._scales.constant, (self._scales.query, self._scales.key)
+        factor, (query, key) = self.given.constant, (self.given.query, self.given.key)
         if query is not None:
             factor = factor * query[..., None]
         if key is not None:
