@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
-from tritonattn.core.errors import INTERRUPTED, CommandError, unguard
+from tritonattn.core.errors import INTERRUPTED, CommandError
 
 # The commands of each room; a command's module has its name.
 ROOMS = {
@@ -58,7 +58,6 @@ ROOM_OF = {command: room for room, commands in ROOMS.items() for command in comm
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; the exit status is 130 when interrupted, else the command's."""
-    unguard()
     lines = [f"  {name:16}{text}" for commands in ROOMS.values() for name, text in commands.items()]
     parser = argparse.ArgumentParser(
         prog="python -m perf",

@@ -1,11 +1,5 @@
 """Attention whose logit scaling is a parameter: exact, differentiable, on GPU (Triton) and CPU (PyTorch)."""
 
-# ruff: noqa: E402
-
-from .core.errors import guard_imports
-
-guard_imports()  # before torch, whose import takes seconds
-
 import sys
 from importlib import import_module
 from importlib.util import find_spec

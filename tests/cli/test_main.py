@@ -2,8 +2,6 @@
 
 import argparse
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -53,33 +51,6 @@ def test_types_of_options(parse, taken, refused):
     for text in refused:
         with pytest.raises(argparse.ArgumentTypeError, match=r"expected .*, got "):
             parse(text)
-
-
-# Instead of torch, the first package that tritonattn imports.
-INTERRUPTED_TORCH = """
-import os, signal, time
-os.kill(os.getpid(), signal.SIGINT)
-time.sleep(20)
-"""
-SCRIPT = "import sys\nfrom tritonattn.cli.main import main\nsys.exit(main())\n"
-
-
-@pytest.mark.parametrize(
-    "arguments", [("bin/tritonattn", "env"), ("-m", "tritonattn", "env"), ("-m", "perf", "codegen")], ids=" ".join
-)
-def test_interruption_of_imports_is_one_line(arguments, tmp_path):
-    """Ctrl-C comes while torch is imported."""
-    (tmp_path / "torch.py").write_text(INTERRUPTED_TORCH)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "tritonattn").write_text(SCRIPT)
-
-    def heed() -> None:  # a process in the background would ignore it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    command, options = [sys.executable, *arguments], {"capture_output": True, "text": True, "check": False}
-    done = subprocess.run(command, **options, cwd=tmp_path, env=environment, preexec_fn=heed)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 def test_no_bar_is_drawn_into_a_file(capsys):

@@ -13,7 +13,6 @@ from tests.support.snippets import ROOT
 
 pytest.importorskip("mkdocs", reason="pip install 'tritonattn[docs]'")
 pytest.importorskip("material", reason="pip install 'tritonattn[docs]'")
-FORMER = ("Cosine", "LogPower")  # names in tritonattn.nn
 
 
 def test_it_builds_without_a_warning(tmp_path):
@@ -36,7 +35,7 @@ def test_it_builds_without_a_warning(tmp_path):
     public = {"tritonattn.analysis.Monitor"} | {
         f"{module.__name__}.{name}"
         for module in (tritonattn, tritonattn.nn, tritonattn.distributed)
-        for name in {*module.__all__} - {"SCALINGS", "LEARNED", "Learned", "__version__", "nn", *FORMER}
+        for name in {*module.__all__} - {"SCALINGS", "LEARNED", "Learned", "__version__", "nn"}
     }
     assert {name for name in public if f'id="{name}"' not in api} == set()
     assert "<blockquote>" not in api, "a docstring's doctest is set as prose"

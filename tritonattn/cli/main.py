@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..core.errors import INTERRUPTED, CommandError, unguard
+from ..core.errors import INTERRUPTED, CommandError
 from . import machine, models, studies
 
 COMMANDS = studies.COMMANDS | models.COMMANDS | machine.COMMANDS
@@ -22,7 +22,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns its exit status: 0; 1 where a check or the system failed, as on a full disk; 2 for wrong usage; 130 when
     interrupted; 141 unread.
     """
-    unguard()
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         try:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .autograd import runs_eagerly
 from .ranges import prefix_sum
 from .sequences import PageTable
-from .statistics import Statistics, renamed
+from .statistics import Statistics
 
 TOTALS = ("norm_sums", "norm_square_sums", "norm_maxima")
 
@@ -27,7 +27,6 @@ def zeros(shapes: Iterable[tuple[int, ...]], dtype: Any, device: Any) -> tuple[T
     return tuple(torch.zeros(shape, dtype=x, device=device) for shape, x in zip(shapes, dtypes, strict=True))
 
 
-@renamed(lengths="norms", length_sums="norm_sums", square_sums="norm_square_sums", length_maxima="norm_maxima")
 class KeyRecord:
     """The norm of each cached key, and `TOTALS` of the keys of its sequence up to and with it.
 

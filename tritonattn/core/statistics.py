@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,6 @@ from .ranges import Scan, argmax_over_ranges, prefix_sum
 from .sequences import PackedAxis
 from .visibility import Visibility
 
-T = TypeVar("T")
 Argmax = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Below it a statistic counts as zero: its reciprocal need not fit fp32.
@@ -40,31 +39,6 @@ _LARGEST_ZERO_SQUARE = math.nextafter(SMALLEST_STATISTIC**2, 0)
 _LARGEST_ZERO_OF_FLOAT32 = SMALLEST_STATISTIC - 2.0**-149
 
 
-def renamed(**names: str) -> Callable[[type[T]], type[T]]:
-    """Class decorator: attributes by earlier names raise an AttributeError with the present ones."""
-
-    def refused(earlier: str, present: str) -> property:
-        def refuse(self: Any) -> Any:
-            raise AttributeError(f"{type(self).__name__}: expected {present}, got {earlier}")
-
-        return property(refuse)
-
-    # No __getattr__: it would answer for properties that fail, and for names that a compiled scaling asks by hasattr.
-    def decorate(cls: type[T]) -> type[T]:
-        for earlier, present in names.items():
-            setattr(cls, earlier, refused(earlier, present))
-        return cls
-
-    return decorate
-
-
-@renamed(
-    lengths="norms",
-    length_sum="norm_sum",
-    length_square_sum="norm_square_sum",
-    length_max="norm_max",
-    query_lengths="query_norms",
-)
 @dataclass(eq=False)
 class Statistics:
     """Lazily computed statistics of the keys k, or k(), [B, Hkv, Sk, D] that each row of `visibility` attends to.

@@ -20,10 +20,8 @@ from ..core.row_terms import counted_from_rows
 from .attention import ScaledAttention
 from .biases import ALiBi, ForgetGate
 from .cache import KeyValueCache
-from .learned import Cosine as Cosine  # a former name
 from .learned import Learned, LearnedCosine, PerHead, SSMax, scaling_parameters
 from .log_power import LearnedLogPower, QueryAdaptiveSSMax
-from .log_power import LogPower as LogPower  # a former name
 from .power_law import PowerLaw
 from .registry import LEARNED
 from .scheduled import Scheduled

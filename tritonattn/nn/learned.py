@@ -181,9 +181,6 @@ class LearnedCosine(PerHead):
         super().__init__(cosine.Cosine(tau), heads=heads, device=device, dtype=dtype)
 
 
-Cosine = LearnedCosine  # its former name, which programs and pickles have
-
-
 @hinted
 class SSMax(Learned):
     """factor = (s_h * ln(n) + b_h) / sqrt(D), n = the number of visible keys: Scalable-Softmax.

@@ -87,9 +87,6 @@ class LearnedLogPower(Learned):
         return torch.where(n > 1, exponent.exp(), (p == 0).double()) / math.sqrt(k.shape[-1])
 
 
-LogPower = LearnedLogPower  # its former name, which programs and pickles have
-
-
 @hinted
 class QueryAdaptiveSSMax(Learned):
     """factor = (delta_h + softplus(w_h . q[i]) * ln(n)^gamma_h) / sqrt(D): every query says how much ln(n) counts.
