@@ -16,9 +16,10 @@ from triton.backends.compiler import GPUTarget
 from tritonattn.backends import triton as attention
 from tritonattn.backends.triton import launch
 from tritonattn.backends.triton.device import Specialisation, binder
-from tritonattn.core.call import AttentionCall, Logits, Needs
+from tritonattn.core.call import AttentionCall
 from tritonattn.core.dropout import Dropout
 from tritonattn.core.sequences import Sequences
+from tritonattn.core.terms import Needs, Terms
 from tritonattn.core.visibility import Visibility
 from tritonattn.tuning import Target
 
@@ -51,7 +52,7 @@ BEFORE = {"key_bias": BIAS, "softcap": 1.5}  # of a bias that is added behind a 
 def called(**given: Any) -> AttentionCall:
     """A call on QKV; given: more, or others, by the name of a tensor, a term or a mask."""
     tensors = {name: given.pop(name, x) for name, x in QKV.items()}
-    logits = Logits(0.3, **{name: given.pop(name) for name in Logits._fields if name in given})
+    logits = Terms(0.3, **{name: given.pop(name) for name in Terms._fields if name in given})
     rest = {
         name: given.pop(name) for name in ("dropout", "block_table", "wide_q", "wide_k", "is_part") if name in given
     }
@@ -84,7 +85,7 @@ def backward(
 def decode(aux: bool = False, **given: Any) -> None:
     tensors = {"q": normal(2, 2, 2, SIZE), "k": QKV["k"], "v": QKV["v"]}
     tensors |= {name: given.pop(name) for name in "qkv" if name in given}
-    logits = Logits(0.3, **{name: given.pop(name) for name in Logits._fields if name in given})
+    logits = Terms(0.3, **{name: given.pop(name) for name in Terms._fields if name in given})
     rows, table = tensors["q"].shape[2], given.pop("block_table", None)
     options = {"at_lengths": True, **given}
     visible = Visibility(2, 2, 2, rows, SIZE, torch.device("cpu"), **options)

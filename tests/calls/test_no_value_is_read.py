@@ -23,7 +23,8 @@ from tests.support.calls import TYPICAL
 from tests.support.pairs import pairwise
 from tritonattn import ops
 from tritonattn.backends.triton import backward, launch
-from tritonattn.core.call import AttentionCall, Needs
+from tritonattn.core.call import AttentionCall
+from tritonattn.core.terms import Needs
 from tritonattn.tuning.config import Target
 from tritonattn.tuning.defaults import default_config
 

@@ -15,7 +15,7 @@ from tests.support.masks import MASKS
 from tests.support.pairs import in_turn, pairwise
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import launch
-from tritonattn.core.call import Logits
+from tritonattn.core.terms import Terms
 from tritonattn.tuning.config import Target, TileConfig
 
 SCALES = ((), ("query_scale",), ("query_scale", "key_scale"), ("query_scale", "key_bias"))
@@ -212,7 +212,7 @@ def test_gradients_of_keys_add_up_before_they_are_rounded(device):
 
 def _of_ranges(tensors: harness.Tensors, ranges: torch.Tensor) -> torch.Tensor:
     visibility = tritonattn.core.visibility.Visibility.of(tensors["q"], tensors["k"], key_ranges=ranges)
-    call = tritonattn.core.call.AttentionCall(*tensors.values(), visibility, Logits(0.3))
+    call = tritonattn.core.call.AttentionCall(*tensors.values(), visibility, Terms(0.3))
     return triton_backend.forward(call, aux=False).out
 
 
@@ -235,7 +235,7 @@ def test_a_factor_below_the_normal_numbers(device):
 def test_the_gradient_of_k_alone_is_no_other(device):
     q, k, v = harness.inputs(torch.float32, device, batch=1, head_dim=64, value_dim=64).values()
     visibility = tritonattn.core.visibility.Visibility.of(q, k, causal=True)
-    call = tritonattn.core.call.AttentionCall(q, k, v, visibility, Logits(1.0))
+    call = tritonattn.core.call.AttentionCall(q, k, v, visibility, Terms(1.0))
     result = triton_backend.forward(call, aux=False)
     together, alone = (
         triton_backend.backward(call, *result[:2], q, None, tritonattn.core.call.Needs(others, True, others))

@@ -7,8 +7,9 @@ import tritonattn
 from tests.kernels import harness
 from tests.kernels.harness import FORMS, of_form
 from tests.support.caches import sequences
-from tritonattn.core.call import AttentionCall, Logits, Needs
+from tritonattn.core.call import AttentionCall
 from tritonattn.core.dropout import Dropout
+from tritonattn.core.terms import Needs, Terms
 from tritonattn.core.visibility import Visibility
 from tritonattn.ops.attend import backward_pass, forward_pass
 
@@ -101,7 +102,7 @@ def call_of(operands, first: int, last: int, is_part: bool, backend: str) -> Att
     ends = (torch.arange(KEYS - ROWS, KEYS, device=q.device) + 1 - first).clamp(0, last - first)
     ranges = torch.stack([torch.zeros_like(ends), ends], -1).expand(q.shape[0], -1, -1)
     visible = Visibility.of(q, k, key_ranges=ranges.int().contiguous())
-    terms = Logits(0.3, query, key, bias, 4.0, sinks)
+    terms = Terms(0.3, query, key, bias, sinks, softcap=4.0)
     return AttentionCall(q, k, v, visible, terms, is_part=is_part, backend=backend)
 
 

@@ -9,9 +9,10 @@ from tests.support.pairs import in_turn
 from tritonattn import KeyStatistics, attention
 from tritonattn.backends import triton as triton_backend
 from tritonattn.calls import key_statistics as cache_statistics
-from tritonattn.core.call import AttentionCall, Logits
+from tritonattn.core.call import AttentionCall
 from tritonattn.core.norms import key_norms_of
 from tritonattn.core.ranges import prefix_sum
+from tritonattn.core.terms import Terms
 from tritonattn.core.visibility import Visibility
 from tritonattn.ops import STATISTICS
 
@@ -86,7 +87,7 @@ def test_gradients_of_keys_and_of_their_norms_are_added_before_they_are_rounded(
     leaf = k.clone().requires_grad_()
     visibility = Visibility.of(k, k, key_lengths=torch.tensor([30, 30], device=device))
     statistics = STATISTICS["triton"](leaf, visibility)
-    norms, call = statistics.norms, statistics.widened(AttentionCall(k, leaf, k, visibility, Logits(1.0)))
+    norms, call = statistics.norms, statistics.widened(AttentionCall(k, leaf, k, visibility, Terms(1.0)))
     assert call.tensors[0] is call.q is k
     assert torch.equal(call.k, leaf)
     same = call.tensors[1]

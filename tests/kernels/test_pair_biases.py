@@ -20,7 +20,8 @@ from tests.support.pairs import in_turn
 from tritonattn import Scales, Scaling
 from tritonattn.backends import triton as backend
 from tritonattn.backends.triton import attention, launch
-from tritonattn.core.call import AttentionCall, Logits, Needs
+from tritonattn.core.call import AttentionCall
+from tritonattn.core.terms import Needs, Terms
 from tritonattn.core.visibility import Visibility
 from tritonattn.ops.attend import forward_pass
 from tritonattn.tuning import Problem, Target
@@ -192,7 +193,7 @@ def test_gradients_of_shared_entries_have_the_same_bits_each_time(device):
 
 def call_of(tensors: Tensors, visibility: Visibility, **options: Any) -> AttentionCall:
     terms = {name: x for name, x in tensors.items() if name not in "qkv"}
-    return AttentionCall(*(tensors[name] for name in "qkv"), visibility, Logits(0.3, **terms, **options))
+    return AttentionCall(*(tensors[name] for name in "qkv"), visibility, Terms(0.3, **terms, **options))
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.bfloat16])

@@ -11,8 +11,9 @@ from tests.support.calls import torch_kernels as kernels_by_torch
 from tests.support.pairs import in_turn
 from tests.support.refusals import refuses
 from tritonattn import ops
-from tritonattn.core.call import ForwardResult, Gradients
+from tritonattn.core.call import ForwardResult
 from tritonattn.core.norms import key_norms_of
+from tritonattn.core.terms import Gradients
 from tritonattn.core.visibility import Visibility
 from tritonattn.ops import attend
 from tritonattn.ops.operators import flat

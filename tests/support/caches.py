@@ -8,7 +8,8 @@ from torch import Tensor
 import tritonattn
 from tests.support.bound import assert_within_bound
 from tests.support.calls import operands
-from tritonattn.core.call import AttentionCall, Logits
+from tritonattn.core.call import AttentionCall
+from tritonattn.core.terms import Terms
 from tritonattn.core.visibility import Visibility
 
 WILD_PAGES = (-1, 1 << 30)
@@ -36,7 +37,7 @@ def cached_call(
     sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], capacity)
     visible = Visibility.of_padded(sizes, q.device, key_lengths, row_counts, left=left)
     options = {"block_table": block_table, "aux": given.pop("aux", False), "backend": "sdpa", "cached": "a test"}
-    return AttentionCall(q, k, v, visible, Logits(0.25, **given), **options)
+    return AttentionCall(q, k, v, visible, Terms(0.25, **given), **options)
 
 
 class GrowingCache:

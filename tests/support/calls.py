@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 import tritonattn
-from tritonattn.core.call import AttentionCall, Logits
+from tritonattn.core.call import AttentionCall
 from tritonattn.core.dropout import Dropout
 from tritonattn.core.norms import key_norms_of
 from tritonattn.core.ranges import argmax_over_ranges, prefix_sum
 from tritonattn.core.sequences import Sequences
+from tritonattn.core.terms import Terms
 from tritonattn.core.visibility import Visibility
 
 from .packed import offsets
@@ -55,7 +56,7 @@ CALLS: dict[str, dict] = {
 
 def changed(call: AttentionCall, **fields: Any) -> AttentionCall:
     """The call with other values of some of its fields, those of its logits among them."""
-    of_logits = {name: fields.pop(name) for name in Logits._fields if name in fields}
+    of_logits = {name: fields.pop(name) for name in Terms._fields if name in fields}
     return replace(call, logits=call.logits._replace(**of_logits), **fields)
 
 
@@ -87,10 +88,10 @@ def example(
     q, k, v = leaf(batch, 4, 5, dims[0]), leaf(batch, 2, 7, dims[0]), leaf(batch, 2, 7, dims[1])
     query_scale, key_scale = (leaf(batch, 4, 5), leaf(batch, 2, 7)) if scales else (None, None)
     key_bias, sink_logits = leaf(batch, 2, 2, 7) if bias else None, leaf(batch, 4, 5) if sinks else None
-    logits = Logits(0.3, query_scale, key_scale, key_bias, softcap, sink_logits)
+    logits = Terms(0.3, query_scale, key_scale, key_bias, sink_logits, softcap=softcap)
     if pairs is not None:
-        of_pairs = leaf(*pairs, 5, 7), leaf(*pairs, 5 if pairs[0] > 1 else 1, 4)
-        logits = Logits(*logits[:6], *of_pairs, 1, softcap is not None)
+        of_pairs = {"bias": leaf(*pairs, 5, 7), "relative_bias": leaf(*pairs, 5 if pairs[0] > 1 else 1, 4)}
+        logits = logits._replace(**of_pairs, relative_right=1, bias_after_softcap=softcap is not None)
     drop = Dropout(0.3, torch.tensor([3, 4])) if dropout else None
     return AttentionCall(q, k, v, Visibility.of(q, k, **masks), logits, drop, backend="sdpa")
 

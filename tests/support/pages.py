@@ -12,8 +12,9 @@ from torch import Tensor
 import tritonattn
 from tests.support.packed import Packed, offsets
 from tritonattn.calls import paged_statistics
-from tritonattn.core.call import AttentionCall, Logits
+from tritonattn.core.call import AttentionCall
 from tritonattn.core.sequences import Sequences
+from tritonattn.core.terms import Terms
 from tritonattn.core.visibility import Visibility
 from tritonattn.integrations.vllm.pages import RECORD, key_statistics
 
@@ -111,7 +112,7 @@ def paged_call(
     longest = max(packed.q_lengths), max(packed.k_lengths)
     ends = (offsets(lengths).to(device) for lengths in (packed.q_lengths, packed.k_lengths))
     visible = Visibility.of(q, k, sequences=Sequences.of(*ends, q_len, k_len, *longest), **masks)
-    whole = AttentionCall(q, k, v, visible, Logits(dims[0] ** -0.5, softcap=softcap, **vectors))
+    whole = AttentionCall(q, k, v, visible, Terms(dims[0] ** -0.5, softcap=softcap, **vectors))
     memory = batch.pages.transpose(1, 2).contiguous().to(device)  # [N, page, Hkv, D + Dv]
     k_pages, v_pages = memory.transpose(1, 2).split(dims, -1)
     return replace(whole, k=k_pages, v=v_pages, block_table=batch.table.to(device)), whole

@@ -11,10 +11,11 @@ from ..calls.attention import batch_visibility
 from ..calls.checks import check, operands
 from ..calls.dispatch import logits
 from ..calls.public import public
-from ..core.call import AttentionCall, Logits
+from ..core.call import AttentionCall
 from ..core.norms import key_norms_of
 from ..core.statistics import Statistics
 from ..core.tables import table
+from ..core.terms import Terms
 from ..core.visibility import Visibility
 from ..scaling import Scaling
 from ..scaling.names import ModeName
@@ -165,7 +166,7 @@ def diagnose(
     """
     q, k, _ = operands(q, k, k)
     visibility = batch_visibility(q, k, causal, window, key_lengths, key_ranges, mask)
-    call = check(AttentionCall(q, k, k, visibility, Logits(softcap=softcap), scaling=scaling, gain=gain))
+    call = check(AttentionCall(q, k, k, visibility, Terms(softcap=softcap), scaling=scaling, gain=gain))
     rows = row_statistics(call)
     with torch.autocast(q.device.type, enabled=False):
         key_scale = logits(call, Statistics(k, visibility)).key_scale

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..core.call import AttentionCall, Logits
+from ..core.call import AttentionCall
+from ..core.terms import Terms
 from ..core.visibility import Visibility
 from ..scaling import Given, Scaling
 from ..scaling.names import ModeName
@@ -148,7 +149,15 @@ def attention(
     """
     q, k, v = operands(q, k, v)
     visible = batch_visibility(q, k, causal, window, key_lengths, key_ranges, mask, batch_invariant)
-    terms = Logits(1.0, None, None, key_bias, softcap, sinks, bias, relative_bias, relative_right, bias_after_softcap)
+    terms = Terms(
+        key_bias=key_bias,
+        sinks=sinks,
+        bias=bias,
+        relative_bias=relative_bias,
+        softcap=softcap,
+        relative_right=relative_right,
+        bias_after_softcap=bias_after_softcap,
+    )
     call = AttentionCall(
         q, k, v, visible, terms, scaling=scaling, gain=gain, dropout_p=dropout_p, aux=return_aux, backend=backend
     )
@@ -242,7 +251,15 @@ def scaled_attention(
     constant = q.shape[-1] ** -0.5 if scale is None else scale
     check_number("scale", constant)
     constant = as_float(constant)
-    terms = Logits(1.0, None, None, key_bias, softcap, sinks, bias, relative_bias, relative_right, bias_after_softcap)
+    terms = Terms(
+        key_bias=key_bias,
+        sinks=sinks,
+        bias=bias,
+        relative_bias=relative_bias,
+        softcap=softcap,
+        relative_right=relative_right,
+        bias_after_softcap=bias_after_softcap,
+    )
     given = Given(constant, query_scale, key_scale)
     call = AttentionCall(q, k, v, visible, terms, scaling=given, dropout_p=dropout_p, aux=return_aux, backend=backend)
     return run(check(call))

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.call import AttentionCall, Logits
+from ..core.call import AttentionCall
 from ..core.pair_biases import relative_pairs
 from ..core.sequences import Sequences
 from ..core.statistics import Statistics
+from ..core.terms import Terms
 from ..core.visibility import Visibility
 from ..scaling import Scaling
 from ..scaling.names import ModeName, named_scaling
@@ -169,7 +170,7 @@ class _Case:
                 self._compare(about, without, with_keys)
 
     def _call(self) -> AttentionCall:
-        terms = Logits(sinks=self.q.new_zeros(self.visibility.rows))  # take what a bias counts from
+        terms = Terms(sinks=self.q.new_zeros(self.visibility.rows))  # take what a bias counts from
         return AttentionCall(self.q, self.k, self.k, self.visibility, terms, scaling=self.scaling)
 
     def _scales(self, k: Tensor, given: Tensor | None = None, distances: bool = True) -> tuple[Tensor, Tensor]:

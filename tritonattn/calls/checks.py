@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ..core.autograd import autocast_is_on, runs_eagerly
-from ..core.call import AttentionCall, Logits
+from ..core.call import AttentionCall
 from ..core.hints import nearest
 from ..core.invariance import switch
 from ..core.row_terms import sinks_beside
 from ..core.shards import unshard
+from ..core.terms import Terms
 from ..scaling import SCALINGS, Given, Scaling
 from ..scaling.names import named_scaling
 from .layouts import BATCHED, CACHE, CACHE_PAGES, SMALLEST_PAGE, Layout, names_of
@@ -192,7 +193,7 @@ def sinks_of_rows(sinks: Any, q: Tensor, shape: tuple[int, ...], axes: str = "[B
     return of_rows.to(scale_dtype(q)).expand(shape)
 
 
-def _with_pairs(terms: Logits, call: AttentionCall, rows: str) -> Logits:
+def _with_pairs(terms: Terms, call: AttentionCall, rows: str) -> Terms:
     """The terms with biases of pairs of four axes. Raises unless they belong to the operands.
 
     rows   as of `check`: "[Hq, T_q]" of packed ones, whose tables have no axis of the batch

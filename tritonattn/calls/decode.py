@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..core.call import LONGEST_QUERY, AttentionCall, Logits
+from ..core.call import LONGEST_QUERY, AttentionCall
+from ..core.terms import Terms
 from ..core.visibility import Visibility, window_sides
 from ..scaling import Scaling
 from ..scaling.names import ModeName
@@ -137,7 +138,14 @@ def attention_decode(
     visible = cache_visibility(q, k, key_lengths, block_table, query_lengths, window, batch_invariant)
     if statistics is not None:
         check_statistics(statistics, q, k, key_lengths, block_table)
-    terms = Logits(1.0, None, None, key_bias, softcap, sinks, None, relative_bias, relative_right, bias_after_softcap)
+    terms = Terms(
+        key_bias=key_bias,
+        sinks=sinks,
+        relative_bias=relative_bias,
+        softcap=softcap,
+        relative_right=relative_right,
+        bias_after_softcap=bias_after_softcap,
+    )
     call = AttentionCall(
         q,
         k,

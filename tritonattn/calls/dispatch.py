@@ -15,7 +15,7 @@ from .. import ops
 from ..backends import flash
 from ..backends.cpu import sdpa
 from ..core.autograd import autocast_is_on, is_transformed, needs_graph, refuse_tangents
-from ..core.call import AttentionCall, Gradients, Logits, per_group
+from ..core.call import AttentionCall
 from ..core.dropout import Dropout
 from ..core.hints import warn_once
 from ..core.key_records import RecordedStatistics
@@ -24,6 +24,7 @@ from ..core.pair_biases import sum_of_tables
 from ..core.row_terms import sinks_beside
 from ..core.sequences import PageTable
 from ..core.statistics import DoubleStatistics, Statistics
+from ..core.terms import Gradients, Terms, per_group
 from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Scales, Scaling
 from .checks import check_factor, check_key_bias, check_number, relative_bias_of, scale_dtype
@@ -137,7 +138,7 @@ def _keys_for_scaling(call: AttentionCall) -> Tensor:
 
 def logits(
     call: AttentionCall, statistics: Statistics, k: Tensor | None = None, positions: Tensor | None = None
-) -> Logits:
+) -> Terms:
     """Compute the terms of the logits of a checked call: the scaling's scales times the gain, its bias and the call's.
 
     statistics   of the keys that its rows attend to
@@ -153,13 +154,14 @@ def logits(
         sinks = sinks_beside(scales.key_bias, given, call.visibility, positions)
         added = per_group(scales.key_bias.to(scale_dtype(q)), call.visibility)
         bias = added if bias is None else added + bias
-    pairs, is_after = (None, None, 0), bias is not None and given.bias_after_softcap
+    of_scaling = {"scale": scales.constant, "query_scale": scales.query, "key_scale": scales.key}
+    terms = given.changed(**of_scaling, key_bias=bias, sinks=sinks)
     if not (given.bias is None and given.relative_bias is None and scales.relative_bias is None):
-        pairs, is_after = _pairs(given, scales, call.visibility), given.bias_after_softcap
-    return Logits(scales.constant, scales.query, scales.key, bias, given.softcap, sinks, *pairs, is_after)
+        terms = terms.changed(**_pairs(given, scales, call.visibility))
+    return terms.settled()
 
 
-def _pairs(given: Logits, scales: Scales, visible: Visibility) -> tuple[Tensor | None, Tensor | None, int]:
+def _pairs(given: Terms, scales: Scales, visible: Visibility) -> dict[str, Any]:
     """bias, relative_bias and relative_right of a call and its scaling."""
     table, right = given.relative_bias, given.relative_right
     if scales.relative_bias is not None:
@@ -169,7 +171,8 @@ def _pairs(given: Logits, scales: Scales, visible: Visibility) -> tuple[Tensor |
         if visible.invariant and visible.key_ranges is not None:
             raise NotImplementedError("relative_bias: not supported with key_ranges under batch_invariant")
         table = _per_entry(table, visible, table.shape[3])
-    return None if given.bias is None else _per_entry(given.bias, visible, visible.k_len), table, right
+    bias = None if given.bias is None else _per_entry(given.bias, visible, visible.k_len)
+    return {"bias": bias, "relative_bias": table, "relative_right": right}
 
 
 def _per_entry(bias: Tensor, visibility: Visibility, width: int) -> Tensor:

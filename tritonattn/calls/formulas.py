@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ..core.call import AttentionCall, ForwardResult, per_group
+from ..core.call import AttentionCall, ForwardResult
 from ..core.pair_biases import relative_pairs
+from ..core.terms import per_group
 from ..scaling import Scaling
 from .checks import FLOATS, broadcasts, check_number, scale_dtype, shape_of
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..core.call import AttentionCall, Logits
+from ..core.call import AttentionCall
 from ..core.sequences import Sequences
+from ..core.terms import Terms
 from ..core.visibility import Visibility, window_sides
 from ..scaling import Scaling
 from ..scaling.names import ModeName
@@ -161,7 +162,14 @@ def attention_varlen(
     q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
     if block_table is None:
         k, v = k[None], v[None]
-    terms = Logits(1.0, None, None, key_bias, softcap, sinks, None, relative_bias, relative_right, bias_after_softcap)
+    terms = Terms(
+        key_bias=key_bias,
+        sinks=sinks,
+        relative_bias=relative_bias,
+        softcap=softcap,
+        relative_right=relative_right,
+        bias_after_softcap=bias_after_softcap,
+    )
     call = AttentionCall(
         q[None],
         k,

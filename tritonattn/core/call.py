@@ -10,48 +10,11 @@ from torch import Tensor
 
 from .dropout import Dropout
 from .pair_biases import relative_pairs
-from .ranges import rolled
 from .sequences import PageTable
+from .terms import TENSORS, Terms, rolled_keys
 from .visibility import Visibility
 
 LONGEST_QUERY = 16  # rows of a call over a KV cache
-
-
-class Logits(NamedTuple):
-    """The terms of a logit, and the softmax's others.
-
-        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + key_bias[j] + bias[i, j] + relative[i, j]
-
-    query_scale   [B, Hq, Sq] or None, fp32 (fp64 for fp64 q); any strides, 0 included
-    key_scale     [B, Hkv, Sk] or None, likewise
-    key_bias      [B, Hkv, Hq / Hkv, Sk] or None, likewise; a key with -inf has no weight, whatever the softcap
-    softcap       c: logit -> c * tanh(logit / c), or None
-    sinks         [B, Hq, Sq] or None, likewise: a logit of each row in the softmax's denominator only, neither scaled
-                  nor capped
-    bias          each axis of [B, Hq, Sq, Sk] or 1, or None; of any dtype but that fp64 is for fp64 q; any strides
-    relative_bias [B or 1, Hq or 1, Sq or 1, extent] or None, likewise: relative[i, j] is the entry of row i at
-                  position[i] - j + relative_right, and 0 outside of the extent; `Visibility.positions`
-    relative_right    entries that belong to keys after the row's position
-    bias_after_softcap    the three biases are added to the capped logit
-
-    In a user's call the scaling gives the scales, and may add to the biases.
-    """
-
-    scale: float = 1.0
-    query_scale: Tensor | None = None
-    key_scale: Tensor | None = None
-    key_bias: Tensor | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    bias: Tensor | None = None
-    relative_bias: Tensor | None = None
-    relative_right: int = 0
-    bias_after_softcap: bool = False
-
-    def changed(self, **terms: Any) -> Logits:
-        """Replace fields as `_replace` does, which torch.compile traces only from torch 2.9 on."""
-        unchanged: dict[str, Any] = dict(zip(Logits._fields, self, strict=True))
-        return Logits(**(unchanged | terms))
 
 
 @dataclass(eq=False)
@@ -87,7 +50,7 @@ class AttentionCall:
     k: Tensor
     v: Tensor
     visibility: Visibility
-    logits: Logits
+    logits: Terms
     dropout: Dropout | None = None
     wide_q: Tensor | None = None
     wide_k: Tensor | None = None
@@ -104,11 +67,9 @@ class AttentionCall:
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors that may have a gradient, in the order of `Gradients`."""
-        terms = self.logits
         q = self.q if self.wide_q is None else self.wide_q
         k = self.k if self.wide_k is None else self.wide_k
-        vectors = (terms.query_scale, terms.key_scale, terms.key_bias, terms.sinks)
-        return q, k, self.v, *vectors, terms.bias, terms.relative_bias
+        return q, k, self.v, *self.logits.tensors()
 
     def narrowed(self) -> AttentionCall:
         """The call with q and k in v's dtype."""
@@ -129,11 +90,10 @@ class AttentionCall:
         Blocks of keys are then those of a call with only these keys. `wide_q` and `wide_k` stay: no value is read.
         A `bias` has all entries and keys, and there is no relative one.
         """
-        terms = self.logits
-        vectors = _rolled(first, key_scale=terms.key_scale, key_bias=terms.key_bias, bias=terms.bias)
-        logits = terms._replace(**vectors)
+        terms = dict(zip(Terms._fields[TENSORS], self.logits.tensors(), strict=True))
+        logits = self.logits._replace(**rolled_keys(first, **terms))
         visible = self.visibility.from_keys(first)
-        return replace(self, **_rolled(first, k=self.k, v=self.v), logits=logits, visibility=visible)
+        return replace(self, **rolled_keys(first, k=self.k, v=self.v), logits=logits, visibility=visible)
 
     def by_ranges(self) -> AttentionCall:
         """The call with its visible keys as key_ranges, where their few rows stand at the end of a cache.
@@ -167,22 +127,6 @@ class AttentionCall:
         return table.find(torch.where(key < end, key, -1), x.shape[0]).of(x.transpose(1, 2)).transpose(1, 2)
 
 
-def sinks_of_heads(sinks: Tensor) -> Tensor | None:
-    """The sinks [Hq] of a call whose rows share one a head, which their strides say; None where rows have their own."""
-    shares = all(sinks.shape[axis] == 1 or sinks.stride(axis) == 0 for axis in (0, 2))
-    return sinks[0, :, 0] if shares else None
-
-
-def per_group(bias: Tensor, visibility: Visibility) -> Tensor:
-    """A bias as [B, Hkv, Hq / Hkv, Sk], from one with a row a query head or a row a key head."""
-    batch, kv_heads, k_len = visibility.keys
-    group = visibility.q_heads // max(kv_heads, 1)
-    if bias.dim() > 1:
-        by_key_head = bias.shape[-2] in (1, kv_heads)
-        bias = bias.unsqueeze(-2) if by_key_head else bias.unflatten(-2, (kv_heads, group))
-    return bias.expand(batch, kv_heads, group, k_len)
-
-
 class ForwardResult(NamedTuple):
     """out [B, Hq, Sq, Dv] in v's dtype; lse, max_logit, entropy [B, Hq, Sq], fp32 (fp64 for fp64 q), natural log.
 
@@ -193,43 +137,3 @@ class ForwardResult(NamedTuple):
     lse: Tensor
     max_logit: Tensor | None = None
     entropy: Tensor | None = None
-
-
-class Needs(NamedTuple):
-    """The tensors of an AttentionCall whose gradients are asked for."""
-
-    q: bool = False
-    k: bool = False
-    v: bool = False
-    query_scale: bool = False
-    key_scale: bool = False
-    key_bias: bool = False
-    sinks: bool = False
-    bias: bool = False
-    relative_bias: bool = False
-
-
-class Gradients(NamedTuple):
-    """Gradients of an AttentionCall's tensors; None for those not asked for."""
-
-    q: Tensor | None = None
-    k: Tensor | None = None
-    v: Tensor | None = None
-    query_scale: Tensor | None = None
-    key_scale: Tensor | None = None
-    key_bias: Tensor | None = None
-    sinks: Tensor | None = None
-    bias: Tensor | None = None
-    relative_bias: Tensor | None = None
-
-    def rolled(self, first: Tensor) -> Gradients:
-        """The gradients by keys counted from first[b] of each entry, int64 [B]; the keys before it come last."""
-        of_keys = {"k": self.k, "v": self.v, "key_scale": self.key_scale, "key_bias": self.key_bias, "bias": self.bias}
-        return self._replace(**_rolled(first, **of_keys))
-
-
-_AXES_OF_KEYS = {"k": 2, "v": 2, "key_scale": 2, "key_bias": 3, "bias": 3}
-
-
-def _rolled(first: Tensor, **tensors: Tensor | None) -> dict[str, Any]:
-    return {name: None if x is None else rolled(x, first, _AXES_OF_KEYS[name]) for name, x in tensors.items()}

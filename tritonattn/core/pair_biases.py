@@ -32,7 +32,7 @@ def mask_arguments(name: str, mask: Tensor | None) -> dict[str, Tensor]:
 
 
 def relative_pairs(table: Tensor, right: int, visibility: Visibility) -> Tensor:
-    """A `Logits.relative_bias` as a bias of all pairs, in its dtype: [B or 1, Hq or 1, Sq, Sk]."""
+    """A `Terms.relative_bias` as a bias of all pairs, in its dtype: [B or 1, Hq or 1, Sq, Sk]."""
     return reflected(table, visibility.positions() + right, slice(0, visibility.k_len))
 
 

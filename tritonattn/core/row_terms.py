@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .call import Logits, per_group
+from .terms import Terms, per_group
 from .visibility import Visibility
 
 # An attribute of a tensor: tracing keeps and guards attributes, and not subclasses.
@@ -48,7 +48,7 @@ def as_marked(key_bias: Tensor, source: Tensor) -> Tensor:
 
 
 def sinks_beside(
-    key_bias: Tensor, terms: Logits, visibility: Visibility, positions: Tensor | None = None
+    key_bias: Tensor, terms: Terms, visibility: Visibility, positions: Tensor | None = None
 ) -> Tensor | None:
     """The sinks of a call next to one of its biases of keys.
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..core.call import AttentionCall, ForwardResult, Logits
+from ..core.call import AttentionCall, ForwardResult
+from ..core.terms import Terms
 from .collectives import Wire, heads_to_tokens, tokens_to_heads
 from .sequence import Settings
 
@@ -40,7 +41,7 @@ def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
     bias = logits.key_bias
     if bias is not None:  # [B, Hkv, Hq / Hkv, S]: a repeated key head takes its share of the query heads
         bias = of_rank(bias.unflatten(2, (repeats, -1)).flatten(1, 2), 1)
-    local = Logits(logits.scale, query, key, bias, logits.softcap, sinks)
+    local = Terms(logits.scale, query, key, bias, sinks, softcap=logits.softcap)
     visible, options = settings.sequence.of_all_rows(q, k), {"aux": settings.aux, "backend": settings.backend}
     result = ops.attention(AttentionCall(q, k, v, visible, local, **options))
     out, lse = tokens_to_heads(result.out, split, Wire(dtype, dtype)), result.lse

@@ -15,8 +15,9 @@ from ..calls.results import AttentionAux, aux_of
 from ..calls.sequence_checks import check_offset_values, check_offsets
 from ..calls.sharded import head_parts
 from ..core.autograd import needs_graph, without_autocast
-from ..core.call import AttentionCall, Logits
+from ..core.call import AttentionCall
 from ..core.invariance import refuse_over_ranks
+from ..core.terms import Terms
 from ..scaling import Scaling
 from ..scaling.names import ModeName
 from . import by_heads, gathered, ring
@@ -148,7 +149,7 @@ def context_parallel_attention(
     refuse_dtensors(q=q, k=k, v=v, key_bias=key_bias)
     q, k, v = operands(q, k, v)
     visible = batch_visibility(q, k, causal, window)  # of this rank's tokens, and only for its sizes
-    terms = Logits(key_bias=key_bias, softcap=softcap, sinks=sinks)
+    terms = Terms(key_bias=key_bias, softcap=softcap, sinks=sinks)
     call = AttentionCall(q, k, v, visible, terms, scaling=scaling, gain=gain, aux=return_aux, backend=backend)
     check_over_ranks(call, "[B, Hq, S / P]")
     split = Split.of(mesh, layout)

@@ -17,10 +17,11 @@ from ..calls.public import public
 from ..calls.results import AttentionAux
 from ..calls.sharded import head_parts
 from ..core.autograd import without_autocast
-from ..core.call import AttentionCall, ForwardResult, Logits
+from ..core.call import AttentionCall, ForwardResult
 from ..core.invariance import refuse_over_ranks
 from ..core.key_records import RecordedStatistics
 from ..core.statistics import Statistics
+from ..core.terms import Terms
 from ..core.visibility import Visibility
 from ..scaling import Scaling
 from ..scaling.names import ModeName
@@ -147,7 +148,7 @@ def context_parallel_decode(
     visible = cache_visibility(q, k, lengths, window=window)
     if statistics is not None:
         check_statistics(statistics, q, k, lengths, None)
-    terms = Logits(softcap=softcap, sinks=sinks)
+    terms = Terms(softcap=softcap, sinks=sinks)
     options = {"aux": return_aux, "backend": backend, "cached": "context_parallel_decode"}
     call = AttentionCall(q, k, v, visible, terms, scaling=scaling, gain=gain, **options)
     check_over_ranks(call)

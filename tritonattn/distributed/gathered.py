@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ..core.call import AttentionCall, ForwardResult, Gradients
+from ..core.call import AttentionCall, ForwardResult
+from ..core.terms import Gradients
 from . import collectives
 from .pieces import ALL_KEYS, Held, Piece, Result, Schedule, attend
 from .sequence import Settings

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from ..core.autograd import first_order
-from ..core.call import AttentionCall, ForwardResult, Gradients, Logits, Needs
+from ..core.call import AttentionCall, ForwardResult
+from ..core.terms import Gradients, Needs, Terms
 from ..core.visibility import Visibility
 from ..ops.attend import backward_pass, forward_pass
 from .sequence import Settings
@@ -98,7 +99,7 @@ class Schedule:
         ]
         q, _, _, query, key, bias, of_rows, *_ = parts
         k, v = held.keys[:, :, piece.keys].to(q.dtype), held.values[:, :, piece.keys]
-        terms = Logits(settings.scale, query, key, bias, settings.softcap, of_rows if sinks else None)
+        terms = Terms(settings.scale, query, key, bias, of_rows if sinks else None, softcap=settings.softcap)
         visible, aux, backend = piece.visible(q, k, ranges), settings.aux, settings.backend
         return AttentionCall(q, k, v, visible, terms, is_part=self.is_part, aux=aux, backend=backend)
 

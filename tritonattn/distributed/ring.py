@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ..core.call import AttentionCall, ForwardResult, Gradients
+from ..core.call import AttentionCall, ForwardResult
 from ..core.rounding import before_rounding, lost_in_rounding
+from ..core.terms import Gradients
 from . import collectives
 from .pieces import ALL, ALL_KEYS, Held, Piece, Result, Schedule, attend
 from .sequence import Settings, SharedSequence, share_with_sinks

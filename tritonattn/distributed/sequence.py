@@ -16,11 +16,12 @@ from torch.nn.functional import pad
 
 from ..calls.checks import check
 from ..calls.dispatch import choose_backend, logits
-from ..core.call import AttentionCall, Logits
+from ..core.call import AttentionCall
 from ..core.norms import key_norms_of
 from ..core.ranges import argmax_of_prefixes, prefix_sum
 from ..core.sequences import Sequences
 from ..core.statistics import Statistics
+from ..core.terms import Terms
 from ..core.visibility import Visibility
 from ..scaling.base import has_relative_bias
 from . import collectives
@@ -94,7 +95,7 @@ class Settings(NamedTuple):
     keep_rounding: bool
 
 
-def logits_of(call: AttentionCall, sequence: SharedSequence, reduce_dtype: torch.dtype) -> Logits:
+def logits_of(call: AttentionCall, sequence: SharedSequence, reduce_dtype: torch.dtype) -> Terms:
     """The terms of a call's logits, those of rows of this rank, those of keys of all; differentiable.
 
     key_bias, of this rank's keys, is gathered and added to the scaling's bias. A scaling that reads keys itself
@@ -112,7 +113,7 @@ def logits_of(call: AttentionCall, sequence: SharedSequence, reduce_dtype: torch
     if key_bias is not None:
         of_rank = key_bias.expand((*key_bias.shape[:-1], k.shape[2]))
         key_bias = collectives.gather(of_rank, split, -1, torch.promote_types(reduce_dtype, of_rank.dtype))
-        call.logits = Logits(key_bias=key_bias, softcap=call.logits.softcap, sinks=call.logits.sinks)
+        call.logits = Terms(key_bias=key_bias, softcap=call.logits.softcap, sinks=call.logits.sinks)
     return logits(call, statistics, whole, split.positions(k.shape[2], k.device)[None])
 
 

@@ -12,8 +12,9 @@ from transformers import AttentionInterface
 
 from ..calls.checks import check, operands
 from ..calls.dispatch import observed_rows
-from ..core.call import AttentionCall, Logits
+from ..core.call import AttentionCall
 from ..core.observation import ObservedCall, is_observed, notify_observers
+from ..core.terms import Terms
 from .architecture import AttentionModule, attention_modules, interface_function
 from .attention import NAME, call_arguments
 from .configs import IMPLEMENTATION, install
@@ -96,7 +97,7 @@ def _observed_forward(
             arguments = call_arguments(module, query, key, attention_mask, scaling, **kwargs)
             cast = operands(query, key, key)  # under autocast
         visible = visibility_of(query, key, arguments)
-        terms = Logits(softcap=arguments["softcap"], bias=arguments.get("bias"))
+        terms = Terms(softcap=arguments["softcap"], bias=arguments.get("bias"))
         options = {name: arguments[name] for name in ("scaling", "gain", "backend")}
         call = check(AttentionCall(*cast, visible, terms, **options))
         notify_observers(ObservedCall(query, key, out.transpose(1, 2), call, lambda: observed_rows(call)))

@@ -22,8 +22,9 @@ from ..core.autograd import (
     runs_eagerly,
     without_autocast,
 )
-from ..core.call import AttentionCall, ForwardResult, Gradients, Logits, Needs
+from ..core.call import AttentionCall, ForwardResult
 from ..core.statistics import Statistics
+from ..core.terms import Gradients, Needs, Terms
 from .operators import (
     ARGUMENTS,
     GRADIENTS,
@@ -44,10 +45,7 @@ def attention(call: AttentionCall) -> ForwardResult:
 
     max_logit and entropy are None without aux.
     """
-    terms = call.logits
-    q, k = call.q if call.wide_q is None else call.wide_q, call.k if call.wide_k is None else call.wide_k
-    vectors = (terms.query_scale, terms.key_scale, terms.key_bias, terms.sinks)
-    given = (q, k, call.v, *vectors, terms.bias, terms.relative_bias)  # as call.tensors
+    given = call.tensors
     has_graph = needs_graph(*given)
     if not runs_eagerly(*given, call.visibility.key_lengths):
         keep_rounding = call.v.dtype.itemsize == 2 and (has_graph or is_transformed())
@@ -217,7 +215,7 @@ class _Attention(Function):
         out, lse, rounding, q, k, v, query_scale, key_scale, key_bias, sinks, bias, relative, *rest = saved
         wide_q, wide_k, *masks = rest
         visible, scale, softcap, of_bias, dropout, is_part, backend = ctx.rest
-        terms = Logits(scale, query_scale, key_scale, key_bias, softcap, sinks, bias, relative, *of_bias)
+        terms = Terms(scale, query_scale, key_scale, key_bias, sinks, bias, relative, softcap, *of_bias)
         visible = visible.with_tensors(*masks) if masks else visible
         call = AttentionCall(q, k, v, visible, terms, dropout, wide_q, wide_k, is_part=is_part, backend=backend)
         needs = Needs(*ctx.needs_input_grad[:GRADIENTS])

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from ..core.call import AttentionCall, Gradients, Logits
+from ..core.call import AttentionCall
 from ..core.dropout import Dropout
 from ..core.sequences import Sequences
+from ..core.terms import Gradients, Terms
 from ..core.visibility import Visibility
 
 # The package's name: "tritonattn", and in a kernel loaded from a hub the one that its loader gives to this copy.
@@ -48,7 +49,7 @@ def operator(name: str, arguments: str, results: str) -> Callable[[Callable], An
     return register
 
 
-_RECORDS = (Visibility, Logits, Dropout, Sequences)
+_RECORDS = (Visibility, Terms, Dropout, Sequences)
 # Parts that are no arguments: sizes, which tensors have, and what has done its work before a backend is called.
 _SIZES = ("batch", "q_heads", "kv_heads", "q_len")
 _NO_ARGUMENTS = {("visibility", name) for name in (*_SIZES, "counted")}
@@ -120,7 +121,7 @@ def call_of(values: Sequence[Any]) -> AttentionCall:
     visible["sequences"] = _record(Sequences, visible["sequences"])
     sizes = zip(_SIZES, (q.shape[0], q.shape[1], k.shape[1], q.shape[2]), strict=True)
     tree["visibility"] = Visibility(**dict(sizes), device=q.device, **visible)
-    tree["logits"], tree["dropout"] = Logits(**tree["logits"]), _record(Dropout, tree["dropout"])
+    tree["logits"], tree["dropout"] = Terms(**tree["logits"]), _record(Dropout, tree["dropout"])
     return AttentionCall(**tree)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..backends import triton as triton_backend
 from ..backends.triton.operands import Operands
 from ..calls.formulas import by_formulas
-from ..core.call import ForwardResult, Needs
+from ..core.call import ForwardResult
+from ..core.terms import Needs
 from ..scaling import Given
 from ..tuning.calls import Size
 from ..tuning.config import Problem

@@ -33,7 +33,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
+from ...core.call import AttentionCall, ForwardResult
+from ...core.terms import Gradients, Needs
 from . import backward_pass, by_parts, forward_pass
 
 

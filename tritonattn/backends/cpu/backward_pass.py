@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...core.call import AttentionCall, Gradients, Needs
+from ...core.call import AttentionCall
 from ...core.rounding import before_rounding
+from ...core.terms import Gradients, Needs
 from .tiles import Block, Heads, Tiles, exp_, logits_of, tiles_of
 
 

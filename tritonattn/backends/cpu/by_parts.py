@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
+from ...core.call import AttentionCall, ForwardResult
 from ...core.pair_biases import reflected
 from ...core.rounding import before_rounding, lost_in_rounding
+from ...core.terms import Gradients, Needs
 from ...core.visibility import Visibility
 from .parts import Part, cut_rows, parts_of, unstacked
 from .sdpa import SHARES_KEY_HEADS, VECTOR, folds_rows, for_kernel, stays_finite

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...core.call import AttentionCall, Gradients
+from ...core.call import AttentionCall
 from ...core.invariance import halving_sum
 from ...core.pair_biases import reflected
+from ...core.terms import Gradients
 from ...core.visibility import Visibility
 
 # Rows (over all query heads of a group) and keys of a tile; pairs of all tiles that are computed together.

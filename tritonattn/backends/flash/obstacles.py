@@ -11,7 +11,8 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...core.autograd import is_transformed
-from ...core.call import AttentionCall, Logits, sinks_of_heads
+from ...core.call import AttentionCall
+from ...core.terms import Terms, sinks_of_heads
 from ...core.visibility import Visibility
 from .libraries import CUDNN, KEYWORDS_OF_LSE, WIDEST, Library, lengths, limits
 
@@ -42,7 +43,7 @@ def obstacle_of_all(call: AttentionCall) -> str | None:
     return None
 
 
-def _has_sinks_of_rows(terms: Logits) -> bool:
+def _has_sinks_of_rows(terms: Terms) -> bool:
     return terms.sinks is not None and sinks_of_heads(terms.sinks) is None
 
 

@@ -10,7 +10,8 @@ from torch.autograd.function import Function
 from torch.nn.functional import pad
 
 from ...core.autograd import apply, first_order, needs_graph, refuse_second_order
-from ...core.call import AttentionCall, ForwardResult, sinks_of_heads
+from ...core.call import AttentionCall, ForwardResult
+from ...core.terms import sinks_of_heads
 from .libraries import FLASH, HOW_TO_INSTALL, Library, card_of, libraries, why_none
 from .obstacles import lse_has_gradient, obstacle, obstacle_of_all
 

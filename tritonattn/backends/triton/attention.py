@@ -11,7 +11,8 @@ from torch import Tensor
 from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...core.call import LONGEST_QUERY, AttentionCall, Needs
+from ...core.call import LONGEST_QUERY, AttentionCall
+from ...core.terms import Needs, choices, flags
 from ...core.visibility import Visibility
 from ...tuning import calls as recorded
 from ...tuning.calls import Size
@@ -226,24 +227,20 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -
     """The `Problem` of a call: the parts that select code. `asked`: its fields that the call itself does not tell."""
     visible, terms = call.visibility, call.logits
     masks = ("right", "left", "key_lengths", "key_ranges", "mask", "sequences")
-    of_logits = ("query_scale", "key_scale", "key_bias", "bias", "relative_bias", "softcap", "sinks")
-    problem = Problem(
+    found = Problem(
         call.q.shape[-1],
         call.v.shape[-1],
         call.q.dtype,
         **{name: getattr(visible, name) is not None for name in masks},
-        **{name: getattr(terms, name) is not None for name in of_logits},
+        **flags(terms),
         grouped=visible.q_heads != visible.kv_heads,
-        bias_after_softcap=terms.bias_after_softcap and terms.softcap is not None,
         dropout=call.dropout is not None,
         block_table=call.block_table is not None,
         aligned=_has_whole_vectors(call.q, call.v) if visible.invariant else are_aligned(call.q, call.k, call.v, d_out),
         short=is_short(*_sizes(call)[1:]),
         invariant=visible.invariant,
     )
-    if not problem.has_bias:
-        asked["bias_after_softcap"] = False
-    return replace(problem, **asked)
+    return replace(found, **asked)
 
 
 def with_specialisation(
@@ -271,13 +268,10 @@ def _specialisation(
     call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked: dict[str, bool]
 ) -> Specialisation:
     visible, sequences = call.visibility, call.visibility.sequences
-    _, query_scale, key_scale, key_bias, softcap, sinks, bias, relative_bias, _, bias_after = call.logits
-    vectors = (query_scale, key_scale, key_bias, sinks, bias, relative_bias)
     masks = (visible.key_lengths, visible.key_ranges, visible.mask)
     key = (
-        *forms_of(call.q, call.k, call.v, d_out, *vectors, *masks, call.block_table),
-        softcap is None,
-        bias_after,
+        *forms_of(call.q, call.k, call.v, d_out, *call.logits.tensors(), *masks, call.block_table),
+        *choices(call.logits),
         call.dropout is None,
         visible.invariant,
         visible.left,

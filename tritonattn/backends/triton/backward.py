@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.call import AttentionCall, Gradients, Needs
+from ...core.call import AttentionCall
+from ...core.terms import Gradients, Needs
 from ...tuning.config import ROW_TERMS_ALIGNMENT as ALIGNMENT
 from ...tuning.config import corrects_delta
 from .attention import (

@@ -13,7 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, find_paths_if, get_iterable_path
 
-from ...core.call import AttentionCall, Needs
+from ...core.call import AttentionCall
+from ...core.terms import Needs
 from ...tuning.calls import Size
 from ...tuning.config import WIDEST, WIDEST_KEYS, Problem, Target, TileConfig, legal_reasons
 from ...tuning.defaults import default_config
@@ -147,8 +148,8 @@ def _backward(problem: Problem) -> None:
     operands = Operands(problem, size, operands.device)
     call = operands.attention()
     out, rounding, lse = _results(problem, call)
-    terms = ("key_scale", "key_bias", "sinks", "bias", "relative_bias")
-    needs = Needs(True, True, True, problem.query_scale_grad, **{name: getattr(problem, name) for name in terms})
+    terms = {name: getattr(problem, name) for name in Needs._fields[4:]}
+    needs = Needs(True, True, True, problem.query_scale_grad, **terms)
     d_lse = _tensor(*lse.shape) if problem.aux else None
     backward(call, out, lse, operands.operand(*out.shape), d_lse, needs, rounding)
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from triton.errors import TritonError
 
 from ...core.call import AttentionCall, ForwardResult
+from ...core.terms import choices
 from ...core.visibility import Visibility
 from ...tuning import calls as recorded
 from ...tuning import config
@@ -278,10 +279,9 @@ def decode(call: AttentionCall, aux: bool) -> ForwardResult:
 
 def _specialisation(call: AttentionCall, aux: bool) -> Specialisation:
     visible = call.visibility
-    _, query_scale, key_scale, key_bias, softcap, sinks, bias, relative_bias, _, bias_after = call.logits
-    vectors = (query_scale, key_scale, key_bias, sinks, bias, relative_bias)
     masks = (visible.key_lengths, visible.key_ranges, call.block_table, visible.row_counts)
-    key = (*forms_of(call.q, call.k, call.v, *vectors, *masks), softcap is None, bias_after, visible.left, aux)
+    terms = call.logits
+    key = (*forms_of(call.q, call.k, call.v, *terms.tensors(), *masks), *choices(terms), visible.left, aux)
     page = 0 if call.block_table is None else call.k.shape[2]
     return kept_specialisation(key, lambda: (_problem(call, aux), is_wide(call.k, call.v, page=page)))
 

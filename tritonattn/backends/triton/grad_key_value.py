@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.call import AttentionCall, Gradients, Needs
+from ...core.call import AttentionCall
+from ...core.terms import Gradients, Needs
 from .attention import largest, launch_kernel, new_results
 from .block import (
     LENGTHS,

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.call import AttentionCall, Needs
+from ...core.call import AttentionCall
+from ...core.terms import Needs
 from .attention import largest, launch_kernel, new_results, seen_scales
 from .block import (
     LENGTHS,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from ...core.call import Logits
+from ...core.terms import TERMS, Terms
 from ...core.visibility import Visibility
 from ...tuning import lookup
 from ...tuning.config import (
@@ -334,20 +334,25 @@ def scale_of(tensor: Tensor) -> Scale:
     return Scale(tensor, 16 * b, 16 * h, 16 * g[0] if g else 0, s)
 
 
-def logit_arguments(logits: Logits) -> Arguments:
-    """The arguments that say what a logit is, and the softmax's other terms."""
+def logit_arguments(terms: Terms) -> Arguments:
+    """The arguments that say what a logit is, and the softmax's other terms: None for those that are not there."""
+    found: Arguments = {}
+    for term, value in zip(TERMS, terms, strict=True):
+        if term.axes:
+            found[term.name] = None if value is None else _RECORDS[term.form](value)
+        elif term.form == "number":
+            found[term.name] = value
+    table = terms.relative_bias
     return {
-        "scale": float(logits.scale),
-        "query_scale": None if logits.query_scale is None else scale_of(logits.query_scale),
-        "key_scale": None if logits.key_scale is None else scale_of(logits.key_scale),
-        "key_bias": None if logits.key_bias is None else scale_of(logits.key_bias),
-        "bias": None if logits.bias is None else stretched(logits.bias),
-        "relative_bias": None if logits.relative_bias is None else stretched(logits.relative_bias),
-        "extent": None if logits.relative_bias is None else logits.relative_bias.shape[3],
-        "relative_right": None if logits.relative_bias is None else logits.relative_right,
-        "softcap": None if logits.softcap is None else float(logits.softcap),
-        "sinks": None if logits.sinks is None else scale_of(logits.sinks),
+        **found,
+        "scale": float(terms.scale),
+        "softcap": None if terms.softcap is None else float(terms.softcap),
+        "extent": None if table is None else table.shape[3],
+        "relative_right": None if table is None else terms.relative_right,
     }
+
+
+_RECORDS = {"vector": scale_of, "pairs": stretched}
 
 
 def pages_of(block_table: Tensor, count: int, size: int) -> Pages:

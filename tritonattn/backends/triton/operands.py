@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...core.call import AttentionCall, Logits
+from ...core.call import AttentionCall
 from ...core.dropout import Dropout
 from ...core.sequences import Sequences
+from ...core.terms import TERMS, Term, Terms
 from ...core.visibility import Visibility
 from ...tuning.calls import Size
 from ...tuning.config import Problem
@@ -53,7 +55,7 @@ class Operands:
             k,
             v,
             self._visibility(rows, keys),
-            self._logits(rows, keys),
+            self._terms(rows, keys),
             Dropout(0.5, self._integers(2**31 - 1, 2)) if problem.dropout else None,
             wide_q=self._without_memory(*q.shape) if problem.wide_q else None,
             wide_k=self._without_memory(*keys, problem.head_dim) if problem.wide_k else None,
@@ -75,7 +77,7 @@ class Operands:
         if problem.key_ranges:
             visible = replace(visible, key_ranges=self._ranges(size.batch, 1, keys[2]))
         q, (k, v) = self.operand(*rows, problem.head_dim), self._keys_and_values(keys)
-        return AttentionCall(q, k, v, visible, self._logits(rows, keys), block_table=self._block_table())
+        return AttentionCall(q, k, v, visible, self._terms(rows, keys), block_table=self._block_table())
 
     def _rows(self) -> tuple[int, int, int]:
         size = self.size
@@ -131,19 +133,19 @@ class Operands:
         lengths = [longest - longest * (n % 4) // 8 for n in range(batch)]
         return torch.tensor(lengths, dtype=torch.int32, device=self.device)
 
-    def _logits(self, rows: tuple[int, int, int], keys: tuple[int, int, int]) -> Logits:
-        problem = self.problem
-        return Logits(
-            problem.head_dim**-0.5,
-            self.normal(*rows) if problem.query_scale else None,
-            self.normal(*keys) if problem.key_scale else None,
-            self.normal(*keys[:2], self.size.group, keys[2]) if problem.key_bias else None,
-            20.0 if problem.softcap else None,
-            self.normal(rows[1], 1).expand(rows) if problem.sinks else None,
-            self.normal(*rows, keys[2], dtype=problem.dtype) if problem.bias else None,
-            self.normal(1, rows[1], rows[2], _EXTENT, dtype=problem.dtype) if problem.relative_bias else None,
-            bias_after_softcap=problem.bias_after_softcap,
-        )
+    def _terms(self, rows: tuple[int, int, int], keys: tuple[int, int, int]) -> Terms:
+        names, lengths = ("B", "Hq", "Sq", "Hkv", "Sk", "G", "extent"), (*rows, *keys[1:], self.size.group, _EXTENT)
+        sizes = dict(zip(names, lengths, strict=True))
+        flagged = (term for term in TERMS if term.flag and getattr(self.problem, term.name))
+        return Terms(self.problem.head_dim**-0.5, **{term.name: self._term(term, sizes) for term in flagged})
+
+    def _term(self, term: Term, sizes: dict[str, int]) -> Any:
+        if not term.axes:
+            return term.typical if term.form == "number" else True
+        shape = [sizes[axis] if axis in term.typical else 1 for axis in term.axes]
+        if term.form == "pairs":
+            return self.normal(*shape, dtype=self.problem.dtype)
+        return self.normal(*shape).expand([sizes[axis] for axis in term.axes])
 
     def _keys_and_values(self, keys: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """k and v [B, Hkv, Sk, D or Dv]; or pages [P, Hkv, page, D or Dv], in memory [P, page, Hkv, D or Dv]."""

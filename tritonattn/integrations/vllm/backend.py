@@ -30,8 +30,9 @@ from ...calls.formulas import by_formulas
 from ...calls.layouts import SMALLEST_PAGE
 from ...calls.paged_statistics import PagedKeyStatistics
 from ...calls.varlen import Packing
-from ...core.call import AttentionCall, Logits
+from ...core.call import AttentionCall
 from ...core.invariance import is_invariant
+from ...core.terms import Terms
 from ...core.visibility import Visibility, window_sides
 from ...tuning.config import WIDEST
 from . import NAME
@@ -320,7 +321,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
             k,
             v,
             visible,
-            Logits(softcap=self._softcap, sinks=self._sinks_of(visible)),
+            Terms(softcap=self._softcap, sinks=self._sinks_of(visible)),
             block_table=block_table,
             scaling=self._factor.scaling,
             gain=self._factor.gain,

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ...calls.checks import check
 from ...calls.dispatch import logits
-from ...core.call import AttentionCall, Logits
+from ...core.call import AttentionCall
 from ...core.extension import extend
 from ...core.statistics import Statistics
+from ...core.terms import Terms
 from ...core.visibility import Visibility
 from ...huggingface.attention import scaling_arguments
 from ...huggingface.scalings import to_config
@@ -163,7 +164,7 @@ class LayerFactor:
         given = scaling_arguments(settings, scale, head_size)
         q, k = (torch.full((1, n, 1, head_size), torch.nan, dtype=torch.float32, device="cpu") for n in heads)
         read, visibility = [], Visibility.of(q, k, causal=True)
-        call = check(AttentionCall(q, k, k, visibility, Logits(), **given), "[1, Hq, 1]")
+        call = check(AttentionCall(q, k, k, visibility, Terms(), **given), "[1, Hq, 1]")
         query = logits(call, Statistics(lambda: read.append(True) or k, visibility)).query_scale
         reads_query = query is not None and bool(query.isnan().any())
         is_learned = any(isinstance(part, (nn.Module, Tensor)) for part in (call.scaling, call.gain))
