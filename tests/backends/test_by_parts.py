@@ -14,6 +14,7 @@ from tests.support.bound import BAND, PYTORCH_GRADIENT_BAND, assert_within_bound
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import pairwise
 from tritonattn.backends.cpu import by_parts, parts
+from tritonattn.core.sequences import Sequences
 from tritonattn.core.visibility import Visibility
 
 from .test_cpu import BOTH, CPU, DTYPES, SIZES, direction, of_form, run
@@ -37,13 +38,23 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(parts, "_PAIRS", 64)
     monkeypatch.setattr(parts, "_SHORTEST", 4)
     monkeypatch.setattr(parts, "_CALL", 0)
+    parts._parts_of_lengths.cache_clear()
+    yield
+    parts._parts_of_lengths.cache_clear()
 
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The answers of `prepared` so far."""
-    answers, prepared = [], by_parts.prepared
+    """The answers of `prepared` so far, and True for each output that was sound without it."""
+    answers, prepared, is_sound = [], by_parts.prepared, by_parts.is_sound
     monkeypatch.setattr(by_parts, "prepared", lambda *arguments: answers.append(prepared(*arguments)) or answers[-1])
+
+    def judged(*arguments):
+        if is_right := is_sound(*arguments):
+            answers.append(True)
+        return is_right
+
+    monkeypatch.setattr(by_parts, "is_sound", judged)
     return answers
 
 
@@ -123,6 +134,17 @@ def test_keys_hidden_from_every_row_reach_nothing(mask, poison, taken):
     assert None not in taken
 
 
+@pytest.mark.parametrize("operand", ["k", "v"])
+def test_nan_of_one_operand_in_hidden_keys_reaches_nothing(operand, taken):
+    tensors, _ = of_form("plain", torch.float32, scales=())
+    mask = torch.rand(2, 4, 21, 29, generator=torch.Generator().manual_seed(0)) > 0.3
+    mask[..., 3::7] = False
+    clean = run(tensors, direction(tensors), scale=0.3, mask=mask)
+    tensors[operand][:, :, 3::7] = torch.nan
+    harness.assert_same(run(tensors, direction(tensors), scale=0.3, mask=mask), clean)
+    assert None not in taken
+
+
 def test_nan_in_a_key_that_some_row_attends_to_reaches_its_rows_alone(taken):
     tensors, _ = of_form("plain", torch.float32)
     window = {"scale": 0.3, "causal": True, "window": (3, None)}
@@ -133,6 +155,16 @@ def test_nan_in_a_key_that_some_row_attends_to_reaches_its_rows_alone(taken):
     assert reached[..., 6:10].all()  # row i stands at key i + 8
     torch.testing.assert_close(found[~reached], clean[~reached])
     assert taken[-1] is None
+
+
+def test_nan_among_few_keys_reaches_their_rows(taken):
+    """The kernel's maximum skips it, and its lse is that of a row without keys."""
+    tensors, _ = of_form("plain", torch.float32, scales=())
+    tensors["k"][1, :, :3] = torch.nan
+    found = run(tensors, direction(tensors), gradients=False, scale=0.3, key_lengths=torch.tensor([29, 3]))
+    assert found["out"][1].isnan().all()
+    assert found["out"][0].isfinite().all()
+    assert taken[-1] is not True
 
 
 @pytest.mark.parametrize("given", ["key_bias", "bias"])
@@ -292,7 +324,7 @@ def test_parts_hold_every_visible_pair_once(drawn):
     visible = Visibility(batch, 1, 1, rows, keys, CPU, key_ranges=bounds)
     lo, hi = (x[:, :, None] for x in visible.ranges())
     key = torch.arange(keys)
-    assert torch.equal(pairs_of(parts.parts_of(visible), visible), ((key >= lo) & (key < hi)).int())
+    assert torch.equal(pairs_of(parts.parts_of(visible).every, visible), ((key >= lo) & (key < hi)).int())
 
 
 @pytest.mark.parametrize(
@@ -309,29 +341,44 @@ def test_what_hides_nothing_needs_no_mask(arguments, forms):
     if "key_lengths" in arguments:
         arguments = arguments | {"key_lengths": torch.tensor(arguments["key_lengths"])}
     visible = Visibility.of_shapes((2, 2, 64, 8), (2, 2, 64, 8), CPU, **arguments)
-    assert [part.form for part in parts.parts_of(visible)] == forms
+    assert [part.form for part in parts.parts_of(visible).every] == forms
 
 
 @pytest.mark.parametrize("rows", [9, 17, 48])
 def test_rows_without_keys_at_the_end_of_a_part_are_none(rows):
     """A window that leaves the keys behind: PyTorch's kernel divides by the number of keys of a part."""
     visible = Visibility(1, 2, 2, 48, 48, CPU, left=rows - 1, right=0, key_lengths=torch.tensor([20]))
-    assert all(part.width for part in parts.parts_of(visible))
+    assert all(part.width for part in parts.parts_of(visible).every)
     tensors = harness.inputs(torch.float32, CPU, kv_heads=2, q_len=48, k_len=48)
     check(tensors, window=(rows - 1, 0), key_lengths=torch.tensor([20, 33]))
+
+
+def test_layers_of_one_layout_share_its_parts():
+    lengths, shape = torch.tensor([40, 64]), (2, 2, 64, 8)
+    found = [parts.parts_of(Visibility.of_shapes(shape, shape, CPU, key_lengths=lengths)) for _ in range(2)]
+    assert found[0] is found[1]
+    lengths[1] = 9
+    changed = parts.parts_of(Visibility.of_shapes(shape, shape, CPU, key_lengths=lengths))
+    assert [part.width for part in changed.every] == [40, 9]
+
+
+def test_short_documents_of_one_length_are_one_part():
+    starts = torch.arange(0, 65, 2, dtype=torch.int32)
+    visible = Visibility(1, 2, 2, 64, 64, CPU, right=0, sequences=Sequences(starts, starts, 2, 2))
+    assert [(part.form, part.count, part.height) for part in parts.parts_of(visible).every] == [("causal", 32, 2)]
 
 
 def test_documents_of_one_length_are_one_part():
     starts = torch.arange(64) // 8 * 8
     bounds = torch.stack([starts, torch.arange(64) + 1], -1)[None].int()
-    (part,) = parts.parts_of(Visibility(1, 2, 2, 64, 64, CPU, key_ranges=bounds))
+    (part,) = parts.parts_of(Visibility(1, 2, 2, 64, 64, CPU, key_ranges=bounds)).every
     assert (part.form, part.count, part.height, part.step) == ("causal", 8, 8, 8)
 
 
 def test_documents_at_other_distances_are_parts_of_their_own():
     first = torch.tensor([0, 10, 20, 40, 60]).repeat_interleave(8)
     bounds = torch.stack([first, first + torch.arange(40) % 8 + 1], -1)[None].int()
-    found = parts.parts_of(Visibility(1, 2, 2, 40, 70, CPU, key_ranges=bounds))
+    found = parts.parts_of(Visibility(1, 2, 2, 40, 70, CPU, key_ranges=bounds)).every
     assert [(part.count, part.key_step) for part in found] == [(3, 10), (2, 20)]
 
 

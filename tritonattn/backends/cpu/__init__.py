@@ -36,6 +36,7 @@ from torch import Tensor
 from ...core.call import AttentionCall, ForwardResult
 from ...core.terms import Gradients, Needs
 from . import backward_pass, by_parts, forward_pass
+from .parts import parts_of
 
 
 def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
@@ -43,14 +44,7 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
 
     rounding, int8 and shaped like the output, receives what the output lost when it was rounded: `core.rounding`.
     """
-    prepared = by_parts.prepared(call)
-    if prepared is None:
-        found = forward_pass.forward(call, rounding)
-    else:
-        found = by_parts.forward(prepared.call, rounding)
-        rows = by_parts.rows_of_tiles(found.lse, call.visibility, prepared.spoiled)
-        if rows is not None:
-            found = _with_rows_of_tiles(call, found, rounding, rows)
+    found = _by_parts(call, rounding) if by_parts.takes(call) else forward_pass.forward(call, rounding)
     if not aux:
         return found
     return ForwardResult(found.out, found.lse, *forward_pass.statistics_of_rows(call, found.lse))
@@ -70,17 +64,36 @@ def backward(
     out [B, Hq, Sq, Dv], lse [B, Hq, Sq] and rounding are those of `forward`; d_out and d_lse are alike, any strides.
     """
     needs_tiles = d_lse is not None or needs.key_bias or needs.bias or needs.relative_bias
-    prepared = None if needs_tiles else by_parts.prepared(call, needs)
+    if needs_tiles or not by_parts.takes(call):
+        return backward_pass.backward(call, out, lse, d_out, d_lse, needs, rounding)
+    parts = parts_of(call.visibility)
+    prepared = by_parts.prepared(call, parts, needs)
     if prepared is None:
         return backward_pass.backward(call, out, lse, d_out, d_lse, needs, rounding)
     rows = by_parts.rows_of_tiles(lse, call.visibility, prepared.spoiled)
     if rows is None:
-        return by_parts.backward(prepared.call, out, lse, d_out, needs, rounding)
+        return by_parts.backward(prepared.call, parts, (out, lse, rounding), d_out, needs)
     # A row with an lse of -inf has no gradient: each way leaves the other's rows out, and what they find adds up.
-    of_parts = by_parts.backward(prepared.call, out, lse.masked_fill(rows, -torch.inf), d_out, needs, rounding)
+    saved = out, lse.masked_fill(rows, -torch.inf), rounding
+    of_parts = by_parts.backward(prepared.call, parts, saved, d_out, needs)
     of_tiles = backward_pass.backward(call, out, lse.masked_fill(~rows, -torch.inf), d_out, None, needs, rounding)
     pairs = zip(of_parts, of_tiles, strict=True)
     return Gradients(*(None if x is None or y is None else x + y for x, y in pairs))
+
+
+def _by_parts(call: AttentionCall, rounding: Tensor | None) -> ForwardResult:
+    """The result by parts where it is sound, with rows by tiles where it is not."""
+    parts = parts_of(call.visibility)
+    found = by_parts.forward(call, parts, rounding)
+    if by_parts.is_sound(call, parts, found):
+        return found
+    prepared = by_parts.prepared(call, parts)
+    if prepared is None:
+        return forward_pass.forward(call, rounding)
+    if prepared.call is not call:
+        found = by_parts.forward(prepared.call, parts, rounding)
+    rows = by_parts.rows_of_tiles(found.lse, call.visibility, prepared.spoiled)
+    return found if rows is None else _with_rows_of_tiles(call, found, rounding, rows)
 
 
 def _with_rows_of_tiles(

@@ -11,8 +11,8 @@ kernel for share_i d_out_i, given the out that a sink left.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from ...core.pair_biases import reflected
 from ...core.rounding import before_rounding, lost_in_rounding
 from ...core.terms import Gradients, Needs
 from ...core.visibility import Visibility
-from .parts import Part, cut_rows, parts_of, unstacked
+from .parts import Part, Parts, cut_rows, unstacked
 from .sdpa import SHARES_KEY_HEADS, VECTOR, folds_rows, for_kernel, stays_finite
 from .tiles import sliced
 
@@ -42,21 +42,37 @@ class Prepared(NamedTuple):
     spoiled: Tensor | None = None
 
 
-def prepared(call: AttentionCall, needs: Needs | None = None) -> Prepared | None:
+def takes(call: AttentionCall) -> bool:
+    """True where the kernel has all terms of the call."""
+    terms, visible = call.logits, call.visibility
+    return not (visible.invariant or terms.softcap is not None or call.dropout is not None) and call.k.is_cpu
+
+
+def is_sound(call: AttentionCall, parts: Parts, found: ForwardResult) -> bool:
+    """True where the kernel was right for the operands of the call, as its results show.
+
+    It adds -inf to hidden logits, which leaves NaN, and its maximum skips NaN among few keys, whose lse is then 0.
+    """
+    sizes = found.lse.abs()
+    if not (parts.has_all_rows and not _has_mask(call)):
+        sizes.masked_fill_(found.lse == -torch.inf, 1)  # rows without keys
+    least, most = (float(x) for x in sizes.aminmax())
+    if not (least > 0 and most <= _LARGEST_LSE):
+        return False
+    return not _meets_hidden(call, parts) or math.isfinite(found.out.sum(dtype=found.lse.dtype))
+
+
+def prepared(call: AttentionCall, parts: Parts, needs: Needs | None = None) -> Prepared | None:
     """The call as the kernel takes it for its output, or for gradients; None where it cannot honour something.
 
-    It adds -inf to hidden logits, which leaves NaN, and its maximum skips NaN among few keys. So where operands hold
-    NaN or infinity, zeros stand for keys that no row attends to, for rows without keys, and for the packed sequences
-    that hold them; the rest must be finite.
+    Where operands hold NaN or infinity, zeros stand for keys that no row attends to, for rows without keys, and for the
+    packed sequences that hold them; the rest must be finite.
     """
     visible, terms = call.visibility, call.logits
-    if call.k.device.type != "cpu" or visible.invariant or terms.softcap is not None or call.dropout is not None:
-        return None
-    meets_hidden = _has_mask(call) or any(part.form == "ranges" or part.width < VECTOR for part in parts_of(visible))
-    has_scales = terms.query_scale is not None or terms.key_scale is not None
-    hides = not (visible.every_row_attends and visible.attends_to_every_key)
-    of_scales = needs is not None and has_scales and hides
-    if not (meets_hidden or of_scales) or stays_finite(call, call.v):
+    of_scales = needs is not None and not (terms.query_scale is None and terms.key_scale is None)
+    if of_scales:  # they meet the gradients of operands, 0 or not
+        of_scales = not (visible.every_row_attends and visible.attends_to_every_key)
+    if not (of_scales or _meets_hidden(call, parts)) or stays_finite(call, call.v):
         return Prepared(call)
     call = _with_zeros(call, ~visible.attending_rows(), ~visible.seen_keys())
     if stays_finite(call, call.v):
@@ -66,6 +82,10 @@ def prepared(call: AttentionCall, needs: Needs | None = None) -> Prepared | None
     rows, keys = _spoiled(call)
     call = _with_zeros(call, rows[:, None], keys[:, None])
     return Prepared(call, rows) if stays_finite(call, call.v) else None
+
+
+def _meets_hidden(call: AttentionCall, parts: Parts) -> bool:
+    return _has_mask(call) or any(part.form == "ranges" or part.width < VECTOR for part in parts.every)
 
 
 def _with_zeros(call: AttentionCall, rows: Tensor, keys: Tensor) -> AttentionCall:
@@ -96,9 +116,12 @@ def _spoiled(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _has_mask(call: AttentionCall) -> bool:
+    return call.visibility.mask is not None or _has_bias(call)
+
+
+def _has_bias(call: AttentionCall) -> bool:
     terms = call.logits
-    biases = terms.key_bias, terms.bias, terms.relative_bias
-    return call.visibility.mask is not None or any(bias is not None for bias in biases)
+    return not (terms.key_bias is None and terms.bias is None and terms.relative_bias is None)
 
 
 def rows_of_tiles(lse: Tensor, visible: Visibility, spoiled: Tensor | None) -> Tensor | None:
@@ -119,20 +142,23 @@ def rows_of_tiles(lse: Tensor, visible: Visibility, spoiled: Tensor | None) -> T
     return rows[:, None].expand_as(steep)
 
 
-def forward(call: AttentionCall, rounding: Tensor | None = None) -> ForwardResult:
-    """Compute the output and lse of a `prepared` call; rounding as in `forward_pass.forward`."""
-    operands = _Operands.of(call, is_wide=rounding is not None)
-    rows, value_width = call.q.shape[:3], call.v.shape[3]
-    parts = list(operands.parts())
-    if len(parts) == 1 and parts[0].is_whole(call.visibility):
-        out, lse = operands.attend(parts[0])
+def forward(call: AttentionCall, parts: Parts, rounding: Tensor | None = None) -> ForwardResult:
+    """Compute the output and lse of a call that it `takes`; rounding as in `forward_pass.forward`.
+
+    They hold for operands as of `prepared`.
+    """
+    operands = _Operands(call, parts, is_wide=rounding is not None)
+    every = operands.parts()
+    if parts.is_whole and len(every) == 1:
+        out, lse = operands.attend(every[0])
     else:
-        out = operands.v.new_empty(*rows, value_width)
+        rows = call.q.shape[:3]
+        out = operands.v.new_empty(*rows, call.v.shape[3])
         lse = call.q.new_empty(rows, dtype=operands.dtype)
-        if sum(part.entries * part.height for part in parts) < call.visibility.batch * call.visibility.q_len:
-            out.zero_()  # rows without keys are in no part
+        if not parts.has_all_rows:
+            out.zero_()
             lse.fill_(-torch.inf)
-        for part in parts:
+        for part in every:
             found = operands.attend(part)
             part.of_rows(out).copy_(found[0])
             part.of_rows(lse).copy_(found[1])
@@ -145,24 +171,33 @@ def forward(call: AttentionCall, rounding: Tensor | None = None) -> ForwardResul
 
 
 def backward(
-    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, needs: Needs, rounding: Tensor | None = None
+    call: AttentionCall,
+    parts: Parts,
+    saved: tuple[Tensor, Tensor, Tensor | None],
+    d_out: Tensor,
+    needs: Needs,
 ) -> Gradients:
-    """Compute the gradients that `needs` asks for, none of a bias, as `backward_pass.backward` does without d_lse."""
-    operands, terms = _Operands.of(call, is_wide=True), call.logits
+    """Compute the gradients that `needs` asks for, none of a bias, as `backward_pass.backward` does without d_lse.
+
+    call    as of `prepared`
+    saved   out, lse and rounding
+    """
+    operands, terms, (out, lse, rounding) = _Operands(call, parts, is_wide=True), call.logits, saved
     out = out.to(operands.dtype) if rounding is None else before_rounding(out, rounding)
-    blind = lse == -torch.inf
-    d_out = d_out.to(operands.dtype).masked_fill(blind[..., None], 0)
+    gap = None if terms.sinks is None else _above_sinks(lse, terms.sinks)
+    d_out, blind = d_out.to(operands.dtype), lse == -torch.inf
+    if bool(blind.any()):
+        d_out, lse = d_out.masked_fill(blind[..., None], 0), lse.masked_fill(blind, torch.inf)
     found: dict[str, Tensor] = {}
-    if terms.sinks is not None:
-        gap = _above_sinks(lse, terms.sinks)
+    if gap is not None:
         found["sinks"] = -(torch.sigmoid(-gap) * torch.linalg.vecdot(out, d_out))
         d_out = d_out * torch.sigmoid(gap)[..., None]
-    found["q"], found["k"], found["v"] = operands.gradients(out, lse.masked_fill(blind, torch.inf), d_out)
+    found["q"], found["k"], found["v"] = operands.gradients(out, lse, d_out)
     for name, x, scale in (("q", call.q, terms.query_scale), ("k", call.k, terms.key_scale)):
         scaled = found[name]
         if scale is not None:
             found["query_scale" if name == "q" else "key_scale"] = torch.linalg.vecdot(scaled, x.to(scaled.dtype))
-            found[name] = scaled * scale[..., None]
+            scaled.mul_(scale[..., None])
     pairs = zip(Gradients._fields, call.tensors, needs, strict=True)
     return Gradients(*(found[name].to(x.dtype) if need and x is not None else None for name, x, need in pairs))
 
@@ -172,7 +207,6 @@ def _above_sinks(lse: Tensor, sinks: Tensor) -> Tensor:
     return (lse - sinks).masked_fill(lse == -torch.inf, 0)
 
 
-@dataclass(frozen=True)
 class _Operands:
     """The operands of the kernel: one head dim for all, with scales folded into q and k, in one dtype.
 
@@ -182,50 +216,40 @@ class _Operands:
     dtype    of lse and masks: fp32, or fp64 for fp64 q
     """
 
-    call: AttentionCall
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float
-    factor: float
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, call: AttentionCall, is_wide: bool) -> _Operands:
-        terms, dtype = call.logits, torch.promote_types(call.q.dtype, torch.float32)
+    def __init__(self, call: AttentionCall, parts: Parts, is_wide: bool) -> None:
+        terms, q, k, v = call.logits, call.q, call.k, call.v
+        self.call, self.of_call, self.has_mask = call, parts, _has_mask(call)
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
         is_scaled = terms.query_scale is not None or terms.key_scale is not None
-        if is_wide or is_scaled or call.narrowed() is not call:
-            q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
-        else:
-            q, k, v = call.q, call.k, call.v
+        if v.dtype != self.dtype and (is_wide or is_scaled or not q.dtype == k.dtype == v.dtype):
+            q, k, v = (x.to(self.dtype) for x in (q, k, v))
         if terms.query_scale is not None:
             q = q * terms.query_scale[..., None]
         if terms.key_scale is not None:
             k = k * terms.key_scale[..., None]
-        power = math.ldexp(1.0, math.frexp(terms.scale)[1] - 1) if q.dtype == dtype else abs(terms.scale) or 1.0
-        factor = terms.scale / power
-        q = q if factor == 1 else q * factor
+        is_exact = q.dtype == self.dtype
+        self.scale = math.ldexp(1.0, math.frexp(terms.scale)[1] - 1) if is_exact else abs(terms.scale) or 1.0
+        self.factor = terms.scale / self.scale
+        if self.factor != 1:
+            q = q * self.factor
         width = max(q.shape[-1], v.shape[-1])
-        q, k, v = (for_kernel(x, width) for x in (q, k, v))
-        return cls(call, q, k, v, power, factor, dtype)
+        self.q, self.k, self.v = for_kernel(q, width), for_kernel(k, width), for_kernel(v, width)
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Sequence[Part]:
         """The parts of the call, cut to fewer rows where a mask of theirs has to be made."""
-        visible, terms = self.call.visibility, self.call.logits
-        tensors = [x for x in (visible.mask, terms.bias, terms.relative_bias) if x is not None]
-        if not _has_mask(self.call):
-            yield from parts_of(visible)
-            return
+        if not self.has_mask:
+            return self.of_call.every
+        terms, mask = self.call.logits, self.call.visibility.mask
+        tensors = [x for x in (mask, terms.bias, terms.relative_bias) if x is not None]
         # The kernel adds its mask to what a triangle hides, so that NaN and infinity would stay there.
-        with_triangle = terms.key_bias is not None and not tensors and bool((terms.key_bias < torch.inf).all())
+        with_triangle = terms.key_bias is not None and not tensors and bool(terms.key_bias.amax() < torch.inf)
         has_bias_alone = len(tensors) == 1 and tensors[0] is terms.bias and terms.key_bias is None
         # The kernel wants the keys of its mask side by side: else a copy of all pairs.
         with_rectangle = with_triangle or (has_bias_alone and tensors[0].shape[-1] > 1 and tensors[0].stride(-1) == 1)
         taken = {"causal": with_triangle, "full": with_rectangle, "ranges": False}
         masks = max([x.shape[0] * x.shape[1] for x in tensors], default=1)
-        for part in parts_of(visible):
-            for one in unstacked(part):
-                yield from [one] if taken[part.form] else cut_rows(one, masks)
+        single = [one for part in self.of_call.every for one in unstacked(part)]
+        return [cut for one in single for cut in ([one] if taken[one.form] else cut_rows(one, masks))]
 
     def attend(self, part: Part) -> tuple[Tensor, Tensor]:
         """out [N, Hq, rows, Dv] and lse [N, Hq, rows] of a part."""
@@ -235,14 +259,14 @@ class _Operands:
         if folds:
             q = q.unflatten(1, (-1, group)).flatten(2, 3)
         out, lse = _forward(q, k, v, 0.0, part.form == "causal", attn_mask=mask, scale=self.scale)
-        out = out[..., : self.call.v.shape[-1]]
+        if out.shape[-1] > self.call.v.shape[-1]:
+            out = out[..., : self.call.v.shape[-1]]
         if folds:
             out, lse = out.reshape(*shape, -1), lse.reshape(shape)
-        if mask is None:
+        # The kernel's lse of a row without keys, or of one with NaN in its mask, is 0 or NaN.
+        if mask is None or bool(lse.abs().amin() > 0):
             return out, lse
-        suspects = ~(lse.abs() > 0)  # the kernel's lse of a row without keys, or of one with NaN in its mask: 0, or NaN
-        if not bool(suspects.any()):
-            return out, lse
+        suspects = ~(lse.abs() > 0)
         largest = self._visible(part, mask).amax(-1)
         blind, spoiled = suspects & (largest == -torch.inf), suspects & largest.isnan()
         out = out.masked_fill(blind[..., None], 0).masked_fill(spoiled[..., None], torch.nan)
@@ -256,30 +280,31 @@ class _Operands:
         width, (q_width, value_width) = self.q.shape[-1], (self.call.q.shape[-1], self.call.v.shape[-1])
         query, lone = self.q, self._lone_rows(lse)
         if lone is not None:  # their softmax is 1, whatever the logit: that of 0 gives no rounding to k
-            query, lse = query.masked_fill(lone[..., None], 0), lse.masked_fill(lone, -torch.inf)
+            query = query.masked_fill(lone[..., None], 0)
+            lse = lse.masked_fill(lone, -torch.inf if _has_bias(self.call) else 0)
         of_rows = (for_kernel(d_out, width), query, for_kernel(out, width), lse)
-        parts = list(self.parts())
-        if len(parts) == 1 and parts[0].is_whole(self.call.visibility):
-            d_q, d_k, d_v = self._gradients(parts[0], *of_rows)
+        every = self.parts()
+        if self.of_call.is_whole and len(every) == 1:
+            d_q, d_k, d_v = self._gradients(every[0], *of_rows)
         else:
-            d_q, d_k, d_v = (torch.zeros_like(x) for x in (self.q, self.k, self.v))
-            for part in parts:
+            d_q = torch.empty_like(self.q) if self.of_call.has_all_rows else torch.zeros_like(self.q)
+            d_k, d_v = torch.zeros_like(self.k), torch.zeros_like(self.v)
+            for part in every:
                 of_query, *of_keys = self._gradients(part, *of_rows)
                 part.of_rows(d_q).copy_(of_query)
                 for whole, found in zip((d_k, d_v), of_keys, strict=True):
                     part.add_to_keys(whole, found)
         if lone is not None:
-            d_q = d_q.masked_fill(lone[..., None], 0)
+            d_q.masked_fill_(lone[..., None], 0)
         d_q = d_q[..., :q_width]
-        return d_q if self.factor == 1 else d_q * self.factor, d_k[..., :q_width], d_v[..., :value_width]
+        return d_q if self.factor == 1 else d_q.mul_(self.factor), d_k[..., :q_width], d_v[..., :value_width]
 
     def _gradients(self, part: Part, *of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         d_out, q, out, lse = (part.of_rows(x) for x in of_rows)
         k, v = self._keys_and_values(part)
-        mask, lone = self._mask(part), lse == -torch.inf
-        if bool(lone.any()):
-            lse = torch.where(lone, 0 if mask is None else self._visible(part, mask).amax(-1), lse)
-        lse = lse.transpose(1, 2).contiguous().transpose(1, 2)  # as the kernel's forward lays it out
+        mask = self._mask(part)
+        if mask is not None and _has_bias(self.call) and bool((lone := lse == -torch.inf).any()):
+            lse = torch.where(lone, self._visible(part, mask).amax(-1), lse)
         settings = {"attn_mask": mask, "scale": self.scale}
         d_q, d_k, d_v = _backward(d_out, q, k, v, out, lse, 0.0, part.form == "causal", **settings)
         if k.shape[1] != self.k.shape[1]:
@@ -295,6 +320,8 @@ class _Operands:
 
     def _mask(self, part: Part) -> Tensor | None:
         """The biases of a part, -inf for hidden pairs: each axis of [N, Hq, rows, keys] or 1; None for none."""
+        if not self.has_mask:
+            return self.of_call.mask(part, self.dtype) if part.form == "ranges" else None
         visible, terms, batch, rows, keys = self.call.visibility, self.call.logits, part.batch, part.rows, part.keys
         every, total = slice(None), None
         if terms.key_bias is not None:
@@ -309,9 +336,7 @@ class _Operands:
             total = pairs if total is None else total + pairs
         hidden = None if visible.mask is None else ~sliced(visible.mask, batch, every, rows, keys)
         if part.form == "ranges":
-            lo, hi = (sliced(bound, batch, rows)[:, None, :, None] for bound in visible.ranges())
-            key = torch.arange(keys.start, keys.stop)
-            outside = (key < lo) | (key >= hi)
+            outside = self.of_call.hidden(part)
             hidden = outside if hidden is None else hidden | outside
         if hidden is not None and total is not None:
             total = total.masked_fill(hidden, -torch.inf)
@@ -331,7 +356,11 @@ class _Operands:
 
     def _lone_rows(self, lse: Tensor) -> Tensor | None:
         """Rows of one key, bool [B, Hq, Sq], or None where there is none; a bias can hide the one key."""
+        visible, lone = self.call.visibility, self.of_call.lone
         if self.call.is_part or self.call.logits.sinks is not None:
             return None
-        lone = (self.call.visibility.counts() == 1) & (lse < torch.inf)
-        return lone if bool(lone.any()) else None
+        if visible.mask is not None:
+            lone = visible.counts() == 1
+        if lone is None or not bool((lone := lone & (lse < torch.inf)).any()):
+            return None
+        return lone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...core.sequences import Sequences
 from ...core.visibility import Visibility
 
 # Rows of a part whose pairs are neither a rectangle nor a triangle: its mask has this many at most, and _PAIRS pairs
@@ -20,9 +22,13 @@ _PAIRS = 1 << 22
 _CALL = 20_000
 # Shorter rectangles and triangles join their neighbours under one mask: a call of the kernel costs as much.
 _SHORTEST = 24
+# Layouts of tokens whose parts are kept: the layers of a model share them. And masks of few pairs, of 1 MB at most.
+_LAYOUTS = 64
+_MASKS = 8
+_PAIRS_OF_KEPT = 1 << 18
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """Rows of some batch entries, and the keys outside which they attend to none.
 
@@ -59,11 +65,6 @@ class Part:
         """The pairs of a head that the kernel computes."""
         return self.entries * self.height * self.width * (0.5 if self.form == "causal" else 1)
 
-    def is_whole(self, visible: Visibility) -> bool:
-        """True where it holds every row and every key."""
-        sizes = self.batch.stop - self.batch.start, self.height, self.width
-        return self.count == 1 and sizes == (visible.batch, visible.q_len, visible.k_len)
-
     def of_rows(self, x: Tensor) -> Tensor:
         """Its rows of x [B, Hq, Sq, ...], as a view [N, Hq, rows, ...]; N is batch entries, or `count`."""
         return self._of(x, self.rows, self.step)
@@ -74,14 +75,18 @@ class Part:
 
     def add_to_keys(self, whole: Tensor, found: Tensor) -> None:
         """Add what was found for its keys, [N, Hkv, keys, C], to whole [B, Hkv, Sk, C]: parts may share keys."""
+        if self.count == 1 or self.key_step >= self.width:
+            self.of_keys(whole).add_(found)
+            return
         pieces = unstacked(self)
         for piece, one in zip(pieces, found.split(found.shape[0] // len(pieces)), strict=True):
             piece.of_keys(whole).add_(one)
 
     def _of(self, x: Tensor, entries: slice, step: int) -> Tensor:
-        if self.count == 1:
-            return x[self.batch, :, entries]
         size = entries.stop - entries.start
+        if self.count == 1:
+            is_whole = x.shape[0] == self.batch.stop - self.batch.start and x.shape[2] == size
+            return x if is_whole else x[self.batch, :, entries]
         whole = x[self.batch.start, :, entries.start : entries.stop + (self.count - 1) * step]
         windows = whole.unfold(1, size, step)  # [H, count, ..., size]
         return windows.movedim(-1, 2).transpose(0, 1)
@@ -114,22 +119,86 @@ class _Run(NamedTuple):
         return min(self.first, self.first + last * self.steps[0]), max(ends)
 
 
-def parts_of(visible: Visibility) -> list[Part]:
-    """The parts that hold all visible pairs by ranges; a dense mask narrows them. Reads the ranges' values."""
-    return visible.once("parts", lambda: _parts_of(visible))
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The parts that hold all visible pairs by ranges; a dense mask narrows them.
+
+    lo, hi         the ranges, [B or 1, Sq]
+    every          the parts
+    is_whole       there is one, which holds every row and every key
+    has_all_rows   each row is in one
+    lone           rows of one key by ranges, bool [B or 1, 1, Sq], or None where there is none
+    """
+
+    lo: Tensor
+    hi: Tensor
+    every: tuple[Part, ...]
+    is_whole: bool
+    has_all_rows: bool
+    lone: Tensor | None
+
+    @classmethod
+    def of(cls, visible: Visibility) -> Parts:
+        """The parts of a call; reads the ranges' values."""
+        lo, hi = visible.ranges()
+        every = tuple(_parts_of(visible, lo, hi))
+        sizes = {(part.batch.stop - part.batch.start, part.height, part.width, part.count) for part in every}
+        is_whole = sizes == {(visible.batch, visible.q_len, visible.k_len, 1)} and len(every) == 1
+        rows = sum(part.entries * part.height for part in every)
+        lone = (hi - lo == 1)[:, None]
+        return cls(lo, hi, every, is_whole, rows == visible.batch * visible.q_len, lone if bool(lone.any()) else None)
+
+    def hidden(self, part: Part) -> Tensor:
+        """True for pairs of a part outside of the ranges: [B or 1, 1, rows, keys]."""
+        bounds = (x[part.batch if x.shape[0] > 1 else slice(None), None, part.rows, None] for x in (self.lo, self.hi))
+        lo, hi = bounds
+        key = torch.arange(part.keys.start, part.keys.stop, device="cpu")
+        return (key < lo) | (key >= hi)
+
+    def mask(self, part: Part, dtype: torch.dtype) -> Tensor:
+        """-inf for the `hidden` pairs of a part, and 0 for others."""
+        return (_kept_mask if part.pairs <= _PAIRS_OF_KEPT else _mask)(self, part, dtype)
 
 
-def _parts_of(visible: Visibility) -> list[Part]:
+def parts_of(visible: Visibility) -> Parts:
+    """The parts of a call's visible pairs. They are found once where lengths and the sides of a window tell them."""
+    if visible.key_ranges is not None:
+        return visible.once("parts", lambda: Parts.of(visible))
+    sequences, starts = visible.sequences, (None, None)
+    if sequences is not None:
+        starts = sequences.q_starts, sequences.k_starts
+    numbers = (None if x is None else tuple(x.tolist()) for x in (visible.key_lengths, visible.row_counts, *starts))
+    sizes = visible.batch, visible.q_heads, visible.kv_heads, visible.q_len, visible.k_len
+    return _parts_of_lengths(sizes, (visible.left, visible.right), visible.at_lengths, *numbers)
+
+
+@functools.lru_cache(_LAYOUTS)
+def _parts_of_lengths(sizes, sides, at_lengths, *numbers) -> Parts:
+    lengths, rows, *starts = (None if x is None else torch.tensor(x, device="cpu") for x in numbers)
+    sequences = None if starts[0] is None else Sequences(*starts, sizes[3], sizes[4])
+    settings = {"sequences": sequences, "at_lengths": at_lengths, "row_counts": rows}
+    return Parts.of(Visibility(*sizes, torch.device("cpu"), *sides, lengths, **settings))
+
+
+def _mask(parts: Parts, part: Part, dtype: torch.dtype) -> Tensor:
+    hidden = parts.hidden(part)
+    return torch.zeros(hidden.shape, dtype=dtype, device="cpu").masked_fill_(hidden, -torch.inf)
+
+
+_kept_mask = functools.lru_cache(_MASKS)(_mask)
+
+
+def _parts_of(visible: Visibility, lo: Tensor, hi: Tensor) -> list[Part]:
     everything = slice(0, visible.batch), slice(0, visible.q_len), slice(0, visible.k_len)
     if visible.is_full or visible.is_square_causal:
         return [Part(*everything, "full" if visible.is_full else "causal")]
-    lo, hi = visible.ranges()
     parts = []
     for batch in _equal_entries(lo, hi, visible.batch):
         entry = min(batch.start, lo.shape[0] - 1), min(batch.start, hi.shape[0] - 1)
-        found = [part for run in _joined(_runs(lo[entry[0]], hi[entry[1]])) for part in _cut(run, batch)]
+        stacks = batch.stop - batch.start == 1
+        found = [part for run in _joined(_runs(lo[entry[0]], hi[entry[1]]), stacks) for part in _cut(run, batch)]
         found = [part for part in found if part.width > 0]  # the kernel divides by the number of keys
-        parts += found if batch.stop - batch.start > 1 else _stacked(found, ("full", "causal"))
+        parts += _stacked(found, ("full", "causal")) if stacks else found
     masked = cut_rows(Part(*everything, "ranges"), visible.batch)
     return masked if _cost(masked, visible.q_heads) < _cost(parts, visible.q_heads) else parts
 
@@ -193,14 +262,14 @@ def _runs(lo: Tensor, hi: Tensor) -> list[_Run]:
     return [run for run in runs if run.form]
 
 
-def _joined(runs: list[_Run]) -> list[list[_Run]]:
-    """Runs by themselves, or several short ones."""
-
-    def is_alone(place: int) -> int:
-        run = runs[place]
-        return place if run.stop - run.start >= _SHORTEST else -1
-
-    return [[runs[place] for place in places] for _, places in groupby(range(len(runs)), is_alone)]
+def _joined(runs: list[_Run], stacks: bool) -> list[list[_Run]]:
+    """Runs by themselves, or several short ones; where parts are stacked, equal ones are one, however short."""
+    alone: list[int] = []
+    for (form, rows, _), equal in groupby(runs, lambda run: (run.form, run.stop - run.start, run.end - run.first)):
+        count = len(list(equal))
+        total = rows * count if stacks and form != "ranges" else rows
+        alone += range(len(alone), len(alone) + count) if total >= _SHORTEST else [-1] * count
+    return [[runs[place] for place in places] for _, places in groupby(range(len(runs)), alone.__getitem__)]
 
 
 def _cut(runs: list[_Run], batch: slice) -> list[Part]:
