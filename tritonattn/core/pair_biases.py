@@ -79,3 +79,15 @@ def _by_windows(x: Tensor, offset: Tensor, columns: slice) -> Tensor:
     before, after = max(0, -least), max(0, most + width - count)
     windows = pad(x.flip(-1), (before, after)).unfold(-1, width, 1)
     return windows.index_select(-2, first + before)
+
+
+def sums_of_diagonals(pairs: Tensor) -> Tensor:
+    """y[..., t] = the sum of pairs[..., i, c] over i - c = t - (C - 1): [..., R + C - 1] for pairs [..., R, C].
+
+    In rows of R + C - 1 entries, of which the last C are pairs, a diagonal is a column of rows one entry longer.
+    """
+    *outer, rows, keys = pairs.shape
+    width = rows + keys - 1
+    padded = pairs.new_zeros(*outer, rows * width + rows)
+    padded[..., : rows * width].unflatten(-1, (rows, width))[..., rows - 1 :] = pairs
+    return padded.as_strided((*outer, rows, width), (*padded.stride()[:-1], width + 1, 1)).sum(-2).flip(-1)

@@ -11,7 +11,8 @@ from torch import Tensor
 from ...core.call import AttentionCall
 from ...core.rounding import before_rounding
 from ...core.terms import Gradients, Needs
-from .tiles import Block, Heads, Tiles, exp_, logits_of, tiles_of
+from .fixed_tiles import tiles_of
+from .tiles import Block, Heads, Tiles, exp_, logits_of
 
 
 def backward(
@@ -103,9 +104,11 @@ class _Rows:
         out, rounding, lse, d_out, d_lse = saved
         lse = tiles.of_each_row(lse, block)
         blind = lse == -torch.inf
+        has_blind = not tiles.readable or bool(blind.any())
 
         def seeing(x: Tensor) -> Tensor:
-            return tiles.of_rows(x, block).masked_fill(blind, 0)
+            rows = tiles.of_rows(x, block)
+            return rows.masked_fill(blind, 0) if has_blind else rows
 
         query, d_out = seeing(call.q), seeing(d_out)
         query_scale = None if call.logits.query_scale is None else seeing(call.logits.query_scale[..., None])

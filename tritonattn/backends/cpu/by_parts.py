@@ -129,7 +129,10 @@ def rows_of_tiles(lse: Tensor, visible: Visibility, spoiled: Tensor | None) -> T
 
     They are spoiled, as of `Prepared`, or their logits are too large for it.
     """
-    steep = (lse.abs() > _LARGEST_LSE) & (lse > -torch.inf)
+    sizes = lse.abs()
+    if spoiled is None and bool(sizes.amax() <= _LARGEST_LSE):
+        return None
+    steep = (sizes > _LARGEST_LSE) & (lse > -torch.inf)
     if spoiled is None and not bool(steep.any()):
         return None
     rows = steep.any(1)  # [B, Sq]
@@ -278,9 +281,10 @@ class _Operands:
         out and d_out [B, Hq, Sq, Dv], lse [B, Hq, Sq] with inf for rows without keys
         """
         width, (q_width, value_width) = self.q.shape[-1], (self.call.q.shape[-1], self.call.v.shape[-1])
-        query, lone = self.q, self._lone_rows(lse)
+        query, lone, kept = self.q, self._lone_rows(lse), None
         if lone is not None:  # their softmax is 1, whatever the logit: that of 0 gives no rounding to k
-            query = query.masked_fill(lone[..., None], 0)
+            kept = (~lone)[..., None].to(query.dtype)
+            query = query * kept
             lse = lse.masked_fill(lone, -torch.inf if _has_bias(self.call) else 0)
         of_rows = (for_kernel(d_out, width), query, for_kernel(out, width), lse)
         every = self.parts()
@@ -294,8 +298,8 @@ class _Operands:
                 part.of_rows(d_q).copy_(of_query)
                 for whole, found in zip((d_k, d_v), of_keys, strict=True):
                     part.add_to_keys(whole, found)
-        if lone is not None:
-            d_q.masked_fill_(lone[..., None], 0)
+        if kept is not None:
+            d_q.mul_(kept)
         d_q = d_q[..., :q_width]
         return d_q if self.factor == 1 else d_q.mul_(self.factor), d_k[..., :q_width], d_v[..., :value_width]
 

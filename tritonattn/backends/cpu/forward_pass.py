@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ...core.call import AttentionCall, ForwardResult
 from ...core.rounding import lost_in_rounding
-from .tiles import Block, Tiles, bounded_, exp_, logits_of, tiles_of, without_smallest_
+from .fixed_tiles import tiles_of
+from .tiles import Block, Tiles, bounded_, exp_, logits_of, without_smallest_
 
 
 def forward(call: AttentionCall, rounding: Tensor | None = None) -> ForwardResult:

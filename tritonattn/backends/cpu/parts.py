@@ -173,11 +173,18 @@ def parts_of(visible: Visibility) -> Parts:
 
 
 @functools.lru_cache(_LAYOUTS)
-def _parts_of_lengths(sizes, sides, at_lengths, *numbers) -> Parts:
-    lengths, rows, *starts = (None if x is None else torch.tensor(x, device="cpu") for x in numbers)
-    sequences = None if starts[0] is None else Sequences(*starts, sizes[3], sizes[4])
-    settings = {"sequences": sequences, "at_lengths": at_lengths, "row_counts": rows}
-    return Parts.of(Visibility(*sizes, torch.device("cpu"), *sides, lengths, **settings))
+def _parts_of_lengths(
+    sizes: tuple[int, int, int, int, int],
+    sides: tuple[int | None, int | None],
+    at_lengths: bool,
+    *numbers: tuple[int, ...] | None,
+) -> Parts:
+    tensors = (None if x is None else torch.tensor(x, device="cpu") for x in numbers)
+    key_lengths, row_counts, q_starts, k_starts = tensors
+    visible = Visibility(*sizes, torch.device("cpu"), *sides, key_lengths, at_lengths=at_lengths, row_counts=row_counts)
+    if q_starts is not None and k_starts is not None:
+        visible.sequences = Sequences(q_starts, k_starts, visible.q_len, visible.k_len)
+    return Parts.of(visible)
 
 
 def _mask(parts: Parts, part: Part, dtype: torch.dtype) -> Tensor:

@@ -9,11 +9,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ...core.call import AttentionCall
-from ...core.invariance import halving_sum
-from ...core.pair_biases import reflected
+from ...core.pair_biases import reflected, sums_of_diagonals
 from ...core.terms import Gradients
 from ...core.visibility import Visibility
 
@@ -21,7 +19,6 @@ from ...core.visibility import Visibility
 _ROWS = 256
 KEYS = 256
 _PAIRS = 1 << 19
-_FIXED_ROWS = 32  # of a query head, in `FixedTiles`
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,10 @@ class Tiles:
         self.unseen = None if visible.attends_to_every_key else ~visible.seen_keys()  # [B or 1, 1 or Hkv, Sk]
         self.holes = self._holes()
         terms = call.logits
-        self.has_bias = not (terms.key_bias is None and terms.bias is None and terms.relative_bias is None)
+        biases = [x for x in (terms.key_bias, terms.bias, terms.relative_bias) if x is not None]
+        self.has_bias = len(biases) > 0
+        hides_none = self.readable and all(bool(x.amin() > -torch.inf) for x in biases)
+        self.bias_hides = self.has_bias and not hides_none
         self.offset = None if terms.relative_bias is None else visible.positions() + terms.relative_right
 
     def heads(self) -> Iterator[Heads]:
@@ -106,10 +106,10 @@ class Tiles:
             hidden = None
             if not (is_whole and mask is None and self._bounds_decide()):
                 hidden = self._hidden(block, keys)
-            if self.has_bias:
+            if self.bias_hides:
                 weightless = self._bias(block, keys) == -torch.inf
                 hidden = weightless if hidden is None else hidden | weightless
-            if hidden is None or (mask is None and not self.has_bias) or not self.readable:
+            if hidden is None or (mask is None and not self.bias_hides) or not self.readable:
                 yield keys, hidden
             elif not hidden.all():
                 yield keys, hidden if hidden.any() else None
@@ -271,10 +271,15 @@ class Tiles:
             target = sliced(sums.bias, *block.index, keys)
             target += pairs.sum_to_size(target.shape)
         if sums.relative_bias is not None:
-            offset = self._offset_of(block)
-            entries = self._entries(offset, keys, sums.relative_bias.shape[3])
-            target = sliced(sums.relative_bias, *block.index)[..., entries]
-            target += reflected(pairs, offset, entries, keys.start).sum_to_size(target.shape)
+            offset, table = self._offset_of(block), sliced(sums.relative_bias, *block.index)
+            entries = self._entries(offset, keys, table.shape[3])
+            target = table[..., entries]
+            if table.shape[2] == 1 and offset.shape[0] == 1 and self.readable and bool((offset.diff() == 1).all()):
+                first = entries.start + keys.stop - 1 - int(offset[0, 0])  # the diagonal of the first entry
+                found = sums_of_diagonals(pairs)[..., None, first : first + target.shape[-1]]
+            else:
+                found = reflected(pairs, offset, entries, keys.start)
+            target += found.sum_to_size(target.shape)
 
     def _entries(self, offset: Tensor, keys: slice, extent: int) -> slice:
         """The entries of a table that pairs of rows of these offsets and of these keys have."""
@@ -297,77 +302,6 @@ class Tiles:
         if mask is None:
             return hidden
         return hidden | ~self._grouped(sliced(mask, *block.index, keys))
-
-
-class FixedTiles(Tiles):
-    """Tiles of one shape, for calls in which the bits of a row must not depend on the rest of the batch.
-
-    A product of matrices rounds otherwise where its shape is another. So tiles are padded to one shape and copied to
-    new memory, a head at a time; keys are cut from the first key of a sequence on, rows from its first row on. A padded
-    or hidden pair adds exactly 0. A block holds _FIXED_ROWS rows of each query head of one key head, a span KEYS keys.
-    """
-
-    joins_spans = True
-
-    def __init__(self, call: AttentionCall) -> None:
-        super().__init__(call)
-        self.row_step = _FIXED_ROWS
-
-    def heads(self) -> Iterator[Heads]:
-        visible, group = self.call.visibility, self.group
-        for entry in range(visible.batch):
-            for head in range(visible.kv_heads):
-                yield Heads(slice(entry, entry + 1), slice(head * group, (head + 1) * group), slice(head, head + 1))
-
-    def keys_of(self, block: Block, spans: list[tuple[slice, bool]]) -> Iterator[tuple[slice, Tensor | None]]:
-        rows = block.rows.stop - block.rows.start
-        for keys, hidden in super().keys_of(block, spans):
-            width = keys.stop - keys.start
-            if rows < _FIXED_ROWS or width < KEYS:
-                if hidden is None:
-                    hidden = torch.zeros((1, 1, 1, rows, width), dtype=torch.bool)
-                hidden = hidden.expand(*hidden.shape[:-2], rows, width)
-                hidden = pad(hidden, (0, KEYS - width, 0, _FIXED_ROWS - rows), value=True)
-            yield keys, hidden
-
-    def of_rows(self, x: Tensor, block: Block) -> Tensor:
-        tile = torch.zeros((1, self.group * _FIXED_ROWS, x.shape[-1]), dtype=self.dtype)
-        x = x[block.index]  # [1, G, rows, C]
-        tile.view(1, self.group, _FIXED_ROWS, -1)[:, :, : x.shape[2]] = x
-        return tile
-
-    def of_keys(self, x: Tensor, heads: Heads, keys: slice | None = None) -> Tensor:
-        found = super().of_keys(x, heads, keys)
-        if keys is None:
-            return found
-        tile = torch.zeros((1, KEYS, x.shape[-1]), dtype=self.dtype)
-        tile[:, : found.shape[1]] = found
-        return tile
-
-    def add_bias(self, logit: Tensor, block: Block, keys: slice) -> None:
-        if self.has_bias:
-            rows, width = block.rows.stop - block.rows.start, keys.stop - keys.start
-            self.by_head(logit, block)[..., :rows, :width].add_(self._bias(block, keys))
-
-    def sum(self, x: Tensor) -> Tensor:
-        return halving_sum(x)
-
-    def dot(self, x: Tensor, y: Tensor) -> Tensor:
-        return halving_sum(x * y)
-
-    def add_product(self, sums: Tensor, keys: slice, x: Tensor, y: Tensor) -> None:
-        sums[:, keys] += torch.bmm(x, y)[:, : keys.stop - keys.start]
-
-    def store(self, whole: Tensor, part: Tensor, block: Block) -> None:
-        target = whole[block.index]
-        target.copy_(self.by_head(part, block)[:, 0, :, : target.shape[2]].reshape(target.shape))
-
-    def by_head(self, x: Tensor, block: Block) -> Tensor:
-        return x.view(1, 1, self.group, _FIXED_ROWS, x.shape[-1])
-
-
-def tiles_of(call: AttentionCall) -> Tiles:
-    return FixedTiles(call) if call.visibility.invariant else Tiles(call)
 
 
 def logits_of(query: Tensor, factor: Tensor | float, key: Tensor) -> Tensor:
