@@ -12,7 +12,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tritonattn.lab.figures import COLOURS, dodge, foot, save_themes
+from tritonattn.lab.figures import COLOURS, dodge, foot
+
+from .themes import save_themes
 
 RESULTS = Path(__file__).resolve().parents[2] / "perf/results"
 TARGET, HEAD_DIM = "sm_90", 128

@@ -14,9 +14,10 @@ from perf.studies.language_model.model import Factor, Shape
 from perf.studies.language_model.records import Run, read
 from perf.studies.language_model.tasks import MULTIPLES, TASKS
 from perf.studies.language_model.training import Found
-from tritonattn.lab.figures import COLOURS, foot, save_themes, ticks_at
+from tritonattn.lab.figures import COLOURS, foot, ticks_at
 
 from .recall import label_ends
+from .themes import save_themes
 
 # By factor in training and change at test: label, colour, marker, line.
 LINES: dict[tuple[Factor, str], tuple[str, str, str, str | tuple]] = {

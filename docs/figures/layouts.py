@@ -10,7 +10,9 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from tritonattn.distributed.layout import LAYOUTS, Split
-from tritonattn.lab.figures import COLOURS, save_themes
+from tritonattn.lab.figures import COLOURS
+
+from .themes import save_themes
 
 RANKS, TOKENS = 4, 32
 

@@ -10,7 +10,9 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 import tritonattn
-from tritonattn.lab.figures import COLOURS, save_themes
+from tritonattn.lab.figures import COLOURS
+
+from .themes import save_themes
 
 TOKENS = 8
 _HOLES = torch.ones(TOKENS, TOKENS, dtype=torch.bool)

@@ -10,7 +10,9 @@ from matplotlib.ticker import PercentFormatter
 
 from perf.studies.train_compare.records import read
 from perf.studies.train_compare.report import Interval
-from tritonattn.lab.figures import COLOURS, foot, save_themes, ticks_at
+from tritonattn.lab.figures import COLOURS, foot, ticks_at
+
+from .themes import save_themes
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "docs/data/qk-norm/runs-recall.jsonl"

@@ -15,12 +15,13 @@ from perf.studies.train_compare.modes import MODES
 from perf.studies.train_compare.plot import figure_of as training
 from perf.studies.train_compare.records import read
 from tritonattn.core.provenance import Environment
-from tritonattn.lab.figures import save_themes
 from tritonattn.lab.simulation.measures import Measures, Point
 from tritonattn.lab.simulation.paper import PANELS, component
 from tritonattn.lab.simulation.plot import figures_of as simulation
 from tritonattn.lab.simulation.report import Findings
 from tritonattn.lab.simulation.verdict import Condition, Reach
+
+from .themes import save_themes
 
 FIGURES = Path(__file__).resolve().parent
 DATA = FIGURES.parent / "data"

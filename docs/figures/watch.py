@@ -14,9 +14,10 @@ from torch import nn
 import tritonattn
 from perf.studies.texts import WONDERLAND
 from tritonattn.analysis import Monitor, Thresholds, qk_clip
-from tritonattn.lab.figures import save_themes
 from tritonattn.lab.watch.curves import Watched
 from tritonattn.lab.watch.picture import figure_of
+
+from .themes import save_themes
 
 FIGURE = Path(__file__).with_name("watch.png")
 RECORDS = Path(__file__).parents[1] / "data/watch.jsonl"

@@ -7,15 +7,13 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.collections import Collection
-from matplotlib.colors import ListedColormap, to_hex, to_rgba, to_rgba_array
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import (
@@ -27,29 +25,12 @@ from matplotlib.ticker import (
     NullLocator,
     SymmetricalLogLocator,
 )
-from PIL import Image
 
 from ..core.records import write
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart, without its yellow, which paper swallows;
 # then a grey and a wine.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#882255")
-# On dark paper: what stands for black, white, the palette's others, and three greys of frames and unseen cells.
-_DARK = {
-    "#000000": "#E6EDF3",
-    "#ffffff": "#0D1117",
-    "#d55e00": "#FF8A3D",
-    "#0072b2": "#4DA6F0",
-    "#009e73": "#2BC99A",
-    "#cc79a7": "#E8A0CB",
-    "#e69f00": "#FFC44D",
-    "#56b4e9": "#A5DCFF",
-    "#777777": "#9AA4AF",
-    "#882255": "#D1608F",
-    "#f2f2f2": "#21262D",
-    "#d0d0d0": "#525C66",
-    "#cccccc": "#3A424B",
-}
 _DASHES = ((), (5, 1.5), (1, 1), (6, 1.5, 1, 1.5), (2.5, 1))  # strokes and gaps, in widths of the line; () is solid
 _MARKERS = "osD^vXP*p<"
 _SMALL, _LEGEND = 8, 9  # font sizes of the source and of legends
@@ -158,43 +139,8 @@ def _height(figure: Figure, lines: int, size: float) -> float:
     return (1.6 * lines + 0.8) * size / 72 / figure.get_figheight()
 
 
-def darken(figure: Figure) -> None:
-    """Give a drawn figure its dark look: the same marks, each colour replaced by the one that stands for it."""
-    figure.draw_without_rendering()  # ticks and their labels are made by drawing
-    for axes in figure.axes:
-        axes.tick_params(which="both", colors=_DARK["#000000"])  # of ticks that saving adds, too
-    for artist in figure.findobj():
-        for name in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
-            if hasattr(artist, f"get_{name}") and hasattr(artist, f"set_{name}"):
-                colours = getattr(artist, f"get_{name}")()
-                several = isinstance(artist, Collection)
-                getattr(artist, f"set_{name}")([*map(_on_dark, colours)] if several else _on_dark(colours))
-        if isinstance(artist, AxesImage) and isinstance(artist.cmap, ListedColormap):
-            colours = to_rgba_array(cast(Any, artist.cmap).colors)
-            artist.set_cmap(ListedColormap([_on_dark(colour) for colour in colours]))
-
-
-def _on_dark(colour: Any) -> Any:
-    return colour if to_rgba(colour)[3] == 0 else _DARK.get(to_hex(colour), colour)
-
-
-def save_themes(figure: Figure, file: Path, dpi: int = 120) -> tuple[Path, Path]:
-    """Write NAME.png and, for pages on dark paper, NAME-dark.png; the figure is dark afterwards."""
-    dark = file.with_stem(f"{file.stem}-dark")
-    save(figure, file, dpi)
-    darken(figure)
-    save(figure, dark, dpi)
-    return file, dark
-
-
 def save(figure: Figure, file: Path, dpi: int = 120) -> None:
-    """Write a figure in the format of the file's ending; a .png with a palette of 128 colours, a third of the size."""
+    """Write a figure in the format of the file's ending."""
     picture = io.BytesIO()
-    if file.suffix.lower() != ".png":
-        figure.savefig(picture, format=file.suffix[1:])
-        write(file, picture.getvalue())
-        return
-    figure.savefig(picture, format="png", dpi=dpi)
-    small = io.BytesIO()
-    Image.open(picture).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "png", optimize=True)
-    write(file, small.getvalue())
+    figure.savefig(picture, format=file.suffix[1:], dpi=dpi)
+    write(file, picture.getvalue())
