@@ -16,7 +16,6 @@ from tritonattn.tuning.config import Problem, TileConfig
 from tritonattn.tuning.gpus import GPUS
 
 A100 = next(gpu for gpu in GPUS if gpu.name == "a100")
-MI350X = next(gpu for gpu in GPUS if gpu.name == "mi350x")
 PROBLEM = Problem(64, 64, torch.bfloat16, right=True)
 CONFIG = TileConfig(128, 64, 8, 2)
 # On an A100 with 8 warps: tensor 1000 clocks, exp 800, integer 600, issue 600.

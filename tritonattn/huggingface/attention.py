@@ -111,16 +111,26 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), weights
 
 
+def _replaced_by_ulysses() -> list[str]:
+    """The implementations for which UlyssesSPAttentionHF stands in."""
+    if sys.modules.get(_ULYSSES) is None:
+        return []
+    return [name for name, one in ALL_ATTENTION_FUNCTIONS.items() if getattr(one, "__module__", "") == _ULYSSES]
+
+
+# The mark of torch.compiler.assume_constant_result: else a graph holds for one number of imported modules.
+_replaced_by_ulysses._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def _refuse_ulysses_of_others(module: nn.Module) -> None:
-    """Raise where UlyssesSPAttentionHF stands in for another implementation: this layer would get this rank's part."""
-    if sys.modules.get(_ULYSSES) is not None:
-        others = [name for name, one in ALL_ATTENTION_FUNCTIONS.items() if getattr(one, "__module__", "") == _ULYSSES]
-        if others and NAME not in others:
-            raise NotImplementedError(
-                f"attention: DeepSpeed's Ulysses shares sequences over ranks in layers of {', '.join(others)}, got a"
-                f" {type(module).__name__} of {NAME}: patch all layers, and register_with_transformers(model,"
-                f" core_attn_implementation={NAME!r}, ...)"
-            )
+    """Raise where Ulysses stands in for another implementation: this layer would get this rank's part."""
+    others = _replaced_by_ulysses()
+    if others and NAME not in others:
+        raise NotImplementedError(
+            f"attention: DeepSpeed's Ulysses shares sequences over ranks in layers of {', '.join(others)}, got a"
+            f" {type(module).__name__} of {NAME}: patch all layers, and register_with_transformers(model,"
+            f" core_attn_implementation={NAME!r}, ...)"
+        )
 
 
 def call_arguments(
