@@ -112,7 +112,7 @@ def costs() -> str:
         rows.append([f"16 tokens, 1 head, fp32, {name}", *more])
     compiled = json.loads((RESULTS / "codegen.json").read_text(encoding="utf-8"))
     seconds = [case["compile_seconds"] for case in compiled]
-    compilation = f"{statistics.median(seconds):.1f} s a kernel, at most {max(seconds):.1f} s"
+    compilation = f"{statistics.median(seconds):.1f} s per kernel, at most {max(seconds):.1f} s"
     first = "first call on a GPU: to compile 1 kernel, and 3 in the backward"
     rows.append([first, compilation, "likewise", "likewise, 1 or 2 kernels more"])
     run = one("sqrt_dim", length=512, dtype="fp32", passes="forward", head_dim=64, causal=True)["environment"]

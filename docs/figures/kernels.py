@@ -44,7 +44,7 @@ def shares() -> dict[int, dict[str, float]]:
 
 
 def instructions() -> dict[str, dict[str, float]]:
-    """Static instructions a logit besides the products, by form and kernel: causal, bf16."""
+    """Static instructions per logit besides the products, by form and kernel: causal, bf16."""
     cases = json.loads((RESULTS / "codegen.json").read_text(encoding="utf-8"))
     wanted = {"target": TARGET, "head_dim": HEAD_DIM, "dtype": "bf16", "causal": True}
     cases = [case for case in cases if wanted.items() <= case.items()]

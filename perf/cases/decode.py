@@ -1,4 +1,4 @@
-"""Cases of decoding: one new token a sequence against a KV cache, contiguous or in pages."""
+"""Cases of decoding: one new token per sequence against a KV cache, contiguous or in pages."""
 
 from __future__ import annotations
 

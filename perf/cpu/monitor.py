@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> None:
         f"{options.scaling or 'sdpa, not patched'}; forward, backward and AdamW\n"
     )
     rows = [(name, f"{one['median_ms']:.1f}", f"{one['time_ratio']:.3f}") for name, one in found.items()]
-    print(table(rows, ["", "ms a step", "time ratio"], "simple"))
+    print(table(rows, ["", "ms per step", "time ratio"], "simple"))
     print(f"\nevery = {EVERY}: {overall:+.1%}, of which {(watched - idle) / EVERY:+.1%} in the watched steps")
     if options.json:
         shape = {name: getattr(options, name) for name in ("batch", "length", "width", "scaling", "repeats")}

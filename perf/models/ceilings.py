@@ -34,8 +34,8 @@ NON_MMA_PER_LOGIT = {
     ("grad_query", "sm_90", 512): 51.0,
 }
 
-# The same with a bias of pairs, causal, and bytes a thread that loops may spill: kernel, target, head_dim, bias. Tiles
-# without spills have more instructions a logit, 8 % to a third.
+# The same with a bias of pairs, causal, and bytes per thread that loops may spill: kernel, target, head_dim, bias.
+# Tiles without spills have more instructions per logit, 8 % to a third.
 PAIR_BIASES = {
     ("forward", "sm_80", 64, "bias"): (12.9, 0),
     ("forward", "sm_90", 128, "relative_bias"): (24.6, 0),

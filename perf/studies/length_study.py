@@ -235,7 +235,7 @@ def figure_of(record: dict[str, Any]) -> Figure:
         axes.axvline(record["context"], color="grey", linewidth=0.8)
         axes.set_xlabel(f"position (line: end of the trained context, {record['context']:,})")
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.set_ylabel("nats a token")
+        axes.set_ylabel("nats per token")
     loss.set_title("Loss by position", fontsize=10)
     moved.set_title(f"The same, less {baseline}'s", fontsize=10)
     moved.set_yscale("symlog", linthresh=_LINEAR)

@@ -40,7 +40,7 @@ SPILLS_OF_PAIRS = {("grad_query", "sm_120"): 72, ("grad_key_value", "sm_120"): 1
 class Case(NamedTuple):
     """A kernel to be compiled in its default config.
 
-    spills   bytes a thread that its loops may spill
+    spills   bytes per thread that its loops may spill
     """
 
     kernel: str

@@ -1,4 +1,4 @@
-"""Machine code of the table's cases and of the lesson's kernels: no spills, few instructions a logit, wide loads."""
+"""Machine code of the table's cases and of the lesson's kernels: no spills, few instructions per logit, wide loads."""
 
 import ast
 import importlib

@@ -106,7 +106,7 @@ def test_ranges_equal_the_dense_mask(q_length, kv_length, q_offset, kv_offset, p
 
 @pytest.mark.parametrize("padding", [None, (100, 7)])
 def test_ranges_at_64k_are_small(padding):
-    """No tensor of Q x K is made: none has more than 8 elements of 8 bytes a token."""
+    """No tensor of Q x K is made: none has more than 8 elements of 8 bytes per token."""
     length = 65536
     for name, function in mask_functions(length, square=True).items():
         if not (name.startswith("remapped") and name.endswith("alone")):

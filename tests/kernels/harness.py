@@ -102,7 +102,7 @@ def packed_inputs(
     value_dim: int = 16,
     scales: tuple[str, ...] = (),
 ) -> Tensors:
-    """Random q, k, v of `attention_varlen`, NaN outside the sequences; if asked for a gain a row, sinks, biases."""
+    """Random q, k, v of `attention_varlen`, NaN outside the sequences; if asked for a gain per row, sinks, biases."""
     heads, random = kv_heads * group, torch.Generator().manual_seed(2)
     tensors = packed_operands(packed, dtype, (heads, kv_heads), (head_dim, value_dim))
     if "gain" in scales:

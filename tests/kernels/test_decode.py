@@ -12,7 +12,7 @@ from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import launch
 
 MODES = ("sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_rms", "key_norm_max", "cosine")
-# With 16 keys a block and 4 blocks in the shortest split: up to 3 splits.
+# With 16 keys per block and 4 blocks in the shortest split: up to 3 splits.
 LENGTH, CAPACITY = 150, 171
 
 pytestmark = pytest.mark.usefixtures("small_tiles")

@@ -129,7 +129,7 @@ def test_sections_fill_the_cache():
     assert sections(7, 20 * mib, h100) == Sections(2, 4), "50 MiB hold 2"
     assert sections(17, 4 * mib, h100) == Sections(17, 1), "1.4 times as many as fit"
     assert sections(32, 2**30, h100) == Sections(1, 32)
-    assert sections(32, 8 * mib, mi300x) == Sections(8, 4), "a head a die"
+    assert sections(32, 8 * mib, mi300x) == Sections(8, 4), "a head per die"
     assert sections(35, 8 * mib, mi300x) == Sections(8, 5), "three heads are shared by the dies"
     assert sections(20, 2 * mib, mi300x) == Sections(24, 1), "three heads a die"
     assert sections(0, 5, h100).count == 0

@@ -151,7 +151,7 @@ def test_the_power_law_starts_exactly_at_its_mode(mode, dtype, mask):
     ours, named = (attention(*leaves.values(), scaling=scaling, **masks) for scaling in (nn.PowerLaw(4, mode), mode))
     tight = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 0.0}[dtype]
     torch.testing.assert_close(ours, named, rtol=tight, atol=tight)
-    if dtype != torch.bfloat16:  # there a scale a row and a constant are rounded into q at different steps
+    if dtype != torch.bfloat16:  # there a scale per row and a constant are rounded into q at different steps
         gradients = [torch.autograd.grad(x.double().square().sum(), leaves.values()) for x in (ours, named)]
         torch.testing.assert_close(*gradients, rtol=10 * tight, atol=10 * tight)
 

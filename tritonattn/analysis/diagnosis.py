@@ -81,7 +81,7 @@ class Diagnosis:
         return half_at(self.gap)
 
     def table(self) -> str:
-        """One line a head, as text."""
+        """One line per head, as text."""
         columns = {header: [f"{x:.3g}" for x in getattr(self, name).tolist()] for name, header in _HEADERS.items()}
         columns["power of ln n\nby gaps"] = list(
             map(described, self.count_power.tolist(), self.count_power_error.tolist())

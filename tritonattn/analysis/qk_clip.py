@@ -233,7 +233,7 @@ def _by_reason(skipped: dict[str, str]) -> str:
 
 
 def _largest(values: list[Any]) -> list[float]:
-    """The largest number a head that a rank has seen; NaN where none has. Ranks with another number keep all."""
+    """The largest number per head that a rank has seen; NaN where none has. Ranks with another number keep all."""
     rows = [[math.nan if x is None else float(x) for x in one] for one in values]
     longest = max(rows, key=len)
     known = [[x for x in column if not math.isnan(x)] for column in itertools.zip_longest(*rows, fillvalue=math.nan)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .fading import half_at, mass
 
-FEW = 2.0  # keys a row in the mean; the softmax of one key is one-hot by itself
+FEW = 2.0  # keys per row in the mean; the softmax of one key is one-hot by itself
 LARGE_LOGIT = 100.0  # QK-clip's threshold in Kimi K2
 ILL = 0.5  # a layer is ill where more of its rows than this are; SmolLM2-135M's have up to 0.31 one-hot, 0.03 uniform
 WELL = 0.25  # a mode fixes a layer where no more of its rows than this stay ill

@@ -34,7 +34,7 @@ class Totals:
     head_part: tuple[int, int] = (0, 1)
 
     def summary(self, grad_scale: float = 1.0) -> dict[str, Any]:
-        """The measures as lists, one number or None a head."""
+        """The measures as lists, one number or None per head."""
         sums = self.sums
         real_rows, rows, count = sums["real_rows"], sums["rows"], sums["real_rows"].clamp(min=1)
         means = (sums["output"] / count[:, None]).square().mean(-1)

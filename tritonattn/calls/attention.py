@@ -88,7 +88,7 @@ def attention(
         scaling: The factor: a name in `SCALINGS`, a `Scaling`, a float (the factor itself), or a tensor
             broadcastable to [B, Hq, Sq], which gets a gradient. "sqrt_dim" is 1 / sqrt(D), and "log_key_count:64" is
             ln(n) / ln(64) / sqrt(D), with the trained length as base.
-        gain: A float, or a tensor broadcastable to [B, Hq, Sq] (one a head: [Hq, 1]), which gets a gradient.
+        gain: A float, or a tensor broadcastable to [B, Hq, Sq] (one per head: [Hq, 1]), which gets a gradient.
         causal: Row i attends to the keys j <= i + Sk - Sq (bottom-right).
         window: (left, right): row i attends to i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: no limit.
         key_lengths: Integers [B]: keys at and after it are invisible.

@@ -169,10 +169,10 @@ def check_factor(name: str, factor: Any, q: Tensor, shape: tuple[int, ...], axes
 
 
 def check_key_bias(name: str, bias: Any, q: Tensor, keys: tuple[int, ...], axes: str) -> None:
-    """Raise unless a bias is as `check_factor` says, with a row a query head or a row a key head.
+    """Raise unless a bias is as `check_factor` says, with a row per query head or a row per key head.
 
     q      the heads are its axis 1
-    keys   what a factor a key broadcasts to: [..., Hkv, Sk]
+    keys   what a factor per key broadcasts to: [..., Hkv, Sk]
     """
     check_tensor(name, bias, axes)
     *batch, kv_heads, k_len = keys

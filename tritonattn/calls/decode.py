@@ -1,4 +1,4 @@
-"""`attention_decode`: a few new tokens a sequence against a KV cache."""
+"""`attention_decode`: a few new tokens per sequence against a KV cache."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def call_of_parts(
 
     axes, paged   the axes of the arguments, and where there is a block table
 
-    With a plain q a DTensor that has a value a head stands for this rank's part, as parameters do in tensor
+    With a plain q a DTensor that has a value per head stands for this rank's part, as parameters do in tensor
     parallelism.
     """
     given = signature.bind(*arguments, **keywords).arguments
@@ -106,7 +106,7 @@ def call_of_parts(
 
 
 def head_parts(q: Tensor, **values: Any) -> list[Any]:
-    """This rank's parts of values that may have one a head, arguments of `BATCHED`, with its q [B, Hq, Sq, D]."""
+    """This rank's parts of values that may have one per head, arguments of `BATCHED`, with its q [B, Hq, Sq, D]."""
     if is_dtensor(q):
         return list(values.values())
     return [_part_with(q, name, x, BATCHED) for name, x in values.items()]

@@ -114,9 +114,9 @@ def attention_varlen(
         max_seqlen_q: At least the rows of the longest sequence; a smaller one is an error, noticed only on a CPU.
         max_seqlen_k: Likewise for the keys.
         scaling: As in `attention`; a tensor broadcasts to [Hq, T_q].
-        gain: A float, or a tensor broadcastable to [Hq, T_q] (one a head: [Hq, 1]), which gets a gradient.
+        gain: A float, or a tensor broadcastable to [Hq, T_q] (one per head: [Hq, 1]), which gets a gradient.
         block_table: int32 [N, max_pages]: k and v are a KV cache in pages, k [P, page, Hkv, D] and v [P, page, Hkv, Dv]
-            of at least 16 keys a page and any strides, and key j of sequence n is in page block_table[n, j // page], at
+            of at least 16 keys per page and any strides. Key j of sequence n is in page block_table[n, j // page], at
             j % page. The cache holds the keys of the rows already. Sequences may share pages. There are no gradients
             and no dropout.
         statistics: The `PagedKeyStatistics` kept with such a cache, to which the new keys have been appended: then no

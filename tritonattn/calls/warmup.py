@@ -25,14 +25,14 @@ def warmup(
     A first call takes seconds to compile, and none may be compiled while a CUDA graph is captured. One shape warms up
     other batch sizes, lengths and numbers of heads too, as long as these stay the same:
 
-    - head dims, dtype, options, and the number of query heads a key head;
+    - head dims, dtype, options, and the number of query heads per key head;
     - at most 1024 rows and keys, or more;
     - more than 16 rows, or at most 16 (then also few keys, or some hundred and more);
     - strides that are multiples of 16: head dims, and with scaled rows or keys or a dense mask also lengths. A shape
       where one of these is no multiple of 16 warms up itself only.
 
     Args:
-        shapes: A list with a shape a call: [B, Hq, Sq, D] of q, k and v alike, or the three shapes of (q, k, v).
+        shapes: A list with a shape per call: [B, Hq, Sq, D] of q, k and v alike, or the three shapes of (q, k, v).
         dtype: The dtype of q, k and v.
         device: Where the calls will run.
         backward: Compile the backward pass too, and the forward pass that keeps what it needs, besides the one of

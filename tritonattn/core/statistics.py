@@ -155,9 +155,9 @@ def sum_over_keys(
     elif scan is prefix_sum and x.device.type == "cpu" and visible.is_causal:  # torch's sums are differentiable
         return x.cumsum(-1, dtype=torch.float64)[..., visible.k_len - visible.q_len :].to(dtype)
     order = ranges.IN_ORDER
-    if visible.is_causal:  # a prefix sum a row, whose end the sizes tell
+    if visible.is_causal:  # a prefix sum per row, whose end the sizes tell
         lo = hi = None
-    elif visible.begins_at_first:  # a prefix sum a row
+    elif visible.begins_at_first:  # a prefix sum per row
         lo, hi = None, visible.ends()[:, None]
     else:  # a difference of two
         lo, hi = (bound[:, None] for bound in visible.ranges())

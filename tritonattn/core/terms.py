@@ -166,7 +166,7 @@ def sinks_of_heads(sinks: Tensor) -> Tensor | None:
 
 
 def per_group(bias: Tensor, visibility: Visibility) -> Tensor:
-    """A bias as [B, Hkv, Hq / Hkv, Sk], from one with a row a query head or a row a key head."""
+    """A bias as [B, Hkv, Hq / Hkv, Sk], from one with a row per query head or a row per key head."""
     batch, kv_heads, k_len = visibility.keys
     group = visibility.q_heads // max(kv_heads, 1)
     if bias.dim() > 1:

@@ -125,7 +125,7 @@ class HeadParallel(ParallelStyle):
     Args:
         *names: The parameters of the module to shard, as "sinks"; without names all those inside it.
 
-    A parameter with a value a head on its first axis, [Hq] or [Hq, 1], becomes a DTensor, placed Shard(0): every rank
+    A parameter with a value per head on its first axis, [Hq] or [Hq, 1], becomes a DTensor, placed Shard(0): every rank
     keeps and updates the values of its heads. It takes every learned scaling of `tritonattn.nn`, the child "tritonattn"
     of a patched layer with its gain, and the sinks of a layer.
 

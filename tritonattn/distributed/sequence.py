@@ -1,8 +1,8 @@
 """A sequence that ranks share, and the vectors of a scaling for this rank's rows, as one process computes them.
 
 Ranks send totals of key statistics, not keys: chunk c of a causal sequence adds the totals of all earlier chunks to
-its prefix sums, C numbers a head. Gradients go the other way: a key takes the sum of the rows behind it, those of
-later chunks by their totals. Where rows attend to other ranges, the norms themselves are gathered, 4 bytes a key.
+its prefix sums, C numbers per head. Gradients go the other way: a key takes the sum of the rows behind it, those of
+later chunks by their totals. Where rows attend to other ranges, the norms themselves are gathered, 4 bytes per key.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def replace_multihead_attention(
     Args:
         model: TransformerEncoder, Transformer, torchvision's ViT, or anything else that holds such layers.
         scaling: As in `MultiheadAttention`, or a function of a layer's name and itself that returns one, or None to
-            leave that layer alone. A learned name makes a module a layer that starts at sqrt_dim, as the model was:
+            leave that layer alone. A learned name makes a module per layer that starts at sqrt_dim, as the model was:
             give its parameters to the optimiser.
         backend: As in `tritonattn.attention`.
 

@@ -96,7 +96,7 @@ def ticks_at(axis: Axis, values: Sequence[int]) -> None:
 
 
 def values_at_right(axes: Axes, texts: Sequence[str]) -> None:
-    """Write a text a row at the right of a chart with one row a series."""
+    """Write a text per row at the right of a chart with one row per series."""
     for row, text in enumerate(texts):
         axes.annotate(text, (1.0, row), (4, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=8)
 

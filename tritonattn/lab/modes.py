@@ -28,7 +28,7 @@ _BASED = tuple(name for name, mode in {**SCALINGS, **LEARNED}.items() if mode.tr
 def build(name: str, heads: int, head_dim: int, keys: int) -> str | Scaling:
     """Make a scaling for one attention layer.
 
-    name   one of `SCALINGS` or `LEARNED`; or one of `SCALINGS` with a learned gain a head, "key_count+gain", or with
+    name   one of `SCALINGS` or `LEARNED`; or one of `SCALINGS` with a learned gain per head, "key_count+gain", or with
            a constant one, "sqrt_dim*4"
     keys   the most keys that a row of the layer attends to in training; the base of modes that have one
 

@@ -15,7 +15,7 @@ class ALiBi(SharesSequence, nn.Module):
     """bias[h, j] = m_h * (j - (keys - 1)): attention with linear biases.
 
     The paper adds m_h * (j - i) to the logit of row i and key j. A term of the row alone cancels in the softmax, so
-    that one number a key is enough; lse and max_logit shift by it. With sinks it does not cancel: the bias is one
+    that one number per key is enough; lse and max_logit shift by it. With sinks it does not cancel: the bias is one
     that is `counted_from_rows`, and a call adds the term to its sinks. The slopes m_h are 2^(-8 h / n) for h = 1 .. n
     where the number of heads n is a power of two; else those of the power below, then every second one of twice that
     power.

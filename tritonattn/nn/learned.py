@@ -1,4 +1,4 @@
-"""Scalings with learned parameters, one value a query head."""
+"""Scalings with learned parameters, one value per query head."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class LearnedCosine(PerHead):
             theta is Swin V2's logit_scale.
         device, dtype: The device and dtype of theta [heads], which starts at 0.
 
-    Source: Liu et al. 2021, "Swin Transformer V2", arXiv:2111.09883, equation 2 (a learned tau a head, without weight
+    Source: Liu et al. 2021, "Swin Transformer V2", arXiv:2111.09883, equation 2 (a learned tau per head, without weight
     decay); Henry et al. 2020, "Query-key normalization for transformers", arXiv:2010.04245, equation 4.
 
     Raises:

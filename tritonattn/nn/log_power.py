@@ -1,4 +1,4 @@
-"""Scalings that learn how the factor grows with ln(n): the power a head, and a weight that the query gives."""
+"""Scalings that learn how the factor grows with ln(n): the power per head, and a weight that the query gives."""
 
 from __future__ import annotations
 

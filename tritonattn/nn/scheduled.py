@@ -30,14 +30,14 @@ class Scheduled(ScalingModule):
     Args:
         mode_a, mode_b: Names in `SCALINGS` or Scalings, themselves learned or not.
         steps: At least 1.
-        blend: "linear" takes factors of any sign, but no mode with a factor a key (cosine), which no row's factor can
+        blend: "linear" takes factors of any sign, but no mode with a factor per key (cosine), which no row's factor can
             equal half-way. "geometric" takes every mode whose factors are not negative (else NaN), and moves evenly
             between modes of different size.
 
     The step is a buffer: state_dict keeps it, and neither compiling nor a CUDA graph fixes it.
 
     Raises:
-        TypeError, ValueError: An invalid mode, number of steps or blend; in a call, a mode with a factor a key
+        TypeError, ValueError: An invalid mode, number of steps or blend; in a call, a mode with a factor per key
             in a linear blend.
 
     >>> import torch, tritonattn

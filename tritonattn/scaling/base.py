@@ -23,7 +23,7 @@ class Scales:
 
         logit[i, j] = constant * (q[i] . k[j]) * query[i] * key[j] + key_bias[j] + relative[i, j]
 
-    query       broadcastable to [B, Hq, Sq], or one row a key head, [B, Hkv, Sq]; any float dtype; None is 1
+    query       broadcastable to [B, Hq, Sq], or one row per key head, [B, Hkv, Sq]; any float dtype; None is 1
     key         broadcastable to [B, Hkv, Sk]; any float dtype; None is 1
     is_finite   query is finite in rows without keys too; a call puts 0 there otherwise
     key_bias    broadcastable to [B, Hq, Sk] or [B, Hkv, Sk]; any float dtype; None is 0; a key with -inf has no weight;
@@ -35,7 +35,7 @@ class Scales:
     >>> import torch, tritonattn
     >>> q, k = torch.randn(2, 1, 4, 16, 8)
     >>> scales = tritonattn.Scales(8**-0.5, query=k.norm(dim=-1).mean(-1, keepdim=True).reciprocal())
-    >>> scales.query.shape  # one number a key head
+    >>> scales.query.shape  # one number per key head
     torch.Size([1, 4, 1])
     """
 

@@ -67,7 +67,7 @@ class Given(Scaling):
             factor = factor * query[..., None]
         if key is not None:
             if key.dim() > 1 and key.shape[-2] > 1:
-                key = key.repeat_interleave(k.shape[1] // key.shape[-2], dim=-2)  # one row a query head
+                key = key.repeat_interleave(k.shape[1] // key.shape[-2], dim=-2)  # one row per query head
             key = key[..., None, :] if key.dim() else key
             factor = factor * torch.where(visible, key, 0)  # that of a key which no row attends to may be NaN
         return factor

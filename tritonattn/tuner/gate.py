@@ -40,7 +40,7 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Code:
-    """A kernel's registers and bytes of spills a thread, bytes of shared memory, columns of tensor memory."""
+    """A kernel's registers and bytes of spills per thread, bytes of shared memory, columns of tensor memory."""
 
     registers: int
     spill_bytes: int

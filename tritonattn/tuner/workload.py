@@ -129,7 +129,7 @@ class _Copy:
         q, k, v = (x.to(dtype).requires_grad_() for x in (call.q, call.k, call.v))
         terms = [None if x is None else x.to(wide).requires_grad_() for x in call.tensors[3:]]
         query_scale, key_scale, key_bias, sinks, bias, relative_bias = terms
-        key_bias = None if key_bias is None else key_bias.flatten(1, 2)  # a row a head, as in a user's call
+        key_bias = None if key_bias is None else key_bias.flatten(1, 2)  # a row per head, as in a user's call
         given = Given(call.logits.scale, query_scale, key_scale)
         logits = call.logits._replace(key_bias=key_bias, sinks=sinks, bias=bias, relative_bias=relative_bias)
         found = by_formulas(replace(call, q=q, k=k, v=v, logits=logits, scaling=given))

@@ -188,7 +188,7 @@ REGISTERS = {128: 168, 192: 128}
 
 @dataclass(frozen=True)
 class TileConfig:
-    """block_m query rows and block_n keys a tile, warps a program, stages of the software pipeline.
+    """block_m query rows and block_n keys per tile, warps per program, stages of the software pipeline.
 
     descriptors    load the tiles that need no mask by the tensor memory accelerator (sm_90, sm_100)
     l2_percent     of the L2 cache, for the keys and values of the heads that run side by side: `tuning.order`

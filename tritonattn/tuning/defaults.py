@@ -151,7 +151,7 @@ def _lighter(kernel: str, problem: Problem, width: int, config: TileConfig) -> T
 def _decode_config(problem: Problem, width: int, target: Target) -> TileConfig:
     """The decode config: as many rows as a group fills and registers hold, and one stage more for page numbers.
 
-    At width 1024 shared memory has no room for that stage. A bias with page numbers, an element a row and key, takes
+    At width 1024 shared memory has no room for that stage. A bias with page numbers, an element per row and key, takes
     registers: there tiles of many rows have half as many keys.
     """
     family, is_nvidia = target.architecture.family, target.backend == "cuda"

@@ -3,7 +3,7 @@
 [G]  CUDA C++ Programming Guide, arithmetic throughput by compute capability; by way of `perf.models.static.model.RATES`
 [F]  FlashGPU-Sim's parameters for an H100, from microbenchmarks: configs/SM90_H100_SASS_FRONTEND and
      src/gpgpu-sim/flash/sass/PARAMETERS.md of github.com/FlashGPU-Sim/FlashGPU-Sim
-[W]  NVIDIA A100 Tensor Core GPU Architecture, 2020: 5120 bytes a clock from L2 to 108 processors
+[W]  NVIDIA A100 Tensor Core GPU Architecture, 2020: 5120 bytes per clock from L2 to 108 processors
 [A]  assumed: nothing measured is known
 [3]  fitted to published times of FlashAttention-3 on an H100 (perf/models/replay/published.json)
 [=]  no source: the value of the nearest architecture that has one
@@ -26,7 +26,7 @@ class Parameters:
     barrier               clocks from the last warp's arrival to the first instruction behind a barrier
     poll, poll_release    clocks of a test of an mbarrier, and from its completion until a warp that waits goes on
     back_edge             clocks that the branch back to a loop's head adds
-    l2_bytes              bytes a clock that reach a processor's shared memory
+    l2_bytes              bytes per clock that reach a processor's shared memory
     queue_of_shared       wgmma that may wait to start, both operands in shared memory; queue_of_registers: the first in
                           registers. wgmma_start: clocks from issue to start. wgmma_tail: from the tensor
                           unit's last clock to a result that may be read
@@ -92,7 +92,7 @@ def _of_ampere(arch: str) -> Parameters:
         exp_during_products=1,  # mma.sync holds the scheduler itself
         shuffle=4,  # [G] 32 lanes
         shuffle_latency=24,  # [=]
-        load_matrix=16,  # [G] 512 bytes of a warp at 128 bytes a clock for four schedulers
+        load_matrix=16,  # [G] 512 bytes of a warp at 128 bytes per clock for four schedulers
         store_matrix=16,  # [G] likewise
         shared=16,  # [G] likewise
         shared_latency=29,  # [=]
@@ -145,7 +145,7 @@ PARAMETERS = {
         queue_of_registers=5,  # [F]
         wgmma_start=17,  # [F]
         wgmma_tail=65,  # [F]
-        operand=0.5,  # [F] 1024 bytes a clock and processor
+        operand=0.5,  # [F] 1024 bytes per clock and processor
         operand_during_products=1.0,  # [F] of which results of wgmma take half
         operand_slack=3,  # [F]
     ),

@@ -1,4 +1,4 @@
-"""Replay of a loop by the warps of one scheduler: in order, one instruction a clock, by the control codes of the loop.
+"""Replay of a loop by the warps of one scheduler: in order, an instruction per clock, by the loop's control codes.
 
 Event by event: each step goes to the next clock at which some warp may issue. By symmetry one of a processor's four
 schedulers stands for all: of every warpgroup it has one warp, and units that the four share are taken by them in step.

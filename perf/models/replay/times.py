@@ -64,7 +64,7 @@ def tflops(point: Point, microseconds: float) -> float:
 
 
 def flash_attention_3_clocks(point: Point, loop: Loop) -> float:
-    """Model the clocks of FlashAttention-3: one program a processor, which takes tile after tile."""
+    """Model the clocks of FlashAttention-3: one program per processor, which takes tile after tile."""
     block, ends = LOOPS * loop.clocks, _FILL_AND_DRAIN[point.head_dim]
     rows = math.ceil(point.length / loop.rows)
     if not point.causal:

@@ -96,7 +96,7 @@ def _local_share(code: MachineCode) -> float:
 
 
 def _softmaxes(kernel: str, config: TileConfig, loop: MmaLoop) -> float:
-    """Count exponentials a logit, without those that correct earlier sums, at most 4 lanes of every warp a row."""
+    """Count exponentials per logit, without those that correct earlier sums, at most 4 lanes of every warp per row."""
     rows = 4 * config.num_warps / config.block_n if kernel == "forward" else 0
     tile = loop.tiles * config.block_m * config.block_n
     return loop.instructions.get("exp", 0) * 32 * config.num_warps / tile - rows

@@ -18,7 +18,7 @@ UNITS = ("tensor", "exp", "fp32", "integer", "issue", "shared")
 class Rates:
     """Rates and sizes of one SM: tensor FLOPs (dense, 16-bit operands, fp32 sums) and lanes of each unit a clock.
 
-    Every SM issues 4 warp instructions and moves 128 bytes of shared memory a clock; a packed fp32 instruction is
+    Every SM issues 4 warp instructions and moves 128 bytes of shared memory per clock; a packed fp32 instruction is
     issued once and takes two turns of the fp32 unit.
     """
 

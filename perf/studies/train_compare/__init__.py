@@ -41,7 +41,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     tasks = "tasks to train on: text, digits, spell, recall, first (default: all but first)"
     add("--tasks", type=names, default="text,digits,spell,recall", metavar="A,B", help=tasks)
     modes = (
-        "modes, learned scalings (ssmax, power_law, ...), modes with a learned gain a head (key_count+gain) or a "
+        "modes, learned scalings (ssmax, power_law, ...), modes with a learned gain per head (key_count+gain) or a "
         "constant one (sqrt_dim*4), and two of these, the second for testing only (sqrt_dim:log_key_count); "
         "default: nine of them, or with --grid sqrt_dim,key_norm_sum+gain"
     )

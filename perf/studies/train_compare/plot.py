@@ -99,7 +99,7 @@ def _by_layer(axes: Axes, modes: Modes, looks: Looks) -> None:
 
 
 def _measures(axes: Axes, modes: Modes, looks: Looks) -> None:
-    """Draw a measure for several lengths as a line over them, one measure as a point a mode with its value."""
+    """Draw a measure for several lengths as a line over them, one measure as a point per mode with its value."""
     run = next(iter(modes.values()))[0]
     metric = TASKS[run.task].metric
     stem = metric.rsplit("_", 1)[0] + "_"

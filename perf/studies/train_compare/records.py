@@ -43,7 +43,7 @@ class Run:
     gradients         norms by layer and part, at the step: see `trainer.gradient_norms`
     entropy           entropy / ln n by layer, on the held-out batch
     steps_to_target   the first of `steps` with a held-out loss of at most the task's target
-    scaling           by layer, the scaling's parameters at the end, a value a head
+    scaling           by layer, the scaling's parameters at the end, a value per head
     """
 
     task: str

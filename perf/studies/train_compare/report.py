@@ -69,7 +69,7 @@ def tables(runs: Sequence[Run], *, grid: bool, quick: bool) -> str:
 
 
 def _comparison(runs: Sequence[Run]) -> str:
-    """Tabulate one task's runs with one recipe, a row a mode: means over seeds with 95% intervals.
+    """Tabulate one task's runs with one recipe, a row per mode: means over seeds with 95% intervals.
 
     "against sqrt_dim" is the mean over seeds of the difference of two runs that began with the same weights and saw the
     same data; a star where its interval excludes 0.
@@ -96,7 +96,7 @@ def _comparison(runs: Sequence[Run]) -> str:
 
 
 def other_metrics(runs: Sequence[Run]) -> str:
-    """Tabulate the task's other measures, a row a mode; empty where it has none."""
+    """Tabulate the task's other measures, a row per mode; empty where it has none."""
     task = TASKS[runs[0].task]
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
     if names in ([], [task.metric]):
@@ -109,7 +109,7 @@ def other_metrics(runs: Sequence[Run]) -> str:
 
 
 def _exponents(runs: Iterable[Run]) -> str:
-    """Tabulate PowerLaw's exponents, a row a layer: mean over heads and seeds, range, and the nearest named mode."""
+    """Tabulate PowerLaw's exponents, a row per layer: mean over heads and seeds, range, and the nearest named mode."""
     rows = []
     learned = (run for run in _trained(runs) if run.mode == "power_law")
     for task, same in sorted(grouped(learned, lambda run: run.task).items()):

@@ -258,7 +258,7 @@ class Lookup(Task):
 
     @abstractmethod
     def tables(self, lengths: Tensor, longest: int, random: torch.Generator) -> Batch:
-        """Draw one table a row of `lengths`, each padded to `longest` pairs."""
+        """Draw one table per row of `lengths`, each padded to `longest` pairs."""
 
     def batch(self, size: int, random: torch.Generator) -> Batch:
         lengths = torch.randint(self.shortest, _LONGEST + 1, (size,), generator=random)

@@ -23,7 +23,7 @@ from tritonattn.nn import QueryAdaptiveSSMax
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 TOKENS = 400
-# Nats a token over the first TOKENS of the default text; of Gemma over these, by its tokenizer.
+# Nats per token over the first TOKENS of the default text; of Gemma over these, by its tokenizer.
 SMOLLM_LOSSES = {"key_norm_mean": 4.7597, "key_norm_max": 5.1807, "sqrt_key_count": 4.0094, "cosine": 5.5114}
 LEARNED = ["per_head", "ssmax", "power_law", "learned_log_power", QueryAdaptiveSSMax(9, 64, mode="sqrt_dim")]
 GEMMA_TOKENS = [2, 85305, 691, 6534, 531, 974, 1401, 20718, 529, 8116, 684, 1116, 12198, 580, 506]

@@ -93,7 +93,7 @@ class Part:
 
 
 class _Run(NamedTuple):
-    """Rows from `start` to `stop` whose first key and end move by `steps` keys a row, and lie at `first` and `end`."""
+    """Rows from `start` to `stop` whose first key and end move by `steps` keys per row, from `first` and `end`."""
 
     start: int
     stop: int

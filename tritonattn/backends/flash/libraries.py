@@ -68,7 +68,7 @@ class Library:
         else:
             assert self.packed is not None
             starts = {"cu_seqlens_q": of_rows.q_starts, "cu_seqlens_k": of_rows.k_starts}
-            # For at most one row a sequence FlashAttention 2 takes exactly one, where key heads are shared.
+            # For at most one row per sequence FlashAttention 2 takes exactly one, where key heads are shared.
             longest = {"max_seqlen_q": max(of_rows.longest_q, 2), "max_seqlen_k": of_rows.longest_k}
             found = self.packed(q, k, v, **starts, **longest, **options)
         out, lse, *_ = found if isinstance(found, tuple) else (found, None)

@@ -139,7 +139,7 @@ def with_learned(settings: Settings, name: str, learned: dict[str, Tensor] | Non
     layer.load_state_dict(learned)
     for parameter in layer.parameters():
         parameter.requires_grad_(False)
-        if parameter.dim() and parameter.shape[0] > 1:  # one value a head
+        if parameter.dim() and parameter.shape[0] > 1:  # one value per head
             heads = parameter.shape[0] // ranks
             parameter.data = parameter.data.narrow(0, rank * heads, heads)
     return Settings(layer.scaling, layer.gain, layer.backend, layer.batch_invariant)

@@ -47,7 +47,7 @@ class Report:
         return abs(self.difference) <= AGREEMENT
 
     def table(self) -> str:
-        """Tabulate the measures, a row a mode, or where that is wider than the terminal, a block a mode."""
+        """Tabulate the measures, a row per mode, or where that is wider than the terminal, a block per mode."""
         rows = [self._row(one) for one in self.measurements]
         text = table(rows, _HEADERS, "simple")
         if max(map(len, text.splitlines())) <= shutil.get_terminal_size().columns:
@@ -58,7 +58,7 @@ class Report:
         return "\n\n".join(blocks)
 
     def layers(self) -> str:
-        """Tabulate the entropy of each layer and of its heads, and logits: a table a mode, a row a layer."""
+        """Tabulate the entropy of each layer and of its heads, and logits: a table per mode, a row per layer."""
         tables = []
         for one in self.measurements:
             headers = (one.mode, "entropy\n/ ln n", "of heads", "mean row's\nlargest logit", "largest\nlogit")

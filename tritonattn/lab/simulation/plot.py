@@ -69,7 +69,7 @@ def _paper(number: int, findings: Findings) -> Figure:
 
 
 def _lines(findings: Findings, axis: str, label: str) -> Figure:
-    """Draw a panel a measure over one axis of the points, and a line a mode or several that coincide."""
+    """Draw a panel per measure over one axis of the points, and a line per mode or several that coincide."""
     figure = Figure(figsize=(10.5, 7.2), layout="constrained")
     points = sorted(findings.along(axis), key=lambda point: getattr(point, axis))
     xs = [getattr(point, axis) for point in points]
@@ -152,7 +152,7 @@ def _by_keys(findings: Findings) -> Figure:
 
 
 def _two_ways(findings: Findings) -> Figure:
-    """Draw every point of the sweep in a panel a mode, those of the others in grey.
+    """Draw every point of the sweep in a panel per mode, those of the others in grey.
 
     A gradient that vanishes at the left is uniform, at the right one-hot.
     """

@@ -146,7 +146,7 @@ class Findings:
             ],
         }
         text = json.dumps(for_json(record, 4), allow_nan=False)
-        for opening in ('{"keys"', '{"dim"', '{"name"'):  # one record a line, for readable diffs
+        for opening in ('{"keys"', '{"dim"', '{"name"'):  # one record per line, for readable diffs
             text = text.replace(opening, f"\n{opening}")
         write(file, f"{text}\n")
 

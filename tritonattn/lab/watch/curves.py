@@ -183,7 +183,7 @@ class Watched:
 
     @cached_property
     def panels(self) -> list[Panel]:
-        """One panel a measure, without those that were never recorded."""
+        """One panel per measure, without those that were never recorded."""
         return [panel for panel in map(self._panel, MEASURES) if not panel.is_empty]
 
     def summary(self) -> str:

@@ -38,7 +38,7 @@ th:first-child, td:first-child { text-align: left; }
 
 
 def figure_of(watched: Watched) -> Figure:
-    """Draw a panel a measure over the same steps, and a line a layer or a run."""
+    """Draw a panel per measure over the same steps, and a line per layer or run."""
     figure, grid = panels(len(watched.panels), min(3, len(watched.panels)), (2.7, 1.4), "step")
     looks = _looks(list(watched.lines))
     shared: dict[str, Axes] = {}
