@@ -12,7 +12,7 @@ total, longest = int(ends[-1]), max(lengths)
 
 q = torch.randn(total, HEADS, DIM, requires_grad=True)
 k, v = (torch.randn(total, KEY_HEADS, DIM, requires_grad=True) for _ in range(2))
-scaling = tritonattn.nn.SSMax(heads=HEADS)
+scaling = tritonattn.nn.SSMax(heads=HEADS, base=64)
 
 out = tritonattn.attention_varlen(q, k, v, ends, ends, longest, longest, scaling=scaling, causal=True)
 out.square().sum().backward()

@@ -32,7 +32,7 @@ def forms(backend: str) -> dict[str, Call]:
     def ours(**arguments) -> Call:
         return lambda q, k, v: tritonattn.attention(q, k, v, causal=True, backend=backend, **arguments)
 
-    learned = tritonattn.nn.SSMax(HEADS)
+    learned = tritonattn.nn.SSMax(HEADS, base=LENGTH)
     return {
         "`sqrt_dim`": ours(),
         "`key_count`, `log_key_count` and others of n": ours(scaling="key_count"),

@@ -132,3 +132,24 @@ def test_rotary_positions_over_all_keys_with_a_factor_that_grows_warn(scaling):
     made(scaling=scaling, causal=True)
     made(rotary=1e4, causal=True)
     made(scaling="ssmax:8", rotary=1e4, causal=True, window=(7, 0))
+
+
+def test_a_scaling_is_assigned_as_it_is_given_to_the_constructor():
+    """Also over a learned one, where torch takes nothing but a module."""
+    for first in ("ssmax:64", "sqrt_dim"):
+        one = made(scaling=first, causal=True, dtype=torch.float64)
+        for given in ("log_key_count:64", SCALINGS["qwen_logn"](64), 0.5, "learned_cosine", nn.SSMax(4, 64), "dim"):
+            one.scaling = given
+            fresh = made(scaling=given, causal=True, dtype=torch.float64)
+            assert set(one.state_dict()) == set(fresh.state_dict())
+            fresh.load_state_dict(one.state_dict())
+            assert torch.equal(one(tokens()), fresh(tokens()))
+    for wrong in (None, True, torch.ones(4)):
+        refuses("TypeError: scaling: expected a name, a Scaling or a float, got", setattr, one, "scaling", wrong)
+    refuses("ValueError: scaling: expected one of", setattr, one, "scaling", "ssmaxx")
+    assert one.scaling.name == "dim"
+    near, far = made(causal=True, window=(7, 0)), made(causal=True, rotary=1e4)
+    with pytest.warns(UserWarning, match="scaling: expected a base of at most 8, the keys in window"):
+        near.scaling = "ssmax:64"
+    with pytest.warns(UserWarning, match="rotary: expected a window, or no positions"):
+        far.scaling = "ssmax:64"

@@ -74,7 +74,7 @@ def test_a_learned_mode_with_a_base_starts_there():
         ("log_power(2, 64, 3)", "got 'log_power(2, 64, 3)'"),
         ("cosine()", "got 'cosine()'"),
         ("log_key_count)", "got 'log_key_count)'"),
-        ("ssmax:64", "which is a module ~ tritonattn.nn.SSMax(heads=Hq)"),
+        ("ssmax:64", "which is a module ~ tritonattn.nn.SSMax(heads=Hq, base=LENGTH)"),
     ],
 )
 def test_other_texts_are_refused(text, message):
@@ -101,19 +101,34 @@ def test_a_name_of_no_mode_suggests_one(name, near):
     refuses(f"KeyError: ~ (did you mean {near!r}?)", lambda: SCALINGS[name])
 
 
-@pytest.mark.parametrize("make", [lambda name: named_scaling(name), lambda name: SCALINGS[name]()])
-@pytest.mark.parametrize("name", ["log_key_count", "log_power"])
-def test_a_base_that_was_forgotten_is_named_once(name, make):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: named_scaling("log_key_count"),
+        lambda **base: SCALINGS["log_key_count"](**base),
+        lambda **base: SCALINGS["log_power"](**base),
+        lambda **base: nn.SSMax(4, **base),
+        lambda **base: nn.SSMax(4, bias=True, **base),
+        lambda **base: nn.LearnedLogPower(4, **base),
+    ],
+)
+def test_a_base_that_was_forgotten_is_named_once(make):
     warn_once.cache_clear()
-    with pytest.warns(UserWarning, match=f'^{name}: expected a base, .* write "{name}:64", or base=64') as found:
-        assert make(name).base == math.e
-    assert [one.filename for one in found] == [__file__]
+    with pytest.warns(UserWarning, match="expected a base") as found:
+        made = make()
+    name, (warning,) = made.name, found
+    assert str(warning.message).startswith(f"{name}: expected a base, ")
+    assert f'write "{name}:64", or base=64' in str(warning.message)
+    assert warning.filename == __file__
+    assert made.base == math.e
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert make(name) == SCALINGS[name](base=math.e)
+        make()
         warn_once.cache_clear()
-        SCALINGS[name](base=math.e)
-        named_scaling(f"{name}:64")
+        for given in (math.e, 64):
+            type(made)(**({"heads": 4} if isinstance(made, torch.nn.Module) else {}), base=given)
+        nn.SSMax(4, mode="sqrt_dim")
+        nn.LearnedLogPower(4, mode="sqrt_dim")
 
 
 def test_the_names_of_the_types_are_those_of_the_modes():

@@ -40,7 +40,12 @@ def hint_for_keyword(word: str, known: Iterable[str]) -> str | None:
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Warn, once a process, at the line outside of this package that led here."""
+    """`warn`, once a process."""
+    warn(message)
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside of this package that led here."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "tritonattn":
         frame, level = frame.f_back, level + 1

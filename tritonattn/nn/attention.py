@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ from ..scaling.base import check_positive, has_relative_bias
 from ..scaling.names import LayerMode
 from .cache import KeyValueCache
 from .learned import describe
-from .registry import grows_with_keys, largest_base, scaling_of_layer
+from .registry import scaling_of_layer, warn_of_layer
 
 
 class ScaledAttention(SharesSequence, nn.Module):
@@ -54,7 +53,7 @@ class ScaledAttention(SharesSequence, nn.Module):
         context_width: Features of context, for cross attention; None is width.
         scaling: A name in `tritonattn.SCALINGS` or in `tritonattn.nn.LEARNED`, a `Scaling`, or a float. A learned name
             makes a module, which starts at sqrt_dim, but for "learned_cosine"; "ssmax:64" starts at that base. Modules
-            are registered and learned with the layer.
+            are registered and learned with the layer. `layer.scaling` may be assigned to; make the optimizer after it.
         causal, window, softcap: As in `tritonattn.attention`.
         sinks: Learn a sink [heads], a logit in the softmax's denominator only, from 0.
         qk_norm: RMS-normalise q and k over D, each with a weight [D], as Qwen 3 and Gemma 3 do.
@@ -118,25 +117,12 @@ class ScaledAttention(SharesSequence, nn.Module):
             check_positive("rotary", rotary, above=1.0)
             if self.head_dim % 2:
                 raise ValueError(f"head_dim: expected an even number with rotary, got {self.head_dim}")
-        self.scaling: Scaling | float
-        if isinstance(scaling, (str, Scaling, type)):
-            self.scaling = scaling_of_layer(scaling, heads, device=device, dtype=dtype)
-        else:
-            if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
-                refuse_scaling(scaling, "a name, a Scaling or a float")
-            check_number("scaling", scaling)
-            self.scaling = scaling
-        _warn_of_window(self.scaling, causal, window)
-        if rotary is not None and window_sides(window)[0] is None and grows_with_keys(self.scaling):
-            warnings.warn(
-                "rotary: expected a window, or no positions, in a layer whose factor grows with its keys: beyond the"
-                " trained length rotary positions over all keys fail first, and the factor does not repair that",
-                stacklevel=2,
-            )
         self.rotary = rotary
         self.width, self.context_width = width, context_width
         self.heads, self.kv_heads = heads, kv_heads
         self.causal, self.window, self.softcap = causal, window, softcap
+        self.scaling: Scaling | float
+        self.scaling = _scaling_of(scaling, heads, device=device, dtype=dtype)
         self.dropout_p, self.backend, self.batch_invariant = dropout_p, backend, batch_invariant
         options = {"bias": bias, "device": device, "dtype": dtype}
         self.q_proj = nn.Linear(width, heads * self.head_dim, **options)
@@ -150,6 +136,22 @@ class ScaledAttention(SharesSequence, nn.Module):
         learned = nn.Parameter(torch.empty(heads, device=device, dtype=dtype)) if sinks else None
         self.register_parameter("sinks", learned)
         self.reset_parameters()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; as `scaling`, whatever the constructor takes, also in place of a learned one."""
+        if name == "scaling" and (isinstance(value, Scaling) or not isinstance(value, nn.Module)):
+            value = self._checked_scaling(value)
+            if not isinstance(value, nn.Module):  # torch puts none in a module's place
+                self._modules.pop(name, None)
+        super().__setattr__(name, value)
+
+    def _checked_scaling(self, scaling: Any) -> Any:
+        """The scaling of a value assigned: of the constructor's, which has been checked, itself."""
+        if "k_proj" in self._modules:
+            like = self.k_proj.weight
+            scaling = _scaling_of(scaling, self.heads, device=like.device, dtype=like.dtype)
+        warn_of_layer(scaling, self.causal, self.window, self.rotary)
+        return scaling
 
     def reset_parameters(self) -> None:
         """Start the sinks again from 0; projections, norms and the scaling are modules that reset themselves."""
@@ -348,6 +350,16 @@ class ScaledAttention(SharesSequence, nn.Module):
         return attention(q, cache.k, cache.v, key_ranges=key_ranges, **settings)
 
 
+def _scaling_of(scaling: Any, heads: int, **options: Any) -> Scaling | float:
+    """The scaling of a layer, of a number that number."""
+    if isinstance(scaling, (str, Scaling, type)):
+        return scaling_of_layer(scaling, heads, **options)
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        refuse_scaling(scaling, "a name, a Scaling or a float")
+    check_number("scaling", scaling)
+    return scaling
+
+
 def rotated(x: Tensor, positions: Tensor, base: float) -> Tensor:
     """x with its pairs (x[d], x[d + D / 2]) turned by the angle position * base^(-2 d / D), in fp32 at least.
 
@@ -375,20 +387,6 @@ def _checked_head_dim(width: Any, heads: Any, kv_heads: Any, head_dim: Any, cont
     if head_dim is None and width % heads != 0:
         raise ValueError(f"head_dim: expected an int where heads = {heads} do not divide width = {width}, got None")
     return width // heads if head_dim is None else head_dim
-
-
-def _warn_of_window(scaling: Any, causal: bool, window: tuple[int | None, int | None] | None) -> None:
-    """Warn of a base that the number of keys in a window never reaches."""
-    left, right = window_sides(window)
-    if left is None or (right is None and not causal):
-        return
-    most, base = 1 + left + (0 if causal else right or 0), largest_base(scaling)
-    if base > most:
-        warnings.warn(
-            f"scaling: expected a base of at most {most}, the keys in window={window!r}, got {base:g}: logits stay"
-            " below those of sqrt_dim",
-            stacklevel=4,
-        )
 
 
 def _check_features(name: str, x: Any, axes: str, width: int) -> None:

@@ -17,7 +17,7 @@ from ..core.shards import local
 from ..core.statistics import Statistics, counts_of
 from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling, cosine
-from ..scaling.base import check_positive
+from ..scaling.base import NO_BASE, check_positive, warn_without_base
 from ..scaling.names import named_scaling
 
 
@@ -190,7 +190,7 @@ class SSMax(Learned):
     Args:
         heads: Hq.
         base: s starts at 1 / ln(base), which is `LogKeyCount(base)`: with the length of training as base, rows of that
-            many keys start as sqrt_dim's.
+            many keys start as sqrt_dim's. Without one it is e, the paper's, and warns.
         bias: Learn b [heads] too, from 0.
         mode: Where every head starts. None is the paper's start, above; "sqrt_dim" is exactly that mode, for a model
             that was trained with it: s = 0 and b = 1, both learned whatever bias says.
@@ -205,7 +205,7 @@ class SSMax(Learned):
 
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
-    >>> tritonattn.attention(q, k, v, scaling=tritonattn.nn.SSMax(heads=4), causal=True).shape
+    >>> tritonattn.attention(q, k, v, scaling=tritonattn.nn.SSMax(heads=4, base=16), causal=True).shape
     torch.Size([1, 4, 16, 8])
     """
 
@@ -219,7 +219,7 @@ class SSMax(Learned):
     def __init__(
         self,
         heads: int,
-        base: float = math.e,
+        base: float = NO_BASE,
         *,
         bias: bool = False,
         mode: str | None = None,
@@ -234,7 +234,9 @@ class SSMax(Learned):
             if base != math.e:
                 raise ValueError(f"base: expected none with mode='sqrt_dim', which starts at b = 1, got {base}")
             self._learn(device, dtype, s=0.0, b=1.0)
-        elif bias:
+            return
+        warn_without_base(self.name, base)
+        if bias:
             self._learn(device, dtype, s=1 / math.log(base), b=0.0)
         else:
             self._learn(device, dtype, s=1 / math.log(base))

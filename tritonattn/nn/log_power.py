@@ -15,7 +15,7 @@ from ..core.shards import local
 from ..core.statistics import Statistics, counts_of
 from ..core.visibility import Visibility
 from ..scaling import Scales
-from ..scaling.base import check_positive
+from ..scaling.base import NO_BASE, check_positive, warn_without_base
 from .learned import Learned, starts_at_sqrt_dim
 
 
@@ -29,7 +29,7 @@ class LearnedLogPower(Learned):
     Args:
         heads: Hq.
         power: Where every head's p starts; exactly the mode `LogPower(power, base)`.
-        base: The n at which the factor is that of sqrt_dim, whatever p is.
+        base: The n at which the factor is that of sqrt_dim, whatever p is; without one e, with a warning.
         mode: None starts at power; "sqrt_dim" starts exactly at that mode, p = 0, for a model that was trained with it.
         device, dtype: The device and dtype of p [heads].
 
@@ -58,7 +58,7 @@ class LearnedLogPower(Learned):
         self,
         heads: int,
         power: float = 0.5,
-        base: float = math.e,
+        base: float = NO_BASE,
         *,
         mode: str | None = None,
         device: torch.device | str | None = None,
@@ -70,6 +70,8 @@ class LearnedLogPower(Learned):
         if (is_sqrt_dim := starts_at_sqrt_dim(mode)) and power != 0.5:
             raise ValueError(f"power: expected none with mode='sqrt_dim', which starts at p = 0, got {power}")
         self.power, self.base, self.mode = power, base, mode
+        if not is_sqrt_dim:
+            warn_without_base(self.name, base)
         self._learn(device, dtype, p=0.0 if is_sqrt_dim else power)
 
     def extra_repr(self) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..core.hints import warn
+from ..core.visibility import window_sides
 from ..scaling import LogKeyCount, LogPower, Scaling
 from ..scaling.names import parsed
 from .learned import LearnedCosine, PerHead, SSMax, as_mode
@@ -39,6 +41,24 @@ def grows_with_keys(scaling: Any) -> bool:
 def _inside(scaling: Any) -> list[Scaling]:
     found = (getattr(scaling, name, None) for name in ("mode", "mode_a", "mode_b"))
     return [mode for mode in found if isinstance(mode, Scaling)]
+
+
+def warn_of_layer(scaling: Any, causal: bool, window: tuple[int | None, int | None] | None, rotary: Any) -> None:
+    """Warn of a base that a window's keys never reach, and of a factor where rotary positions keep it from its work."""
+    left, right = window_sides(window)
+    if left is None:
+        if rotary is not None and grows_with_keys(scaling):
+            warn(
+                "rotary: expected a window, or no positions, in a layer whose factor grows with its keys: beyond the"
+                " trained length rotary positions over all keys fail first, and the factor does not repair that"
+            )
+    elif right is not None or causal:
+        most, base = 1 + left + (0 if causal else right or 0), largest_base(scaling)
+        if base > most:
+            warn(
+                f"scaling: expected a base of at most {most}, the keys in window={window!r}, got {base:g}: logits stay"
+                " below those of sqrt_dim"
+            )
 
 
 def scaling_of_layer(scaling: Any, heads: int, **options: Any) -> Scaling:

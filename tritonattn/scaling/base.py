@@ -178,6 +178,15 @@ def mode(
 NO_BASE = math.exp(1)  # e, and no other object is this one: the base that was not given
 
 
+def warn_without_base(name: str, base: float) -> None:
+    """Warn once of a mode whose base is e since none was given."""
+    if base is NO_BASE and not torch.compiler.is_compiling():
+        warn_once(
+            f"{name}: expected a base, the n at which the logits are those of sqrt_dim, got none, which is base e:"
+            f' write "{name}:64", or base=64, with the length of your training for 64'
+        )
+
+
 class OfCount(Scaling):
     """A mode of parameters whose factor is a constant times a function of n, the keys that a row attends to.
 
@@ -188,11 +197,7 @@ class OfCount(Scaling):
         for name in type(self).__match_args__:  # pyright: ignore[reportAttributeAccessIssue]  of a dataclass, its fields
             value = getattr(self, name)
             check_positive(name, value, above=float(name == self.trained_length))
-            if value is NO_BASE and not torch.compiler.is_compiling():
-                warn_once(
-                    f"{self.name}: expected a base, the n at which the logits are those of sqrt_dim, got none, which is"
-                    f' base e: write "{self.name}:64", or base=64, with the length of your training for 64'
-                )
+            warn_without_base(self.name, value)
 
     def _constant(self, head_dim: int) -> float:
         return head_dim**-0.5

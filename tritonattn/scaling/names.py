@@ -38,9 +38,9 @@ LayerMode = ModeName | LearnedName | str
 
 # Modes that are modules, and the expression that makes one for q of Hq heads.
 _LEARNED = {
-    "ssmax": "SSMax(heads=Hq)",
+    "ssmax": "SSMax(heads=Hq, base=LENGTH)",
     "power_law": "PowerLaw(heads=Hq)",
-    "learned_log_power": "LearnedLogPower(heads=Hq)",
+    "learned_log_power": "LearnedLogPower(heads=Hq, base=LENGTH)",
     "query_adaptive_ssmax": "QueryAdaptiveSSMax(heads=Hq, head_dim=D)",
     "per_head": "PerHead('sqrt_dim', heads=Hq)",
     "learned_cosine": "LearnedCosine(heads=Hq)",
