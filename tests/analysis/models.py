@@ -28,7 +28,7 @@ class Net(nn.Module):
 def dense(net: Net, x, factor, visible, real, weight, softcap=None) -> dict[str, torch.Tensor]:
     """The measures of Net's attention on x [B, S, 32] for the loss (out * weight).sum(), in float64.
 
-    factor broadcasts to [B, Hq, S, S]; visible bool likewise; real [B, S]: rows that are no padding.
+    factor broadcasts to [B, Hq, S, S]; visible bool likewise; real [B, S]: rows that are not padding.
     """
     layer = net.attention
     with torch.no_grad():

@@ -212,7 +212,7 @@ def _observed_calls(model: nn.Module, rotary: list[bool | None], hand_on: Callab
 def _positions(model: nn.Module, inputs: Any) -> list[bool | None]:
     """Say of every call of a model whether q and k are turned by positions, from a run on one token repeated.
 
-    Tokens that are no ids may bring positions along: there a layer has none only where others are rotary.
+    Tokens that are not ids may bring positions along: there a layer has none only where others are rotary.
     """
     found: list[bool | None] = []
 

@@ -178,7 +178,7 @@ def qk_clip(model: nn.Module, threshold: float = 100.0) -> QKClip:
 
     Raises:
         NotImplementedError: A model without a layer that can be clipped, and why.
-        TypeError: A model that is no module.
+        TypeError: A model that is not a module.
         ValueError: A threshold that is not positive.
 
     >>> import torch, tritonattn

@@ -130,7 +130,7 @@ def _placed(mine: Totals | None, x: Tensor | None, parts: int, shape: torch.Size
 
 
 def counted_rows(seen: Visibility) -> Tensor:
-    """The rows with a visible key that are no padding: bool [B or 1, 1 or Hq, Sq].
+    """The rows with a visible key that are not padding: bool [B or 1, 1 or Hq, Sq].
 
     A row of self attention is padding if no row attends to the key at its position. In cross attention padding of rows
     is not known, so all rows count, except if Sq = Sk by chance: then rows at positions of unseen keys are left out.

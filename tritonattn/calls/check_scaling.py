@@ -50,7 +50,7 @@ def check_scaling(
     Raises:
         ValueError: The two formulas differ, or one depends on a key that it must not; names the mask, and the largest
             difference. Or an invalid number of heads or head dim.
-        TypeError: A value that is no scaling.
+        TypeError: A value that is not a scaling.
 
     >>> import tritonattn
     >>> max(tritonattn.check_scaling("key_norm_mean").values()) < 1e-9

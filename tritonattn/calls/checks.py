@@ -251,7 +251,7 @@ def check_number(name: str, value: Any) -> None:
 
 
 def refuse_scaling(scaling: Any, wanted: str = "a name, a Scaling, a float or a tensor") -> NoReturn:
-    """Raise the TypeError for a value that is no scaling."""
+    """Raise the TypeError for a value that is not a scaling."""
     if isinstance(scaling, type) and issubclass(scaling, Scaling):
         parameters = inspect.signature(scaling).parameters.values()
         required = [f"{p.name}=..." for p in parameters if is_required(p)]
@@ -270,7 +270,7 @@ def is_required(parameter: inspect.Parameter) -> bool:
 
 
 def refuse_backend(backend: Any) -> None:
-    """Raise the ValueError for a value that is no name in BACKENDS."""
+    """Raise the ValueError for a value that is not a name in BACKENDS."""
     raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}{nearest(backend, BACKENDS)}")
 
 

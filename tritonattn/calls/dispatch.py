@@ -44,7 +44,7 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
             return run(call)
     is_compiled, has_transform = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
     if is_compiled and call.backend == "flash":
-        uncompiled: Any = torch._dynamo.disable(run)  # its libraries are no operators that a compiler knows
+        uncompiled: Any = torch._dynamo.disable(run)  # torch.compile cannot trace its libraries
         return uncompiled(call)
     if is_compiled and has_transform:
         # Dynamo's rules for autograd functions in torch.func.grad gave wrong gradients. Raising leaves the call

@@ -206,7 +206,7 @@ class KeyStatistics(KeyRecord):
         """A copy with room for more keys, for a cache that has grown.
 
         Raises:
-            TypeError, ValueError: A capacity that is no int, or is below this one.
+            TypeError, ValueError: A capacity that is not an int, or is below this one.
         """
         check_count("capacity", capacity, self.capacity)
         other = self._like(len(self.counts), capacity)
@@ -224,7 +224,7 @@ class KeyStatistics(KeyRecord):
             capacity: The copy's capacity, at least keys.
 
         Raises:
-            TypeError, ValueError: An argument that is no int; less than 0 keys, or more than the copy can hold.
+            TypeError, ValueError: An argument that is not an int; less than 0 keys, or more than the copy can hold.
         """
         for name, size in (("keys", keys), ("capacity", capacity)):
             check_count(name, size)

@@ -21,8 +21,8 @@ class AttentionAux(NamedTuple):
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
     >>> out, aux = tritonattn.attention(q, k, v, causal=True, return_aux=True)
-    >>> aux.entropy[0, :, 0].tolist()  # the first row attends to one key
-    [0.0, 0.0, 0.0, 0.0]
+    >>> bool(aux.entropy[0, :, 0].abs().max() < 1e-6)  # the first row attends to one key
+    True
     """
 
     lse: Tensor

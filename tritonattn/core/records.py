@@ -77,7 +77,7 @@ def append(file: Path, records: Iterable[dict[str, Any]], digits: int | None = N
 def read(file: Path, decode: Callable[[dict[str, Any]], Record], expected: str) -> list[Record]:
     """Read the records of a JSON lines file; none where there is no file.
 
-    A line that is no JSON, or that `decode` refuses (ValueError, TypeError, KeyError), is skipped and named on stderr,
+    A line that is not JSON, or that `decode` refuses (ValueError, TypeError, KeyError), is skipped and named on stderr,
     with what was expected.
     """
     records = []

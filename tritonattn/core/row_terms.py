@@ -27,7 +27,7 @@ def counted_from_rows(key_bias: Tensor) -> Tensor:
             stand at one, as causal rows do.
 
     Raises:
-        TypeError: A value that is no tensor.
+        TypeError: A value that is not a tensor.
 
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)

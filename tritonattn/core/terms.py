@@ -133,7 +133,7 @@ def flags(terms: Terms) -> dict[str, bool]:
 
 
 def choices(terms: Terms) -> list[bool]:
-    """The `flags` of the terms that are no tensors, before any is left out for what it stands beside."""
+    """The `flags` of the terms that are not tensors, before any is left out for what it stands beside."""
     return [terms[number] is not default for number, default in _CHOICES]
 
 

@@ -94,7 +94,7 @@ class Visibility:
             key_ranges = key_ranges.squeeze(1)
         batch, q_heads, q_len, _ = q_shape
         _, kv_heads, k_len, _ = k_shape
-        if mask is not None:  # of no query heads it says nothing, and its axis would not be that of key heads
+        if mask is not None:  # without query heads its axis of heads has no meaning
             mask = None if q_heads == 0 else mask[(None,) * (4 - mask.dim())]
         sizes = (batch, q_heads, kv_heads, q_len, k_len)
         return cls(*sizes, device, left, right, key_lengths, key_ranges, mask, sequences, invariant)

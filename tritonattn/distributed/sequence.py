@@ -80,7 +80,7 @@ class SharedSequence:
 
 
 class Settings(NamedTuple):
-    """A call's arguments that are no tensors.
+    """A call's arguments that are not tensors.
 
     heads   key heads whose keys and values are gathered at a time
     """

@@ -155,7 +155,7 @@ def check_entries(entry: str, saved: Any, known: Any) -> None:
 
 
 def is_finite(x: Any) -> bool:
-    """True for a finite number that is no bool."""
+    """True for a finite number that is not a bool."""
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 

@@ -263,7 +263,7 @@ def scaling_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of every `Scaling` inside a module, each once: those to optimise without weight decay.
 
     Raises:
-        TypeError: A value that is no module.
+        TypeError: A value that is not a module.
 
     >>> import tritonattn
     >>> layer = tritonattn.nn.ScaledAttention(64, heads=4, scaling="ssmax:64")

@@ -46,8 +46,8 @@ class PowerLaw(Learned):
     Within one head dim theta and a move the same number, so a is frozen (requires_grad is False) until asked for.
 
     Raises:
-        TypeError: heads that is no int, or a dtype that is not floating.
-        ValueError: A mode that is no point of the law.
+        TypeError: heads that is not an int, or a dtype that is not floating.
+        ValueError: A mode that is not a point of the law.
 
     >>> import torch, tritonattn
     >>> scaling = tritonattn.nn.PowerLaw(heads=4, mode="key_norm_sum")

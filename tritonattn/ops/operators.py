@@ -50,7 +50,7 @@ def operator(name: str, arguments: str, results: str) -> Callable[[Callable], An
 
 
 _RECORDS = (Visibility, Terms, Dropout, Sequences)
-# Parts that are no arguments: sizes, which tensors have, and what has done its work before a backend is called.
+# Parts that are not arguments: sizes, which tensors have, and what has done its work before a backend is called.
 _SIZES = ("batch", "q_heads", "kv_heads", "q_len")
 _NO_ARGUMENTS = {("visibility", name) for name in (*_SIZES, "counted")}
 _NO_ARGUMENTS |= {("gain",), ("dropout_p",), ("wide_q",), ("wide_k",)}

@@ -15,13 +15,13 @@ from .gpus import nearest
 _MOST = 64
 _FEW_ROWS = 1024  # a row's part is as long as the row's output: more rows would move more of parts than of keys
 _HEADS = 32  # calls of few rows are split as if they had so many, whatever their number
-# Times of a program in keys that it multiplies with a block of rows, or in rows, with a block of keys: of what it does
-# outside of its loop (`FIXED` of perf/models/schedule.py), and until its part is written and read (modelled: 8 bytes a
-# number, and about 90 FLOP in the time of a byte of the L2 cache).
+# Overheads of a program, in the time of so many keys of its loop (of gradients: rows). FIXED is spent outside of the
+# loop (as in perf/models/schedule.py), PRICE until its part is written and read (modelled: 8 bytes per number, and
+# about 90 FLOP in the time of a byte of the L2 cache).
 FIXED = 192
 PRICE = 256
-# Length of a split: the parts of a batch so large that it needs none take half the time of their products at the most.
-# Gradients more often have such batches: there, an eighth.
+# Shortest split. Where a batch is so large that it needs no splits, their parts cost at most half the time of the
+# products; of gradients, which more often have such batches, an eighth.
 _SHORTEST = 2 * PRICE
 _SHORTEST_OF_GRADIENTS = 8 * PRICE
 # Warps of 255 registers that a processor holds at once: NVIDIA's has 2^16 registers, AMD's 4 * 512 of whole waves.
@@ -64,7 +64,9 @@ def resident(config: TileConfig, target: Target) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _soonest(programs: float, length: int, step: int, most: int, at_once: int) -> int:
-    """The splits, up to `most`, with which programs that go through `length` in steps end first; the fewest of those.
+    """The number of splits, from 1 to `most`, that ends soonest: the least of several that are equal.
+
+    Each program goes through its part of `length` in steps, `at_once` programs at a time.
 
     time(s) = ceil(programs * s / at_once) * (ceil(length / (step * s)) * step + fixed + (price if s > 1))
     """

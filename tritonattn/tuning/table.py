@@ -44,7 +44,7 @@ LENGTHS = ("short", "long")
 SOURCES = ("static", "measured")
 _LARGEST_FILE = 2**22
 _LONGEST_MESSAGE = 300
-# The fields of a config that are no int.
+# The fields of a config that are not int.
 _TYPES = {"descriptors": bool, "warp_specialize": bool, "kernel": str}
 # Upper limits of a config's numbers (the lower is 1, of OPTIONS 0), so that no later arithmetic meets a hostile one.
 _MOST = {
@@ -63,9 +63,9 @@ class TableError(ValueError):
 
 
 class Key(NamedTuple):
-    """The calls of an entry: of 16 bits, whose wider head dim is at most head_dim and pads to the same tile.
+    """The 16-bit calls that an entry serves: max(D, Dv) is at most head_dim, and pads to the same tile.
 
-    A head_dim that is no multiple of 16 is that of no other calls.
+    A head_dim that is not a multiple of 16 serves max(D, Dv) = head_dim alone.
     """
 
     kernel: str
@@ -166,8 +166,8 @@ def keys_of(kernel: str, problem: Problem, target: Target) -> tuple[Key, ...]:
     """The keys of the entries that serve a call, the padded width's last; none: tables leave it out.
 
     Tables leave out fp32, head dims above 256, memory-bound kernels, and calls that take more registers: a mask,
-    dropout, and decoding with many rows or from pages. For a head dim that is no multiple of 16 an entry of the padded
-    width serves too, except above 128 and, on AMD, with a key scale, where some of these would spill.
+    dropout, and decoding with many rows or from pages. A head dim that is not a multiple of 16 may also take the entry
+    of its padded width, except above 128 and, on AMD, with a key scale, where some of these would spill.
     """
     is_heavy = problem.mask or problem.dropout or problem.block_table or problem.packed_rows > 16
     if problem.dtype.itemsize != 2 or kernel not in TILED_KERNELS or is_heavy:
@@ -245,7 +245,7 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    """The table in a file. Raises TableError for a file that is no table of this schema; FileNotFoundError."""
+    """The table in a file. Raises TableError for a file that is not a table of this schema; FileNotFoundError."""
     return parsed_file(path, _parse)
 
 

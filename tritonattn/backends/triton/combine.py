@@ -140,7 +140,7 @@ def combine(specialisation: Specialisation, parts: Results, results: Results, si
 
 
 def add_splits(specialisation: Specialisation, parts: Tensor, result: Tensor) -> None:
-    """Add up the parts [splits, ...] of a gradient. The gradients of a call have different code, so none is kept."""
+    """Add up the parts [splits, ...] of a gradient. Its plan is not kept: gradients of one call differ in code."""
     chosen = plan("sum_of_splits", specialisation, parts.device)
     arguments = {"parts_ptr": parts, "sum_ptr": result, "splits": parts.shape[0], "size": result.numel()}
     chosen.launch((-(-result.numel() // chosen.config.block_n), 1, 1), arguments)

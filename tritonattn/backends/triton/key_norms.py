@@ -201,7 +201,7 @@ def prefix_sums(addends: Tensor, restarts: Tensor | None = None) -> Tensor:
 
 
 def with_usual_strides(k: Tensor) -> Tensor:
-    """The keys, or a contiguous copy of a view into wider rows, whose loads, and so sums, would be others."""
+    """The keys, or a contiguous copy where unaligned rows would be loaded, and so summed, in another order."""
     step = 16 if k.shape[3] % 16 == 0 else 16 // k.dtype.itemsize
     if k.shape[3] % step:
         return k.contiguous()

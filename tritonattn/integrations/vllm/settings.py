@@ -67,7 +67,7 @@ def _saved_names(names: tuple[str, ...], layers: tuple[str, ...]) -> dict[str, s
     """The saved module's name by vLLM's name of the layer.
 
     The ends of the names are equal, from before the layer's number on: vLLM may order what comes before otherwise, and
-    adds ".attn". Raises ValueError for a name that is no layer's or several layers'.
+    adds ".attn". Raises ValueError for a name that is not a layer's or several layers'.
     """
     names_of: dict[str, str] = {}
     for name in names:
