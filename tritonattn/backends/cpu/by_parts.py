@@ -248,7 +248,7 @@ class _Operands:
         with_triangle = terms.key_bias is not None and not tensors and bool(terms.key_bias.amax() < torch.inf)
         has_bias_alone = len(tensors) == 1 and tensors[0] is terms.bias and terms.key_bias is None
         # The kernel wants the keys of its mask side by side: else a copy of all pairs.
-        with_rectangle = with_triangle or (has_bias_alone and tensors[0].shape[-1] > 1 and tensors[0].stride(-1) == 1)
+        with_rectangle = not tensors or (has_bias_alone and tensors[0].shape[-1] > 1 and tensors[0].stride(-1) == 1)
         taken = {"causal": with_triangle, "full": with_rectangle, "ranges": False}
         masks = max([x.shape[0] * x.shape[1] for x in tensors], default=1)
         single = [one for part in self.of_call.every for one in unstacked(part)]
@@ -270,7 +270,7 @@ class _Operands:
         if mask is None or bool(lse.abs().amin() > 0):
             return out, lse
         suspects = ~(lse.abs() > 0)
-        largest = self._visible(part, mask).amax(-1)
+        largest = self._largest(part, mask, suspects)
         blind, spoiled = suspects & (largest == -torch.inf), suspects & largest.isnan()
         out = out.masked_fill(blind[..., None], 0).masked_fill(spoiled[..., None], torch.nan)
         return out, lse.masked_fill(blind, -torch.inf).masked_fill(spoiled, torch.nan)
@@ -308,7 +308,7 @@ class _Operands:
         k, v = self._keys_and_values(part)
         mask = self._mask(part)
         if mask is not None and _has_bias(self.call) and bool((lone := lse == -torch.inf).any()):
-            lse = torch.where(lone, self._visible(part, mask).amax(-1), lse)
+            lse = torch.where(lone, self._largest(part, mask, lone), lse)
         settings = {"attn_mask": mask, "scale": self.scale}
         d_q, d_k, d_v = _backward(d_out, q, k, v, out, lse, 0.0, part.form == "causal", **settings)
         if k.shape[1] != self.k.shape[1]:
@@ -352,11 +352,15 @@ class _Operands:
         return total if total.stride(-1) == 1 else total.contiguous()
 
     @staticmethod
-    def _visible(part: Part, mask: Tensor) -> Tensor:
-        """The mask of a part with -inf outside of its triangle."""
-        if part.form != "causal":
-            return mask
-        return mask.masked_fill(torch.ones(part.height, part.width, dtype=torch.bool).triu_(1), -torch.inf)
+    def _largest(part: Part, mask: Tensor, wanted: Tensor) -> Tensor:
+        """The largest bias of the visible pairs of each of the wanted rows, bool [N, Hq, rows]; 0 for others."""
+        rows = wanted.flatten(0, 1).any(0).nonzero()[:, 0]
+        visible = mask[:, :, rows]
+        if part.form == "causal":
+            visible = visible.masked_fill(torch.arange(part.width, device="cpu") > rows[:, None], -torch.inf)
+        largest = torch.zeros(wanted.shape, dtype=mask.dtype, device="cpu")
+        largest[:, :, rows] = visible.amax(-1)
+        return largest
 
     def _lone_rows(self, lse: Tensor) -> Tensor | None:
         """Rows of one key, bool [B, Hq, Sq], or None where there is none; a bias can hide the one key."""

@@ -19,7 +19,7 @@ _ROWS = 256
 _LEAST_ROWS = 64
 _PAIRS = 1 << 22
 # Pairs that the kernel computes in the time that a call of it, and what leads to it, takes at the least.
-_CALL = 20_000
+_CALL = 30_000
 # Shorter rectangles and triangles join their neighbours under one mask: a call of the kernel costs as much.
 _SHORTEST = 24
 # Layouts of tokens whose parts are kept: the layers of a model share them. And masks of few pairs, of 1 MB at most.
