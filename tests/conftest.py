@@ -4,7 +4,7 @@ import gc
 from importlib.util import find_spec
 
 if find_spec("triton") is None:
-    collect_ignore = ["compiled", "emulated", "kernels", "perf", "stub_tests", "tuner", "tuning", "slow/emulated"]
+    collect_ignore = ["compiled", "emulated", "kernels", "perf", "stub_tests", "autotune", "tuning", "slow/emulated"]
 
 
 def pytest_collectstart() -> None:

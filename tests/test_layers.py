@@ -18,7 +18,7 @@ FLOORS = (
     {"backends"},
     {"ops"},
     {"calls"},
-    {"nn", "distributed", "tuner"},
+    {"nn", "distributed", "autotune"},
     {"huggingface"},
     {"integrations"},
     {"analysis"},
@@ -40,7 +40,7 @@ OPTIONAL_IN = {
     "lab": {"matplotlib", "transformers"},
     "cli": {"transformers"},
 }
-TRITON_IN = ("tuning", "tuner", "backends/triton")
+TRITON_IN = ("tuning", "autotune", "backends/triton")
 
 
 def module_of(path: Path) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ from datetime import date
 import torch
 from torch import Tensor
 
+from tritonattn.autotune.timing import Contestant, Timing, card_state, median_ratio, take_turns
 from tritonattn.core.provenance import Environment
-from tritonattn.tuner.timing import Contestant, Timing, card_state, median_ratio, take_turns
 
 from ..models.modelled import milliseconds
 from .records import Axis, Record

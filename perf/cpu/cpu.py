@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import tritonattn
+from tritonattn.autotune.timing import Contestant, median_ratio, take_turns
 from tritonattn.cli.options import check_file, whole_number
 from tritonattn.core.provenance import Environment
 from tritonattn.core.records import write_json
 from tritonattn.core.tables import table
 from tritonattn.core.visibility import Visibility
-from tritonattn.tuner.timing import Contestant, median_ratio, take_turns
 
 from ..cases.recipes import scaled_by_mode
 from ..options import command_line

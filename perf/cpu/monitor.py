@@ -13,13 +13,13 @@ import torch
 import transformers
 
 from tritonattn.analysis import Monitor, Thresholds
+from tritonattn.autotune.timing import Contestant, median_ratio, take_turns
 from tritonattn.cli.options import check_file, device, whole_number
 from tritonattn.core.errors import CommandError
 from tritonattn.core.provenance import Environment
 from tritonattn.core.records import write_json
 from tritonattn.core.tables import table
 from tritonattn.huggingface import patch
-from tritonattn.tuner.timing import Contestant, median_ratio, take_turns
 
 from ..options import command_line
 

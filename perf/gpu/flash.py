@@ -22,10 +22,10 @@ import torch
 import tritonattn
 from tests.kernels import harness
 from tests.support import flash as stand_in
+from tritonattn.autotune.timing import card_state, median_ratio, take_turns
 from tritonattn.backends.flash.libraries import card_of, libraries
 from tritonattn.core.provenance import commit
 from tritonattn.core.tables import table as layout
-from tritonattn.tuner.timing import card_state, median_ratio, take_turns
 from tritonattn.tuning import lookup
 from tritonattn.tuning.config import Target
 from tritonattn.tuning.gpus import table_name

@@ -13,11 +13,11 @@ from itertools import product
 
 import torch
 
+from tritonattn.autotune.timing import Timing, card_state, take_turns
+from tritonattn.autotune.workload import Workload
 from tritonattn.backends.triton import launch
 from tritonattn.core.provenance import commit
 from tritonattn.core.tables import table
-from tritonattn.tuner.timing import Timing, card_state, take_turns
-from tritonattn.tuner.workload import Workload
 from tritonattn.tuning import Problem, Target, compile_kernel
 from tritonattn.tuning.calls import Size
 from tritonattn.tuning.config import TileConfig, legal_reasons

@@ -11,9 +11,9 @@ import math
 
 from triton.compiler import CompiledKernel
 
+from tritonattn.autotune.tune import tune_static
 from tritonattn.cli.options import names, whole_number, whole_numbers
 from tritonattn.cli.threads import usable_cores
-from tritonattn.tuner.tune import tune_static
 from tritonattn.tuning.config import TILED_KERNELS, Target, TileConfig
 from tritonattn.tuning.table import RANKED_HEAD_DIMS, keys
 

@@ -13,7 +13,12 @@ from perf.models.static.machine_code import MachineCode, MmaLoop, read_machine_c
 from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel, default_config
 
 _ROOT = Path(__file__).resolve().parents[2]
-_READ = ("tuning", "tuner", "backends/triton", "../perf/models/static")  # the folders whose code decides about a fact
+_READ = (
+    "tuning",
+    "autotune",
+    "backends/triton",
+    "../perf/models/static",
+)  # folders whose code decides a fact
 
 
 def facts(kernel: str, problem: Problem, target: str, config: TileConfig | None = None) -> MachineCode:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from tritonattn.autotune.workload import Workload
 from tritonattn.backends.triton import launch
-from tritonattn.tuner.workload import Workload
 from tritonattn.tuning.calls import Call, Size, record
 from tritonattn.tuning.config import Problem, TileConfig
 from tritonattn.tuning.table import SCALES, Exact, Key

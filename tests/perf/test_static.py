@@ -12,8 +12,8 @@ from perf.models.static.gate import examine, gate_reasons
 from perf.models.static.lanes import Lanes
 from perf.models.static.machine_code import MachineCode, MmaLoop, read_machine_code
 from tests.support.versions import OLDER_TRITON
+from tritonattn.autotune import gate
 from tritonattn.backends.triton import launch
-from tritonattn.tuner import gate
 from tritonattn.tuning import cache_dir
 from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.defaults import default_config

@@ -6,13 +6,13 @@ triton = pytest.importorskip("triton")
 from perf.models.static import ranking
 from perf.models.static.gate import examine
 from perf.models.static.ranking import ranked_table
+from tests.autotune.test_gate import DIVIDED
 from tests.compiled import test_hopper as hopper
 from tests.compiled.table import CASES, QUICK, problem_of
 from tests.compiled.test_compiled import SLOW, check, check_cost_of_scales, check_direct_loads, check_loads, pytestmark
 from tests.perf.test_static import ENTRIES, check_shipped_entry
 from tests.support.versions import OLDER_TRITON
-from tests.tuner.test_gate import DIVIDED
-from tritonattn.tuner.gate import Compiler
+from tritonattn.autotune.gate import Compiler
 from tritonattn.tuning.config import Target
 from tritonattn.tuning.gpus import GPUS
 from tritonattn.tuning.lookup import config_for

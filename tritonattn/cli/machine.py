@@ -45,7 +45,7 @@ def _add_tune(parser: ArgumentParser) -> None:
 
 def _tune(options: Namespace) -> int:
     require("tuning", ["triton", "tqdm"], extra="perf")
-    from ..tuner.tune import tune
+    from ..autotune.tune import tune
 
     if options.static and (options.calls or options.quick):
         raise CommandError("--static: expected neither --calls nor --quick with it: they time calls on a GPU")
@@ -62,7 +62,7 @@ def _add_configs(parser: ArgumentParser) -> None:
 
 def _configs(options: Namespace) -> int:
     require("configs", ["triton"], extra="perf")
-    from ..tuner.in_use import configs
+    from ..autotune.in_use import configs
 
     return configs(options.gpu)
 
@@ -101,7 +101,7 @@ def _env(options: Namespace) -> int:
     if find_spec("triton") is None:
         facts["kernels run"] = "never: triton is not installed"
     else:
-        from ..tuner.in_use import kernel_facts
+        from ..autotune.in_use import kernel_facts
 
         facts |= kernel_facts()
     for name, value in facts.items():

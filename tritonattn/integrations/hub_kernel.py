@@ -15,7 +15,7 @@ BACKENDS = ("cpu", "cuda", "rocm")
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 # Files that need more than torch and triton, and those of commands.
-_LEFT_OUT = ("analysis", "cli", "huggingface", "integrations", "lab", "tuner", "__main__.py")
+_LEFT_OUT = ("analysis", "cli", "huggingface", "integrations", "lab", "autotune", "__main__.py")
 _LEFT_OUT += ("core/progress.py", "core/provenance.py", "core/tables.py")
 
 _BUILD = """\

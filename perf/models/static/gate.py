@@ -8,8 +8,8 @@ from typing import Any
 
 from triton.compiler import CompiledKernel
 
+from tritonattn.autotune.gate import Candidate, compiled_candidate, memory_reasons
 from tritonattn.backends.triton.decode import splits_of
-from tritonattn.tuner.gate import Candidate, compiled_candidate, memory_reasons
 from tritonattn.tuning.config import Problem, Target, TileConfig, padded_dim
 from tritonattn.tuning.gpus import GPU
 

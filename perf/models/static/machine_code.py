@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from triton.compiler import CompiledKernel
 
-from tritonattn.tuner.gate import number_behind, read_binary, read_code
+from tritonattn.autotune.gate import number_behind, read_binary, read_code
 from tritonattn.tuning.config import Problem, padded_dim
 
 from .control_flow import Instruction, Listing, Span, innermost, is_ptx_mma, loops, parse, ptx_loops

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tritonattn.tuner.candidates import candidates, tiles
-from tritonattn.tuner.gate import Compiler, Progress
-from tritonattn.tuner.tune import fits, static_table
+from tritonattn.autotune.candidates import candidates, tiles
+from tritonattn.autotune.gate import Compiler, Progress
+from tritonattn.autotune.tune import fits, static_table
 from tritonattn.tuning.config import OPTIONS, Problem, Target, TileConfig, may_use_descriptors, padded_dim
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gpus import GPU

@@ -6,11 +6,11 @@ import torch
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
+from tritonattn.autotune import workload
+from tritonattn.autotune.workload import Workload, checked_size, typical_size
 from tritonattn.backends.triton import KERNELS, device, launch
 from tritonattn.backends.triton.compile import launch_of, specialised
 from tritonattn.core.call import ForwardResult
-from tritonattn.tuner import workload
-from tritonattn.tuner.workload import Workload, checked_size, typical_size
 from tritonattn.tuning.calls import Size
 from tritonattn.tuning.config import Target, is_short
 from tritonattn.tuning.defaults import default_config

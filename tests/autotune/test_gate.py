@@ -16,10 +16,10 @@ import torch
 triton = pytest.importorskip("triton")
 from perf.models.static.ranking import static_candidates
 from tests.support.versions import OLDER_TRITON
+from tritonattn.autotune import gate
+from tritonattn.autotune.candidates import candidates
+from tritonattn.autotune.gate import Code, Compiler, examine, memory_reasons
 from tritonattn.backends.triton import launch
-from tritonattn.tuner import gate
-from tritonattn.tuner.candidates import candidates
-from tritonattn.tuner.gate import Code, Compiler, examine, memory_reasons
 from tritonattn.tuning import cache_dir, compile_kernel
 from tritonattn.tuning.config import OPTIONS, Problem, Target, TileConfig, legal_reasons
 from tritonattn.tuning.defaults import default_config

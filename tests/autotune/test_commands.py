@@ -6,8 +6,8 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+from tritonattn.autotune.gate import Candidate, Code
 from tritonattn.backends.triton import launch
-from tritonattn.tuner.gate import Candidate, Code
 from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.table import Entry, Exact, Key, Table, kernels_fingerprint, keys, read_table, write_table

@@ -2,8 +2,8 @@
 
 import triton
 
+from tritonattn.autotune.gate import Candidate, Code
 from tritonattn.cli import main as cli
-from tritonattn.tuner.gate import Candidate, Code
 from tritonattn.tuning.config import Target, TileConfig
 from tritonattn.tuning.table import Entry, Key
 

@@ -9,8 +9,8 @@ import torch
 @pytest.fixture
 def user(tmp_path, monkeypatch):
     """The folder of the user's tables; none is shipped."""
+    from tritonattn.autotune import tune
     from tritonattn.backends.triton import launch
-    from tritonattn.tuner import tune
     from tritonattn.tuning import cache_dir, lookup
 
     from .stubs import FakeCompiler
@@ -28,9 +28,9 @@ def user(tmp_path, monkeypatch):
 @pytest.fixture
 def on_h100(user, monkeypatch):
     """A machine with an H100 on which every search finds BEST: the keys searched for, with their sizes."""
-    from tritonattn.tuner import tune
-    from tritonattn.tuner.search import Result
-    from tritonattn.tuner.timing import Timing
+    from tritonattn.autotune import tune
+    from tritonattn.autotune.search import Result
+    from tritonattn.autotune.timing import Timing
     from tritonattn.tuning.config import Target
     from tritonattn.tuning.defaults import default_config
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tritonattn.tuner import timing
+from tritonattn.autotune import timing
 
 GPU = torch.device("cuda", 0)
 FLUSH = 0.1  # milliseconds of the card

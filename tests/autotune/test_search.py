@@ -7,10 +7,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from tritonattn.autotune import search
+from tritonattn.autotune.candidates import candidates
+from tritonattn.autotune.gate import Candidate, Code, Compiler
 from tritonattn.backends.triton import launch
-from tritonattn.tuner import search
-from tritonattn.tuner.candidates import candidates
-from tritonattn.tuner.gate import Candidate, Code, Compiler
 from tritonattn.tuning import cache_dir, lookup
 from tritonattn.tuning.calls import Size
 from tritonattn.tuning.config import SHARES, Target, TileConfig

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from tritonattn.tuner import tune as commands
+from tritonattn.autotune import tune as commands
 from tritonattn.tuning import lookup
 from tritonattn.tuning.calls import Call, Calls, Size
 from tritonattn.tuning.config import Problem
