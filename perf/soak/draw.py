@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tritonattn
 from tritonattn.calls.decode import cache_operands, cache_visibility
-from tritonattn.core.call import AttentionCall
+from tritonattn.core.call import Request
 from tritonattn.core.terms import Terms
 
 from .trial import Tensors, Trial
@@ -202,7 +202,7 @@ def _decode_with_statistics(q: Tensor, k_cache: Tensor, v_cache: Tensor, **optio
     """Call `attention_decode` with a record of the keys in the cache."""
     lengths, table = options["key_lengths"], options.get("block_table")
     q, k, v = cache_operands(q, k_cache, v_cache, table)
-    keys = AttentionCall(q, k, v, cache_visibility(q, k, lengths, table), Terms(), block_table=table).keys()
+    keys = Request(q, k, v, cache_visibility(q, k, lengths, table), Terms(), block_table=table).keys()
     dtype = torch.promote_types(q.dtype, torch.float32)
     record = tritonattn.KeyStatistics(*keys.shape[:3], device=q.device, dtype=dtype)
     record.append(keys, lengths)

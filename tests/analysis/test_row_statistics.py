@@ -12,14 +12,14 @@ from tests.support.watch import Watch
 from tritonattn import SCALINGS
 from tritonattn.analysis.row_statistics import row_statistics
 from tritonattn.calls.checks import check
-from tritonattn.core.call import AttentionCall
+from tritonattn.core.call import Request
 from tritonattn.core.terms import Terms
 from tritonattn.core.visibility import Visibility
 
 
 def streamed(q, k, scaling="sqrt_dim", gain=None, **masks):
     visible = Visibility.of(q, k, **masks)
-    return row_statistics(check(AttentionCall(q, k, k, visible, Terms(), scaling=scaling, gain=gain)))
+    return row_statistics(check(Request(q, k, k, visible, Terms(), scaling, gain)))
 
 
 def assert_same(ours, exact, rows=slice(None)):

@@ -12,7 +12,7 @@ from tests.support.packed import Packed
 from tests.support.pairs import in_turn
 from tests.support.refusals import refuses
 from tritonattn.backends.flash import libraries, obstacles, run
-from tritonattn.core.call import AttentionCall
+from tritonattn.core.call import Request
 from tritonattn.core.terms import Terms
 from tritonattn.core.visibility import Visibility
 
@@ -245,7 +245,7 @@ def test_cudnn_is_asked_before_it_is_chosen(monkeypatch):
 
     def call(dim, q_len=9, **masks):
         q, k = (torch.randn(1, 2, length, dim).bfloat16() for length in (q_len, 9))
-        return AttentionCall(q, k, k, Visibility.of(q, k, **masks), Terms())
+        return Request(q, k, k, Visibility.of(q, k, **masks), Terms())
 
     assert run.takes(call(64, causal=True), "cudnn")
     assert run.takes(call(60), "cudnn")

@@ -77,7 +77,7 @@ def backward(
     **given: Any,
 ) -> None:
     call = called(**given)
-    present = (x is not None for x in call.tensors)
+    present = (x is not None for x in call.tensors())
     needs = Needs(*(need and there for need, there in zip(needs, present, strict=True)))
     attention.backward(call, QKV["q"], VECTOR, d_out, d_lse, needs, rounding)
 

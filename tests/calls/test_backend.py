@@ -9,7 +9,7 @@ import tritonattn
 from tests.support.calls import operands
 from tests.support.masks import MASKS
 from tritonattn.calls import dispatch
-from tritonattn.core.call import AttentionCall
+from tritonattn.core.call import Request
 from tritonattn.core.hints import warn_once
 from tritonattn.core.terms import Terms
 from tritonattn.core.visibility import Visibility
@@ -72,8 +72,8 @@ def test_a_card_that_lacks_memory_or_tensor_cores(dtype, dim, chosen, reason, mo
 
 
 def called(q, k, v, **options):
-    """A call of `attention` before it is run."""
-    return AttentionCall(q, k, v, Visibility.of(q, k), Terms(), **options)
+    """A request of `attention` before it is run."""
+    return Request(q, k, v, Visibility.of(q, k), Terms(), **options)
 
 
 class OnGpu(torch.Tensor):

@@ -207,7 +207,7 @@ def test_kernels_refuse_scaled_gradients_of_fp16():
     q = torch.ones(1, 1, 1, 8, dtype=torch.float16, requires_grad=True)
     call = AttentionCall(q, q, q, Visibility.of(q, q), Terms())
     _refuse_scaled_halves(call)
-    call.logits = Terms(query_scale=torch.ones(1, 1, 1))
+    call = call.changed(logits=Terms(query_scale=torch.ones(1, 1, 1)))
     refuses("NotImplementedError: ~ batch_invariant ~ float16", _refuse_scaled_halves, call)
     q = q.detach()
     sinks, key_bias = torch.ones(1, requires_grad=True), torch.ones(1, 1, 1, 1, requires_grad=True)

@@ -203,8 +203,8 @@ def test_biases_of_16_bits_are_read_as_such(dtype):
     call = call_of(tensors, Visibility.of(tensors["q"], tensors["k"], causal=True))
     with launch.recording(Target.parse("sm_90")) as launches:
         out, lse, *_ = backend.forward(call, True)
-        backend.backward(call, out, lse, out, lse, Needs(*(x is not None for x in call.tensors)))
-        backend.decode(replace(call, visibility=replace(call.visibility, at_lengths=True)), True)
+        backend.backward(call, out, lse, out, lse, Needs(*(x is not None for x in call.tensors())))
+        backend.decode(call.changed(visibility=replace(call.visibility, at_lengths=True)), True)
     read = [one.arguments for one in launches if "bias" in one.arguments]
     assert len(read) == 4
     for arguments, name in ((one, name) for one in read for name in ("bias", "relative_bias")):
@@ -229,7 +229,7 @@ def test_pages(device):
     table = torch.randn(1, 2, rows.q_len, 30, generator=torch.Generator().manual_seed(2)).to(device)
     calls = paged_call(rows, SINGLE, 16, causal=True, device=device)
     found, expected = (
-        backend.forward(replace(call, logits=call.logits._replace(relative_bias=table, relative_right=3)), aux=True)
+        backend.forward(call.changed(logits=call.logits._replace(relative_bias=table, relative_right=3)), aux=True)
         for call in calls
     )
     assert all(map(torch.equal, found, expected))
@@ -240,7 +240,7 @@ def assert_close_to_torch(found: tuple[Tensor, ...], call: AttentionCall) -> Non
     terms = {name: x.double() for name, x in call.logits._asdict().items() if isinstance(x, Tensor)}
     q, k, v = (x.double() for x in (call.q, call.k, call.v))
     logits = call.logits._replace(**terms)
-    exact = forward_pass(replace(call, q=q, k=k, v=v, logits=logits, aux=True, backend="sdpa"), False)
+    exact = forward_pass(call.changed(q=q, k=k, v=v, logits=logits, aux=True, backend="sdpa"), False)
     error = 1e-5 if call.q.dtype == SINGLE else 4e-3
     for ours, other in zip(found, exact[:4], strict=True):
         torch.testing.assert_close(ours.double(), other.double(), rtol=error, atol=error)
@@ -269,7 +269,7 @@ def test_decode(lengths, counts, left, softcap, tables, right, dtype, device):
     k, v = (torch.empty_like(x.reshape(2, 2, 11, 16, 16).transpose(1, 2).flatten(0, 1)) for x in (call.k, call.v))
     for pages, x in ((k, call.k), (v, call.v)):
         pages[order] = x.reshape(2, 2, 11, 16, 16).transpose(1, 2).flatten(0, 1)
-    paged = backend.decode(replace(call, k=k, v=v, block_table=order.view(2, 11).int()), aux=True)
+    paged = backend.decode(call.changed(k=k, v=v, block_table=order.view(2, 11).int()), aux=True)
     assert all(map(torch.equal, paged, found))
 
 

@@ -22,7 +22,7 @@ FIELDS = Gradients._fields
 
 
 def differentiable(call) -> dict[str, Tensor]:
-    pairs = zip(Gradients._fields, call.tensors, strict=True)
+    pairs = zip(Gradients._fields, call.tensors(), strict=True)
     return {name: x for name, x in pairs if x is not None}
 
 

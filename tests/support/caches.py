@@ -36,7 +36,7 @@ def cached_call(
     capacity = k.shape[2] * (1 if block_table is None else block_table.shape[1])
     sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], capacity)
     visible = Visibility.of_padded(sizes, q.device, key_lengths, row_counts, left=left)
-    options = {"block_table": block_table, "aux": given.pop("aux", False), "backend": "sdpa", "cached": "a test"}
+    options = {"block_table": block_table, "aux": given.pop("aux", False), "backend": "sdpa", "cached": True}
     return AttentionCall(q, k, v, visible, Terms(0.25, **given), **options)
 
 

@@ -1,7 +1,6 @@
 """Operands of attention, and calls at the level of the operators."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,7 +56,7 @@ CALLS: dict[str, dict] = {
 def changed(call: AttentionCall, **fields: Any) -> AttentionCall:
     """The call with other values of some of its fields, those of its logits among them."""
     of_logits = {name: fields.pop(name) for name in Terms._fields if name in fields}
-    return replace(call, logits=call.logits._replace(**of_logits), **fields)
+    return call.changed(logits=call.logits._replace(**of_logits), **fields)
 
 
 def example(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -115,7 +114,7 @@ def paged_call(
     whole = AttentionCall(q, k, v, visible, Terms(dims[0] ** -0.5, softcap=softcap, **vectors))
     memory = batch.pages.transpose(1, 2).contiguous().to(device)  # [N, page, Hkv, D + Dv]
     k_pages, v_pages = memory.transpose(1, 2).split(dims, -1)
-    return replace(whole, k=k_pages, v=v_pages, block_table=batch.table.to(device)), whole
+    return whole.changed(k=k_pages, v=v_pages, block_table=batch.table.to(device)), whole
 
 
 def check_appends(dtype: torch.dtype, head_dim: int, device: torch.device | str = "cpu") -> None:

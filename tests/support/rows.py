@@ -6,7 +6,7 @@ from torch.func import jacrev, vmap
 from tests.support.learned import HEAD_DIM, HEADS
 from tests.support.masks import visible_pairs
 from tritonattn.calls.checks import check
-from tritonattn.core.call import AttentionCall
+from tritonattn.core.call import Request
 from tritonattn.core.terms import Terms
 from tritonattn.core.visibility import Visibility
 
@@ -26,8 +26,8 @@ def dense(q, k, scaling="sqrt_dim", gain=None, **masks):
     sizes = (*q.shape[:3], k.shape[2])
     visible = visible_pairs(sizes, **masks)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    call = check(AttentionCall(q, k, k, Visibility.of(q, k), Terms(), scaling=scaling, gain=gain))
-    factor = call.scaling.multiplier(q, k, visible)
+    request = check(Request(q, k, k, Visibility.of(q, k), Terms(), scaling, gain))
+    factor = request.scaling.multiplier(q, k, visible)
     factor = factor * (1.0 if gain is None else gain[..., None] if isinstance(gain, torch.Tensor) else gain)
     factor = torch.where(visible, torch.as_tensor(factor, dtype=torch.float64).detach(), 0)
     attended, products = visible.flatten(0, 2), (q @ k.mT).flatten(0, 2)

@@ -11,7 +11,7 @@ from ..calls.attention import batch_visibility
 from ..calls.checks import check, operands
 from ..calls.dispatch import logits
 from ..calls.public import public
-from ..core.call import AttentionCall
+from ..core.call import Request
 from ..core.norms import key_norms_of
 from ..core.statistics import Statistics
 from ..core.tables import table
@@ -166,10 +166,10 @@ def diagnose(
     """
     q, k, _ = operands(q, k, k)
     visibility = batch_visibility(q, k, causal, window, key_lengths, key_ranges, mask)
-    call = check(AttentionCall(q, k, k, visibility, Terms(softcap=softcap), scaling=scaling, gain=gain))
-    rows = row_statistics(call)
+    request = check(Request(q, k, k, visibility, Terms(softcap=softcap), scaling, gain))
+    rows = row_statistics(request)
     with torch.autocast(q.device.type, enabled=False):
-        key_scale = logits(call, Statistics(k, visibility)).key_scale
+        key_scale = logits(request, Statistics(k, visibility)).key_scale
     power, error = count_power(q, k, key_scale, rows.factor.sign(), visibility)
     bound = logit_bound(q, k, key_scale, rows.factor, visibility, softcap)
     gap = gaps_of(rows, softcap)

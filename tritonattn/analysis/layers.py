@@ -201,7 +201,11 @@ def _observed_calls(model: nn.Module, rotary: list[bool | None], hand_on: Callab
             window=_keys_of_window(visible),
             qk_norm=_has_key_norm(module) or (is_normalised(one.q) and is_normalised(one.k)),
         )
-        terms = {"scaling": _constant_or(one.call.scaling), "gain": one.call.gain, "softcap": one.call.logits.softcap}
+        terms = {
+            "scaling": _constant_or(one.request.scaling),
+            "gain": one.request.gain,
+            "softcap": one.request.logits.softcap,
+        }
         masks = {name: getattr(visible, name) for name in ("key_lengths", "key_ranges", "mask")}
         hand_on(module, one.q, one.k, {**terms, **masks, "window": (visible.left, visible.right)}, kind)
 

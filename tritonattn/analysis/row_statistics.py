@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..backends.cpu.tiles import Block, Tiles
 from ..calls.dispatch import logits
-from ..core.call import AttentionCall
+from ..core.call import AttentionCall, Request
 from ..core.statistics import Statistics
 
 _NOTHING = -1000.0  # a difference of logits whose exp is 0; -inf would make 0 * -inf
@@ -69,11 +69,11 @@ def relative_entropy(entropy: Tensor, count: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def row_statistics(call: AttentionCall) -> RowStatistics:
-    """The statistics of the q and k of a checked call, computed in fp64; memory O(S D), no [Sq, Sk] tensor."""
-    q, k, visibility = call.q, call.k, call.visibility
+def row_statistics(request: Request) -> RowStatistics:
+    """The statistics of the q and k of a checked request, computed in fp64; memory O(S D), no [Sq, Sk] tensor."""
+    q, k, visibility = request.q, request.k, request.visibility
     with torch.autocast(q.device.type, enabled=False):
-        terms = logits(call, Statistics(k, visibility))
+        terms = logits(request, Statistics(k, visibility))
         tiles = Tiles(AttentionCall(q, k, k, visibility, terms), torch.float64)
         names = [field.name for field in fields(RowStatistics)]
         found = {name: q.new_zeros(visibility.rows, dtype=torch.float64) for name in names}

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import triton as triton_backend
 from ..backends.triton.operands import Operands
 from ..calls.formulas import by_formulas
-from ..core.call import ForwardResult
+from ..core.call import ForwardResult, Request
 from ..core.terms import Needs
 from ..scaling import Given
 from ..tuning.calls import Size
@@ -127,12 +127,12 @@ class _Copy:
             call = call.by_ranges()
         wide = torch.promote_types(dtype, torch.float32)
         q, k, v = (x.to(dtype).requires_grad_() for x in (call.q, call.k, call.v))
-        terms = [None if x is None else x.to(wide).requires_grad_() for x in call.tensors[3:]]
+        terms = [None if x is None else x.to(wide).requires_grad_() for x in call.tensors()[3:]]
         query_scale, key_scale, key_bias, sinks, bias, relative_bias = terms
         key_bias = None if key_bias is None else key_bias.flatten(1, 2)  # a row per head, as in a user's call
         given = Given(call.logits.scale, query_scale, key_scale)
         logits = call.logits._replace(key_bias=key_bias, sinks=sinks, bias=bias, relative_bias=relative_bias)
-        found = by_formulas(replace(call, q=q, k=k, v=v, logits=logits, scaling=given))
+        found = by_formulas(Request(q, k, v, call.visibility, logits, given), call.dropout)
         leaves = zip((q, k, v, *terms), self._needs, strict=True)
         wanted = [x for x, needed in leaves if x is not None and needed]
         if not wanted:

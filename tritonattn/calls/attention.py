@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..core.call import AttentionCall
+from ..core.call import Request
 from ..core.terms import Terms
 from ..core.visibility import Visibility
 from ..scaling import Given, Scaling
@@ -158,10 +158,10 @@ def attention(
         relative_right=relative_right,
         bias_after_softcap=bias_after_softcap,
     )
-    call = AttentionCall(
+    request = Request(
         q, k, v, visible, terms, scaling=scaling, gain=gain, dropout_p=dropout_p, aux=return_aux, backend=backend
     )
-    return run(check(call))
+    return run(check(request))
 
 
 @overload
@@ -261,8 +261,8 @@ def scaled_attention(
         bias_after_softcap=bias_after_softcap,
     )
     given = Given(constant, query_scale, key_scale)
-    call = AttentionCall(q, k, v, visible, terms, scaling=given, dropout_p=dropout_p, aux=return_aux, backend=backend)
-    return run(check(call))
+    request = Request(q, k, v, visible, terms, scaling=given, dropout_p=dropout_p, aux=return_aux, backend=backend)
+    return run(check(request))
 
 
 def batch_visibility(

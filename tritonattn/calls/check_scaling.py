@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.call import AttentionCall
+from ..core.call import Request
 from ..core.pair_biases import relative_pairs
 from ..core.sequences import Sequences
 from ..core.statistics import Statistics
@@ -126,7 +126,7 @@ class _Case:
     def formulas(self, parameters: dict[str, Tensor]) -> float:
         """Compare factors, biases and gradients; return the largest relative difference."""
         largest, leaves = 0.0, {"q": self.q, "k": self.k, **parameters}
-        formulas = dense(self._call())
+        formulas = dense(self._request())
         for method, fast, given in zip(("multiplier", "addend"), self._scales(self.k), formulas, strict=True):
             slow = torch.as_tensor(0.0 if given is None else given, dtype=torch.float64)
             slow = torch.where(self.visible, slow.to(fast.device), 0)
@@ -169,9 +169,9 @@ class _Case:
             for with_keys, without in zip(*both, strict=True):
                 self._compare(about, without, with_keys)
 
-    def _call(self) -> AttentionCall:
+    def _request(self) -> Request:
         terms = Terms(sinks=self.q.new_zeros(self.visibility.rows))  # take what a bias counts from
-        return AttentionCall(self.q, self.k, self.k, self.visibility, terms, scaling=self.scaling)
+        return Request(self.q, self.k, self.k, self.visibility, terms, scaling=self.scaling)
 
     def _scales(self, k: Tensor, given: Tensor | None = None, distances: bool = True) -> tuple[Tensor, Tensor]:
         """The factor and the bias of every visible pair from `scales`, [B, Hq, Sq, Sk]; 0 elsewhere.
@@ -179,7 +179,7 @@ class _Case:
         distances   add the relative bias, too, and count biases of keys from the rows where they do
         """
         statistics = Statistics(k, self.visibility)
-        terms = logits(self._call(), statistics, k if given is None else given)
+        terms = logits(self._request(), statistics, k if given is None else given)
         check_number("constant", terms.scale)
         factor = torch.full(self.visible.shape, terms.scale, dtype=torch.float64, device=k.device)
         if terms.query_scale is not None:

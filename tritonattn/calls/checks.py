@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from ..core.autograd import autocast_is_on, runs_eagerly
-from ..core.call import AttentionCall
+from ..core.call import Request
 from ..core.hints import nearest
 from ..core.invariance import switch
 from ..core.row_terms import sinks_beside
 from ..core.shards import unshard
 from ..core.terms import Terms
+from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Given, Scaling
 from ..scaling.names import named_scaling
 from .layouts import BATCHED, CACHE, CACHE_PAGES, SMALLEST_PAGE, Layout, names_of
@@ -91,21 +92,21 @@ def _in_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     return cast(q), cast(k), cast(v)
 
 
-def check(call: AttentionCall, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or Hkv, Sk]") -> AttentionCall:
-    """The call, with names, and numbers of other types, replaced by the options that they stand for.
+def check(request: Request, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or Hkv, Sk]") -> Request:
+    """The request, with names, and numbers of other types, replaced by the options that they stand for.
 
     rows, keys   the last axes of a call's rows and keys, to which a scaling or gain, and key_bias, broadcast
 
     Raises TypeError or ValueError unless its scaling and options belong to its operands.
     """
-    q, visible, terms = call.q, call.visibility, call.logits
+    q, k, v, visible, terms, scaling, gain, dropout_p, aux, backend, block_table, cached, record = request
+    check_bool("return_aux", aux)
+    check_settings(backend, terms.softcap, dropout_p)
+    if not isinstance(dropout_p, float):
+        dropout_p = as_float(dropout_p)
+    if cached and dropout_p > 0:
+        raise NotImplementedError(f"dropout_p: expected 0 with a block_table, got {dropout_p}")
     softcap, sinks, is_after = terms.softcap, terms.sinks, terms.bias_after_softcap
-    check_bool("return_aux", call.aux)
-    check_settings(call.backend, softcap, call.dropout_p)
-    if not isinstance(call.dropout_p, float):
-        call.dropout_p = as_float(call.dropout_p)
-    if call.cached and call.dropout_p > 0:
-        raise NotImplementedError(f"dropout_p: expected 0 with a block_table, got {call.dropout_p}")
     if terms.key_bias is not None:
         check_key_bias("key_bias", terms.key_bias, q, _last(visible.keys, keys), keys)
     if sinks is not None:
@@ -116,23 +117,22 @@ def check(call: AttentionCall, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or
         terms = terms.changed(softcap=softcap, sinks=sinks, bias_after_softcap=is_after and softcap is not None)
         if terms.key_bias is not None:
             terms = terms.changed(sinks=sinks_beside(terms.key_bias, terms, visible))
-        call.logits = terms
     if not (terms.bias is None and terms.relative_bias is None and terms.relative_right == 0):
-        call.logits = _with_pairs(terms, call, rows)
-    scaling, gain = call.scaling, call.gain
+        terms = _with_pairs(terms, q, visible, rows)
     if isinstance(scaling, str):
-        call.scaling = SCALINGS[scaling]() if scaling in SCALINGS else named_scaling(scaling)
+        scaling = SCALINGS[scaling]() if scaling in SCALINGS else named_scaling(scaling)
     elif not isinstance(scaling, Scaling):
-        call.scaling = _given(scaling, q, _last(visible.rows, rows), rows)
+        scaling = _given(scaling, q, _last(visible.rows, rows), rows)
     elif isinstance(scaling, torch.nn.Module):
         unshard(scaling)
     if isinstance(gain, Tensor):
         check_factor("gain", gain, q, _last(visible.rows, rows), rows)
-        call.gain = gain.to(scale_dtype(q))
+        gain = gain.to(scale_dtype(q))
     elif gain is not None:
         check_number("gain", gain)
-        call.gain = as_float(gain)
-    return call
+        gain = as_float(gain)
+    options = terms, scaling, gain, dropout_p, aux, backend
+    return Request(q, k, v, visible, *options, block_table, cached, record)
 
 
 def _last(shape: tuple[int, ...], axes: str) -> tuple[int, ...]:
@@ -193,12 +193,12 @@ def sinks_of_rows(sinks: Any, q: Tensor, shape: tuple[int, ...], axes: str = "[B
     return of_rows.to(scale_dtype(q)).expand(shape)
 
 
-def _with_pairs(terms: Terms, call: AttentionCall, rows: str) -> Terms:
+def _with_pairs(terms: Terms, q: Tensor, visible: Visibility, rows: str) -> Terms:
     """The terms with biases of pairs of four axes. Raises unless they belong to the operands.
 
     rows   as of `check`: "[Hq, T_q]" of packed ones, whose tables have no axis of the batch
     """
-    q, visible, bias, table, right = call.q, call.visibility, terms.bias, terms.relative_bias, terms.relative_right
+    bias, table, right = terms.bias, terms.relative_bias, terms.relative_right
     if bias is not None:
         check_tensor("bias", bias, "[B, Hq, Sq, Sk]")
         bias = bias[None] if bias.dim() == 1 else bias

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..core.call import LONGEST_QUERY, AttentionCall
+from ..core.call import LONGEST_QUERY, Request
 from ..core.terms import Terms
 from ..core.visibility import Visibility, window_sides
 from ..scaling import Scaling
@@ -146,7 +146,7 @@ def attention_decode(
         relative_right=relative_right,
         bias_after_softcap=bias_after_softcap,
     )
-    call = AttentionCall(
+    request = Request(
         q,
         k,
         v,
@@ -160,10 +160,10 @@ def attention_decode(
         record=statistics,
         cached="attention_decode",
     )
-    check(call, keys="[B, Hq or Hkv, capacity]")
+    request = check(request, keys="[B, Hq or Hkv, capacity]")
     given = {"key_bias": key_bias, "relative_bias": relative_bias, "sinks": sinks, "scaling": scaling, "gain": gain}
-    refuse_gradients(call.cached, q=q, k_cache=k, v_cache=v, **given)
-    return run(call)
+    refuse_gradients(request.cached, q=q, k_cache=k, v_cache=v, **given)
+    return run(request)
 
 
 def cache_operands(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

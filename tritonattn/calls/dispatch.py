@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from .. import ops
 from ..backends import flash
 from ..backends.cpu import sdpa
 from ..core.autograd import autocast_is_on, is_transformed, needs_graph, refuse_tangents
-from ..core.call import AttentionCall
+from ..core.call import AttentionCall, Request
 from ..core.dropout import Dropout
 from ..core.hints import warn_once
 from ..core.key_records import RecordedStatistics
@@ -37,51 +36,50 @@ _LARGEST_KEY_OF_DECODE = 1024
 _DIM_OF_EVERY_GPU = 256
 
 
-def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
-    """Attention of a checked call, into which its backend, its dropout and the terms of its logits are written."""
-    if autocast_is_on(call.q):
-        with torch.autocast(call.q.device.type, enabled=False):
-            return run(call)
+def run(request: Request) -> Tensor | tuple[Tensor, AttentionAux]:
+    """Attention as a checked request asks for it."""
+    q, k, aux = request.q, request.k, request.aux
+    if autocast_is_on(q):
+        with torch.autocast(q.device.type, enabled=False):
+            return run(request)
     is_compiled, has_transform = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
-    if is_compiled and call.backend == "flash":
+    if is_compiled and request.backend == "flash":
         uncompiled: Any = torch._dynamo.disable(run)  # torch.compile cannot trace its libraries
-        return uncompiled(call)
+        return uncompiled(request)
     if is_compiled and has_transform:
         # Dynamo's rules for autograd functions in torch.func.grad gave wrong gradients. Raising leaves the call
         # uncompiled; fullgraph=True hands the error on.
         raise RuntimeError("tritonattn: a torch.func transform of attention is not compiled")
-    # A compiler reads no state here.
-    observed = None if is_compiled or has_transform or call.cached or not observers.get() else replace(call)
-    asked, call.backend = call.backend, choose_backend(call)
-    if asked == "auto" and call.backend == "triton" and not is_compiled and _flash_is_faster(call):
-        call.backend = "flash"
-    if call.dropout_p > 0:
-        call.dropout = Dropout.draw(call.dropout_p, call.q.device)
-    if call.q.dtype.itemsize == 2 and call.backend != "triton" and not call.cached and not _has_kernels(call):
-        if has_transform or needs_graph(call.q, call.k):  # gradients of logits and of norms are added, then rounded
-            call.q, call.k = call.q.float(), call.k.float()
-    result = by_formulas(call) if call.backend == "reference" else None
+    backend = choose_backend(request)
+    if request.backend == "auto" and backend == "triton" and not is_compiled and _flash_is_faster(request):
+        backend = "flash"
+    dropout = Dropout.draw(request.dropout_p, q.device) if request.dropout_p > 0 else None
+    given = request
+    if q.dtype.itemsize == 2 and not (request.cached or _norms_by_kernels(backend, k)):
+        if has_transform or needs_graph(q, k):  # gradients of logits and of norms are added, then rounded
+            request = request.changed(q=q.float(), k=k.float())
+    result = by_formulas(request, dropout) if backend == "reference" else None
     if result is None:
         in_forward_mode = forward_ad._current_level >= 0
         if in_forward_mode:
-            refuse_tangents(call.backend, Gradients._fields, call.tensors)
-        call = with_logits(call)
+            refuse_tangents(backend, Gradients._fields, request.tensors())
+        call = resolve(request, backend, dropout)
         if in_forward_mode:
-            refuse_tangents(call.backend, Gradients._fields, call.tensors)  # of the scaling
+            refuse_tangents(backend, Gradients._fields, call.tensors())  # of the scaling
         # torch maps its attention in a loop under vmap; our operators fold the mapped axis into the batch.
-        folds = call.backend == "sdpa" and not has_transform and sdpa.supports(call)
-        attend = flash.attention if call.backend == "flash" else ops.attention
-        result = None if folds else attend(call)
-    out = sdpa.attention(call) if result is None else result.out
-    if observed is not None:
-        _notify(observed, out)
-    return out if result is None or not call.aux else (out, aux_of(result))
+        folds = backend == "sdpa" and not has_transform and sdpa.supports(call)
+        attend = flash.attention if backend == "flash" else ops.attention
+        result = sdpa.attention(call) if folds else attend(call)
+    # A compiler reads no state here.
+    if not (is_compiled or has_transform or given.cached) and observers.get():
+        _notify(given, result.out)
+    return (result.out, aux_of(result)) if aux else result.out
 
 
-def _flash_is_faster(call: AttentionCall) -> bool:
+def _flash_is_faster(request: Request) -> bool:
     """True where a table measured on this card names a library for "auto", and it takes the call."""
-    library = _faster_library(call.q.device)
-    return library != "" and not call.aux and flash.takes(call, library)
+    library = _faster_library(request.q.device)
+    return library != "" and not request.aux and flash.takes(request, library)
 
 
 @functools.cache
@@ -92,34 +90,40 @@ def _faster_library(device: torch.device) -> str:
     return faster_library(Target.of(device)) if device.type == "cuda" else ""
 
 
-def _has_kernels(call: AttentionCall) -> bool:
-    """True where "flash" takes the statistics of keys from kernels: on a GPU that runs them."""
-    return call.backend == "flash" and kernels_take(call.k)
+def _norms_by_kernels(backend: str, k: Tensor) -> bool:
+    """True where a call takes the statistics of its keys from kernels; "flash" does on a GPU that runs them."""
+    return backend == "triton" or (backend == "flash" and kernels_take(k))
 
 
-def with_logits(call: AttentionCall) -> AttentionCall:
-    """The call with the terms of its logits, for the kernels or the CPU."""
-    keys = call.keys if call.cached else call.k
-    source = "triton" if call.backend == "triton" or _has_kernels(call) else "sdpa"
-    statistics = ops.STATISTICS[source](keys, call.visibility)
-    if call.cached:
-        if call.record is not None:
-            table, sequences = call.block_table, call.visibility.sequences
-            pages = None if table is None else PageTable(table, call.k.shape[2], sequences)
-            statistics = RecordedStatistics(statistics, call.record, pages, _width(call))
-        call.logits = terms = logits(call, statistics, _keys_for_scaling(call))
-        of_scaling = {"scaling": terms.query_scale, "key_scale": terms.key_scale, "key_bias": terms.key_bias}
-        refuse_gradients(call.cached, **of_scaling, relative_bias=terms.relative_bias)
-        return call
-    call.logits = logits(call, statistics)
-    if call.visibility.invariant and call.backend == "triton":
-        _refuse_scaled_halves(call)
-    return statistics.widened(call) if statistics.wide else call
+def resolve(request: Request, backend: str, dropout: Dropout | None = None) -> AttentionCall:
+    """The call that a checked request is on a backend: with the terms of its logits computed."""
+    is_cached = request.cached != ""
+    source = "triton" if backend == "triton" or _norms_by_kernels(backend, request.k) else "sdpa"
+    statistics = ops.STATISTICS[source](request.keys if is_cached else request.k, request.visibility)
+    if not is_cached:
+        call = with_terms(request, backend, logits(request, statistics), dropout)
+        if call.visibility.invariant and backend == "triton":
+            _refuse_scaled_halves(call)
+        return statistics.widened(call) if statistics.wide else call
+    if request.record is not None:
+        table, sequences = request.block_table, request.visibility.sequences
+        pages = None if table is None else PageTable(table, request.k.shape[2], sequences)
+        statistics = RecordedStatistics(statistics, request.record, pages, _width(request))
+    terms = logits(request, statistics, _keys_for_scaling(request))
+    of_scaling = {"scaling": terms.query_scale, "key_scale": terms.key_scale, "key_bias": terms.key_bias}
+    refuse_gradients(request.cached, **of_scaling, relative_bias=terms.relative_bias)
+    return with_terms(request, backend, terms)
 
 
-def _width(call: AttentionCall) -> int | None:
+def with_terms(request: Request, backend: str, terms: Terms, dropout: Dropout | None = None) -> AttentionCall:
+    """The call that a checked request is on a backend with all terms of its logits."""
+    settings = dropout, backend, request.aux, request.cached != "", request.block_table
+    return AttentionCall(request.q, request.k, request.v, request.visibility, terms, *settings)
+
+
+def _width(request: Request) -> int | None:
     """The most keys that a row attends to, as of `RecordedStatistics`."""
-    visible, sequences = call.visibility, call.visibility.sequences
+    visible, sequences = request.visibility, request.visibility.sequences
     if visible.left is None:
         return None
     if sequences is None:
@@ -128,36 +132,34 @@ def _width(call: AttentionCall) -> int | None:
     return min(visible.left + 1 + right, sequences.longest_k)
 
 
-def _keys_for_scaling(call: AttentionCall) -> Tensor:
+def _keys_for_scaling(request: Request) -> Tensor:
     """The k of a scaling: a shape alone, not a copy of pages, where it reads no keys."""
-    if call.block_table is None or call.scaling.reads_keys:
-        return call.keys()
-    visible = call.visibility
-    return call.q.new_full((), torch.nan).expand(visible.batch, visible.kv_heads, visible.k_len, call.q.shape[3])
+    if request.block_table is None or request.scaling.reads_keys:
+        return request.keys()
+    visible, q = request.visibility, request.q
+    return q.new_full((), torch.nan).expand(visible.batch, visible.kv_heads, visible.k_len, q.shape[3])
 
 
-def logits(
-    call: AttentionCall, statistics: Statistics, k: Tensor | None = None, positions: Tensor | None = None
-) -> Terms:
-    """Compute the terms of the logits of a checked call: the scaling's scales times the gain, its bias and the call's.
+def logits(request: Request, statistics: Statistics, k: Tensor | None = None, positions: Tensor | None = None) -> Terms:
+    """Compute the terms of the logits of a checked request: the scaling's scales times the gain, and all biases.
 
     statistics   of the keys that its rows attend to
-    k            stands for call.k before the scaling, or None
-    positions    of the rows among the keys, int64 [1, Sq], or None, where the call's visibility knows them
+    k            stands for request.k before the scaling, or None
+    positions    of the rows among the keys, int64 [1, Sq], or None, where the request's visibility knows them
     """
-    q, given = call.q, call.logits
+    q, given, visible = request.q, request.logits, request.visibility
     bias, sinks = given.key_bias, given.sinks
-    scales = scales_of(call.scaling, call.gain, q, call.k if k is None else k, call.visibility, statistics)
+    scales = scales_of(request.scaling, request.gain, q, request.k if k is None else k, visible, statistics)
     if bias is not None:
-        bias = per_group(bias.to(scale_dtype(q)), call.visibility)
+        bias = per_group(bias.to(scale_dtype(q)), visible)
     if scales.key_bias is not None:
-        sinks = sinks_beside(scales.key_bias, given, call.visibility, positions)
-        added = per_group(scales.key_bias.to(scale_dtype(q)), call.visibility)
+        sinks = sinks_beside(scales.key_bias, given, visible, positions)
+        added = per_group(scales.key_bias.to(scale_dtype(q)), visible)
         bias = added if bias is None else added + bias
-    of_scaling = {"scale": scales.constant, "query_scale": scales.query, "key_scale": scales.key}
-    terms = given.changed(**of_scaling, key_bias=bias, sinks=sinks)
+    _, _, _, _, _, *others = given
+    terms = Terms(scales.constant, scales.query, scales.key, bias, sinks, *others)  # pyright: ignore[reportArgumentType]
     if not (given.bias is None and given.relative_bias is None and scales.relative_bias is None):
-        terms = terms.changed(**_pairs(given, scales, call.visibility))
+        terms = terms.changed(**_pairs(given, scales, visible))
     return terms.settled()
 
 
@@ -264,19 +266,18 @@ def refuse_gradients(call: str, /, **tensors: Any) -> None:
             )
 
 
-def _notify(call: AttentionCall, out: Tensor) -> None:
-    """Hand a checked call, which no backend has had, to its observers."""
-    notify_observers(ObservedCall(call.q, call.k, out, call, lambda: observed_rows(call)))
+def _notify(request: Request, out: Tensor) -> None:
+    """Hand a checked request to its observers."""
+    notify_observers(ObservedCall(request.q, request.k, out, request, lambda: observed_rows(request)))
 
 
 @torch.no_grad()
-def observed_rows(call: AttentionCall) -> ObservedRows:
-    """The softmax of the rows of a checked call, which no backend has had, and its largest logits without biases."""
-    backend = {"flash": "auto", "reference": "sdpa"}.get(call.backend, call.backend)  # a library has no entropy
-    narrow = call.k.detach()[..., :1]  # stands for v; its values reach nothing that is read
-    call = replace(call, v=narrow, aux=True, dropout_p=0.0, backend=backend)
-    call.backend = choose_backend(call)
-    call = with_logits(call)
+def observed_rows(request: Request) -> ObservedRows:
+    """The softmax of the rows of a checked request, and its largest logits without biases."""
+    backend = {"flash": "auto", "reference": "sdpa"}.get(request.backend, request.backend)  # a library has no entropy
+    narrow = request.k.detach()[..., :1]  # stands for v; its values reach nothing that is read
+    request = request.changed(v=narrow, aux=True, dropout_p=0.0, backend=backend)
+    call = resolve(request, choose_backend(request))
     found, terms = aux_of(ops.attention(call)), call.logits
     largest = capped = found.max_logit
     if terms.softcap is not None and not terms.bias_after_softcap:
@@ -284,23 +285,23 @@ def observed_rows(call: AttentionCall) -> ObservedRows:
     biases = {"key_bias": terms.key_bias, "bias": terms.bias, "relative_bias": terms.relative_bias}
     hiding = {name: torch.where(x == -torch.inf, x, 0) for name, x in biases.items() if x is not None}
     if hiding:
-        plain = replace(call, logits=terms.changed(**hiding, bias_after_softcap=False))
+        plain = call.changed(logits=terms.changed(**hiding, bias_after_softcap=False))
         largest = aux_of(ops.attention(plain)).max_logit
     return ObservedRows(largest, torch.exp(capped - found.lse), found.entropy)
 
 
-def choose_backend(call: AttentionCall) -> str:
-    """Choose the backend of a call: the one asked for, which must support the call, or for "auto" one that does."""
-    q, v, backend = call.q, call.v, call.backend
+def choose_backend(request: Request) -> str:
+    """Choose the backend of a request: the one asked for, which must support it, or for "auto" one that does."""
+    q, v, backend = request.q, request.v, request.backend
     # The decode kernel takes wider keys.
-    decodes = call.cached != "" and call.visibility.sequences is None and not call.visibility.invariant
+    decodes = request.cached != "" and request.visibility.sequences is None and not request.visibility.invariant
     if backend == "triton" and (obstacle := _kernel_obstacle(q, v, decodes)):
         raise NotImplementedError(
             f"{obstacle}: backend 'triton' does not support it; backends 'sdpa' and 'reference' do"
         )
-    sequences = call.visibility.sequences
+    sequences = request.visibility.sequences
     is_empty = backend == "flash" and sequences is not None and sequences.q_starts.shape[0] == 1
-    if is_empty or q.numel() == 0 or call.k.numel() == 0:
+    if is_empty or q.numel() == 0 or request.k.numel() == 0:
         backend = "sdpa"  # nothing to compute
     elif backend == "auto":
         backend = "sdpa"
@@ -312,9 +313,9 @@ def choose_backend(call: AttentionCall) -> str:
     elif backend == "triton":
         _check_kernels_run_on(q.device)
     elif backend == "flash":
-        flash.refuse_unsupported(call)
-    if call.visibility.invariant:
-        _refuse_dependence(q, backend, call.dropout_p)
+        flash.refuse_unsupported(request)
+    if request.visibility.invariant:
+        _refuse_dependence(q, backend, request.dropout_p)
     return backend
 
 
@@ -335,7 +336,7 @@ def _refuse_scaled_halves(call: AttentionCall) -> None:
     """Raise for gradients of fp16 with scales: kernels divide by the largest scale of a head before they round."""
     terms = call.logits
     is_scaled = terms.query_scale is not None or terms.key_scale is not None
-    if call.v.dtype == torch.float16 and is_scaled and needs_graph(*call.tensors[:5]):  # not of key_bias and sinks
+    if call.v.dtype == torch.float16 and is_scaled and needs_graph(*call.tensors()[:5]):  # not of key_bias and sinks
         raise NotImplementedError(
             "batch_invariant: not supported with gradients of float16 through a scaling with vectors: kernels divide"
             " these by a head's largest entry before they round; use bfloat16 or float32"

@@ -6,34 +6,35 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ..core.call import AttentionCall, ForwardResult
+from ..core.call import ForwardResult, Request
+from ..core.dropout import Dropout
 from ..core.pair_biases import relative_pairs
 from ..core.terms import per_group
 from ..scaling import Scaling
 from .checks import FLOATS, broadcasts, check_number, scale_dtype, shape_of
 
 
-def by_formulas(call: AttentionCall) -> ForwardResult:
-    """The results of a checked call by the formulas of its scaling."""
-    call = call.gathered()
-    multiplier, bias = dense(call)
-    q, k, v, visible, terms = call.q, call.k, call.v, call.visibility, call.logits
+def by_formulas(request: Request, dropout: Dropout | None = None) -> ForwardResult:
+    """The results of a checked request by the formulas of its scaling."""
+    request = request.gathered()
+    multiplier, bias = dense(request)
+    q, k, v, visible, terms = request.q, request.k, request.v, request.visibility, request.logits
     of_bias = {"bias": bias, "bias_after_softcap": bias is not None and terms.bias_after_softcap}
-    extras = {"softcap": terms.softcap, "sinks": terms.sinks, "dropout": call.dropout}
+    extras = {"softcap": terms.softcap, "sinks": terms.sinks, "dropout": dropout}
     result = reference.attention(q, k, v, multiplier, visible, **of_bias, **extras)
     return result._replace(out=result.out.to(v.dtype))
 
 
-def dense(call: AttentionCall, k: Tensor | None = None) -> tuple[Tensor | float, Tensor | None]:
-    """The factor and the bias of every pair of a checked call by its scaling's formulas, for the reference.
+def dense(request: Request, k: Tensor | None = None) -> tuple[Tensor | float, Tensor | None]:
+    """The factor and the bias of every pair of a checked request by its scaling's formulas, for the reference.
 
     k   as in `logits`
     """
-    q, scaling, visibility, gain = call.q, call.scaling, call.visibility, call.gain
+    q, scaling, visibility, gain = request.q, request.scaling, request.visibility, request.gain
     group = visibility.q_heads // visibility.kv_heads
     visible = visibility.dense()
     has_row, has_key = visible.any(-2)[..., None], visible.any(-1)  # [B, Hq, Sk, 1], [B, Hq, Sq]
-    keys = torch.where(has_row, (call.k if k is None else k).repeat_interleave(group, dim=1), 0)
+    keys = torch.where(has_row, (request.k if k is None else k).repeat_interleave(group, dim=1), 0)
     queries, pairs = torch.where(has_key[..., None], q, 0), (*visibility.rows, visibility.k_len)
     factor, bias = scaling.multiplier(queries, keys, visible), scaling.addend(queries, keys, visible)
     if isinstance(factor, Tensor):
@@ -47,7 +48,7 @@ def dense(call: AttentionCall, k: Tensor | None = None) -> tuple[Tensor | float,
     if of_distance is not None:
         _check_dense(scaling, "relative_addend", of_distance, pairs)
         bias = of_distance if bias is None else bias + of_distance
-    terms = call.logits
+    terms = request.logits
     if terms.key_bias is not None:
         key_bias = terms.key_bias.to(scale_dtype(q))  # gradients of a key's heads are summed before they are rounded
         bias = _sum(bias, per_group(key_bias, visibility).flatten(1, 2)[:, :, None], q)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..core.call import AttentionCall
+from ..core.call import Request
 from ..core.sequences import Sequences
 from ..core.terms import Terms
 from ..core.visibility import Visibility, window_sides
@@ -170,7 +170,7 @@ def attention_varlen(
         relative_right=relative_right,
         bias_after_softcap=bias_after_softcap,
     )
-    call = AttentionCall(
+    request = Request(
         q[None],
         k,
         v,
@@ -185,11 +185,11 @@ def attention_varlen(
         record=statistics,
         cached="" if block_table is None else "attention_varlen with a block_table",
     )
-    check(call, "[Hq, T_q]", "[Hq or Hkv, T_k]")
-    if call.cached:
+    request = check(request, "[Hq, T_q]", "[Hq or Hkv, T_k]")
+    if request.cached:
         given = {"key_bias": key_bias, "relative_bias": relative_bias, "sinks": sinks, "scaling": scaling, "gain": gain}
-        refuse_gradients(call.cached, q=q, k=k, v=v, **given)
-    result = run(call)
+        refuse_gradients(request.cached, q=q, k=k, v=v, **given)
+    result = run(request)
     if not isinstance(result, tuple):
         return _packed(result)
     out, aux = result

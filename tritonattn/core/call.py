@@ -1,8 +1,7 @@
-"""One attention call, from a public function to a backend, and the results of a backend's passes."""
+"""Attention as it was asked for, as a backend takes it, and the results of a backend's passes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,30 +16,75 @@ from .visibility import Visibility
 LONGEST_QUERY = 16  # rows of a call over a KV cache
 
 
-@dataclass(eq=False)
-class AttentionCall:
-    """The softmax of `logits` over the visible keys, times v.
+class Request(NamedTuple):
+    """Attention as it was asked for, over the keys of a visibility.
 
-    A public function makes it of its arguments, `calls.checks.check` holds these to their types and shapes,
-    and `calls.dispatch.run` computes the terms of its logits and hands it to a backend.
+    A public function makes it of its arguments, `calls.checks.check` returns one that holds to their types and
+    shapes, and `calls.dispatch.run` makes an `AttentionCall` of that.
 
-    q, k, v    [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; any strides; one dtype, in which the output is
-    dropout    on the probabilities, after the softmax
-    wide_q     fp32 of q's shape, or None: stands for q in the graph and takes its gradient in fp32; its values are not
-               read, and it may have no memory
-    wide_k     likewise k's
-    is_part    rows attend to other keys too: out and lse, which a backward gets, are of all of them
-    block_table   int32 [N, max_pages] or None: k and v are then pages [P, Hkv, page, D or Dv], and key j of batch
-               entry or sequence n of `visibility.sequences` lies in page block_table[n, j // page], at j % page.
-               Vectors of keys still lie along the axis of visibility.k_len. Entries outside [0, P) are not followed:
-               keys and values there are zeros. No gradients.
+    q, k, v, visibility, block_table    as of `AttentionCall`
+    logits     the terms that were given: the scaling's are missing
     scaling    a `Scaling`, or what stands for one until `check`
     gain       multiplies its factor: a float, a tensor broadcastable to [B, Hq, Sq], or None
-    dropout_p  the chance to drop, of which `run` draws `dropout`
+    dropout_p  the chance to drop a probability
     aux        max_logit and entropy are results too
     backend    its name, or "auto"
     cached     the function, in errors, if k and v are a KV cache: the call has then no gradients; else ""
     record     the statistics of the keys that are kept with a cache, or None
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    visibility: Visibility
+    logits: Terms
+    scaling: Any = None
+    gain: Any = None
+    dropout_p: float = 0.0
+    aux: bool = False
+    backend: str = "auto"
+    block_table: Tensor | None = None
+    cached: str = ""
+    record: Any = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors that may have a gradient, in the order of `Gradients`; the scaling's and gain's are missing."""
+        return self.q, self.k, self.v, *self.logits.tensors()
+
+    def changed(self, **fields: Any) -> Request:
+        """Replace fields, as `Terms.changed`."""
+        unchanged: dict[str, Any] = dict(zip(Request._fields, self, strict=True))
+        return Request(**(unchanged | fields))
+
+    def gathered(self) -> Request:
+        """The request without pages: k and v along the axis of keys."""
+        return self if self.block_table is None else self.changed(k=self.keys(), v=self.values(), block_table=None)
+
+    def keys(self) -> Tensor:
+        """The keys [B, Hkv, Sk, D], a copy where they lie in pages, with zeros behind the last key of a sequence."""
+        return _along_keys(self.k, self.block_table, self.visibility)
+
+    def values(self) -> Tensor:
+        """The values [B, Hkv, Sk, Dv], likewise."""
+        return _along_keys(self.v, self.block_table, self.visibility)
+
+
+class AttentionCall(NamedTuple):
+    """What a backend takes: the softmax of `logits` over the visible keys, times v.
+
+    q, k, v    [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; any strides; one dtype, in which the output is
+    dropout    on the probabilities, after the softmax
+    backend    its name
+    aux        max_logit and entropy are results too
+    cached     k and v are a KV cache: there are no gradients
+    block_table   int32 [N, max_pages] or None: k and v are then pages [P, Hkv, page, D or Dv], and key j of batch
+               entry or sequence n of `visibility.sequences` lies in page block_table[n, j // page], at j % page.
+               Vectors of keys still lie along the axis of visibility.k_len. Entries outside [0, P) are not followed:
+               keys and values there are zeros. No gradients.
+    wide_q     fp32 of q's shape, or None: stands for q in the graph and takes its gradient in fp32; its values are not
+               read, and it may have no memory
+    wide_k     likewise k's
+    is_part    rows attend to other keys too: out and lse, which a backward gets, are of all of them
 
     Gradients by other ways, as through key norms, are added to an fp32 gradient before the sum is rounded. For the
     same end q and k may hold 16-bit values in fp32 with a 16-bit v.
@@ -52,37 +96,38 @@ class AttentionCall:
     visibility: Visibility
     logits: Terms
     dropout: Dropout | None = None
+    backend: str = "sdpa"
+    aux: bool = False
+    cached: bool = False
+    block_table: Tensor | None = None
     wide_q: Tensor | None = None
     wide_k: Tensor | None = None
     is_part: bool = False
-    block_table: Tensor | None = None
-    scaling: Any = None
-    gain: float | Tensor | None = None
-    dropout_p: float = 0.0
-    aux: bool = False
-    backend: str = "auto"
-    cached: str = ""
-    record: Any = None
 
-    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors that may have a gradient, in the order of `Gradients`."""
         q = self.q if self.wide_q is None else self.wide_q
         k = self.k if self.wide_k is None else self.wide_k
         return q, k, self.v, *self.logits.tensors()
 
+    def changed(self, **fields: Any) -> AttentionCall:
+        """Replace fields, as `Terms.changed`."""
+        unchanged: dict[str, Any] = dict(zip(AttentionCall._fields, self, strict=True))
+        return AttentionCall(**(unchanged | fields))
+
     def narrowed(self) -> AttentionCall:
         """The call with q and k in v's dtype."""
         dtype = self.v.dtype
         if self.q.dtype == self.k.dtype == dtype:
             return self
-        return replace(self, q=self.q.to(dtype), k=self.k.to(dtype))
+        return self.changed(q=self.q.to(dtype), k=self.k.to(dtype))
 
     def gathered(self) -> AttentionCall:
         """The call without pages: k and v along the axis of keys."""
         if self.block_table is None:
             return self
-        return replace(self, k=self.keys(), v=self.values(), block_table=None)
+        k, v = (_along_keys(x, self.block_table, self.visibility) for x in (self.k, self.v))
+        return self.changed(k=k, v=v, block_table=None)
 
     def from_keys(self, first: Tensor) -> AttentionCall:
         """The call with keys counted from first[b] of each entry, int64 [B], as `Visibility.from_keys` has them.
@@ -93,7 +138,7 @@ class AttentionCall:
         terms = dict(zip(Terms._fields[TENSORS], self.logits.tensors(), strict=True))
         logits = self.logits._replace(**rolled_keys(first, **terms))
         visible = self.visibility.from_keys(first)
-        return replace(self, **rolled_keys(first, k=self.k, v=self.v), logits=logits, visibility=visible)
+        return self.changed(**rolled_keys(first, k=self.k, v=self.v), logits=logits, visibility=visible)
 
     def by_ranges(self) -> AttentionCall:
         """The call with its visible keys as key_ranges, where their few rows stand at the end of a cache.
@@ -106,31 +151,24 @@ class AttentionCall:
             pairs = pairs.expand(visible.batch, -1, -1, -1)
             pairs = pairs if terms.bias is None else pairs + terms.bias
             terms = terms._replace(bias=pairs, relative_bias=None, relative_right=0)
-        return replace(self, visibility=visible.as_ranges(), logits=terms)
+        return self.changed(visibility=visible.as_ranges(), logits=terms)
 
-    def keys(self) -> Tensor:
-        """The keys [B, Hkv, Sk, D], a copy where they lie in pages, with zeros behind the last key of a sequence."""
-        return self._along_keys(self.k)
 
-    def values(self) -> Tensor:
-        """The values [B, Hkv, Sk, Dv], likewise."""
-        return self._along_keys(self.v)
-
-    def _along_keys(self, x: Tensor) -> Tensor:
-        if self.block_table is None:
-            return x
-        sequences, lengths = self.visibility.sequences, self.visibility.key_lengths
-        table = PageTable(self.block_table, x.shape[2], sequences)
-        key = torch.arange(self.visibility.k_len, device=x.device)[None]
-        end = self.visibility.k_len if sequences is None else sequences.k_starts[-1]
-        end = end if lengths is None else lengths[:, None]
-        return table.find(torch.where(key < end, key, -1), x.shape[0]).of(x.transpose(1, 2)).transpose(1, 2)
+def _along_keys(x: Tensor, block_table: Tensor | None, visibility: Visibility) -> Tensor:
+    if block_table is None:
+        return x
+    sequences, lengths = visibility.sequences, visibility.key_lengths
+    table = PageTable(block_table, x.shape[2], sequences)
+    key = torch.arange(visibility.k_len, device=x.device)[None]
+    end = visibility.k_len if sequences is None else sequences.k_starts[-1]
+    end = end if lengths is None else lengths[:, None]
+    return table.find(torch.where(key < end, key, -1), x.shape[0]).of(x.transpose(1, 2)).transpose(1, 2)
 
 
 class ForwardResult(NamedTuple):
     """out [B, Hq, Sq, Dv] in v's dtype; lse, max_logit, entropy [B, Hq, Sq], fp32 (fp64 for fp64 q), natural log.
 
-    max_logit and entropy are None unless asked for.
+    max_logit and entropy are None unless asked for, and so is lse where a library computes the output.
     """
 
     out: Tensor

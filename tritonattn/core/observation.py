@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .autograd import is_transformed
-from .call import AttentionCall
+from .call import Request
 from .visibility import Visibility
 
 
@@ -32,22 +32,22 @@ class ObservedRows(NamedTuple):
 class ObservedCall:
     """One computed attention.
 
-    q      [B, Hq, Sq, D], in the graph of the backward; packed sequences are [1, Hq, T, D]
-    k      [B, Hkv, Sk, D], likewise
-    out    [B, Hq, Sq, Dv], as the caller gets it, after dropout
-    call   the checked call, which no backend has had
-    rows   computes the softmax of the rows in another pass, without a graph
+    q         [B, Hq, Sq, D], in the graph of the backward; packed sequences are [1, Hq, T, D]
+    k         [B, Hkv, Sk, D], likewise
+    out       [B, Hq, Sq, Dv], as the caller gets it, after dropout
+    request   what was asked, checked
+    rows      computes the softmax of the rows in another pass, without a graph
     """
 
     q: Tensor
     k: Tensor
     out: Tensor
-    call: AttentionCall
+    request: Request
     rows: Callable[[], ObservedRows]
 
     @property
     def visibility(self) -> Visibility:
-        return self.call.visibility
+        return self.request.visibility
 
 
 class Observer:

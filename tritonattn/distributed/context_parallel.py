@@ -10,12 +10,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..calls.attention import batch_visibility
 from ..calls.checks import FLOATS, Backend, check_count, operands
+from ..calls.dispatch import with_terms
 from ..calls.public import public
 from ..calls.results import AttentionAux, aux_of
 from ..calls.sequence_checks import check_offset_values, check_offsets
 from ..calls.sharded import head_parts
 from ..core.autograd import needs_graph, without_autocast
-from ..core.call import AttentionCall
+from ..core.call import Request
 from ..core.invariance import refuse_over_ranks
 from ..core.terms import Terms
 from ..scaling import Scaling
@@ -150,8 +151,8 @@ def context_parallel_attention(
     q, k, v = operands(q, k, v)
     visible = batch_visibility(q, k, causal, window)  # of this rank's tokens, and only for its sizes
     terms = Terms(key_bias=key_bias, softcap=softcap, sinks=sinks)
-    call = AttentionCall(q, k, v, visible, terms, scaling=scaling, gain=gain, aux=return_aux, backend=backend)
-    check_over_ranks(call, "[B, Hq, S / P]")
+    request = Request(q, k, v, visible, terms, scaling, gain, aux=return_aux, backend=backend)
+    request = check_over_ranks(request, "[B, Hq, S / P]")
     split = Split.of(mesh, layout)
     _check(q, k, split, method, cu_seqlens, reduce_dtype, head_group)
     of_masks = {"causal": causal, "window": window, "cu_seqlens": cu_seqlens}
@@ -163,9 +164,9 @@ def context_parallel_attention(
     with without_autocast(q):
         keep_rounding = v.dtype.itemsize == 2 and needs_graph(q, k, v)
         if keep_rounding:  # gradients of logits and of norms add up before they are rounded
-            call.q, call.k = q.float(), k.float()
+            request = request.changed(q=q.float(), k=k.float())
         sequence = SharedSequence.of(q, k, split, causal, window, cu_seqlens)
-        call.logits = logits_of(call, sequence, reduce_dtype)
+        call = with_terms(request, request.backend, logits_of(request, sequence, reduce_dtype))
         heads = k.shape[1] if head_group is None else head_group
         constants = call.logits.scale, call.logits.softcap
         settings = Settings(sequence, *constants, call.backend, heads, reduce_dtype, return_aux, keep_rounding)

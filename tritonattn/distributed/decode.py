@@ -11,13 +11,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import ops
 from ..calls.checks import INTEGERS, Backend, check_tensor, check_values
 from ..calls.decode import cache_operands, cache_visibility, check_statistics
-from ..calls.dispatch import logits, refuse_gradients
+from ..calls.dispatch import logits, refuse_gradients, with_terms
 from ..calls.key_statistics import KeyStatistics
 from ..calls.public import public
 from ..calls.results import AttentionAux
 from ..calls.sharded import head_parts
 from ..core.autograd import without_autocast
-from ..core.call import AttentionCall, ForwardResult
+from ..core.call import ForwardResult, Request
 from ..core.invariance import refuse_over_ranks
 from ..core.key_records import RecordedStatistics
 from ..core.statistics import Statistics
@@ -150,37 +150,35 @@ def context_parallel_decode(
         check_statistics(statistics, q, k, lengths, None)
     terms = Terms(softcap=softcap, sinks=sinks)
     options = {"aux": return_aux, "backend": backend, "cached": "context_parallel_decode"}
-    call = AttentionCall(q, k, v, visible, terms, scaling=scaling, gain=gain, **options)
-    check_over_ranks(call)
-    if call.scaling.reads_keys:
-        raise NotImplementedError(
-            f"scaling: expected one that reads no keys itself (reads_keys = False), got {type(call.scaling).__name__}"
-        )
-    refuse_gradients(call.cached, q=q, k_cache=k, v_cache=v, scaling=scaling, gain=gain, sinks=sinks)
+    request = check_over_ranks(Request(q, k, v, visible, terms, scaling, gain, **options))
+    if request.scaling.reads_keys:
+        name = type(request.scaling).__name__
+        raise NotImplementedError(f"scaling: expected one that reads no keys itself (reads_keys = False), got {name}")
+    refuse_gradients(request.cached, q=q, k_cache=k, v_cache=v, scaling=scaling, gain=gain, sinks=sinks)
     of_cache = {"k_cache": k, "v_cache": v, "key_lengths": key_lengths, "window": window}
     of_logits = {"scaling": scaling, "gain": gain, "softcap": softcap, "sinks": sinks}
     alike = {"q": q, **of_cache, **of_logits, "return_aux": return_aux, "backend": backend}
     require_agreement(split, "context_parallel_decode", **alike)
     sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], split.size * capacity)
     whole = Visibility.of_padded(sizes, q.device, key_lengths, left=visible.left)
-    call.visibility = Visibility.of_part(whole, split.rank * capacity, capacity)
+    request = request.changed(visibility=Visibility.of_part(whole, split.rank * capacity, capacity))
     with without_autocast(q):
-        out, aux = _attend(call, split, statistics, None if visible.left is None else visible.left + 1)
+        out, aux = _attend(request, split, statistics, None if visible.left is None else visible.left + 1)
     return (out.to(v.dtype), aux) if return_aux else out.to(v.dtype)
 
 
 def _attend(
-    call: AttentionCall, split: Split, statistics: KeyStatistics | None, width: int | None
+    request: Request, split: Split, statistics: KeyStatistics | None, width: int | None
 ) -> tuple[Tensor, AttentionAux]:
     """Attend to the keys of all ranks: out, in the dtype of lse, and `AttentionAux`; width is that of a window."""
-    of_part = ops.STATISTICS[call.backend](call.k, call.visibility)
+    of_part = ops.STATISTICS[request.backend](request.k, request.visibility)
     if statistics is not None:
         of_part = RecordedStatistics(of_part, statistics, None, width)
-    terms = logits(call, _SharedRows(of_part, split))
+    terms = logits(request, _SharedRows(of_part, split))
     if terms.key_bias is not None:
         raise NotImplementedError("scaling: expected one without a bias a key, which does not know the whole cache")
-    part, rest = terms._replace(sinks=None), {"aux": True, "backend": call.backend}
-    out, aux = _merged(ops.attention(AttentionCall(call.q, call.k, call.v, call.visibility, part, **rest)), split)
+    part = with_terms(request, request.backend, terms._replace(sinks=None))
+    out, aux = _merged(ops.attention(part.changed(aux=True, cached=False)), split)
     if terms.sinks is not None:
         out = out * share_with_sinks(aux.lse, terms.sinks)[..., None]
     return out, aux

@@ -107,7 +107,7 @@ class Schedule:
 def attend(call: AttentionCall, schedule: Schedule) -> ForwardResult:
     """Attend to the keys of all ranks; call.k and call.v are this rank's, call.logits' vectors of keys are of all."""
     settings = schedule.settings
-    results = _Attend.apply(*call.tensors, settings.sequence.visibility.key_ranges, schedule)
+    results = _Attend.apply(*call.tensors(), settings.sequence.visibility.key_ranges, schedule)
     return ForwardResult(*results[: 4 if settings.aux else 2])
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from ..calls.checks import check
 from ..calls.dispatch import choose_backend, logits
-from ..core.call import AttentionCall
+from ..core.call import Request
 from ..core.norms import key_norms_of
 from ..core.ranges import argmax_of_prefixes, prefix_sum
 from ..core.sequences import Sequences
@@ -95,37 +95,41 @@ class Settings(NamedTuple):
     keep_rounding: bool
 
 
-def logits_of(call: AttentionCall, sequence: SharedSequence, reduce_dtype: torch.dtype) -> Terms:
-    """The terms of a call's logits, those of rows of this rank, those of keys of all; differentiable.
+def logits_of(request: Request, sequence: SharedSequence, reduce_dtype: torch.dtype) -> Terms:
+    """The terms of a request's logits, those of rows of this rank, those of keys of all; differentiable.
 
     key_bias, of this rank's keys, is gathered and added to the scaling's bias. A scaling that reads keys itself
     (`Scaling.reads_keys`) gets all of them, gathered.
     """
-    k, key_bias, split = call.k, call.logits.key_bias, sequence.split
-    visible = call.visibility = sequence.visibility
-    if call.scaling.reads_keys:
+    k, given, split, visible = request.k, request.logits, sequence.split, sequence.visibility
+    if request.scaling.reads_keys:
         whole = collectives.gather(k, split, 2, torch.promote_types(reduce_dtype, k.dtype))
         statistics = Statistics(whole, visible)
     else:
         whole = k.detach()[:, :, :1].expand(-1, -1, sequence.length, -1)  # a shape; its values are not read
         by_totals = sequence.length > 0 and (sequence.whole.is_full or sequence.whole.is_square_causal)
         statistics = SharedStatistics(k, visible, split, by_totals)
-    if key_bias is not None:
+    if (key_bias := given.key_bias) is not None:
         of_rank = key_bias.expand((*key_bias.shape[:-1], k.shape[2]))
         key_bias = collectives.gather(of_rank, split, -1, torch.promote_types(reduce_dtype, of_rank.dtype))
-        call.logits = Terms(key_bias=key_bias, softcap=call.logits.softcap, sinks=call.logits.sinks)
-    return logits(call, statistics, whole, split.positions(k.shape[2], k.device)[None])
+        given = Terms(key_bias=key_bias, softcap=given.softcap, sinks=given.sinks)
+    request = request.changed(visibility=visible, logits=given)
+    return logits(request, statistics, whole, split.positions(k.shape[2], k.device)[None])
 
 
-def check_over_ranks(call: AttentionCall, rows: str = "[B, Hq, Sq]") -> None:
-    """Check a call and choose its backend. Raises NotImplementedError for what ranks with rows from anywhere lack."""
-    check(call, rows)
-    if has_relative_bias(call.scaling, call.q):
-        name = type(call.scaling).__name__
+def check_over_ranks(request: Request, rows: str = "[B, Hq, Sq]") -> Request:
+    """Check a request and choose its backend.
+
+    Raises NotImplementedError for what ranks with rows from anywhere lack.
+    """
+    request = check(request, rows)
+    if has_relative_bias(request.scaling, request.q):
+        name = type(request.scaling).__name__
         raise NotImplementedError(f"scaling: expected one without a relative bias over ranks, got {name}")
-    call.backend = choose_backend(call)
-    if call.backend in ("flash", "reference"):
-        raise NotImplementedError(f"backend: expected 'auto', 'triton' or 'sdpa' over ranks, got {call.backend!r}")
+    backend = choose_backend(request)
+    if backend in ("flash", "reference"):
+        raise NotImplementedError(f"backend: expected 'auto', 'triton' or 'sdpa' over ranks, got {backend!r}")
+    return request.changed(backend=backend)
 
 
 def share_with_sinks(lse: Tensor, sinks: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 
 from ..calls.checks import check, operands
 from ..calls.dispatch import observed_rows
-from ..core.call import AttentionCall
+from ..core.call import Request
 from ..core.observation import ObservedCall, is_observed, notify_observers
 from ..core.terms import Terms
 from .architecture import AttentionModule, attention_modules, interface_function
@@ -99,6 +99,6 @@ def _observed_forward(
         visible = visibility_of(query, key, arguments)
         terms = Terms(softcap=arguments["softcap"], bias=arguments.get("bias"))
         options = {name: arguments[name] for name in ("scaling", "gain", "backend")}
-        call = check(AttentionCall(*cast, visible, terms, **options))
-        notify_observers(ObservedCall(query, key, out.transpose(1, 2), call, lambda: observed_rows(call)))
+        request = check(Request(*cast, visible, terms, **options))
+        notify_observers(ObservedCall(query, key, out.transpose(1, 2), request, lambda: observed_rows(request)))
     return out, weights

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ def attention(call: AttentionCall) -> ForwardResult:
 
     max_logit and entropy are None without aux.
     """
-    given = call.tensors
+    given = call.tensors()
     has_graph = needs_graph(*given)
     if not runs_eagerly(*given, call.visibility.key_lengths):
         keep_rounding = call.v.dtype.itemsize == 2 and (has_graph or is_transformed())
@@ -60,7 +59,7 @@ def attention(call: AttentionCall) -> ForwardResult:
 
 def forward_pass(call: AttentionCall, keep_rounding: bool) -> tuple[Tensor, ...]:
     """out, lse, max_logit, entropy and rounding, without a graph: tensors of size 0 for those not asked for."""
-    if runs_eagerly(*call.tensors):
+    if runs_eagerly(*call.tensors()):
         return _filled(_forward_kept(call, keep_rounding))
     return _forward_operator(*flat(call), keep_rounding)
 
@@ -76,9 +75,9 @@ def backward_pass(
     if runs_eagerly(call.q, call.k, call.v, d_out, d_lse):
         return _backward(call, results, d_out, d_lse, needs)
     if call.wide_q is not None:
-        call = replace(call, q=call.q.float())
+        call = call.changed(q=call.q.float())
     if call.wide_k is not None:
-        call = replace(call, k=call.k.float())
+        call = call.changed(k=call.k.float())
     filled = _backward_operator(*flat(call), *results, d_out, d_lse, list(needs))
     return Gradients(*(gradient if need else None for gradient, need in zip(filled, needs, strict=True)))
 
@@ -125,7 +124,7 @@ def _backward(
 ) -> Gradients:
     out, lse, rounding = results
     if call.q.numel() == 0 or call.k.numel() == 0:
-        pairs: Any = zip(call.tensors, needs, strict=True)
+        pairs: Any = zip(call.tensors(), needs, strict=True)
         return Gradients(*(x.new_zeros(x.shape) if need else None for x, need in pairs))
     d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype).resolve_neg()  # a compiler may widen it
     d_lse = None if d_lse is None else d_lse.resolve_neg()
@@ -217,7 +216,8 @@ class _Attention(Function):
         visible, scale, softcap, of_bias, dropout, is_part, backend = ctx.rest
         terms = Terms(scale, query_scale, key_scale, key_bias, sinks, bias, relative, softcap, *of_bias)
         visible = visible.with_tensors(*masks) if masks else visible
-        call = AttentionCall(q, k, v, visible, terms, dropout, wide_q, wide_k, is_part=is_part, backend=backend)
+        wide = {"wide_q": wide_q, "wide_k": wide_k, "is_part": is_part}
+        call = AttentionCall(q, k, v, visible, terms, dropout, backend, **wide)
         needs = Needs(*ctx.needs_input_grad[:GRADIENTS])
         return (*backward_pass(call, (out, lse, rounding), d_out, d_lse, needs), None)
 
@@ -346,8 +346,10 @@ class KernelStatistics(Statistics):
         for x, other in self.wide:
             q, k = other if x is call.q else q, other if x is call.k else k
         if not self._has_values:
-            return replace(call, wide_q=q, wide_k=k)
-        return replace(call, q=call.q if q is None else q, k=call.k if k is None else k)
+            return call._replace(wide_q=q, wide_k=k)
+        _, _, *rest = call  # torch 2.8 traces no slice
+        q, k = call.q if q is None else q, call.k if k is None else k
+        return AttentionCall(q, k, *rest)  # pyright: ignore[reportArgumentType]
 
 
 # By backend.

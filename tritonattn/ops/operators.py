@@ -53,7 +53,7 @@ _RECORDS = (Visibility, Terms, Dropout, Sequences)
 # Parts that are not arguments: sizes, which tensors have, and what has done its work before a backend is called.
 _SIZES = ("batch", "q_heads", "kv_heads", "q_len")
 _NO_ARGUMENTS = {("visibility", name) for name in (*_SIZES, "counted")}
-_NO_ARGUMENTS |= {("gain",), ("dropout_p",), ("wide_q",), ("wide_k",)}
+_NO_ARGUMENTS |= {("wide_q",), ("wide_k",)}
 
 
 @dataclass(frozen=True)  # Dynamo of torch 2.8 takes no property of a NamedTuple
@@ -136,7 +136,7 @@ def with_values(call: AttentionCall) -> AttentionCall:
         return call
     q = call.q if call.wide_q is None else _Widened.apply(call.q.detach(), call.wide_q)
     k = call.k if call.wide_k is None else _Widened.apply(call.k.detach(), call.wide_k)
-    return replace(call, q=q, k=k, wide_q=None, wide_k=None)
+    return call.changed(q=q, k=k, wide_q=None, wide_k=None)
 
 
 class _Widened(Function):
@@ -162,10 +162,10 @@ def without_repeats(call: AttentionCall) -> AttentionCall:
     q, k, v, sequences = call.q, call.k, call.v, call.visibility.sequences
     if sequences is not None and sequences.q_starts is sequences.k_starts:
         apart = replace(sequences, k_starts=sequences.k_starts.view_as(sequences.k_starts))
-        call = replace(call, visibility=replace(call.visibility, sequences=apart))
+        call = call.changed(visibility=replace(call.visibility, sequences=apart))
     if k is not q and v is not q and v is not k:
         return call
-    return replace(call, k=k.view_as(k), v=v.view_as(v))
+    return call.changed(k=k.view_as(k), v=v.view_as(v))
 
 
 def vmap_of_call(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):

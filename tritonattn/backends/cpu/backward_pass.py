@@ -33,7 +33,7 @@ def backward(
     gradients = Gradients(
         *(
             x.new_zeros(x.shape, dtype=tiles.dtype if name in of_pairs else None) if need and x is not None else None
-            for name, x, need in zip(Gradients._fields, call.tensors, needs, strict=True)
+            for name, x, need in zip(Gradients._fields, call.tensors(), needs, strict=True)
         )
     )
     lone = _rows_of_one_key(tiles)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -97,7 +96,7 @@ def _with_zeros(call: AttentionCall, rows: Tensor, keys: Tensor) -> AttentionCal
     terms = call.logits
     terms = terms.changed(query_scale=zeroed(terms.query_scale, rows), key_scale=zeroed(terms.key_scale, keys))
     q, k, v = zeroed(call.q, rows), zeroed(call.k, keys), zeroed(call.v, keys)
-    return replace(call, q=q, k=k, v=v, logits=terms)
+    return call.changed(q=q, k=k, v=v, logits=terms)
 
 
 def _spoiled(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -201,7 +200,7 @@ def backward(
         if scale is not None:
             found["query_scale" if name == "q" else "key_scale"] = torch.linalg.vecdot(scaled, x.to(scaled.dtype))
             scaled.mul_(scale[..., None])
-    pairs = zip(Gradients._fields, call.tensors, needs, strict=True)
+    pairs = zip(Gradients._fields, call.tensors(), needs, strict=True)
     return Gradients(*(found[name].to(x.dtype) if need and x is not None else None for name, x, need in pairs))
 
 

@@ -8,14 +8,13 @@ strided, so the narrower operands are padded with zeros and strided ones copied.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ...core.autograd import needs_graph, refuse_second_order, runs_eagerly
-from ...core.call import AttentionCall
+from ...core.call import AttentionCall, ForwardResult
 
 # Keys that PyTorch's kernel for CPUs compares at a time, at most.
 VECTOR = 16
@@ -67,15 +66,15 @@ def _norm(x: Tensor) -> float:
     return torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32)).item()
 
 
-def attention(call: AttentionCall) -> Tensor:
-    """The output [B, Hq, Sq, Dv] of a call that `supports` accepts, differentiable by autograd.
+def attention(call: AttentionCall) -> ForwardResult:
+    """The output [B, Hq, Sq, Dv], without an lse, of a call that `supports` accepts, differentiable by autograd.
 
     The scales are folded in q's dtype: exact to rounding in fp32 and fp64, while in bf16 q * query_scale and
     k * key_scale are rounded to bf16 once before they meet.
     """
     dtype, is_full = call.v.dtype, call.visibility.is_full
     if dtype.itemsize == 2 and _needs_fp32(call):
-        call = replace(call, q=call.q.float(), k=call.k.float(), v=call.v.float())
+        call = call.changed(q=call.q.float(), k=call.k.float(), v=call.v.float())
     scale, query_scale, key_scale = call.logits.scale, call.logits.query_scale, call.logits.key_scale
     has_lone_keys = call.k.shape[2] == 1 or not is_full
     if has_lone_keys and needs_graph(call.q, call.k, query_scale, key_scale):
@@ -103,7 +102,8 @@ def attention(call: AttentionCall) -> Tensor:
         refuse_second_order(out)
     out = out.reshape(*shape, -1) if folds else out
     out = out if value_width == width else out[..., :value_width]
-    return out if out.dtype == dtype else out.to(dtype)
+    out = out if out.dtype == dtype else out.to(dtype)
+    return ForwardResult(out, None)  # pyright: ignore[reportArgumentType]
 
 
 def folds_rows(q: Tensor, group: int) -> bool:
@@ -122,7 +122,7 @@ def _needs_fp32(call: AttentionCall) -> bool:
     is_scaled = logits.query_scale is not None or logits.key_scale is not None
     if call.narrowed() is not call or (dtype == torch.float16 and is_scaled):
         return True
-    return (is_scaled or call.q.device.type == "cpu") and needs_graph(*call.tensors)
+    return (is_scaled or call.q.device.type == "cpu") and needs_graph(*call.tensors())
 
 
 def _without_lone_keys(query_scale: Tensor | None, call: AttentionCall) -> Tensor:

@@ -11,28 +11,29 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...core.autograd import is_transformed
-from ...core.call import AttentionCall
+from ...core.call import AttentionCall, Request
 from ...core.terms import Terms, sinks_of_heads
 from ...core.visibility import Visibility
 from .libraries import CUDNN, KEYWORDS_OF_LSE, WIDEST, Library, lengths, limits
 
 
-def obstacle_of_all(call: AttentionCall) -> str | None:
+def obstacle_of_all(call: Request | AttentionCall) -> str | None:
     """Name what a call asks for and no library has, or None."""
     visible, dims = call.visibility, (call.q.shape[3], call.v.shape[3])
+    cached, drops = (call.cached, call.dropout_p > 0) if isinstance(call, Request) else ("", False)
     if call.v.dtype.itemsize != 2:
         return f"q of dtype {call.v.dtype}"
     if max(dims) > WIDEST:
         return f"head_dim {max(dims)}, above {WIDEST}"
     for name, value in (
-        (call.cached, call.cached or None),
+        (cached, cached or None),
         ("key_lengths", visible.key_lengths),
         ("key_ranges", visible.key_ranges),
         ("mask", visible.mask),
         ("key_bias", call.logits.key_bias),
         ("bias", call.logits.bias),
         ("relative_bias", call.logits.relative_bias),
-        ("dropout_p", call.dropout_p or None),
+        ("dropout_p", drops or None),
         ("batch_invariant", visible.invariant or None),
         ("return_aux with sinks", call.logits.sinks if call.aux else None),
         ("sinks of rows", _has_sinks_of_rows(call.logits) or None),
@@ -47,7 +48,7 @@ def _has_sinks_of_rows(terms: Terms) -> bool:
     return terms.sinks is not None and sinks_of_heads(terms.sinks) is None
 
 
-def obstacle(library: Library, call: AttentionCall, card: int, has_graph: bool) -> str | None:
+def obstacle(library: Library, call: Request | AttentionCall, card: int, has_graph: bool) -> str | None:
     """Name what a call asks for and a library lacks on a card, or None.
 
     has_graph   gradients are asked for
@@ -74,11 +75,11 @@ def obstacle(library: Library, call: AttentionCall, card: int, has_graph: bool) 
     return _obstacle_of_four(call, card, has_graph) if library.name == "flash-attn-4" else None
 
 
-def lse_has_gradient(library: Library, call: AttentionCall, card: int) -> bool:
+def lse_has_gradient(library: Library, call: Request | AttentionCall, card: int) -> bool:
     return "return_lse" in library.keywords and not _is_widest_of_blackwell(call, card)
 
 
-def _can_be_deterministic(library: Library, call: AttentionCall, card: int) -> bool:
+def _can_be_deterministic(library: Library, call: Request | AttentionCall, card: int) -> bool:
     if library.name == "flash-attn-3":
         return max(call.q.shape[3], call.v.shape[3]) <= 192
     return library.name != "flash-attn-4" or card != 12
@@ -89,7 +90,7 @@ def _has_window(visible: Visibility) -> bool:
     return left is not None or right not in (None, 0)
 
 
-def _obstacle_of_four(call: AttentionCall, card: int, has_graph: bool) -> str | None:
+def _obstacle_of_four(call: Request | AttentionCall, card: int, has_graph: bool) -> str | None:
     terms, widest = call.logits, max(call.q.shape[3], call.v.shape[3])
     window, softcap, sinks = _has_window(call.visibility), terms.softcap is not None, terms.sinks is not None
     if card == 12:  # 99 KiB of shared memory
@@ -103,7 +104,7 @@ def _obstacle_of_four(call: AttentionCall, card: int, has_graph: bool) -> str | 
     return next((name for name, is_asked in found.items() if is_asked), None)
 
 
-def _is_widest_of_blackwell(call: AttentionCall, card: int) -> bool:
+def _is_widest_of_blackwell(call: Request | AttentionCall, card: int) -> bool:
     dims = call.q.shape[3], call.v.shape[3]
     return card in (10, 11) and max(dims) > 128 and dims != (192, 128)
 
@@ -115,7 +116,7 @@ def _obstacle_of_window(visible: Visibility) -> str | None:
     return f"window of up to {q_len} queries and {k_len} keys" if is_other and q_len > k_len + 1 else None
 
 
-def _obstacle_of_cudnn(call: AttentionCall, has_graph: bool) -> str | None:
+def _obstacle_of_cudnn(call: Request | AttentionCall, has_graph: bool) -> str | None:
     visible = call.visibility
     if visible.sequences is not None:
         return "cu_seqlens_q (packed sequences)"

@@ -10,31 +10,31 @@ from torch.autograd.function import Function
 from torch.nn.functional import pad
 
 from ...core.autograd import apply, first_order, needs_graph, refuse_second_order
-from ...core.call import AttentionCall, ForwardResult
+from ...core.call import AttentionCall, ForwardResult, Request
 from ...core.terms import sinks_of_heads
 from .libraries import FLASH, HOW_TO_INSTALL, Library, card_of, libraries, why_none
 from .obstacles import lse_has_gradient, obstacle, obstacle_of_all
 
 
-def refuse_unsupported(call: AttentionCall) -> None:
-    """Raise unless an installed library takes a call: NotImplementedError with the name of what it lacks.
+def refuse_unsupported(request: Request) -> None:
+    """Raise unless an installed library takes a request: NotImplementedError with the name of what it lacks.
 
     ImportError where none is installed; ValueError for tensors on no GPU.
     """
-    _library_for(call, needs_graph(*call.tensors))
+    _library_for(request, needs_graph(*request.tensors()))
 
 
-def takes(call: AttentionCall, name: str) -> bool:
-    """True where it is this library that runs a call on a GPU, with gradients where grad mode is on."""
+def takes(request: Request, name: str) -> bool:
+    """True where it is this library that runs a request on a GPU, with gradients where grad mode is on."""
     try:
-        return _library_for(call, torch.is_grad_enabled()).name == name
+        return _library_for(request, torch.is_grad_enabled()).name == name
     except (NotImplementedError, ImportError):
         return False
 
 
 def attention(call: AttentionCall) -> ForwardResult:
     """out [B, Hq, Sq, Dv], and with aux lse, of a call with the terms of its logits; max_logit and entropy are None."""
-    has_graph, card = needs_graph(*call.tensors), card_of(call.v.device)
+    has_graph, card = needs_graph(*call.tensors()), card_of(call.v.device)
     library, terms, visible = _library_for(call, has_graph), call.logits, call.visibility
     is_grouped, is_packed = visible.q_heads != visible.kv_heads, visible.sequences is not None
     dtype, widths = call.v.dtype, library.widths((call.q.shape[3], call.v.shape[3]), card, is_grouped)
@@ -107,7 +107,7 @@ class _Fold(Function):
         return d_x if needs_x else None, d_x if needs_wide else None, d_scale, None, None
 
 
-def _library_for(call: AttentionCall, has_graph: bool) -> Library:
+def _library_for(call: Request | AttentionCall, has_graph: bool) -> Library:
     card = card_of(call.q.device)
     if (of_all := obstacle_of_all(call)) is not None:
         raise _refusal(of_all)

@@ -260,7 +260,7 @@ def with_specialisation(
         return call, specialisation
     names = ("q", "k", "v") if call.block_table is None else ("q",)
     operands = {name: getattr(call, name) for name in names}
-    call = replace(call, **{name: x if 0 in x.stride() else aligned_copy(x) for name, x in operands.items()})
+    call = call.changed(**{name: x if 0 in x.stride() else aligned_copy(x) for name, x in operands.items()})
     return call, _specialisation(call, d_out, needs, asked)
 
 
@@ -298,7 +298,7 @@ def _with_one_layout(call: AttentionCall) -> AttentionCall:
     """An invariant call with operands whose alignment, and so the code, follows from head dims and dtype."""
     if call.block_table is not None and not all(map(_has_one_layout, (call.k, call.v))):
         call = call.gathered()
-    return replace(call, q=one_layout(call.q), k=one_layout(call.k), v=one_layout(call.v))
+    return call.changed(q=one_layout(call.q), k=one_layout(call.k), v=one_layout(call.v))
 
 
 def one_layout(tensor: Tensor) -> Tensor:

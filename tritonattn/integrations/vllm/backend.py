@@ -25,12 +25,12 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from ... import ops
-from ...calls.dispatch import choose_backend, with_logits
+from ...calls.dispatch import choose_backend, resolve, with_terms
 from ...calls.formulas import by_formulas
 from ...calls.layouts import SMALLEST_PAGE
 from ...calls.paged_statistics import PagedKeyStatistics
 from ...calls.varlen import Packing
-from ...core.call import AttentionCall
+from ...core.call import Request
 from ...core.invariance import is_invariant
 from ...core.terms import Terms
 from ...core.visibility import Visibility, window_sides
@@ -315,8 +315,8 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         visible: Visibility,
         block_table: Tensor | None,
         record: PagedKeyStatistics | None,
-    ) -> AttentionCall:
-        call = AttentionCall(
+    ) -> Request:
+        request = Request(
             q,
             k,
             v,
@@ -329,23 +329,21 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
             record=record,
             cached=f"attention_backend {NAME}",
         )
-        call.backend = choose_backend(call)
-        return call
+        return request.changed(backend=choose_backend(request))
 
     def _sinks_of(self, visible: Visibility) -> Tensor | None:
         return None if self._sinks is None else self._sinks[:, None].expand(visible.rows)
 
-    def _attend(self, call: AttentionCall) -> Tensor:
-        """out of a call, with the terms of its logits from another layer of the step that has the same."""
-        if call.backend == "reference":
-            return by_formulas(call).out
+    def _attend(self, request: Request) -> Tensor:
+        """out of a request, with the terms of its logits from another layer of the step that has the same."""
+        backend = request.backend
+        if backend == "reference":
+            return by_formulas(request).out
         if self._factor.shared is None:
-            call = with_logits(call)
-        else:
-            key = self._factor.shared, self._softcap
-            terms = call.visibility.once(key, lambda: with_logits(replace(call)).logits)
-            call.logits = terms._replace(sinks=call.logits.sinks)
-        return ops.attention(call).out
+            return ops.attention(resolve(request, backend)).out
+        key = self._factor.shared, self._softcap
+        terms = request.visibility.once(key, lambda: resolve(request, backend).logits)
+        return ops.attention(with_terms(request, backend, terms._replace(sinks=request.logits.sinks))).out
 
 
 def _invariant(settings: Settings, name: str) -> bool | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...calls.checks import check
 from ...calls.dispatch import logits
-from ...core.call import AttentionCall
+from ...core.call import Request
 from ...core.extension import extend
 from ...core.statistics import Statistics
 from ...core.terms import Terms
@@ -164,12 +164,12 @@ class LayerFactor:
         given = scaling_arguments(settings, scale, head_size)
         q, k = (torch.full((1, n, 1, head_size), torch.nan, dtype=torch.float32, device="cpu") for n in heads)
         read, visibility = [], Visibility.of(q, k, causal=True)
-        call = check(AttentionCall(q, k, k, visibility, Terms(), **given), "[1, Hq, 1]")
-        query = logits(call, Statistics(lambda: read.append(True) or k, visibility)).query_scale
+        request = check(Request(q, k, k, visibility, Terms(), **given), "[1, Hq, 1]")
+        query = logits(request, Statistics(lambda: read.append(True) or k, visibility)).query_scale
         reads_query = query is not None and bool(query.isnan().any())
-        is_learned = any(isinstance(part, (nn.Module, Tensor)) for part in (call.scaling, call.gain))
-        shared = None if read or reads_query or is_learned else repr((to_config(given["scaling"]), call.gain))
-        return cls(call.scaling, call.gain, bool(read), shared)
+        is_learned = any(isinstance(part, (nn.Module, Tensor)) for part in (request.scaling, request.gain))
+        shared = None if read or reads_query or is_learned else repr((to_config(given["scaling"]), request.gain))
+        return cls(request.scaling, request.gain, bool(read), shared)
 
     def to(self, device: torch.device) -> LayerFactor:
         if isinstance(self.scaling, nn.Module):

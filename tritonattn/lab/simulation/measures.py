@@ -11,7 +11,7 @@ from torch import Tensor
 from ...analysis.diagnosis import ONE_HOT, UNIFORM
 from ...analysis.row_statistics import RowStatistics, row_statistics
 from ...calls.attention import attention
-from ...core.call import AttentionCall
+from ...core.call import Request
 from ...core.terms import Terms
 from ...core.visibility import Visibility
 from ...scaling.names import named_scaling
@@ -86,7 +86,7 @@ def statistics_of(
 ) -> RowStatistics:
     """Compute `row_statistics` for a mode in SCALINGS."""
     visible = Visibility.of(q, k, key_lengths=key_lengths)
-    return row_statistics(AttentionCall(q, k, k, visible, Terms(), scaling=named_scaling(mode), gain=gain))
+    return row_statistics(Request(q, k, k, visible, Terms(), named_scaling(mode), gain))
 
 
 def softmax_measures(rows: RowStatistics) -> dict[str, float]:
