@@ -7,7 +7,6 @@ import torch
 
 triton = pytest.importorskip("triton")
 from tritonattn.autotune.gate import Candidate, Code
-from tritonattn.backends.triton import launch
 from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.table import Entry, Exact, Key, Table, kernels_fingerprint, keys, read_table, write_table
@@ -94,20 +93,3 @@ def test_configs_says_where_each_comes_from(user, tmp_path, capsys):
     assert " yours: h100.json, static, for triton 3.1.4" in lines["decode/256/none/long"]
     assert " shipped: h100.json, measured  " in lines["forward/128/none/long"]
     assert "default" in lines["forward/64/none/short"]
-
-
-@pytest.mark.parametrize(
-    ("interpreting", "has_gpu", "wanted"),
-    [
-        (False, False, "never: there is no GPU, and TRITON_INTERPRET=1 is not set"),
-        (False, True, "compiled"),
-        (True, False, "in Triton's interpreter (TRITON_INTERPRET=1)"),
-    ],
-)
-def test_env_says_how_kernels_run(interpreting, has_gpu, wanted, monkeypatch, capsys):
-    monkeypatch.setattr(launch, "interpreting", interpreting)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    status, out, _ = run(capsys, "env")
-    assert status == 0
-    assert f"\nkernels run: {wanted}\n" in out

@@ -7,26 +7,16 @@ pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
 from tritonattn.autotune import workload
-from tritonattn.autotune.workload import Workload, checked_size, typical_size
+from tritonattn.autotune.workload import Workload, checked_size
 from tritonattn.backends.triton import KERNELS, device, launch
 from tritonattn.backends.triton.compile import launch_of, specialised
 from tritonattn.core.call import ForwardResult
 from tritonattn.tuning.calls import Size
-from tritonattn.tuning.config import Target, is_short
+from tritonattn.tuning.config import Target
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.table import Key, keys
 
 CPU = torch.device("cpu")
-
-
-def test_a_typical_call_is_of_its_key():
-    """Short or long; of decoding one whose packed rows a table serves, as those of a group are."""
-    for key in keys():
-        size = typical_size(key)
-        assert is_short(size.q_len, size.k_len) == (key.lengths == "short")
-        assert size.batch * size.k_len == (2**18 if key.kernel == "decode" else 2**14)
-        assert size.group == (4 if key.kernel == "decode" else 1)
-        assert size.heads % size.group == 0
 
 
 @pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")

@@ -1,9 +1,6 @@
 """JSON lines, appended whole and read again after an interruption; the machine, versions and commit with them."""
 
 import errno
-import json
-import math
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -48,13 +45,6 @@ def test_a_full_disk_leaves_the_old_file_or_none(old, tmp_path, monkeypatch):
         records.write(tmp_path, "")
 
 
-def test_a_write_in_parts_is_completed(tmp_path, monkeypatch):
-    write = os.write
-    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, bytes(data)[:7]))
-    records.append(tmp_path / "a.jsonl", [{"step": 2, "loss": 1.5}])
-    assert json.loads((tmp_path / "a.jsonl").read_text()) == {"step": 2, "loss": 1.5}
-
-
 def test_other_lines_are_named_and_skipped(tmp_path, capsys):
     file = tmp_path / "a.jsonl"
     assert records.read(file, dict, "a record") == []
@@ -62,14 +52,6 @@ def test_other_lines_are_named_and_skipped(tmp_path, capsys):
     assert records.read(file, lambda values: values["a"], "a record") == [1, 3]
     named = capsys.readouterr().err.splitlines()
     assert [line.split(": expected a record, skipped: ")[0] for line in named] == [f"{file}:{n}" for n in (2, 3, 5)]
-
-
-def test_figures_are_rounded_and_those_that_are_not_finite_become_null(tmp_path):
-    x = {"a": [math.nan, -math.inf, 1.23456], "b": (1, "c", True)}
-    assert records.for_json(x, digits=3) == {"a": [None, None, 1.23], "b": [1, "c", True]}
-    assert records.for_json(x)["a"][2] == 1.23456
-    records.write_json(tmp_path / "a.json", x)
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [None, None, 1.23456], "b": [1, "c", True]}
 
 
 def test_an_environment_names_machine_versions_and_commit():

@@ -6,7 +6,6 @@ import torch
 from tests.support.calls import torch_kernels
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.packed import offsets
-from tests.support.refusals import refuses
 from tritonattn import document_ranges
 from tritonattn.core.norms import key_norms_of
 from tritonattn.core.ranges import prefix_sum
@@ -161,22 +160,3 @@ def test_no_bit_of_a_document_depends_on_a_key_of_another(name, poison, backend,
 
 def test_norms_differentiate_twice():
     assert torch.autograd.gradgradcheck(key_norms_of, keys()[:1, :1, :2].requires_grad_())
-
-
-def test_an_attribute_error_on_the_way_to_a_statistic_keeps_its_message():
-    k, name = keys(), "nothing"
-    visible = Visibility.of(torch.empty(B, HQ, SQ, D), k)
-    with pytest.raises(AttributeError, match="'Tensor' object has no attribute 'nothing'"):
-        _ = Statistics(lambda: getattr(k, name), visible).norm_sum
-    refuses("AttributeError: ~ 'Statistics' object has no attribute 'nothing'", getattr, Statistics(k, visible), name)
-
-
-def test_compiled_code_may_ask_for_an_attribute_that_is_missing():
-    """As a Scaling does that serves several versions."""
-
-    def kept(k):
-        return k if getattr(statistics_of(k), "nothing", None) is None else -k
-
-    torch._dynamo.reset()
-    k = keys()
-    assert torch.equal(torch.compile(kept, backend="eager", fullgraph=True)(k), k)

@@ -40,13 +40,3 @@ def test_a_reader_of_the_hidden_passkeys_recalls_all_and_one_of_a_wrong_digit_no
         assert passkey.recalled(reader, size, length, data, cpu, tests=3) == 1.0
     off = passkey.recalled(lambda tokens, last: reader(tokens, last, wrong=1), size, size.length, None, cpu, tests=3)
     assert off == 0.0
-
-
-def test_it_reads_tokens_of_a_file(passkey, monkeypatch, tmp_path, capsys):
-    (tmp_path / "train.bin").write_bytes(torch.arange(4096).remainder(100).to(torch.uint16).numpy().tobytes())
-    found, draw = [], passkey.windows
-    monkeypatch.setattr(passkey, "windows", lambda data, *rest: found.append(data) or draw(data, *rest))
-    monkeypatch.setattr(sys, "argv", ["passkey.py", "--data", str(tmp_path / "train.bin")])
-    passkey.main()
-    assert found[0].tolist() == torch.arange(4096).remainder(100).tolist()
-    assert capsys.readouterr().out.count("recalled at 128: ") == 6

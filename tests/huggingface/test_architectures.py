@@ -80,10 +80,3 @@ def test_undo_is_bit_identical(subject):
         assert torch.equal(architecture.outputs(network, inputs), wanted)
     assert state(network) == before
     one.undo()
-
-
-@pytest.mark.parametrize("name", REFUSED or [pytest.param(None, marks=pytest.mark.skip(reason="none in this version"))])
-def test_architectures_that_an_older_transformers_lacks_are_refused_by_name(name):
-    network = ARCHITECTURES[name].build()
-    with pytest.raises(NotImplementedError, match=type(network).__name__):
-        patch(network)

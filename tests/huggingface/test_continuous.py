@@ -88,19 +88,6 @@ def test_every_request_gets_its_tokens_alone(case, monkeypatch):
 
 
 @served
-def test_a_scaling_for_all_layers_without_a_patch_and_a_manager_that_stays():
-    network = LLAMA.build("sdpa")
-    network.config.tritonattn = {"scaling": "log_key_count"}
-    network.set_attn_implementation(NAME)
-    wanted = alone(network)
-    for _ in range(2):
-        assert batched(network, persistent_manager=True) == wanted
-        assert network.config._attn_implementation == NAME
-        assert alone(network) == wanted
-    network.destroy_cached_continuous_batching_manager()
-
-
-@served
 def test_what_cannot_be_served_raises(monkeypatch):
     network = LLAMA.build("sdpa")
     with patch(network, scaling="log_key_count") as one:

@@ -71,14 +71,6 @@ def test_the_first_use_of_a_model(use, waiting):
     assert uses == [use]
 
 
-def test_imports_at_the_first_use_make_no_tensor_on_meta(waiting):
-    devices: list[str] = []
-    waiting.append(lambda: devices.append(torch.tensor(1).device.type))
-    with torch.device("meta"):  # as from_pretrained builds
-        LLAMA.build()
-    assert devices == ["cpu"]
-
-
 def test_a_model_that_lives_at_the_import_is_refused_early(waiting, monkeypatch):
     monkeypatch.setattr(first_use, "register_module_module_registration_hook", lambda hook: None)
     config = transformers.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9)

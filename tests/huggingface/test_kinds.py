@@ -79,18 +79,6 @@ def test_a_layer_is_without_positions_if_its_keys_do_not_follow_them(name):
     assert has_positions(first) == (not torch.equal(*keys))
 
 
-def test_layers_by_kind():
-    network = built(ARCHITECTURES["llama4"])
-    rotary, without = (one.name for one in attention_modules(network))
-    for layers, chosen in (
-        ("global", [without]),
-        ("without positions", [without]),
-        ({"global": "dim", 0: "cosine"}, [rotary, without]),
-    ):
-        with patch(network, layers=layers) as one:
-            assert list(one.layers) == chosen
-
-
 def test_a_kind_that_no_layer_has_or_that_nothing_says_is_refused():
     llama, gpt2 = ARCHITECTURES["llama"].build(), ARCHITECTURES["gpt2"].build()
     refuses(

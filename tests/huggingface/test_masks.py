@@ -8,7 +8,6 @@ from transformers import masking_utils
 from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask, sliding_window_overlay
 
 from tests.huggingface.architectures import ARCHITECTURES
-from tests.support.watch import Watch
 from tritonattn.huggingface import attention_forward, first_use, key_range_mask, patch, register
 
 BATCH = 3
@@ -102,29 +101,6 @@ def test_ranges_equal_the_dense_mask(q_length, kv_length, q_offset, kv_offset, p
         assert ranges.dtype == torch.int32, name
         assert ranges.shape == (BATCH, 1, q_length, 2), name
         assert torch.equal(dense(ranges, kv_length), expected.expand(BATCH, 1, -1, -1)), name
-
-
-@pytest.mark.parametrize("padding", [None, (100, 7)])
-def test_ranges_at_64k_are_small(padding):
-    """No tensor of Q x K is made: none has more than 8 elements of 8 bytes per token."""
-    length = 65536
-    for name, function in mask_functions(length, square=True).items():
-        if not (name.startswith("remapped") and name.endswith("alone")):
-            with Watch() as watch:
-                ranges = key_range_mask(**arguments(length, length, padding=padding, mask_function=function))
-            assert ranges.shape == (BATCH, 1, length, 2), name
-            assert watch.largest <= 8 * 8 * BATCH * length, name
-
-
-@pytest.mark.parametrize("padding", ["short", "of everything"])
-def test_padding_that_says_nothing_of_the_last_keys_hides_them(padding):
-    """A padding mask is as long as the text, which may be shorter than a static cache; a row may be padding alone."""
-    visible = torch.ones(BATCH, 6 if padding == "short" else 9, dtype=torch.bool)
-    visible[1, : 2 if padding == "short" else None] = False
-    asked = arguments(4, 9, mask_function=sliding_window_overlay(20)) | {"attention_mask": visible}
-    ranges = key_range_mask(**asked)
-    assert ranges.dtype == torch.int32
-    assert torch.equal(dense(ranges, 9), sdpa_mask(**asked).expand(BATCH, 1, -1, -1))
 
 
 @pytest.mark.parametrize("case", ["holes", "or", "unknown", "vmap"])

@@ -1,10 +1,7 @@
 """`patch`: its changes, the layers that it leaves alone, its report and its undo."""
 
 import dataclasses
-import json
-import math
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -185,39 +182,6 @@ def test_an_optimizer_from_before_the_patch_is_told_what_it_leaves_out(learned):
         before.step()
         with pytest.warns(UserWarning, match="optimizer: expected the parameters that a patch has added .* got a SGD"):
             before.step()
-
-
-def test_names_with_a_base_and_numbers_of_numpy():
-    network, half = LLAMA.build(), np.float32(0.5)
-    for given, scaling, start in (
-        ("log_key_count:64", {"name": "log_key_count", "base": 64}, None),
-        ("ssmax:64", {"name": "ssmax", "base": 64}, 1 / math.log(64)),
-        ("ssmax", {"name": "ssmax", "mode": "sqrt_dim"}, 0.0),
-        (half, 0.5, None),
-    ):
-        with patch(network, given, gain=half) as one:
-            layer = one.layers[FIRST]
-            assert json.loads(json.dumps(layer.to_config())) == {"scaling": scaling, "gain": 0.5, "backend": "auto"}
-            assert start is None or layer.scaling.s[0].item() == pytest.approx(start)
-    refuses("ValueError: backend: ~ (did you mean 'triton'?)", patch, network, backend="tritton")
-    refuses('TypeError: patch: ~ such as "log_key_count:64"), got base=', patch, network, "ssmax", base=64)
-
-
-def test_every_layer_has_a_scaling_and_a_gain_for_itself():
-    """Copies start from the given tensor, which does not change."""
-    network, given, calls = LLAMA.build(), torch.ones(4, 1), {}
-    with patch(network, gain=given) as one:
-        first, second = (layer.gain for layer in one.layers.values())
-        with torch.no_grad():
-            first.fill_(3.0)
-        assert (second == 1).all()
-        assert (given == 1).all()
-    with (
-        patch(network, layers={0: {"scaling": "key_count", "gain": 3.0}, 1: "dim"}) as one,
-        one.watch(lambda module, query, key, arguments, aux: calls.update({module.layer_idx: arguments})),
-    ):
-        logits(network)
-    assert [(calls[i]["scaling"].name, calls[i]["gain"]) for i in (0, 1)] == [("key_count", 3.0), ("dim", None)]
 
 
 def test_a_gain_made_without_memory_is_reset_to_the_values_given():

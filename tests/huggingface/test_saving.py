@@ -218,19 +218,6 @@ def test_a_custom_scaling(tmp_path, monkeypatch):
     assert torch.equal(logits(again), wanted)
 
 
-def test_the_flat_form_of_the_config_holds_for_all_layers():
-    network = LLAMA.build()
-    network.set_attn_implementation("tritonattn")
-    plain = logits(network)
-    network.config.tritonattn = {"scaling": {"name": "qwen_logn", "train_length": 4}, "gain": 2.0}
-    changed = logits(network)
-    with patch(network, scaling=tritonattn.scaling.QwenLogn(4), gain=2.0):
-        assert torch.equal(logits(network), changed)
-    assert not torch.allclose(plain, changed, atol=1e-2)
-    network.config.tritonattn = {"scaling": "ssmax"}
-    refuses("ValueError: ~ without parameters ~ patch", logits, network)
-
-
 @pytest.mark.parametrize("scaling", ["per_head", "ssmax", "learned_log_power", LEARNED.PowerLaw(4, "dim")], ids=str)
 def test_weights_without_what_was_learned_are_said_and_start_again(scaling, tmp_path):
     """A learned scaling starts where its patch did: by name at the model."""

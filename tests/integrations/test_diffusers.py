@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
 from tests.support.pairs import in_turn
-from tritonattn import attention, nn
+from tritonattn import attention
 from tritonattn.integrations import diffusers as ours
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -133,21 +133,6 @@ def test_other_modes_by_hand(registered):
             torch.testing.assert_close(out, wanted.transpose(1, 2))
             found = dispatch_attention_fn(*operands(), scale=scale, attention_kwargs={"return_lse": True}, **options)
             torch.testing.assert_close(found, (out, aux.lse.transpose(1, 2)))
-
-
-@pytest.mark.parametrize("mode", ["cosine", nn.PerHead("cosine", heads=4)], ids=["mode", "per head"])
-def test_a_cosine_replaces_the_librarys_scale(registered, mode):
-    backend = AttentionBackendName(registered("tritonattn_cosine", mode))
-    found = [dispatch_attention_fn(*operands(), scale=scale, backend=backend) for scale in (None, 0.5)]
-    assert torch.equal(*found)
-
-
-def test_undo_where_layers_share_a_processor(registered):
-    model = flux()
-    one = next(iter(model.attn_processors.values()))
-    model.set_attn_processor(one)
-    ours.use(model, registered()).undo()
-    assert one._attention_backend is None
 
 
 def test_refusals(registered):

@@ -1,7 +1,6 @@
 """timm's attention with a scaling, inside timm's models."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -95,30 +94,6 @@ def test_a_model_with_a_bias_of_pairs_keeps_it(name, sizes):
         assert (copied(images()) - wanted).abs().max() > 1e-6
     assert set(made.state_dict()) == before
     assert torch.equal(made(images()), plain(images()))
-
-
-@pytest.mark.parametrize("inner", ["ssmax", "key_norm_mean"])
-@pytest.mark.parametrize("outer", ["per_head", "log_key_count"])
-def test_a_replacement_inside_another(outer, inner):
-    made = model()
-    plain, state = made(images()), list(made.state_dict())
-    with ours.replace_attention(made, outer):
-        before, names = made(images()), list(made.state_dict())
-        with ours.replace_attention(made, inner):
-            assert made(images()).shape == plain.shape
-        assert torch.equal(made(images()), before)
-        assert list(made.state_dict()) == names
-    assert torch.equal(made(images()), plain)
-    assert list(made.state_dict()) == state
-
-
-def test_a_pickled_model_keeps_its_scaling():
-    made = model()
-    plain = made(images())
-    ours.replace_attention(made, "log_key_count")
-    out = made(images())
-    assert not torch.allclose(out, plain)
-    assert torch.equal(pickle.loads(pickle.dumps(made))(images()), out)
 
 
 def test_refusals():

@@ -70,16 +70,6 @@ def test_sqrt_dim_is_torchs_layer(call, batch_first):
             torch.testing.assert_close(weights, theirs_of_it)
 
 
-def test_a_float_mask_is_mapped():
-    _, made = pair(batch_first=True)
-    x, masks = tokens(N, L, E), torch.stack([additive(CAUSAL), BIAS])
-
-    def run(mask):
-        return made(x, x, x, attn_mask=mask, need_weights=False)[0]
-
-    torch.testing.assert_close(torch.vmap(run)(masks), torch.stack([run(mask) for mask in masks]))
-
-
 @pytest.mark.parametrize("bias", [True, False])
 def test_cross_attention_of_other_widths(bias):
     theirs, ours = pair(kdim=5, vdim=7, bias=bias, batch_first=True)

@@ -235,43 +235,10 @@ def test_a_cache_of_another_layer_is_refused():
     assert not torch.equal(prompt, second(x))
 
 
-def test_a_printed_cache_shows_its_sizes_and_keys():
-    cache = nn.KeyValueCache(2, 1, 8, 4, 3)
-    cache.append(torch.ones(2, 1, 2, 4), torch.ones(2, 1, 2, 3), torch.tensor([2, 1]))
-    assert repr(cache) == (
-        "KeyValueCache(batch=2, kv_heads=1, capacity=8, head_dim=4, value_dim=3, device=cpu, dtype=torch.float32,"
-        " counts=[2, 1])"
-    )
-
-
-@torch.no_grad()
-def test_the_statistics_are_those_of_the_keys_as_stored_and_the_dtype_is_torchs():
-    cache = nn.KeyValueCache(1, 1, 8, 64, 4, dtype=torch.bfloat16)
-    k = 1 + torch.rand(1, 1, 8, 64)
-    cache.append(k, k[..., :4])
-    assert (cache.k.dtype, cache.v.shape, cache.capacity) == (torch.bfloat16, (1, 1, 8, 4), 8)
-    torch.testing.assert_close(cache.statistics.norms, k.bfloat16().float().norm(dim=-1), rtol=1e-6, atol=0)
-    torch.set_default_dtype(torch.float64)
-    try:
-        cache = nn.KeyValueCache(2, 2, 8, 6)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert cache.k.dtype == cache.v.dtype == cache.statistics.norms.dtype == torch.float64
-
-
 def test_a_printed_layer_names_its_scaling():
     sizes = f"heads={HEADS}, kv_heads={KV}, head_dim={D}, causal=False"
     for scaling, said in ((0.5, ", scaling=0.5"), (LogKeyCount(8.0), ", scaling=LogKeyCount(base=8.0)"), ("ssmax", "")):
         assert f"\n  {sizes}{said}\n" in repr(layer(scaling))
-
-
-@pytest.mark.parametrize("made", [layer(causal=True), nn.ALiBi(HEADS)], ids=["ScaledAttention", "ALiBi"])
-def test_a_pickle_of_an_earlier_version_has_the_defaults(made):
-    old = type(made).__new__(type(made))
-    added = ("rotary", "bidirectional")
-    old.__setstate__({name: value for name, value in vars(made).items() if name not in added})
-    given = 7 if isinstance(made, nn.ALiBi) else tokens()
-    assert torch.equal(old(given), made(given))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:.torch.jit.script")

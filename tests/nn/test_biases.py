@@ -150,24 +150,6 @@ def test_sinks_with_alibi_do_not_depend_on_what_follows():
         torch.testing.assert_close(packed[before : before + 4].transpose(0, 1)[None], wanted)
 
 
-def test_sinks_with_a_bias_in_a_buffer_of_a_cache():
-    """Of two sequences, which end elsewhere in it."""
-    gate, x, operands = gated()
-    q, k, v = (y.detach() for y in operands)
-    sinks, ends = torch.randn(B, H, S, dtype=torch.float64), (S, S - 2)
-    rows = torch.tensor([[end - 3, end - 2, end - 1] for end in ends])[:, None].expand(B, H, 3)
-
-    def newest(y):
-        return torch.take_along_dim(y, rows[..., None], 2)
-
-    with torch.no_grad():
-        wanted = newest(softmax_attention(q, k, v, forgetting(gate, x), sinks))
-        bias = nn.counted_from_rows(torch.nn.functional.pad(gate(x), (0, 5), value=torch.nan))
-        cache = [torch.nn.functional.pad(y, (0, 0, 0, 5)) for y in (k, v)]
-        options = {"key_lengths": torch.tensor(ends), "key_bias": bias, "sinks": newest(sinks[..., None])[..., 0]}
-        torch.testing.assert_close(attention_decode(newest(q), *cache, **options), wanted)
-
-
 def test_a_layer_with_sinks_takes_them_in_every_form():
     torch.manual_seed(0)
     layer = nn.ScaledAttention(16, heads=4, kv_heads=2, causal=True, sinks=True).double()

@@ -115,21 +115,6 @@ def test_made_by_name_and_heads(name):
             nn.LEARNED[name](**arguments)
 
 
-@pytest.mark.parametrize(
-    ("scaling", "printed"),
-    [
-        (nn.SSMax(4, base=64), "SSMax(heads=4, base=64, bias=False)"),
-        (nn.SSMax(4, mode="sqrt_dim"), "SSMax(heads=4, mode='sqrt_dim', bias=True)"),
-        (nn.LearnedLogPower(4, 2.0, 64), "LearnedLogPower(heads=4, power=2, base=64)"),
-        (nn.LearnedLogPower(4, base=64, mode="sqrt_dim"), "LearnedLogPower(heads=4, mode='sqrt_dim', base=64)"),
-        (nn.QueryAdaptiveSSMax(4, 8, mode="sqrt_dim"), "QueryAdaptiveSSMax(heads=4, head_dim=8, mode='sqrt_dim')"),
-        (nn.PowerLaw(4, "key_count"), "PowerLaw(heads=4, mode='key_count')"),
-    ],
-)
-def test_a_printed_scaling_shows_its_start(scaling, printed):
-    assert repr(scaling) == printed
-
-
 RESET = {
     "per_head": lambda: nn.PerHead("key_count", heads=4),
     "cosine": lambda: nn.LearnedCosine(4),
@@ -189,7 +174,3 @@ def test_a_temperature_divides_by_the_query_where_its_mode_does():
     """A cosine then keeps a model's factor out of the gain."""
     gains = [relative_gain(nn.PerHead(mode, heads=4), 0.5, 64, gain=2.0) for mode in ("cosine", "key_count")]
     assert gains == [2.0, 8.0]
-
-
-def test_former_names_of_modules_are_importable():
-    assert (nn.Cosine, nn.LogPower) == (nn.LearnedCosine, nn.LearnedLogPower)

@@ -78,18 +78,6 @@ def kept(k_len=7, inference=False, device="cpu", **mask):
         return counts_of(dataclasses.replace(visibility, device=torch.device(device)))
 
 
-def test_counts_of_sizes_are_kept():
-    assert kept(causal=True) is kept(causal=True)
-    assert kept(causal=True).flatten().tolist() == [3, 4, 5, 6, 7]
-    assert kept(causal=True, k_len=6).flatten().tolist() == [2, 3, 4, 5, 6]
-    assert kept(causal=True, window=(1, 0)).flatten().tolist() == [2, 2, 2, 2, 2]
-    assert kept(causal=True, inference=True).is_inference()
-    assert not kept(causal=True).is_inference()
-    assert kept(causal=True, device="meta").device.type == "meta"
-    lengths = torch.tensor([2, 7])
-    assert kept(key_lengths=lengths) is not kept(key_lengths=lengths)
-
-
 def test_counts_on_a_gpu_belong_to_a_stream_and_to_no_captured_graph(monkeypatch):
     stream, captured = [0], [False]
     monkeypatch.setattr(Visibility, "counts", lambda self: object())
@@ -191,44 +179,6 @@ def test_mistral_large4_is_ssmax_with_a_bias():
     scaled = model(q, torch.arange(30)[None], head_dim_first=True)
     wanted = torch.nn.functional.scaled_dot_product_attention(scaled, k, v, is_causal=True)
     torch.testing.assert_close(attention(q, k, v, scaling=scaling, causal=True), wanted, rtol=1e-4, atol=1e-5)
-
-
-def test_zaya_is_cosine_with_a_gain_of_each_key_head():
-    model = modeling("zaya").ZayaQKNorm(types.SimpleNamespace(head_dim=16, num_key_value_heads=2))
-    temperature = torch.tensor([1.5, -0.7])
-    results = []
-    for parameter in (model.temp, temperature.requires_grad_()):
-        with torch.no_grad():
-            parameter.copy_(temperature)
-        torch.manual_seed(0)
-        q, k, v = torch.randn(1, 4, 30, 16), *torch.randn(2, 1, 2, 30, 16)
-        if parameter is model.temp:
-            normal, keys = (x.transpose(1, 2) for x in model(q.transpose(1, 2), k.transpose(1, 2)))
-            out = torch.nn.functional.scaled_dot_product_attention(normal, keys, v, is_causal=True, enable_gqa=True)
-        else:
-            gain = parameter.repeat_interleave(2)[:, None]  # [Hq, 1]
-            out = attention(q, k, v, scaling="cosine", gain=gain, causal=True)
-        results.append((out, *torch.autograd.grad(out.square().sum(), parameter)))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-
-
-def test_a_name_of_no_mode_is_not_there():
-    with pytest.raises(KeyError, match=r"tritonattn\.nn\.SSMax\(heads=Hq\)"):
-        SCALINGS["ssmax"]
-    assert "logn" not in SCALINGS
-    assert SCALINGS.get("logn") is None
-
-
-def test_defaults_leave_short_sequences_alone():
-    rows = 16385
-    for scaling, last, after in (
-        (QwenLogn(), 8191, math.log(8193) / math.log(8192)),
-        (Llama4(), 8190, 1 + 0.1 * math.log(2)),
-        (Ministral3(), 16383, 1 + 0.1 * math.log(2)),
-    ):
-        found = factors(scaling, rows, dim=1)
-        assert set(found[: last + 1]) == {1.0}
-        assert found[last + 1] == pytest.approx(after)
 
 
 def test_bad_parameters_are_refused():

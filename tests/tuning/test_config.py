@@ -59,22 +59,6 @@ def test_illegal_configs_are_not_compiled():
             compile_kernel("forward", Problem(128, 128, HALF), tiles, "sm_80")
 
 
-def test_tiles_may_fill_the_memory_there_is():
-    assert reasons(TileConfig(64, 32, 4, 4), GFX942) == [], "65,536 bytes"
-    [reason] = reasons(TileConfig(64, 32, 4, 5), GFX942)
-    assert "tiles need at least 81920 bytes of shared memory, gfx942 has 65536" in reason
-    assert reasons(TileConfig(128, 256, 8, 1), SM_100) == [], "512 columns"
-    [reason] = reasons(TileConfig(128, 256, 16, 1), SM_100, kernel="grad_query", dim=64)
-    assert "tiles need 704 columns of tensor memory, sm_100 has 512" in reason
-    assert reasons(TileConfig(128, 64, 32, 2), SM_80) == ["num_warps 32 is not a power of two up to 16"]
-    assert reasons(TileConfig(64, 32, 4, 2, split_blocks=3), SM_80, "decode") == ["split_blocks 3 is below 4"]
-    assert reasons(TileConfig(64, 32, 4, 2, l2_percent=0), SM_80) == ["l2_percent 0 is below 1"]
-    described = TileConfig(64, 32, 4, 2, descriptors=True)
-    assert reasons(described, SM_90) == reasons(described, Target.parse("sm_120")) == []
-    for target, dtype in ((SM_80, HALF), (Target.parse("sm_89"), HALF), (SM_90, FULL), (GFX942, HALF)):
-        assert "descriptors need" in reasons(described, target, dtype=dtype)[0]
-
-
 def test_options_are_legal_where_the_hardware_has_them():
     waves = TileConfig(64, 32, 4, 2, waves_per_eu=2)
     assert reasons(waves, GFX942) == []
