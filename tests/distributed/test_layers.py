@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from tests.distributed.pool import on_every_rank
 from tests.support.refusals import refuses
-from tritonattn.core.shards import whole
+from tritonattn.core.torch_distributed import whole
 from tritonattn.distributed import (
     ContextParallel,
     HeadParallel,

@@ -16,7 +16,7 @@ from tests.support.calls import CALLS, changed, example, torch_kernels
 from tests.support.refusals import refuses
 from tritonattn import nn
 from tritonattn.core.norms import key_norms_of
-from tritonattn.core.shards import whole
+from tritonattn.core.torch_distributed import whole
 from tritonattn.distributed import HeadParallel
 from tritonattn.ops import attend
 from tritonattn.ops.operators import flat

@@ -19,7 +19,7 @@ from torchtitan.models.llama3 import llama3_configs
 
 from tests.distributed.pool import on_every_rank
 from tests.support.refusals import refuses
-from tritonattn.core.shards import whole
+from tritonattn.core.torch_distributed import whole
 
 OVERRIDE = "tritonattn.integrations.torchtitan.varlen"
 LENGTHS = (20, 1, 11)

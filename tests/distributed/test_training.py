@@ -20,7 +20,7 @@ import tritonattn
 from tests.distributed.models import HEADS, by_heads, llama, sharded, tokens
 from tests.distributed.pool import on_every_rank
 from tests.support.refusals import refuses
-from tritonattn.core.shards import whole
+from tritonattn.core.torch_distributed import whole
 from tritonattn.huggingface import patch, patched
 
 STEPS = 20

@@ -15,7 +15,7 @@ from tests.distributed.models import HEADS, by_heads, llama, sharded, tokens
 from tests.distributed.pool import on_every_rank
 from tests.support.refusals import refuses
 from tritonattn.analysis import Monitor, Thresholds, qk_clip
-from tritonattn.core.shards import whole
+from tritonattn.core.torch_distributed import whole
 
 THRESHOLD = 0.09
 

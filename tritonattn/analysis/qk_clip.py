@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.hints import shortened
-from ..core.shards import is_dtensor, local, rows_of_rank, twin, whole
+from ..core.torch_distributed import is_dtensor, local, rows_of_rank, twin, whole
 from ..integrations.torch_modules import MultiheadAttention
 from ..nn import ScaledAttention
 from ..scaling import Scaling

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.observation import ObservedCall, Observer
-from ..core.shards import head_part
+from ..core.torch_distributed import head_part
 from .tally import Tally
 
 if TYPE_CHECKING:

@@ -29,9 +29,9 @@ from .checks import (
     shape_of,
 )
 from .dispatch import run
+from .dtensors import BATCHED
 from .public import public
 from .results import AttentionAux
-from .sharded import BATCHED
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -21,8 +21,8 @@ from ..core.call import Request
 from ..core.hints import nearest
 from ..core.invariance import switch
 from ..core.row_terms import sinks_beside
-from ..core.shards import unshard
 from ..core.terms import Terms
+from ..core.torch_distributed import unshard
 from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Given, Scaling
 from ..scaling.names import named_scaling

@@ -24,13 +24,13 @@ from .checks import (
     values_are_read,
 )
 from .dispatch import refuse_gradients, run
+from .dtensors import CACHED, CACHED_PAGES
 from .key_statistics import KeyStatistics
 from .layouts import CACHE, CACHE_PAGES
 from .paged_statistics import PagedKeyStatistics, check_paged_statistics
 from .public import public
 from .results import AttentionAux
 from .sequence_checks import check_block_table, check_page_numbers, check_record
-from .sharded import CACHED, CACHED_PAGES
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

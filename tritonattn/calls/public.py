@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.hints import hint_for_keyword
-from ..core.shards import refuse_context_parallel
+from ..core.torch_distributed import refuse_context_parallel
 from ..scaling.names import hint_for_argument
-from .sharded import Axes, call_of_parts
+from .dtensors import Axes, call_of_parts
 
 P = ParamSpec("P")
 R = TypeVar("R")

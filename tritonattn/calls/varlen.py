@@ -14,7 +14,7 @@ from ..core.terms import Terms
 from ..core.visibility import Visibility, window_sides
 from ..scaling import Scaling
 from ..scaling.names import ModeName
-from . import layouts, sharded
+from . import dtensors, layouts
 from .checks import Backend, check, check_count, check_masks, check_tensor, operands, values_are_read
 from .dispatch import refuse_gradients, run
 from .paged_statistics import PagedKeyStatistics, check_paged_statistics
@@ -67,7 +67,7 @@ def attention_varlen(
     return_aux: bool,
     **options: Unpack[VarlenOptions],
 ) -> Tensor | tuple[Tensor, AttentionAux]: ...
-@public(sharded.PACKED, sharded.PACKED_PAGES)
+@public(dtensors.PACKED, dtensors.PACKED_PAGES)
 def attention_varlen(
     q: Tensor,
     k: Tensor,

@@ -5,9 +5,9 @@ Built on torch.distributed: a `DeviceMesh` of one dimension names the ranks.
 
 from . import operators
 from .context_parallel import context_parallel_attention
+from .cut import pad, shard, unshard
 from .decode import context_parallel_decode
 from .layers import ContextParallel, HeadParallel
-from .sharding import pad, shard, unshard
 
 operators.register()
 

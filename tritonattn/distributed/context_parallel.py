@@ -11,10 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..calls.attention import batch_visibility
 from ..calls.checks import FLOATS, Backend, check_count, operands
 from ..calls.dispatch import with_terms
+from ..calls.dtensors import head_parts
 from ..calls.public import public
 from ..calls.results import AttentionAux, aux_of
 from ..calls.sequence_checks import check_offset_values, check_offsets
-from ..calls.sharded import head_parts
 from ..core.autograd import needs_graph, without_autocast
 from ..core.call import Request
 from ..core.invariance import refuse_over_ranks

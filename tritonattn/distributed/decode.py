@@ -12,10 +12,10 @@ from .. import ops
 from ..calls.checks import INTEGERS, Backend, check_tensor, check_values
 from ..calls.decode import cache_operands, cache_visibility, check_statistics
 from ..calls.dispatch import logits, refuse_gradients, with_terms
+from ..calls.dtensors import head_parts
 from ..calls.key_statistics import KeyStatistics
 from ..calls.public import public
 from ..calls.results import AttentionAux
-from ..calls.sharded import head_parts
 from ..core.autograd import without_autocast
 from ..core.call import ForwardResult, Request
 from ..core.invariance import refuse_over_ranks

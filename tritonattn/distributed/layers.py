@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from ..core.invariance import refuse_over_ranks
-from ..core.shards import SharesSequence
+from ..core.torch_distributed import SharesSequence
 from .agreement import require_agreement
 from .context_parallel import context_parallel_attention
 from .layout import Split

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..calls.checks import type_of
-from ..core.shards import is_dtensor
+from ..core.torch_distributed import is_dtensor
 
 LAYOUTS = ("contiguous", "zigzag")
 

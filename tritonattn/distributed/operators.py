@@ -16,7 +16,7 @@ import torch
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from ..calls.sharded import BATCHED, NOWHERE, OPERAND, ROWS, Axes
+from ..calls.dtensors import BATCHED, NOWHERE, OPERAND, ROWS, Axes
 from ..ops.operators import NAMESPACE, OPERATORS
 
 _PAGES = Axes(None, 1)

@@ -17,7 +17,7 @@ from ..calls.attention import attention
 from ..calls.results import AttentionAux
 from ..calls.varlen import attention_varlen
 from ..core.invariance import refuse_over_ranks
-from ..core.shards import context_parallel
+from ..core.torch_distributed import context_parallel
 from ..scaling import SqrtDim
 from ..scaling.base import relative_gain
 from .architecture import query_heads

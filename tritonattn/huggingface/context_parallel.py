@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.shards import TorchContext
+from ..core.torch_distributed import TorchContext
 from ..distributed import context_parallel_attention
 from ..distributed.layout import Split
 

@@ -16,8 +16,8 @@ from ..calls.checks import BACKENDS, Backend, check_bool, refuse_backend
 from ..calls.public import public
 from ..core.hints import shortened
 from ..core.optimizers import expect_steps
-from ..core.shards import refuse_wrapped
 from ..core.tables import table
+from ..core.torch_distributed import refuse_wrapped
 from ..nn.registry import largest_base
 from ..scaling import Scaling, SqrtDim
 from ..scaling.names import LayerMode

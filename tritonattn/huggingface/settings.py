@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import BACKENDS
-from ..core.shards import local, rows_of_rank, unshard
+from ..core.torch_distributed import local, rows_of_rank, unshard
 from ..scaling import Scaling
 from .first_use import note_use
 from .scalings import check_entries, from_config, is_finite, to_config

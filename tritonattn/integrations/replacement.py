@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..core.optimizers import expect_steps
-from ..core.shards import refuse_wrapped
+from ..core.torch_distributed import refuse_wrapped
 from ..nn.learned import scaling_parameters
 
 _ADDED = object()  # stands for an attribute that the owner itself did not have

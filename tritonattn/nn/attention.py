@@ -30,7 +30,7 @@ from ..calls.varlen import attention_varlen
 from ..core.autograd import autocast_is_on, needs_graph
 from ..core.call import LONGEST_QUERY
 from ..core.pair_biases import reflected
-from ..core.shards import SharesSequence
+from ..core.torch_distributed import SharesSequence
 from ..core.visibility import window_sides
 from ..scaling import Scaling
 from ..scaling.base import check_positive, has_relative_bias

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..calls.checks import check_bool, check_count, check_dtype, check_tensor, shape_of
 from ..core.ranges import prefix_sum
 from ..core.row_terms import counted_from_rows
-from ..core.shards import SharesSequence, refuse_context_parallel
+from ..core.torch_distributed import SharesSequence, refuse_context_parallel
 
 
 class ALiBi(SharesSequence, nn.Module):

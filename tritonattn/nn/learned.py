@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..calls.checks import check_bool, check_count, check_dtype, refuse_scaling, type_of
 from ..calls.dispatch import scales_of
 from ..core.hints import hinted
-from ..core.shards import local
 from ..core.statistics import Statistics, counts_of
+from ..core.torch_distributed import local
 from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling, cosine
 from ..scaling.base import NO_BASE, check_positive, warn_without_base

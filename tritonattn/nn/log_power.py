@@ -11,8 +11,8 @@ from ..calls.checks import check_count, check_dtype
 from ..core.hints import hinted
 from ..core.invariance import halving_sum
 from ..core.invariance import power as power_of
-from ..core.shards import local
 from ..core.statistics import Statistics, counts_of
+from ..core.torch_distributed import local
 from ..core.visibility import Visibility
 from ..scaling import Scales
 from ..scaling.base import NO_BASE, check_positive, warn_without_base

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core.dropout import stream
 from ..core.row_terms import as_marked
-from ..core.shards import is_dtensor, twin
+from ..core.torch_distributed import is_dtensor, twin
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
