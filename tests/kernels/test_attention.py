@@ -15,7 +15,7 @@ from tests.support.masks import MASKS
 from tests.support.pairs import in_turn, pairwise
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import launch
-from tritonattn.core.terms import Terms
+from tritonattn.core.terms import Needs, Terms
 from tritonattn.tuning.config import Target, TileConfig
 
 SCALES = ((), ("query_scale",), ("query_scale", "key_scale"), ("query_scale", "key_bias"))
@@ -238,7 +238,7 @@ def test_the_gradient_of_k_alone_is_no_other(device):
     call = tritonattn.core.call.AttentionCall(q, k, v, visibility, Terms(1.0))
     result = triton_backend.forward(call, aux=False)
     together, alone = (
-        triton_backend.backward(call, *result[:2], q, None, tritonattn.core.call.Needs(others, True, others))
+        triton_backend.backward(call, *result[:2], q, None, Needs(others, True, others))
         for others in (True, False)
     )
     assert torch.equal(together.k, alone.k)
