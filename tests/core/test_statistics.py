@@ -93,6 +93,26 @@ def test_nan_is_the_largest_norm(masks):
     assert torch.equal(largest.isnan(), (torch.arange(SK) >= 4).expand_as(largest))
 
 
+@pytest.mark.parametrize("value", [1.0, torch.nan])
+def test_sums_under_a_mask_are_of_visible_keys_alone(value):
+    """And so are gradients, where a slope is that value."""
+    mask = torch.rand(SQ, SK, generator=torch.Generator().manual_seed(0)) > 0.4
+    for holes in (mask[None, None], mask.expand(1, HQ, -1, -1)):
+        k = keys()
+        k[:, :, 4] = value
+        k.requires_grad_()
+        total = statistics_of(k, mask=holes).norm_sum
+        norms = k.detach().norm(dim=-1)
+        expected = torch.where(mask, norms[:, :, None], 0).sum(-1)
+        expected = expected if holes.shape[1] == 1 else expected.repeat_interleave(HQ // HKV, 1)
+        torch.testing.assert_close(total, expected.expand_as(total), equal_nan=True)
+        slope = torch.ones_like(total)
+        slope[:, :, 1] = value
+        (found,) = torch.autograd.grad(total, k, slope)
+        untouched = ~mask[1] & (torch.arange(SK) != 4)
+        assert found[:, :, untouched].isfinite().all()
+
+
 def test_squares_of_huge_keys_fit():
     k = torch.full((B, HKV, SK, D), 1e30, requires_grad=True)
     total = statistics_of(k).norm_square_sum

@@ -63,10 +63,16 @@ def pairs(lo: Tensor, hi: Tensor, mask: Tensor | None, k_len: int, rows: slice =
 def row_tiles(lo: Tensor, hi: Tensor, mask: Tensor, k_len: int, heads: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield the `pairs` of one block of rows after another, as many rows as `heads` heads allow."""
     q_len, entries = lo.shape[-1], _ENTRIES if lo.device.type == "cpu" else _ENTRIES_OF_GPU
-    block = max(1, entries // max(heads * k_len, 1)) if runs_eagerly(lo, mask) else _TRACED_ROWS
+    is_real = runs_eagerly(lo, mask)
+    block = max(1, entries // max(heads * k_len, 1)) if is_real else _TRACED_ROWS
+    hides = not (is_real and lo.is_cpu) or bool(((lo > 0) | (hi < k_len)).any())  # ranges do beside the mask
     for start in range(0, max(q_len, 1), block):
         rows = slice(start, min(start + block, q_len))
-        yield rows, pairs(lo, hi, mask, k_len, rows)
+        if hides:
+            yield rows, pairs(lo, hi, mask, k_len, rows)
+        else:
+            part = mask if mask.shape[2] == 1 else mask[:, :, rows]
+            yield rows, part.expand(-1, -1, rows.stop - rows.start, k_len)
 
 
 def prefix_sum(x: Tensor, restarts: Tensor | None = None) -> Tensor:
@@ -241,10 +247,9 @@ class _MaskSum(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> Tensor:
-        wide = x.double()[:, :, None]  # [B, H, 1, Sk]
+        wide = x.double()
         tiles = row_tiles(lo, hi, mask, x.shape[-1], x.shape[0] * x.shape[1])
-        sums = [torch.where(tile, wide, 0).sum(-1) for _, tile in tiles]
-        return torch.cat(sums, dim=-1)
+        return torch.cat([_sum_of_pairs(wide, tile) for _, tile in tiles], dim=-1)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -258,8 +263,20 @@ class _MaskSum(torch.autograd.Function):
         dx = g.new_zeros((*g.shape[:2], ctx.k_len))
         lo, hi, mask = saved
         for rows, tile in row_tiles(lo, hi, mask, ctx.k_len, g.shape[0] * g.shape[1]):
-            dx = dx + torch.where(tile, g[:, :, rows, None], 0).sum(-2)
+            dx = dx + _sum_of_pairs(g[:, :, rows], tile.mT)
         return dx.to(ctx.dtype), None, None, None
+
+
+def _sum_of_pairs(x: Tensor, visible: Tensor) -> Tensor:
+    """Sum x [B, H, n] over the visible pairs, bool [B or 1, 1 or H, m, n]: [B, H, m].
+
+    On a CPU as a product of matrices, in which NaN of a hidden pair would reach all sums.
+    """
+    if x.is_cpu and runs_eagerly(x, visible) and bool(x.isfinite().all()):
+        if visible.shape[1] == 1:
+            return x @ visible[:, 0].mT.to(x.dtype)
+        return (x[:, :, None] @ visible.mT.to(x.dtype))[:, :, 0]
+    return torch.where(visible, x[:, :, None], 0).sum(-1)
 
 
 def argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:

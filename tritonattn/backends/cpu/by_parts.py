@@ -22,7 +22,7 @@ from ...core.pair_biases import reflected
 from ...core.rounding import before_rounding, lost_in_rounding
 from ...core.terms import Gradients, Needs
 from ...core.visibility import Visibility
-from .parts import Part, Parts, cut_rows, unstacked
+from .parts import Part, Parts, additive, cut_rows, unstacked
 from .sdpa import SHARES_KEY_HEADS, VECTOR, folds_rows, for_kernel, stays_finite
 from .tiles import sliced
 
@@ -337,14 +337,12 @@ class _Operands:
             offset = sliced(visible.positions() + terms.relative_right, batch, rows)
             pairs = reflected(sliced(terms.relative_bias, batch, every, rows), offset, keys).to(self.dtype)
             total = pairs if total is None else total + pairs
-        hidden = None if visible.mask is None else ~sliced(visible.mask, batch, every, rows, keys)
+        seen = None if visible.mask is None else sliced(visible.mask, batch, every, rows, keys)
         if part.form == "ranges":
-            outside = self.of_call.hidden(part)
-            hidden = outside if hidden is None else hidden | outside
-        if hidden is not None and total is not None:
-            total = total.masked_fill(hidden, -torch.inf)
-        elif hidden is not None:
-            total = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf)
+            inside = self.of_call.inside(part)
+            seen = inside if seen is None else seen & inside
+        if seen is not None:
+            total = additive(seen, self.dtype) if total is None else total.masked_fill(~seen, -torch.inf)
         if total is None:
             return None
         total = total.expand(-1, -1, part.height, part.width)
