@@ -1,16 +1,18 @@
 """The study of language models: its attention is the library's, its ledger can be answered, its command goes on."""
 
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
 
 import tritonattn
 from perf.__main__ import main
-from perf.studies.language_model.cells import study, swaps_of
+from perf.studies.language_model.cells import LOG, SQRT, TEXT, study, swaps_of
 from perf.studies.language_model.model import GPT, Factor, Shape, Swap, rotated, swapped
-from perf.studies.language_model.records import read
-from perf.studies.language_model.report import ledger_rows
+from perf.studies.language_model.records import Run, read
+from perf.studies.language_model.report import ledger_rows, text_rows
+from perf.studies.language_model.training import Cell, Found
 from tritonattn.lab.ledger import FILLERS, NAMES, VALUES, ledger
 
 
@@ -78,6 +80,31 @@ def test_the_study_has_every_cell_once_and_tells_them_apart():
     assert len({cell.name for cell in cells}) == len(set(cells)) == len(cells)
     named = {swap.name for cell in cells for swap in swaps_of(cell)}
     assert {"", "log n at test", "twice at test", "four times at test", "base stretched"} <= named
+
+
+def test_losses_on_text_stand_beside_those_of_sqrt_dim_with_the_same_seed():
+    def run(factor, seed, *swaps):
+        cell = Cell("code", Shape("wnwn", factor), TEXT, seed)
+        results = {
+            name: {"1": {"by_position": {"0-64": 0.0, "64-128": 0.0}}, "32": {"by_position": {"0-64": a, "64-128": b}}}
+            for name, a, b in swaps
+        }
+        return Run(cell, Found(None, 1, 0.0, 0.0, results=results), cast(Any, None), "")
+
+    runs = [
+        run(SQRT, 0, ("", 4.0, 3.0), ("log n at test", 4.5, 2.5)),
+        run(LOG, 0, ("", 3.0, 3.5)),
+        run(SQRT, 1, ("", 5.0, 2.0), ("log n at test", 5.0, 1.0)),
+        run(LOG, 1, ("", 5.0, 2.25)),
+    ]
+    assert text_rows(runs) == (
+        ["layers, QK-norm", "factor", "seeds", "0-64", "64-128"],
+        [
+            ["wnwn, QK-norm", "**`sqrt_dim`**", "2", "4.500", "2.500"],
+            ["", "`sqrt_dim`, log n at test", "2", "+0.250", "-0.750 (-1.000 to -0.500)"],
+            ["", "**`log_key_count`**", "2", "-0.500", "+0.375 (+0.250 to +0.500)"],
+        ],
+    )
 
 
 def test_the_command_goes_on_where_its_record_stops(tmp_path, capsys):

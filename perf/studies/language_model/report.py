@@ -7,7 +7,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from .model import Shape
+from .model import Factor, Shape
 from .records import Run
 from .training import Cell
 
@@ -89,13 +89,19 @@ def ledger_rows(runs: Iterable[Run]) -> list[Row]:
 
 
 def text_rows(runs: Iterable[Run]) -> tuple[list[str], list[Row]]:
-    """The table's header and rows: nats by position."""
-    runs = list(runs)
-    places: list[str] = list(_by_position(runs[0], "")) if (runs := [r for r in runs if r.cell.task == "code"]) else []
+    """The table's header and rows: nats by position, of others than `sqrt_dim` less those of it with the same seed."""
+    runs = [run for run in runs if run.cell.task == "code"]
+    bare = {run.cell: _by_position(run, "") for run in runs if run.cell.shape.factor == Factor()}
+    places: list[str] = list(_by_position(runs[0], "")) if runs else []
 
     def cells(same: list[Run], swap: str) -> Row:
-        losses = [_by_position(run, swap) for run in same]
-        return [str(len(same)), *(over_seeds([one[place] for one in losses], lambda x: f"{x:.3f}") for place in places)]
+        found = [_by_position(run, swap) for run in same]
+        if not swap and same[0].cell in bare:
+            return [str(len(same)), *(f"{fmean(one[place] for one in found):.3f}" for place in places)]
+        beside = [bare[replace(run.cell, shape=replace(run.cell.shape, factor=Factor()))] for run in same]
+        more = [[one[place] - other[place] for one, other in zip(found, beside, strict=True)] for place in places]
+        signed = "{:+.3f}".format
+        return [str(len(same)), *(signed(fmean(one)) for one in more[:-1]), over_seeds(more[-1], signed)]
 
     return ["layers, QK-norm", "factor", "seeds", *places], _rows(runs, "code", cells)
 
