@@ -13,7 +13,7 @@ from perf.studies.language_model.cells import FOUR_TIMES, LEDGER, LOG, SQRT, SSM
 from perf.studies.language_model.model import Factor, Shape
 from perf.studies.language_model.records import Run, read
 from perf.studies.language_model.tasks import MULTIPLES, TASKS
-from perf.studies.language_model.training import Found
+from perf.studies.language_model.training import Outcome
 from tritonattn.lab.figures import COLOURS, foot, ticks_at
 
 from .recall import label_ends
@@ -43,7 +43,7 @@ def recalls(runs: list[Run], factor: Factor, swap: str) -> dict[int, list[float]
     return {multiple: [_accuracy(one, swap, str(multiple)) for one in found] for multiple in MULTIPLES}
 
 
-def _accuracy(found: Found, swap: str, multiple: str) -> float:
+def _accuracy(found: Outcome, swap: str, multiple: str) -> float:
     return found.results[swap].get(multiple, found.results[""][multiple])["accuracy"]
 
 

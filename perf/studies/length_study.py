@@ -32,7 +32,7 @@ from tritonattn.lab.compare import read_text
 from tritonattn.lab.compare.measurement import Subject, patched_with
 from tritonattn.lab.compare.model import load
 from tritonattn.lab.figures import COLOURS, foot, plain_numbers, save, staggered, styles
-from tritonattn.lab.modes import BASELINE, Variant, check_written, variants
+from tritonattn.lab.modes import BASELINE, PatchMode, check_written, patch_modes
 
 from ..options import add_folder
 from .texts import WONDERLAND
@@ -78,7 +78,7 @@ def run(options: Namespace) -> None:
     file = options.text or WONDERLAND
     subject, tokens, context = _opened(options, file)
     count = tokens.shape[1]
-    asked, start, environment = variants(options.modes, context), count // 2, Environment.of(subject.device)
+    asked, start, environment = patch_modes(options.modes, context), count // 2, Environment.of(subject.device)
     passes = [*((one, 0) for one in asked), (asked[0], start)]
     *found, alone = _measured(options.out / "losses.jsonl", subject, tokens, passes, environment)
     found = {one.name: values for one, values in zip(asked, found, strict=True)}
@@ -136,7 +136,7 @@ def _opened(options: Namespace, file: Path) -> tuple[Subject, Tensor, int]:
 
 
 def _measured(
-    file: Path, subject: Subject, tokens: Tensor, passes: list[tuple[Variant, int]], environment: Environment
+    file: Path, subject: Subject, tokens: Tensor, passes: list[tuple[PatchMode, int]], environment: Environment
 ) -> Iterable[Tensor]:
     """Yield the losses of each pass: those of a variant on the tokens from one on.
 
@@ -154,7 +154,7 @@ def _measured(
         yield torch.tensor(values)
 
 
-def losses(subject: Subject, tokens: Tensor, variant: Variant) -> Tensor:
+def losses(subject: Subject, tokens: Tensor, variant: PatchMode) -> Tensor:
     """Compute the cross entropy in nats of tokens 1 to S - 1 of tokens [1, S], given all before: fp32 [S - 1].
 
     Logits exist for a few hundred positions at a time, never [S, vocabulary].

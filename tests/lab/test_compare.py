@@ -16,7 +16,7 @@ from tritonattn.lab.compare import measurement as measuring
 from tritonattn.lab.compare import plot
 from tritonattn.lab.compare.measurement import Layer, Measurement, Subject
 from tritonattn.lab.figures import COLOURS, foot, styles
-from tritonattn.lab.modes import variant
+from tritonattn.lab.modes import patch_mode
 from tritonattn.scaling import Cosine, LogKeyCount, LogPower, SqrtDim
 
 
@@ -64,7 +64,7 @@ def test_the_command_prints_writes_and_draws(small, tmp_path, capsys, monkeypatc
 
 def test_statistics_against_a_dense_computation(small):
     tokens = torch.randint(61, (1, 20), generator=torch.Generator().manual_seed(1))
-    got = measuring.measure(small, tokens, variant("sqrt_dim", None))
+    got = measuring.measure(small, tokens, patch_mode("sqrt_dim", None))
     with torch.no_grad():
         wanted = small.model(tokens, output_attentions=True, use_cache=False)
     assert len(got.layers) == 2
@@ -91,7 +91,7 @@ def test_statistics_against_a_dense_computation(small):
     ],
 )
 def test_a_written_mode_is_the_scaling_as_training_would_begin(text, name, like, small):
-    one = variant(text, small.context)
+    one = patch_mode(text, small.context)
     assert (one.name, one.gain) == (name, 2.0 if "*" in text else None)
     q, k, v = torch.randn(3, 1, 4, 9, 8, dtype=torch.float64).unbind(0)
     wanted = {"scaling": "key_norm_sum", "gain": 9.0} if like is None else {"scaling": like}
@@ -103,10 +103,10 @@ def test_a_written_mode_is_the_scaling_as_training_would_begin(text, name, like,
 
 def test_a_mode_that_needs_a_trained_length_asks_for_it():
     with pytest.raises(CommandError, match=r"--modes: expected a base in 'log_power\*2', .*: log_power:BASE"):
-        variant("log_power*2", None)
+        patch_mode("log_power*2", None)
     with pytest.raises(CommandError, match=r"--modes: expected ssmax:CONTEXT or ssmax:BASE, got 'ssmax', which starts"):
-        variant("ssmax", 64)
-    assert variant("ssmax:9", None).name == "ssmax:9"
+        patch_mode("ssmax", 64)
+    assert patch_mode("ssmax:9", None).name == "ssmax:9"
 
 
 PROVENANCE = "Measured: Some(R) Long Processor (1 thread), torch 2.13, `python -m tritonattn " + "--option value " * 30

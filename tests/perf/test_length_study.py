@@ -11,7 +11,7 @@ from perf.studies.length_study import losses
 from tests.lab.test_compare import subject
 from tritonattn.huggingface import patched
 from tritonattn.lab.compare.measurement import Subject
-from tritonattn.lab.modes import variant
+from tritonattn.lab.modes import patch_mode
 
 MODES = "sqrt_dim,sqrt_dim*1.5,qwen_logn:CONTEXT,log_key_count:32"
 
@@ -52,6 +52,6 @@ def test_losses_are_those_of_all_logits(small):
     with torch.no_grad():
         logits = small.model(tokens).logits
     wanted = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="none")
-    torch.testing.assert_close(losses(small, tokens, variant("sqrt_dim", 64)), wanted, rtol=1e-4, atol=1e-4)
-    hotter = losses(small, tokens, variant("sqrt_dim*2", 64))
+    torch.testing.assert_close(losses(small, tokens, patch_mode("sqrt_dim", 64)), wanted, rtol=1e-4, atol=1e-4)
+    hotter = losses(small, tokens, patch_mode("sqrt_dim*2", 64))
     assert (hotter - wanted).abs().max() > 0.1

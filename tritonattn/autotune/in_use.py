@@ -118,7 +118,7 @@ def shown(config: TileConfig) -> str:
     return f"{config.block_m} x {config.block_n}, {config.num_warps} warps, {config.num_stages} stages{loads}{others}"
 
 
-def _origin(found: lookup.Found) -> str:
+def _origin(found: lookup.ChosenConfig) -> str:
     if found.path is None or found.entry is None:
         return "default"
     whose = "shipped" if str(found.path.parent) == _folder(cache_dir.shipped_tables) else "yours"

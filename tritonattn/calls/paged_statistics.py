@@ -11,7 +11,7 @@ from ..backends import kernels
 from ..core.autograd import runs_eagerly
 from ..core.key_records import KeyRecord, zeros
 from ..core.norms import key_norms_of
-from ..core.sequences import Found, PackedAxis, PageTable
+from ..core.sequences import PackedAxis, PageTable, Slots
 from .checks import INTEGERS, check_count, check_tensor, type_of, values_are_read
 from .dispatch import kernels_take
 from .key_statistics import described
@@ -104,14 +104,14 @@ class PagedKeyStatistics(KeyRecord):
     def _shown(self, x: Tensor) -> Tensor:
         return x[: self.pages]
 
-    def find(self, key: Tensor, table: PageTable | None) -> Found:
+    def find(self, key: Tensor, table: PageTable | None) -> Slots:
         assert table is not None
         return table.find(key, self.pages)
 
-    def at(self, name: str, found: Found) -> Tensor:
+    def at(self, name: str, found: Slots) -> Tensor:
         return found.of(getattr(self, name)).movedim(-1, 1)
 
-    def _put(self, found: Found, entries: tuple[Tensor, ...]) -> None:
+    def _put(self, found: Slots, entries: tuple[Tensor, ...]) -> None:
         page = torch.where(found.is_held, found.page, self._spare)
         for buffer, values in zip(self._memory, entries, strict=True):
             buffer[page, found.slot] = values.movedim(1, -1)

@@ -138,7 +138,7 @@ class _Moved(torch.autograd.Function):
         return ctx.axis._moved(g, not ctx.packs), None, None
 
 
-class Found(NamedTuple):
+class Slots(NamedTuple):
     """Pages and slots of keys, int64 [N or 1, n], 0 for keys that lie nowhere; is_held: bool, False for these."""
 
     page: Tensor
@@ -165,7 +165,7 @@ class PageTable:
     size: int
     sequences: Sequences | None = None
 
-    def find(self, key: Tensor, pages: int) -> Found:
+    def find(self, key: Tensor, pages: int) -> Slots:
         """The position of `key`, int64 [N or 1, n], in so many pages; a key below 0 has none."""
         count, longest = self.numbers.shape
         if self.sequences is None:
@@ -175,8 +175,8 @@ class PageTable:
         ordinal = key.div(self.size, rounding_mode="floor")
         if self.numbers.numel() == 0:
             nowhere = torch.zeros_like(ordinal)
-            return Found(nowhere, nowhere, nowhere.bool())
+            return Slots(nowhere, nowhere, nowhere.bool())
         is_held = (ordinal >= 0) & (ordinal < longest) & (sequence < count)
         page = self.numbers[sequence.clamp(max=count - 1), ordinal.clamp(0, longest - 1)].long()
         is_held = is_held & (page >= 0) & (page < pages)
-        return Found(torch.where(is_held, page, 0), torch.where(is_held, key - ordinal * self.size, 0), is_held)
+        return Slots(torch.where(is_held, page, 0), torch.where(is_held, key - ordinal * self.size, 0), is_held)

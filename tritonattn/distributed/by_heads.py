@@ -14,14 +14,14 @@ from .. import ops
 from ..core.call import AttentionCall, ForwardResult
 from ..core.terms import Terms
 from .collectives import Wire, heads_to_tokens, tokens_to_heads
-from .sequence import Settings
+from .sequence import SharedCall
 
 
-def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
+def attention(call: AttentionCall, shared: SharedCall) -> ForwardResult:
     """Attend to the whole sequence with this rank's heads; key heads are repeated until the ranks divide them."""
-    split, logits = settings.sequence.split, call.logits
+    split, logits = shared.sequence.split, call.logits
     dtype, wide = call.v.dtype, torch.promote_types(call.q.dtype, torch.float32)
-    gradients = torch.promote_types(settings.reduce_dtype, dtype)
+    gradients = torch.promote_types(shared.reduce_dtype, dtype)
     repeats = split.size // math.gcd(split.size, call.k.shape[1])
 
     def repeated(x: Tensor) -> Tensor:
@@ -42,10 +42,10 @@ def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
     if bias is not None:  # [B, Hkv, Hq / Hkv, S]: a repeated key head takes its share of the query heads
         bias = of_rank(bias.unflatten(2, (repeats, -1)).flatten(1, 2), 1)
     local = Terms(logits.scale, query, key, bias, sinks, softcap=logits.softcap)
-    visible, options = settings.sequence.of_all_rows(q, k), {"aux": settings.aux, "backend": settings.backend}
+    visible, options = shared.sequence.of_all_rows(q, k), {"aux": shared.aux, "backend": shared.backend}
     result = ops.attention(AttentionCall(q, k, v, visible, local, **options))
     out, lse = tokens_to_heads(result.out, split, Wire(dtype, dtype)), result.lse
-    if not settings.aux:
+    if not shared.aux:
         return ForwardResult(out, lse)
     rows = torch.stack([x for x in result[1:] if x is not None], -1)  # lse, max_logit, entropy
     return ForwardResult(out, *tokens_to_heads(rows, split, Wire(wide, wide)).unbind(-1))

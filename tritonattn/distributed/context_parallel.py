@@ -24,7 +24,7 @@ from ..scaling.names import ModeName
 from . import by_heads, gathered, ring
 from .agreement import require_agreement
 from .layout import Split, refuse_dtensors
-from .sequence import Settings, SharedSequence, check_over_ranks, logits_of
+from .sequence import SharedCall, SharedSequence, check_over_ranks, logits_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -169,8 +169,8 @@ def context_parallel_attention(
         call = with_terms(request, request.backend, logits_of(request, sequence, reduce_dtype))
         heads = k.shape[1] if head_group is None else head_group
         constants = call.logits.scale, call.logits.softcap
-        settings = Settings(sequence, *constants, call.backend, heads, reduce_dtype, return_aux, keep_rounding)
-        result = _METHODS[method](call, settings)
+        shared = SharedCall(sequence, *constants, call.backend, heads, reduce_dtype, return_aux, keep_rounding)
+        result = _METHODS[method](call, shared)
     return (result.out, aux_of(result)) if return_aux else result.out
 
 

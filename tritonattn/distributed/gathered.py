@@ -17,11 +17,11 @@ from ..core.call import AttentionCall, ForwardResult
 from ..core.terms import Gradients
 from . import collectives
 from .pieces import ALL_KEYS, Held, Piece, Result, Schedule, attend
-from .sequence import Settings
+from .sequence import SharedCall
 
 
-def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
-    return attend(call, _Gathering(settings))
+def attention(call: AttentionCall, shared: SharedCall) -> ForwardResult:
+    return attend(call, _Gathering(shared))
 
 
 class _Gathering(Schedule):
@@ -30,10 +30,10 @@ class _Gathering(Schedule):
     is_part = False
 
     def held(self, k: Tensor, v: Tensor, sums: Gradients | None = None) -> Iterator[Held]:
-        split, group = self.settings.sequence.split, self.settings.sequence.whole.q_heads // max(k.shape[1], 1)
+        split, group = self.shared.sequence.split, self.shared.sequence.whole.q_heads // max(k.shape[1], 1)
         totals = (None, None) if sums is None else sums[1:3]
-        for first in range(0, k.shape[1], self.settings.heads):
-            heads = slice(first, min(first + self.settings.heads, k.shape[1]))
+        for first in range(0, k.shape[1], self.shared.heads):
+            heads = slice(first, min(first + self.shared.heads, k.shape[1]))
             keys = collectives.gathered(k[:, heads].to(v.dtype), split, 2).to(k.dtype)
             values = collectives.gathered(v[:, heads], split, 2)
             gradients = [
@@ -47,7 +47,7 @@ class _Gathering(Schedule):
 
     def _pieces(self, q_heads: slice, kv_heads: slice) -> list[Piece]:
         """Chunk by chunk, so that keys behind a causal chunk are left out; one where rows attend to any key."""
-        sequence = self.settings.sequence
+        sequence = self.shared.sequence
         split, whole, length = sequence.split, sequence.whole, sequence.visibility.q_len
         n = length // split.chunks_per_rank
         left = whole.left if whole.sequences is None else None
@@ -64,9 +64,9 @@ class _Gathering(Schedule):
 
     def rows(self, q: Tensor, v: Tensor, sinks: Tensor | None, results: Iterable[Result]) -> tuple[Tensor, ...]:
         rows, wide = q.shape[:3], torch.promote_types(q.dtype, torch.float32)
-        of_aux = rows if self.settings.aux else (0,)
+        of_aux = rows if self.shared.aux else (0,)
         out = v.new_empty((*rows, v.shape[3]))
-        rounding = torch.empty_like(out, dtype=torch.int8) if self.settings.keep_rounding else out.new_empty(0)
+        rounding = torch.empty_like(out, dtype=torch.int8) if self.shared.keep_rounding else out.new_empty(0)
         found = out, *(q.new_empty(shape, dtype=wide) for shape in (rows, of_aux, of_aux)), rounding
         for piece, parts in results:
             for total, part in zip(found, parts, strict=True):

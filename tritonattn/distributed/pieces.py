@@ -15,7 +15,7 @@ from ..core.call import AttentionCall, ForwardResult
 from ..core.terms import Gradients, Needs, Terms
 from ..core.visibility import Visibility
 from ..ops.attend import backward_pass, forward_pass
-from .sequence import Settings
+from .sequence import SharedCall
 
 ALL = slice(None)
 ALL_KEYS = (None, None)
@@ -75,7 +75,7 @@ class Held:
 class Schedule:
     """The keys and values that this rank holds, one after the other."""
 
-    settings: Settings
+    shared: SharedCall
     is_part: ClassVar[bool]  # rows attend to keys of several pieces, whose vectors of keys stand part by part
 
     def held(self, k: Tensor, v: Tensor, sums: Gradients | None = None) -> Iterator[Held]:
@@ -88,34 +88,34 @@ class Schedule:
 
     def zeros(self, x: Tensor, v: Tensor) -> Tensor:
         """Zeros for the gradient of keys or values x, in the dtype in which ranks add theirs; keys may be in fp32."""
-        return x.new_zeros(x.shape, dtype=torch.promote_types(self.settings.reduce_dtype, v.dtype))
+        return x.new_zeros(x.shape, dtype=torch.promote_types(self.shared.reduce_dtype, v.dtype))
 
     def call(
         self, tensors: Sequence[Any], ranges: Tensor | None, held: Held, piece: Piece, sinks: bool
     ) -> AttentionCall:
-        settings = self.settings
+        shared = self.shared
         parts: list[Any] = [
             None if x is None or index is None else x[index] for x, index in zip(tensors, piece.indices, strict=True)
         ]
         q, _, _, query, key, bias, of_rows, *_ = parts
         k, v = held.keys[:, :, piece.keys].to(q.dtype), held.values[:, :, piece.keys]
-        terms = Terms(settings.scale, query, key, bias, of_rows if sinks else None, softcap=settings.softcap)
-        visible, aux, backend = piece.visible(q, k, ranges), settings.aux, settings.backend
+        terms = Terms(shared.scale, query, key, bias, of_rows if sinks else None, softcap=shared.softcap)
+        visible, aux, backend = piece.visible(q, k, ranges), shared.aux, shared.backend
         return AttentionCall(q, k, v, visible, terms, is_part=self.is_part, aux=aux, backend=backend)
 
 
 def attend(call: AttentionCall, schedule: Schedule) -> ForwardResult:
     """Attend to the keys of all ranks; call.k and call.v are this rank's, call.logits' vectors of keys are of all."""
-    settings = schedule.settings
-    results = _Attend.apply(*call.tensors(), settings.sequence.visibility.key_ranges, schedule)
-    return ForwardResult(*results[: 4 if settings.aux else 2])
+    shared = schedule.shared
+    results = _Attend.apply(*call.tensors(), shared.sequence.visibility.key_ranges, schedule)
+    return ForwardResult(*results[: 4 if shared.aux else 2])
 
 
 class _Attend(Function):
     @staticmethod
     def forward(ctx, q, k, v, query_scale, key_scale, key_bias, sinks, bias, relative_bias, ranges, schedule: Schedule):
         tensors = (q, k, v, query_scale, key_scale, key_bias, sinks, bias, relative_bias)
-        by_piece, keep_rounding = _by_piece(tensors, schedule), schedule.settings.keep_rounding
+        by_piece, keep_rounding = _by_piece(tensors, schedule), schedule.shared.keep_rounding
 
         def results() -> Iterator[Result]:
             for held in schedule.held(k, v):
@@ -158,6 +158,6 @@ def _by_piece(tensors: Sequence[Tensor | None], schedule: Schedule, back: bool =
     """The tensors of a call with the vectors of keys as `Piece.vectors` counts them, or back in their order."""
     if not schedule.is_part:
         return tuple(tensors)
-    split = schedule.settings.sequence.split
+    split = schedule.shared.sequence.split
     order = split.in_order if back else split.by_rank
     return *tensors[:4], *(None if x is None else order(x, -1) for x in tensors[4:6]), *tensors[6:]

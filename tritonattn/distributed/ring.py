@@ -20,11 +20,11 @@ from ..core.rounding import before_rounding, lost_in_rounding
 from ..core.terms import Gradients
 from . import collectives
 from .pieces import ALL, ALL_KEYS, Held, Piece, Result, Schedule, attend
-from .sequence import Settings, SharedSequence, share_with_sinks
+from .sequence import SharedCall, SharedSequence, share_with_sinks
 
 
-def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
-    return attend(call, _Ring(settings))
+def attention(call: AttentionCall, shared: SharedCall) -> ForwardResult:
+    return attend(call, _Ring(shared))
 
 
 class _Ring(Schedule):
@@ -33,11 +33,11 @@ class _Ring(Schedule):
     is_part = True
 
     def held(self, k: Tensor, v: Tensor, sums: Gradients | None = None) -> Iterator[Held]:
-        split = self.settings.sequence.split
+        split = self.shared.sequence.split
         part, moving = [k.to(v.dtype), v], None
         for step in range(split.size):
             coming = collectives.pass_on(part, split) if step < split.size - 1 else None
-            pieces = pieces_of(self.settings.sequence, (split.rank - step) % split.size)
+            pieces = pieces_of(self.shared.sequence, (split.rank - step) % split.size)
             held = Held(part[0], part[1], pieces, [None if sums is None else self.zeros(x, v) for x in part])
             yield held
             if sums is not None:
@@ -53,7 +53,7 @@ class _Ring(Schedule):
                     total.copy_(x)
 
     def rows(self, q: Tensor, v: Tensor, sinks: Tensor | None, results: Iterable[Result]) -> tuple[Tensor, ...]:
-        rows, wide, aux = q.shape[:3], torch.promote_types(q.dtype, torch.float32), self.settings.aux
+        rows, wide, aux = q.shape[:3], torch.promote_types(q.dtype, torch.float32), self.shared.aux
         total = q.new_zeros((*rows, v.shape[3]), dtype=wide)  # over the keys so far
         lse = q.new_full(rows, -torch.inf, dtype=wide)
         max_logit, mean_logit = lse.clone(), torch.zeros_like(lse)
@@ -72,7 +72,7 @@ class _Ring(Schedule):
         if sinks is not None:
             total = total * share_with_sinks(lse, sinks)[..., None]
         out = total.to(v.dtype)
-        rounding = lost_in_rounding(total, out) if self.settings.keep_rounding else out.new_empty(0)
+        rounding = lost_in_rounding(total, out) if self.shared.keep_rounding else out.new_empty(0)
         entropy = (lse - mean_logit).masked_fill(lse == -torch.inf, 0).clamp(min=0)
         return out, lse, max_logit, entropy, rounding
 

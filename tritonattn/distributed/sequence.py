@@ -79,7 +79,7 @@ class SharedSequence:
         return Visibility.of(q, k, key_ranges=torch.stack(self.whole.ranges(), -1).expand(q.shape[0], -1, -1))
 
 
-class Settings(NamedTuple):
+class SharedCall(NamedTuple):
     """A call's arguments that are not tensors.
 
     heads   key heads whose keys and values are gathered at a time

@@ -75,7 +75,7 @@ def _parts(name: str) -> tuple[str, str | None]:
 
 
 @dataclass(frozen=True)
-class Variant:
+class PatchMode:
     """A mode as training with rows of up to `keys` keys would begin with it, a constant gain, and their name."""
 
     name: str
@@ -88,19 +88,19 @@ class Variant:
         return build(self.mode, heads, head_dim, self.keys)
 
 
-def variants(texts: Iterable[str], context: int | None) -> list[Variant]:
+def patch_modes(texts: Iterable[str], context: int | None) -> list[PatchMode]:
     """Parse modes: the baseline first, then each once, though a BASE of CONTEXT may be the number of another."""
-    found = (variant(text, context) for text in (BASELINE, *texts))
+    found = (patch_mode(text, context) for text in (BASELINE, *texts))
     return list({one.name: one for one in found}.values())
 
 
 def check_written(texts: Iterable[str]) -> None:
     """Raise CommandError for a mode that no model has, before one is loaded."""
     for text in texts:
-        variant(text, 2048)  # of any context length
+        patch_mode(text, 2048)  # of any context length
 
 
-def variant(text: str, context: int | None) -> Variant:
+def patch_mode(text: str, context: int | None) -> PatchMode:
     """Parse NAME[:BASE][*GAIN], NAME being one that `build` knows; BASE is the model's trained length unless given.
 
     A mode that learns has to be given its BASE: its name alone starts at sqrt_dim, which is the model as it is.
@@ -127,7 +127,7 @@ def variant(text: str, context: int | None) -> Variant:
         raise CommandError(f"--modes: expected a base after {', '.join(_BASED)} or {GAIN} only, got {text!r}")
     name = f"{mode}{f':{base}' if base else ''}{f'*{gain}' if gain else ''}"
     try:
-        one = Variant(name, mode, int(base or 2), None if gain is None else float(gain))
+        one = PatchMode(name, mode, int(base or 2), None if gain is None else float(gain))
         one.scaling(1, 1)  # refuses the base
     except ValueError as error:
         raise CommandError(f"--modes: {text!r}: {error}") from error

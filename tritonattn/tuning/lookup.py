@@ -26,7 +26,7 @@ FORCE_GLUON = "TRITONATTN_GLUON"
 _rejected: set[tuple[str, Problem, Target, TileConfig]] = set()
 
 
-class Found(NamedTuple):
+class ChosenConfig(NamedTuple):
     """A config, and the file, key and entry that it comes from; None is the built-in default, or FORCE_GLUON's."""
 
     config: TileConfig
@@ -45,7 +45,7 @@ def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
     return find(kernel, problem, target).config
 
 
-def find(kernel: str, problem: Problem, target: Target) -> Found:
+def find(kernel: str, problem: Problem, target: Target) -> ChosenConfig:
     """`config_for`, and where it was found. Files are read once a process and target."""
     for found in _found(kernel, problem, target):
         if (kernel, problem, target, found.config) in _rejected:
@@ -55,13 +55,13 @@ def find(kernel: str, problem: Problem, target: Target) -> Found:
             return found
         if found.config.kernel == "gluon":
             _warn_of_gluon("; ".join(reasons))
-    return Found(default_config(kernel, problem, target))
+    return ChosenConfig(default_config(kernel, problem, target))
 
 
-def _found(kernel: str, problem: Problem, target: Target) -> Iterator[Found]:
+def _found(kernel: str, problem: Problem, target: Target) -> Iterator[ChosenConfig]:
     """Configs that are asked for in turn, some perhaps illegal for the call."""
     if kernel == "forward" and os.environ.get(FORCE_GLUON) == "1" and not problem.invariant:
-        yield Found(gluon_config(problem, target) or GLUON)
+        yield ChosenConfig(gluon_config(problem, target) or GLUON)
     keys = () if problem.invariant else (Exact(kernel, problem), *keys_of(kernel, problem, target))
     for key in keys:
         yield from _entries(target).get(key, ())
@@ -155,9 +155,9 @@ def usable_table(path: Path, target: Target) -> Table:
 
 
 @functools.lru_cache(maxsize=64)
-def _entries(target: Target) -> dict[EntryKey, tuple[Found, ...]]:
+def _entries(target: Target) -> dict[EntryKey, tuple[ChosenConfig, ...]]:
     """The entries of all files, in the order of the search; a file that cannot be used is reported once and skipped."""
-    merged: dict[EntryKey, tuple[Found, ...]] = {}
+    merged: dict[EntryKey, tuple[ChosenConfig, ...]] = {}
     for path in paths(target):
         try:
             table = usable_table(path, target)
@@ -170,5 +170,5 @@ def _entries(target: Target) -> dict[EntryKey, tuple[Found, ...]]:
             if not entry.is_of_these_kernels:
                 _warn_of_gluon(f"{path}: {key}: of another such kernel, tune again")
                 continue
-            merged[key] = (*merged.get(key, ()), Found(entry.config, path, key, entry))
+            merged[key] = (*merged.get(key, ()), ChosenConfig(entry.config, path, key, entry))
     return merged

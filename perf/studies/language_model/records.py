@@ -10,7 +10,7 @@ from tritonattn.core import records
 from tritonattn.core.provenance import Environment
 
 from .model import Factor, Shape
-from .training import Cell, Found, Recipe
+from .training import Cell, Outcome, Recipe
 
 RECORD = Path(__file__).resolve().parents[2] / "results/language_model.jsonl"
 
@@ -20,7 +20,7 @@ class Run:
     """One model: what was to be trained, by which code on which machine, and what was found."""
 
     cell: Cell
-    found: Found
+    found: Outcome
     environment: Environment
     date: str
 
@@ -37,4 +37,4 @@ def _decoded(values: dict[str, Any]) -> Run:
     cell = values["cell"]
     shape = Shape(**cell["shape"] | {"factor": Factor(**cell["shape"]["factor"])})
     cell = Cell(**cell | {"shape": shape, "recipe": Recipe(**cell["recipe"])})
-    return Run(cell, Found(**values["found"]), Environment(**values["environment"]), values["date"])
+    return Run(cell, Outcome(**values["found"]), Environment(**values["environment"]), values["date"])

@@ -62,7 +62,7 @@ class Cell:
 
 
 @dataclass
-class Found:
+class Outcome:
     """The outcome of a cell.
 
     data        digest of a text; "" of a ledger
@@ -109,7 +109,7 @@ def loss_of(model: GPT, tokens: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits.float(), wanted, reduction="none"), logits.argmax(-1) == wanted
 
 
-def trained(cell: Cell, *, test_tokens: int, swaps: tuple[Swap, ...]) -> Found:
+def trained(cell: Cell, *, test_tokens: int, swaps: tuple[Swap, ...]) -> Outcome:
     """Train a cell, and test it as it is and with each swap. Weights and data depend on the seed alone."""
     began, task, recipe = time.process_time(), TASKS[cell.task], cell.recipe
     torch.manual_seed(cell.seed)
@@ -141,7 +141,7 @@ def trained(cell: Cell, *, test_tokens: int, swaps: tuple[Swap, ...]) -> Found:
             solved_at = step
         if solved_at is not None or step >= recipe.cap:
             left = recipe.cool
-    found = Found(solved_at, step, sum(losses[-50:]) / len(losses[-50:]), 0.0)
+    found = Outcome(solved_at, step, sum(losses[-50:]) / len(losses[-50:]), 0.0)
     found.data = library().digest if cell.task == "code" else ""
     found.results = tested(model, task, test_tokens, swaps)
     found.s = [layer.scaling.s.tolist() for layer in model.layers if isinstance(layer.scaling, SSMax)]

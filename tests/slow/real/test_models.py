@@ -18,7 +18,7 @@ from tritonattn.huggingface import patch
 from tritonattn.lab import compare
 from tritonattn.lab.compare import measurement
 from tritonattn.lab.compare.model import load
-from tritonattn.lab.modes import variant
+from tritonattn.lab.modes import patch_mode
 from tritonattn.nn import QueryAdaptiveSSMax
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -69,7 +69,7 @@ def tokens(subject) -> torch.Tensor:
 
 
 def loss(subject, mode: str, layers=None) -> float:
-    return measurement.measure(subject, tokens(subject), variant(mode, None), layers).loss
+    return measurement.measure(subject, tokens(subject), patch_mode(mode, None), layers).loss
 
 
 def check_logits_and_text(subject) -> None:

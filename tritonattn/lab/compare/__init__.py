@@ -11,7 +11,7 @@ from torch import Tensor
 from ...core.errors import CommandError
 from ...core.progress import Progress
 from ...core.provenance import Environment, command_line
-from ..modes import Variant, check_written, variants
+from ..modes import PatchMode, check_written, patch_modes
 from .measurement import Measurement, Subject, eager_loss, measure, patched_with
 from .model import load
 from .report import Report
@@ -25,7 +25,7 @@ def run(options: Namespace) -> int:
     Returns 0, or 1 where sqrt_dim, which is the model's scaling, gives another loss than its eager attention.
     """
     subject, tokens = subject_and_tokens(options)
-    eager, measurements = _measure_all(subject, tokens, variants(options.modes, subject.context), options)
+    eager, measurements = _measure_all(subject, tokens, patch_modes(options.modes, subject.context), options)
     report = Report(subject.name, tokens.shape[1], eager, tuple(measurements))
     print(report.table())
     print(f"\n{report.layers()}")
@@ -70,7 +70,7 @@ def subject_and_tokens(options: Namespace) -> tuple[Subject, Tensor]:
 
 
 def _measure_all(
-    subject: Subject, tokens: Tensor, asked: list[Variant], options: Namespace
+    subject: Subject, tokens: Tensor, asked: list[PatchMode], options: Namespace
 ) -> tuple[float, list[Measurement]]:
     with patched_with(subject, asked[0], options.layers) as patched:  # refuses missing layers before any pass
         if options.layers is not None:

@@ -16,7 +16,7 @@ from ...core.errors import CommandError
 from ...huggingface import Patched, patch
 from ...huggingface.architecture import attention_modules, head_dim, query_heads
 from ...huggingface.masks import visibility_of
-from ..modes import Variant
+from ..modes import PatchMode
 
 _ROWS = 256  # logits that the loss upcasts at a time
 
@@ -74,7 +74,7 @@ class Measurement:
         return max(layer.largest_logit for layer in self.layers)
 
 
-def measure(subject: Subject, tokens: Tensor, variant: Variant, layers: Any = None) -> Measurement:
+def measure(subject: Subject, tokens: Tensor, variant: PatchMode, layers: Any = None) -> Measurement:
     """Run tokens [1, S] through the model, with the layers that `patch` finds by `layers` scaled by a variant."""
     found: list[Layer] = []
     names = {id(module): name for name, module in subject.model.named_modules()}
@@ -88,7 +88,7 @@ def measure(subject: Subject, tokens: Tensor, variant: Variant, layers: Any = No
     return Measurement(variant.name, loss, tuple(found), time.perf_counter() - start)
 
 
-def patched_with(subject: Subject, variant: Variant, layers: Any = None) -> Patched:
+def patched_with(subject: Subject, variant: PatchMode, layers: Any = None) -> Patched:
     """Patch a model, with a scaling for the heads of its first layer. Raises CommandError where `patch` refuses."""
     found = [layer.module for layer in attention_modules(subject.model) if layer.obstacle is None]
     scaling = variant.scaling(query_heads(found[0]), head_dim(found[0]) or 1) if found else variant.mode
