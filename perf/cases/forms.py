@@ -60,6 +60,8 @@ def scaled(scaling: str, q: Tensor, k: Tensor, visible: Visible) -> tuple[Tensor
     if scaling == "sqrt_dim":
         return q, q.shape[-1] ** -0.5
     rows = rows_by_hand(scaling, k, visible)
+    if rows.dim() > 2 and rows.shape[1] not in (1, q.shape[1]):
+        rows = rows.repeat_interleave(q.shape[1] // rows.shape[1], 1)
     return (q * rows[..., None]).to(q.dtype), 1.0
 
 
@@ -70,6 +72,7 @@ def forms(size: Size) -> Iterator[Form]:
     yield from _of_lengths(size)
     yield from _with_terms(size)
     yield from _of_pairs(size)
+    yield _swin(size)
     yield from _decoding(size)
 
 
@@ -293,6 +296,27 @@ def _of_pairs(size: Size) -> Iterator[Form]:
     peers = {"mask": gathered(masked), "eager": gathered(_eager(size, whole))}
     arguments = {"relative_right": length - 1}
     yield Form("relative_bias and its gradient", (*leaves, table), with_table, peers, arguments, extra="relative_bias")
+
+
+def _swin(size: Size) -> Form:
+    """Windows of 49 tokens with a learned bias of pairs, as in Swin: [64, 4, 49, 32] at 1,024 tokens of 8 heads."""
+    tokens, heads = 49, max(1, size.heads // 2)
+    small = Size(size.batch * max(1, size.length // 16), heads, tokens, size.head_dim // 2, size.dtype, size.scaling)
+    row = torch.arange(tokens)
+    whole = Visible(torch.zeros_like(row), torch.full_like(row, tokens), None)
+    bias = _normal(small, 1, heads, tokens, tokens)
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        q, scale = scaled(size.scaling, q, k, whole)
+        return sdpa(q, k, v, bias, scale=scale)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return tritonattn.attention(q, k, v, scaling=size.scaling, bias=bias, backend="sdpa")
+
+    peers = {"mask": masked, "eager": _eager(small, whole)}
+    return Form(
+        "windows of 49 tokens (Swin), bias and its gradient", (*_operands(small), bias), ours, peers, extra="bias"
+    )
 
 
 def _decoding(size: Size) -> Iterator[Form]:

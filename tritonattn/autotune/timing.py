@@ -57,7 +57,8 @@ def take_turns(
     behind (caches, freed memory). Each contestant is called once before, which compiles it, then in turn for `warm_up`
     seconds, so that clocks are steady. On a GPU the L2 cache is overwritten before each call, and events take the time
     of the card without the host's: the cache is overwritten until the host has launched the whole call before the card
-    comes to it. After `seconds` no further round begins, but there are three at least.
+    comes to it. On a CPU with one thread it is the time of that thread, which does not run while other programs do.
+    After `seconds` no further round begins, but there are three at least.
     """
     measure = _on_gpu(device) if device.type == "cuda" else _on_cpu()
     for contestant in contestants.values():
@@ -82,11 +83,12 @@ def _on_cpu() -> Callable[[Contestant, int], float]:
     # glibc keeps freed memory mapped, up to twice the largest block freed so far, blocks above 32 MiB left out. Freeing
     # nearly 32 MiB now brings a fresh process to the state of one that has run for a while.
     torch.empty(_FREED_BYTES, dtype=torch.int8)
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
     def measure(contestant: Contestant, number: int) -> float:
-        start = time.perf_counter()
+        start = clock()
         contestant(number)
-        return 1000 * (time.perf_counter() - start)
+        return 1000 * (clock() - start)
 
     return measure
 
