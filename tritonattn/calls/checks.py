@@ -99,7 +99,7 @@ def check(request: Request, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or Hk
 
     Raises TypeError or ValueError unless its scaling and options belong to its operands.
     """
-    q, k, v, visible, terms, scaling, gain, dropout_p, aux, backend, block_table, cached, record = request
+    q, k, v, visible, terms, scaling, gain, dropout_p, aux, backend, block_table, cached, statistics = request
     check_bool("return_aux", aux)
     check_settings(backend, terms.softcap, dropout_p)
     if not isinstance(dropout_p, float):
@@ -132,7 +132,7 @@ def check(request: Request, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or Hk
         check_number("gain", gain)
         gain = as_float(gain)
     options = terms, scaling, gain, dropout_p, aux, backend
-    return Request(q, k, v, visible, *options, block_table, cached, record)
+    return Request(q, k, v, visible, *options, block_table, cached, statistics)
 
 
 def _last(shape: tuple[int, ...], axes: str) -> tuple[int, ...]:

@@ -157,7 +157,7 @@ def attention_decode(
         gain=gain,
         aux=return_aux,
         backend=backend,
-        record=statistics,
+        statistics=statistics,
         cached="attention_decode",
     )
     request = check(request, keys="[B, Hq or Hkv, capacity]")

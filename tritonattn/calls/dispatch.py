@@ -14,10 +14,10 @@ from .. import ops
 from ..backends import flash
 from ..backends.cpu import sdpa
 from ..core.autograd import autocast_is_on, is_transformed, needs_graph, refuse_tangents
+from ..core.cached_norms import StatisticsOfCache
 from ..core.call import AttentionCall, Request
 from ..core.dropout import Dropout
 from ..core.hints import warn_once
-from ..core.key_records import RecordedStatistics
 from ..core.observation import ObservedCall, ObservedRows, notify_observers, observers
 from ..core.pair_biases import sum_of_tables
 from ..core.row_terms import sinks_beside
@@ -105,10 +105,10 @@ def resolve(request: Request, backend: str, dropout: Dropout | None = None) -> A
         if call.visibility.invariant and backend == "triton":
             _refuse_scaled_halves(call)
         return statistics.widened(call) if statistics.wide else call
-    if request.record is not None:
+    if request.statistics is not None:
         table, sequences = request.block_table, request.visibility.sequences
         pages = None if table is None else PageTable(table, request.k.shape[2], sequences)
-        statistics = RecordedStatistics(statistics, request.record, pages, _width(request))
+        statistics = StatisticsOfCache(statistics, request.statistics, pages, _width(request))
     terms = logits(request, statistics, _keys_for_scaling(request))
     of_scaling = {"scaling": terms.query_scale, "key_scale": terms.key_scale, "key_bias": terms.key_bias}
     refuse_gradients(request.cached, **of_scaling, relative_bias=terms.relative_bias)
@@ -122,7 +122,7 @@ def with_terms(request: Request, backend: str, terms: Terms, dropout: Dropout | 
 
 
 def _width(request: Request) -> int | None:
-    """The most keys that a row attends to, as of `RecordedStatistics`."""
+    """The most keys that a row attends to, as of `StatisticsOfCache`."""
     visible, sequences = request.visibility, request.visibility.sequences
     if visible.left is None:
         return None

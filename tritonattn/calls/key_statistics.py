@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import kernels
 from ..core.autograd import runs_eagerly
-from ..core.key_records import TOTALS, KeyRecord, zeros
+from ..core.cached_norms import TOTALS, CachedNorms, zeros
 from ..core.norms import key_norms_of
 from ..core.sequences import PageTable
 from .checks import (
@@ -33,7 +33,7 @@ def described(cache: Any, sizes: str, buffer: Tensor, counts: Tensor | None = No
     return f"{type(cache).__name__}({sizes}, device={buffer.device}, dtype={buffer.dtype}{held})"
 
 
-class KeyStatistics(KeyRecord):
+class KeyStatistics(CachedNorms):
     """Norms of the keys in a KV cache, with their sums and maxima, for `attention_decode(..., statistics=)`.
 
     With c[b] keys held by batch entry b, over the keys j' < j, for j = 0 .. c[b]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import kernels
 from ..core.autograd import runs_eagerly
-from ..core.key_records import KeyRecord, zeros
+from ..core.cached_norms import CachedNorms, zeros
 from ..core.norms import key_norms_of
 from ..core.sequences import PackedAxis, PageTable, Slots
 from .checks import INTEGERS, check_count, check_tensor, type_of, values_are_read
@@ -28,7 +28,7 @@ from .sequence_checks import (
 _OWNER = "this PagedKeyStatistics"
 
 
-class PagedKeyStatistics(KeyRecord):
+class PagedKeyStatistics(CachedNorms):
     """Norms of the keys in a paged KV cache, their sums and maxima, for `attention_varlen` and `attention_decode`.
 
     In the slot where page p holds the key j of a sequence, over the keys j' <= j of that sequence:

@@ -182,7 +182,7 @@ def attention_varlen(
         dropout_p=dropout_p,
         aux=return_aux,
         backend=backend,
-        record=statistics,
+        statistics=statistics,
         cached="" if block_table is None else "attention_varlen with a block_table",
     )
     request = check(request, "[Hq, T_q]", "[Hq or Hkv, T_k]")

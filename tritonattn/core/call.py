@@ -30,7 +30,7 @@ class Request(NamedTuple):
     aux        max_logit and entropy are results too
     backend    its name, or "auto"
     cached     the function, in errors, if k and v are a KV cache: the call has then no gradients; else ""
-    record     the statistics of the keys that are kept with a cache, or None
+    statistics of the keys, kept with a cache, or None
     """
 
     q: Tensor
@@ -45,7 +45,7 @@ class Request(NamedTuple):
     backend: str = "auto"
     block_table: Tensor | None = None
     cached: str = ""
-    record: Any = None
+    statistics: Any = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors that may have a gradient, in the order of `Gradients`; the scaling's and gain's are missing."""

@@ -17,9 +17,9 @@ from ..calls.key_statistics import KeyStatistics
 from ..calls.public import public
 from ..calls.results import AttentionAux
 from ..core.autograd import without_autocast
+from ..core.cached_norms import StatisticsOfCache
 from ..core.call import ForwardResult, Request
 from ..core.invariance import refuse_over_ranks
-from ..core.key_records import RecordedStatistics
 from ..core.statistics import Statistics
 from ..core.terms import Terms
 from ..core.visibility import Visibility
@@ -173,7 +173,7 @@ def _attend(
     """Attend to the keys of all ranks: out, in the dtype of lse, and `AttentionAux`; width is that of a window."""
     of_part = ops.STATISTICS[request.backend](request.k, request.visibility)
     if statistics is not None:
-        of_part = RecordedStatistics(of_part, statistics, None, width)
+        of_part = StatisticsOfCache(of_part, statistics, None, width)
     terms = logits(request, _SharedRows(of_part, split))
     if terms.key_bias is not None:
         raise NotImplementedError("scaling: expected one without a bias a key, which does not know the whole cache")

@@ -27,7 +27,7 @@ def zeros(shapes: Iterable[tuple[int, ...]], dtype: Any, device: Any) -> tuple[T
     return tuple(torch.zeros(shape, dtype=x, device=device) for shape, x in zip(shapes, dtypes, strict=True))
 
 
-class KeyRecord:
+class CachedNorms:
     """The norm of each cached key, and `TOTALS` of the keys of its sequence up to and with it.
 
     A layout says where the entries of a key are, reads them and writes them: `find`, `at` and `_put`.
@@ -86,28 +86,28 @@ class KeyRecord:
         return self.at("norms", self.find(torch.arange(k_len, device=self.norms.device)[None], table))
 
 
-class RecordedStatistics(Statistics):
-    """The statistics of rows from a record of the keys; k itself is not read.
+class StatisticsOfCache(Statistics):
+    """The statistics of rows from cached norms; k itself is not read.
 
     computed   statistics of the same keys: norms of queries are theirs, and prefix sums where `visibility.invariant`,
-               since sums then come from the norms, as without a record
+               since sums then come from the norms, as without cached ones
     table      of a cache in pages, or None
     width      rows attend to at most as many keys, or None: all of their sequence before the end of their range
 
-    Rows that attend to all keys before theirs read the record's sums and maxima. Rows of a window read the norms inside
+    Rows that attend to all keys before theirs read the cached sums and maxima. Rows of a window read the norms inside
     it: a difference of sums would keep the NaN, inf or rounding of keys that have left the window.
     """
 
-    def __init__(self, computed: Statistics, record: KeyRecord, table: PageTable | None, width: int | None) -> None:
+    def __init__(self, computed: Statistics, cached: CachedNorms, table: PageTable | None, width: int | None) -> None:
         super().__init__(lambda: computed.k, computed.visibility)
         self._scan = computed._scan
-        self._computed, self._record, self._table, self._width = computed, record, table, width
+        self._computed, self._cached, self._table, self._width = computed, cached, table, width
 
     def _norms_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
         return self._computed._norms_of(x, seen)
 
     def _norms(self) -> Tensor:
-        norms = self._record.along_keys(self.visibility.k_len, self._table)
+        norms = self._cached.along_keys(self.visibility.k_len, self._table)
         counted = self.visibility.counted_keys(lambda: norms)
         return norms if counted is None else torch.where(counted, norms, 0)
 
@@ -115,7 +115,7 @@ class RecordedStatistics(Statistics):
         if self.visibility.invariant:
             return super()._norm_sum()
         sums = self._of_rows("norm_sums", lambda norms: norms.sum(-1, dtype=torch.float64))
-        return sums.to(self._record.norms.dtype)
+        return sums.to(self._cached.norms.dtype)
 
     def _norm_square_sum(self) -> Tensor:
         if self.visibility.invariant:
@@ -127,9 +127,9 @@ class RecordedStatistics(Statistics):
 
     def _of_rows(self, name: str, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         """The entry of each row's last key, or reduce(norms in its window [B, Hkv, rows, width]): [B, Hkv, Sq]."""
-        record, table, visible = self._record, self._table, self.visibility
+        cached, table, visible = self._cached, self._table, self.visibility
         if self._width is None:
-            return record.at(name, visible.once("last keys", lambda: record.find(visible.last_keys(), table)))
+            return cached.at(name, visible.once("last keys", lambda: cached.find(visible.last_keys(), table)))
         lo, hi = visible.ranges()  # [B or 1, Sq]
         batch, kv_heads, k_len = visible.keys
         width = max(1, min(self._width, k_len))  # an axis without entries has no maximum
@@ -139,6 +139,6 @@ class RecordedStatistics(Statistics):
             rows = slice(first, first + step)
             key = lo[:, rows, None] + torch.arange(width, device=lo.device)  # [B or 1, rows, width]
             key = torch.where(key < hi[:, rows, None], key, -1)
-            norms = record.at("norms", record.find(key.flatten(1), table))
+            norms = cached.at("norms", cached.find(key.flatten(1), table))
             parts.append(reduce(norms.unflatten(2, (-1, width))))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
