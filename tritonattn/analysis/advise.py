@@ -20,7 +20,7 @@ from ..scaling import Scaling
 from ..scaling.names import ModeName
 from .fading import half_at
 from .layers import VISIBLE, Layer, read_layers, without_padding
-from .rules import RULES, Reading, Rule
+from .rules import POSITIONS_FIRST, RULES, Reading, Rule
 
 _COLUMNS = """\
 one-hot, uniform: shares of rows
@@ -238,6 +238,9 @@ def _joined(findings: list[Finding]) -> Advice:
             f" before attention fades. {'Then' if ill else 'Up to there'} {text}"
         )
     explained = {name: getattr(rule, name) for name in ("why", "watch", "turn_back", "evidence")}
+    if rotary and ill:
+        explained["why"] = f"{POSITIONS_FIRST.why}. Then: {rule.why}"
+        explained["evidence"] = POSITIONS_FIRST.evidence + rule.evidence
     layers = tuple(one.layer for one in chosen)
     return Advice(first.mode if mode is None else mode, text, layers, **explained, findings=tuple(findings))
 

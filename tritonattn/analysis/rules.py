@@ -167,6 +167,23 @@ def _will_fade(one: Reading) -> bool:
     return fades and mass(one.gap, one.trained) > 0.5 > mass(one.gap, FAR * one.trained)
 
 
+POSITIONS_FIRST = Rule(
+    name="positions first",
+    condition="over all keys with rotary positions",
+    applies=lambda one: one.positions_first,
+    otherwise="keep {mode}",
+    is_harmless=True,
+    why="at distances beyond the trained length L rotary positions take angles that no training has seen, also in"
+    " training with a factor. Give layers over all keys no positions, and rotary ones a window; or stretch the"
+    " rotary base of a trained model, and then compare qwen_logn:L",
+    watch="the loss by position past the trained length: loss_by_position of docs/recipes.md",
+    turn_back="-",
+    evidence=(
+        "docs/language-model.md: rotary layers over all keys, with and without a factor",
+        "perf/results/training.md, Text: past the trained length every mode loses 0.2 to 1.2 nats",
+    ),
+)
+
 RULES: tuple[Rule, ...] = (
     Rule(
         name="broken",
@@ -302,7 +319,8 @@ RULES: tuple[Rule, ...] = (
         why="these layers can read on, and attention fades in them as keys are added: their logits are bounded. The"
         " factor changes nothing up to the trained length L. To train with one, take ssmax:L or log_key_count:L. A"
         " learned gain of QK-norm does a part of its work",
-        watch="the loss by position, or recall, past the trained length, with sqrt_dim's: python -m perf length-study",
+        watch="the loss by position, or recall, past the trained length, with sqrt_dim's: loss_by_position of"
+        " docs/recipes.md",
         turn_back="the loss past the trained length is not below sqrt_dim's",
         evidence=(
             "docs/language-model.md: a ledger's values recalled at 32 times the trained length, by factor",
@@ -316,7 +334,7 @@ RULES: tuple[Rule, ...] = (
         otherwise="keep {mode}; without QK-norm little is gained by a factor: to read on beyond {trained:,} keys,"
         " compare qwen_logn({trained}) with it",
         why="these layers can read on; where nothing bounds the logits, training answers more keys with larger ones",
-        watch="the loss by position, or recall, past the trained length: python -m perf length-study",
+        watch="the loss by position, or recall, past the trained length: loss_by_position of docs/recipes.md",
         turn_back="the loss past the trained length is not below sqrt_dim's",
         evidence=(
             "docs/language-model.md: layers without QK-norm",
@@ -333,7 +351,7 @@ RULES: tuple[Rule, ...] = (
         " with ssmax or log_key_count({trained}), or try qwen_logn({trained}), which changes nothing up to there",
         fades=True,
         why="bounded logits cannot answer more keys with a larger gap: the odds of the largest key fall like 1 / n",
-        watch="the loss by position past the trained length: python -m perf length-study",
+        watch="the loss by position past the trained length: loss_by_position of docs/recipes.md",
         turn_back="the largest key is a sink, such as the first token; or the loss past the trained length is not below"
         " sqrt_dim's",
         evidence=(
@@ -344,22 +362,7 @@ RULES: tuple[Rule, ...] = (
             "the gap of this layer's q and k: tritonattn.analysis.fading",
         ),
     ),
-    Rule(
-        name="positions first",
-        condition="over all keys with rotary positions",
-        applies=lambda one: one.positions_first,
-        otherwise="keep {mode}",
-        is_harmless=True,
-        why="at distances beyond the trained length L rotary positions take angles that no training has seen, also in"
-        " training with a factor. Give layers over all keys no positions, and rotary ones a window; or stretch the"
-        " rotary base of a trained model, and then compare qwen_logn:L",
-        watch="the loss by position past the trained length: python -m perf length-study",
-        turn_back="-",
-        evidence=(
-            "docs/language-model.md: rotary layers over all keys, with and without a factor",
-            "perf/results/training.md, Text: past the trained length every mode loses 0.2 to 1.2 nats",
-        ),
-    ),
+    POSITIONS_FIRST,
     Rule(
         name="healthy",
         condition="none of these",
