@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(TRITON < (3, 6), reason="Gluon needs triton 3.6"
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
 NAME = "attention_forward_hopper"
-ORDERS = (("random", 1), ("last-warp", 0), ("round-robin", 0))
+ORDERS = (("random", 1), ("last-warp", 0))
 QUERY = ("query_scale",)
 TERMS = ("query_scale", "key_scale", "key_bias", "sinks of rows")
 

@@ -16,7 +16,7 @@ from tests.calls.test_compile import (
 from tests.calls.test_compile import pytestmark as _filters
 from tests.huggingface.test_generation import assert_a_compiled_static_step
 from tests.ops.test_decode import _grown
-from tests.support.packed import RAGGED, packed_operands
+from tests.support.packed import Packed, offsets, packed_operands
 
 pytestmark = _filters
 
@@ -36,9 +36,12 @@ def test_sums_over_packed_sequences_of_any_lengths():
 
 
 def test_inductor_of_packed_sequences():
-    function = partial(tritonattn.attention_varlen, **RAGGED.arguments(), scaling="key_count", causal=True)
-    leaves = [x.detach() for x in packed_operands(RAGGED, torch.float32).values()]
-    torch.testing.assert_close(torch.compile(function, fullgraph=True)(*leaves), function(*leaves))
+    """One tensor has the offsets of rows and of keys."""
+    packed = Packed((3, 4), (3, 4))
+    ends, leaves = offsets((3, 4)), [x.detach() for x in packed_operands(packed, torch.float32).values()]
+    function = partial(tritonattn.attention_varlen, scaling="key_count", causal=True)
+    compiled = torch.compile(function, fullgraph=True)
+    torch.testing.assert_close(compiled(*leaves, ends, ends, 4, 4), function(*leaves, ends, ends, 4, 4))
 
 
 def test_inductor_of_a_decode_step():
