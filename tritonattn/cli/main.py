@@ -60,7 +60,7 @@ def _ended(message: str | None, status: int) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and that raises the error of a help text that stdout does not take."""
+    """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         raise CommandError(message)
@@ -73,12 +73,6 @@ class _Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(str(value), map(str, action.choices or ()), n=1)
             hint = "".join(f"; did you mean {one}?" for one in near)
             raise argparse.ArgumentError(action, error.message + hint) from None
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        if message and file is sys.stdout:
-            file.write(message)
-        else:
-            super()._print_message(message, file)
 
 
 def _parser() -> argparse.ArgumentParser:
