@@ -58,17 +58,8 @@ def check(head_dim: int, causal: bool) -> None:
     assert not found.is_serialised
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_unmasked_loop(head_dim):
-    check(head_dim, causal=False)
-
-
-FORMS = ("aux", "softcap", "left", "key_ranges", "key_scale", "key_bias")
-
-
-@pytest.mark.parametrize("form", FORMS[:1])
-def test_a_form_that_holds_more_has_two_consumers(form):
-    check_form(form)
+def test_unmasked_loop():
+    check(64, causal=False)
 
 
 def check_form(form: str) -> None:

@@ -38,7 +38,12 @@ def test_scales_cost_few_instructions(kernel, target):
 
 
 @of_this_compiler
-@pytest.mark.parametrize("form", hopper.FORMS[1:])
+def test_unmasked_loop_of_128():
+    hopper.check(128, causal=False)
+
+
+@of_this_compiler
+@pytest.mark.parametrize("form", ["aux", "softcap", "key_bias"])
 def test_forms_of_gluon_that_hold_more_have_two_consumers(form):
     hopper.check_form(form)
 
