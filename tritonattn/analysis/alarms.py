@@ -115,7 +115,7 @@ class Alarms:
 
 
 def layer_value(measure: str, heads: Sequence[float | None]) -> float | None:
-    """The number that a threshold limits: the largest logit of any head, or the heads' mean of any other measure.
+    """The number that a threshold limits: over heads, the maximum of the largest logit, the mean of other measures.
 
     Heads without rows, None, do not count. None if no head is left, NaN if one of them is NaN.
     """

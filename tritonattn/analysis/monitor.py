@@ -237,7 +237,7 @@ class Monitor:
     def _loss_and_alarms(
         self, step: int, loss: float | Tensor | None, watched: bool
     ) -> tuple[float | None, list[Alarm]]:
-        """The loss and its alarm. A loss on a GPU or of several ranks is read in watched steps only, for all before."""
+        """The loss and its alarm. Watched steps alone read a loss on a GPU or of several ranks, for all steps since."""
         failed = False
         if self._joins or _is_elsewhere(loss):
             if loss is not None:
@@ -362,7 +362,7 @@ class _Scalars:
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Close our writer; that of the caller is only flushed, where it can be."""
+        """Close a writer of ours; flush the caller's, if it can be."""
         if self._owned:
             self._writer.close()
         elif hasattr(self._writer, "flush"):

@@ -39,7 +39,7 @@ def _differ(a: Tensor, b: Tensor) -> float:
 
 
 def is_normalised(x: Tensor) -> bool:
-    """True where all rows of x [B, H, S, D], of each head or of all heads joined, are an RMS norm's times weights.
+    """True where the rows of x [B, H, S, D], per head or joined over heads, are outputs of an RMS norm with weights.
 
     Such rows lie on an ellipsoid, sum_d weight_d x_d^2 = 1. More rows than weights tell; of fewer, their norms.
     """

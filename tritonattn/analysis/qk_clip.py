@@ -258,7 +258,7 @@ def _plan(module: nn.Module, gamma: Tensor | None) -> tuple[Rows, ...]:
 
 
 def _degree_in_keys(found: Projections) -> int:
-    """The logits' degree in the keys, by the formula: 1 if doubled keys double the logits, 0 if they leave them.
+    """The degree of the logits in k, by the formula: 1 if doubling k doubles them, 0 if it leaves them unchanged.
 
     Raises NotImplementedError if the logits are not proportional to q, or depend on the size of k in another way.
     """

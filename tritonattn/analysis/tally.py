@@ -85,7 +85,7 @@ class Tally:
 
 
 class _Facts(NamedTuple):
-    """Facts of a layer that ranks tell one another before they add: its sums have these shapes in each of the parts."""
+    """Facts of a layer that ranks exchange before they add: the shapes of its sums on each rank."""
 
     parts: int
     calls: int
@@ -93,7 +93,7 @@ class _Facts(NamedTuple):
 
 
 def totals_over_ranks(totals: dict[str, Totals], device: torch.device) -> dict[str, tuple[Totals, int]]:
-    """The totals of every layer that a rank has seen, and by how many ranks the gradients of q and k are averaged.
+    """The totals of every layer that some rank has seen, and how many ranks average the gradients of q and k.
 
     Ranks with other heads (tensor parallelism) put theirs side by side; those with the same heads (data parallelism)
     have other rows, and average the gradients of parameters. Two all-reduces on `device`.
@@ -122,7 +122,7 @@ def totals_over_ranks(totals: dict[str, Totals], device: torch.device) -> dict[s
 
 
 def _placed(mine: Totals | None, x: Tensor | None, parts: int, shape: torch.Size, fill: float = 0.0) -> Tensor:
-    """A rank's numbers among the heads of all ranks, with `fill` at those of others."""
+    """A rank's numbers in place among the heads of all ranks, with `fill` for heads of other ranks."""
     out = torch.full((parts, *shape), fill, dtype=torch.float64)
     if mine is not None and x is not None:
         out[mine.head_part[0]] = x
@@ -142,7 +142,7 @@ def counted_rows(seen: Visibility) -> Tensor:
 
 
 def _of_call(call: ObservedCall) -> tuple[dict[str, Tensor], Tensor]:
-    """The sums over the rows of a call, but for those of gradients, and the largest logit of each head."""
+    """The sums over the rows of a call, without gradients, and the largest logit of each head."""
     found, real = call.rows(), counted_rows(call.visibility)
     n = call.visibility.counts().expand(found.entropy.shape)  # [B, Hq, Sq]
     real = real.expand(n.shape)

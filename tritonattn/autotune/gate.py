@@ -91,7 +91,7 @@ def compiled_candidate(
 
 
 def _unspecialised_reasons(compiled: CompiledKernel, found: Candidate) -> list[str]:
-    """List what keeps code from being that of a loop divided among warps.
+    """List reasons why a loop is not divided among warps.
 
     Triton makes two or three partitions, or leaves the loop as it was. Where it needs more tensor memory than there is,
     the code is a trap, of 4 registers.
@@ -185,7 +185,7 @@ class Compiler:
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Hold Ctrl-C back, also from processes that start inside: it would end their imports with a traceback each."""
+    """Hold Ctrl-C back, also from processes that start inside: each would print a traceback of its imports."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

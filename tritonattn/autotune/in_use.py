@@ -61,7 +61,7 @@ def _of_gpu(device: torch.device) -> dict[str, str]:
 
 
 def tables(target: Target) -> dict[str, str]:
-    """Describe each file that may hold a table for a target: how many keys take their config from it, or why none."""
+    """Describe each file that may hold a target's table: how many keys take their config from it, or why none does."""
     used = [lookup.find(key.kernel, key.problem, target).path for key in keys()]
     found = {}
     for path in lookup.paths(target):
@@ -76,7 +76,7 @@ def tables(target: Target) -> dict[str, str]:
 
 
 def _of_others(entries: Mapping[EntryKey, Entry]) -> str:
-    """Say which other versions of Triton entries are for; their code is held to the gate when a call compiles it."""
+    """Name the other versions of Triton that compiled entries: a call checks such code again."""
     others = Counter(entry.triton for entry in entries.values() if entry.triton != triton.__version__)
     return "".join(
         f"; {count} for triton {version}, checked when compiled" for version, count in sorted(others.items())

@@ -32,7 +32,7 @@ _CLEARLY_AHEAD = 0.97
 
 @dataclass(frozen=True)
 class Effort:
-    """Rounds of all configs of a key, configs that go on, their rounds, seconds of warming up, configs compiled."""
+    """Sizes of a search: rounds of all configs, finalists and their rounds, seconds of warming up, configs compiled."""
 
     first_rounds: int = 5
     timed: int = 6
@@ -212,7 +212,7 @@ def _details(workloads: list[Workload], device: torch.device, timing: Timing) ->
 
 
 def pending(keys: Iterable[EntryKey], done: dict[EntryKey, Entry], effort: Effort) -> list[EntryKey]:
-    """List the keys not measured with this Triton in as many rounds: a search that was stopped goes on with them."""
+    """List the keys that this Triton has not measured in so many rounds, where a search that was stopped goes on."""
 
     def is_done(entry: Entry) -> bool:
         rounds = entry.details.get("rounds")

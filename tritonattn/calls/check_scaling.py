@@ -142,7 +142,7 @@ class _Case:
         return largest
 
     def hidden_keys(self) -> None:
-        """Change each key in turn: rows that do not attend to it keep their factors; a key of no row may be NaN."""
+        """Change each key in turn: rows that do not attend to it must keep their factors. Hidden keys may be NaN."""
         with torch.no_grad():
             before = self._scales(self.k)
             for key in range(self.k.shape[2]):

@@ -41,7 +41,7 @@ class Axes(NamedTuple):
 
 
 class OfSinks(Axes):
-    """The axes of sinks: those of rows, or that of heads alone."""
+    """The axes of sinks: [B, Hq, Sq], or [Hq]."""
 
     def of(self, x: Tensor, meaning: str | None) -> int | None:
         if x.ndim > 1:
@@ -185,7 +185,7 @@ class Shards(NamedTuple):
         return as_marked(self._tensor(x, self.axes.get(name, NOWHERE)), x) if isinstance(x, Tensor) else x
 
     def _wanted(self, x: Tensor, axes: Axes) -> tuple[tuple[Any, ...], list[Any]]:
-        """The placements of x where q's parts need it, and of its gradient: a rank has a part of that of replicas."""
+        """The placements of x that q's parts need, and those of its gradient, of which each replica has a summand."""
         tensors, placements, gradients = _tensors(), [], []
         for meaning in self.meanings:
             axis = axes.of(x, meaning)

@@ -65,7 +65,7 @@ def check_new_keys(k_new: Any, axes: str, sizes: tuple[int | None, ...], like: T
 
 
 def check_record(norms: Tensor, shape: tuple[int, ...], axes: str, q: Tensor) -> None:
-    """Raise unless the norms of a record are those of a cache of q."""
+    """Raise unless cached norms fit the cache of a call with this q."""
     check_tensor("statistics", norms, axes, like=q, sizes=shape)
     dtype = torch.promote_types(q.dtype, torch.float32)
     if norms.dtype != dtype:

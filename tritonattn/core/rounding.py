@@ -28,5 +28,5 @@ def before_rounding(rounded: Tensor, lost: Tensor) -> Tensor:
 
 
 def _shift(dtype: torch.dtype) -> int:
-    """Bits of fp32 below the last of the eight: 23 of its mantissa less those of the dtype's, less 8."""
+    """Bits of fp32's mantissa below the eight that are kept: 23, less the dtype's bits, less 8."""
     return 15 + round(math.log2(torch.finfo(dtype).eps))

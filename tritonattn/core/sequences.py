@@ -166,7 +166,7 @@ class PageTable:
     sequences: Sequences | None = None
 
     def find(self, key: Tensor, pages: int) -> Slots:
-        """The position of `key`, int64 [N or 1, n], in so many pages; a key below 0 has none."""
+        """The page and slot of `key`, int64 [N or 1, n], in that many pages; a negative key has none."""
         count, longest = self.numbers.shape
         if self.sequences is None:
             sequence = torch.arange(count, device=key.device)[:, None]

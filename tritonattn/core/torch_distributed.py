@@ -60,7 +60,7 @@ def refuse_context_parallel(name: str) -> None:
 
 
 class SharesSequence:
-    """A module that works on this rank's tokens of a sequence once `tritonattn.distributed.ContextParallel` says so.
+    """A module that `tritonattn.distributed.ContextParallel` can tell to work on this rank's tokens of a sequence.
 
     sequence_part   `distributed.layers.SequencePart`, or None where x holds whole sequences
     """
@@ -96,7 +96,7 @@ def whole(x: Any) -> Tensor:
 
 
 def unshard(module: nn.Module) -> None:
-    """Let FSDP2 gather what fully_shard took by itself: it does so before a forward, which scalings do not have.
+    """Gather parameters that fully_shard took by themselves: FSDP2 gathers before a forward, and scalings have none.
 
     FSDP2 reduces their gradients and drops the gathered values at the end of backward, as it does for any module.
     """
@@ -123,7 +123,7 @@ def head_part(module: nn.Module) -> tuple[int, int]:
 
 
 def rows_of_rank(x: Any, values: Tensor) -> Tensor:
-    """The part of values [n, ...], which all ranks hold alike, that belongs to the rows of x [n, ...] on this rank.
+    """This rank's part of values [n, ...] that all ranks hold alike: that of its rows of x [n, ...].
 
     Counted here, since torch 2.8 takes the _StridedShard of FSDP2 x tensor parallelism for a Shard: the dimensions of
     the mesh that shard plainly divide the rows first, from left to right, then those that shard in strides.

@@ -44,7 +44,7 @@ class Pending(NamedTuple):
 
 
 def pass_on(tensors: list[Tensor], split: Split) -> Pending:
-    """Send tensors to the next rank, and receive those of the rank before, of the same shapes."""
+    """Send tensors to the next rank, and receive tensors of the same shapes from the one before."""
     if split.size == 1:
         return Pending(tensors, [])
     ahead, behind = (dist.get_global_rank(split.group, (split.rank + step) % split.size) for step in (1, -1))

@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 
     @property
     def indices(self) -> Gradients:
-        """Indices of the piece in the tensors of a call; those of k and v are in what is held."""
+        """Indices of the piece in the tensors of a call; for k and v, in the part held now."""
         rows, keys = (ALL, self.q_heads, self.rows), (ALL, self.kv_heads, self.vectors)
         of_bias: Any = (ALL, self.kv_heads, ALL, self.vectors)
         return Gradients(rows, None, None, rows, keys, of_bias, rows)  # pyright: ignore[reportArgumentType]

@@ -110,5 +110,5 @@ def pieces_of(sequence: SharedSequence, source: int) -> list[Piece]:
 
 
 def _has_keys_of_rows(piece: Piece) -> bool:
-    """True where the keys, of this rank's part, are also those of the rows' tokens."""
+    """True where rows and keys are of the same tokens, this rank's part."""
     return piece.keys.start <= piece.rows.start and piece.rows.stop <= piece.keys.stop

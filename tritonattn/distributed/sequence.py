@@ -30,7 +30,7 @@ from .layout import Split
 
 @dataclass(frozen=True, eq=False)
 class SharedSequence:
-    """A sequence of S tokens that the ranks of `split` hold parts of, and the part that this rank's rows attend to.
+    """A sequence of S tokens, split over ranks, and the keys that this rank's rows attend to.
 
     whole        of all S rows, as one process would compute it
     visibility   of this rank's rows among all S keys

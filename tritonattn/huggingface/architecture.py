@@ -102,7 +102,7 @@ def refuse_unsupported(model: nn.Module, found: list[AttentionModule]) -> None:
 
 @functools.cache
 def interface_keywords(cls: type) -> frozenset[str] | None:
-    """The keywords that a class passes to AttentionInterface by name, from its code; None if it does not call it."""
+    """The keywords that a class's code passes to AttentionInterface; None if the class does not call it."""
     if interface_function(cls) is None:
         return None
     if (tree := parsed(cls)) is None:  # no source: an argument is refused when it comes

@@ -21,7 +21,7 @@ def over_ranks(
     keywords: dict[str, Any],
     context: TorchContext,
 ) -> Any:
-    """Attention of this rank's [B, H, S / P, D] to the whole sequence, by arguments that were made of its part alone.
+    """Attention of this rank's rows [B, H, S / P, D] to the whole sequence, from arguments made of its part alone.
 
     Masks of a part say nothing of the whole, so they must be those of one causal sequence: position_ids say whether it
     is one. Raises NotImplementedError or ValueError for anything else.

@@ -27,7 +27,7 @@ _EAGER = "eager_attention_forward"
 
 
 def unpatched_attention(model: nn.Module) -> list[AttentionModule]:
-    """The attention modules of a model that are neither patched nor use the implementation "tritonattn".
+    """The attention modules of a model that are not patched and do not use the implementation "tritonattn".
 
     Raises ValueError if one has an implementation whose masks cannot be read.
     """

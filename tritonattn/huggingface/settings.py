@@ -110,7 +110,7 @@ class LayerScaling(nn.Module):
                 local(self.gain).copy_(rows_of_rank(self.gain, self._start))
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is neither observed nor watched."""
+        """Leave out observers and watchers: a copy has none."""
         return {**self.__dict__, "observer": None, "watched": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ def obstacle(
 
 
 def _invariant_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
-    """The config of every mask and length; above width 256 that of ranges, which take registers there."""
+    """The config for every mask and length. Above width 256 it is that of key ranges, which take registers there."""
     asked = {"query_scale_grad": problem.query_scale_grad, "aligned": problem.aligned}
     asked["key_ranges"] = problem.width > 256
     plain = Problem(problem.head_dim, problem.value_dim, problem.dtype, **asked)
@@ -118,7 +118,7 @@ def _with_page_numbers(kernel: str, config: TileConfig, problem: Problem, target
 
 
 def _takes_many_registers(kernel: str, problem: Problem) -> bool:
-    """True where a kernel holds a tile of a mask or of biases, Philox's counters, or sums of a query scale's gradient.
+    """True for kernels that hold a tile of a mask or bias, Philox's counters, or sums of a query scale's gradient.
 
     Above width 256 the tiles leave room for those sums, but not for ranges of rows.
     """

@@ -77,7 +77,7 @@ def known(target: Target, gpus: tuple[GPU, ...] = (*GPUS, *OTHERS)) -> GPU | Non
 
 
 def table_name(target: Target) -> str:
-    """The stem of the file for a target's card: of a shipped table, else its name in lower case; "" without a name."""
+    """The stem of a card's file: a shipped table's, else the card's name in lower case; "" without a name."""
     gpu = known(target, GPUS)
     return "_".join(_words(target)) if gpu is None else gpu.name
 

@@ -32,7 +32,7 @@ class Sections(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def sections(heads: int, bytes_of_head: int, target: Target, l2_percent: int = SHARES["l2_percent"]) -> Sections:
-    """Cut heads into sections that fill a share of a die's cache: as many as come nearest, at most 1.5 times as full.
+    """Cut heads into sections that fill a share of a die's cache as nearly as possible, and at most 1.5 times.
 
     heads           those of all batch entries, or packed sequences
     bytes_of_head   that the programs of one head read, without those that heads of a group share

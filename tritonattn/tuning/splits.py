@@ -57,7 +57,7 @@ def splits_of_rows(
 
 
 def resident(config: TileConfig, target: Target) -> int:
-    """Programs that a GPU runs at once. Without a device, those of the first card of its architecture."""
+    """Programs that a GPU runs at once; without a device, the first card of its architecture."""
     processors = target.processors or next((gpu.processors for gpu in nearest(target)), 128)
     return processors * max(1, _WARPS // config.num_warps)
 

@@ -118,7 +118,7 @@ class Exact(NamedTuple):
     problem: Problem
 
     def __str__(self) -> str:
-        """Kernel, dims and dtype, then the fields that are not those of a bare call."""
+        """Kernel, dims and dtype, then the fields that differ from a bare call's."""
         problem, named = self.problem, []
         for field in fields(Problem)[3:]:
             value = getattr(problem, field.name)
@@ -266,7 +266,7 @@ def parsed_file(path: Path, parse: Callable[[Any], Content]) -> Content:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object without repeated names, of which a reader would get only one value."""
+    """A JSON object; raises where a name is repeated, since a reader would get only one value."""
     if pairs:
         [(name, count)] = Counter(name for name, _ in pairs).most_common(1)
         if count > 1:

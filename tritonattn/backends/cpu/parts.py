@@ -161,7 +161,7 @@ class Parts:
 
 
 def parts_of(visible: Visibility) -> Parts:
-    """The parts of a call's visible pairs. They are found once where lengths and the sides of a window tell them."""
+    """The parts of a call's visible pairs, kept where lengths and a window's sides determine them."""
     if visible.key_ranges is not None:
         return visible.once("parts", lambda: Parts.of(visible))
     sequences, starts = visible.sequences, (None, None)

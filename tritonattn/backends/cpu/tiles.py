@@ -76,7 +76,7 @@ class Tiles:
         self.offset = None if terms.relative_bias is None else visible.positions() + terms.relative_right
 
     def heads(self) -> Iterator[Heads]:
-        """All heads, as many at a time as `_PAIRS` allows."""
+        """Slices of all heads, each of as many as `_PAIRS` allows."""
         visible, group = self.call.visibility, self.group
         longest_q = max((rows.stop - rows.start for rows, _ in self.sequences), default=0)
         longest_k = max((keys.stop - keys.start for _, keys in self.sequences), default=0)
@@ -203,7 +203,7 @@ class Tiles:
         return x.view(*shape, block.rows.stop - block.rows.start, x.shape[-1])
 
     def _sequences(self) -> list[tuple[slice, slice]]:
-        """Rows, and the keys that they may attend to: one part, or one for every packed sequence; together all rows."""
+        """Rows and the keys that they may attend to: one part, or one per packed sequence."""
         visible = self.call.visibility
         whole = (slice(0, visible.q_len), slice(0, visible.k_len))
         if visible.sequences is None or not self.readable:

@@ -135,7 +135,7 @@ def libraries(card: int) -> tuple[Library, ...]:
 
 
 def why_none(card: int) -> str:
-    """Say why none of FLASH runs on a card."""
+    """Say why no library of FLASH runs on a card."""
     reasons = [one for one in _looked_for(card) if one and isinstance(one, str)]
     return "; ".join(reasons) or "which is not installed for this GPU"
 

@@ -89,7 +89,7 @@ def _common_end(a: str, b: str) -> list[str]:
 
 
 def take_learned(loader: Any) -> None:
-    """Let a class of vLLM's loaders hand what a patch has learned to the layers' implementations, and no further.
+    """Make a class of vLLM's loaders hand a patch's learned values to the layers' implementations alone.
 
     No module of vLLM's models has such weights, and models refuse those that they do not know: so MARK stops a model
     without settings. Repeatable.

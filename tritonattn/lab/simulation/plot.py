@@ -118,7 +118,7 @@ def _quoted(modes: Iterable[str]) -> str:
 
 
 def _coinciding(findings: Findings, points: list[Point]) -> list[list[str]]:
-    """Group the modes whose measures are within 10% of those of their group's first at every point."""
+    """Group modes whose measures are within 10% of the group's first mode at every point."""
     values = {
         mode: [max(findings.value(point, mode, measure), _FLOOR) for point in points for measure in BY_COUNT]
         for mode in findings.modes

@@ -133,7 +133,7 @@ def reaches_of(batch: Batch, modes: Iterable[str]) -> dict[str, Reach]:
 
 
 def reach_of(batch: Batch, mode: str, curves: Curves) -> Reach:
-    """Judge a mode on a batch, with the curves of such modes."""
+    """Judge a mode on a batch by its curves."""
     rows = batch.statistics(mode)
     spread = rows.logit_std.flatten()
     means = torch.stack([curves.at(spread * 2**gain).mean() for gain in _GAINS])

@@ -33,7 +33,7 @@ _EXPECTED = "FILE: expected JSON lines that a Monitor wrote, got"
 
 @dataclass(frozen=True)
 class Record:
-    """A watched step: its alarms, and by layer each measure as thresholds take it. NaN is no value, or none finite."""
+    """A watched step: its alarms, and each measure by layer, as thresholds take it; NaN where no value is finite."""
 
     step: int
     loss: float
@@ -53,7 +53,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Panel:
-    """One measure: a curve of (step, value) a line, interrupted by NaN; its alarms where they begin; all limits."""
+    """One measure: a curve of (step, value) per line, interrupted by NaN; the steps where alarms begin; its limits."""
 
     measure: str
     curves: dict[str, list[tuple[int, float]]]
@@ -125,7 +125,7 @@ class Run:
         return next((record for record in reversed(self.records) if record.layers), self.records[-1])
 
     def summary(self) -> str:
-        """Say how many records, layers and alarms there are, and of which steps."""
+        """Count records, layers and alarms, and name the range of steps."""
         steps, layers = [record.step for record in self.records], self.layers
         before, after = _shared([name.split(".") for name in layers]) if len(layers) > 1 else ([], [])
         names = f" ({'.'.join([*before, '*', *after])})" if len(layers) > 1 else ""
