@@ -375,6 +375,14 @@ def test_documents_of_one_length_are_one_part():
     assert (part.form, part.count, part.height, part.step) == ("causal", 8, 8, 8)
 
 
+def test_steps_over_caches_of_different_lengths_read_their_keys_alone(monkeypatch):
+    """One mask for all would be fewer calls of the kernel, which reads more keys than a row has pairs to compute."""
+    monkeypatch.setattr(parts, "_CALL", 30_000)
+    lengths = torch.tensor([1024, 768, 512, 341, 1019, 204, 128, 515])
+    visible = Visibility.of_padded((8, 8, 8, 1, 1024), CPU, lengths)
+    assert [(part.form, part.width) for part in parts.parts_of(visible).every] == [("full", n) for n in lengths]
+
+
 def test_documents_at_other_distances_are_parts_of_their_own():
     first = torch.tensor([0, 10, 20, 40, 60]).repeat_interleave(8)
     bounds = torch.stack([first, first + torch.arange(40) % 8 + 1], -1)[None].int()

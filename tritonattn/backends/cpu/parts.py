@@ -20,6 +20,8 @@ _LEAST_ROWS = 64
 _PAIRS = 1 << 22
 # Pairs that the kernel computes in the time that a call of it, and what leads to it, takes at the least.
 _CALL = 30_000
+# And in the time in which it reads a key and its value, which for few rows is most of it.
+_READ = 10
 # Shorter rectangles and triangles join their neighbours under one mask: a call of the kernel costs as much.
 _SHORTEST = 24
 # Layouts of tokens whose parts are kept: the layers of a model share them. And masks of few pairs, of 1 MB at most.
@@ -211,13 +213,15 @@ def _parts_of(visible: Visibility, lo: Tensor, hi: Tensor) -> list[Part]:
         found = [part for part in found if part.width > 0]  # the kernel divides by the number of keys
         parts += _stacked(found, ("full", "causal")) if stacks else found
     masked = cut_rows(Part(*everything, "ranges"), visible.batch)
-    return masked if _cost(masked, visible.q_heads) < _cost(parts, visible.q_heads) else parts
+    return masked if _cost(masked, visible) < _cost(parts, visible) else parts
 
 
-def _cost(parts: list[Part], heads: int) -> float:
-    """The pairs that the kernel computes in the time of the parts: calls, the pairs of all heads, and of masks."""
+def _cost(parts: list[Part], visible: Visibility) -> float:
+    """The pairs that the kernel computes in the time of the parts: calls, keys read, pairs of all heads, and masks."""
     masked = [part.pairs for part in parts if part.form == "ranges"]
-    return _CALL * (len(parts) + len(masked)) + heads * sum(part.pairs for part in parts) + 2 * sum(masked)
+    of_heads = visible.q_heads * sum(part.pairs for part in parts)
+    read = _READ * visible.kv_heads * sum(part.entries * part.width for part in parts)
+    return _CALL * (len(parts) + len(masked)) + of_heads + read + 2 * sum(masked)
 
 
 def unstacked(part: Part) -> list[Part]:
