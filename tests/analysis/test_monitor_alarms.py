@@ -135,6 +135,16 @@ def test_a_loss_that_is_not_finite_alarms_in_any_step(loss, tmp_path):
     assert [(one.step, one.new) for one in stood] == [(2, True), (3, False), (5, True)]
 
 
+def test_a_nan_in_one_head_alarms_and_a_layer_without_rows_does_not():
+    net = Net()
+    with Monitor(net, every=1) as monitor:
+        assert step(net, monitor, key_lengths=torch.tensor([0, 0]))["alarms"] == []
+        with torch.no_grad():
+            net.attention.q_proj.bias[-1] = math.nan
+        with pytest.warns(RuntimeWarning, match="max_logit nan"):
+            step(net, monitor)
+
+
 def test_an_alarm_says_of_which_head_it_is():
     """Heads go by their number, also next to one without rows."""
     net, stood = Net(), []

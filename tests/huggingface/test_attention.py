@@ -29,6 +29,17 @@ def test_the_configs_scaling_is_relative_to_the_models(scaling):
     torch.testing.assert_close(out, wanted.transpose(1, 2))
 
 
+def test_a_scaling_that_the_model_learns_gets_its_gradient():
+    q, k, v = torch.randn(3, 1, 2, 7, 16)
+    scaling = torch.tensor(0.3, requires_grad=True)
+    for settings in ({}, {"scaling": "key_count"}, {"scaling": "sqrt_dim", "gain": 2.0}):
+        out, _ = attention_forward(module_with(**settings), q, k, v, None, scaling=scaling)
+        wanted, _ = attention_forward(module_with(**settings), q, k, v, None, scaling=0.3)
+        torch.testing.assert_close(out, wanted)
+        (gradient,) = torch.autograd.grad(out.square().sum(), scaling)
+        assert gradient != 0
+
+
 def test_dropout_backend_and_invariance_reach_the_call():
     q, k, v = torch.randn(3, 1, 2, 7, 8)
     torch.manual_seed(0)
@@ -120,6 +131,20 @@ def test_packed_lengths_of_other_keys_than_rows(causal):
     assert (out[:, 9:] == 0).all()
     with pytest.raises(NotImplementedError, match="sliding_window"):
         attention_forward(SimpleNamespace(), q, k, v, None, scaling=0.5, is_causal=causal, sliding_window=2, **ends)
+
+
+def test_a_window_without_a_mask():
+    q, k, v = torch.randn(3, 1, 2, 9, 4)
+
+    def run(size: int, causal: bool = True) -> torch.Tensor:
+        module = SimpleNamespace(is_causal=causal)
+        return attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=size)[0].transpose(1, 2)
+
+    torch.testing.assert_close(run(3), tritonattn.attention(q, k, v, scaling=0.5, causal=True, window=(2, None)))
+    for causal in (True, False):
+        torch.testing.assert_close(run(9, causal), tritonattn.attention(q, k, v, scaling=0.5, causal=causal))
+    with pytest.raises(NotImplementedError, match="sliding_window"):
+        run(3, causal=False)
 
 
 def test_ulysses_of_another_implementation_is_refused(monkeypatch):
