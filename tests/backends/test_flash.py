@@ -17,7 +17,6 @@ from tests.support.pairs import in_turn
 from tests.support.refusals import refuses
 from tritonattn.backends.flash import libraries, obstacles
 from tritonattn.backends.flash.run import folded
-from tritonattn.calls import dispatch
 from tritonattn.core.observation import Observer
 from tritonattn.ops import attend
 
@@ -192,7 +191,7 @@ def test_gradients_of_keys_are_added_before_they_are_rounded(version, monkeypatc
     tensors = harness.inputs(torch.bfloat16, CPU, scales=("gain",))
     used = []
     monkeypatch.setattr(attend, "kernels", lambda: used.append(version) or torch_kernels())
-    monkeypatch.setattr(dispatch, "kernels_take", lambda x: True)
+    monkeypatch.setattr("tritonattn.calls.dispatch.kernels_take", lambda x: True)
     for scaling in ("key_norm_mean", "cosine"):
         assert_close(tensors, tritonattn.attention, scaling=scaling, causal=True)
     assert used

@@ -8,7 +8,7 @@ import torch
 import tritonattn
 from tests.support.calls import operands
 from tests.support.masks import MASKS
-from tritonattn.calls import dispatch
+from tritonattn.backends import by_kernels, choose
 from tritonattn.core.call import Request
 from tritonattn.core.hints import warn_once
 from tritonattn.core.terms import Terms
@@ -24,7 +24,7 @@ def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
 
 
 def test_triton_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
+    monkeypatch.setattr(by_kernels, "_HAS_TRITON", False)
     with pytest.raises(ImportError, match=r"backend: 'triton' needs .* pip install \"triton>=3.4\""):
         tritonattn.attention(*operands(torch.float32).values(), backend="triton")
     tritonattn.attention(*operands(torch.float32).values())
@@ -59,16 +59,16 @@ def test_a_card_that_lacks_memory_or_tensor_cores(dtype, dim, chosen, reason, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: dim == 8)
     for arch, backend in chosen.items():
         monkeypatch.setattr(config.Target, "of", lambda _, arch=arch: config.Target("cuda", arch, "a card"))
-        dispatch._kept_obstacle_of_card.cache_clear()
+        by_kernels._kept_obstacle_of_card.cache_clear()
         warn_once.cache_clear()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            assert dispatch.choose_backend(called(q, k, v)) == backend
+            assert choose(called(q, k, v)).name == backend
         assert [reason in str(one.message) for one in caught] == [True] * (backend == "sdpa")
         if backend == "sdpa":
             with pytest.raises(NotImplementedError, match=f"{reason}.*'triton' does not support"):
-                dispatch.choose_backend(called(q, k, v, backend="triton"))
-    dispatch._kept_obstacle_of_card.cache_clear()
+                choose(called(q, k, v, backend="triton"))
+    by_kernels._kept_obstacle_of_card.cache_clear()
 
 
 def called(q, k, v, **options):
@@ -94,17 +94,17 @@ class OnGpu(torch.Tensor):
     ],
 )
 def test_auto_on_a_gpu(installed, dtype, dim, arguments, backend, reason, monkeypatch):
-    monkeypatch.setattr(dispatch, "_HAS_TRITON", installed)
+    monkeypatch.setattr(by_kernels, "_HAS_TRITON", installed)
     warn_once.cache_clear()
     q, k, v = (x.detach().as_subclass(OnGpu) for x in operands(dtype, dims=(dim, 8)).values())
     if reason is None:
-        assert dispatch.choose_backend(called(q, k, v, **arguments)) == backend
+        assert choose(called(q, k, v, **arguments)).name == backend
         return
     with pytest.warns(UserWarning, match=f"'sdpa' instead of 'triton': {reason}|{reason}"):
-        assert dispatch.choose_backend(called(q, k, v, **arguments)) == backend
+        assert choose(called(q, k, v, **arguments)).name == backend
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once
-        assert dispatch.choose_backend(called(q, k, v, **arguments)) == backend
+        assert choose(called(q, k, v, **arguments)).name == backend
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -11,6 +11,7 @@ import torch
 
 import tritonattn
 from tritonattn.analysis import Thresholds
+from tritonattn.backends import BACKENDS
 from tritonattn.calls import dispatch
 from tritonattn.calls.public import _HINTS, _hint
 from tritonattn.core.hints import warn_once
@@ -151,7 +152,7 @@ def test_functions_look_as_they_did(function):
 
 def test_a_warning_names_the_line_that_calls(monkeypatch):
     warn_once.cache_clear()
-    monkeypatch.setattr(dispatch, "choose_backend", lambda *_: warn_once("another backend") or "sdpa")
+    monkeypatch.setattr(dispatch, "choose", lambda *_: warn_once("another backend") or BACKENDS["sdpa"])
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         tritonattn.attention(Q, Q, Q)

@@ -199,17 +199,18 @@ def test_keys_that_left_every_window_may_hold_anything(scaling, poison):
 
 
 def test_kernels_refuse_scaled_gradients_of_fp16():
-    from tritonattn.calls.dispatch import _refuse_scaled_halves
+    from tritonattn.backends import BACKENDS
     from tritonattn.core.call import AttentionCall
     from tritonattn.core.terms import Terms
     from tritonattn.core.visibility import Visibility
 
     q = torch.ones(1, 1, 1, 8, dtype=torch.float16, requires_grad=True)
     call = AttentionCall(q, q, q, Visibility.of(q, q), Terms())
-    _refuse_scaled_halves(call)
+    refuse = BACKENDS["triton"].refuse_terms
+    refuse(call)
     call = call.changed(logits=Terms(query_scale=torch.ones(1, 1, 1)))
-    refuses("NotImplementedError: ~ batch_invariant ~ float16", _refuse_scaled_halves, call)
+    refuses("NotImplementedError: ~ batch_invariant ~ float16", refuse, call)
     q = q.detach()
     sinks, key_bias = torch.ones(1, requires_grad=True), torch.ones(1, 1, 1, 1, requires_grad=True)
     terms = Terms(query_scale=torch.ones(1, 1, 1), key_bias=key_bias, sinks=sinks)
-    _refuse_scaled_halves(AttentionCall(q, q, q, Visibility.of(q, q), terms))
+    refuse(AttentionCall(q, q, q, Visibility.of(q, q), terms))

@@ -12,9 +12,10 @@ from tritonattn.calls import key_statistics as cache_statistics
 from tritonattn.core.call import AttentionCall
 from tritonattn.core.norms import key_norms_of
 from tritonattn.core.ranges import prefix_sum
+from tritonattn.core.statistics import Statistics
 from tritonattn.core.terms import Terms
 from tritonattn.core.visibility import Visibility
-from tritonattn.ops import STATISTICS
+from tritonattn.ops import KernelStatistics
 
 
 @in_turn(sizes=[(1, 16), (37, 5), (130, 64), (600, 8)], dtype=[torch.float32, torch.float16, torch.bfloat16])
@@ -67,7 +68,7 @@ def test_statistics_equal_those_of_torch(mask, device):
     k = torch.randn(2, 2, 40, 24, generator=torch.Generator().manual_seed(0)).to(device)
     visibility = Visibility.of(k.new_empty(2, 4, 21, 24), k, **harness.mask(mask, device, 2, 4, 21, 40))
     results = []
-    for statistics_of in STATISTICS.values():
+    for statistics_of in (KernelStatistics, Statistics):
         leaf = k.clone().requires_grad_()
         statistics = statistics_of(leaf, visibility)
         values = [statistics.norm_sum, statistics.norm_square_sum, statistics.norm_max]
@@ -86,7 +87,7 @@ def test_gradients_of_keys_and_of_their_norms_are_added_before_they_are_rounded(
     d_norms = torch.randn(2, 2, 33, generator=random).to(device)
     leaf = k.clone().requires_grad_()
     visibility = Visibility.of(k, k, key_lengths=torch.tensor([30, 30], device=device))
-    statistics = STATISTICS["triton"](leaf, visibility)
+    statistics = KernelStatistics(leaf, visibility)
     norms, call = statistics.norms, statistics.widened(AttentionCall(k, leaf, k, visibility, Terms(1.0)))
     assert call.tensors()[0] is call.q is k
     assert torch.equal(call.k, leaf)

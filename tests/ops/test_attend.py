@@ -160,7 +160,7 @@ def test_key_statistics_under_transforms_and_compilers():
     k = torch.randn(3, 2, 2, 7, 8, generator=torch.Generator().manual_seed(0))
 
     def objective(k: Tensor) -> Tensor:
-        statistics = ops.STATISTICS["triton"](k, Visibility.of(q, k, causal=True))
+        statistics = ops.KernelStatistics(k, Visibility.of(q, k, causal=True))
         return (statistics.norm_sum.double() * statistics.norm_square_sum).sum()
 
     one_by_one = torch.stack([torch.func.grad(objective)(x) for x in k])

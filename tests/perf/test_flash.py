@@ -11,6 +11,7 @@ import tritonattn
 from perf.gpu import flash as command
 from perf.gpu import flash_checks
 from tests.support import flash
+from tritonattn.backends import choice
 from tritonattn.backends.flash import libraries
 from tritonattn.calls import dispatch
 from tritonattn.tuning import cache_dir, lookup
@@ -85,9 +86,9 @@ def test_a_table_of_this_card_alone_names_a_library(stand_in):
 def test_auto_takes_the_library_that_the_table_names(named, runs, stand_in, monkeypatch):
     q, k, v = (x.bfloat16() for x in torch.randn(3, 1, 2, 8, 16))
     chosen = []
-    monkeypatch.setattr(dispatch, "_faster_library", lambda device: named)
+    monkeypatch.setattr(choice, "_AUTO", {"cpu": ("flash", "triton", "sdpa")})
+    monkeypatch.setattr("tritonattn.backends.flash._faster_library", lambda device: named)
     monkeypatch.setattr(dispatch.ops, "attention", lambda call: chosen.append(call.backend) or Stopped.now())
-    monkeypatch.setattr(dispatch, "choose_backend", lambda call: "triton")
     for options, may in (({}, True), ({"return_aux": True}, False), ({"dropout_p": 0.5}, False)):
         try:
             tritonattn.attention(q, k, v, causal=True, **options)

@@ -1,14 +1,6 @@
-"""One attention, three ways: kernels, PyTorch on a CPU, and the eager reference."""
+"""Ways to compute attention, behind one protocol: kernels, installed libraries, PyTorch, and the eager reference."""
 
-from __future__ import annotations
+from .by_kernels import kernels, kernels_take
+from .choice import BACKENDS, choose
 
-import functools
-from typing import Any
-
-
-@functools.cache
-def kernels() -> Any:
-    """The "triton" backend, imported at first use: triton may be missing."""
-    from . import triton
-
-    return triton
+__all__ = ["BACKENDS", "choose", "kernels", "kernels_take"]

@@ -10,6 +10,16 @@ from ..core.autograd import without_autocast
 from ..core.call import ForwardResult
 from ..core.dropout import Dropout
 from ..core.visibility import Visibility
+from .protocol import Backend
+
+
+class Reference(Backend):
+    """`attention` of this file, by the dense formulas of a scaling, which torch differentiates."""
+
+    name, by_formulas = "reference", True
+
+    def follows_lengths(self, device: torch.device) -> str | None:
+        return "backend 'reference', whose products follow the lengths"
 
 
 def attention(

@@ -100,7 +100,8 @@ def check(request: Request, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or Hk
     Raises TypeError or ValueError unless its scaling and options belong to its operands.
     """
     q, k, v, visible, terms, scaling, gain, dropout_p, aux, backend, block_table, cached, statistics = request
-    check_bool("return_aux", aux)
+    if aux is not False:
+        check_bool("return_aux", aux)
     check_settings(backend, terms.softcap, dropout_p)
     if not isinstance(dropout_p, float):
         dropout_p = as_float(dropout_p)
@@ -283,9 +284,10 @@ def check_settings(backend: Any, softcap: Any, dropout_p: Any) -> None:
         if softcap < _SMALLEST:
             least = f"(the least is {_SMALLEST:.4g}; None is no softcap)"
             raise ValueError(f"softcap: expected a number above 0, got {softcap!r} {least}")
-    check_number("dropout_p", dropout_p)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p!r}")
+    if not (type(dropout_p) is float and dropout_p == 0):
+        check_number("dropout_p", dropout_p)
+        if not 0 <= dropout_p < 1:
+            raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p!r}")
 
 
 def check_masks(causal: Any, window: Any, batch_invariant: bool | None) -> bool:

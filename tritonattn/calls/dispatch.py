@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
@@ -11,13 +9,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import ops
-from ..backends import flash
-from ..backends.cpu import sdpa
+from ..backends import BACKENDS, choose, kernels_take
+from ..backends.protocol import Backend
 from ..core.autograd import autocast_is_on, is_transformed, needs_graph, refuse_tangents
 from ..core.cached_norms import StatisticsOfCache
 from ..core.call import AttentionCall, Request
 from ..core.dropout import Dropout
-from ..core.hints import warn_once
 from ..core.observation import ObservedCall, ObservedRows, notify_observers, observers
 from ..core.pair_biases import sum_of_tables
 from ..core.row_terms import sinks_beside
@@ -25,15 +22,10 @@ from ..core.sequences import PageTable
 from ..core.statistics import DoubleStatistics, Statistics
 from ..core.terms import Gradients, Terms, per_group
 from ..core.visibility import Visibility
-from ..scaling import SCALINGS, Scales, Scaling
+from ..scaling import Scales, Scaling
 from .checks import check_factor, check_key_bias, check_number, relative_bias_of, scale_dtype
 from .formulas import by_formulas
 from .results import AttentionAux, aux_of
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_LARGEST_KERNEL_DIM = 512
-_LARGEST_KEY_OF_DECODE = 1024
-_DIM_OF_EVERY_GPU = 256
 
 
 def run(request: Request) -> Tensor | tuple[Tensor, AttentionAux]:
@@ -43,67 +35,51 @@ def run(request: Request) -> Tensor | tuple[Tensor, AttentionAux]:
         with torch.autocast(q.device.type, enabled=False):
             return run(request)
     is_compiled, has_transform = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
-    if is_compiled and request.backend == "flash":
-        uncompiled: Any = torch._dynamo.disable(run)  # torch.compile cannot trace its libraries
+    if is_compiled and request.backend != "auto" and not BACKENDS[request.backend].is_traced:
+        uncompiled: Any = torch._dynamo.disable(run)
         return uncompiled(request)
     if is_compiled and has_transform:
         # Dynamo's rules for autograd functions in torch.func.grad gave wrong gradients. Raising leaves the call
         # uncompiled; fullgraph=True hands the error on.
         raise RuntimeError("tritonattn: a torch.func transform of attention is not compiled")
-    backend = choose_backend(request)
-    if request.backend == "auto" and backend == "triton" and not is_compiled and _flash_is_faster(request):
-        backend = "flash"
+    backend = choose(request)
     dropout = Dropout.draw(request.dropout_p, q.device) if request.dropout_p > 0 else None
     given = request
-    if q.dtype.itemsize == 2 and not (request.cached or _norms_by_kernels(backend, k)):
-        if has_transform or needs_graph(q, k):  # gradients of logits and of norms are added, then rounded
+    if q.dtype.itemsize == 2 and not (request.cached or backend.statistics):
+        # Gradients of logits and of norms are added, then rounded.
+        if (has_transform or needs_graph(q, k)) and not (backend.statistics is None and kernels_take(k)):
             request = request.changed(q=q.float(), k=k.float())
-    result = by_formulas(request, dropout) if backend == "reference" else None
-    if result is None:
+    if backend.by_formulas:
+        result = by_formulas(request, dropout)
+    else:
         in_forward_mode = forward_ad._current_level >= 0
         if in_forward_mode:
-            refuse_tangents(backend, Gradients._fields, request.tensors())
+            refuse_tangents(backend.name, Gradients._fields, request.tensors())
         call = resolve(request, backend, dropout)
         if in_forward_mode:
-            refuse_tangents(backend, Gradients._fields, call.tensors())  # of the scaling
-        # torch maps its attention in a loop under vmap; our operators fold the mapped axis into the batch.
-        folds = backend == "sdpa" and not has_transform and sdpa.supports(call)
-        attend = flash.attention if backend == "flash" else ops.attention
-        result = sdpa.attention(call) if folds else attend(call)
+            refuse_tangents(backend.name, Gradients._fields, call.tensors())  # of the scaling
+        result = None if backend.attention is None else backend.attention(call)
+        result = ops.attention(call) if result is None else result
     # A compiler reads no state here.
     if not (is_compiled or has_transform or given.cached) and observers.get():
         _notify(given, result.out)
     return (result.out, aux_of(result)) if aux else result.out
 
 
-def _flash_is_faster(request: Request) -> bool:
-    """True where a table measured on this card names a library for "auto", and it takes the call."""
-    library = _faster_library(request.q.device)
-    return library != "" and not request.aux and flash.takes(request, library)
+def statistics_of(request: Request, backend: Backend) -> Statistics:
+    """The statistics of the keys of a request, as its backend has them computed."""
+    has_kernels = kernels_take(request.k) if backend.statistics is None else backend.statistics
+    kind = ops.KernelStatistics if has_kernels else Statistics
+    return kind(request.keys if request.cached else request.k, request.visibility)
 
 
-@functools.cache
-def _faster_library(device: torch.device) -> str:
-    from ..tuning.config import Target
-    from ..tuning.lookup import faster_library
-
-    return faster_library(Target.of(device)) if device.type == "cuda" else ""
-
-
-def _norms_by_kernels(backend: str, k: Tensor) -> bool:
-    """True where a call takes the statistics of its keys from kernels; "flash" does on a GPU that runs them."""
-    return backend == "triton" or (backend == "flash" and kernels_take(k))
-
-
-def resolve(request: Request, backend: str, dropout: Dropout | None = None) -> AttentionCall:
+def resolve(request: Request, backend: Backend, dropout: Dropout | None = None) -> AttentionCall:
     """The call that a checked request is on a backend: with the terms of its logits computed."""
-    is_cached = request.cached != ""
-    source = "triton" if backend == "triton" or _norms_by_kernels(backend, request.k) else "sdpa"
-    statistics = ops.STATISTICS[source](request.keys if is_cached else request.k, request.visibility)
-    if not is_cached:
+    statistics = statistics_of(request, backend)
+    if not request.cached:
         call = with_terms(request, backend, logits(request, statistics), dropout)
-        if call.visibility.invariant and backend == "triton":
-            _refuse_scaled_halves(call)
+        if call.visibility.invariant:
+            backend.refuse_terms(call)
         return statistics.widened(call) if statistics.wide else call
     if request.statistics is not None:
         table, sequences = request.block_table, request.visibility.sequences
@@ -115,9 +91,9 @@ def resolve(request: Request, backend: str, dropout: Dropout | None = None) -> A
     return with_terms(request, backend, terms)
 
 
-def with_terms(request: Request, backend: str, terms: Terms, dropout: Dropout | None = None) -> AttentionCall:
+def with_terms(request: Request, backend: Backend, terms: Terms, dropout: Dropout | None = None) -> AttentionCall:
     """The call that a checked request is on a backend with all terms of its logits."""
-    settings = dropout, backend, request.aux, request.cached != "", request.block_table
+    settings = dropout, backend.name, request.aux, request.cached != "", request.block_table
     return AttentionCall(request.q, request.k, request.v, request.visibility, terms, *settings)
 
 
@@ -200,11 +176,10 @@ def scales_of(
 ) -> Scales:
     """The scaling's scales times the gain, as a float, [B, Hq, Sq] and [B, Hkv, Sk], and its bias as it is.
 
-    exact   scales of a mode of `SCALINGS` in fp64, neither rounded nor expanded, for a mode that combines others
+    exact   scales in fp64 where the mode `takes_fp64`, neither rounded nor expanded, for a mode that combines others
     """
-    if exact or isinstance(gain, Tensor):
-        is_mode = type(scaling) is SCALINGS.get(getattr(scaling, "name", ""))
-        statistics = DoubleStatistics(statistics) if is_mode else statistics
+    if scaling.takes_fp64 and (exact or isinstance(gain, Tensor)):
+        statistics = DoubleStatistics(statistics)
     scales = scaling.scales(q, k, visibility, statistics)
     name = f"{getattr(scaling, 'name', type(scaling).__name__)}.scales()"
     if not isinstance(scales, Scales):
@@ -277,7 +252,7 @@ def observed_rows(request: Request) -> ObservedRows:
     backend = {"flash": "auto", "reference": "sdpa"}.get(request.backend, request.backend)  # a library has no entropy
     narrow = request.k.detach()[..., :1]  # stands for v; its values reach nothing that is read
     request = request.changed(v=narrow, aux=True, dropout_p=0.0, backend=backend)
-    call = resolve(request, choose_backend(request))
+    call = resolve(request, choose(request))
     found, terms = aux_of(ops.attention(call)), call.logits
     largest = capped = found.max_logit
     if terms.softcap is not None and not terms.bias_after_softcap:
@@ -288,126 +263,3 @@ def observed_rows(request: Request) -> ObservedRows:
         plain = call.changed(logits=terms.changed(**hiding, bias_after_softcap=False))
         largest = aux_of(ops.attention(plain)).max_logit
     return ObservedRows(largest, torch.exp(capped - found.lse), found.entropy)
-
-
-def choose_backend(request: Request) -> str:
-    """Choose the backend of a request: the one asked for, which must support it, or for "auto" one that does."""
-    q, v, backend = request.q, request.v, request.backend
-    # The decode kernel takes wider keys.
-    decodes = request.cached != "" and request.visibility.sequences is None and not request.visibility.invariant
-    if backend == "triton" and (obstacle := _kernel_obstacle(q, v, decodes)):
-        raise NotImplementedError(
-            f"{obstacle}: backend 'triton' does not support it; backends 'sdpa' and 'reference' do"
-        )
-    sequences = request.visibility.sequences
-    is_empty = backend == "flash" and sequences is not None and sequences.q_starts.shape[0] == 1
-    if is_empty or q.numel() == 0 or request.k.numel() == 0:
-        backend = "sdpa"  # nothing to compute
-    elif backend == "auto":
-        backend = "sdpa"
-        if q.device.type == "cuda":
-            obstacle = _kernel_obstacle(q, v, decodes) or (not _HAS_TRITON and "triton is not installed")
-            backend = "sdpa" if obstacle else "triton"
-            if obstacle and not torch.compiler.is_compiling():
-                warn_once(f"tritonattn: backend 'sdpa' instead of 'triton': {obstacle}")
-    elif backend == "triton":
-        _check_kernels_run_on(q.device)
-    elif backend == "flash":
-        flash.refuse_unsupported(request)
-    if request.visibility.invariant:
-        _refuse_dependence(q, backend, request.dropout_p)
-    return backend
-
-
-def _refuse_dependence(q: Tensor, backend: str, dropout_p: float) -> None:
-    """Raise where a row's bits would depend on the rest of the batch although `batch_invariant` is on."""
-    obstacle = None
-    if dropout_p > 0:
-        obstacle = "dropout_p above 0, whose bits follow the position in the batch"
-    elif backend == "reference":
-        obstacle = "backend 'reference', whose products follow the lengths"
-    elif backend == "sdpa" and q.device.type == "cuda":
-        obstacle = f"backend 'sdpa' on {q.device}, whose products follow the lengths"
-    if obstacle is not None:
-        raise NotImplementedError(f"batch_invariant: not supported with {obstacle}")
-
-
-def _refuse_scaled_halves(call: AttentionCall) -> None:
-    """Raise for gradients of fp16 with scales: kernels divide by the largest scale of a head before they round."""
-    terms = call.logits
-    is_scaled = terms.query_scale is not None or terms.key_scale is not None
-    if call.v.dtype == torch.float16 and is_scaled and needs_graph(*call.tensors()[:5]):  # not of key_bias and sinks
-        raise NotImplementedError(
-            "batch_invariant: not supported with gradients of float16 through a scaling with vectors: kernels divide"
-            " these by a head's largest entry before they round; use bfloat16 or float32"
-        )
-
-
-def kernels_take(x: Tensor) -> bool:
-    """True where "auto" runs kernels on x [B, H, S, D]."""
-    return x.device.type == "cuda" and _HAS_TRITON and _kernel_obstacle(x, x) is None
-
-
-def _kernel_obstacle(q: Tensor, v: Tensor, decodes: bool = False) -> str | None:
-    """Name the property of a call that kernels cannot honour, or None."""
-    if q.dtype == torch.float64:
-        return "q of dtype torch.float64"
-    if q.device.type == "cuda" and _HAS_TRITON and (obstacle := _obstacle_of_card(q.device)):
-        return obstacle
-    head_dim, value_dim = q.shape[3], v.shape[3]
-    if head_dim <= _DIM_OF_EVERY_GPU and value_dim <= _DIM_OF_EVERY_GPU:
-        return None
-    largest_key = _LARGEST_KEY_OF_DECODE if decodes else _LARGEST_KERNEL_DIM
-    for dim, limit in ((head_dim, largest_key), (value_dim, _LARGEST_KERNEL_DIM)):
-        if dim > limit:
-            return f"head_dim {dim}, above {limit}"
-    if q.device.type == "cuda" and _HAS_TRITON:
-        return _obstacle_of_memory(head_dim, value_dim, q.dtype, q.device, decodes)
-    return None
-
-
-def _obstacle_of_card(device: torch.device) -> str | None:
-    """Say that Triton has no code for a device's tensor cores, or None."""
-    return _kept_obstacle_of_card(device)
-
-
-@functools.cache
-def _kept_obstacle_of_card(device: torch.device) -> str | None:
-    from ..tuning.config import Target
-
-    if not torch.cuda.is_available():  # tensors of a trace
-        return None
-    target = Target.of(device)
-    return f"{target.name}, for whose tensor cores Triton has no code," if target.is_too_old else None
-
-
-def _obstacle_of_memory(
-    head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device, decodes: bool
-) -> str | None:
-    """Name what a device lacks for the kernels at wide heads, or None."""
-    from ..tuning.config import TILED_KERNELS, Target
-    from ..tuning.defaults import obstacle
-
-    return obstacle(head_dim, value_dim, dtype, Target.of(device), ("decode",) if decodes else TILED_KERNELS)
-
-
-# The mark of torch.compiler.assume_constant_result, which imports all of torch._dynamo, in a second.
-_obstacle_of_card._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
-_obstacle_of_memory._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
-
-
-def _check_kernels_run_on(device: torch.device) -> None:
-    if not _HAS_TRITON:
-        raise ImportError(
-            "backend: 'triton' needs the package triton, which is not installed: pip install \"triton>=3.4\""
-            " (Linux) or triton-windows; backends 'sdpa' and 'reference' do without"
-        )
-    if device.type == "cuda":
-        return
-    from ..backends.triton.launch import runs_on  # `kernels` is cached by a wrapper that torch.compile warns of
-
-    if not runs_on(device):
-        raise ValueError(
-            f"backend: expected tensors on a CUDA or HIP device for 'triton', got {device}; kernels run on CPU"
-            " tensors only in triton's interpreter, with TRITON_INTERPRET=1 in the environment"
-        )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import kernels
+from ..backends import kernels, kernels_take
 from ..core.autograd import runs_eagerly
 from ..core.cached_norms import TOTALS, CachedNorms, zeros
 from ..core.norms import key_norms_of
@@ -21,7 +21,6 @@ from .checks import (
     type_of,
     values_are_read,
 )
-from .dispatch import kernels_take
 from .sequence_checks import check_new_keys
 
 _OWNER = "this KeyStatistics"

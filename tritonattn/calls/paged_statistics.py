@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import kernels
+from ..backends import kernels, kernels_take
 from ..core.autograd import runs_eagerly
 from ..core.cached_norms import CachedNorms, zeros
 from ..core.norms import key_norms_of
 from ..core.sequences import PackedAxis, PageTable, Slots
 from .checks import INTEGERS, check_count, check_tensor, type_of, values_are_read
-from .dispatch import kernels_take
 from .key_statistics import described
 from .layouts import SMALLEST_PAGE
 from .sequence_checks import (

@@ -123,11 +123,22 @@ class DoubleStatistics(Statistics):
 
     def __init__(self, statistics: Statistics) -> None:
         super().__init__(lambda: statistics.k, statistics.visibility)
-        self.query_norms = lambda q: statistics.query_norms(q).double()
-        self._norms = lambda: statistics.norms.double()
-        self._norm_sum = lambda: statistics.norm_sum.double()
-        self._norm_square_sum = lambda: statistics.norm_square_sum
-        self._norm_max = lambda: statistics.norm_max.double()
+        self._given = statistics
+
+    def query_norms(self, q: Tensor) -> Tensor:
+        return self._given.query_norms(q).double()
+
+    def _norms(self) -> Tensor:
+        return self._given.norms.double()
+
+    def _norm_sum(self) -> Tensor:
+        return self._given.norm_sum.double()
+
+    def _norm_square_sum(self) -> Tensor:
+        return self._given.norm_square_sum
+
+    def _norm_max(self) -> Tensor:
+        return self._given.norm_max.double()
 
 
 def sum_over_keys(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..backends import BACKENDS
 from ..calls.attention import batch_visibility
 from ..calls.checks import FLOATS, Backend, check_count, operands
 from ..calls.dispatch import with_terms
@@ -166,7 +167,7 @@ def context_parallel_attention(
         if keep_rounding:  # gradients of logits and of norms add up before they are rounded
             request = request.changed(q=q.float(), k=k.float())
         sequence = SharedSequence.of(q, k, split, causal, window, cu_seqlens)
-        call = with_terms(request, request.backend, logits_of(request, sequence, reduce_dtype))
+        call = with_terms(request, BACKENDS[request.backend], logits_of(request, sequence, reduce_dtype))
         heads = k.shape[1] if head_group is None else head_group
         constants = call.logits.scale, call.logits.softcap
         shared = SharedCall(sequence, *constants, call.backend, heads, reduce_dtype, return_aux, keep_rounding)

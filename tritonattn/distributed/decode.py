@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import ops
+from ..backends import BACKENDS
 from ..calls.checks import INTEGERS, Backend, check_tensor, check_values
 from ..calls.decode import cache_operands, cache_visibility, check_statistics
-from ..calls.dispatch import logits, refuse_gradients, with_terms
+from ..calls.dispatch import logits, refuse_gradients, statistics_of, with_terms
 from ..calls.dtensors import head_parts
 from ..calls.key_statistics import KeyStatistics
 from ..calls.public import public
@@ -171,13 +172,14 @@ def _attend(
     request: Request, split: Split, statistics: KeyStatistics | None, width: int | None
 ) -> tuple[Tensor, AttentionAux]:
     """Attend to the keys of all ranks: out, in the dtype of lse, and `AttentionAux`; width is that of a window."""
-    of_part = ops.STATISTICS[request.backend](request.k, request.visibility)
+    backend = BACKENDS[request.backend]
+    of_part = statistics_of(request, backend)
     if statistics is not None:
         of_part = StatisticsOfCache(of_part, statistics, None, width)
     terms = logits(request, _SharedRows(of_part, split))
     if terms.key_bias is not None:
         raise NotImplementedError("scaling: expected one without a bias a key, which does not know the whole cache")
-    part = with_terms(request, request.backend, terms._replace(sinks=None))
+    part = with_terms(request, backend, terms._replace(sinks=None))
     out, aux = _merged(ops.attention(part.changed(aux=True, cached=False)), split)
     if terms.sinks is not None:
         out = out * share_with_sinks(aux.lse, terms.sinks)[..., None]

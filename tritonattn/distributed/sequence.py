@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..backends import choose
 from ..calls.checks import check
-from ..calls.dispatch import choose_backend, logits
+from ..calls.dispatch import logits
 from ..core.call import Request
 from ..core.norms import key_norms_of
 from ..core.ranges import argmax_of_prefixes, prefix_sum
@@ -126,7 +127,7 @@ def check_over_ranks(request: Request, rows: str = "[B, Hq, Sq]") -> Request:
     if has_relative_bias(request.scaling, request.q):
         name = type(request.scaling).__name__
         raise NotImplementedError(f"scaling: expected one without a relative bias over ranks, got {name}")
-    backend = choose_backend(request)
+    backend = choose(request).name
     if backend in ("flash", "reference"):
         raise NotImplementedError(f"backend: expected 'auto', 'triton' or 'sdpa' over ranks, got {backend!r}")
     return request.changed(backend=backend)

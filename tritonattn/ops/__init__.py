@@ -6,6 +6,6 @@
 time of the dispatcher; compilers, transforms and dispatch modes meet the operators.
 """
 
-from .attend import STATISTICS, attention
+from .attend import KernelStatistics, attention
 
-__all__ = ["STATISTICS", "attention"]
+__all__ = ["KernelStatistics", "attention"]

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from ..backends import cpu as blockwise
-from ..backends import kernels
+from ..backends import BACKENDS, kernels
 from ..core.autograd import (
     apply,
     apply_with_graph,
@@ -84,27 +83,20 @@ def backward_pass(
 
 def _forward(call: AttentionCall, rounding: Tensor | None = None, *, has_graph: bool) -> ForwardResult:
     """Run a call on its backend. With a graph, forward and backward must multiply in the same tiles."""
-    aux, visible, runs_kernels = call.aux, call.visibility, call.backend == "triton"
-    if call.cached and visible.sequences is None:
-        if not visible.invariant:
-            return kernels().decode(call, aux) if runs_kernels else blockwise.forward(call.gathered(), aux)
-        # An invariant call splits no keys, and its loop is that of other calls.
-        call = call.by_ranges()
-        return kernels().forward(call, aux) if runs_kernels else blockwise.forward(call.gathered(), aux)
-    if not runs_kernels or call.k.shape[0] == 0:
+    visible, backend = call.visibility, BACKENDS[call.backend]
+    is_cache = call.cached and visible.sequences is None
+    if call.block_table is not None and not (backend.reads_pages and (is_cache or call.k.shape[0] > 0)):
         call = call.gathered()
-    if call.q.numel() == 0 or call.k.numel() == 0:
+    if is_cache:
+        if visible.invariant:
+            call = call.by_ranges()
+    elif call.q.numel() == 0 or call.k.numel() == 0:
         out, lse, max_logit, entropy, _ = _allocate_forward(call, keep_rounding=False)
         rows = (out.zero_(), lse.fill_(-torch.inf), max_logit.fill_(-torch.inf), entropy.zero_())
-        return ForwardResult(*rows[: 4 if aux else 2])
-    if visible.invariant and (first := visible.first_keys()) is not None:
+        return ForwardResult(*rows[: 4 if call.aux else 2])
+    elif visible.invariant and (first := visible.first_keys()) is not None:
         call = call.from_keys(first)
-    if not runs_kernels:
-        with without_autocast(call.q):
-            return blockwise.forward(call, aux, rounding)
-    if not (has_graph or visible.invariant) and kernels().are_few_rows(call):
-        return kernels().decode(call, aux)
-    return kernels().forward(call, aux, rounding)
+    return backend.forward(call, rounding, has_graph)
 
 
 def _forward_kept(call: AttentionCall, keep_rounding: bool) -> tuple[Tensor | None, ...]:
@@ -131,11 +123,7 @@ def _backward(
     first = call.visibility.first_keys() if call.visibility.invariant else None
     if first is not None:
         call = call.from_keys(first)
-    if call.backend == "triton":
-        found = kernels().backward(call, out, lse, d_out, d_lse, needs, rounding)
-    else:
-        with without_autocast(out):
-            found = blockwise.backward(call, out, lse, d_out, d_lse, needs, rounding)
+    found = BACKENDS[call.backend].backward(call, (out, lse, rounding), d_out, d_lse, needs)
     return found if first is None else found.rolled(call.visibility.k_len - first)
 
 
@@ -161,7 +149,8 @@ def _filled(results: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
 )
 def _forward_operator(*arguments):
     *arguments, keep_rounding = arguments
-    return _filled(_forward_kept(call_of(arguments), keep_rounding))
+    with without_autocast(arguments[0]):
+        return _filled(_forward_kept(call_of(arguments), keep_rounding))
 
 
 @_forward_operator.register_fake
@@ -350,10 +339,6 @@ class KernelStatistics(Statistics):
         _, _, *rest = call  # torch 2.8 traces no slice
         q, k = call.q if q is None else q, call.k if k is None else k
         return AttentionCall(q, k, *rest)  # pyright: ignore[reportArgumentType]
-
-
-# By backend.
-STATISTICS: dict[str, type[Statistics]] = {"triton": KernelStatistics, "sdpa": Statistics}
 
 
 class _NormsAndInput(Function):

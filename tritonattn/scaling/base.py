@@ -60,6 +60,7 @@ class Scaling:
     name               the mode's name, in errors and in saved configs
     reads_keys         False: `scales` takes from k only its shape, and everything else from `statistics`; decoding then
                        gathers no pages for it. Not inherited: True in a subclass that does not set it.
+    takes_fp64         True: `scales` gets statistics in fp64 where its factor enters another. Not inherited either.
     trained_length     the argument that "NAME:LENGTH" gives, the n at which the factor is that of sqrt_dim; "" where a
                        mode has none
     normalises_query   True: the factor divides by ||q||. Logits are then the same whatever q was multiplied by, and a
@@ -79,6 +80,7 @@ class Scaling:
     name: ClassVar[str]
     about: ClassVar[About]
     reads_keys: bool = True
+    takes_fp64: bool = False
     trained_length: ClassVar[str] = ""
     normalises_query: bool = False
 
@@ -86,6 +88,8 @@ class Scaling:
         super().__init_subclass__(**keywords)
         if "reads_keys" not in vars(cls):
             cls.reads_keys = True
+        if "takes_fp64" not in vars(cls):
+            cls.takes_fp64 = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         """The factor of q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] as a float and at most two vectors.
@@ -168,7 +172,7 @@ def mode(
     """Class decorator of a named mode, whose `scales` reads keys by `statistics` alone. Arguments as of `About`."""
 
     def named(cls: Mode) -> Mode:
-        cls.name, cls.reads_keys = name, False
+        cls.name, cls.reads_keys, cls.takes_fp64 = name, False, True
         cls.about = About(factor, letters or {}, source, advice, example or {}, config or {}, models)
         return cls
 

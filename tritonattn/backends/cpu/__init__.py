@@ -33,36 +33,49 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...core.autograd import without_autocast
 from ...core.call import AttentionCall, ForwardResult
 from ...core.terms import Gradients, Needs
-from . import backward_pass, by_parts, forward_pass
+from ..protocol import Backend
+from . import backward_pass, by_parts, forward_pass, sdpa
 from .parts import parts_of
 
 
-def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
-    """Compute the output and lse of a call, and with aux its max_logit and entropy.
+class Sdpa(Backend):
+    """PyTorch's kernel with its gradient for plain calls, and tiles of ours for the others."""
 
-    rounding, int8 and shaped like the output, receives what the output lost when it was rounded: `core.rounding`.
-    """
-    found = _by_parts(call, rounding) if by_parts.takes(call) else forward_pass.forward(call, rounding)
-    if not aux:
-        return found
-    return ForwardResult(found.out, found.lse, *forward_pass.statistics_of_rows(call, found.lse))
+    name = "sdpa"
+    attention = staticmethod(sdpa.attention)
+
+    def follows_lengths(self, device: torch.device) -> str | None:
+        return f"backend 'sdpa' on {device}, whose products follow the lengths" if device.type == "cuda" else None
+
+    def forward(self, call: AttentionCall, rounding: Tensor | None = None, has_graph: bool = True) -> ForwardResult:
+        found = _by_parts(call, rounding) if by_parts.takes(call) else forward_pass.forward(call, rounding)
+        if not call.aux:
+            return found
+        return ForwardResult(found.out, found.lse, *forward_pass.statistics_of_rows(call, found.lse))
+
+    def backward(
+        self,
+        call: AttentionCall,
+        saved: tuple[Tensor, Tensor, Tensor | None],
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        needs: Needs,
+    ) -> Gradients:
+        with without_autocast(call.q):
+            return _backward(call, saved, d_out, d_lse, needs)
 
 
-def backward(
+def _backward(
     call: AttentionCall,
-    out: Tensor,
-    lse: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor | None],
     d_out: Tensor,
     d_lse: Tensor | None,
     needs: Needs,
-    rounding: Tensor | None = None,
 ) -> Gradients:
-    """Compute the gradients that `needs` asks for.
-
-    out [B, Hq, Sq, Dv], lse [B, Hq, Sq] and rounding are those of `forward`; d_out and d_lse are alike, any strides.
-    """
+    out, lse, rounding = saved
     needs_tiles = d_lse is not None or needs.key_bias or needs.bias or needs.relative_bias
     if needs_tiles or not by_parts.takes(call):
         return backward_pass.backward(call, out, lse, d_out, d_lse, needs, rounding)
@@ -72,10 +85,10 @@ def backward(
         return backward_pass.backward(call, out, lse, d_out, d_lse, needs, rounding)
     rows = by_parts.rows_of_tiles(lse, call.visibility, prepared.spoiled)
     if rows is None:
-        return by_parts.backward(prepared.call, parts, (out, lse, rounding), d_out, needs)
+        return by_parts.backward(prepared.call, parts, saved, d_out, needs)
     # A row with an lse of -inf has no gradient: each way leaves the other's rows out, and what they find adds up.
-    saved = out, lse.masked_fill(rows, -torch.inf), rounding
-    of_parts = by_parts.backward(prepared.call, parts, saved, d_out, needs)
+    of_rest = out, lse.masked_fill(rows, -torch.inf), rounding
+    of_parts = by_parts.backward(prepared.call, parts, of_rest, d_out, needs)
     of_tiles = backward_pass.backward(call, out, lse.masked_fill(~rows, -torch.inf), d_out, None, needs, rounding)
     pairs = zip(of_parts, of_tiles, strict=True)
     return Gradients(*(None if x is None or y is None else x + y for x, y in pairs))
@@ -106,6 +119,3 @@ def _with_rows_of_tiles(
     if rounding is not None and lost is not None:
         rounding.copy_(torch.where(rows[..., None], lost, rounding))
     return ForwardResult(out, torch.where(rows, tiles.lse, found.lse))
-
-
-__all__ = ["backward", "forward"]

@@ -66,12 +66,15 @@ def _norm(x: Tensor) -> float:
     return torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32)).item()
 
 
-def attention(call: AttentionCall) -> ForwardResult:
-    """The output [B, Hq, Sq, Dv], without an lse, of a call that `supports` accepts, differentiable by autograd.
+def attention(call: AttentionCall) -> ForwardResult | None:
+    """The output [B, Hq, Sq, Dv], without an lse, differentiable by autograd; None unless `supports` accepts the call.
 
     The scales are folded in q's dtype: exact to rounding in fp32 and fp64, while in bf16 q * query_scale and
     k * key_scale are rounded to bf16 once before they meet.
     """
+    # torch maps its attention in a loop under vmap; our operators fold the mapped axis into the batch.
+    if torch._C._are_functorch_transforms_active() or not supports(call):
+        return None
     dtype, is_full = call.v.dtype, call.visibility.is_full
     if dtype.itemsize == 2 and _needs_fp32(call):
         call = call.changed(q=call.q.float(), k=call.k.float(), v=call.v.float())

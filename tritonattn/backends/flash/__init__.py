@@ -11,6 +11,35 @@ libraries' gradients d_q' and d_k', of 16 bits,
 and autograd carries d_query_scale on into key norms and learned parameters.
 """
 
+import functools
+
+import torch
+
+from ...core.call import Request
+from ..protocol import Backend
 from .run import attention, refuse_unsupported, takes
 
-__all__ = ["attention", "refuse_unsupported", "takes"]
+
+class Flash(Backend):
+    """Installed libraries of attention, whose gradients are theirs."""
+
+    name, is_traced, statistics = "flash", False, None  # torch.compile cannot trace its libraries
+    attention = staticmethod(attention)
+
+    def require(self, request: Request) -> None:
+        refuse_unsupported(request)
+
+    def passed_over(self, request: Request) -> str | None:
+        """None where a table measured on this card names a library for "auto", and it takes the request."""
+        if torch.compiler.is_compiling():
+            return ""
+        library = _faster_library(request.q.device)
+        return None if library and not request.aux and takes(request, library) else ""
+
+
+@functools.cache
+def _faster_library(device: torch.device) -> str:
+    from ...tuning.config import Target
+    from ...tuning.lookup import faster_library
+
+    return faster_library(Target.of(device)) if device.type == "cuda" else ""

@@ -25,7 +25,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from ... import ops
-from ...calls.dispatch import choose_backend, resolve, with_terms
+from ...backends import BACKENDS, choose
+from ...calls.dispatch import resolve, with_terms
 from ...calls.formulas import by_formulas
 from ...calls.layouts import SMALLEST_PAGE
 from ...calls.paged_statistics import PagedKeyStatistics
@@ -329,15 +330,15 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
             record=record,
             cached=f"attention_backend {NAME}",
         )
-        return request.changed(backend=choose_backend(request))
+        return request.changed(backend=choose(request).name)
 
     def _sinks_of(self, visible: Visibility) -> Tensor | None:
         return None if self._sinks is None else self._sinks[:, None].expand(visible.rows)
 
     def _attend(self, request: Request) -> Tensor:
         """out of a request, with the terms of its logits from another layer of the step that has the same."""
-        backend = request.backend
-        if backend == "reference":
+        backend = BACKENDS[request.backend]
+        if backend.by_formulas:
             return by_formulas(request).out
         if self._factor.shared is None:
             return ops.attention(resolve(request, backend)).out
