@@ -327,7 +327,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
             scaling=self._factor.scaling,
             gain=self._factor.gain,
             backend=self._backend,
-            record=record,
+            statistics=record,
             cached=f"attention_backend {NAME}",
         )
         return request.changed(backend=choose(request).name)
