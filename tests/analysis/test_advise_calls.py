@@ -49,7 +49,7 @@ class Block(nn.Module):
             q, k = self.of_queries(q), self.of_keys(k)
         if self.layer.rotary:
             q, k = turned(q, self.layer.rotary), turned(k, self.layer.rotary)
-        out = tritonattn.attention(q, k, v, causal=True, **dict(self.layer.arguments), **more)
+        out = tritonattn.attention(q, k, v, **{"causal": True, **dict(self.layer.arguments), **more})
         return x + self.out(out.transpose(1, 2).flatten(2))
 
 
@@ -70,6 +70,11 @@ def arguments(**given):
     return tuple(given.items())
 
 
+def by_mask(window):
+    distance = torch.arange(40)[:, None] - torch.arange(40)
+    return arguments(causal=False, mask=(distance >= 0) & (distance < window))
+
+
 WINDOW = arguments(window=(7, 0))
 LOCAL, ROTARY, FREE = Layer(1.0, arguments=WINDOW), Layer(1.0), Layer()
 CASES = {
@@ -77,6 +82,7 @@ CASES = {
     "the recipe with its factor": ((LOCAL, Layer(arguments=arguments(scaling="log_key_count:40"))), ["healthy"] * 2),
     "with a tensor as factor": ((LOCAL, Layer(arguments=arguments(scaling=torch.ones(40)[None]))), ["healthy"] * 2),
     "with a constant": ((LOCAL, Layer(arguments=arguments(scaling=0.5))), ["healthy", OPEN]),
+    "masks": ((Layer(1.0, arguments=by_mask(8)), Layer(arguments=by_mask(40))), ["healthy", OPEN]),
     "plain rotary": ((ROTARY, ROTARY), [POSITIONS] * 2),
     "rotary with a factor": ((Layer(1.0, arguments=arguments(scaling="log_key_count:40")),), [POSITIONS]),
     "a half of the channels turned": ((Layer(0.5), FREE), [POSITIONS, OPEN]),

@@ -81,15 +81,13 @@ class Layer:
             gain = None if scaling.normalises_query else self.relative
         found = diagnose(self.q, self.k, scaling=scaling, gain=gain, softcap=self.softcap, **self.visible)
         longest = int(self.seen.counts().max())
-        lo, hi = self.seen.ranges()
-        last = torch.arange(1, hi.shape[-1] + 1, device=hi.device) + self.seen.k_len - self.seen.q_len
         name = _name(self.scaling) if mode is None else mode
         return Reading(
             layer=self.name,
             mode=name,
             **_means(found),
             key_norm_between=_between_sequences(self.k, self.seen),
-            causal=bool((hi <= last)[hi > lo].all()),
+            causal=_is_causal(self.seen),
             longest=longest,
             context=self.context,
             power=power_of(*layer_power(found.count_power, found.count_power_error)),
@@ -239,6 +237,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training:
             module.training = mode
+
+
+def _is_causal(seen: Visibility) -> bool:
+    """True where no row attends to keys of later positions."""
+    if seen.mask is not None:
+        return not bool(seen.dense().triu(1 + seen.k_len - seen.q_len).any())
+    lo, hi = seen.ranges()
+    last = torch.arange(1, hi.shape[-1] + 1, device=hi.device) + seen.k_len - seen.q_len
+    return bool((hi <= last)[hi > lo].all())
 
 
 def _keys_of_window(visible: Visibility) -> int | None:
