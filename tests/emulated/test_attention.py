@@ -27,7 +27,6 @@ ALL, PAIRS = (*BOTH, "key_bias"), ("query_scale", "bias", "relative_bias")
 # A fast selection, of small tiles; the slow test has default ones.
 FAST = (
     (GPU(80), Case(HALF, tiles=SMALL, mask="everything", scales=BIAS, form="everything", heads=(2, 1))),
-    (GPU(90), Case(SINGLE, (20, 12), TileConfig(32, 16, 2, 2), "ranges", BOTH, "aux", lengths=(50, 33))),
     (GPU(90, True), Case(BFLOAT, (32, 32), WARPGROUP, "causal window", ALL, "sinks", (2, 2), (70, 90), 1)),
     (GPU(80), Case(HALF, tiles=SMALL, mask="causal", scales=PAIRS, form="softcap")),
     (GPU(80), Case(BFLOAT, (32, 32), TileConfig(32, 64, 4, 2), mask="causal", form="dropout", heads=(2, 1), batch=1)),

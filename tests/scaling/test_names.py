@@ -43,8 +43,10 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [(text, place) for text in TEXTS for place in PLACES if place != "compiled call" or text == "log_power(2, 64)"],
+)
 def test_a_text_is_the_same_mode_everywhere(text, place):
     assert PLACES[place](text) == TEXTS[text]
     assert torch.equal(attention(Q, Q, Q, scaling=text), attention(Q, Q, Q, scaling=TEXTS[text]))
