@@ -9,6 +9,7 @@ import torch
 
 from tritonattn.backends.triton import KERNELS
 from tritonattn.tuning import compile_kernel, config
+from tritonattn.tuning.architectures import ARCHITECTURES
 from tritonattn.tuning.config import TILED_KERNELS, Problem, Target, TileConfig, is_short, legal_reasons
 from tritonattn.tuning.defaults import default_config, obstacle
 
@@ -166,3 +167,18 @@ def test_tiles_of_batch_invariant_calls_follow_head_dims_and_dtype_alone(target)
                 assert found == expected, (kernel, width, dtype, form)
             paged = default_config(kernel, Problem(width, width, dtype, invariant=True, block_table=True), target)
             assert paged == replace(expected, descriptors=False)
+
+
+def test_an_unknown_architecture_has_the_least_memory_and_what_its_number_says():
+    known = ARCHITECTURES.values()
+    for name, descriptors, warp in (
+        ("sm_88", False, 32),
+        ("sm_110", True, 32),
+        ("gfx1201", False, 32),
+        ("gfx906", False, 64),
+    ):
+        one = Target.parse(name).architecture
+        assert (one.has_descriptors, one.warp_size) == (descriptors, warp)
+        assert one.shared_bytes == min(x.shared_bytes for x in known)
+        assert one.l2_bytes <= min(x.l2_bytes for x in known)
+        assert (one.family.products == "mfma") == (Target.parse(name).backend == "hip")
