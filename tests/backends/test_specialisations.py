@@ -53,9 +53,7 @@ def called(**given: Any) -> AttentionCall:
     """A call on QKV; given: more, or others, by the name of a tensor, a term or a mask."""
     tensors = {name: given.pop(name, x) for name, x in QKV.items()}
     logits = Terms(0.3, **{name: given.pop(name) for name in Terms._fields if name in given})
-    rest = {
-        name: given.pop(name) for name in ("dropout", "block_table", "wide_q", "wide_k", "is_part") if name in given
-    }
+    rest = {name: given.pop(name) for name in ("dropout", "block_table", "is_part") if name in given}
     visible = Visibility.of(tensors["q"], tensors["k"], **given)
     return AttentionCall(**tensors, visibility=visible, logits=logits, **rest)
 
@@ -123,8 +121,8 @@ PROPERTIES = [
     (backward, {}, {"d_lse": VECTOR}),
     (backward, {}, {"rounding": torch.zeros(2, 2, SIZE, SIZE, dtype=torch.int8)}),
     (backward, {"key_scale": VECTOR}, {"key_scale": VECTOR, "needs": Needs(q=True, k=True, v=True)}),
-    (backward, {}, {"wide_q": QKV["q"].float()}),
-    (backward, {}, {"wide_k": QKV["k"].float()}),
+    (backward, {}, {"q": QKV["q"].float()}),
+    (backward, {}, {"k": QKV["k"].float()}),
     (backward, {}, {"is_part": True}),
     *((decode, {}, {name: x}) for name, x in (TERMS | OPERANDS).items() if name != "q"),
     (decode, {}, {"q": apart(normal(2, 2, 2, SIZE))}),

@@ -12,7 +12,8 @@ from tritonattn.core.ranges import prefix_sum
 from tritonattn.core.sequences import Sequences
 from tritonattn.core.statistics import Statistics
 from tritonattn.core.visibility import Visibility
-from tritonattn.ops import KernelStatistics, attend
+from tritonattn.ops import KernelStatistics
+from tritonattn.ops import statistics as by_kernels
 
 B, HQ, HKV, SQ, SK, D = 2, 4, 2, 6, 9, 5
 STATISTICS = ["norm_sum", "norm_square_sum", "norm_max"]
@@ -157,7 +158,7 @@ DOCUMENTS = {
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_no_bit_of_a_document_depends_on_a_key_of_another(name, poison, kind, monkeypatch):
     """Values and gradients, where the first document has a key, and gradients of its rows, that swallow all others."""
-    monkeypatch.setattr(attend, "kernels", torch_kernels)
+    monkeypatch.setattr(by_kernels, "kernels", torch_kernels)
     random = torch.Generator().manual_seed(0)
     k, g = torch.randn(1, HKV, TOTAL, D, generator=random), torch.randn(1, HKV, TOTAL, generator=random)
     first_rows = (IDS[0, ORDER] if "any order" in name else IDS[0]) == 0

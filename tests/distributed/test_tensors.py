@@ -18,7 +18,7 @@ from tritonattn import nn
 from tritonattn.core.norms import key_norms_of
 from tritonattn.core.torch_distributed import whole
 from tritonattn.distributed import HeadParallel
-from tritonattn.ops import attend
+from tritonattn.ops import statistics as by_kernels
 from tritonattn.ops.operators import flat
 
 B, HQ, HKV, S, D = 4, 8, 4, 12, 8
@@ -174,7 +174,7 @@ def operators(rank: int) -> dict[str, float]:
         compared("forward", [*flat(call), False], [both, placed, placed], case=str(placed))
     seen, of_keys = torch.arange(16)[None, None] < lengths[:, None, None], key_norms_of(k)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attend, "kernels", torch_kernels)
+        patch.setattr(by_kernels, "kernels", torch_kernels)
         compared("key_norms", [k.requires_grad_(), seen], [both])
         shared = torch.arange(16)[None, None] % 5 == 0
         for case, restarts in {"": None, "restarts of all heads": shared, "restarts of each": of_keys > 2}.items():

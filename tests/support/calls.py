@@ -96,7 +96,7 @@ def example(
 
 
 def torch_kernels() -> SimpleNamespace:
-    """The kernels of statistics that `tritonattn.ops.attend` calls, by torch."""
+    """The kernels that `tritonattn.ops.statistics` calls, by torch."""
     return SimpleNamespace(
         key_norms=lambda k, counted: key_norms_of(k, counted).detach(),
         prefix_sums=prefix_sum,

@@ -81,9 +81,6 @@ class AttentionCall(NamedTuple):
                entry or sequence n of `visibility.sequences` lies in page block_table[n, j // page], at j % page.
                Vectors of keys still lie along the axis of visibility.k_len. Entries outside [0, P) are not followed:
                keys and values there are zeros. No gradients.
-    wide_q     fp32 of q's shape, or None: stands for q in the graph and takes its gradient in fp32; its values are not
-               read, and it may have no memory
-    wide_k     likewise k's
     is_part    rows attend to other keys too: out and lse, which a backward gets, are of all of them
 
     Gradients by other ways, as through key norms, are added to an fp32 gradient before the sum is rounded. For the
@@ -100,15 +97,11 @@ class AttentionCall(NamedTuple):
     aux: bool = False
     cached: bool = False
     block_table: Tensor | None = None
-    wide_q: Tensor | None = None
-    wide_k: Tensor | None = None
     is_part: bool = False
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors that may have a gradient, in the order of `Gradients`."""
-        q = self.q if self.wide_q is None else self.wide_q
-        k = self.k if self.wide_k is None else self.wide_k
-        return q, k, self.v, *self.logits.tensors()
+        return self.q, self.k, self.v, *self.logits.tensors()
 
     def changed(self, **fields: Any) -> AttentionCall:
         """Replace fields, as `Terms.changed`."""
@@ -132,7 +125,7 @@ class AttentionCall(NamedTuple):
     def from_keys(self, first: Tensor) -> AttentionCall:
         """The call with keys counted from first[b] of each entry, int64 [B], as `Visibility.from_keys` has them.
 
-        Blocks of keys are then those of a call with only these keys. `wide_q` and `wide_k` stay: no value is read.
+        Blocks of keys are then those of a call with only these keys.
         A `bias` has all entries and keys, and there is no relative one.
         """
         terms = dict(zip(Terms._fields[TENSORS], self.logits.tensors(), strict=True))

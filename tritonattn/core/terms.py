@@ -45,8 +45,8 @@ class Terms(NamedTuple):
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The terms that may have a gradient, in the order of `Gradients`."""
-        found: Any = self[TENSORS]
-        return found
+        _, *found = self  # torch 2.8 traces no slice of a NamedTuple
+        return tuple(found[: TENSORS.stop - 1])  # pyright: ignore[reportReturnType]
 
     def changed(self, **terms: Any) -> Terms:
         """Replace fields as `_replace` does, which torch.compile traces only from torch 2.9 on."""

@@ -6,6 +6,7 @@
 time of the dispatcher; compilers, transforms and dispatch modes meet the operators.
 """
 
-from .attend import KernelStatistics, attention
+from .attend import attention
+from .statistics import KernelStatistics
 
 __all__ = ["KernelStatistics", "attention"]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from ..backends import BACKENDS, kernels
+from ..backends import BACKENDS
 from ..core.autograd import (
-    apply,
     apply_with_graph,
     first_order,
     is_transformed,
@@ -21,8 +21,8 @@ from ..core.autograd import (
     without_autocast,
 )
 from ..core.call import AttentionCall, ForwardResult
-from ..core.statistics import Statistics
-from ..core.terms import Gradients, Needs, Terms
+from ..core.terms import Gradients, Needs
+from ..core.visibility import Visibility
 from .operators import (
     ARGUMENTS,
     GRADIENTS,
@@ -30,10 +30,8 @@ from .operators import (
     TENSORS,
     call_of,
     flat,
-    in_one_batch,
     operator,
     vmap_of_call,
-    with_values,
     without_repeats,
 )
 
@@ -44,15 +42,22 @@ def attention(call: AttentionCall) -> ForwardResult:
     max_logit and entropy are None without aux.
     """
     given = call.tensors()
-    has_graph = needs_graph(*given)
-    if not runs_eagerly(*given, call.visibility.key_lengths):
-        keep_rounding = call.v.dtype.itemsize == 2 and (has_graph or is_transformed())
-        run = _Transformed.apply if is_transformed() else _forward_operator
-        results = run(*flat(without_repeats(with_values(call))), keep_rounding)
-    elif has_graph:
-        results = apply_with_graph(_Attention, *given, call)
-    else:
+    has_graph, is_eager = needs_graph(*given), runs_eagerly(*given, call.visibility.key_lengths)
+    if is_eager and not has_graph:
         return _forward(call, has_graph=False)
+    keep_rounding = call.v.dtype.itemsize == 2 and (has_graph or is_transformed())
+    values = flat(call if is_eager else without_repeats(call))
+    if not (is_eager or is_transformed()):
+        results = _forward_operator(*values, keep_rounding)
+    else:
+        slots = [slot for slot, x in enumerate(values[:TENSORS]) if x is not None]
+        tensors = [values[slot] for slot in slots]
+        visible = call.visibility if is_eager and slots[-1] < GRADIENTS else None
+        rest = _Rest([None] * TENSORS + values[TENSORS:], slots, keep_rounding, visible)
+        if is_eager:
+            results = apply_with_graph(_Attention, *tensors, rest, call)
+        else:
+            results = _Attention.apply(*tensors, rest, None)
     return ForwardResult(*results[: 4 if call.aux else 2])
 
 
@@ -73,10 +78,6 @@ def backward_pass(
     """Gradients of a call whose `forward_pass` returned `results`: out, lse, and rounding where it was kept."""
     if runs_eagerly(call.q, call.k, call.v, d_out, d_lse):
         return _backward(call, results, d_out, d_lse, needs)
-    if call.wide_q is not None:
-        call = call.changed(q=call.q.float())
-    if call.wide_k is not None:
-        call = call.changed(k=call.k.float())
     filled = _backward_operator(*flat(call), *results, d_out, d_lse, list(needs))
     return Gradients(*(gradient if need else None for gradient, need in zip(filled, needs, strict=True)))
 
@@ -177,209 +178,73 @@ def _(*arguments):
     return tuple(x.new_empty(x.shape) if need else arguments[0].new_empty(0) for x, need in pairs)
 
 
+@dataclass(eq=False, slots=True)  # not a tuple, which torch.func would take apart
+class _Rest:
+    """What a call is besides tensors.
+
+    values    the arguments of the operator, with None for tensors
+    slots     the numbers of the tensors among them
+    visible   the call's, where it holds no tensor: what it has kept serves the backward too
+    """
+
+    values: list[Any]
+    slots: Sequence[int]
+    keep_rounding: bool
+    visible: Visibility | None = None
+
+    def whole(self, tensors: Iterable[Tensor | None]) -> list[Any]:
+        """All arguments."""
+        values = [*self.values]
+        for slot, x in zip(self.slots, tensors, strict=True):
+            values[slot] = x
+        return values
+
+
 class _Attention(Function):
-    """A call that runs eagerly, after the tensors that may have a gradient."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        call: AttentionCall = arguments[-1]
-        out, lse, *aux, rounding = _forward_kept(call, call.v.dtype.itemsize == 2)
-        terms, visible = call.logits, call.visibility
-        # Autograd saves all tensors, so that writes to them are noticed and hooks can move them.
-        masks = () if visible.depends_on_sizes_only else visible.tensors
-        rest = visible.without_tensors() if masks else visible
-        of_bias = terms.relative_right, terms.bias_after_softcap
-        ctx.rest = rest, terms.scale, terms.softcap, of_bias, call.dropout, call.is_part, call.backend
-        ctx.set_materialize_grads(False)
-        if call.aux:
-            ctx.mark_non_differentiable(*aux)
-        wide = call.wide_q, call.wide_k
-        ctx.save_for_backward(out, lse, rounding, call.q, call.k, *arguments[2:-1], *wide, *masks)
-        return out, lse, *aux
-
-    @staticmethod
-    @first_order
-    def backward(ctx, saved, d_out, d_lse, *none):
-        out, lse, rounding, q, k, v, query_scale, key_scale, key_bias, sinks, bias, relative, *rest = saved
-        wide_q, wide_k, *masks = rest
-        visible, scale, softcap, of_bias, dropout, is_part, backend = ctx.rest
-        terms = Terms(scale, query_scale, key_scale, key_bias, sinks, bias, relative, softcap, *of_bias)
-        visible = visible.with_tensors(*masks) if masks else visible
-        wide = {"wide_q": wide_q, "wide_k": wide_k, "is_part": is_part}
-        call = AttentionCall(q, k, v, visible, terms, dropout, backend, **wide)
-        needs = Needs(*ctx.needs_input_grad[:GRADIENTS])
-        return (*backward_pass(call, (out, lse, rounding), d_out, d_lse, needs), None)
-
-
-def _keep_arguments(ctx, inputs, output) -> None:
-    out, lse, max_logit, entropy, rounding = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(max_logit, entropy, rounding)
-    ctx.save_for_backward(*inputs[:TENSORS], out, lse, rounding)
-    *ctx.settings, ctx.keep_rounding = inputs[TENSORS:]
-
-
-@first_order
-def _of_operator(ctx, saved, d_out, d_lse, *none):
-    *tensors, out, lse, rounding = saved
-    results = out, lse, rounding if ctx.keep_rounding else None
-    needs = Needs(*ctx.needs_input_grad[:GRADIENTS])
-    found = backward_pass(call_of((*tensors, *ctx.settings)), results, d_out, d_lse, needs)
-    return (*found, *[None] * (len(ARGUMENTS) + 1 - GRADIENTS))
-
-
-class _Transformed(Function):
-    """The operator under torch.func, whose transforms do not take what `register_autograd` makes."""
+    """The one derivative of a call, whose inputs are its tensors, the `_Rest`, and where it runs eagerly the call."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments):
-        return _forward_operator(*arguments)
+    def forward(*inputs):
+        *tensors, rest, call = inputs
+        if call is None:
+            return _forward_operator(*rest.whole(tensors), rest.keep_rounding)
+        return _forward_kept(call, rest.keep_rounding)
 
-    setup_context = staticmethod(_keep_arguments)
-    backward = staticmethod(_of_operator)
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *tensors, ctx.rest, _ = inputs
+        out, lse, *others = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[x for x in others if x is not None])
+        ctx.save_for_backward(out, lse, others[-1], *tensors)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, d_out, d_lse, *none):
+        (out, lse, rounding, *tensors), rest = saved, ctx.rest
+        needs, slots = [False] * GRADIENTS, rest.slots
+        for slot, need in zip(slots, ctx.needs_input_grad, strict=False):
+            if need:
+                needs[slot] = True
+        results = out, lse, rounding if rest.keep_rounding else None
+        call = call_of(rest.whole(tensors), rest.visible)
+        found = backward_pass(call, results, d_out, d_lse, Needs(*needs))
+        return *[found[slot] if slot < GRADIENTS else None for slot in slots], None, None
+
+
+def _keep_arguments(ctx, inputs, output) -> None:
+    *values, keep_rounding = inputs
+    rest = _Rest([None] * TENSORS + values[TENSORS:], range(TENSORS), keep_rounding)
+    _Attention.setup_context(ctx, (*values[:TENSORS], rest, None), output)
+
+
+def _of_operator(ctx, *gradients):
+    *found, _, _ = _Attention.backward(ctx, *gradients)
+    return *found, *[None] * (len(ARGUMENTS) + 1 - TENSORS)
 
 
 _forward_operator.register_autograd(_of_operator, setup_context=_keep_arguments)
 _forward_operator.register_vmap(functools.partial(vmap_of_call, _forward_operator))
 _backward_operator.register_vmap(functools.partial(vmap_of_call, _backward_operator))
-
-
-# ---- Statistics of keys
-
-
-def _operator_of(name: str, arguments: str, result: str, empty: Callable[..., Tensor]) -> Any:
-    """A pass of the "triton" backend, under its name there, as an operator. empty: its result without values."""
-
-    def run(*given: Tensor | None) -> Tensor:
-        return getattr(kernels(), name)(*given)
-
-    made = operator(name, arguments, f"Tensor {result}")(run)
-    made.register_fake(empty)
-    made.register_vmap(lambda info, dims, *given: in_one_batch(made, info.batch_size, dims, given))
-    return made
-
-
-_prefix_sums_operator = _operator_of(
-    "prefix_sums",
-    "Tensor x, Tensor? restarts",
-    "sums",
-    lambda x, _: x.new_empty((*x.shape[:-1], x.shape[-1] + 1), dtype=torch.float64),
-)
-_argmax_operator = _operator_of(
-    "argmax_over_ranges",
-    "Tensor x, Tensor lo, Tensor hi",
-    "keys",
-    lambda x, lo, hi: lo.new_empty((*x.shape[:-1], lo.shape[-1])),
-)
-_key_norms_operator = _operator_of(
-    "key_norms",
-    "Tensor k, Tensor? seen",
-    "norms",
-    lambda k, seen: k.new_empty(k.shape[:3], dtype=torch.float32),
-)
-_key_norms_backward_operator = _operator_of(
-    "key_norms_backward",
-    "Tensor k, Tensor? seen, Tensor norms, Tensor d_norms, Tensor? added",
-    "d_k",
-    lambda k, *_: k.new_empty(k.shape),
-)
-
-
-def _prefix_sums(x: Tensor, restarts: Tensor | None) -> Tensor:
-    """`ranges.prefix_sum` of x [B, H, n]: one launch instead of dozens on a GPU."""
-    return (kernels().prefix_sums if runs_eagerly(x, restarts) else _prefix_sums_operator)(x, restarts)
-
-
-def _argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    """`ranges.argmax_over_ranges`: one launch instead of a dozen a power of two."""
-    return (kernels().argmax_over_ranges if runs_eagerly(x, lo, hi) else _argmax_operator)(x, lo, hi)
-
-
-def _key_norms(k: Tensor, seen: Tensor | None) -> Tensor:
-    return kernels().key_norms(k, seen) if runs_eagerly(k, seen) else _key_norms_operator(k, seen)
-
-
-class KernelStatistics(Statistics):
-    """Statistics whose norms, prefix sums and maxima come from kernels of the "triton" backend.
-
-    Norms take one pass over keys or queries, where torch's operators on a GPU take several over copies in fp32.
-    """
-
-    _scan = staticmethod(_prefix_sums)
-    _argmax = staticmethod(_argmax_over_ranges)
-
-    _has_values = False
-
-    def _counted_keys(self) -> Tensor | None:
-        visible = self.visibility
-        if visible.attends_to_every_key:
-            return None
-        if visible.invariant or not runs_eagerly(visible.key_lengths, visible.key_ranges):
-            return super()._counted_keys()
-        return kernels().seen_keys(visible)
-
-    def _norms_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
-        if not (needs_graph(x) or is_transformed()):
-            return _key_norms(x, seen)
-        self._has_values = x.dtype == torch.float32 or not runs_eagerly(x)
-        norms, wide = apply(_NormsAndInput, x, seen, self._has_values)
-        self.wide.append((x, wide))
-        return norms
-
-    def widened(self, call: AttentionCall) -> AttentionCall:
-        if not self.wide:
-            return call
-        q = k = None
-        for x, other in self.wide:
-            q, k = other if x is call.q else q, other if x is call.k else k
-        if not self._has_values:
-            return call._replace(wide_q=q, wide_k=k)
-        _, _, *rest = call  # torch 2.8 traces no slice
-        q, k = call.q if q is None else q, call.k if k is None else k
-        return AttentionCall(q, k, *rest)  # pyright: ignore[reportArgumentType]
-
-
-class _NormsAndInput(Function):
-    """Norms of x [B, H, S, D], fp32 [B, H, S], and fp32 of x's shape: gradients of both are added, and rounded once.
-
-    has_values   the second holds the values of x; else it has no memory, and only takes a gradient
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, seen, has_values):
-        if has_values:
-            wide = x.view_as(x) if x.dtype == torch.float32 else x.float()
-        else:
-            wide = x.new_empty((), dtype=torch.float32).expand(x.shape)
-        return _key_norms(x, seen), wide
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, seen, _ = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, seen, output[0])
-
-    @staticmethod
-    @first_order
-    def backward(ctx, saved, d_norms, d_wide):
-        x, seen, norms = saved
-        if d_norms is None:
-            return (None if d_wide is None else d_wide.to(x.dtype)), None, None
-        run = kernels().key_norms_backward if runs_eagerly(*saved, d_norms, d_wide) else _key_norms_backward_operator
-        return run(x, seen, norms, d_norms, d_wide), None, None
-
-
-def _keep_norms(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, output)
-
-
-@first_order
-def _of_norms(ctx, saved, d_norms):
-    return _key_norms_backward_operator(*saved, d_norms, None), None
-
-
-_key_norms_operator.register_autograd(_of_norms, setup_context=_keep_norms)

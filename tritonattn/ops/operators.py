@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function
 
 from ..core.call import AttentionCall
 from ..core.dropout import Dropout
@@ -53,7 +53,6 @@ _RECORDS = (Visibility, Terms, Dropout, Sequences)
 # Parts that are not arguments: sizes, which tensors have, and what has done its work before a backend is called.
 _SIZES = ("batch", "q_heads", "kv_heads", "q_len")
 _NO_ARGUMENTS = {("visibility", name) for name in (*_SIZES, "counted")}
-_NO_ARGUMENTS |= {("wide_q",), ("wide_k",)}
 
 
 @dataclass(frozen=True)  # Dynamo of torch 2.8 takes no property of a NamedTuple
@@ -70,12 +69,6 @@ class Argument:
     @property
     def is_tensor(self) -> bool:
         return Tensor in (self.type, *get_args(self.type))
-
-    def of(self, call: AttentionCall) -> Any:
-        value: Any = call
-        for name in self.path:
-            value = None if value is None else getattr(value, name)
-        return None if self.is_tensor and not isinstance(value, Tensor) else value
 
 
 def _leaves(record: type, path: tuple[str, ...] = (), optional: bool = False) -> Iterator[Argument]:
@@ -103,58 +96,54 @@ SCHEMA = ", ".join(f"{SCHEMA_TYPES[argument.type]} {argument.name}" for argument
 GRADIENTS = len(Gradients._fields)
 TENSORS = sum(argument.is_tensor for argument in ARGUMENTS)
 
+# By the path of a record: its fields that are arguments, and their numbers.
+_FIELDS: dict[tuple[str, ...], list[tuple[str, int]]] = {}
+for _number, _argument in enumerate(ARGUMENTS):
+    _FIELDS.setdefault(_argument.path[:-1], []).append((_argument.path[-1], _number))
+
 
 def flat(call: AttentionCall) -> list[Any]:
     """The arguments of a call."""
-    return [argument.of(call) for argument in ARGUMENTS]
+    values: list[Any] = [None] * len(ARGUMENTS)
+    for path, fields in _FIELDS.items():
+        record: Any = call
+        for name in path:
+            record = None if record is None else getattr(record, name)
+        if record is not None:
+            for name, number in fields:
+                values[number] = getattr(record, name)
+    return values
 
 
-def call_of(values: Sequence[Any]) -> AttentionCall:
-    """The call of these arguments."""
-    tree: dict[str, Any] = {}
-    for argument, value in zip(ARGUMENTS, values, strict=True):
-        node = tree
-        for name in argument.path[:-1]:
-            node = node.setdefault(name, {})
-        node[argument.path[-1]] = value
-    visible, q, k = tree["visibility"], tree["q"], tree["k"]
-    visible["sequences"] = _record(Sequences, visible["sequences"])
-    sizes = zip(_SIZES, (q.shape[0], q.shape[1], k.shape[1], q.shape[2]), strict=True)
-    tree["visibility"] = Visibility(**dict(sizes), device=q.device, **visible)
-    tree["logits"], tree["dropout"] = Terms(**tree["logits"]), _record(Dropout, tree["dropout"])
-    return AttentionCall(**tree)
+def call_of(values: Sequence[Any], visible: Visibility | None = None) -> AttentionCall:
+    """The call of these arguments. visible: its visibility, where that is at hand."""
+    q, k = values[0], values[1]
+    found = [*values, q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.device]
+    for record, pick in _PARTS:
+        part = pick(found)
+        found.append(None if part[0] is None else record(*part))
+    found.append(Visibility(*_OF_VISIBILITY(found)) if visible is None else visible)
+    return AttentionCall(*_OF_CALL(found))
 
 
-def _record(record: Any, fields: dict[str, Any]) -> Any:
-    """The record of these fields, or None where all are missing."""
-    return None if all(value is None for value in fields.values()) else record(**fields)
+# What `call_of` appends to the arguments: sizes, the device, then each record, before those that hold it.
+_APPENDED = (*_SIZES, "device", "sequences", "dropout", "logits", "visibility")
 
 
-def with_values(call: AttentionCall) -> AttentionCall:
-    """The call with q and k in fp32 where their gradients are: what stands for them in the graph has no values."""
-    if call.wide_q is None and call.wide_k is None:
-        return call
-    q = call.q if call.wide_q is None else _Widened.apply(call.q.detach(), call.wide_q)
-    k = call.k if call.wide_k is None else _Widened.apply(call.k.detach(), call.wide_k)
-    return call.changed(q=q, k=k, wide_q=None, wide_k=None)
+def _picks(record: Any, path: tuple[str, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Pick the fields of a record, in its order, out of what `call_of` has found."""
+    numbers = {argument.path: number for number, argument in enumerate(ARGUMENTS)}
+    appended = {(*path, name): len(ARGUMENTS) + number for number, name in enumerate(_APPENDED)}
+    names = (name for name in get_type_hints(record) if name not in ("counted", "_kept"))
+    return itemgetter(*((appended | numbers)[(*path, name)] for name in names))
 
 
-class _Widened(Function):
-    """x in fp32, whose gradient goes to another tensor."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, wide):
-        return x.float()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx, g):
-        return None, g
+_PARTS = [
+    (Sequences, _picks(Sequences, ("visibility", "sequences"))),
+    (Dropout, _picks(Dropout, ("dropout",))),
+    (Terms, _picks(Terms, ("logits",))),
+]
+_OF_VISIBILITY, _OF_CALL = _picks(Visibility, ("visibility",)), _picks(AttentionCall, ())
 
 
 def without_repeats(call: AttentionCall) -> AttentionCall:

@@ -160,8 +160,7 @@ def backward(
     out, lse and rounding as `forward` left them; d_out [B, Hq, Sq, Dv] in out's dtype and d_lse fp32 [B, Hq, Sq], any
     strides.
     """
-    wide_q = call.wide_q is not None or call.q.dtype != call.v.dtype
-    wide_k = call.wide_k is not None or call.k.dtype != call.v.dtype
+    wide_q, wide_k = call.q.dtype != call.v.dtype, call.k.dtype != call.v.dtype
     d_out = one_layout(d_out) if call.visibility.invariant else aligned_copy(d_out)
     call, specialisation = with_specialisation(
         call,

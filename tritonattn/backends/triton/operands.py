@@ -48,17 +48,14 @@ class Operands:
 
     def attention(self) -> AttentionCall:
         problem, rows, keys = self.problem, self._rows(), self._keys()
-        q = self.operand(*rows, problem.head_dim)
-        k, v = self._keys_and_values(keys)
+        q, (k, v) = self.operand(*rows, problem.head_dim), self._keys_and_values(keys)
         return AttentionCall(
-            q,
-            k,
+            q.float() if problem.wide_q else q,
+            k.float() if problem.wide_k else k,
             v,
             self._visibility(rows, keys),
             self._terms(rows, keys),
             Dropout(0.5, self._integers(2**31 - 1, 2)) if problem.dropout else None,
-            wide_q=self._without_memory(*q.shape) if problem.wide_q else None,
-            wide_k=self._without_memory(*keys, problem.head_dim) if problem.wide_k else None,
             is_part=problem.is_part,
             block_table=self._block_table(),
         )
@@ -163,6 +160,3 @@ class Operands:
 
     def _integers(self, end: int, *shape: int) -> Tensor:
         return torch.randint(0, end, shape, generator=self._random, device=self.device)
-
-    def _without_memory(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device="meta")
