@@ -98,9 +98,16 @@ def test_every_mask(mask, bias, dtype, kv_heads, scales, sinks, scale, results, 
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_few_rows_of_a_group(kv_heads):
-    tensors = harness.inputs(torch.float32, CPU, kv_heads=kv_heads, group=4 // kv_heads, q_len=3, k_len=130)
-    check(tensors, key_lengths=torch.tensor([17, 130]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("biases", [{}, {"bias": (1, 4, 3, 130)}, {"key_bias": (2, 4, 130)}], ids=str)
+def test_few_rows_of_a_group(kv_heads, dtype, biases):
+    """In 16 bits an entry at a time, widened."""
+    tensors = harness.inputs(dtype, CPU, kv_heads=kv_heads, group=4 // kv_heads, q_len=3, k_len=130)
+    random = torch.Generator().manual_seed(3)
+    biases = {name: torch.randn(size, generator=random).to(dtype) for name, size in biases.items()}
+    for lengths in ([17, 130], [130, 130]):
+        for gradients in (False, True):
+            check(tensors, gradients, key_lengths=torch.tensor(lengths), **biases)
 
 
 def test_a_row_of_one_key_gives_its_query_no_gradient(taken):

@@ -22,8 +22,8 @@ from ...core.pair_biases import reflected
 from ...core.rounding import before_rounding, lost_in_rounding
 from ...core.terms import Gradients, Needs
 from ...core.visibility import Visibility
-from .parts import Part, Parts, additive, cut_rows, unstacked
-from .sdpa import SHARES_KEY_HEADS, VECTOR, folds_rows, for_kernel, stays_finite
+from .parts import Part, Parts, additive, by_entry, cut_rows, unstacked
+from .sdpa import FEW_ROWS, SHARES_KEY_HEADS, VECTOR, folds_rows, for_kernel, stays_finite
 from .tiles import sliced
 
 _forward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -234,13 +234,18 @@ class _Operands:
         self.factor = terms.scale / self.scale
         if self.factor != 1:
             q = q * self.factor
+        # For each block of 16-bit keys the kernel calls oneDNN, which for few rows takes longer than to widen them.
+        self.widens = q.dtype != self.dtype and q.shape[2] <= FEW_ROWS
         width = max(q.shape[-1], v.shape[-1])
         self.q, self.k, self.v = for_kernel(q, width), for_kernel(k, width), for_kernel(v, width)
 
     def parts(self) -> Sequence[Part]:
-        """The parts of the call, cut to fewer rows where a mask of theirs has to be made."""
+        """The parts of the call, of one entry where it widens, of fewer rows where a mask of theirs has to be made."""
+        every = self.of_call.every
+        if self.widens:
+            every = [one for part in every for one in by_entry(part)]
         if not self.has_mask:
-            return self.of_call.every
+            return every
         terms, mask = self.call.logits, self.call.visibility.mask
         tensors = [x for x in (mask, terms.bias, terms.relative_bias) if x is not None]
         # The kernel adds its mask to what a triangle hides, so that NaN and infinity would stay there.
@@ -250,12 +255,15 @@ class _Operands:
         with_rectangle = not tensors or (has_bias_alone and tensors[0].shape[-1] > 1 and tensors[0].stride(-1) == 1)
         taken = {"causal": with_triangle, "full": with_rectangle, "ranges": False}
         masks = max([x.shape[0] * x.shape[1] for x in tensors], default=1)
-        single = [one for part in self.of_call.every for one in unstacked(part)]
+        single = [one for part in every for one in unstacked(part)]
         return [cut for one in single for cut in ([one] if taken[one.form] else cut_rows(one, masks))]
 
     def attend(self, part: Part) -> tuple[Tensor, Tensor]:
         """out [N, Hq, rows, Dv] and lse [N, Hq, rows] of a part."""
         q, (k, v), mask = part.of_rows(self.q), self._keys_and_values(part), self._mask(part)
+        if self.widens:
+            q, k, v = (x.to(self.dtype) for x in (q, k, v))
+            mask = None if mask is None else mask.to(self.dtype)
         group, shape = q.shape[1] // k.shape[1], q.shape[:3]
         folds = mask is None and part.form == "full" and folds_rows(q, group)
         if folds:

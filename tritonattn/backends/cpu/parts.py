@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
@@ -234,6 +234,11 @@ def unstacked(part: Part) -> list[Part]:
 
     steps = [(n * part.step, n * part.key_step) for n in range(part.count)]
     return [Part(part.batch, moved(part.rows, rows), moved(part.keys, keys), part.form) for rows, keys in steps]
+
+
+def by_entry(part: Part) -> list[Part]:
+    """A part as parts of one batch entry each."""
+    return [replace(part, batch=slice(n, n + 1)) for n in range(part.batch.start, part.batch.stop)]
 
 
 def cut_rows(part: Part, masks: int) -> list[Part]:

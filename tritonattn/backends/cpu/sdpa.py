@@ -20,7 +20,7 @@ from ...core.call import AttentionCall, ForwardResult
 VECTOR = 16
 
 # Rows of a call whose groups of heads are handed over as rows.
-_FEW_ROWS = 16
+FEW_ROWS = 16
 
 # From torch 2.9 on PyTorch's kernel for CPUs serves several query heads with one key head.
 SHARES_KEY_HEADS = torch.__version__ >= "2.9"
@@ -111,7 +111,7 @@ def attention(call: AttentionCall) -> ForwardResult | None:
 
 def folds_rows(q: Tensor, group: int) -> bool:
     """True where the query heads of a key head go to the kernel as rows, so that keys are read once: few rows."""
-    return group > 1 and runs_eagerly(q) and q.shape[2] <= _FEW_ROWS
+    return group > 1 and runs_eagerly(q) and q.shape[2] <= FEW_ROWS
 
 
 def _needs_fp32(call: AttentionCall) -> bool:
