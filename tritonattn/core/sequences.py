@@ -45,12 +45,12 @@ class Sequences:
         """
         row = torch.arange(q_len, device=self.q_starts.device)
         q_starts, k_starts = self.q_starts.long(), self.k_starts.long()
-        sequence = self.of_rows(q_len)
+        sequence = self.sequence_of_rows(q_len)
         following = (sequence + 1).clamp(max=q_starts.shape[0] - 1)
         first, last = k_starts[sequence], k_starts[following]
         return first[None], last[None], (row + last - q_starts[following])[None]
 
-    def of_rows(self, q_len: int) -> Tensor:
+    def sequence_of_rows(self, q_len: int) -> Tensor:
         """The sequence of each row of the packed axis, N for none: int64 [T_q]."""
         return _position(self.q_starts.long(), torch.arange(q_len, device=self.q_starts.device))[0]
 

@@ -141,8 +141,8 @@ class Visibility:
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors that narrow the ranges, and the starts of sequences."""
-        of_rows = self.sequences
-        starts = (None, None) if of_rows is None else (of_rows.q_starts, of_rows.k_starts)
+        packed = self.sequences
+        starts = (None, None) if packed is None else (packed.q_starts, packed.k_starts)
         return self.key_lengths, self.key_ranges, self.mask, *starts
 
     def without_tensors(self) -> Visibility:
@@ -151,10 +151,10 @@ class Visibility:
 
     def with_tensors(self, key_lengths: Any, key_ranges: Any, mask: Any, q_starts: Any, k_starts: Any) -> Visibility:
         """The record with other `tensors`."""
-        of_rows = self.sequences
-        if of_rows is not None:
-            of_rows = Sequences(q_starts, k_starts, of_rows.longest_q, of_rows.longest_k)
-        return replace(self, key_lengths=key_lengths, key_ranges=key_ranges, mask=mask, sequences=of_rows)
+        packed = self.sequences
+        if packed is not None:
+            packed = Sequences(q_starts, k_starts, packed.longest_q, packed.longest_k)
+        return replace(self, key_lengths=key_lengths, key_ranges=key_ranges, mask=mask, sequences=packed)
 
     @property
     def depends_on_sizes_only(self) -> bool:

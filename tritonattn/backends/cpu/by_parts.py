@@ -103,7 +103,7 @@ def _spoiled(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Rows [1, Sq] and keys [1, Sk] of the packed sequences that hold NaN or infinity."""
     terms, visible, found = call.logits, call.visibility, []
     assert visible.sequences is not None
-    rows = visible.sequences.of_rows(visible.q_len)
+    rows = visible.sequences.sequence_of_rows(visible.q_len)
     keys, _ = visible.sequences.position_of_keys(torch.arange(visible.k_len))
     for sequence, operands in ((rows, (call.q, terms.query_scale)), (keys, (call.k, call.v, terms.key_scale))):
         for x in operands:
@@ -138,7 +138,7 @@ def rows_of_tiles(lse: Tensor, visible: Visibility, spoiled: Tensor | None) -> T
     if visible.sequences is None:
         rows = rows.any(-1, keepdim=True)
     else:
-        sequence = visible.sequences.of_rows(visible.q_len)
+        sequence = visible.sequences.sequence_of_rows(visible.q_len)
         rows = torch.isin(sequence, sequence[rows[0]])[None]
     rows = rows if spoiled is None else rows | spoiled
     return rows[:, None].expand_as(steep)

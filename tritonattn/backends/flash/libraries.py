@@ -62,14 +62,14 @@ class Library:
     ) -> tuple[Tensor, Tensor | None]:
         """out and lse, None unless asked for, of operands as this library takes them."""
         visible, options = call.visibility, self._options(call, scale, sinks)
-        of_rows = visible.sequences
-        if of_rows is None:
+        sequences = visible.sequences
+        if sequences is None:
             found = self.dense(q, k, v, **options)
         else:
             assert self.packed is not None
-            starts = {"cu_seqlens_q": of_rows.q_starts, "cu_seqlens_k": of_rows.k_starts}
+            starts = {"cu_seqlens_q": sequences.q_starts, "cu_seqlens_k": sequences.k_starts}
             # For at most one row per sequence FlashAttention 2 takes exactly one, where key heads are shared.
-            longest = {"max_seqlen_q": max(of_rows.longest_q, 2), "max_seqlen_k": of_rows.longest_k}
+            longest = {"max_seqlen_q": max(sequences.longest_q, 2), "max_seqlen_k": sequences.longest_k}
             found = self.packed(q, k, v, **starts, **longest, **options)
         out, lse, *_ = found if isinstance(found, tuple) else (found, None)
         return out, lse if call.aux else None
@@ -93,8 +93,8 @@ class Library:
 
 def lengths(visible: Visibility) -> tuple[int, int]:
     """Queries and keys, at most, of a sequence."""
-    of_rows = visible.sequences
-    return (visible.q_len, visible.k_len) if of_rows is None else (of_rows.longest_q, of_rows.longest_k)
+    sequences = visible.sequences
+    return (visible.q_len, visible.k_len) if sequences is None else (sequences.longest_q, sequences.longest_k)
 
 
 def limits(visible: Visibility) -> tuple[int | None, int | None]:
