@@ -12,7 +12,7 @@ from perf.studies.language_model.cells import LOG, SQRT, TEXT, study, swaps_of
 from perf.studies.language_model.model import GPT, Factor, Shape, Swap, rotated, swapped
 from perf.studies.language_model.records import Run, read
 from perf.studies.language_model.report import ledger_rows, text_rows
-from perf.studies.language_model.training import Cell, Found
+from perf.studies.language_model.training import Cell, Outcome
 from tritonattn.lab.ledger import FILLERS, NAMES, VALUES, ledger
 
 
@@ -89,7 +89,7 @@ def test_losses_on_text_stand_beside_those_of_sqrt_dim_with_the_same_seed():
             name: {"1": {"by_position": {"0-64": 0.0, "64-128": 0.0}}, "32": {"by_position": {"0-64": a, "64-128": b}}}
             for name, a, b in swaps
         }
-        return Run(cell, Found(None, 1, 0.0, 0.0, results=results), cast(Any, None), "")
+        return Run(cell, Outcome(None, 1, 0.0, 0.0, results=results), cast(Any, None), "")
 
     runs = [
         run(SQRT, 0, ("", 4.0, 3.0), ("log n at test", 4.5, 2.5)),
