@@ -28,7 +28,7 @@ def inputs(dtype, length, k_len=None, **options):
 def verdicts(monkeypatch):
     """The answers of `supports` to the calls so far."""
     found, supports = [], sdpa.supports
-    monkeypatch.setattr(sdpa, "supports", lambda call: found.append(supports(call)) or found[-1])
+    monkeypatch.setattr(sdpa, "supports", lambda *call: found.append(supports(*call)) or found[-1])
     return found
 
 

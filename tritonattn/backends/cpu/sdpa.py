@@ -29,7 +29,7 @@ SHARES_KEY_HEADS = torch.__version__ >= "2.9"
 _LARGEST_LOGIT = 1e38
 
 
-def supports(call: AttentionCall) -> bool:
+def supports(call: AttentionCall, is_full: bool) -> bool:
     """True where `attention` computes this call: all keys or a square's lower triangle visible, and no extras."""
     terms, visible = call.logits, call.visibility
     if not (terms.key_bias is None and terms.bias is None and terms.relative_bias is None):
@@ -38,7 +38,7 @@ def supports(call: AttentionCall) -> bool:
         return False
     if call.aux or visible.invariant or 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape:
         return False
-    if not (visible.is_full or visible.is_square_causal):
+    if not (is_full or visible.is_square_causal):
         return False
     return not (runs_eagerly(call.k) and visible.k_len < VECTOR and _hides_nan(call))
 
@@ -73,9 +73,10 @@ def attention(call: AttentionCall) -> ForwardResult | None:
     k * key_scale are rounded to bf16 once before they meet.
     """
     # torch maps its attention in a loop under vmap; our operators fold the mapped axis into the batch.
-    if torch._C._are_functorch_transforms_active() or not supports(call):
+    is_full = call.visibility.is_full
+    if torch._C._are_functorch_transforms_active() or not supports(call, is_full):
         return None
-    dtype, is_full = call.v.dtype, call.visibility.is_full
+    dtype = call.v.dtype
     if dtype.itemsize == 2 and _needs_fp32(call):
         call = call.changed(q=call.q.float(), k=call.k.float(), v=call.v.float())
     scale, query_scale, key_scale = call.logits.scale, call.logits.query_scale, call.logits.key_scale
