@@ -60,9 +60,9 @@ class Visible:
         if self.lo is None or self.hi is None:
             assert self.mask is not None
             return x @ self.mask.to(x.dtype).mT
-        sums = torch.nn.functional.pad(x.cumsum(-1), (1, 0))
+        sums = torch.nn.functional.pad(x.double().cumsum(-1), (1, 0))
         lo, hi = (bound.expand(*x.shape[:2], -1) for bound in (self.lo, self.hi))
-        return sums.gather(-1, hi) - sums.gather(-1, lo)
+        return (sums.gather(-1, hi) - sums.gather(-1, lo)).to(x.dtype)
 
 
 CONSTANTS: dict[str, Callable[[int], float]] = {
