@@ -81,10 +81,10 @@ FAST = (
 )
 CHOICES = {
     "on": ON,
-    "dims": [(64, 64), (96, 96), (192, 128)],
+    "dims": [(64, 64), (192, 128)],
     "packed": ["long", "many"],
     "mask": list(MASKS),
-    "form": ["plain", "softcap", "sinks", "dropout", "aux", "everything"],
+    "form": ["plain", "dropout", "everything"],
     "scaling": ["sqrt_dim", "key_norm_sum", "cosine"],
     "gain": [False, True],
     "heads": [(1, 2), (2, 1)],

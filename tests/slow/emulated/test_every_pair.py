@@ -9,12 +9,12 @@ from tests.emulated import test_hopper as hopper
 from tests.emulated import test_key_statistics as key_statistics
 from tests.emulated import test_synchronisation as synchronisation
 from tests.emulated import test_varlen as varlen
-from tests.emulated.executor import GPU, GPUS
+from tests.emulated.executor import GPU
 from tests.support.pairs import in_turn
 
 
 # The longest come first: they are not left for the end, when one worker has nothing to do.
-@pytest.mark.parametrize("gpu", GPUS, ids=str)
+@pytest.mark.parametrize("gpu", [GPU(80), GPU(90, descriptors=True)], ids=str)
 def test_no_synchronisation_can_be_left_out(gpu, emulate):
     recorder = emulate(gpu, executor=synchronisation.Recorder)
     for kernel, launches in synchronisation.launches_of(recorder).items():
