@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 from perf.models.static.ranking import static_candidates
 from tests.support.versions import OLDER_TRITON
 from tritonattn.autotune import gate
@@ -27,7 +27,7 @@ from tritonattn.tuning.gpus import GPUS
 from tritonattn.tuning.lookup import usable_table
 from tritonattn.tuning.table import RANKED_HEAD_DIMS, keys
 
-SM_80, SM_90, SM_100 = Target("cuda", "80"), Target("cuda", "90"), Target("cuda", "100")
+SM_80, SM_100 = Target("cuda", "80"), Target("cuda", "100")
 GFX950 = Target("hip", "gfx950")
 PROBLEM = Problem(64, 64, torch.bfloat16, right=True, query_scale=True)
 CONFIG = TileConfig(128, 64, 4, 2)
@@ -121,19 +121,6 @@ def test_code_that_is_not_divided_among_warps_is_refused():
     assert reasons(one, Code(168, 0, 0)) == ["has 1 partitions: its loop is not divided among warps"]
     assert reasons(two, Code(168, 8, 0)) == ["spills 8 bytes a thread where partitions share out the registers"]
     assert reasons(two, Code(4, 0, 0)) == ["has 4 registers: its code is a trap"]
-
-
-# 208 fp32 sums a thread, of 64 lanes a wave on AMD; in tensor memory sums take none. wgmma takes 64 rows for 4 warps.
-TILES = [
-    ("forward", 64, (64, 64, 8, 2), {SM_80: True, SM_90: False}),
-    ("forward", 64, (64, 64, 4, 2), {SM_90: True}),
-    ("forward", 128, (128, 128, 4, 2, True), {SM_90: False, SM_100: True}),
-    ("grad_query", 64, (128, 128, 4, 2), {SM_80: False}),
-    ("grad_key_value", 128, (128, 64, 4, 2), {SM_80: False}),
-    ("grad_key_value", 128, (128, 64, 8, 2), {SM_80: True}),
-    ("grad_key_value", 256, (32, 64, 4, 1), {GFX950: True}),
-    ("grad_key_value", 256, (32, 32, 8, 1, True), {SM_90: True}),
-]
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)

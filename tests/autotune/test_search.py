@@ -19,7 +19,6 @@ from tritonattn.tuning.lookup import config_for
 from tritonattn.tuning.table import Exact, Key
 
 KEY = Key("forward", 64, "none", "short")
-BEST = TileConfig(16, 16, 4, 1)
 SM_80, CPU = Target("cuda", "80"), torch.device("cpu")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 from tritonattn.autotune import tune as commands
 from tritonattn.tuning import lookup
 from tritonattn.tuning.calls import Call, Calls, Size

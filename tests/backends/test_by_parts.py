@@ -334,23 +334,6 @@ def test_parts_hold_every_visible_pair_once(drawn):
     assert torch.equal(pairs_of(parts.parts_of(visible).every, visible), ((key >= lo) & (key < hi)).int())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "forms"),
-    [
-        ({"causal": True, "key_lengths": [64, 64]}, ["causal"]),
-        ({"causal": True, "key_lengths": [40, 64]}, ["causal", "full", "causal"]),
-        ({"window": (70, 70)}, ["full"]),
-        ({"key_lengths": [64, 9]}, ["full", "full"]),
-    ],
-    ids=str,
-)
-def test_what_hides_nothing_needs_no_mask(arguments, forms):
-    if "key_lengths" in arguments:
-        arguments = arguments | {"key_lengths": torch.tensor(arguments["key_lengths"])}
-    visible = Visibility.of_shapes((2, 2, 64, 8), (2, 2, 64, 8), CPU, **arguments)
-    assert [part.form for part in parts.parts_of(visible).every] == forms
-
-
 @pytest.mark.parametrize("rows", [9, 17, 48])
 def test_rows_without_keys_at_the_end_of_a_part_are_none(rows):
     """A window that leaves the keys behind: PyTorch's kernel divides by the number of keys of a part."""
@@ -373,13 +356,6 @@ def test_short_documents_of_one_length_are_one_part():
     starts = torch.arange(0, 65, 2, dtype=torch.int32)
     visible = Visibility(1, 2, 2, 64, 64, CPU, right=0, sequences=Sequences(starts, starts, 2, 2))
     assert [(part.form, part.count, part.height) for part in parts.parts_of(visible).every] == [("causal", 32, 2)]
-
-
-def test_documents_of_one_length_are_one_part():
-    starts = torch.arange(64) // 8 * 8
-    bounds = torch.stack([starts, torch.arange(64) + 1], -1)[None].int()
-    (part,) = parts.parts_of(Visibility(1, 2, 2, 64, 64, CPU, key_ranges=bounds)).every
-    assert (part.form, part.count, part.height, part.step) == ("causal", 8, 8, 8)
 
 
 def test_steps_over_caches_of_different_lengths_read_their_keys_alone(monkeypatch):

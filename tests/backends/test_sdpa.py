@@ -114,15 +114,8 @@ def test_large_scales_of_small_keys_do_not_overflow_in_fp16():
 
 
 CAUSAL = {"causal": True}
-SHOWN_BY_SHAPES = [((9, 9), {}), ((9, 12), {}), ((9, 9), CAUSAL), ((1, 12), CAUSAL)]
-SHOWN_BY_SHAPES += [((1, 12), {"window": (11, 0)}), ((9, 12), {"window": (11, 8)})]
 HIDDEN_BY_SHAPES = [((9, 12), CAUSAL), ((12, 9), CAUSAL), ((9, 9), {**CAUSAL, "window": (8, None)})]
 HIDDEN_BY_SHAPES += [((1, 12), {"window": (10, 0)}), ((9, 12), {"window": (11, 7)}), ((9, 9), {"window": (0, 8)})]
-
-
-@pytest.mark.parametrize(("lengths", "masks"), SHOWN_BY_SHAPES, ids=str)
-def test_supports_what_shapes_tell(lengths, masks, check):
-    check(inputs(torch.float64, *lengths, scales=BOTH), **masks)
 
 
 def test_supports_nothing_else(verdicts):

@@ -219,18 +219,6 @@ def test_autocast_leaves_float64():
     assert torch.equal(out, tritonattn.attention(*leaves.values(), window=(2, 0)))
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_autocast_of_a_decode_step(backend):
-    q, k, v = (x.detach() for x in operands(torch.float32, lengths=(2, 7)).values())
-    lengths, statistics = torch.tensor([4, 7]), tritonattn.KeyStatistics(2, 2, 7)
-    statistics.append(k.bfloat16(), lengths)
-    for record in (None, statistics):
-        options = {"key_lengths": lengths, "statistics": record, "scaling": "key_norm_mean", "backend": backend}
-        with torch.autocast("cpu", torch.bfloat16):
-            out = tritonattn.attention_decode(q, k, v, **options)
-        assert torch.equal(out, tritonattn.attention_decode(*(x.bfloat16() for x in (q, k, v)), **options))
-
-
 @pytest.mark.parametrize("sink", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_sinks_that_are_not_finite(backend, sink):

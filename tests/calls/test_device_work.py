@@ -13,7 +13,7 @@ import tritonattn
 from tests.support.device_work import values_unread, work_of_torch
 
 pytest.importorskip("triton")
-from tritonattn.backends.triton import device, launch
+from tritonattn.backends.triton import launch
 
 S = 64
 
@@ -101,21 +101,3 @@ def test_decode(scaling, recorded, of_ours, of_torch, kernels):
     found = work_of_torch(call)
     assert len(found) <= of_torch, found
     assert len(kernels) == 2 * of_ours
-
-
-def test_keys_whose_kernel_may_not_be_compiled_are_refused(monkeypatch):
-    """While a CUDA graph is captured: operators of torch would stay in the graph, with other bits."""
-
-    def refuse(kernel, *rest):
-        raise device.NotCompiledError(kernel.__name__)
-
-    monkeypatch.setattr(launch, "run", refuse)
-    for module in ("key_statistics", "paged_statistics"):
-        monkeypatch.setattr(f"tritonattn.calls.{module}.kernels_take", lambda x: True)
-    statistics, paged = tritonattn.KeyStatistics(1, 1, 8), tritonattn.PagedKeyStatistics(1, 16, 1)
-    with pytest.raises(device.NotCompiledError, match="append_keys"):
-        statistics.append(torch.ones(1, 1, 2, 4))
-    ends, table = torch.tensor([0, 2], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
-    with pytest.raises(device.NotCompiledError, match="key_statistics"):
-        paged.append(torch.ones(2, 1, 4), ends, key_lengths=torch.tensor([2]), block_table=table)
-    assert statistics.counts.tolist() == [0]

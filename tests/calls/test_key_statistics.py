@@ -1,12 +1,11 @@
 """KeyStatistics: what it holds after any history, and in which memory."""
 
-import pickle
 import random
 
 import pytest
 import torch
 
-from tritonattn import KeyStatistics, PagedKeyStatistics
+from tritonattn import KeyStatistics
 
 H, D, CAPACITY = 2, 5, 20
 NAMES = ("norms", "norm_sums", "norm_square_sums", "norm_maxima")
@@ -76,24 +75,3 @@ def test_a_long_random_history(dtype, rtol):
         if statistics is not copied[0]:
             _check(*copied, rtol)
     assert len(statistics.select(torch.tensor([], dtype=torch.int64)).counts) == 0
-
-
-def test_pickled_statistics_go_on():
-    """The public tensors are views of the memory that `append` writes, in a copy too."""
-    k = torch.ones(2, 1, 4)  # 2 keys of norm 2
-    ends, table = torch.tensor([0, 2], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
-    one = pickle.loads(pickle.dumps(KeyStatistics(1, 1, 4)))
-    one.append(k.transpose(0, 1)[None])
-    pages = pickle.loads(pickle.dumps(PagedKeyStatistics(1, 16, 1)))
-    pages.append(k, ends, key_lengths=ends[1:], block_table=table)
-    assert one.norm_sums.flatten().tolist() == [0, 2, 4, 0, 0]
-    assert pages.norm_sums.flatten()[:3].tolist() == [2, 4, 0]
-
-
-def test_printed_statistics_show_their_sizes_and_keys():
-    statistics = KeyStatistics(2, 1, 8)
-    statistics.append(torch.ones(2, 1, 3, 4))
-    dtype = "device=cpu, dtype=torch.float32"
-    assert repr(statistics) == f"KeyStatistics(batch=2, kv_heads=1, capacity=8, {dtype}, counts=[3, 3])"
-    assert repr(PagedKeyStatistics(4, 16, 2)) == f"PagedKeyStatistics(pages=4, page=16, kv_heads=2, {dtype})"
-    assert repr(KeyStatistics(1, 2, 3, device="meta")).endswith("device=meta, dtype=torch.float32)")

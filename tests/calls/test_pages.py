@@ -12,7 +12,6 @@ from tests.support.packed import one_by_one
 from tests.support.pages import PagedBatch
 from tests.support.pairs import pairwise
 from tritonattn import PagedKeyStatistics, Scales, Scaling, attention_decode, attention_varlen, nn
-from tritonattn.ops import attend
 from tritonattn.scaling import SCALINGS
 
 
@@ -120,20 +119,6 @@ def test_decoding_of_as_many_tokens_as_each_sequence_has(mode, window, page, rec
         torch.testing.assert_close(aux.lse[n, :, : rows[n]], of_rows.lse[:, part], rtol=1e-9, atol=1e-11)
         assert not found[n, :, rows[n] :].any()
         assert (aux.lse[n, :, rows[n] :] == -torch.inf).all()
-
-
-@pairwise(mode=[mode for mode in SOME if mode != "first of keys"], sight=WINDOWS, invariant=[True, False])
-@torch.no_grad()
-def test_no_old_key_is_read_for_a_scale(mode, sight, invariant, monkeypatch):
-    batch, (causal, window), seen = PagedBatch(ROWS, KEYS, 16, 1), WINDOWS[sight], []
-    monkeypatch.setattr(tritonattn.ops, "attention", lambda call: seen.append(call) or run(call))
-    run, statistics = attend.attention, record_of(batch)
-    options = {"causal": causal, "window": window, "batch_invariant": invariant, "statistics": statistics}
-    for pages in (batch.pages, torch.full_like(batch.pages, torch.nan)):
-        batch.pages = pages
-        attention_varlen(**batch.arguments(), **options, scaling=MODES[mode]())
-    for found, expected in zip(*(call.logits for call in seen), strict=True):
-        assert torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected
 
 
 @pytest.mark.parametrize("is_read", [True, False])

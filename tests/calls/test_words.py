@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import typing
 import warnings
 from functools import partial
 
@@ -10,10 +9,9 @@ import pytest
 import torch
 
 import tritonattn
-from tritonattn.analysis import Thresholds
 from tritonattn.backends import BACKENDS
 from tritonattn.calls import dispatch
-from tritonattn.calls.public import _HINTS, _hint
+from tritonattn.calls.public import _HINTS
 from tritonattn.core.hints import warn_once
 from tritonattn.distributed import context_parallel_attention, context_parallel_decode
 
@@ -106,21 +104,6 @@ def test_an_argument_without_its_name_is_given_one(function, more, message):
         (function if callable(function) else partial(getattr(tritonattn, function), Q, Q, Q))(*more)
 
 
-@pytest.mark.parametrize(
-    ("make", "keywords", "message"),
-    [
-        (tritonattn.SCALINGS["log_key_count"], {"length": 5}, "LogKeyCount: expected base=, got length="),
-        (tritonattn.SCALINGS["llama4"], {"floor": 5}, "Llama4: expected one of scale=, floor_scale=, got floor= (did"),
-        (partial(tritonattn.nn.SSMax, 4), {"length": 5}, "SSMax: expected one of heads=, base=, bias=, mode="),
-        (Thresholds, {"max_logits": 3}, "got max_logits= (did you mean max_logit=?)"),
-        (tritonattn.nn.Scheduled, {"mode_a": "dim"}, "Scheduled.__init__() missing 2 required positional arguments"),
-    ],
-)
-def test_a_class_names_the_arguments_that_it_has(make, keywords, message):
-    with pytest.raises(TypeError, match=re.escape(message)):
-        make(**keywords)
-
-
 def test_every_mode_with_arguments_has_hints():
     modes = [*tritonattn.SCALINGS.values(), *tritonattn.nn.LEARNED.values(), tritonattn.nn.QueryAdaptiveSSMax]
     for mode in modes:
@@ -129,25 +112,9 @@ def test_every_mode_with_arguments_has_hints():
                 mode(of_none=1)
 
 
-@pytest.mark.parametrize("word", ["scale", "scaling", "score_mod", "query_scale"])
-def test_a_word_that_stands_for_one_that_is_lacking_too_has_no_hint(word):
-    """`scale` and `scaling` each stand for the other: a call of a function with neither came back never."""
-    assert _hint(word, {"causal"}) is None
-
-
 def test_every_hint_names_an_argument():
     known = {name for function in FUNCTIONS for name in inspect.signature(function).parameters}
     assert {ours for ours, _ in _HINTS.values()} <= known | {""}
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_functions_look_as_they_did(function):
-    plain = inspect.unwrap(function)
-    assert plain is not function
-    assert inspect.signature(function) == inspect.signature(plain)
-    assert typing.get_type_hints(function) == typing.get_type_hints(plain)
-    assert not any(x.kind is x.VAR_KEYWORD for x in inspect.signature(function).parameters.values())
-    assert (function.__module__, function.__doc__) == (plain.__module__, plain.__doc__)
 
 
 def test_a_warning_names_the_line_that_calls(monkeypatch):

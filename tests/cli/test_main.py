@@ -15,8 +15,6 @@ from tritonattn.core import errors
 from tritonattn.core.errors import install
 from tritonattn.core.progress import Progress
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def test_no_command_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:

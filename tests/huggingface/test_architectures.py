@@ -12,7 +12,6 @@ from tests.huggingface.test_patch import state
 from tritonattn.huggingface import patch, patched
 
 NAMES = [name for name, one in ARCHITECTURES.items() if one.exists and one.supported]
-REFUSED = [name for name, one in ARCHITECTURES.items() if one.exists and not one.supported]
 PADDING = dict(zip(ARCHITECTURES, cycle(["left", "right", "none", "holes"]), strict=False))
 IMPLEMENTATION = dict(zip(ARCHITECTURES, cycle(["eager", "sdpa"]), strict=False))
 WEIGHTS = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")

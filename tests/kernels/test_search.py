@@ -13,8 +13,7 @@ from tritonattn.tuning.calls import Call, Size, record
 from tritonattn.tuning.config import Problem, TileConfig
 from tritonattn.tuning.table import SCALES, Exact, Key
 
-SMALL = Size(batch=1, heads=2, q_len=24, k_len=24)
-BEST, OTHER = TileConfig(16, 16, 4, 1), TileConfig(32, 16, 4, 1)
+BEST = TileConfig(16, 16, 4, 1)
 
 
 def keys() -> list[Key]:

@@ -11,10 +11,8 @@ from perf.models import modelled
 from perf.models.replay.times import LAUNCH
 from tests.support.versions import skip_without_stub
 from tritonattn.core.visibility import Visibility
-from tritonattn.tuning import Target, TileConfig
+from tritonattn.tuning import TileConfig
 from tritonattn.tuning.gpus import GPUS
-
-H100 = Target.parse("sm_90")
 
 
 def _arguments(q_len, k_len, heads=6, group=3, **given):

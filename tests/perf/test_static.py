@@ -104,19 +104,6 @@ LISTING = """
 .L_x_5:
         /*00b0*/                   BRA `(.L_x_5);
 """
-PTX = """
-	bra.uni 	$L__BB0_2;
-$L__BB0_3:
-	@!%p9 bra 	$L__BB0_5;
-$L__BB0_2:
-	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 }, { %r2 }, { %r3 }, { %r4 };
-	@%p2 bra 	$L__BB0_3;
-	@%p7 tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd1, %rd2, %r3, %p3;
-	bra.uni 	$L__BB0_3;
-$L__BB0_5:
-	wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, %p1, 1, 1, 0, 1;
-	ret;
-"""
 
 
 def test_loops_of_a_listing():

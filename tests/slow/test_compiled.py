@@ -2,7 +2,7 @@
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 from perf.models.static import ranking
 from perf.models.static.gate import examine
 from perf.models.static.ranking import ranked_table
