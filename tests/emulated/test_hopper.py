@@ -51,12 +51,11 @@ CHOICES = {
     "dims": [(64, 64), (128, 128)],
     "dtype": [BFLOAT, HALF],
     "mask": [
-        *("full", "causal", "wide window", "wide causal window", "lengths", "causal lengths", "ranges"),
-        *("causal ranges", "sides, lengths and ranges", "an entry without keys"),
+        *("full", "causal", "wide causal window", "causal lengths", "ranges", "an entry without keys"),
         "wide sides, lengths and ranges",
     ],
-    "form": ["plain", "softcap", "sinks", "aux", "softcap aux"],
-    "scales": [(), QUERY, ("query_scale", "key_scale"), ("query_scale", "key_bias"), TERMS[:3]],
+    "form": ["plain", "sinks", "softcap aux"],
+    "scales": [(), QUERY, TERMS[:3]],
     "heads": [(1, 2), (2, 1)],
     "lengths": [(130, 300), (200, 140), (70, 420)],
     "batch": [1],
@@ -75,7 +74,7 @@ EVERYTHING = [
 OF_PACKED = [
     Varlen(dtype, dims, packed=packed, mask=mask, form=form, heads=(1, 1) if packed == "many" else (1, 2))
     for dims, dtype in (((64, 64), BFLOAT), ((128, 128), HALF))
-    for packed, mask, form in (("long", "causal", "plain"), ("many", "full", "aux"), ("long", "window", "sinks"))
+    for packed, mask, form in (("many", "full", "aux"), ("long", "window", "sinks"))
 ]
 assert {one.mask for one in OF_PACKED} < MASKS.keys()
 assert {one.packed for one in OF_PACKED} < PACKED.keys()
