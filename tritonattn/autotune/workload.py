@@ -13,7 +13,7 @@ from ..backends import triton as triton_backend
 from ..backends.triton.operands import Operands
 from ..calls.formulas import by_formulas
 from ..core.call import ForwardResult, Request
-from ..core.terms import Needs
+from ..core.terms import ADDENDS, SINKS, TENSORS, TERMS, Needs
 from ..scaling import Given
 from ..tuning.calls import Size
 from ..tuning.config import Problem
@@ -127,11 +127,11 @@ class _Copy:
             call = call.by_ranges()
         wide = torch.promote_types(dtype, torch.float32)
         q, k, v = (x.to(dtype).requires_grad_() for x in (call.q, call.k, call.v))
-        terms = [None if x is None else x.to(wide).requires_grad_() for x in call.tensors()[3:]]
-        query_scale, key_scale, key_bias, sinks, bias, relative_bias = terms
-        key_bias = None if key_bias is None else key_bias.flatten(1, 2)  # a row per head, as in a user's call
-        given = Given(call.logits.scale, query_scale, key_scale)
-        logits = call.logits._replace(key_bias=key_bias, sinks=sinks, bias=bias, relative_bias=relative_bias)
+        terms = [None if x is None else x.to(wide).requires_grad_() for x in call.logits.tensors()]
+        grouped = ((term.name, x, "G" in term.axes) for term, x in zip(TERMS[TENSORS], terms, strict=True))
+        # A row per head, as in a user's call.
+        logits = call.logits._replace(**{name: x.flatten(1, 2) if x is not None and g else x for name, x, g in grouped})
+        given = Given(logits.scale, logits.query_scale, logits.key_scale)
         found = by_formulas(Request(q, k, v, call.visibility, logits, given), call.dropout)
         leaves = zip((q, k, v, *terms), self._needs, strict=True)
         wanted = [x for x, needed in leaves if x is not None and needed]
@@ -154,9 +154,9 @@ def _needs(kernel: str, problem: Problem) -> Needs:
     Gradients of biases take both kernels.
     """
     if kernel == "grad_query":
-        return Needs(q=True, query_scale=problem.query_scale_grad, sinks=problem.sinks)
+        return Needs(q=True, query_scale=problem.query_scale_grad, **{name: getattr(problem, name) for name in SINKS})
     if kernel == "grad_key_value":
-        biases = {name: getattr(problem, name) for name in ("key_bias", "bias", "relative_bias")}
+        biases = {name: getattr(problem, name) for name in ADDENDS}
         return Needs(k=True, v=True, key_scale=problem.key_scale, **biases)
     return Needs()
 

@@ -20,7 +20,7 @@ from ..core.pair_biases import sum_of_tables
 from ..core.row_terms import sinks_beside
 from ..core.sequences import PageTable
 from ..core.statistics import DoubleStatistics, Statistics
-from ..core.terms import Gradients, Terms, per_group
+from ..core.terms import ADDENDS, Gradients, Terms, per_group
 from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling
 from .checks import check_factor, check_key_bias, check_number, relative_bias_of, scale_dtype
@@ -257,7 +257,7 @@ def observed_rows(request: Request) -> ObservedRows:
     largest = capped = found.max_logit
     if terms.softcap is not None and not terms.bias_after_softcap:
         capped = terms.softcap * torch.tanh(largest / terms.softcap)
-    biases = {"key_bias": terms.key_bias, "bias": terms.bias, "relative_bias": terms.relative_bias}
+    biases = {name: getattr(terms, name) for name in ADDENDS}
     hiding = {name: torch.where(x == -torch.inf, x, 0) for name, x in biases.items() if x is not None}
     if hiding:
         plain = call.changed(logits=terms.changed(**hiding, bias_after_softcap=False))

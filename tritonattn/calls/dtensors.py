@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core.dropout import stream
 from ..core.row_terms import as_marked
+from ..core.terms import TERMS, Term
 from ..core.torch_distributed import is_dtensor, twin
 
 if TYPE_CHECKING:
@@ -49,13 +50,19 @@ class OfSinks(Axes):
         return 0 if meaning == "heads" else None
 
 
+def _axes_of(term: Term) -> Axes:
+    """Those of a tensor as users give it."""
+    count = sum(axis != "G" for axis in term.axes)
+    return (OfSinks if term.enters == "sink" else Axes)(-count, 1 - count)
+
+
 ROWS, OPERAND, NOWHERE = Axes(-3, -2), Axes(0, 1), Axes(None, None)
 BATCHED = {
     **dict.fromkeys(("q", "k", "v"), OPERAND),
-    **dict.fromkeys(("scaling", "gain", "query_scale", "key_scale", "key_bias"), ROWS),
+    **dict.fromkeys(("scaling", "gain"), ROWS),
+    **{term.name: _axes_of(term) for term in TERMS if term.axes},
     **dict.fromkeys(("key_lengths", "key_ranges"), Axes(0, None)),
-    **dict.fromkeys(("mask", "bias", "relative_bias"), Axes(-4, -3)),
-    "sinks": OfSinks(-3, -2),
+    "mask": Axes(-4, -3),
     "aux": OPERAND,
 }
 PACKED = {

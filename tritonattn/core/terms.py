@@ -48,6 +48,10 @@ class Terms(NamedTuple):
         _, *found = self  # torch 2.8 traces no slice of a NamedTuple
         return tuple(found[: TENSORS.stop - 1])  # pyright: ignore[reportReturnType]
 
+    def without_tensors(self) -> Terms:
+        """The numbers and flags."""
+        return self._replace(**dict.fromkeys(Terms._fields[TENSORS]))
+
     def changed(self, **terms: Any) -> Terms:
         """Replace fields as `_replace` does, which torch.compile traces only from torch 2.9 on."""
         unchanged: dict[str, Any] = dict(zip(Terms._fields, self, strict=True))
@@ -104,8 +108,12 @@ TERMS = (
 assert tuple(term.name for term in TERMS) == Terms._fields
 TENSORS = slice(1, 1 + sum(term.gradient for term in TERMS))  # of the fields, in the order of `Gradients`
 _DEFAULTS = tuple(Terms._field_defaults.values())
+_BEHIND_FACTORS = _DEFAULTS[sum(term.enters == "factor" for term in TERMS) :]
 _SETTINGS = [(i, _DEFAULTS[i], term.beside) for i, term in enumerate(TERMS) if term.beside]
 _CHOICES = [(i, _DEFAULTS[i]) for i, term in enumerate(TERMS) if term.flag and not term.axes]
+ADDENDS = tuple(term.name for term in TERMS if term.enters == "addend")
+SINKS = tuple(term.name for term in TERMS if term.enters == "sink")
+PAIRS = tuple(term.name for term in TERMS if term.form == "pairs")
 # The axes of the tensors that may have a gradient: operands, then terms.
 AXES = {
     "q": (*_ROWS, "D"),
@@ -124,6 +132,21 @@ def given(terms: Terms) -> Iterator[str]:
     for term, value, default in zip(TERMS, terms, _DEFAULTS, strict=True):
         if value is not default and term.name != "scale" and _are_there(term.beside, terms):
             yield term.name
+
+
+def addends(record: Any) -> list[Tensor]:
+    """Those that `Terms`, or their `Gradients`, have."""
+    found = (getattr(record, name) for name in ADDENDS)
+    return [x for x in found if x is not None]
+
+
+def is_product(terms: Terms) -> bool:
+    """True where a logit is q . k times factors, and the softmax has no other term."""
+    _, _, _, *others = terms
+    for x, default in zip(others, _BEHIND_FACTORS, strict=True):
+        if x is not default:
+            return False
+    return True
 
 
 def flags(terms: Terms) -> dict[str, bool]:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .. import ops
 from ..core.call import AttentionCall, ForwardResult
-from ..core.terms import Terms
 from .collectives import Wire, heads_to_tokens, tokens_to_heads
 from .sequence import SharedCall
 
@@ -41,7 +40,7 @@ def attention(call: AttentionCall, shared: SharedCall) -> ForwardResult:
     bias = logits.key_bias
     if bias is not None:  # [B, Hkv, Hq / Hkv, S]: a repeated key head takes its share of the query heads
         bias = of_rank(bias.unflatten(2, (repeats, -1)).flatten(1, 2), 1)
-    local = Terms(logits.scale, query, key, bias, sinks, softcap=logits.softcap)
+    local = logits.changed(query_scale=query, key_scale=key, key_bias=bias, sinks=sinks)
     visible, options = shared.sequence.of_all_rows(q, k), {"aux": shared.aux, "backend": shared.backend}
     result = ops.attention(AttentionCall(q, k, v, visible, local, **options))
     out, lse = tokens_to_heads(result.out, split, Wire(dtype, dtype)), result.lse

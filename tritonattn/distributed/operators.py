@@ -17,11 +17,12 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from ..calls.dtensors import BATCHED, NOWHERE, OPERAND, ROWS, Axes
+from ..core.terms import PAIRS
 from ..ops.operators import NAMESPACE, OPERATORS
 
 _PAGES = Axes(None, 1)
 _AXES = {
-    **{name: BATCHED[name] for name in ("key_lengths", "key_ranges", "mask", "bias", "relative_bias")},
+    **{name: BATCHED[name] for name in ("key_lengths", "key_ranges", "mask", *PAIRS)},
     **dict.fromkeys(("seen", "lo", "hi", "restarts"), ROWS),
     **dict.fromkeys(("q_starts", "k_starts", "dropout_state"), NOWHERE),
     **dict.fromkeys(("row_counts", "block_table"), Axes(0, None)),

@@ -12,7 +12,7 @@ from torch.autograd.function import Function
 
 from ..core.autograd import first_order
 from ..core.call import AttentionCall, ForwardResult
-from ..core.terms import Gradients, Needs, Terms
+from ..core.terms import AXES, SINKS, Gradients, Needs
 from ..core.visibility import Visibility
 from ..ops.attend import backward_pass, forward_pass
 from .sequence import SharedCall
@@ -41,10 +41,10 @@ class Piece(NamedTuple):
 
     @property
     def indices(self) -> Gradients:
-        """Indices of the piece in the tensors of a call; for k and v, in the part held now."""
-        rows, keys = (ALL, self.q_heads, self.rows), (ALL, self.kv_heads, self.vectors)
-        of_bias: Any = (ALL, self.kv_heads, ALL, self.vectors)
-        return Gradients(rows, None, None, rows, keys, of_bias, rows)  # pyright: ignore[reportArgumentType]
+        """Indices of the piece in the tensors of a call, but in k and v, of which a part is held."""
+        of = {"Hq": self.q_heads, "Sq": self.rows, "Hkv": self.kv_heads, "Sk": self.vectors}
+        found = {name: tuple(of.get(axis, ALL) for axis in axes) for name, axes in AXES.items()}
+        return Gradients(**found | {"k": None, "v": None})
 
     def visible(self, q: Tensor, k: Tensor, ranges: Tensor | None) -> Visibility:
         """The keys that the rows attend to; ranges are those of all of this rank's rows in the sequence."""
@@ -94,12 +94,11 @@ class Schedule:
         self, tensors: Sequence[Any], ranges: Tensor | None, held: Held, piece: Piece, sinks: bool
     ) -> AttentionCall:
         shared = self.shared
-        parts: list[Any] = [
-            None if x is None or index is None else x[index] for x, index in zip(tensors, piece.indices, strict=True)
-        ]
-        q, _, _, query, key, bias, of_rows, *_ = parts
+        named = zip(AXES, tensors, piece.indices, strict=True)
+        of = {name: x[index] for name, x, index in named if x is not None and index is not None}
+        q = of.pop("q")
         k, v = held.keys[:, :, piece.keys].to(q.dtype), held.values[:, :, piece.keys]
-        terms = Terms(shared.scale, query, key, bias, of_rows if sinks else None, softcap=shared.softcap)
+        terms = shared.numbers._replace(**{name: x for name, x in of.items() if sinks or name not in SINKS})
         visible, aux, backend = piece.visible(q, k, ranges), shared.aux, shared.backend
         return AttentionCall(q, k, v, visible, terms, is_part=self.is_part, aux=aux, backend=backend)
 
@@ -113,8 +112,9 @@ def attend(call: AttentionCall, schedule: Schedule) -> ForwardResult:
 
 class _Attend(Function):
     @staticmethod
-    def forward(ctx, q, k, v, query_scale, key_scale, key_bias, sinks, bias, relative_bias, ranges, schedule: Schedule):
-        tensors = (q, k, v, query_scale, key_scale, key_bias, sinks, bias, relative_bias)
+    def forward(ctx, *inputs):
+        *tensors, ranges, schedule = inputs
+        q, k, v, sinks = (tensors[number] for number in _FOR_ROWS)
         by_piece, keep_rounding = _by_piece(tensors, schedule), schedule.shared.keep_rounding
 
         def results() -> Iterator[Result]:
@@ -140,13 +140,13 @@ class _Attend(Function):
         by_piece = _by_piece(tensors, schedule)
         for held in schedule.held(tensors[1], tensors[2], sums):
             for piece in held.pieces:
-                indices, keys = piece.indices, (..., piece.keys, ALL)
-                of_rows: list[Any] = [None if x is None else x[indices.q] for x in (out, lse, rounding, d_out, d_lse)]
+                indices, keys, at = piece.indices, (..., piece.keys, ALL), (ALL, piece.q_heads, piece.rows)
+                of_rows: list[Any] = [None if x is None else x[at] for x in (out, lse, rounding, d_out, d_lse)]
                 call = schedule.call(by_piece, ranges, held, piece, sinks=True)
                 results = of_rows[0], of_rows[1], of_rows[2]
                 got = backward_pass(call, results, of_rows[3], of_rows[4], needs)
                 if not piece.has_sinks:
-                    got = got._replace(sinks=None)
+                    got = got._replace(**dict.fromkeys(SINKS))
                 totals, indices_of = (*sums, *held.gradients), (*indices, keys, keys)
                 for total, index, gradient in zip(totals, indices_of, (*got, got.k, got.v), strict=True):
                     if total is not None and index is not None and gradient is not None:
@@ -160,4 +160,8 @@ def _by_piece(tensors: Sequence[Tensor | None], schedule: Schedule, back: bool =
         return tuple(tensors)
     split = schedule.shared.sequence.split
     order = split.in_order if back else split.by_rank
-    return *tensors[:4], *(None if x is None else order(x, -1) for x in tensors[4:6]), *tensors[6:]
+    moved = ("Sk" in axes and name not in ("k", "v") for name, axes in AXES.items())
+    return tuple(order(x, -1) if moves and x is not None else x for x, moves in zip(tensors, moved, strict=True))
+
+
+_FOR_ROWS = [list(AXES).index(name) for name in ("q", "k", "v", *SINKS)]

@@ -22,7 +22,7 @@ from ..core.norms import key_norms_of
 from ..core.ranges import argmax_of_prefixes, prefix_sum
 from ..core.sequences import Sequences
 from ..core.statistics import Statistics
-from ..core.terms import Terms
+from ..core.terms import Terms, given
 from ..core.visibility import Visibility
 from ..scaling.base import has_relative_bias
 from . import collectives
@@ -83,12 +83,12 @@ class SharedSequence:
 class SharedCall(NamedTuple):
     """A call's arguments that are not tensors.
 
+    numbers the terms of its logits, without tensors
     heads   key heads whose keys and values are gathered at a time
     """
 
     sequence: SharedSequence
-    scale: float
-    softcap: float | None
+    numbers: Terms
     backend: str
     heads: int
     reduce_dtype: torch.dtype
@@ -102,7 +102,7 @@ def logits_of(request: Request, sequence: SharedSequence, reduce_dtype: torch.dt
     key_bias, of this rank's keys, is gathered and added to the scaling's bias. A scaling that reads keys itself
     (`Scaling.reads_keys`) gets all of them, gathered.
     """
-    k, given, split, visible = request.k, request.logits, sequence.split, sequence.visibility
+    k, terms, split, visible = request.k, request.logits, sequence.split, sequence.visibility
     if request.scaling.reads_keys:
         whole = collectives.gather(k, split, 2, torch.promote_types(reduce_dtype, k.dtype))
         statistics = Statistics(whole, visible)
@@ -110,12 +110,15 @@ def logits_of(request: Request, sequence: SharedSequence, reduce_dtype: torch.dt
         whole = k.detach()[:, :, :1].expand(-1, -1, sequence.length, -1)  # a shape; its values are not read
         by_totals = sequence.length > 0 and (sequence.whole.is_full or sequence.whole.is_square_causal)
         statistics = SharedStatistics(k, visible, split, by_totals)
-    if (key_bias := given.key_bias) is not None:
+    if (key_bias := terms.key_bias) is not None:
         of_rank = key_bias.expand((*key_bias.shape[:-1], k.shape[2]))
         key_bias = collectives.gather(of_rank, split, -1, torch.promote_types(reduce_dtype, of_rank.dtype))
-        given = Terms(key_bias=key_bias, softcap=given.softcap, sinks=given.sinks)
-    request = request.changed(visibility=visible, logits=given)
+        terms = terms.changed(key_bias=key_bias)
+    request = request.changed(visibility=visible, logits=terms)
     return logits(request, statistics, whole, split.positions(k.shape[2], k.device)[None])
+
+
+_OVER_RANKS = ("key_bias", "sinks", "softcap")  # and a scaling's factors
 
 
 def check_over_ranks(request: Request, rows: str = "[B, Hq, Sq]") -> Request:
@@ -127,6 +130,8 @@ def check_over_ranks(request: Request, rows: str = "[B, Hq, Sq]") -> Request:
     if has_relative_bias(request.scaling, request.q):
         name = type(request.scaling).__name__
         raise NotImplementedError(f"scaling: expected one without a relative bias over ranks, got {name}")
+    if (other := next((name for name in given(request.logits) if name not in _OVER_RANKS), None)) is not None:
+        raise NotImplementedError(f"{other}: not supported over ranks")
     backend = choose(request).name
     if backend in ("flash", "reference"):
         raise NotImplementedError(f"backend: expected 'auto', 'triton' or 'sdpa' over ranks, got {backend!r}")

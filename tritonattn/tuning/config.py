@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..core.terms import ADDENDS, TERMS
 from .architectures import ARCHITECTURES, Architecture, unknown
 
 # Kernels with an MMA loop, and the memory-bound ones, whose tiles only bound the rows that a program holds.
@@ -138,7 +139,7 @@ class Problem:
     @property
     def has_bias(self) -> bool:
         """True where something is added to logits."""
-        return self.key_bias or self.bias or self.relative_bias
+        return any(getattr(self, name) for name in ADDENDS)
 
     @property
     def width(self) -> int:
@@ -252,6 +253,9 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
     return reasons
 
 
+_TERMS_OF_GLUON = ("query_scale", "key_scale", "key_bias", "sinks", "softcap")
+
+
 def _gluon_reasons(kernel: str, config: TileConfig, problem: Problem, target: Target) -> list[str]:
     """Reasons why the kernel in Gluon may not be compiled: LLVM aborts the process for targets without wgmma."""
     reasons = []
@@ -260,7 +264,7 @@ def _gluon_reasons(kernel: str, config: TileConfig, problem: Problem, target: Ta
     if triton_version() < (3, 6):
         reasons.append("gluon needs triton 3.6")
     is_other = problem.mask or problem.dropout or problem.block_table or problem.invariant
-    is_other |= problem.bias or problem.relative_bias or problem.bias_after_softcap
+    is_other |= any(term.flag and getattr(problem, term.name) for term in TERMS if term.name not in _TERMS_OF_GLUON)
     if is_other or problem.dtype.itemsize != 2 or not problem.aligned:
         others = "no mask, biases of pairs or behind a softcap, dropout, pages or batch_invariant"
         reasons.append(f"gluon needs 16 bits and aligned tensors, {others}")

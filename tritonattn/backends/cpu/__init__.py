@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ...core.autograd import without_autocast
 from ...core.call import AttentionCall, ForwardResult
-from ...core.terms import Gradients, Needs
+from ...core.terms import ADDENDS, Gradients, Needs
 from ..protocol import Backend
 from . import backward_pass, by_parts, forward_pass, sdpa
 from .parts import parts_of
@@ -76,7 +76,7 @@ def _backward(
     needs: Needs,
 ) -> Gradients:
     out, lse, rounding = saved
-    needs_tiles = d_lse is not None or needs.key_bias or needs.bias or needs.relative_bias
+    needs_tiles = d_lse is not None or any(getattr(needs, name) for name in ADDENDS)
     if needs_tiles or not by_parts.takes(call):
         return backward_pass.backward(call, out, lse, d_out, d_lse, needs, rounding)
     parts = parts_of(call.visibility)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...core.call import AttentionCall
 from ...core.rounding import before_rounding
-from ...core.terms import Gradients, Needs
+from ...core.terms import PAIRS, Gradients, Needs, addends
 from .fixed_tiles import tiles_of
 from .tiles import Block, Heads, Tiles, exp_, logits_of
 
@@ -29,10 +29,9 @@ def backward(
     out [B, Hq, Sq, Dv], lse [B, Hq, Sq] and rounding are those of `forward`; d_out and d_lse are alike, any strides.
     """
     tiles = tiles_of(call)
-    of_pairs = ("bias", "relative_bias")  # sums over tiles, rounded once
     gradients = Gradients(
         *(
-            x.new_zeros(x.shape, dtype=tiles.dtype if name in of_pairs else None) if need and x is not None else None
+            x.new_zeros(x.shape, dtype=tiles.dtype if name in PAIRS else None) if need and x is not None else None
             for name, x, need in zip(Gradients._fields, call.tensors(), needs, strict=True)
         )
     )
@@ -44,8 +43,10 @@ def backward(
             d_query = _add_tiles(tiles, block, rows, sums, gradients)
             _store_of_rows(tiles, block, rows, d_query, gradients)
         _store_of_keys(tiles, heads, sums, gradients)
-    rounded = zip(of_pairs, (call.logits.bias, call.logits.relative_bias), strict=True)
-    return gradients._replace(**{name: _rounded(getattr(gradients, name), x) for name, x in rounded})
+    # Those of pairs are sums over tiles, rounded once.
+    return gradients._replace(
+        **{name: _rounded(getattr(gradients, name), getattr(call.logits, name)) for name in PAIRS}
+    )
 
 
 def _rounded(gradient: Tensor | None, x: Tensor | None) -> Tensor | None:
@@ -196,9 +197,8 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
     needs_query = gradients.q is not None or gradients.query_scale is not None
     d_query = torch.zeros_like(rows.query) if needs_query else None
     spans, delta = tiles.spans_of(block), rows.delta
-    of_pairs = gradients.bias is not None or gradients.relative_bias is not None
     is_after = tiles.call.logits.bias_after_softcap
-    needs_logits = needs_query or sums.key is not None or gradients.key_bias is not None or of_pairs
+    needs_logits = needs_query or sums.key is not None or bool(addends(gradients))
     pieces = _pieces(tiles, block, rows, spans, needs_logits)
     if (tiles.joins_spans or len(spans) == 1) and not tiles.call.is_part:
         pieces = list(pieces)

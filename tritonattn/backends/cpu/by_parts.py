@@ -20,7 +20,7 @@ from torch import Tensor
 from ...core.call import AttentionCall, ForwardResult
 from ...core.pair_biases import reflected
 from ...core.rounding import before_rounding, lost_in_rounding
-from ...core.terms import Gradients, Needs
+from ...core.terms import Gradients, Needs, addends
 from ...core.visibility import Visibility
 from .parts import Part, Parts, additive, by_entry, cut_rows, unstacked
 from .sdpa import FEW_ROWS, SHARES_KEY_HEADS, VECTOR, folds_rows, for_kernel, stays_finite
@@ -120,7 +120,7 @@ def _has_mask(call: AttentionCall) -> bool:
 
 def _has_bias(call: AttentionCall) -> bool:
     terms = call.logits
-    return not (terms.key_bias is None and terms.bias is None and terms.relative_bias is None)
+    return bool(addends(terms))
 
 
 def rows_of_tiles(lse: Tensor, visible: Visibility, spoiled: Tensor | None) -> Tensor | None:

@@ -15,6 +15,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ...core.autograd import needs_graph, refuse_second_order, runs_eagerly
 from ...core.call import AttentionCall, ForwardResult
+from ...core.terms import is_product
 
 # Keys that PyTorch's kernel for CPUs compares at a time, at most.
 VECTOR = 16
@@ -32,9 +33,7 @@ _LARGEST_LOGIT = 1e38
 def supports(call: AttentionCall, is_full: bool) -> bool:
     """True where `attention` computes this call: all keys or a square's lower triangle visible, and no extras."""
     terms, visible = call.logits, call.visibility
-    if not (terms.key_bias is None and terms.bias is None and terms.relative_bias is None):
-        return False
-    if terms.softcap is not None or terms.sinks is not None or call.dropout is not None:
+    if call.dropout is not None or not is_product(terms):
         return False
     if call.aux or visible.invariant or 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape:
         return False

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...core.call import AttentionCall
 from ...core.pair_biases import reflected, sums_of_diagonals
-from ...core.terms import Gradients
+from ...core.terms import Gradients, addends
 from ...core.visibility import Visibility
 
 # Rows (over all query heads of a group) and keys of a tile; pairs of all tiles that are computed together.
@@ -69,7 +69,7 @@ class Tiles:
         self.unseen = None if visible.attends_to_every_key else ~visible.seen_keys()  # [B or 1, 1 or Hkv, Sk]
         self.holes = self._holes()
         terms = call.logits
-        biases = [x for x in (terms.key_bias, terms.bias, terms.relative_bias) if x is not None]
+        biases = addends(terms)
         self.has_bias = len(biases) > 0
         hides_none = self.readable and all(bool(x.amin() > -torch.inf) for x in biases)
         self.bias_hides = self.has_bias and not hides_none

@@ -12,15 +12,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...core.autograd import is_transformed
 from ...core.call import AttentionCall, Request
-from ...core.terms import Terms, sinks_of_heads
+from ...core.terms import Terms, given, sinks_of_heads
 from ...core.visibility import Visibility
 from .libraries import CUDNN, KEYWORDS_OF_LSE, WIDEST, Library, lengths, limits
+
+_TERMS = ("query_scale", "key_scale", "sinks", "softcap")
 
 
 def obstacle_of_all(call: Request | AttentionCall) -> str | None:
     """Name what a call asks for and no library has, or None."""
     visible, dims = call.visibility, (call.q.shape[3], call.v.shape[3])
     cached, drops = (call.cached, call.dropout_p > 0) if isinstance(call, Request) else ("", False)
+    lacked = next((name for name in given(call.logits) if name not in _TERMS), "")
     if call.v.dtype.itemsize != 2:
         return f"q of dtype {call.v.dtype}"
     if max(dims) > WIDEST:
@@ -30,9 +33,7 @@ def obstacle_of_all(call: Request | AttentionCall) -> str | None:
         ("key_lengths", visible.key_lengths),
         ("key_ranges", visible.key_ranges),
         ("mask", visible.mask),
-        ("key_bias", call.logits.key_bias),
-        ("bias", call.logits.bias),
-        ("relative_bias", call.logits.relative_bias),
+        (lacked, lacked or None),
         ("dropout_p", drops or None),
         ("batch_invariant", visible.invariant or None),
         ("return_aux with sinks", call.logits.sinks if call.aux else None),
