@@ -83,7 +83,7 @@ def check(tensors, gradients=True, **arguments):
 )
 def test_every_mask(mask, bias, dtype, kv_heads, scales, sinks, scale, results, taken):
     if mask == "full" and bias == "none" and not sinks and results != "statistics":
-        mask = "lengths"  # the full call is that of `sdpa.supports`
+        mask = "lengths"  # the full call is that of `torch_kernel.supports`
     tensors, arguments = of_form("plain", dtype, mask, kv_heads, (*scales, "sinks") if sinks else scales)
     random = torch.Generator().manual_seed(3)
     biases = {name: torch.randn(size, generator=random) for name, size in BIASES[bias].items()}

@@ -10,7 +10,7 @@ from tests.kernels import harness
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import in_turn, pairwise
 from tests.support.watch import Watch
-from tritonattn.backends.cpu import by_parts, sdpa, tiles
+from tritonattn.backends.cpu import by_parts, tiles, torch_kernel
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -26,7 +26,7 @@ run = functools.partial(harness.run, attend=tritonattn.scaled_attention, backend
 
 @pytest.fixture(autouse=True)
 def _leave_pytorchs_kernel_out(monkeypatch):
-    monkeypatch.setattr(sdpa, "supports", lambda call: False)
+    monkeypatch.setattr(torch_kernel, "supports", lambda *call: False)
     monkeypatch.setattr(by_parts, "takes", lambda call: False)
 
 

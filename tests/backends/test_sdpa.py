@@ -11,7 +11,7 @@ from tests.support.bound import BAND, PYTORCH_GRADIENT_BAND, assert_within_bound
 from tests.support.masks import MASKS
 from tests.support.pairs import in_turn, pairwise
 from tests.support.watch import Watch
-from tritonattn.backends.cpu import sdpa
+from tritonattn.backends.cpu import torch_kernel
 
 from .test_cpu import BOTH, CPU, direction, run
 
@@ -27,8 +27,8 @@ def inputs(dtype, length, k_len=None, **options):
 @pytest.fixture(autouse=True)
 def verdicts(monkeypatch):
     """The answers of `supports` to the calls so far."""
-    found, supports = [], sdpa.supports
-    monkeypatch.setattr(sdpa, "supports", lambda *call: found.append(supports(*call)) or found[-1])
+    found, supports = [], torch_kernel.supports
+    monkeypatch.setattr(torch_kernel, "supports", lambda *call: found.append(supports(*call)) or found[-1])
     return found
 
 

@@ -1,7 +1,7 @@
 """Attention on a CPU for every mask and option; memory O(S D), backward included. A call takes the first way that fits:
 
     way                      calls                                      reason
-    sdpa.attention           all keys, or a square's lower triangle,    PyTorch's kernel with PyTorch's gradient
+    torch_kernel.attention   all keys, or a square's lower triangle,    PyTorch's kernel with PyTorch's gradient
                              and no other term
     by_parts                 the others without softcap, dropout and    PyTorch's kernel, on parts that hide nothing or
                              batch_invariant; sequences with lse <= 64   under a mask
@@ -37,7 +37,7 @@ from ...core.autograd import without_autocast
 from ...core.call import AttentionCall, ForwardResult
 from ...core.terms import ADDENDS, Gradients, Needs
 from ..protocol import Backend
-from . import backward_pass, by_parts, forward_pass, sdpa
+from . import backward_pass, by_parts, forward_pass, torch_kernel
 from .parts import parts_of
 
 
@@ -45,7 +45,7 @@ class Sdpa(Backend):
     """PyTorch's kernel with its gradient for plain calls, and tiles of ours for the others."""
 
     name = "sdpa"
-    attention = staticmethod(sdpa.attention)
+    attention = staticmethod(torch_kernel.attention)
 
     def follows_lengths(self, device: torch.device) -> str | None:
         return f"backend 'sdpa' on {device}, whose products follow the lengths" if device.type == "cuda" else None

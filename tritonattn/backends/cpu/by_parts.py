@@ -23,8 +23,8 @@ from ...core.rounding import before_rounding, lost_in_rounding
 from ...core.terms import Gradients, Needs, addends
 from ...core.visibility import Visibility
 from .parts import Part, Parts, additive, by_entry, cut_rows, unstacked
-from .sdpa import FEW_ROWS, SHARES_KEY_HEADS, VECTOR, folds_rows, for_kernel, stays_finite
 from .tiles import sliced
+from .torch_kernel import FEW_ROWS, SHARES_KEY_HEADS, VECTOR, folds_rows, for_kernel, stays_finite
 
 _forward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
