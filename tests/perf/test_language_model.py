@@ -101,7 +101,7 @@ def test_losses_on_text_stand_beside_those_of_sqrt_dim_with_the_same_seed():
         ["layers, QK-norm", "factor", "seeds", "0-64", "64-128"],
         [
             ["wnwn, QK-norm", "**`sqrt_dim`**", "2", "4.500", "2.500"],
-            ["", "`sqrt_dim`, log n at test", "2", "+0.250", "-0.750 (-1.000 to -0.500)"],
+            ["", "log n at test", "2", "+0.250", "-0.750 (-1.000 to -0.500)"],
             ["", "**`log_key_count`**", "2", "-0.500", "+0.375 (+0.250 to +0.500)"],
         ],
     )
@@ -122,7 +122,7 @@ def test_the_command_goes_on_where_its_record_stops(tmp_path, capsys):
     assert [row[:3] for row in ledger_rows(runs)][:3] == [
         ["wn, QK-norm", "**`sqrt_dim`, 2 times**", "1"],
         ["", "**`sqrt_dim`**", "1"],
-        ["", "`sqrt_dim`, twice at test", "1"],
+        ["", "twice at test", "1"],
     ]
     main([*words, "--list"])
     assert "+ ledger wn qk_norm=plain sqrt_dim window=4 adamw seed=0" in capsys.readouterr().out

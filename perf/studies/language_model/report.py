@@ -51,13 +51,12 @@ def over_seeds(values: Sequence[float], text: Callable[[float], str]) -> str:
 
 
 def _rows(runs: Iterable[Run], task: str, cells: Callable[[list[Run], str], Row]) -> list[Row]:
-    """A row for each model and factor, and for each change of it at test."""
+    """A row for each model and factor, and below it one for each change of it at test."""
     rows, last = [], ""
     for cell, same in by_model(runs, task).items():
         for swap in same[0].found.results:
             model = model_of(cell)
-            name = f"{factor_of(cell)}, {swap}" if swap else f"**{factor_of(cell)}**"
-            rows.append([model if model != last else "", name, *cells(same, swap)])
+            rows.append([model if model != last else "", swap or f"**{factor_of(cell)}**", *cells(same, swap)])
             last = model
     return rows
 
