@@ -24,7 +24,7 @@ import torch
 
 import tritonattn
 from tests.kernels import harness
-from tritonattn.backends.triton import KERNELS, append_keys, append_to_pages, attention, launch
+from tritonattn.backends.triton import KERNELS, append_keys, append_to_pages, attention, grids, launch
 from tritonattn.tuning.config import Target, legal_reasons
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.ptxas import ptxas_version, suspicion
@@ -120,8 +120,9 @@ def _splits(device: torch.device) -> None:
     """Keys and rows in two parts each, which larger calls take by themselves, with every gradient."""
     tensors = harness.inputs(torch.bfloat16, device, q_len=200, k_len=150, head_dim=64, value_dim=64)
     with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(attention, "_kept", attention._kept.__wrapped__))
         for name in ("splits_of_keys", "splits_of_rows"):
-            patches.enter_context(mock.patch.object(attention, name, return_value=2))
+            patches.enter_context(mock.patch.object(grids, name, return_value=2))
         harness.check(tensors, causal=True)
 
 

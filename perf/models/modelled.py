@@ -150,13 +150,14 @@ def _iterations(kernel: str, config: TileConfig, arguments: Mapping[str, Any]) -
 
 
 def _visible(arguments: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """(lo, hi, keys) of each sequence: lo <= j < hi are visible to a row, as in `backends.triton.block.key_range`."""
-    starts = [arguments["q_starts"], arguments["k_starts"]]
+    """(lo, hi, keys) of each sequence: lo <= j < hi are visible to a row, as in `backends.triton.pairs.key_range`."""
+    masks = arguments["masks"]
+    starts = [masks.q_starts, masks.k_starts]
     if starts[0] is None:
         lengths = [(arguments["q_len"], arguments["k_len"])] * arguments["q"].ptr.shape[0]
     else:
         lengths = list(zip(*(x.cpu().diff().tolist() for x in starts), strict=True))
-    ends, ranges = (None if x is None else x.cpu() for x in (arguments["key_lengths"], arguments["key_ranges"]))
+    ends, ranges = (None if x is None else x.cpu() for x in (masks.key_lengths, masks.key_ranges))
     for sequence, (rows, keys) in enumerate(lengths):
         positions = torch.arange(rows) + (keys - rows)
         left, right = (rows + keys if arguments[side] is None else arguments[side] for side in ("left", "right"))

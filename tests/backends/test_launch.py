@@ -25,8 +25,9 @@ def test_grids_of_more_programs_than_triton_counts_take_several_launches(grid, m
     seen = []
     monkeypatch.setattr(launch, "run", lambda kernel, part, arguments, config: seen.append((part, arguments)))
     names = ("first_y", "x", "first_z", "WIDE", "BLOCK_M")
-    in_order = operator.itemgetter(*names)
-    made = launch.Plan(print, TILES, names, {"BLOCK_M": 64}, Target("cuda", "80"), in_order, (), None)
+    in_order, constants = operator.itemgetter(*names[:3]), ((False, 64), (True, 64))
+    problem, target = Problem(64, 64, torch.float16), Target("cuda", "80")
+    made = launch.Plan(print, TILES, problem, target, names, in_order, (), (), constants, None)
     made.launch(grid, {"x": 5, "y": 6})
     assert list(seen[0][1].items()) == list(zip(names, (0, 5, 0, False, 64), strict=True)), "in the kernel's order"
     x, y, z = grid

@@ -43,6 +43,8 @@ QKV = dict(zip("qkv", (normal(2, 2, SIZE, SIZE) for _ in range(3)), strict=True)
 VECTOR, BIAS = torch.ones(2, 2, SIZE), torch.ones(2, 2, 1, SIZE)
 LENGTHS, RANGES = torch.ones(2, dtype=torch.int32), torch.tensor([0, SIZE]).expand(2, SIZE, 2)
 TABLE = torch.arange(2, dtype=torch.int32)[:, None]  # of pages as large as a sequence: their shape is that of keys
+COLUMN = torch.ones(SIZE + 1, dtype=torch.bool)[1:, None].expand(1, 1, SIZE, 1)  # of a mask that all keys share
+SEQUENCES = Sequences(*(torch.tensor([0, 100, 200], dtype=torch.int32),) * 2, 100, 100)
 PAIRS, TABLE_OF_DISTANCES = torch.ones(1, 1, 1, SIZE), torch.ones(1, 2, 1, 8)
 TERMS = {"query_scale": VECTOR, "key_scale": VECTOR, "key_bias": BIAS, "softcap": 1.5, "sinks": VECTOR}
 TERMS |= {"bias": PAIRS, "relative_bias": TABLE_OF_DISTANCES}
@@ -56,6 +58,12 @@ def called(**given: Any) -> AttentionCall:
     rest = {name: given.pop(name) for name in ("dropout", "block_table", "is_part") if name in given}
     visible = Visibility.of(tensors["q"], tensors["k"], **given)
     return AttentionCall(**tensors, visibility=visible, logits=logits, **rest)
+
+
+def far(rows: int) -> dict[str, Any]:
+    """A call of so many rows and keys, without memory, whose bias has one entry a key."""
+    tensors = {name: torch.empty(1, 1, rows, 16, dtype=torch.bfloat16, device="meta") for name in ("q", "k", "v")}
+    return tensors | {"bias": torch.empty(1, 1, 1, rows, device="meta")}
 
 
 def packed(longest: int) -> dict[str, Any]:
@@ -84,10 +92,16 @@ def decode(aux: bool = False, **given: Any) -> None:
     tensors = {"q": normal(2, 2, 2, SIZE), "k": QKV["k"], "v": QKV["v"]}
     tensors |= {name: given.pop(name) for name in "qkv" if name in given}
     logits = Terms(0.3, **{name: given.pop(name) for name in Terms._fields if name in given})
-    rows, table = tensors["q"].shape[2], given.pop("block_table", None)
+    rows, table, capacity = tensors["q"].shape[2], given.pop("block_table", None), given.pop("capacity", SIZE)
     options = {"at_lengths": True, **given}
-    visible = Visibility(2, 2, 2, rows, SIZE, torch.device("cpu"), **options)
+    visible = Visibility(2, 2, 2, rows, capacity, torch.device("cpu"), **options)
     attention.decode(AttentionCall(**tensors, visibility=visible, logits=logits, block_table=table), aux)
+
+
+def far_backward(rows: int) -> None:
+    call = called(**far(rows))
+    lse = torch.empty(1, 1, rows, device="meta")
+    attention.backward(call, call.q, lse, call.q, None, Needs(q=True, bias=True))
 
 
 def append(heads: int) -> None:
@@ -134,6 +148,17 @@ PROPERTIES = [
     (decode, {"key_lengths": LENGTHS}, {"key_lengths": LENGTHS, "block_table": TABLE}),
     (decode, {"key_lengths": LENGTHS}, {"key_lengths": LENGTHS, "row_counts": LENGTHS}),
     (append, {"heads": 1}, {"heads": 2}),
+    (forward, {name: x[:1] for name, x in QKV.items()} | {"mask": COLUMN}, {"mask": COLUMN}),
+    (far_backward, {"rows": 2**14}, {"rows": 2**16}),
+]
+# Lengths that select no code: of a packed batch, of rows and keys, and of a cache that has grown by one.
+LENGTHS_OF = [
+    (
+        forward,
+        *({"q": normal(2, 2, n, SIZE), "k": normal(2, 2, n, SIZE), "v": normal(2, 2, n, SIZE)} for n in (60, 61)),
+    ),
+    (forward, *({name: normal(1, 2, n, SIZE) for name in "qkv"} | {"sequences": SEQUENCES} for n in (200, 201))),
+    (decode, *({name: normal(2, 2, n, SIZE) for name in "kv"} | {"capacity": n} for n in (100, 101))),
 ]
 
 
@@ -167,3 +192,10 @@ def test_a_call_behind_another_has_the_code_that_it_has_alone(run, plain, other)
         [(specialisation.problem, specialisation.wide, code) for specialisation, code in one] for one in (behind, alone)
     )
     assert found == expected
+
+
+@pytest.mark.parametrize(("run", "one", "other"), LENGTHS_OF, ids=["rows and keys", "packed total", "cache"])
+def test_other_lengths_find_the_specialisation(run, one, other):
+    """Its plan and code too: nothing is computed again but the grid."""
+    found = [specialisation for given in (one, other) for specialisation, _ in codes(run, given)]
+    assert len(set(found)) == 1

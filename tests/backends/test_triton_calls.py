@@ -90,7 +90,7 @@ def test_rows_of_a_mask_begin_at_multiples_of_16_bytes(length, axes):
     mask = torch.rand(*axes, length) > 0.5
     with launch.recording(SM_90) as launches:
         tritonattn.attention(q, k[:, :, :length], v[:, :, :length], mask=mask, backend="triton")
-    record = launches[-1].arguments["mask"]
+    record = launches[-1].arguments["masks"].mask
     assert record.ptr.data_ptr() % 16 == 0
     assert [stride % 16 for stride in record[1:4]] == [0, 0, 0]
     assert torch.equal(record.ptr.bool(), mask.expand(2, 2, 64, length))

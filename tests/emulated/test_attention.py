@@ -10,7 +10,7 @@ import torch
 import tritonattn
 from tests.support.pairs import all_pairs, in_turn, thinned
 from tritonattn.backends.triton import attention as kernels
-from tritonattn.backends.triton import launch
+from tritonattn.backends.triton import grids
 from tritonattn.calls import key_statistics
 from tritonattn.tuning import TileConfig
 
@@ -75,8 +75,8 @@ def test_attention(gpu, case, emulate):
 def test_parts_of_splits_are_joined(emulate, monkeypatch):
     """Scales of either sign, whose rows go through the memory of parts; a dead split, and one that begins in a head."""
     for name in ("splits_of_keys", "splits_of_rows"):
-        monkeypatch.setattr(kernels, name, lambda *sizes: 3)
-    monkeypatch.setattr(launch, "_specialisations", {})  # which keep grids
+        monkeypatch.setattr(grids, name, lambda *sizes: 3)
+    monkeypatch.setattr(kernels, "_kept", kernels._kept.__wrapped__)
     executor = emulate(GPU(80), SMALL)
     Case(HALF, tiles=SMALL, mask="causal", scales=BIAS, form="sinks", batch=1).check()
     assert (executor.launched.count("combine_splits"), executor.launched.count("sum_of_splits")) == (1, 3)

@@ -13,15 +13,16 @@ import tritonattn
 from perf.models import schedule
 from tritonattn.backends.triton import launch
 from tritonattn.backends.triton.block import program_in_section
+from tritonattn.backends.triton.device import grids_of
 from tritonattn.tuning.architectures import ARCHITECTURES
 from tritonattn.tuning.config import Target
 from tritonattn.tuning.order import Sections, sections
 
 
 @triton.jit
-def positions(out, heads, first_head, first_y, first_z, LAST_FIRST: tl.constexpr, LANES: tl.constexpr):
+def positions(out, heads, first_head, first_y, first_z, LAST_FIRST: tl.constexpr, NUM_XCDS: tl.constexpr):
     """out int32 [programs, 3], in the order in which programs start."""
-    block, head, sequence = program_in_section(heads, first_head, first_y, first_z, LAST_FIRST, LANES)
+    block, head, sequence = program_in_section(heads, first_head, first_y, first_z, LAST_FIRST, NUM_XCDS)
     x, y, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     pointer = out + 3 * ((z * tl.num_programs(1) + y) * tl.num_programs(0) + x)
     tl.store(pointer, block)
@@ -29,10 +30,10 @@ def positions(out, heads, first_head, first_y, first_z, LAST_FIRST: tl.constexpr
     tl.store(pointer + 2, sequence)
 
 
-def started(device, grid, heads, first_head=0, last_first=True, lanes=1, first=(0, 0)) -> list[tuple[int, ...] | None]:
+def started(device, grid, heads, first_head=0, last_first=True, dies=1, first=(0, 0)) -> list[tuple[int, ...] | None]:
     """(block, head, sequence) of each program, None where it has no head."""
     out = torch.full((grid[0] * grid[1] * grid[2], 3), -1, dtype=torch.int32, device=device)
-    positions[grid](out, heads, first_head, *first, last_first, lanes)
+    positions[grid](out, heads, first_head, *first, last_first, dies)
     return [None if one[2] < 0 else tuple(one) for one in out.tolist()]
 
 
@@ -68,12 +69,12 @@ def test_every_kernel_of_a_call_covers_its_blocks(name, target, device, monkeypa
             out.backward(torch.empty_like(out))
             out = tritonattn.attention_varlen(*packed, starts, starts, length, length, causal=True, backend="triton")
             out.backward(torch.empty_like(out))
-        ordered = [one for one in launches if "LANES" in one.arguments]
+        ordered = [one for one in launches if "NUM_XCDS" in one.arguments]
         assert len(ordered) == 6
         for one in ordered:
             is_of_keys = one.kernel.__name__ == "attention_grad_key_value"
             of_kernel, size = (kv_heads, one.config.block_n) if is_of_keys else (heads, one.config.block_m)
-            first, dies = one.arguments["first_head"], one.arguments["LANES"]
+            first, dies = one.arguments["first_head"], one.arguments["NUM_XCDS"]
             found = started(device, one.grid, of_kernel, first, not is_of_keys, dies)
             assert sorted(filter(None, found)) == list(
                 product(range(-(-length // size)), range(of_kernel), range(batch))
@@ -88,7 +89,7 @@ def test_every_order_gives_the_same_bits(device, monkeypatch):
     default, run, orders, found = launch.config_for, launch.run, set(), []
 
     def watch(kernel, grid, arguments, config):
-        if "LANES" in arguments:
+        if "NUM_XCDS" in arguments:
             orders.add((config.l2_percent, grid[0], grid[2], arguments["first_head"]))
         run(kernel, grid, arguments, config)
 
@@ -112,13 +113,13 @@ def test_the_model_of_perf_has_the_order_of_the_kernels(gpu, heads, length, devi
     case = schedule.Case(gpu, 128, length, heads)
     size, count = case.sections
     grid, dies = (size, case.blocks, count), case.target.architecture.dies
-    found = started(device, grid, heads, heads - size * count, lanes=dies)
+    found = started(device, grid, heads, heads - size * count, dies=dies)
     assert [one and (one[1], one[0]) for one in found] == list(schedule.in_sections(case))
 
 
 def test_launches_of_a_grid_past_the_limit_of_its_axes_cover_all_of_it(device, monkeypatch):
     monkeypatch.setattr(launch, "LONGEST_AXIS", 2)
-    parts = launch._parts(2, 5, 9)
+    parts = grids_of(2, 5, 9)
     found = [one for part, y, z in parts for one in started(device, part, 17, -1, first=(y, z))]
     assert sorted(filter(None, found)) == list(product(range(5), range(17), range(1)))
 

@@ -19,7 +19,7 @@ from tests.support.pages import paged_call
 from tests.support.pairs import in_turn
 from tritonattn import Scales, Scaling
 from tritonattn.backends import triton as backend
-from tritonattn.backends.triton import attention, launch
+from tritonattn.backends.triton import attention, grids, launch
 from tritonattn.core.call import AttentionCall
 from tritonattn.core.terms import Needs, Terms
 from tritonattn.core.visibility import Visibility
@@ -205,10 +205,10 @@ def test_biases_of_16_bits_are_read_as_such(dtype):
         out, lse, *_ = backend.forward(call, True)
         backend.backward(call, out, lse, out, lse, Needs(*(x is not None for x in call.tensors())))
         backend.decode(call.changed(visibility=replace(call.visibility, at_lengths=True)), True)
-    read = [one.arguments for one in launches if "bias" in one.arguments]
+    read = [one.arguments["terms"] for one in launches if "terms" in one.arguments]
     assert len(read) == 4
-    for arguments, name in ((one, name) for one in read for name in ("bias", "relative_bias")):
-        assert arguments[name].ptr is tensors[name]
+    for terms, name in ((one, name) for one in read for name in ("bias", "relative_bias")):
+        assert getattr(terms, name).ptr is tensors[name]
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -289,8 +289,8 @@ def test_few_rows(q_len, mask, dense, device):
 def test_splits(mask, device, monkeypatch):
     """Every pair has one writer where rows or keys are shared out among programs, too."""
     for name in ("splits_of_keys", "splits_of_rows"):
-        monkeypatch.setattr(attention, name, lambda *sizes: 3)
-    monkeypatch.setattr(launch, "_specialisations", {})  # which keep grids
+        monkeypatch.setattr(grids, name, lambda *sizes: 3)
+    monkeypatch.setattr(attention, "_kept", attention._kept.__wrapped__)
     tensors = harness.inputs(SINGLE, device, batch=1, q_len=37, k_len=60)
     check(with_biases(tensors, SINGLE, (1, 2, 37, 60), (1, 2, 37, 20)), mask, device, relative_right=5)
 

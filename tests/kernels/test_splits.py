@@ -15,7 +15,7 @@ from tests.support.masks import MASKS
 from tests.support.pages import paged_call
 from tests.support.pairs import in_turn
 from tritonattn.backends import triton as triton_backend
-from tritonattn.backends.triton import attention, launch
+from tritonattn.backends.triton import attention, grids, launch
 from tritonattn.core import rounding
 from tritonattn.tuning.config import Target
 
@@ -27,7 +27,7 @@ BOTH, BIAS = ("query_scale", "key_scale"), ("query_scale", "key_bias")
 def in_splits(monkeypatch, small_tiles, launched):
     """Three splits of every call, joined two at a time; the kernels that ran."""
     for name in ("splits_of_keys", "splits_of_rows"):
-        monkeypatch.setattr(attention, name, lambda *sizes: SPLITS)
+        monkeypatch.setattr(grids, name, lambda *sizes: SPLITS)
     tiles = launch.config_for
 
     def config(kernel, problem, target):
@@ -35,7 +35,7 @@ def in_splits(monkeypatch, small_tiles, launched):
         return replace(chosen, block_n=2) if kernel == "combine_splits" else chosen
 
     monkeypatch.setattr(launch, "config_for", config)
-    monkeypatch.setattr(launch, "_specialisations", {})  # which keep grids
+    monkeypatch.setattr(attention, "_kept", attention._kept.__wrapped__)
     return launched
 
 
@@ -140,7 +140,7 @@ def counts_of(q_shape: tuple[int, ...], kv_heads: int, k_len: int, **options) ->
     with launch.recording(Target.parse("sm_90")) as launches:
         out = tritonattn.attention(q, k, k, **options, backend="triton")
         out.backward(torch.empty_like(out))
-    return [one.arguments["splits"] for one in launches if "splits" in one.arguments and "LANES" in one.arguments]
+    return [one.arguments["splits"] for one in launches if "splits" in one.arguments and "NUM_XCDS" in one.arguments]
 
 
 def test_the_batch_has_no_say():

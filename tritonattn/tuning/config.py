@@ -153,7 +153,7 @@ def is_short(q_len: int, k_len: int) -> bool:
 
 
 def sum_columns(problem: Problem, target: Target) -> int:
-    """Columns of the sums over keys that a kernel keeps for each row: see `backends.triton.block.partial_sums`."""
+    """Columns of the sums over keys that a kernel keeps for each row: see `backends.triton.softmax.partial_sums`."""
     in_registers = target.backend == "cuda" and not target.architecture.has_tensor_memory
     return 8 if in_registers and problem.dtype.itemsize == 2 else 1
 

@@ -9,7 +9,7 @@ from typing import Any
 from triton.compiler import CompiledKernel
 
 from tritonattn.autotune.gate import Candidate, compiled_candidate, memory_reasons
-from tritonattn.backends.triton.decode import splits_of
+from tritonattn.backends.triton.grids import splits_of_capacity
 from tritonattn.tuning.config import Problem, Target, TileConfig, padded_dim
 from tritonattn.tuning.gpus import GPU
 
@@ -199,6 +199,6 @@ def _work(kernel: str, problem: Problem, config: TileConfig) -> tuple[int, int]:
     if kernel == "grad_key_value":
         held, streamed = streamed, held
     if kernel == "decode":  # 32 sequences with 8 key heads
-        splits = splits_of(length, config)
+        splits = splits_of_capacity(length, config)
         return splits * 32 * 8 * -(-problem.packed_rows // held), -(-length // (splits * streamed))
     return 128 * -(-length // held), length // streamed

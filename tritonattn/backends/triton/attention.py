@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,33 +18,31 @@ from ...core.visibility import Visibility
 from ...tuning import calls as recorded
 from ...tuning.calls import Size
 from ...tuning.config import (
-    ROW_TERMS_ALIGNMENT,
     TILED_KERNELS,
     Problem,
     is_short,
     padded_dim,
 )
-from ...tuning.order import sections
-from ...tuning.splits import splits_of_keys, splits_of_rows
 from ...tuning.table import Exact
-from .device import Grid, Layout
+from .device import Grid
+from .grids import Programs, Sizes
 from .launch import (
     Plan,
     Specialisation,
-    are_aligned,
     drop_config,
     forms_of,
     is_aligned,
     is_wide,
     kept_specialisation,
-    logit_arguments,
     pages_of,
     plan,
-    range_arguments,
     strided,
+    term_arguments,
+    term_forms,
+    view_of,
 )
-from .ranges import rows_of_key_blocks, seen_bytes, seen_keys
-from .records import Arguments
+from .ranges import seen_bytes, seen_keys
+from .records import Arguments, Masks
 
 
 def are_few_rows(call: AttentionCall) -> bool:
@@ -62,18 +61,43 @@ def are_few_rows(call: AttentionCall) -> bool:
     return visible.q_len <= LONGEST_QUERY and stand_at_the_end and not (narrowed and visible.left is not None)
 
 
+class Prepared(NamedTuple):
+    """A call whose operands are as kernels want them.
+
+    arguments   that its launches share: each adds its own to a copy
+    d_out       of a backward
+    """
+
+    call: AttentionCall
+    specialisation: Specialisation
+    sizes: Sizes
+    arguments: Mapping[str, Any]
+    d_out: Tensor | None = None
+
+
+class RowTerms(NamedTuple):
+    """The results of `backward.attention_row_terms`, which states shapes, and d_lse."""
+
+    terms: Tensor
+    delta: Tensor
+    d_lse: Tensor | None
+    d_sinks: Tensor | None
+
+
 def launch_kernel(
     kernel: str,
-    specialisation: Specialisation,
-    call: AttentionCall,
-    available: Arguments,
-    d_out: Tensor | None = None,
-    in_splits: Callable[[Plan, Grid, Arguments, Specialisation, AttentionCall], None] | None = None,
+    prepared: Prepared,
+    arguments: Arguments,
+    programs: Callable[[Plan, Sizes], Programs],
+    run: Callable[[Plan, Grid, Arguments, Prepared], None] | None = None,
 ) -> None:
-    """A program for each block of rows, or of keys, of each head of each sequence; or several, `in_splits`.
+    """Launch with the kernel's plan, and again with another where its config fails.
 
-    available   of all passes of a call, to which this one adds what its config decides
+    arguments   besides those that all launches of the call share
+    programs    the kernel's, of `grids`
+    run         launches, with more arguments or in splits; None launches once
     """
+    call, specialisation, sizes, shared, d_out = prepared
     if recorded.recorders and kernel in TILED_KERNELS:
         recorded.note(Exact(kernel, specialisation.problem), size_of(call))
 
@@ -81,47 +105,44 @@ def launch_kernel(
     while True:
         chosen = plan(kernel, specialisation, device)
         try:
-            layout = specialisation.layouts.get(chosen)
-            if layout is None:
-                layout = specialisation.layouts[chosen] = _layout(kernel, chosen, call, d_out)
-            available.update(layout.arguments)
-            if layout.descriptors:
-                operands = {"q_descriptor": call.q, "k_descriptor": call.k, "v_descriptor": call.v}
-                operands["d_out_descriptor"] = d_out
-                make = _Descriptor if chosen.variant is None else chosen.variant.described
-                for name, tile in layout.descriptors.items():
-                    available[name] = make(operands[name], *tile)
-            if call.visibility.key_ranges is not None and kernel == "grad_key_value":
-                bounds = rows_of_key_blocks(call.visibility, available, chosen.config.block_n)
-                available["row_bounds_ptr"] = bounds
-            if in_splits is None or available["splits"] is None:
-                chosen.launch(layout.grid, available, specialisation)
+            grid, of_grid = _kept(programs, chosen, sizes)
+            available = {**shared, **arguments, **of_grid}
+            if chosen.descriptors:
+                available.update(_descriptors(chosen, call, d_out))
+            if run is None:
+                chosen.launch(grid, available, specialisation)
             else:
-                in_splits(chosen, layout.grid, available, specialisation, call)
+                run(chosen, grid, available, prepared)
             return
         except (TritonError, RuntimeError) as error:
             drop_config(kernel, specialisation.problem, device, chosen, error)
 
 
-def _layout(kernel: str, chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Layout:
-    grid, arguments = _grid(kernel, chosen, call)
-    if not chosen.config.descriptors:
-        return Layout(grid, arguments | dict.fromkeys(chosen.descriptors), {})
+@functools.lru_cache(maxsize=4096)
+def _kept(programs: Callable[[Plan, Sizes], Programs], chosen: Plan, sizes: Sizes) -> Programs:
+    return programs(chosen, sizes)
+
+
+def _descriptors(chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Arguments:
     config, variant = chosen.config, chosen.variant
-    tiles = {
+    operands = {
         "q_descriptor": (call.q, config.block_m if variant is None else variant.rows),
         "k_descriptor": (call.k, config.block_n),
         "v_descriptor": (call.v, config.block_n),
         "d_out_descriptor": (d_out, config.block_m),
     }
-    return Layout(grid, arguments, {name: _described(*tiles[name]) for name in chosen.descriptors})
+    make, found = _Descriptor if variant is None else variant.described, {}
+    for name in chosen.descriptors:
+        tensor, rows = operands[name]
+        found[name] = make(tensor, *_described(tensor.shape, tensor.stride(), tensor.dtype.itemsize, rows))
+    return found
 
 
-def _described(tensor: Tensor, rows: int) -> tuple[list[int], list[int], list[int]]:
+@functools.lru_cache(maxsize=4096)
+def _described(shape: torch.Size, strides: tuple[int, ...], itemsize: int, rows: int) -> tuple[list[int], ...]:
     """Shape, strides and tile, of `rows` rows of one (batch, head); an axis of one entry gets a legal stride."""
-    shape, width = tensor.shape, 16 // tensor.dtype.itemsize
-    strides = [stride if size > 1 else width for size, stride in zip(shape, tensor.stride(), strict=True)]
-    return list(shape), [*strides[:3], 1], [1, 1, rows, padded_dim(shape[3])]
+    legal = [stride if size > 1 else 16 // itemsize for size, stride in zip(shape, strides, strict=True)]
+    return list(shape), [*legal[:3], 1], [1, 1, rows, padded_dim(shape[3])]
 
 
 class _Descriptor(TensorDescriptor):
@@ -131,68 +152,31 @@ class _Descriptor(TensorDescriptor):
         pass
 
 
-def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> tuple[Grid, Arguments]:
-    """(blocks, heads, sequences) of row terms, else (size of a section, blocks, sections), and arguments with that.
-
-    first_head          of `block.program_in_section`
-    splits, part_rows   programs that share a block's work, which are as many blocks, and rows of each one's part; None
-                        where there is one
-    """
-    visible, config, (sequences, rows, keys) = call.visibility, chosen.config, _sizes(call)
-    if kernel == "row_terms":
-        return (-(-aligned_rows(rows) // config.block_m), visible.q_heads, sequences), {"splits": None}
-    bytes_of_row = (call.k.shape[3] + call.v.shape[3]) * call.k.dtype.itemsize
-    if kernel == "grad_key_value":
-        blocks, heads = -(-keys // config.block_n), visible.kv_heads * sequences
-        read = rows * bytes_of_row * (visible.q_heads // visible.kv_heads)
-    else:
-        blocks, heads = -(-rows // config.block_m), visible.q_heads * sequences
-        read = keys * bytes_of_row * visible.kv_heads // visible.q_heads
-    size, count = sections(heads, read, chosen.target, config.l2_percent)
-    splits, first_head = _splits(kernel, chosen, call), heads - size * count
-    if splits == 1:
-        return (size, blocks, count), {"first_head": first_head, "splits": None, "part_rows": None}
-    part_rows = (call.q if kernel == "forward" else call.k).shape[:3].numel()
-    return (size, blocks * splits, count), {"first_head": first_head, "splits": splits, "part_rows": part_rows}
-
-
-def _splits(kernel: str, chosen: Plan, call: AttentionCall) -> int:
-    """Splits of a call. A window narrows the keys of a block of rows, or the rows of a block of keys."""
-    if call.visibility.invariant or "splits" not in chosen.names:
-        return 1
-    visible, config, (_, rows, keys) = call.visibility, chosen.config, _sizes(call)
-    reach = rows + keys
-    if visible.left is not None and visible.right is not None:
-        reach = visible.left + visible.right + max(config.block_m, config.block_n)
-    if kernel == "forward":
-        return splits_of_keys(rows, min(keys, reach), config, chosen.target)
-    group = visible.q_heads // visible.kv_heads
-    causal = visible.right is not None and visible.left is None
-    return splits_of_rows(min(rows, reach), keys, causal, group, visible.kv_heads, config, chosen.target)
-
-
-def _sizes(call: AttentionCall) -> tuple[int, int, int]:
-    """Sequences, and rows and keys of the longest one."""
+def sizes_of(call: AttentionCall) -> Sizes:
     visible, sequences = call.visibility, call.visibility.sequences
-    if sequences is None:
-        return visible.batch, visible.q_len, visible.k_len
-    return len(sequences.q_starts) - 1, sequences.longest_q, sequences.longest_k
+    batch, q_len, k_len = visible.batch, visible.q_len, visible.k_len
+    number, rows, keys = batch, q_len, k_len
+    if sequences is not None:
+        number, rows, keys = len(sequences.q_starts) - 1, sequences.longest_q, sequences.longest_k
+    heads, window = (visible.q_heads, visible.kv_heads), (visible.left, visible.right)
+    return Sizes(batch, *heads, q_len, k_len, number, rows, keys, *window, visible.invariant)
 
 
 def size_of(call: AttentionCall) -> Size:
     """The sizes of a call as `record` keeps them."""
-    visible, (sequences, rows, keys) = call.visibility, _sizes(call)
+    visible, sizes = call.visibility, sizes_of(call)
+    reach = sizes.rows + sizes.keys
     return Size(
-        batch=sequences,
-        heads=visible.q_heads,
-        q_len=rows,
-        k_len=keys,
-        group=visible.q_heads // visible.kv_heads,
+        batch=sizes.sequences,
+        heads=sizes.q_heads,
+        q_len=sizes.rows,
+        k_len=sizes.keys,
+        group=sizes.group,
         q_total=0 if visible.sequences is None else visible.q_len,
         k_total=0 if visible.sequences is None else visible.k_len,
         page=0 if call.block_table is None else call.k.shape[2],
-        left=min(visible.left or 0, rows + keys),
-        right=min(visible.right or 0, rows + keys),
+        left=min(visible.left or 0, reach),
+        right=min(visible.right or 0, reach),
     )
 
 
@@ -204,10 +188,6 @@ def new_results(call: AttentionCall, like: Tensor, dtype: torch.dtype = torch.fl
     if call.visibility.sequences is None:
         return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
     return torch.full_like(like, fill, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def aligned_rows(rows: int) -> int:
-    return -(-rows // ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
 
 
 def seen_scales(key_scale: Tensor, visible: Visibility) -> Tensor:
@@ -225,28 +205,27 @@ def largest(x: Tensor) -> Tensor:
 
 def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -> Problem:
     """The `Problem` of a call: the parts that select code. `asked`: its fields that the call itself does not tell."""
-    visible, terms = call.visibility, call.logits
+    visible, sizes = call.visibility, sizes_of(call)
     masks = ("right", "left", "key_lengths", "key_ranges", "mask", "sequences")
+    operands = (call.q, call.k, call.v, d_out)
     found = Problem(
         call.q.shape[-1],
         call.v.shape[-1],
         call.q.dtype,
         **{name: getattr(visible, name) is not None for name in masks},
-        **flags(terms),
+        **flags(call.logits),
         grouped=visible.q_heads != visible.kv_heads,
         dropout=call.dropout is not None,
         block_table=call.block_table is not None,
-        aligned=_has_whole_vectors(call.q, call.v) if visible.invariant else are_aligned(call.q, call.k, call.v, d_out),
-        short=is_short(*_sizes(call)[1:]),
+        aligned=_has_whole_vectors(call.q, call.v) if visible.invariant else all(map(is_aligned, operands)),
+        short=is_short(sizes.rows, sizes.keys),
         invariant=visible.invariant,
     )
     return replace(found, **asked)
 
 
-def with_specialisation(
-    call: AttentionCall, d_out: Tensor | None = None, needs: Needs | None = None, **asked: bool
-) -> tuple[AttentionCall, Specialisation]:
-    """The call and its specialisation. An operand is copied where that alone makes it aligned, as one at an odd offset.
+def prepared(call: AttentionCall, d_out: Tensor | None = None, needs: Needs | None = None, **asked: Any) -> Prepared:
+    """The call as kernels want it. An operand is copied where that alone makes it aligned, as one at an odd offset.
 
     All kernels then load 16 bytes at a time, and are those of other calls. An expanded operand stays as it is, and so
     do pages, which hold more than the call's keys.
@@ -255,36 +234,59 @@ def with_specialisation(
         call = call.narrowed()
     if call.visibility.invariant:
         call = _with_one_layout(call)
-    specialisation = _specialisation(call, d_out, needs, asked)
-    if specialisation.problem.aligned:
-        return call, specialisation
-    names = ("q", "k", "v") if call.block_table is None else ("q",)
-    operands = {name: getattr(call, name) for name in names}
-    call = call.changed(**{name: x if 0 in x.stride() else aligned_copy(x) for name, x in operands.items()})
-    return call, _specialisation(call, d_out, needs, asked)
+    sizes = sizes_of(call)
+    specialisation = specialisation_of(call, sizes, asked, d_out, needs)
+    if not specialisation.problem.aligned:
+        names = ("q", "k", "v") if call.block_table is None else ("q",)
+        operands = {name: getattr(call, name) for name in names}
+        call = call.changed(**{name: x if 0 in x.stride() else aligned_copy(x) for name, x in operands.items()})
+        specialisation = specialisation_of(call, sizes, asked, d_out, needs)
+    return Prepared(call, specialisation, sizes, call_arguments(call, d_out), d_out)
 
 
-def _specialisation(
-    call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked: dict[str, bool]
+def specialisation_of(
+    call: AttentionCall,
+    sizes: Sizes,
+    asked: Mapping[str, Any],
+    d_out: Tensor | None = None,
+    needs: Needs | None = None,
 ) -> Specialisation:
-    visible, sequences = call.visibility, call.visibility.sequences
-    masks = (visible.key_lengths, visible.key_ranges, visible.mask)
+    """The specialisation of a call, by all that selects code: lengths and numbers of sequences do not.
+
+    asked   fields of the `Problem` that the call itself does not tell
+    """
+    visible, (q, k, v) = call.visibility, (call.q, call.k, call.v)
+    bias, relative_bias = call.logits.bias, call.logits.relative_bias
+    page = 0 if call.block_table is None else k.shape[2]
+    of_pairs = None
+    if visible.mask is not None or bias is not None or relative_bias is not None:
+        shape = sizes.batch, sizes.q_heads, sizes.q_len, sizes.k_len
+        width = max(sizes.k_len, 0 if relative_bias is None else relative_bias.shape[3])
+        of_pairs = tuple(size == 1 for size in shape)  # a mask is expanded to them
+        if sizes.batch * sizes.q_heads * sizes.q_len * (width + 16) >= 2**31:
+            of_pairs = *shape, width  # a mask's copy, or a gradient of pairs, may have strides of 64 bits
     key = (
-        *forms_of(call.q, call.k, call.v, d_out, *call.logits.tensors(), *masks, call.block_table),
+        *forms_of(q, k, v, d_out, visible.mask),
+        *term_forms(call.logits),
         *choices(call.logits),
-        call.dropout is None,
+        q.shape[3],
+        v.shape[3],
+        visible.left is None,
+        visible.right is None,
+        visible.key_lengths is None,
+        visible.key_ranges is None,
+        visible.sequences is None,
         visible.invariant,
-        visible.left,
-        visible.right,
-        None if sequences is None else (sequences.longest_q, sequences.longest_k, len(sequences.q_starts)),
-        (needs, *asked.values()),
+        call.dropout is None,
+        sizes.q_heads == sizes.kv_heads,
+        is_short(sizes.rows, sizes.keys),
+        page > 0,
+        page > 1024 and is_wide(k, v, page=page),
+        of_pairs,
+        needs,
+        *asked.values(),
     )
-
-    def found() -> tuple[Problem, bool]:
-        page = 0 if call.block_table is None else call.k.shape[2]
-        return problem_of(call, d_out, **asked), is_wide(call.q, call.k, call.v, d_out, page=page)
-
-    return kept_specialisation(key, found)
+    return kept_specialisation(key, lambda: (problem_of(call, d_out, **asked), is_wide(q, k, v, d_out, page=page)))
 
 
 def aligned_copy(tensor: Tensor) -> Tensor:
@@ -317,32 +319,44 @@ def _has_whole_vectors(*tensors: Tensor) -> bool:
     return True
 
 
-def call_arguments(call: AttentionCall) -> Arguments:
+def call_arguments(call: AttentionCall, d_out: Tensor | None) -> Mapping[str, Any]:
     """The arguments that the forward and both backward kernels share."""
     visible, dropout, sequences = call.visibility, call.dropout, call.visibility.sequences
-    arguments = range_arguments(visible)
+    view = view_of(visible)
     mask = seen = None
     if visible.mask is not None:
         mask = _with_aligned_rows(visible.mask).expand(visible.batch, visible.q_heads, visible.q_len, visible.k_len)
         mask = strided(mask.view(torch.uint8))
     if visible.mask is not None or visible.key_ranges is not None:
-        seen = seen_bytes(seen_keys(visible, arguments), visible.keys)
+        seen = seen_bytes(seen_keys(visible, view), visible.keys)
         if visible.invariant:  # loads of 8 bits before a product make Triton multiply in another order
             seen = seen.short()
+    q_starts = k_starts = None
+    if sequences is not None:
+        q_starts, k_starts = sequences.q_starts.contiguous(), sequences.k_starts.contiguous()
     return {
-        **arguments,
-        **logit_arguments(call.logits),
-        "q": strided(call.q),
-        "k": strided(call.k),
-        "v": strided(call.v),
-        "mask": mask,
-        "seen_ptr": seen,
-        "q_starts": None if sequences is None else sequences.q_starts.contiguous(),
-        "k_starts": None if sequences is None else sequences.k_starts.contiguous(),
+        **operand_arguments(call),
+        "masks": Masks(view.key_lengths, view.key_ranges, q_starts, k_starts, None, mask, seen),
+        "left": view.left,
+        "right": view.right,
+        "k_len": visible.k_len,
+        "d_out": None if d_out is None else strided(d_out),
         "dropout_ptr": None if dropout is None else dropout.state,
         "keep_scale": 1.0 if dropout is None else 1 / (1 - dropout.p),
         "keep_from": 0 if dropout is None else dropout.threshold - 2**31,
-        "pages": None if call.block_table is None else pages_of(call.block_table, call.k.shape[0], call.k.shape[2]),
+    }
+
+
+def operand_arguments(call: AttentionCall) -> Arguments:
+    """The arguments that all kernels of attention share."""
+    visible, table = call.visibility, call.block_table
+    return {
+        "q": strided(call.q),
+        "k": strided(call.k),
+        "v": strided(call.v),
+        **term_arguments(call.logits),
+        "pages": None if table is None else pages_of(table, call.k.shape[0], call.k.shape[2]),
+        "q_len": visible.q_len,
         "q_heads": visible.q_heads,
         "group": visible.q_heads // visible.kv_heads,
     }

@@ -12,20 +12,18 @@ from ...core.terms import Gradients, Needs
 from ...tuning.config import ROW_TERMS_ALIGNMENT as ALIGNMENT
 from ...tuning.config import corrects_delta
 from .attention import (
+    Prepared,
+    RowTerms,
     aligned_copy,
-    aligned_rows,
-    call_arguments,
     launch_kernel,
     new_results,
     one_layout,
-    with_specialisation,
+    prepared,
 )
 from .block import (
     LENGTHS,
-    LOG2_E,
     ROW_TERMS_ALIGNMENT,
     from_row,
-    joint_peak,
     load_tile,
     program_position,
     sequence_bounds,
@@ -36,8 +34,10 @@ from .block import (
 )
 from .grad_key_value import grad_key_value
 from .grad_query import grad_query
-from .launch import KERNELS, Specialisation, strided
-from .records import Arguments, Results
+from .grids import aligned_rows, over_row_terms
+from .launch import KERNELS
+from .records import Results
+from .softmax import LOG2_E, joint_peak
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def attention_row_terms(
     query_scale,
     q_starts,
     k_starts,
-    terms_ptr,
+    row_terms_ptr,
     delta_ptr,
     d_sinks_ptr,
     scale,
@@ -139,8 +139,8 @@ def attention_row_terms(
         if not HAS_BIAS:
             gradient_term *= factor
     exponent_term = tl.where(live, -total2, float("-inf"))
-    store_term(terms_ptr + 2 * term_offsets, exponent_term, factor, keep_term)
-    store_term(terms_ptr + 2 * term_offsets + 1, gradient_term, factor, keep_term)
+    store_term(row_terms_ptr + 2 * term_offsets, exponent_term, factor, keep_term)
+    store_term(row_terms_ptr + 2 * term_offsets + 1, gradient_term, factor, keep_term)
 
 
 KERNELS["row_terms"] = attention_row_terms
@@ -162,7 +162,7 @@ def backward(
     """
     wide_q, wide_k = call.q.dtype != call.v.dtype, call.k.dtype != call.v.dtype
     d_out = one_layout(d_out) if call.visibility.invariant else aligned_copy(d_out)
-    call, specialisation = with_specialisation(
+    ready = prepared(
         call,
         d_out,
         needs,
@@ -173,44 +173,45 @@ def backward(
         wide_k=wide_k,
         is_part=call.is_part,
     )
-    arguments = call_arguments(call)
-    arguments["d_out"] = strided(d_out)
-    arguments["d_lse_ptr"] = None if d_lse is None else d_lse.contiguous()
     rounding = None if rounding is None else rounding.contiguous()
     results = Results(out.contiguous(), rounding, lse.contiguous(), None, None)
-    problem, d_sinks = specialisation.problem, None
-    if call.logits.sinks is not None:
+    problem, d_sinks = ready.specialisation.problem, None
+    if ready.call.logits.sinks is not None:
         corrects = needs.query_scale or problem.has_bias or corrects_delta(problem)
-        d_sinks = new_results(call, lse) if needs.sinks or corrects else None
-    _row_terms(specialisation, call, arguments, results, d_out, d_sinks)
+        d_sinks = new_results(ready.call, lse) if needs.sinks or corrects else None
+    row_terms = _row_terms(ready, results, None if d_lse is None else d_lse.contiguous(), d_sinks)
     of_pairs = needs.key_bias or needs.bias or needs.relative_bias
     d_q = d_query_scale = None
     # The pass over keys reads the terms that the one over rows corrects.
     if needs.q or needs.query_scale or of_pairs or ((needs.k or needs.key_scale) and corrects_delta(problem)):
-        d_q, d_query_scale = grad_query(specialisation, call, arguments, needs, d_out)
+        d_q, d_query_scale = grad_query(ready, needs, row_terms)
     found = Gradients()
     if needs.k or needs.v or needs.key_scale or of_pairs:
-        found = grad_key_value(specialisation, call, arguments, needs, d_out)
+        found = grad_key_value(ready, needs, row_terms)
     d_sinks = d_sinks if needs.sinks else None
     return found._replace(q=d_q if needs.q else None, query_scale=d_query_scale, sinks=d_sinks)
 
 
-def _row_terms(
-    specialisation: Specialisation,
-    call: AttentionCall,
-    arguments: Arguments,
-    results: Results,
-    d_out: Tensor,
-    d_sinks: Tensor | None,
-) -> None:
-    """Launch the pass whose terms the two others read: they stay among the arguments."""
-    visible, sequences = call.visibility, call.visibility.sequences
+def _row_terms(ready: Prepared, results: Results, d_lse: Tensor | None, d_sinks: Tensor | None) -> RowTerms:
+    """Launch the pass whose terms the two others read."""
+    q, terms, visible = ready.call.q, ready.arguments["terms"], ready.call.visibility
     terms_len = aligned_rows(visible.q_len)
-    if sequences is not None:
-        terms_len += ALIGNMENT * (len(sequences.q_starts) - 1)
-    shape = (*call.q.shape[:2], terms_len)
-    joined = torch.float32 if call.logits.query_scale is None else torch.int64
-    arguments["terms_ptr"] = call.q.new_empty((*shape, 2), dtype=joined)
-    arguments["delta_ptr"] = call.q.new_empty(shape, dtype=torch.float32)
-    arguments |= {"terms_len": terms_len, "results": results, "d_sinks_ptr": d_sinks}
-    launch_kernel("row_terms", specialisation, call, arguments, d_out)
+    if visible.sequences is not None:
+        terms_len += ALIGNMENT * ready.sizes.sequences
+    shape = (*q.shape[:2], terms_len)
+    joined = torch.float32 if terms.query_scale is None else torch.int64
+    found = RowTerms(q.new_empty((*shape, 2), dtype=joined), q.new_empty(shape, dtype=torch.float32), d_lse, d_sinks)
+    masks = ready.arguments["masks"]
+    arguments = {
+        "results": results,
+        "d_lse_ptr": d_lse,
+        "query_scale": terms.query_scale,
+        "q_starts": masks.q_starts,
+        "k_starts": masks.k_starts,
+        "row_terms_ptr": found.terms,
+        "delta_ptr": found.delta,
+        "d_sinks_ptr": d_sinks,
+        "terms_len": terms_len,
+    }
+    launch_kernel("row_terms", ready, arguments, over_row_terms)
+    return found

@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.call import AttentionCall
-from .block import LENGTHS, LN_2, LOG2_E, lost_in_rounding, program_position, vector_from
+from .block import LENGTHS, program_position, vector_from
 from .launch import KERNELS, Specialisation, plan
 from .records import Arguments, Results, Scale
+from .softmax import LN_2, LOG2_E, lost_in_rounding
 
 
 @triton.jit(do_not_specialize=LENGTHS)

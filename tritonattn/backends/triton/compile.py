@@ -25,7 +25,7 @@ from .device import Specialisation, binder, compile_options
 from .forward import forward
 from .key_norms import key_norms, key_norms_backward, prefix_sums
 from .key_records import append_keys, append_to_pages
-from .launch import KERNELS, Launch, Plan, overriding, range_arguments, recording
+from .launch import KERNELS, Launch, Plan, overriding, recording, view_of
 from .operands import Operands
 from .ranges import argmax_over_ranges, rows_of_key_blocks, seen_keys
 
@@ -72,7 +72,7 @@ def launch_of(kernel: str, problem: Problem, config: TileConfig, target: Target)
     """The launch of a kernel in a call of the problem, whose tensors are meta tensors."""
     with recording(target, overriding(kernel, config, default_config)) as launches:
         _LAUNCHERS[kernel](problem)
-    function = Plan.of(kernel, config, {}, target).kernel
+    function = Plan.of(kernel, config, problem, target).kernel
     return next(launch for launch in launches if launch.kernel is function)
 
 
@@ -214,7 +214,7 @@ def _seen_keys(problem: Problem) -> None:
 
 def _rows_of_key_blocks(problem: Problem) -> None:
     visible = _operands(replace(problem, key_ranges=True)).attention().visibility  # others take no kernel
-    rows_of_key_blocks(visible, range_arguments(visible), 128)
+    rows_of_key_blocks(visible, view_of(visible), 128)
 
 
 def _argmax_over_ranges(problem: Problem) -> None:

@@ -5,48 +5,19 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.errors import TritonError
 
 from ...core.call import AttentionCall, ForwardResult
-from ...core.terms import choices
-from ...core.visibility import Visibility
-from ...tuning import calls as recorded
 from ...tuning import config
-from ...tuning.config import Problem, TileConfig, padded_dim
-from ...tuning.table import Exact
-from .attention import problem_of, size_of
-from .block import (
-    LENGTHS,
-    LOG2_E,
-    TINY,
-    finish_softmax,
-    from_row,
-    load_tile,
-    moved_sums,
-    page_slots,
-    pair_biases,
-    probabilities,
-    program_position,
-    soft_cap,
-    tile_offsets,
-    vector_from,
-)
+from ...tuning.config import padded_dim
+from .attention import Prepared, launch_kernel, operand_arguments, sizes_of, specialisation_of
+from .block import LENGTHS, from_row, load_tile, page_slots, program_position, tile_offsets, vector_from
 from .combine import combine, parts_of
-from .launch import (
-    KERNELS,
-    Plan,
-    Specialisation,
-    bounded,
-    drop_config,
-    forms_of,
-    is_wide,
-    kept_specialisation,
-    logit_arguments,
-    pages_of,
-    plan,
-    strided,
-)
+from .device import Grid
+from .grids import over_groups
+from .launch import KERNELS, Plan, bounded
+from .pairs import pair_biases
 from .records import Arguments, Results
+from .softmax import LOG2_E, TINY, finish_softmax, moved_sums, probabilities, soft_cap
 
 SHORTEST_SPLIT = tl.constexpr(config.SHORTEST_SPLIT)
 _SIZES = ["group", "length_words"]
@@ -89,11 +60,7 @@ def attention_decode(
     q,
     k,
     v,
-    query_scale,
-    key_scale,
-    key_bias,
-    bias,
-    relative_bias,
+    terms,
     extent,
     relative_right,
     key_lengths,
@@ -143,10 +110,7 @@ def attention_decode(
     key_lengths      int32 [B], or int64 as int32 [2 * B] with length_words = 2, clamped to [0, capacity], or None =
                      capacity: the length, behind which nothing is read
     key_ranges       int32 [B, 2] contiguous or None: only lo <= j < hi is visible, and hi narrows length
-    query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale  fp32 [B, Hkv, capacity] or None = 1
-    key_bias         fp32 [B, Hkv, group, capacity] or None = 0; a key with -inf has no weight
-    bias, relative_bias, extent, BIAS_AFTER   as in `attention_forward`
-    sinks            fp32 [B, Hq, Sq] or None, with splits = 1 only
+    terms, sinks, extent, BIAS_AFTER   as in `attention_forward`, with Sk = capacity; sinks with splits = 1 only
     results          a `Results` without rounding; of several splits their parts, of part_rows = B * Hq * Sq rows each,
                      out not written where a row has no key in one; lse natural log, max_logit uncapped
 
@@ -176,8 +140,8 @@ def attention_decode(
     q_ptrs = q.ptr + (q_rows[:, None] + tl.arange(0, BLOCK_D).to(tl.int64)[None, :] * q.d)  # [BLOCK_M, BLOCK_D]
     q_tile = load_tile(q_ptrs, keep_row, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)  # [BLOCK_M]
-    if query_scale is not None:
-        factor *= tl.load(vector_from(query_scale, batch, head, 0, row), mask=keep_row, other=0.0)
+    if terms.query_scale is not None:
+        factor *= tl.load(vector_from(terms.query_scale, batch, head, 0, row), mask=keep_row, other=0.0)
     q_tile = tl.where((factor < 0)[:, None], -q_tile, q_tile)
     factor = tl.abs(factor)
     if not HAS_BIAS:
@@ -190,14 +154,14 @@ def attention_decode(
     block_keys = tl.arange(0, BLOCK_N)
     k_offsets = tile_offsets(block_keys, BLOCK_D, k.s, k.d, WIDE)  # [BLOCK_N, BLOCK_D]
     v_offsets = tile_offsets(block_keys, BLOCK_DV, v.s, v.d, WIDE)  # [BLOCK_N, BLOCK_DV]
-    if key_scale is not None:
-        key_scale_ptr = vector_from(key_scale, batch, kv_head, 0, 0)
-    if key_bias is not None:
-        key_bias_ptrs = vector_from(key_bias, batch, kv_head, group_head, 0)[:, None]  # [BLOCK_M, 1]
+    if terms.key_scale is not None:
+        key_scale_ptr = vector_from(terms.key_scale, batch, kv_head, 0, 0)
+    if terms.key_bias is not None:
+        key_bias_ptrs = vector_from(terms.key_bias, batch, kv_head, group_head, 0)[:, None]  # [BLOCK_M, 1]
 
-    HAS_PAIRS: tl.constexpr = bias is not None or relative_bias is not None
+    HAS_PAIRS: tl.constexpr = terms.bias is not None or terms.relative_bias is not None
     shift = length - new  # of `pair_biases`
-    if relative_bias is not None:
+    if terms.relative_bias is not None:
         shift += relative_right
     cap = None if BIAS_AFTER else softcap
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)  # [BLOCK_M, BLOCK_DV]
@@ -218,16 +182,16 @@ def attention_decode(
         is_read = keep_row[:, None] & keep_key[None, :]  # [BLOCK_M, BLOCK_N]
         if HAS_PAIRS:  # see `attention_forward`
             rows, keys = row[:, None], offs_n[None, :]  # [BLOCK_M, 1], [1, BLOCK_N]
-            of_pairs = pair_biases(bias, relative_bias, extent, batch, head[:, None], rows, keys, shift, is_read)
+            of_pairs = pair_biases(terms, extent, batch, head[:, None], rows, keys, shift, is_read)
         s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        if key_scale is not None:
-            s *= tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale.s, mask=keep_key, other=0.0)[None, :]
+        if terms.key_scale is not None:
+            s *= tl.load(key_scale_ptr + offs_n.to(tl.int64) * terms.key_scale.s, mask=keep_key, other=0.0)[None, :]
         biases, of_product = None, factor
-        if key_bias is not None:
-            bias_ptrs = key_bias_ptrs + (offs_n.to(tl.int64) * key_bias.s)[None, :]
+        if terms.key_bias is not None:
+            bias_ptrs = key_bias_ptrs + (offs_n.to(tl.int64) * terms.key_bias.s)[None, :]
             biases = tl.load(bias_ptrs, mask=is_read, other=0.0) * LOG2_E  # [BLOCK_M, BLOCK_N]
         if HAS_PAIRS:
-            biases = of_pairs if key_bias is None else biases + of_pairs
+            biases = of_pairs if terms.key_bias is None else biases + of_pairs
         keep = keep_key[None, :] & (offs_n[None, :] < hi[:, None])  # [BLOCK_M, BLOCK_N]
         if left is not None:
             keep = keep & (offs_n[None, :] >= lo[:, None])
@@ -258,7 +222,6 @@ def attention_decode(
 
 
 KERNELS["decode"] = attention_decode
-_MOST_SPLITS = 64
 
 
 def decode(call: AttentionCall, aux: bool) -> ForwardResult:
@@ -266,59 +229,26 @@ def decode(call: AttentionCall, aux: bool) -> ForwardResult:
 
     The rows of a call stand at the end of its keys: those of a cache, and where they `are_few_rows`.
     """
-    specialisation = _specialisation(call, aux)
-    if recorded.recorders:
-        recorded.note(Exact("decode", specialisation.problem), size_of(call))
-    while True:
-        chosen = plan("decode", specialisation, call.q.device)
-        try:
-            return _launch(call, aux, specialisation, chosen)
-        except (TritonError, RuntimeError) as error:
-            drop_config("decode", specialisation.problem, call.q.device, chosen, error)
+    sizes, visible = sizes_of(call), call.visibility
+    rows = padded_dim(sizes.q_heads // sizes.kv_heads * sizes.q_len)
+    asked = {"aux": aux, "packed_rows": rows, "sequences": visible.row_counts is not None}
+    asked |= {"right": False, "key_lengths": False}  # no code depends on how the end of a cache is given
+    ready = Prepared(call, specialisation_of(call, sizes, asked), sizes, _arguments(call))
+    results = _allocate(call, (sizes.batch, sizes.q_heads, sizes.q_len), aux)
+    launch_kernel("decode", ready, {"results": results}, over_groups, _launch)
+    return ForwardResult(results.out, results.lse, results.max_logit, results.entropy)
 
 
-def _specialisation(call: AttentionCall, aux: bool) -> Specialisation:
-    visible = call.visibility
-    masks = (visible.key_lengths, visible.key_ranges, call.block_table, visible.row_counts)
-    terms = call.logits
-    key = (*forms_of(call.q, call.k, call.v, *terms.tensors(), *masks), *choices(terms), visible.left, aux)
-    page = 0 if call.block_table is None else call.k.shape[2]
-    return kept_specialisation(key, lambda: (_problem(call, aux), is_wide(call.k, call.v, page=page)))
-
-
-def _launch(call: AttentionCall, aux: bool, specialisation: Specialisation, chosen: Plan) -> ForwardResult:
-    visible = call.visibility
-    splits, group = _splits(visible, chosen.config), visible.q_heads // visible.kv_heads
-    tiles = -(-group * visible.q_len // chosen.config.block_m)
-    rows = visible.batch, visible.q_heads, visible.q_len
-    joined = _allocate(call, rows, aux)
-    parts = joined if splits == 1 else parts_of(call, joined, splits)
-    arguments = _arguments(call)
-    arguments["results"], arguments["splits"], sinks = parts, splits, arguments["sinks"]
-    arguments["part_rows"] = joined.lse.numel()
-    arguments["sinks"] = sinks if splits == 1 else None
-    chosen.launch((splits * tiles, visible.kv_heads, visible.batch), arguments, specialisation)
-    if splits > 1:
-        combine(specialisation, parts, joined, sinks)
-    return ForwardResult(joined.out, joined.lse, joined.max_logit, joined.entropy)
-
-
-def _splits(visible: Visibility, config: TileConfig) -> int:
-    """Programs that share the keys of a sequence. They depend on shapes and the window, never on lengths or batch."""
-    longest = visible.k_len if visible.left is None else min(visible.k_len, visible.left + visible.q_len)
-    return splits_of(longest, config)
-
-
-def splits_of(keys: int, config: TileConfig) -> int:
-    return min(-(-keys // (config.block_n * config.split_blocks)), _MOST_SPLITS)
-
-
-def _problem(call: AttentionCall, aux: bool) -> Problem:
-    """The problem as of other calls, but that no code depends on how the end of a cache is given."""
-    visible = call.visibility
-    rows = padded_dim(visible.q_heads // visible.kv_heads * visible.q_len)
-    new = visible.row_counts is not None
-    return problem_of(call, aux=aux, packed_rows=rows, sequences=new, right=False, key_lengths=False)
+def _launch(chosen: Plan, grid: Grid, arguments: Arguments, ready: Prepared) -> None:
+    """Launch, and join the parts of several splits."""
+    if arguments["splits"] == 1:
+        chosen.launch(grid, arguments, ready.specialisation)
+        return
+    results, sinks = arguments["results"], arguments["sinks"]
+    parts = parts_of(ready.call, results, arguments["splits"])
+    arguments = arguments | {"results": parts, "sinks": None}
+    chosen.launch(grid, arguments, ready.specialisation.in_splits)
+    combine(ready.specialisation, parts, results, sinks)
 
 
 def _allocate(call: AttentionCall, shape: tuple[int, ...], aux: bool) -> Results:
@@ -330,23 +260,16 @@ def _allocate(call: AttentionCall, shape: tuple[int, ...], aux: bool) -> Results
 
 
 def _arguments(call: AttentionCall) -> Arguments:
-    visible, table = call.visibility, call.block_table
-    lengths, ranges, new, capacity = visible.key_lengths, visible.key_ranges, visible.row_counts, visible.k_len
+    visible, capacity = call.visibility, call.visibility.k_len
+    lengths, ranges, new = visible.key_lengths, visible.key_ranges, visible.row_counts
     if lengths is not None and lengths.dtype not in (torch.int32, torch.int64):
         lengths = bounded(lengths, capacity)
-    length_words = 1 if lengths is None else lengths.dtype.itemsize // 4
-    return logit_arguments(call.logits) | {
-        "q": strided(call.q),
-        "k": strided(call.k),
-        "v": strided(call.v),
+    return {
+        **operand_arguments(call),
         "key_lengths": None if lengths is None else lengths.contiguous().view(torch.int32),
         "key_ranges": None if ranges is None else bounded(ranges, capacity).contiguous(),
         "query_lengths": None if new is None else new.int().contiguous(),
-        "pages": None if table is None else pages_of(table, call.k.shape[0], call.k.shape[2]),
         "left": None if visible.left is None else min(visible.left, capacity),
-        "q_len": visible.q_len,
         "capacity": capacity,
-        "length_words": length_words,
-        "q_heads": visible.q_heads,
-        "group": visible.q_heads // visible.kv_heads,
+        "length_words": 1 if lengths is None else lengths.dtype.itemsize // 4,
     }

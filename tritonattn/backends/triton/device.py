@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,9 +18,20 @@ from triton.runtime import driver
 from triton.runtime.jit import create_function_from_signature
 
 from ...tuning.config import REGISTERS, Problem, TileConfig
-from .records import Arguments
+from ...tuning.order import LONGEST_AXIS
 
 Grid = tuple[int, int, int]
+# Programs of a grid: the launcher of Triton multiplies its axes in 32 bits, and skips a launch with a negative product.
+MOST_PROGRAMS = 2**31 - 1
+
+
+def grids_of(x: int, y: int, z: int) -> Iterable[tuple[Grid, int, int]]:
+    """The grids of a grid's launches, each with its first position on the second and the third axis."""
+    most = MOST_PROGRAMS // max(x, 1)
+    y_step = max(1, min(y, LONGEST_AXIS, most))
+    z_step = max(1, min(z, LONGEST_AXIS, most // y_step))
+    firsts = itertools.product(range(0, z, z_step), range(0, y, y_step))
+    return (((x, min(y - first_y, y_step), min(z - first_z, z_step)), first_y, first_z) for first_z, first_y in firsts)
 
 
 class NotCompiledError(RuntimeError):
@@ -55,31 +68,30 @@ class KernelArguments(Mapping[str, Any]):
 class Specialisation:
     """Calls that differ in addresses, and in numbers that select no code: one `Problem`, and one code of each kernel.
 
-    wide    `launch.is_wide` of its tensors
-    codes   by kernel, config, device and settings, code for arguments whose addresses are all multiples of 16
-    layouts by `launch.Plan`
+    wide        `launch.is_wide` of its tensors
+    codes       by kernel, config, device and settings, code for arguments whose addresses are all multiples of 16
+    in_splits   the same calls where several programs share a block's work, whose results are parts
     """
 
     problem: Problem
     wide: bool
     codes: dict[tuple, KeptCode] = field(default_factory=dict)
-    layouts: dict[Any, Layout] = field(default_factory=dict)
 
-
-class Layout(NamedTuple):
-    """The grid of a launch, the arguments that go with it, and shape, strides and tile of each descriptor."""
-
-    grid: Grid
-    arguments: Arguments
-    descriptors: dict[str, tuple[list[int], list[int], list[int]]]
+    @functools.cached_property
+    def in_splits(self) -> Specialisation:
+        return Specialisation(self.problem, self.wide)
 
 
 class KeptCode(NamedTuple):
-    """Code, and where its tensors stand: in an argument, or (argument, field of its record). kernel: keeps its id."""
+    """Code, and where its tensors stand: an argument, a field of a record, or one of a record in a record.
+
+    kernel   keeps its id
+    """
 
     compiled: CompiledKernel
     tensors: tuple[int, ...]
     in_records: tuple[tuple[int, int], ...]
+    in_terms: tuple[tuple[int, int, int], ...]
     kernel: Any
 
     def takes(self, values: tuple[Any, ...]) -> bool:
@@ -89,14 +101,23 @@ class KeptCode(NamedTuple):
             address |= values[i].data_ptr()
         for i, j in self.in_records:
             address |= values[i][j].data_ptr()
+        for i, j, k in self.in_terms:
+            address |= values[i][j][k].data_ptr()
         return address % 16 == 0
 
 
 def kept_code(compiled: CompiledKernel, values: tuple[Any, ...], kernel: Any) -> KeptCode:
-    tensors = tuple(i for i, value in enumerate(values) if isinstance(value, Tensor))
-    records = [(i, value) for i, value in enumerate(values) if isinstance(value, tuple)]
-    in_records = ((i, j) for i, record in records for j, field in enumerate(record) if isinstance(field, Tensor))
-    return KeptCode(compiled, tensors, tuple(in_records), kernel)
+    places = tuple(_tensors_in(values))
+    tensors, in_records, in_terms = (tuple(at for at in places if len(at) == depth) for depth in (1, 2, 3))
+    return KeptCode(compiled, tuple(i for (i,) in tensors), in_records, in_terms, kernel)
+
+
+def _tensors_in(values: tuple[Any, ...]) -> Iterator[tuple[int, ...]]:
+    for i, value in enumerate(values):
+        if isinstance(value, Tensor):
+            yield (i,)
+        elif isinstance(value, tuple):
+            yield from ((i, *at) for at in _tensors_in(value))
 
 
 def compile_options(config: TileConfig, invariant: bool = False) -> dict[str, Any]:

@@ -8,36 +8,24 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.call import AttentionCall, ForwardResult
-from .attention import call_arguments, launch_kernel, new_results, with_specialisation
+from .attention import Prepared, launch_kernel, new_results, prepared
 from .block import (
     LENGTHS,
-    LOG2_E,
-    TINY,
-    UNMASKED,
-    dropout_keeps,
-    finish_softmax,
     from_row,
-    key_bounds,
-    key_range,
     load_tile,
-    lost_in_rounding,
-    moved_sums,
     page_slots,
-    pair_biases,
-    pass_bounds,
-    probabilities,
     program_in_section,
     sequence_bounds,
-    soft_cap,
     tile_offsets,
     vector_from,
-    visible,
-    whole_blocks,
 )
 from .combine import combine, parts_of
 from .device import Grid
-from .launch import KERNELS, Plan, Specialisation
+from .grids import over_rows
+from .launch import KERNELS, Plan
+from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_biases, pass_bounds, visible, whole_blocks
 from .records import Arguments, Results, View
+from .softmax import LOG2_E, TINY, finish_softmax, lost_in_rounding, moved_sums, probabilities, soft_cap
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "group"])
@@ -47,20 +35,11 @@ def attention_forward(
     q,
     k,
     v,
-    query_scale,
-    key_scale,
-    key_bias,
-    bias,
-    relative_bias,
+    terms,
     extent,
     relative_right,
-    key_lengths,
-    key_ranges,
-    q_starts,
-    k_starts,
+    masks,
     pages,
-    mask,
-    seen_ptr,
     results,
     scale,
     softcap,
@@ -91,7 +70,7 @@ def attention_forward(
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
-    LANES: tl.constexpr,
+    NUM_XCDS: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
     """Attention output and statistics of the softmax for BLOCK_M query rows of one (batch or sequence, head).
@@ -110,16 +89,13 @@ def attention_forward(
     q, k, v          `Strided` [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv] of fp16, bf16 or fp32; group = Hq/Hkv
     pages            `Pages` of the sequences or None; k and v are then [N, Hkv, page, D or Dv], others as without
     *_descriptor     tensor descriptors of k and v with blocks [1, 1, BLOCK_N, BLOCK_D or BLOCK_DV], or None
-    query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale fp32 [B, Hkv, Sk] or None = 1; both `Scale`
-    key_bias         `Scale` [B, Hkv, group, Sk] or None = 0; exp(z) is 0 where it is -inf
-    bias, relative_bias, extent   of `pair_biases`, or None; HAS_BIAS: one of the three biases is given
-    BIAS_AFTER       x has no b, z = softcap * tanh(x / softcap) + b, and max_logit is the maximum of z
+    terms            `LogitTerms`: query_scale [B, Hq, Sq] or None = 1, any sign, key_scale [B, Hkv, Sk] or None = 1 and
+                     key_bias [B, Hkv, group, Sk] or None = 0, exp(z) is 0 where it is -inf, in fp32; biases of
+                     `pair_biases`
     sinks            fp32 `Scale` [B, Hq, Sq] or None
-    key_lengths, key_ranges, left, right   of `key_range`, or None
-    q_starts, k_starts                     of `sequence_bounds`, or None
-    mask             `Strided` uint8 [B, Hq, Sq, Sk], strides 0 on broadcast axes, or None
-    seen             uint8 (int16 where INVARIANT) [B, Hkv, Sk] contiguous or None: keys that are visible to some row;
-                     others are never multiplied
+    HAS_BIAS         one of the three biases is given
+    BIAS_AFTER       x has no b, z = softcap * tanh(x / softcap) + b, and max_logit is the maximum of z
+    masks            `Masks`; left, right of `key_range`, or None
     dropout          of `dropout_keeps`, or None
     results          `Results`, lse in natural log; rounding is what out lost when it was rounded: `lost_in_rounding`
     splits           None, or the number of programs that share the keys of a row: the results, without rounding and in
@@ -132,18 +108,18 @@ def attention_forward(
     into its q, which is exact. P is rounded to v's dtype before P @ V. A row without keys gives out 0, lse -inf.
     Online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867; blocking: Dao 2023, arXiv:2307.08691, Algorithm 1.
     """
-    block, head, sequence = program_in_section(q_heads, first_head, first_y, first_z, right is not None, LANES)
+    block, head, sequence = program_in_section(q_heads, first_head, first_y, first_z, right is not None, NUM_XCDS)
     if sequence < 0:
         return
     if splits is not None:
         split, block = block % splits, block // splits
     packed_len, kv_head = q_len, head // group
-    batch, first_row, first_key, q_len, k_len = sequence_bounds(sequence, q_len, k_len, q_starts, k_starts)
+    batch, first_row, first_key, q_len, k_len = sequence_bounds(sequence, q_len, k_len, masks.q_starts, masks.k_starts)
     start_m = block * BLOCK_M
-    if q_starts is not None:
+    if masks.q_starts is not None:
         if start_m >= q_len:
             return
-    view = View(q_len, k_len, left, right, key_lengths, key_ranges)
+    view = View(q_len, k_len, left, right, masks.key_lengths, masks.key_ranges)
     block_rows = tl.arange(0, BLOCK_M)
     keep_row = start_m + block_rows < q_len  # [BLOCK_M]
     offs_m = tl.minimum(start_m + block_rows, q_len - 1)  # [BLOCK_M]
@@ -154,8 +130,8 @@ def attention_forward(
         row_base += split.to(tl.int64) * part_rows
 
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)  # [BLOCK_M]
-    if query_scale is not None:
-        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row + block_rows)
+    if terms.query_scale is not None:
+        scale_ptrs = vector_from(terms.query_scale, batch, head, 0, memory_row + block_rows)
         factor *= tl.load(scale_ptrs, mask=keep_row, other=0.0)
     q = from_row(q, batch, head, memory_row, ALIGNED)
     q_ptrs = q.ptr + tile_offsets(block_rows, BLOCK_D, q.s, q.d, WIDE)  # [BLOCK_M, BLOCK_D]
@@ -185,14 +161,14 @@ def attention_forward(
     if pages is not None:
         k_batch, k_first = batch * 0, first_key * 0  # pages are numbered through
     k, v = from_row(k, k_batch, kv_head, k_first, ALIGNED), from_row(v, k_batch, kv_head, k_first, ALIGNED)
-    if seen_ptr is not None:
-        seen_ptr += (batch.to(tl.int64) * (q_heads // group) + kv_head) * k_len
-    if key_scale is not None:
-        key_scale_ptr = vector_from(key_scale, batch, kv_head, 0, first_key)
-    if key_bias is not None:
-        key_bias_ptr = vector_from(key_bias, batch, kv_head, head % group, first_key)
+    if masks.seen is not None:
+        seen_ptr = masks.seen + (batch.to(tl.int64) * (q_heads // group) + kv_head) * k_len
+    if terms.key_scale is not None:
+        key_scale_ptr = vector_from(terms.key_scale, batch, kv_head, 0, first_key)
+    if terms.key_bias is not None:
+        key_bias_ptr = vector_from(terms.key_bias, batch, kv_head, head % group, first_key)
     kv_start, kv_end, full_start, full_end = key_bounds(
-        start_m, tl.minimum(start_m + BLOCK_M, q_len) - 1, lo, hi, batch, view, BLOCK_N, mask is not None
+        start_m, tl.minimum(start_m + BLOCK_M, q_len) - 1, lo, hi, batch, view, BLOCK_N, masks.mask is not None
     )
     if splits is not None:
         first_block = kv_start // BLOCK_N
@@ -202,9 +178,9 @@ def attention_forward(
         full_lo, full_hi = tl.maximum(full_start, begin), tl.minimum(full_end, end)
         full_start, full_end = whole_blocks(kv_start, full_lo, full_hi, BLOCK_N, False)
 
-    HAS_PAIRS: tl.constexpr = bias is not None or relative_bias is not None
+    HAS_PAIRS: tl.constexpr = terms.bias is not None or terms.relative_bias is not None
     shift = k_len - q_len + first_key - first_row  # of `pair_biases`
-    if relative_bias is not None:
+    if terms.relative_bias is not None:
         shift += relative_right
     cap = None if BIAS_AFTER else softcap
     rows = (first_row + offs_m)[:, None]  # [BLOCK_M, 1], in the packed axis
@@ -212,13 +188,13 @@ def attention_forward(
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)  # [BLOCK_M]
     l_i = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)  # [BLOCK_M, SUM_COLUMNS]
     spread = l_i  # for the entropy: sum_j exp(z - shift) * (z - shift)
-    FIRST: tl.constexpr = 1 if INVARIANT and left is None and key_ranges is None else 0
+    FIRST: tl.constexpr = 1 if INVARIANT and left is None and masks.key_ranges is None else 0
     # Masks hold registers: masked steps of a whole block spill 244 bytes on sm_90 at D 64, 212 at D 512, 8 on sm_80 at
     # D 128, and 388 in `attention_grad_key_value` on sm_90 at D 128 (static, triton 3.9).
     HALVED: tl.constexpr = BLOCK_N >= (32 if BLOCK_M >= 64 and BLOCK_DV > 256 else 64) and not INVARIANT
     MASKED_N: tl.constexpr = BLOCK_N // 2 if HALVED else BLOCK_N
     for PASS in tl.static_range(FIRST, 3 if INVARIANT else 2):
-        if PASS != UNMASKED or mask is None:
+        if PASS != UNMASKED or masks.mask is None:
             step = tl.arange(0, BLOCK_N if PASS == UNMASKED else MASKED_N)  # [N]
             n_lo, n_hi, loop_start, loop_end, gap_start, gap = pass_bounds(
                 kv_start, kv_end, full_start, full_end, step.shape[0], PASS, INVARIANT
@@ -237,11 +213,11 @@ def attention_forward(
                 load_key = tl.full(step.shape, 1, tl.int1)  # [N]
                 if PASS != UNMASKED:
                     load_key = (offs_n >= n_lo) & (offs_n < n_hi)
-                    if seen_ptr is not None:
+                    if masks.seen is not None:
                         load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
                 if HAS_PAIRS:  # loaded before the product, lest the softmax take the layout of the loads
                     is_read = load_key[None, :]  # [1, N]
-                    of_pairs = pair_biases(bias, relative_bias, extent, batch, head, rows, keys, shift, is_read)
+                    of_pairs = pair_biases(terms, extent, batch, head, rows, keys, shift, is_read)
                 if pages is not None:
                     number, slot, is_held = page_slots(pages, sequence, offs_n, load_key)
                     number = number.to(tl.int64)[:, None]  # [N, 1]
@@ -256,18 +232,20 @@ def attention_forward(
                     k_tile = k_descriptor.load([batch, kv_head, first_key + start_n, 0]).reshape(k_offsets.shape)
                     v_tile = v_descriptor.load([batch, kv_head, first_key + start_n, 0]).reshape(v_offsets.shape)
                 s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, N]
-                if key_scale is not None:
-                    s *= tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale.s, mask=load_key, other=0.0)[None, :]
+                if terms.key_scale is not None:
+                    s *= tl.load(key_scale_ptr + offs_n.to(tl.int64) * terms.key_scale.s, mask=load_key, other=0.0)[
+                        None, :
+                    ]
                 biases, keep, of_product = None, None, factor
-                if key_bias is not None:
-                    bias_ptrs = key_bias_ptr + offs_n.to(tl.int64) * key_bias.s
+                if terms.key_bias is not None:
+                    bias_ptrs = key_bias_ptr + offs_n.to(tl.int64) * terms.key_bias.s
                     biases = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]  # [1, N]
                 if HAS_PAIRS:
-                    biases = of_pairs if key_bias is None else biases + of_pairs  # [BLOCK_M, N]
+                    biases = of_pairs if terms.key_bias is None else biases + of_pairs  # [BLOCK_M, N]
                 if BIAS_AFTER:
                     s, of_product = soft_cap(s * factor[:, None], softcap), tl.full([BLOCK_M], 1.0, tl.float32)
                 if PASS != UNMASKED:
-                    keep = visible(offs_m, offs_n, lo, hi, batch, head, view, mask)  # [BLOCK_M, N]
+                    keep = visible(offs_m, offs_n, lo, hi, batch, head, view, masks.mask)  # [BLOCK_M, N]
                 p, weighted, alpha, moved, m_i = probabilities(
                     s, biases, keep, of_product, cap, m_i, PASS != UNMASKED, results.entropy is not None
                 )
@@ -305,23 +283,25 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
 
     rounding   int8 [B, Hq, Sq, Dv], contiguous, or None; receives what out lost when it was rounded: `core.rounding`
     """
-    call, specialisation = with_specialisation(call, aux=aux, rounding=rounding is not None)
-    q, v = call.q, call.v
+    ready = prepared(call, aux=aux, rounding=rounding is not None)
+    call, q, v = ready.call, ready.call.q, ready.call.v
     row = q.select(3, 0)
     out = new_results(call, q if v.shape[3] == q.shape[3] else row[..., None].expand(-1, -1, -1, v.shape[3]), q.dtype)
     lse = new_results(call, row, fill=-torch.inf)
     max_logit = new_results(call, row, fill=-torch.inf) if aux else None
     entropy = new_results(call, row) if aux else None
-    arguments = call_arguments(call)
-    arguments["results"] = Results(out, rounding, lse, max_logit, entropy)
-    launch_kernel("forward", specialisation, call, arguments, in_splits=_in_splits)
+    results = Results(out, rounding, lse, max_logit, entropy)
+    launch_kernel("forward", ready, {"results": results}, over_rows, _launch)
     return ForwardResult(out, lse, max_logit, entropy)
 
 
-def _in_splits(
-    chosen: Plan, grid: Grid, arguments: Arguments, specialisation: Specialisation, call: AttentionCall
-) -> None:
-    """Launch with the keys of each row shared out among splits, and join their parts."""
-    results, parts = arguments["results"], parts_of(call, arguments["results"], arguments["splits"])
-    chosen.launch(grid, arguments | {"results": parts, "sinks": None}, specialisation)
-    combine(specialisation, parts, results, arguments["sinks"])
+def _launch(chosen: Plan, grid: Grid, arguments: Arguments, ready: Prepared) -> None:
+    """Launch; where the keys of each row are shared out among splits, join their parts."""
+    if arguments["splits"] is None:
+        chosen.launch(grid, arguments, ready.specialisation)
+        return
+    results, sinks = arguments["results"], arguments["sinks"]
+    parts = parts_of(ready.call, results, arguments["splits"])
+    arguments = arguments | {"results": parts, "sinks": None}
+    chosen.launch(grid, arguments, ready.specialisation.in_splits)
+    combine(ready.specialisation, parts, results, sinks)

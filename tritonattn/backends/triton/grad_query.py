@@ -7,34 +7,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.call import AttentionCall
 from ...core.terms import Needs
-from .attention import largest, launch_kernel, new_results, seen_scales
+from .attention import (
+    Prepared,
+    RowTerms,
+    largest,
+    launch_kernel,
+    new_results,
+    seen_scales,
+)
 from .block import (
     LENGTHS,
-    LOG2_E,
-    UNMASKED,
-    dropout_keeps,
     from_row,
-    key_bounds,
-    key_range,
     load_term,
     load_tile,
-    pair_biases,
-    partial_sums,
-    pass_bounds,
     program_in_section,
     sequence_bounds,
-    soft_cap,
-    soft_cap_slope,
     store_term,
     terms_offset,
     tile_offsets,
     vector_from,
-    visible,
 )
-from .launch import KERNELS, Specialisation
-from .records import Arguments, View
+from .grids import over_rows
+from .launch import KERNELS
+from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_biases, pass_bounds, visible
+from .records import TensorGradients, View
+from .softmax import LOG2_E, partial_sums, soft_cap, soft_cap_slope
 
 # A block of rows loops over so few keys twice. Among more, some row's exact gradient is far larger than an error.
 FEW_KEYS = tl.constexpr(64)
@@ -49,26 +47,16 @@ def attention_grad_query(
     k,
     v,
     d_out,
-    query_scale,
-    key_scale,
-    key_bias,
-    bias,
-    relative_bias,
+    terms,
     extent,
     relative_right,
     key_size,
     d_lse_ptr,
     d_sinks_ptr,
-    terms_ptr,
+    row_terms_ptr,
     delta_ptr,
-    key_lengths,
-    key_ranges,
-    q_starts,
-    k_starts,
-    mask,
-    seen_ptr,
-    d_q_ptr,
-    d_query_scale_ptr,
+    masks,
+    gradients,
     scale,
     softcap,
     keep_from,
@@ -98,7 +86,7 @@ def attention_grad_query(
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
-    LANES: tl.constexpr,
+    NUM_XCDS: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
     """Gradients of q and query_scale for BLOCK_M rows of one (batch or sequence, head), as `attention_forward`.
@@ -110,8 +98,8 @@ def attention_grad_query(
         d_q[i]           = scale * query_scale[i] * raw[i]
         d_query_scale[i] = scale * sum_j dX[i, j] * (q[i] . k[j]) * key_scale[j]
 
-    terms, delta, d_lse and d_sinks: see `attention_row_terms`. d_q [B, Hq, Sq, D] in q's dtype and d_query_scale fp32
-    [B, Hq, Sq], contiguous, every row written once; d_query_scale may be None.
+    row_terms, delta, d_lse and d_sinks: see `attention_row_terms`. `TensorGradients`: q
+    [B, Hq, Sq, D] in q's dtype and query_scale fp32 [B, Hq, Sq] or None, contiguous, every row written once.
 
     key_size     fp32 [B, Hkv] or None: the largest |key_scale|, never 0. dX * key_scale / key_size is rounded to 16
                  bits, so that no size of the key scales pushes it out of fp16's range
@@ -124,16 +112,16 @@ def attention_grad_query(
     the corrected delta: for a single key, dP - delta is nothing but their errors.
     IS_PART: rows attend to other keys too, so that nothing is known about these sums, and delta stays as it is.
     """
-    block, head, sequence = program_in_section(q_heads, first_head, first_y, first_z, right is not None, LANES)
+    block, head, sequence = program_in_section(q_heads, first_head, first_y, first_z, right is not None, NUM_XCDS)
     if sequence < 0:
         return
     packed_len, kv_head = q_len, head // group
-    batch, first_row, first_key, q_len, k_len = sequence_bounds(sequence, q_len, k_len, q_starts, k_starts)
+    batch, first_row, first_key, q_len, k_len = sequence_bounds(sequence, q_len, k_len, masks.q_starts, masks.k_starts)
     start_m = block * BLOCK_M
-    if q_starts is not None:
+    if masks.q_starts is not None:
         if start_m >= q_len:
             return
-    view = View(q_len, k_len, left, right, key_lengths, key_ranges)
+    view = View(q_len, k_len, left, right, masks.key_lengths, masks.key_ranges)
     block_rows = tl.arange(0, BLOCK_M)
     keep_row = start_m + block_rows < q_len  # [BLOCK_M]
     offs_m = tl.minimum(start_m + block_rows, q_len - 1)  # [BLOCK_M]
@@ -142,10 +130,10 @@ def attention_grad_query(
     row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
     row_offsets = row_base + block_rows
 
-    first_term = terms_offset(batch, head, sequence, first_row, q_heads, terms_len, q_starts)
+    first_term = terms_offset(batch, head, sequence, first_row, q_heads, terms_len, masks.q_starts)
     term_offsets = first_term + start_m + block_rows  # [BLOCK_M]
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)  # [BLOCK_M]
-    exponent_term, factor = load_term(terms_ptr + 2 * term_offsets, factor, False)  # [BLOCK_M]
+    exponent_term, factor = load_term(row_terms_ptr + 2 * term_offsets, factor, False)  # [BLOCK_M]
     delta = tl.load(delta_ptr + term_offsets)  # [BLOCK_M]
     live = exponent_term != float("-inf")
     q = from_row(q, batch, head, memory_row, ALIGNED)
@@ -155,30 +143,30 @@ def attention_grad_query(
     do = load_tile(do_ptrs, live, VALUE_DIM)  # [BLOCK_M, BLOCK_DV]
 
     k, v = from_row(k, batch, kv_head, first_key, ALIGNED), from_row(v, batch, kv_head, first_key, ALIGNED)
-    if seen_ptr is not None:
-        seen_ptr += (batch.to(tl.int64) * (q_heads // group) + kv_head) * k_len
+    if masks.seen is not None:
+        seen_ptr = masks.seen + (batch.to(tl.int64) * (q_heads // group) + kv_head) * k_len
     if key_size is not None:
         key_size = tl.load(key_size + batch * (q_heads // group) + kv_head)
-    if key_scale is not None:
-        key_scale_ptr = vector_from(key_scale, batch, kv_head, 0, first_key)
-    if key_bias is not None:
-        key_bias_ptr = vector_from(key_bias, batch, kv_head, head % group, first_key)
+    if terms.key_scale is not None:
+        key_scale_ptr = vector_from(terms.key_scale, batch, kv_head, 0, first_key)
+    if terms.key_bias is not None:
+        key_bias_ptr = vector_from(terms.key_bias, batch, kv_head, head % group, first_key)
     kv_start, kv_end, full_start, full_end = key_bounds(
-        start_m, tl.minimum(start_m + BLOCK_M, q_len) - 1, lo, hi, batch, view, BLOCK_N, mask is not None
+        start_m, tl.minimum(start_m + BLOCK_M, q_len) - 1, lo, hi, batch, view, BLOCK_N, masks.mask is not None
     )
 
     # SUMS 1: of dS. 2: also of dX * x and P * dz/dx * x, x without the row's factor and without bias. All in fp32; the
     # products are fma's with 0, which nothing fuses further.
-    SUMS: tl.constexpr = 2 if d_query_scale_ptr is not None else 1 if CORRECT_DELTA or HAS_BIAS else 0
-    HAS_PAIRS: tl.constexpr = bias is not None or relative_bias is not None
+    SUMS: tl.constexpr = 2 if gradients.query_scale is not None else 1 if CORRECT_DELTA or HAS_BIAS else 0
+    HAS_PAIRS: tl.constexpr = terms.bias is not None or terms.relative_bias is not None
     shift = k_len - q_len + first_key - first_row  # of `pair_biases`
-    if relative_bias is not None:
+    if terms.relative_bias is not None:
         shift += relative_right
     rows = (first_row + offs_m)[:, None]  # [BLOCK_M, 1], in the packed axis
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [BLOCK_M, BLOCK_D]
     ds_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)  # [BLOCK_M, SUM_COLUMNS]
     d_factor, mean_logit = ds_sum, ds_sum
-    FIRST: tl.constexpr = 1 if INVARIANT and left is None and key_ranges is None else 0
+    FIRST: tl.constexpr = 1 if INVARIANT and left is None and masks.key_ranges is None else 0
     MASKED_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 and not INVARIANT else BLOCK_N  # see `attention_forward`
     for PASS in tl.static_range(FIRST, 4):
         if PASS == AGAIN and SUMS and not IS_PART:
@@ -200,7 +188,7 @@ def attention_grad_query(
                 dq = tl.where(are_few, 0.0, dq)
                 kv_end = tl.where(are_few, kv_end, 0)
             full_end = full_start
-        if (PASS != UNMASKED or mask is None) and (PASS != 2 or INVARIANT) and (PASS != AGAIN or CORRECT_DELTA):
+        if (PASS != UNMASKED or masks.mask is None) and (PASS != 2 or INVARIANT) and (PASS != AGAIN or CORRECT_DELTA):
             step = tl.arange(0, BLOCK_N if PASS == UNMASKED else MASKED_N)  # [N]
             n_lo, n_hi, loop_start, loop_end, gap_start, gap = pass_bounds(
                 kv_start, kv_end, full_start, full_end, step.shape[0], PASS, INVARIANT
@@ -219,13 +207,13 @@ def attention_grad_query(
                 load_key = tl.full(step.shape, 1, tl.int1)  # [N]
                 if PASS != UNMASKED:
                     load_key = (offs_n >= n_lo) & (offs_n < n_hi)
-                    if seen_ptr is not None:
+                    if masks.seen is not None:
                         load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
                 if HAS_PAIRS:  # loaded before the product, lest the softmax take the layout of the loads
                     is_read = load_key[None, :]  # [1, N]
                     if PASS != UNMASKED:
-                        is_read = visible(offs_m, offs_n, lo, hi, batch, head, view, mask)  # [BLOCK_M, N]
-                    of_pairs = pair_biases(bias, relative_bias, extent, batch, head, rows, keys, shift, is_read)
+                        is_read = visible(offs_m, offs_n, lo, hi, batch, head, view, masks.mask)  # [BLOCK_M, N]
+                    of_pairs = pair_biases(terms, extent, batch, head, rows, keys, shift, is_read)
                 if PASS != UNMASKED or k_descriptor is None:
                     k_tile = load_tile(k.ptr + start_n.to(tl.int64) * k.s + k_offsets, load_key, HEAD_DIM)
                     v_tile = load_tile(v.ptr + start_n.to(tl.int64) * v.s + v_offsets, load_key, VALUE_DIM)
@@ -233,14 +221,16 @@ def attention_grad_query(
                     k_tile = k_descriptor.load([batch, kv_head, first_key + start_n, 0]).reshape(k_offsets.shape)
                     v_tile = v_descriptor.load([batch, kv_head, first_key + start_n, 0]).reshape(v_offsets.shape)
                 s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, N]
-                if key_scale is not None:
-                    key_scales = tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale.s, mask=load_key, other=0.0)
+                if terms.key_scale is not None:
+                    key_scales = tl.load(
+                        key_scale_ptr + offs_n.to(tl.int64) * terms.key_scale.s, mask=load_key, other=0.0
+                    )
                     s *= key_scales[None, :]
-                if key_bias is not None:
-                    bias_ptrs = key_bias_ptr + offs_n.to(tl.int64) * key_bias.s
+                if terms.key_bias is not None:
+                    bias_ptrs = key_bias_ptr + offs_n.to(tl.int64) * terms.key_bias.s
                     biases = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]  # [1, N]
                 if HAS_PAIRS:
-                    biases = of_pairs if key_bias is None else biases + of_pairs  # [BLOCK_M, N]
+                    biases = of_pairs if terms.key_bias is None else biases + of_pairs  # [BLOCK_M, N]
                 if softcap is None:
                     if HAS_BIAS:
                         exponent = tl.fma(s, factor[:, None], biases) + exponent_term[:, None]
@@ -258,7 +248,7 @@ def attention_grad_query(
                 p = tl.exp2(exponent)  # [BLOCK_M, N]
                 dp = tl.dot(do, v_tile.T, input_precision="ieee")  # [BLOCK_M, N]
                 if PASS != UNMASKED:
-                    p = tl.where(visible(offs_m, offs_n, lo, hi, batch, head, view, mask), p, 0.0)
+                    p = tl.where(visible(offs_m, offs_n, lo, hi, batch, head, view, masks.mask), p, 0.0)
                 if dropout_ptr is not None:
                     batch_head, first = batch * q_heads + head, first_key + start_n
                     kept = dropout_keeps(dropout_ptr, keep_from, batch_head, rows, first, step.shape[0])
@@ -274,7 +264,7 @@ def attention_grad_query(
                 if SUMS == 2 and PASS != AGAIN:
                     d_factor += partial_sums(tl.fma(ds, s, zero), SUM_COLUMNS)
                     mean_logit += partial_sums(tl.fma(p, s, zero), SUM_COLUMNS)
-                if key_scale is not None:
+                if terms.key_scale is not None:
                     if key_size is not None:
                         key_scales *= 1.0 / key_size
                     ds *= key_scales[None, :]
@@ -283,36 +273,43 @@ def attention_grad_query(
     dq *= scale
     if key_size is not None:
         dq *= key_size
-    if query_scale is not None:
-        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row + block_rows)
+    if terms.query_scale is not None:
+        scale_ptrs = vector_from(terms.query_scale, batch, head, 0, memory_row + block_rows)
         dq *= tl.load(scale_ptrs, mask=live, other=0.0)[:, None]
     if SUMS == 2:
         d_query_scale = tl.sum(d_factor, 1)
         if not IS_PART:
             d_query_scale = tl.fma(-excess, tl.sum(mean_logit, 1), d_query_scale)
-        tl.store(d_query_scale_ptr + row_offsets, d_query_scale * scale, mask=keep_row)
+        tl.store(gradients.query_scale + row_offsets, d_query_scale * scale, mask=keep_row)
     if SUMS:
         gradient_term = -delta
-        if query_scale is not None and not HAS_BIAS:
+        if terms.query_scale is not None and not HAS_BIAS:
             gradient_term *= factor
-        store_term(terms_ptr + 2 * term_offsets + 1, gradient_term, factor, keep_row)
-    d_q_ptrs = d_q_ptr + row_base * HEAD_DIM + tile_offsets(block_rows, BLOCK_D, HEAD_DIM, 1, False)
+        store_term(row_terms_ptr + 2 * term_offsets + 1, gradient_term, factor, keep_row)
+    d_q_ptrs = gradients.q + row_base * HEAD_DIM + tile_offsets(block_rows, BLOCK_D, HEAD_DIM, 1, False)
     keep_q = keep_row[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
-    tl.store(d_q_ptrs, dq.to(d_q_ptr.dtype.element_ty), mask=keep_q)
+    tl.store(d_q_ptrs, dq.to(gradients.q.dtype.element_ty), mask=keep_q)
 
 
 KERNELS["grad_query"] = attention_grad_query
 
 
-def grad_query(
-    specialisation: Specialisation, call: AttentionCall, arguments: Arguments, needs: Needs, d_out: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def grad_query(ready: Prepared, needs: Needs, row_terms: RowTerms) -> tuple[Tensor, Tensor | None]:
     """The gradients of q and query_scale."""
-    d_q = new_results(call, call.q, torch.float32 if specialisation.problem.wide_q else call.q.dtype)
-    d_query_scale = new_results(call, arguments["results"].lse) if needs.query_scale else None
+    call, wide = ready.call, ready.specialisation.problem.wide_q
+    d_q = new_results(call, call.q, torch.float32 if wide else call.q.dtype)
+    d_query_scale = new_results(call, call.q.select(3, 0)) if needs.query_scale else None
     key_size = None
     if call.logits.key_scale is not None and call.q.dtype == torch.float16:
         key_size = largest(seen_scales(call.logits.key_scale, call.visibility))
-    arguments |= {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size": key_size}
-    launch_kernel("grad_query", specialisation, call, arguments, d_out)
+    arguments = {
+        "row_terms_ptr": row_terms.terms,
+        "delta_ptr": row_terms.delta,
+        "terms_len": row_terms.delta.shape[2],
+        "d_lse_ptr": row_terms.d_lse,
+        "d_sinks_ptr": row_terms.d_sinks,
+        "gradients": TensorGradients(q=d_q, query_scale=d_query_scale),
+        "key_size": key_size,
+    }
+    launch_kernel("grad_query", ready, arguments, over_rows)
     return d_q, d_query_scale

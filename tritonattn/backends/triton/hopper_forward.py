@@ -17,10 +17,11 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import block as bl
-from .block import LENGTHS, key_range, lost_in_rounding, partial_sums, vector_from
+from .block import LENGTHS, program_in_section, sequence_bounds, vector_from
 from .launch import Variant
+from .pairs import key_bounds, key_range
 from .records import View
+from .softmax import LOG2_E, TINY, finish_softmax, lost_in_rounding, moved_sums, partial_sums, probabilities
 
 ROWS = gl.constexpr(64)  # of a consumer
 SUM_COLUMNS = CLEARED_ROWS = gl.constexpr(8)  # none needs another lane's sum; a loader's thread has 24 registers
@@ -36,9 +37,8 @@ Steps = namedtuple("Steps", "high masked blocks top full")
 # first_row, first_key: in memory, of the program and of its sequence; start: the program's first row in the sequence,
 # `rows` of them from there on. Keys outside of [live, live_end) are hidden from all rows of the sequence.
 Position = namedtuple("Position", "batch head kv_head of_group first_row first_key start rows live live_end")
-Terms = namedtuple("Terms", "scale query_scale key_scale key_bias softcap sinks")
 # seen: pointer to the sequence's first key; row: the program's first one in [B, Hq, Sq].
-Work = namedtuple("Work", "q_descriptor k_descriptor v_descriptor position terms view steps shared seen results row")
+Work = namedtuple("Work", "q_desc k_desc v_desc position terms scale softcap sinks view steps shared seen results row")
 # The visible keys lo <= j < hi of a consumer's rows [ROWS], and |factor|.
 Rows = namedtuple("Rows", "lo hi factor")
 # From step to step: sums [ROWS, D], P [ROWS, BLOCK_N] that waits for its V, and m_i, l_i and spread of the softmax.
@@ -50,14 +50,8 @@ def attention_forward_hopper(
     q_descriptor,
     k_descriptor,
     v_descriptor,
-    query_scale,
-    key_scale,
-    key_bias,
-    key_lengths,
-    key_ranges,
-    q_starts,
-    k_starts,
-    seen_ptr,
+    terms,
+    masks,
     results,
     scale,
     softcap,
@@ -75,33 +69,34 @@ def attention_forward_hopper(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-    LANES: gl.constexpr,
+    NUM_XCDS: gl.constexpr,
 ):
     """`forward.attention_forward`, which states formulas, arguments and grid, by BLOCK_M / ROWS consumers. Gluon's
     descriptors have blocks [1, 1, ROWS, D] of q and [1, 1, BLOCK_N, D] of k and v; there is room for STAGES of each."""
     CONSUMERS: gl.constexpr = BLOCK_M // ROWS
-    CLEARS: gl.constexpr = not (left is None and key_lengths is None and key_ranges is None and q_starts is None)
+    NARROWED: gl.constexpr = masks.key_lengths is not None or masks.key_ranges is not None
+    CLEARS: gl.constexpr = NARROWED or left is not None or masks.q_starts is not None
     LOADERS: gl.constexpr = 4 if CLEARS else 1  # warps
-    block, head, sequence = bl.program_in_section(q_heads, first_head, first_y, first_z, right is not None, LANES)
+    block, head, sequence = program_in_section(q_heads, first_head, first_y, first_z, right is not None, NUM_XCDS)
     if sequence < 0:
         return
-    packed_rows, kv_head = q_len, head // group
-    batch, first_row, first_key, q_len, k_len = bl.sequence_bounds(sequence, q_len, k_len, q_starts, k_starts)
-    start = block * BLOCK_M
+    packed_rows, kv_head, start = q_len, head // group, block * BLOCK_M
+    batch, first_row, first_key, q_len, k_len = sequence_bounds(sequence, q_len, k_len, masks.q_starts, masks.k_starts)
     if start >= q_len:  # of a shorter sequence
         return
-    view = View(q_len, k_len, left, right, key_lengths, key_ranges)
-    of_sides = View(q_len, k_len, left, right, key_lengths, None)
+    view = View(q_len, k_len, left, right, masks.key_lengths, masks.key_ranges)
+    of_sides = View(q_len, k_len, left, right, masks.key_lengths, None)
     live, live_end = key_range(start * 0, batch, of_sides)[0], key_range(q_len - 1, batch, of_sides)[1]
     first_row += start
     steps = _steps(start, gl.minimum(start + BLOCK_M, q_len) - 1, batch, view, BLOCK_N)
-    if seen_ptr is not None:
+    seen_ptr = masks.seen
+    if masks.seen is not None:
         seen_ptr += (batch.to(gl.int64) * (q_heads // group) + kv_head) * k_len
     row = (batch.to(gl.int64) * q_heads + head) * packed_rows + first_row
-    terms = Terms(scale, query_scale, key_scale, key_bias, softcap, sinks)
     position = Position(batch, head, kv_head, head % group, first_row, first_key, start, q_len - start, live, live_end)
     shared = _shared(q_descriptor, k_descriptor, v_descriptor, STAGES, CONSUMERS, CLEARS)
-    work = Work(q_descriptor, k_descriptor, v_descriptor, position, terms, view, steps, shared, seen_ptr, results, row)
+    descriptors = q_descriptor, k_descriptor, v_descriptor
+    work = Work(*descriptors, position, terms, scale, softcap, sinks, view, steps, shared, seen_ptr, results, row)
     # Warps and registers of the partitions behind the first, which has the launch's warps and what registers are left.
     DV: gl.constexpr = VALUE_DIM
     if CONSUMERS == 2:
@@ -123,7 +118,7 @@ def _steps(first, last, batch, view, BLOCK_N: gl.constexpr):
     if view.key_ranges is not None:
         offs = gl.arange(0, 256, layout=gl.BlockedLayout([1], [32], [4], [0]))
         lo, hi = key_range(gl.minimum(first + offs, last), batch, view)
-    start, end, full_start, full_end = bl.key_bounds(first, last, lo, hi, batch, view, BLOCK_N, False)
+    start, end, full_start, full_end = key_bounds(first, last, lo, hi, batch, view, BLOCK_N, False)
     first_block, end_block = start // BLOCK_N, gl.cdiv(end, BLOCK_N)
     blocks, high = gl.maximum(end_block - first_block, 1), gl.maximum(end_block - full_end // BLOCK_N, 1)
     full = gl.maximum(end_block - full_start // BLOCK_N - high, 0)
@@ -165,16 +160,16 @@ def _load(work):
     """Load q, then K(i) before V(i-1): step i takes both, and K(i-2) is released before V(i-3)."""
     q, q_ready, position = work.shared.q, work.shared.q_ready.index(0), work.position
     CONSUMERS: gl.constexpr = q.shape[0]
-    mbarrier.expect(q_ready, CONSUMERS * work.q_descriptor.block_type.nbytes)
+    mbarrier.expect(q_ready, CONSUMERS * work.q_desc.block_type.nbytes)
     for w in gl.static_range(CONSUMERS):
         row = position.first_row + w * ROWS
-        load_tile(work.q_descriptor, [position.batch, position.head, row, 0], q_ready, q.index(w))
-    _fill(work.k_descriptor, work.shared.k, work, 0, 0)
+        load_tile(work.q_desc, [position.batch, position.head, row, 0], q_ready, q.index(w))
+    _fill(work.k_desc, work.shared.k, work, 0, 0)
     cleared = 0
     for i in range(1, work.steps.blocks):
-        _fill(work.k_descriptor, work.shared.k, work, i, 0)
-        cleared = _fill(work.v_descriptor, work.shared.v, work, i - 1, cleared)
-    _fill(work.v_descriptor, work.shared.v, work, work.steps.blocks - 1, cleared)
+        _fill(work.k_desc, work.shared.k, work, i, 0)
+        cleared = _fill(work.v_desc, work.shared.v, work, i - 1, cleared)
+    _fill(work.v_desc, work.shared.v, work, work.steps.blocks - 1, cleared)
 
 
 @gluon.jit
@@ -251,7 +246,7 @@ def _rows(q, work, WG: gl.constexpr):
     terms, position = work.terms, work.position
     layout: gl.constexpr = gl.SliceLayout(1, product_layout(work.shared.k.tiles.shape[3]))
     offs = WG * ROWS + gl.arange(0, ROWS, layout=layout)  # [ROWS]
-    factor = gl.full([ROWS], terms.scale * bl.LOG2_E, gl.float32, layout=layout)  # [ROWS]
+    factor = gl.full([ROWS], work.scale * LOG2_E, gl.float32, layout=layout)  # [ROWS]
     if terms.query_scale is not None:
         pointers = vector_from(terms.query_scale, position.batch, position.head, 0, position.first_row + offs)
         factor *= gl.load(pointers, mask=offs < position.rows, other=0.0)
@@ -263,7 +258,7 @@ def _rows(q, work, WG: gl.constexpr):
         fence_async_shared()
     factor = gl.abs(factor)
     if terms.key_bias is None:
-        factor = gl.where(factor == 0.0, bl.TINY, factor)
+        factor = gl.where(factor == 0.0, TINY, factor)
     lo, hi = key_range(position.start + gl.minimum(offs, position.rows - 1), position.batch, work.view)
     return Rows(lo, hi, factor)
 
@@ -282,7 +277,7 @@ def _first_step(q, rows, work):
     p, weighted, _, _, m_i = _softmax(0, logits, m_i, rows, work, True)
     acc = gl.zeros([ROWS, D], gl.float32, layout=product_layout(D))  # [ROWS, D]
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=product_layout(D), k_width=2)
-    p_tile = gl.convert_layout(p.to(work.v_descriptor.dtype), left)  # [ROWS, BLOCK_N]
+    p_tile = gl.convert_layout(p.to(work.v_desc.dtype), left)  # [ROWS, BLOCK_N]
     return State(acc, p_tile, m_i, partial_sums(p, SUM_COLUMNS), partial_sums(weighted, SUM_COLUMNS))
 
 
@@ -306,11 +301,11 @@ def _step(i, state, q, rows, work, WG: gl.constexpr, MASKED: gl.constexpr):
     of_sums: gl.constexpr = gl.SliceLayout(1, state.l_i.type.layout)
     moves = gl.convert_layout(alpha, of_sums), gl.convert_layout(moved, of_sums)
     entropy = work.results.entropy is not None
-    l_i, spread = bl.moved_sums(p, weighted, moves[0], moves[1], state.l_i, state.spread, entropy)
+    l_i, spread = moved_sums(p, weighted, moves[0], moves[1], state.l_i, state.spread, entropy)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(shared.v.empty.index((i - 1) % STAGES), count=1)
     acc *= gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-    return State(acc, gl.convert_layout(p.to(work.v_descriptor.dtype), state.p.type.layout), m_i, l_i, spread)
+    return State(acc, gl.convert_layout(p.to(work.v_desc.dtype), state.p.type.layout), m_i, l_i, spread)
 
 
 @gluon.jit
@@ -327,9 +322,9 @@ def _softmax(i, logits, m_i, rows, work, MASKED: gl.constexpr):
         logits *= gl.load(first + columns.to(gl.int64) * terms.key_scale.s, mask=exists)[None, :]
     if terms.key_bias is not None:
         first = vector_from(terms.key_bias, position.batch, position.kv_head, position.of_group, memory_key)
-        bias = (gl.load(first + columns.to(gl.int64) * terms.key_bias.s, mask=exists) * bl.LOG2_E)[None, :]
+        bias = (gl.load(first + columns.to(gl.int64) * terms.key_bias.s, mask=exists) * LOG2_E)[None, :]
     entropy = work.results.entropy is not None
-    return bl.probabilities(logits, bias, keep, rows.factor, terms.softcap, m_i, MASKED, entropy)
+    return probabilities(logits, bias, keep, rows.factor, work.softcap, m_i, MASKED, entropy)
 
 
 @gluon.jit
@@ -354,16 +349,16 @@ def _store_rows(acc, state, rows, q, work, WG: gl.constexpr, VALUE_DIM: gl.const
     offs = WG * ROWS + gl.arange(0, ROWS, layout=layout)  # [ROWS]
     m_i, factor = gl.convert_layout(state.m_i, layout), gl.convert_layout(rows.factor, layout)
     results, at, keep = work.results, work.row + offs, offs < work.position.rows
-    cap, sinks, position = work.terms.softcap, work.terms.sinks, work.position
+    cap, sinks, position = work.softcap, work.sinks, work.position
     batch, head, memory_rows = position.batch, position.head, position.first_row + offs
-    _, weight, total = bl.finish_softmax(
+    _, weight, total = finish_softmax(
         m_i, state.l_i, state.spread, factor, cap, sinks, batch, head, memory_rows, results, at, keep
     )
     of_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     out = acc / gl.convert_layout(total, of_rows)[:, None]  # [ROWS, D]
     if sinks is not None:
         out *= gl.convert_layout(weight, of_rows)[:, None]
-    rounded = out.to(work.q_descriptor.dtype)
+    rounded = out.to(work.q_desc.dtype)
     _store_tile(results.out, rounded, q, work, WG, VALUE_DIM)
     if results.rounding is not None:
         lost = lost_in_rounding(out, rounded).to(gl.int16).to(rounded.dtype, bitcast=True)

@@ -213,7 +213,7 @@ def with_usual_strides(k: Tensor) -> Tensor:
 
 def launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
     batch, heads, k_len, _ = k.shape
-    key: list[Any] = forms_of(k)
+    key: list[Any] = [*forms_of(k), k.shape[3]]
     for value in available.values():  # no comprehension: each is one more call before Python 3.12
         key.append(getattr(value, "dtype", value is None))
     specialisation = kept_specialisation(tuple(key), lambda: (_problem(k), is_wide(k)))

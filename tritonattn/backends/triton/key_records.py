@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .block import LENGTHS, from_row, load_tile, page_slots, program_position, tile_offsets
 from .key_norms import key_arguments, key_norms, launch_keys, norms_of, with_usual_strides
-from .launch import KERNELS, forms_of, kept_specialisation, pages_of, plan, scale_of
+from .launch import KERNELS, kept_specialisation, pages_of, plan, scale_of, vector_form
 from .ranges import NO_HEADS
 from .records import Arguments, KeyBuffers
 
@@ -211,16 +211,18 @@ def append_to_pages(
     buffers   norms, norm_sums, norm_square_sums, norm_maxima: [N, page, Hkv] of any strides
     """
     total, kv_heads, _ = k.shape
+    buffers = tuple(x.transpose(1, 2) for x in buffers)  # [N, Hkv, page]
     arguments: Arguments = {
         "new_norms_ptr": key_norms(k.transpose(0, 1)[None], None),
         "starts_ptr": cu_seqlens.int().contiguous(),
         "key_lengths_ptr": key_lengths_after.int().contiguous(),
-        "pages": pages_of(block_table, *buffers[0].shape[:2]),
-        "buffers": KeyBuffers(None, None, *(scale_of(x.transpose(1, 2)) for x in buffers)),
+        "pages": pages_of(block_table, buffers[0].shape[0], buffers[0].shape[2]),
+        "buffers": KeyBuffers(None, None, *map(scale_of, buffers)),
         "k_len": total,
         "kv_heads": kv_heads,
     }
-    specialisation = kept_specialisation(tuple(forms_of(block_table, *buffers)), lambda: (NO_HEADS, False))
+    forms = tuple(vector_form(x.shape, x.stride(), x.dtype) for x in buffers)
+    specialisation = kept_specialisation(forms, lambda: (NO_HEADS, False))
     chosen = plan("append_to_pages", specialisation, k.device)
     grid = (-(-kv_heads // chosen.config.block_m), 1, len(key_lengths_after))
     for _ in range(passes):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
+import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,9 +31,9 @@ from ...tuning.config import (
 )
 from ...tuning.defaults import default_config
 from ...tuning.order import LONGEST_AXIS
-from .device import Grid, KernelArguments, NotCompiledError, Specialisation, launch_on
+from .device import MOST_PROGRAMS, Grid, KernelArguments, NotCompiledError, Specialisation, grids_of, launch_on
 from .interpreter import run_interpreted, tensors_of
-from .records import Arguments, Pages, Scale, Strided
+from .records import Arguments, LogitTerms, Pages, Scale, Strided, View
 
 KERNELS: dict[str, Any] = {}  # by name: each file enters its kernels
 
@@ -82,9 +82,6 @@ config_for: ConfigFor = lookup.config_for
 interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
 run: Callable[[Any, Grid, Mapping[str, Any], TileConfig], None] = run_interpreted if interpreting else run_on_device
 
-# Programs of a grid: the launcher of Triton multiplies its axes in 32 bits, and skips a launch with a negative product.
-MOST_PROGRAMS = 2**31 - 1
-
 
 def runs_on(device: torch.device) -> bool:
     """True where kernels can be run on tensors of this device: a GPU, or any where another executor stands in."""
@@ -95,26 +92,35 @@ def runs_on(device: torch.device) -> bool:
 class Plan:
     """A kernel with its config and constexprs for one problem and target, and the names of its arguments.
 
-    in_order   picks the arguments from all that are available
-    variant    the one that the kernel is of, or None
+    in_order      picks the arguments that a launch brings
+    descriptors   names of those that the launch has to make
+    absent        None for each descriptor, the first arguments, of a config without
+    constants     the last arguments, by `Specialisation.wide`
+    variant       the one that the kernel is of, or None
     """
 
     kernel: Callable
     config: TileConfig
-    names: tuple[str, ...]
-    constexprs: Arguments
+    problem: Problem
     target: Target
+    names: tuple[str, ...]
     in_order: Callable[[Arguments], tuple[Any, ...]]
     descriptors: tuple[str, ...]
+    absent: tuple[None, ...]
+    constants: tuple[tuple[Any, ...], ...]
     variant: Variant | None
 
     @classmethod
-    def of(cls, kernel: str, config: TileConfig, constexprs: Arguments, target: Target) -> Plan:
+    def of(cls, kernel: str, config: TileConfig, problem: Problem, target: Target) -> Plan:
         variant = None if config.kernel == "triton" else VARIANTS[kernel, config.kernel]()
         function = KERNELS[kernel] if variant is None else variant.kernel
-        names = tuple(function.arg_names)
-        descriptors = tuple(name for name in names if name.endswith("_descriptor"))
-        return cls(function, config, names, constexprs, target, operator.itemgetter(*names), descriptors, variant)
+        names, constexprs = tuple(function.arg_names), constexpr_values(problem, config, target)
+        described = tuple(name for name in names if name.endswith("_descriptor"))
+        absent, described = ((), described) if config.descriptors else ((None,) * len(described), ())
+        of_wide = (constexprs | {"WIDE": wide} for wide in (False, True))
+        constants = [tuple(values[name] for name in names if name in values) for values in of_wide]
+        in_order = operator.itemgetter(*(name for name in names[len(absent) :] if name not in constexprs))
+        return cls(function, config, problem, target, names, in_order, described, absent, tuple(constants), variant)
 
     def launch(self, grid: Grid, available: Arguments, specialisation: Specialisation | None = None) -> None:
         """Run with the kernel's arguments out of those available, in its order.
@@ -123,22 +129,13 @@ class Plan:
         specialisation   of the call, where kept
         """
         execute = recorder.run if (recorder := _recorder.get()) else run
-        values = available | self.constexprs
-        values["WIDE"] = specialisation is not None and specialisation.wide
+        constants = self.constants[specialisation is not None and specialisation.wide]
         x, y, z = grid
         is_one = 0 < y <= LONGEST_AXIS and 0 < z <= LONGEST_AXIS and x * y * z <= MOST_PROGRAMS
-        for part, first_y, first_z in ((grid, 0, 0),) if is_one else _parts(x, y, z):
-            values["first_y"], values["first_z"] = first_y, first_z
-            execute(self.kernel, part, KernelArguments(self.names, self.in_order(values), specialisation), self.config)
-
-
-def _parts(x: int, y: int, z: int) -> Iterable[tuple[Grid, int, int]]:
-    """The grids of a grid's launches, each with its first position on the second and the third axis."""
-    most = MOST_PROGRAMS // max(x, 1)
-    y_step = max(1, min(y, LONGEST_AXIS, most))
-    z_step = max(1, min(z, LONGEST_AXIS, most // y_step))
-    firsts = itertools.product(range(0, z, z_step), range(0, y, y_step))
-    return (((x, min(y - first_y, y_step), min(z - first_z, z_step)), first_y, first_z) for first_z, first_y in firsts)
+        for part, first_y, first_z in ((grid, 0, 0),) if is_one else grids_of(x, y, z):
+            brought = self.in_order({**available, "first_y": first_y, "first_z": first_z})
+            arguments = KernelArguments(self.names, self.absent + brought + constants, specialisation)
+            execute(self.kernel, part, arguments, self.config)
 
 
 @contextmanager
@@ -237,7 +234,7 @@ def drop_config(kernel: str, problem: Problem, device: torch.device, chosen: Pla
 def _plan(kernel: str, problem: Problem, target: Target, config_of: ConfigFor) -> Plan:
     config = config_of(kernel, problem, target)
     try:
-        return Plan.of(kernel, config, constexpr_values(problem, config, target), target)
+        return Plan.of(kernel, config, problem, target)
     except (ImportError, AttributeError) as error:  # a Triton that has renamed what a variant takes
         if config.kernel == "triton" or not lookup.reject_config(kernel, problem, target, config, error):
             raise
@@ -247,6 +244,7 @@ def _plan(kernel: str, problem: Problem, target: Target, config_of: ConfigFor) -
 def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Arguments:
     """The constexprs that kernels take from a problem, a config and a target."""
     return {
+        "WIDE": False,
         "HEAD_DIM": problem.head_dim,
         "VALUE_DIM": problem.value_dim,
         "BLOCK_D": padded_dim(problem.head_dim),
@@ -263,26 +261,17 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
         "SPLIT_TERMS": target.architecture.has_tensor_memory,
         "ALIGNED": problem.aligned and (problem.invariant or problem.head_dim % 16 or problem.value_dim % 16) > 0,
         "INVARIANT": problem.invariant,
-        "LANES": target.architecture.dies,
+        "NUM_XCDS": target.architecture.dies,
         "WARP_SPECIALIZE": config.warp_specialize,
     }
 
 
-Form = tuple[torch.Size, tuple[int, ...], torch.dtype, bool]
 _specialisations: dict[Any, Specialisation] = {}
 _MOST_SPECIALISATIONS = 4096
 
 
-def forms_of(*tensors: Tensor | None) -> list[Form | None]:
-    """All of tensors that selects code: shape, strides, dtype, and True where they stand at multiples of 16 bytes."""
-    found: list[Form | None] = []
-    for x in tensors:  # no comprehension: each is a call before Python 3.12
-        found.append(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0))
-    return found
-
-
 def kept_specialisation(key: tuple[Any, ...], found: Callable[[], tuple[Problem, bool]]) -> Specialisation:
-    """The one `Specialisation` of a key: the forms of a call's tensors, and its options. found: problem and `wide`."""
+    """The one `Specialisation` of a key: forms of a call's tensors, and its options. found: problem and `wide`."""
     specialisation = _specialisations.get(key)
     if specialisation is None:
         if len(_specialisations) >= _MOST_SPECIALISATIONS:
@@ -291,21 +280,52 @@ def kept_specialisation(key: tuple[Any, ...], found: Callable[[], tuple[Problem,
     return specialisation
 
 
+def forms_of(*tensors: Tensor | None) -> list[Any]:
+    """All of tensors [B, H, S, D] that selects code: `_form`, and True where they stand at multiples of 16 bytes."""
+    found: list[Any] = []
+    for x in tensors:  # no comprehension: each is a call before Python 3.12
+        found.append(None if x is None else (_form(x.shape, x.stride(), x.dtype), x.data_ptr() % 16 == 0))
+    return found
+
+
+def term_forms(terms: Terms) -> list[Any]:
+    """All of the terms' tensors that selects code, but for their addresses."""
+    found, values = [], (*terms,)
+    for number, form in _FORMS_OF_TERMS:
+        x: Any = values[number]
+        found.append(None if x is None else form(x.shape, x.stride(), x.dtype))
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _form(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """By axis, if it has one entry and what code sees of its stride; and if a tile's offsets pass 2^31."""
+    axes = tuple((size == 1, *_seen(step)) for size, step in zip(shape, strides, strict=True))
+    return dtype, axes, 1024 * strides[2] + shape[3] * strides[3] >= 2**31
+
+
+@functools.lru_cache(maxsize=4096)
+def vector_form(_: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """Likewise of `scale_of`, which stores all but the last stride times 16."""
+    return dtype, _seen(strides[-1]), any(16 * step >= 2**31 for step in strides[:-1])
+
+
+def _seen(step: int) -> tuple[Any, ...]:
+    """Compiled code knows if a stride is 0 or 1, its divisors, which say how wide loads are, and if it has 32 bits."""
+    return step == 0, step == 1, math.gcd(step, 16), step >= 2**31
+
+
+_FORMS_OF_TERMS = [(i, vector_form if one.form == "vector" else _form) for i, one in enumerate(TERMS) if one.axes]
+
+
 def is_wide(*tensors: Tensor | None, page: int = 0) -> bool:
     """True where offsets inside one tile, or a page, can pass 2^31: no tile has more than 1024 rows."""
     rows = max(1024, page)
-    for x in tensors:  # no generator: every launch asks
-        if x is not None and rows * x.stride(2) + x.shape[3] * x.stride(3) >= 2**31:
-            return True
-    return False
-
-
-def are_aligned(*tensors: Tensor | None) -> bool:
-    """True where tensors [B, H, S, D] stand at multiples of 16 bytes, their last axis dense, as wide loads want."""
-    return all(map(is_aligned, tensors))
+    return any(x is not None and rows * x.stride(2) + x.shape[3] * x.stride(3) >= 2**31 for x in tensors)
 
 
 def is_aligned(tensor: Tensor | None) -> bool:
+    """True where a tensor [B, H, S, D] stands at multiples of 16 bytes, its last axis dense, as wide loads want."""
     if tensor is None:
         return True
     shape, strides, width = tensor.shape, tensor.stride(), tensor.dtype.itemsize
@@ -334,25 +354,25 @@ def scale_of(tensor: Tensor) -> Scale:
     return Scale(tensor, 16 * b, 16 * h, 16 * g[0] if g else 0, s)
 
 
-def logit_arguments(terms: Terms) -> Arguments:
+def term_arguments(terms: Terms) -> Arguments:
     """The arguments that say what a logit is, and the softmax's other terms: None for those that are not there."""
-    found: Arguments = {}
-    for term, value in zip(TERMS, terms, strict=True):
-        if term.axes:
-            found[term.name] = None if value is None else _RECORDS[term.form](value)
-        elif term.form == "number":
-            found[term.name] = value
-    table = terms.relative_bias
+    tensors: list[Any] = []
+    for number, form in _TENSORS:  # no comprehension: each is a call before Python 3.12
+        value = terms[number]
+        tensors.append(None if value is None else _RECORDS[form](value))
+    sinks, table, softcap = terms.sinks, terms.relative_bias, terms.softcap
     return {
-        **found,
+        "terms": LogitTerms(*tensors),
         "scale": float(terms.scale),
-        "softcap": None if terms.softcap is None else float(terms.softcap),
+        "softcap": None if softcap is None else float(softcap),
+        "sinks": None if sinks is None else scale_of(sinks),
         "extent": None if table is None else table.shape[3],
         "relative_right": None if table is None else terms.relative_right,
     }
 
 
 _RECORDS = {"vector": scale_of, "pairs": stretched}
+_TENSORS = [(number, term.form) for number, term in enumerate(TERMS) if term.name in LogitTerms._fields]
 
 
 def pages_of(block_table: Tensor, count: int, size: int) -> Pages:
@@ -362,18 +382,17 @@ def pages_of(block_table: Tensor, count: int, size: int) -> Pages:
     return Pages(block_table.contiguous(), 16 * size, 16 * count, 16 * block_table.shape[1], magic, 16 * (bits - 1))
 
 
-def range_arguments(visible: Visibility) -> Arguments:
-    """The arguments of kernels that use `block.key_range`."""
-    lengths, ranges = visible.key_lengths, visible.key_ranges
-    reach = visible.q_len + visible.k_len
-    return {
-        "left": None if visible.left is None else min(visible.left, reach),
-        "right": None if visible.right is None else min(visible.right, reach),
-        "key_lengths": None if lengths is None else bounded(lengths, visible.k_len).contiguous(),
-        "key_ranges": None if ranges is None else bounded(ranges, visible.k_len).contiguous(),
-        "q_len": visible.q_len,
-        "k_len": visible.k_len,
-    }
+def view_of(visible: Visibility) -> View:
+    """The arguments of kernels that use `pairs.key_range`."""
+    lengths, ranges, reach = visible.key_lengths, visible.key_ranges, visible.q_len + visible.k_len
+    return View(
+        visible.q_len,
+        visible.k_len,
+        None if visible.left is None else min(visible.left, reach),
+        None if visible.right is None else min(visible.right, reach),
+        None if lengths is None else bounded(lengths, visible.k_len).contiguous(),
+        None if ranges is None else bounded(ranges, visible.k_len).contiguous(),
+    )
 
 
 def bounded(x: Tensor, highest: int) -> Tensor:

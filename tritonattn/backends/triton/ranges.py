@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ...core.visibility import Visibility
 from ...tuning.config import Problem
-from .block import LENGTHS, key_range, pass_bounds, program_position, whole_blocks
-from .launch import KERNELS, Plan, Specialisation, plan, range_arguments
-from .records import Arguments, View
+from .block import LENGTHS, program_position
+from .launch import KERNELS, Plan, Specialisation, plan, view_of
+from .pairs import key_range, pass_bounds, whole_blocks
+from .records import View
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -175,29 +176,29 @@ def argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     return argmax
 
 
-def seen_keys(visible: Visibility, arguments: Arguments | None = None) -> Tensor:
-    """`Visibility.seen_keys`, by a kernel where `block.key_range` has the visible keys.
+def seen_keys(visible: Visibility, view: View | None = None) -> Tensor:
+    """`Visibility.seen_keys`, by a kernel where `pairs.key_range` has the visible keys.
 
-    arguments   of `range_arguments`, where a caller has them
+    view   `view_of(visible)`, where a caller has it
     """
     if visible.mask is not None or not visible.is_bottom_right:
         return visible.seen_keys()
     seen = torch.empty((visible.batch, visible.k_len), dtype=torch.uint8, device=visible.device)
     chosen = _plan("keys_seen", visible.device)
     grid = (-(-visible.k_len // chosen.config.block_n), 1, visible.batch)
-    arguments = range_arguments(visible) if arguments is None else arguments
-    chosen.launch(grid, arguments | {"keys_seen_ptr": seen})
+    view = view_of(visible) if view is None else view
+    chosen.launch(grid, view._asdict() | {"keys_seen_ptr": seen})
     return seen.view(torch.bool)[:, None]
 
 
-def rows_of_key_blocks(visible: Visibility, arguments: Arguments, key_block: int) -> Tensor:
+def rows_of_key_blocks(visible: Visibility, view: View, key_block: int) -> Tensor:
     """First and one past the last row that a block of keys needs under key_ranges, int32 [B, key blocks, 2].
 
-    arguments   of `range_arguments`, and any others
+    view   `view_of(visible)`
     """
     blocks = -(-visible.k_len // key_block)
     bounds = torch.empty((visible.batch, blocks, 2), dtype=torch.int32, device=visible.device)
-    arguments = arguments | {"bounds_ptr": bounds, "key_block": key_block}
+    arguments = view._asdict() | {"bounds_ptr": bounds, "key_block": key_block}
     _plan("row_bounds", visible.device).launch((blocks, 1, visible.batch), arguments)
     return bounds
 

@@ -1,15 +1,18 @@
 """The records that kernels take.
 
-Records are NamedTuples, which Triton takes apart. An optional tensor is a flag too: None where a call has no such
-tensor. Three rules suit all compilers since triton 3.4. A record's None field is a None argument of the kernel, or
-stands in the call that makes the record. It is no local variable, no function returns it, and a record with such
-fields is never compared with None. Lengths, counts and constexprs stay outside of the records that kernels take,
-where Triton ignores `do_not_specialize`.
+Records are NamedTuples, which Triton takes apart; of a subclass of one it knows no fields. An optional tensor is a flag
+too: None where a call has no such tensor. Three rules suit all compilers since triton 3.4. A record's None field is a
+None argument of the kernel, or stands in the call that makes the record. It is no local variable, no function returns
+it, and a record with such fields is never compared with None. Lengths, counts and constexprs stay outside of the
+records that kernels take, where Triton ignores `do_not_specialize`.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any, NamedTuple
+
+from ...core.terms import AXES, TERMS
 
 Arguments = dict[str, Any]  # of a kernel, by name
 
@@ -36,6 +39,34 @@ class Scale(NamedTuple):
     h: Any
     g: Any
     s: Any
+
+
+# The tensors among the terms of a logit, or None: vectors as `Scale`, biases of pairs as `Strided`, with stride 0 where
+# one entry stands for all.
+LogitTerms = namedtuple("LogitTerms", [term.name for term in TERMS if term.axes and term.enters != "sink"])
+# Gradients of the tensors of a call, contiguous or, of biases of pairs, `Strided`; None for those not asked for.
+TensorGradients = namedtuple("TensorGradients", AXES, defaults=[None] * len(AXES))
+
+
+class Masks(NamedTuple):
+    """The tensors that narrow the visible keys; all may be None.
+
+    key_lengths, key_ranges   of `pairs.key_range`
+    q_starts, k_starts        of `block.sequence_bounds`
+    row_bounds                int32 [B, blocks of keys, 2] of `ranges.row_bounds_kernel`, where key_ranges narrow the
+                              rows of a block of keys
+    mask                      `Strided` uint8 [B, Hq, Sq, Sk], strides 0 on broadcast axes
+    seen                      uint8, or int16 in invariant calls, [B, Hkv, Sk] contiguous: keys that are visible to some
+                              row; others are never multiplied
+    """
+
+    key_lengths: Any
+    key_ranges: Any
+    q_starts: Any
+    k_starts: Any
+    row_bounds: Any
+    mask: Any
+    seen: Any
 
 
 class Pages(NamedTuple):
