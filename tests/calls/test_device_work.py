@@ -50,13 +50,13 @@ RANGES = {"key_ranges": torch.stack([torch.full((1, S), 3), torch.arange(1, S + 
         ("key_count", {"causal": True}, (1, 2), (4, 2)),
         ("key_count", {"causal": True, "window": (16, 0)}, (1, 2), None),
         ("key_norm_sum", {}, (2, 5), None),
-        ("key_norm_sum", {"causal": True}, (3, 3), (8, 8)),
+        ("key_norm_sum", {"causal": True}, (3, 3), (8, 11)),  # k goes on in fp32: 3 casts
         ("key_norm_mean", {"causal": True}, (3, 7), None),
         ("key_norm_rms", {"causal": True}, (3, 7), None),
         ("key_norm_max", {}, (2, 4), None),  # argmax, gather, threshold, reciprocal
         ("key_norm_max", {"causal": True}, (3, 7), None),
         ("key_norm_max", {"causal": True, "window": (16, 0)}, (3, 9), (8, 27)),
-        ("cosine", {"causal": True}, (3, 4), (8, 12)),
+        ("cosine", {"causal": True}, (3, 4), (8, 16)),
         ("sqrt_dim", LENGTHS, (1, 1), None),
         ("key_count", LENGTHS, (1, 10), None),
         ("key_norm_sum", LENGTHS, (4, 12), None),
