@@ -17,10 +17,10 @@ from tritonattn.tuning.gpus import GPUS
 
 def _arguments(q_len, k_len, heads=6, group=3, **given):
     """Facts of a launch about its masks."""
-    names = "left right key_lengths key_ranges q_starts k_starts".split()
+    masks = {name: given.pop(name, None) for name in "key_lengths key_ranges q_starts k_starts".split()}
     sizes = {"q_len": q_len, "k_len": k_len, "q_heads": heads, "group": group, "first_head": 0}
     q = SimpleNamespace(ptr=torch.empty(1, heads, q_len, 64, device="meta"))
-    return dict.fromkeys(names) | sizes | {"q": q} | given
+    return {"left": None, "right": None, "masks": SimpleNamespace(**masks)} | sizes | {"q": q} | given
 
 
 MASKS = {
