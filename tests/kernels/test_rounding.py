@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from tritonattn.backends.triton.backward import before_rounding
-from tritonattn.backends.triton.block import lost_in_rounding
+from tritonattn.backends.triton.softmax import lost_in_rounding
 from tritonattn.core import rounding
 
 SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4e38, 1e-45, 2.0**-126 - 2.0**-140]
