@@ -323,14 +323,15 @@ def grad_key_value(ready: Prepared, needs: Needs, row_terms: RowTerms) -> Gradie
     """The gradients of k, v, key_scale and the three biases."""
     call, logits, visible = ready.call, ready.call.logits, ready.call.visibility
     wide = ready.specialisation.problem.wide_k
+    of_keys = logits.key_bias
     found = Gradients(
         k=new_results(call, call.k, torch.float32 if wide else call.k.dtype),
         v=new_results(call, call.v, call.v.dtype),
         key_scale=new_results(call, call.k.select(3, 0)) if needs.key_scale else None,
-        key_bias=new_results(call, logits.key_bias) if needs.key_bias else None,
+        key_bias=new_results(call, of_keys) if needs.key_bias and of_keys is not None else None,
     )
     pairs, table = {}, logits.relative_bias
-    if needs.bias:
+    if needs.bias and logits.bias is not None:
         pairs["bias"] = _of_pairs(call, visible.k_len)
     if needs.relative_bias and table is not None:
         pairs["relative_bias"] = _of_pairs(call, table.shape[3])
