@@ -155,8 +155,8 @@ def forms() -> str:
     run = records[0]["environment"]
     commits = ", ".join(dict.fromkeys(record["environment"]["commit"] for record in records))
     source = (
-        f"\nMeasured: {run['device']}, CPU time of 1 thread of a machine with other work, torch {run['torch']}, "
-        f"commits {commits}, `python -m perf sweep --suite forms --threads 1 --rounds 9`; -: not measured.\n"
+        f"\nMeasured: {run['device']}, one thread ([conditions](../perf/results/cpu_notes.md#forms)), "
+        f"torch {run['torch']}, commits {commits}, `python -m perf sweep --suite forms --threads 1`; -: not measured.\n"
     )
     return table(["form", *FORM_COLUMNS], rows) + source
 
