@@ -43,7 +43,6 @@ QKV = dict(zip("qkv", (normal(2, 2, SIZE, SIZE) for _ in range(3)), strict=True)
 VECTOR, BIAS = torch.ones(2, 2, SIZE), torch.ones(2, 2, 1, SIZE)
 LENGTHS, RANGES = torch.ones(2, dtype=torch.int32), torch.tensor([0, SIZE]).expand(2, SIZE, 2)
 TABLE = torch.arange(2, dtype=torch.int32)[:, None]  # of pages as large as a sequence: their shape is that of keys
-COLUMN = torch.ones(SIZE + 1, dtype=torch.bool)[1:, None].expand(1, 1, SIZE, 1)  # of a mask that all keys share
 SEQUENCES = Sequences(*(torch.tensor([0, 100, 200], dtype=torch.int32),) * 2, 100, 100)
 PAIRS, TABLE_OF_DISTANCES = torch.ones(1, 1, 1, SIZE), torch.ones(1, 2, 1, 8)
 TERMS = {"query_scale": VECTOR, "key_scale": VECTOR, "key_bias": BIAS, "softcap": 1.5, "sinks": VECTOR}
@@ -148,7 +147,6 @@ PROPERTIES = [
     (decode, {"key_lengths": LENGTHS}, {"key_lengths": LENGTHS, "block_table": TABLE}),
     (decode, {"key_lengths": LENGTHS}, {"key_lengths": LENGTHS, "row_counts": LENGTHS}),
     (append, {"heads": 1}, {"heads": 2}),
-    (forward, {name: x[:1] for name, x in QKV.items()} | {"mask": COLUMN}, {"mask": COLUMN}),
     (far_backward, {"rows": 2**14}, {"rows": 2**16}),
 ]
 # Lengths that select no code: of a packed batch, of rows and keys, and of a cache that has grown by one.

@@ -262,7 +262,6 @@ def specialisation_of(
     if visible.mask is not None or bias is not None or relative_bias is not None:
         shape = sizes.batch, sizes.q_heads, sizes.q_len, sizes.k_len
         width = max(sizes.k_len, 0 if relative_bias is None else relative_bias.shape[3])
-        of_pairs = tuple(size == 1 for size in shape)  # a mask is expanded to them
         if sizes.batch * sizes.q_heads * sizes.q_len * (width + 16) >= 2**31:
             of_pairs = *shape, width  # a mask's copy, or a gradient of pairs, may have strides of 64 bits
     key = (
