@@ -90,7 +90,7 @@ class Advice:
 
     @property
     def keeps(self) -> bool:
-        """True where the advice is to change nothing."""
+        """True where the advice is to keep the scaling; rotary positions may fail first, see `text`."""
         return all(finding.mode is None for finding in self.findings)
 
     def table(self) -> str:
@@ -235,7 +235,8 @@ def _joined(findings: list[Finding]) -> Advice:
         length = "" if first.context is None else f" ({first.context:,} tokens)"
         text = (
             f"positions first: in {_where(rotary, findings)} rotary positions beyond the trained length{length} fail"
-            f" before attention fades. {'Then' if ill else 'Up to there'} {text}"
+            " before attention fades: take no positions there, or a window, or stretch the rotary base."
+            f" {'Then' if ill else 'Up to there'} {text}"
         )
     explained = {name: getattr(rule, name) for name in ("why", "watch", "turn_back", "evidence")}
     if rotary and ill:
