@@ -24,6 +24,7 @@ from ...tuning.config import (
     padded_dim,
 )
 from ...tuning.table import Exact
+from .combine import combine, parts_of
 from .device import Grid
 from .grids import Programs, Sizes
 from .launch import (
@@ -116,6 +117,18 @@ def launch_kernel(
             return
         except (TritonError, RuntimeError) as error:
             drop_config(kernel, specialisation.problem, device, chosen, error)
+
+
+def launch_in_splits(chosen: Plan, grid: Grid, arguments: Arguments, ready: Prepared) -> None:
+    """Launch a pass over rows; where their keys are shared out among several splits, join the parts."""
+    if arguments["splits"] in (None, 1):
+        chosen.launch(grid, arguments, ready.specialisation)
+        return
+    results, sinks = arguments["results"], arguments["sinks"]
+    parts = parts_of(ready.call, results, arguments["splits"])
+    arguments = arguments | {"results": parts, "sinks": None}
+    chosen.launch(grid, arguments, ready.specialisation.in_splits)
+    combine(ready.specialisation, parts, results, sinks)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -9,12 +9,10 @@ import triton.language as tl
 from ...core.call import AttentionCall, ForwardResult
 from ...tuning import config
 from ...tuning.config import padded_dim
-from .attention import Prepared, launch_kernel, operand_arguments, sizes_of, specialisation_of
+from .attention import Prepared, launch_in_splits, launch_kernel, operand_arguments, sizes_of, specialisation_of
 from .block import LENGTHS, from_row, load_tile, page_slots, program_position, tile_offsets, vector_from
-from .combine import combine, parts_of
-from .device import Grid
 from .grids import over_groups
-from .launch import KERNELS, Plan, bounded
+from .launch import KERNELS, bounded
 from .pairs import pair_biases
 from .records import Arguments, Results
 from .softmax import LOG2_E, TINY, finish_softmax, moved_sums, probabilities, soft_cap
@@ -235,20 +233,8 @@ def decode(call: AttentionCall, aux: bool) -> ForwardResult:
     asked |= {"right": False, "key_lengths": False}  # no code depends on how the end of a cache is given
     ready = Prepared(call, specialisation_of(call, sizes, asked), sizes, _arguments(call))
     results = _allocate(call, (sizes.batch, sizes.q_heads, sizes.q_len), aux)
-    launch_kernel("decode", ready, {"results": results}, over_groups, _launch)
+    launch_kernel("decode", ready, {"results": results}, over_groups, launch_in_splits)
     return ForwardResult(results.out, results.lse, results.max_logit, results.entropy)
-
-
-def _launch(chosen: Plan, grid: Grid, arguments: Arguments, ready: Prepared) -> None:
-    """Launch, and join the parts of several splits."""
-    if arguments["splits"] == 1:
-        chosen.launch(grid, arguments, ready.specialisation)
-        return
-    results, sinks = arguments["results"], arguments["sinks"]
-    parts = parts_of(ready.call, results, arguments["splits"])
-    arguments = arguments | {"results": parts, "sinks": None}
-    chosen.launch(grid, arguments, ready.specialisation.in_splits)
-    combine(ready.specialisation, parts, results, sinks)
 
 
 def _allocate(call: AttentionCall, shape: tuple[int, ...], aux: bool) -> Results:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.call import AttentionCall, ForwardResult
-from .attention import Prepared, launch_kernel, new_results, prepared
+from .attention import launch_in_splits, launch_kernel, new_results, prepared
 from .block import (
     LENGTHS,
     from_row,
@@ -19,12 +19,10 @@ from .block import (
     tile_offsets,
     vector_from,
 )
-from .combine import combine, parts_of
-from .device import Grid
 from .grids import over_rows
-from .launch import KERNELS, Plan
+from .launch import KERNELS
 from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_biases, pass_bounds, visible, whole_blocks
-from .records import Arguments, Results, View
+from .records import Results, View
 from .softmax import LOG2_E, TINY, finish_softmax, lost_in_rounding, moved_sums, probabilities, soft_cap
 
 
@@ -291,17 +289,5 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
     max_logit = new_results(call, row, fill=-torch.inf) if aux else None
     entropy = new_results(call, row) if aux else None
     results = Results(out, rounding, lse, max_logit, entropy)
-    launch_kernel("forward", ready, {"results": results}, over_rows, _launch)
+    launch_kernel("forward", ready, {"results": results}, over_rows, launch_in_splits)
     return ForwardResult(out, lse, max_logit, entropy)
-
-
-def _launch(chosen: Plan, grid: Grid, arguments: Arguments, ready: Prepared) -> None:
-    """Launch; where the keys of each row are shared out among splits, join their parts."""
-    if arguments["splits"] is None:
-        chosen.launch(grid, arguments, ready.specialisation)
-        return
-    results, sinks = arguments["results"], arguments["sinks"]
-    parts = parts_of(ready.call, results, arguments["splits"])
-    arguments = arguments | {"results": parts, "sinks": None}
-    chosen.launch(grid, arguments, ready.specialisation.in_splits)
-    combine(ready.specialisation, parts, results, sinks)
