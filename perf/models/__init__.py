@@ -1,1 +1,1 @@
-"""What machine code says without a GPU: counts of instructions, the replay of loops, schedules of tiles."""
+"""Machine code read without a GPU: counts of instructions, the replay of loops, schedules of tiles."""

@@ -1,4 +1,4 @@
-"""What the choice of a backend asks of one, and a call."""
+"""The protocol that the choice of a backend and a call ask of each backend."""
 
 from __future__ import annotations
 

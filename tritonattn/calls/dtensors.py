@@ -51,7 +51,7 @@ class OfSinks(Axes):
 
 
 def _axes_of(term: Term) -> Axes:
-    """Those of a tensor as users give it."""
+    """The axes of a tensor as users give it."""
     count = sum(axis != "G" for axis in term.axes)
     return (OfSinks if term.enters == "sink" else Axes)(-count, 1 - count)
 

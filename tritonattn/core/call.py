@@ -70,7 +70,7 @@ class Request(NamedTuple):
 
 
 class AttentionCall(NamedTuple):
-    """What a backend takes: the softmax of `logits` over the visible keys, times v.
+    """A call as a backend takes it: the softmax of `logits` over the visible keys, times v.
 
     q, k, v    [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; any strides; one dtype, in which the output is
     dropout    on the probabilities, after the softmax

@@ -135,7 +135,7 @@ def given(terms: Terms) -> Iterator[str]:
 
 
 def addends(record: Any) -> list[Tensor]:
-    """Those that `Terms`, or their `Gradients`, have."""
+    """The biases that `Terms`, or their `Gradients`, have."""
     found = (getattr(record, name) for name in ADDENDS)
     return [x for x in found if x is not None]
 
@@ -177,7 +177,7 @@ class Gradients(namedtuple("Gradients", AXES, defaults=[None] * len(AXES))):
 
 
 def rolled_keys(first: Tensor, **tensors: Tensor | None) -> dict[str, Any]:
-    """Those of tensors, named as in `AXES`, that lie along the keys, with keys counted from first[b] of each entry."""
+    """The tensors along the keys, of those named as in `AXES`, with keys counted from first[b] of each entry."""
     of_keys = {name: x for name, x in tensors.items() if x is not None and "Sk" in AXES[name]}
     return {name: rolled(x, first, AXES[name].index("Sk")) for name, x in of_keys.items()}
 

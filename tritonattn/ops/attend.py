@@ -180,7 +180,7 @@ def _(*arguments):
 
 @dataclass(eq=False, slots=True)  # not a tuple, which torch.func would take apart
 class _Rest:
-    """What a call is besides tensors.
+    """The parts of a call besides its tensors.
 
     values    the arguments of the operator, with None for tensors
     slots     the numbers of the tensors among them

@@ -126,7 +126,7 @@ def call_of(values: Sequence[Any], visible: Visibility | None = None) -> Attenti
     return AttentionCall(*_OF_CALL(found))
 
 
-# What `call_of` appends to the arguments: sizes, the device, then each record, before those that hold it.
+# `call_of` appends to the arguments sizes, the device, then each record, before the records that hold it.
 _APPENDED = (*_SIZES, "device", "sequences", "dropout", "logits", "visibility")
 
 

@@ -124,7 +124,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class About:
-    """What a named mode says of itself: tables of documents, the playground, types and patches ask for it.
+    """The text and settings of a named mode: tables of documents, the playground, types and patches ask for it.
 
     factor    its formula, of n, D, ‖q‖, ‖k‖, sum, mean and max ‖k‖, sum and mean ‖k‖², of numbers, of `letters`, and of
               base or L, the trained length. Tests compute it, so a product is written by a blank.

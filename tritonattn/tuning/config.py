@@ -177,7 +177,7 @@ def corrects_delta(problem: Problem) -> bool:
 
 # The fields of a config that select no code, with their defaults: how a kernel's programs share out the work.
 SHARES = {"l2_percent": 100, "split_blocks": SHORTEST_SPLIT}
-# Those that select code on some architectures alone, with the defaults that are legal everywhere.
+# The fields that select code on some architectures alone, with the defaults that are legal everywhere.
 OPTIONS: dict[str, Any] = {"waves_per_eu": 0, "warp_specialize": False}
 WRITTEN_IN = ("triton", "gluon")  # kernels
 # The fields that a file leaves out where they are the default.

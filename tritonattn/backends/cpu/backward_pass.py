@@ -43,7 +43,7 @@ def backward(
             d_query = _add_tiles(tiles, block, rows, sums, gradients)
             _store_of_rows(tiles, block, rows, d_query, gradients)
         _store_of_keys(tiles, heads, sums, gradients)
-    # Those of pairs are sums over tiles, rounded once.
+    # Gradients of pairs are sums over tiles, rounded once.
     return gradients._replace(
         **{name: _rounded(getattr(gradients, name), getattr(call.logits, name)) for name in PAIRS}
     )
