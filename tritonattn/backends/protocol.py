@@ -15,7 +15,8 @@ from ..core.terms import Gradients, Needs
 class Backend:
     """A way to compute attention: a subclass in a folder, and a row of `BACKENDS`.
 
-    `forward` and `backward` compute a call, or `attention` does with gradients of its own.
+    `forward` and `backward` compute a call, or `attention` does with gradients of its own; `tangent` and `second` its
+    derivatives beyond the first.
 
     name          the argument `backend`, and `AttentionCall.backend`
     instead       which others honour what it refuses, in errors
@@ -70,4 +71,35 @@ class Backend:
         needs: Needs,
     ) -> Gradients:
         """Compute the gradients that `needs` asks for; saved: out, lse and rounding of `forward`."""
+        raise NotImplementedError
+
+    def tangent(
+        self,
+        call: AttentionCall,
+        saved: tuple[Tensor, Tensor, Tensor | None],
+        tangents: Gradients,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the tangents of out, in v's dtype, and of lse, in lse's; saved as `backward` has it.
+
+        tangents    of the call's tensors, each of its tensor's shape and dtype; None stands for zero
+        """
+        raise NotImplementedError
+
+    def second(
+        self,
+        call: AttentionCall,
+        saved: tuple[Tensor, Tensor, Tensor | None],
+        tangents: Gradients,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        needs: Needs,
+        needs_tangents: Needs,
+    ) -> tuple[Gradients, Gradients]:
+        """Compute the gradients of `tangent` towards the call's tensors, and towards their tangents.
+
+        All dependence on the call's tensors counts, that of out and lse too.
+
+        d_out, d_lse            gradients of the tangents of out and of lse
+        needs, needs_tangents   which gradients are asked for; one towards a tangent that is None may be
+        """
         raise NotImplementedError
