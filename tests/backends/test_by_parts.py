@@ -358,6 +358,25 @@ def test_short_documents_of_one_length_are_one_part():
     assert [(part.form, part.count, part.height) for part in parts.parts_of(visible).every] == [("causal", 32, 2)]
 
 
+@pytest.mark.parametrize(
+    ("starts", "is_whole", "splits_keys"),
+    [((0, 32, 64), True, True), ((0, 16, 64), False, True), ((0, 32), False, False), ((0, 24, 48), False, False)],
+)
+def test_gradients_of_documents_that_lie_side_by_side(starts, is_whole, splits_keys):
+    """Equal ones are one part, whose results are views; keys of no document have gradients of 0."""
+    starts = torch.tensor(starts, dtype=torch.int32)
+    leaves = torch.randn(3, 64, 2, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    leaves = [x.requires_grad_() for x in leaves]
+    found = {}
+    for backend in ("sdpa", "reference"):
+        options = {"causal": True, "backend": backend, "scaling": 0.3}
+        out = tritonattn.attention_varlen(*leaves, starts, starts, 64, 64, **options)
+        found[backend] = (out, *torch.autograd.grad(out.square().sum(), leaves))
+    torch.testing.assert_close(found["sdpa"], found["reference"], rtol=1e-4, atol=1e-5)
+    cut = parts.parts_of(Visibility(1, 2, 2, 64, 64, CPU, right=0, sequences=Sequences(starts, starts, 64, 64)))
+    assert (cut.is_whole, cut.splits_keys) == (is_whole, splits_keys)
+
+
 def test_steps_over_caches_of_different_lengths_read_their_keys_alone(monkeypatch):
     """One mask for all would be fewer calls of the kernel, which reads more keys than a row has pairs to compute."""
     monkeypatch.setattr(parts, "_CALL", 30_000)

@@ -22,17 +22,18 @@ def check_offset_values(name: str, offsets: Tensor, length: int, axis: str, long
     if not values_are_read(offsets):
         return
     first, last, lengths = int(offsets[0]), int(offsets[-1]), offsets.diff()
+    least, most = map(int, lengths.aminmax()) if lengths.numel() else (0, 0)
     if first != 0:
         raise ValueError(f"{name}: expected a first offset of 0, got {first}")
-    if (lengths < 0).any():
+    if least < 0:
         at = int((lengths < 0).int().argmax())
         got = f"{int(offsets[at + 1])} after {int(offsets[at])}"
         raise ValueError(f"{name}: expected offsets that do not fall, got {got}")
     if last > length:
         raise ValueError(f"{name}: expected offsets of at most {axis} = {length}, got {last}")
-    if longest is not None and lengths.numel() and int(lengths.max()) > longest:
-        most = f"max_seqlen{name.removeprefix('cu_seqlens')}"
-        raise ValueError(f"{most}: expected at least the longest sequence, {int(lengths.max())}, got {longest}")
+    if longest is not None and most > longest:
+        limit = f"max_seqlen{name.removeprefix('cu_seqlens')}"
+        raise ValueError(f"{limit}: expected at least the longest sequence, {most}, got {longest}")
 
 
 def check_block_table(table: Any, sequences: int, like: Tensor, owner: str = "q") -> None:

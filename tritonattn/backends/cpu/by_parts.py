@@ -152,7 +152,7 @@ def forward(call: AttentionCall, parts: Parts, rounding: Tensor | None = None) -
     operands = _Operands(call, parts, is_wide=rounding is not None)
     every = operands.parts()
     if parts.is_whole and len(every) == 1:
-        out, lse = operands.attend(every[0])
+        out, lse = (every[0].joined(x) for x in operands.attend(every[0]))
     else:
         rows = call.q.shape[:3]
         out = operands.v.new_empty(*rows, call.v.shape[3])
@@ -296,15 +296,19 @@ class _Operands:
         of_rows = (for_kernel(d_out, width), query, for_kernel(out, width), lse)
         every = self.parts()
         if self.of_call.is_whole and len(every) == 1:
-            d_q, d_k, d_v = self._gradients(every[0], *of_rows)
+            d_q, d_k, d_v = (every[0].joined(x) for x in self._gradients(every[0], *of_rows))
         else:
             d_q = torch.empty_like(self.q) if self.of_call.has_all_rows else torch.zeros_like(self.q)
-            d_k, d_v = torch.zeros_like(self.k), torch.zeros_like(self.v)
+            splits_keys = self.of_call.splits_keys and every is self.of_call.every
+            d_k, d_v = ((torch.empty_like if splits_keys else torch.zeros_like)(x) for x in (self.k, self.v))
             for part in every:
                 of_query, *of_keys = self._gradients(part, *of_rows)
                 part.of_rows(d_q).copy_(of_query)
                 for whole, found in zip((d_k, d_v), of_keys, strict=True):
-                    part.add_to_keys(whole, found)
+                    if splits_keys:
+                        part.of_keys(whole).copy_(found)
+                    else:
+                        part.add_to_keys(whole, found)
         if kept is not None:
             d_q.mul_(kept)
         d_q = d_q[..., :q_width]

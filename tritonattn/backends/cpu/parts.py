@@ -75,6 +75,10 @@ class Part:
         """Its keys of x [B, Hkv, Sk, ...], likewise."""
         return self._of(x, self.keys, self.key_step)
 
+    def joined(self, x: Tensor) -> Tensor:
+        """x [N, H, n, ...] of one part that `is_whole`, as a view [B, H, S, ...]."""
+        return x if self.count == 1 else x.transpose(0, 1).flatten(1, 2)[None]
+
     def add_to_keys(self, whole: Tensor, found: Tensor) -> None:
         """Add what was found for its keys, [N, Hkv, keys, C], to whole [B, Hkv, Sk, C]: parts may share keys."""
         if self.count == 1 or self.key_step >= self.width:
@@ -127,8 +131,9 @@ class Parts:
 
     lo, hi         the ranges, [B or 1, Sq]
     every          the parts
-    is_whole       there is one, which holds every row and every key
+    is_whole       there is one, which holds every row and every key once
     has_all_rows   each row is in one
+    splits_keys    each key is in just one
     lone           rows of one key by ranges, bool [B or 1, 1, Sq], or None where there is none
     """
 
@@ -137,6 +142,7 @@ class Parts:
     every: tuple[Part, ...]
     is_whole: bool
     has_all_rows: bool
+    splits_keys: bool
     lone: Tensor | None
 
     @classmethod
@@ -144,11 +150,13 @@ class Parts:
         """The parts of a call; reads the ranges' values."""
         lo, hi = visible.ranges()
         every = tuple(_parts_of(visible, lo, hi))
-        sizes = {(part.batch.stop - part.batch.start, part.height, part.width, part.count) for part in every}
-        is_whole = sizes == {(visible.batch, visible.q_len, visible.k_len, 1)} and len(every) == 1
-        rows = sum(part.entries * part.height for part in every)
-        lone = (hi - lo == 1)[:, None]
-        return cls(lo, hi, every, is_whole, rows == visible.batch * visible.q_len, lone if bool(lone.any()) else None)
+        uses = torch.zeros(visible.batch, 1, visible.k_len, dtype=torch.int32, device="cpu")
+        for part in every:
+            part.add_to_keys(uses, torch.ones_like(part.of_keys(uses)))
+        has_all_rows = sum(part.entries * part.height for part in every) == visible.batch * visible.q_len
+        splits_keys, lone = bool((uses == 1).all()), (hi - lo == 1)[:, None]
+        is_whole = len(every) == 1 and has_all_rows and splits_keys
+        return cls(lo, hi, every, is_whole, has_all_rows, splits_keys, lone if bool(lone.any()) else None)
 
     def inside(self, part: Part) -> Tensor:
         """True for pairs of a part inside of the ranges: [B or 1, 1, rows, keys]."""
