@@ -28,6 +28,7 @@ def sharpened(factor: float, layers=(0, 1), key: float = 1.0):
     """A small model whose queries, or keys, are larger or smaller in some layers."""
     net = llama().eval()
     with torch.no_grad():
+        net.model.norm.weight[0] += 0.1  # as after a step
         for layer in layers:
             net.model.layers[layer].self_attn.q_proj.weight.mul_(factor)
             net.model.layers[layer].self_attn.k_proj.weight.mul_(key)
@@ -171,20 +172,25 @@ class Layers(torch.nn.Module):
         return x
 
 
-POSITIONS, OPEN, BARE = "positions first", "without positions", "without QK-norm"
+POSITIONS, OPEN, BARE, LOG = "positions first", "without positions", "without QK-norm", "log_key_count(40)"
 
 
 @pytest.mark.parametrize(
     ("kinds", "qk_norm", "rules", "mode", "text"),
     [
         ("rr", True, (POSITIONS, POSITIONS), None, "positions first: in all layers rotary positions"),
-        ("wn", True, ("healthy", OPEN), "qwen_logn(40)", "qwen_logn(40), on 1 of 2 layers (layers.1)"),
+        ("wn", True, ("healthy", OPEN), LOG, "log_key_count(40), on 1 of 2 layers (layers.1)"),
         ("wn", False, ("healthy", BARE), None, "without QK-norm little is gained"),
-        ("wS", True, ("healthy", "healthy"), None, "keep sqrt_dim, ssmax"),
+        (
+            *("wS", True, ("healthy", "healthy"), None),
+            "keep sqrt_dim in 1 of 2 layers (layers.0) and ssmax in 1 of 2 layers (layers.1): layers over all keys",
+        ),
+        ("SS", True, ("healthy", "healthy"), None, "keep ssmax: layers over all keys have no positions, and a factor"),
         ("wr", True, ("healthy", POSITIONS), None, "positions first: in 1 of 2 layers (layers.1) rotary"),
-        ("rn", True, (POSITIONS, OPEN), "qwen_logn(40)", "fade"),
+        ("rn", True, (POSITIONS, OPEN), LOG, "fade"),
+        ("nn", True, (OPEN, OPEN), LOG, "log_key_count(40), on all layers. No layer has positions"),
         ("nn+", True, ("healthy", "healthy"), None, "keep sqrt_dim. Positions are not seen in all layers"),
-        ("nw", True, (OPEN, "healthy"), "qwen_logn(40)", "qwen_logn(40), on 1 of 2 layers (layers.0)"),
+        ("nw", True, (OPEN, "healthy"), LOG, "log_key_count(40), on 1 of 2 layers (layers.0)"),
     ],
 )
 def test_layers_of_ours(kinds, qk_norm, rules, mode, text):
@@ -195,15 +201,41 @@ def test_layers_of_ours(kinds, qk_norm, rules, mode, text):
     advice = advise(net, TOKENS, context=40)
     assert net.layers[0].training
     assert tuple(one.rule.name for one in advice.findings) == rules
-    assert (advice.mode, advice.keeps) == (mode or "sqrt_dim", mode is None)
+    assert (advice.mode, advice.keeps) == (mode or advice.findings[0].reading.mode, mode is None)
     assert text in advice.text
+    assert ("can read on" in advice.text) == ("S" in kinds)
+    assert ("No layer has positions" in advice.text) == (kinds in ("nn", "SS"))
     assert ("positions first" in advice.text) == ("r" in kinds)
+    assert advice.positions == tuple(f"layers.{number}" for number, kind in enumerate(kinds) if kind == "r")
     assert "half at" not in advice.text
     if mode is not None:
-        assert advice.layers == (f"layers.{kinds.index('n')}",)
+        assert advice.layers == tuple(f"layers.{number}" for number, kind in enumerate(kinds) if kind == "n")
     for one, column in zip(advice.findings, advice.table().splitlines()[2:], strict=True):
         assert ("positions " in column) == (one.rule.name in (POSITIONS, OPEN))
         assert ("QK-norm " in column) == (one.rule.name in (OPEN, BARE))
+
+
+def test_a_model_at_its_start_is_told_what_to_train_with():
+    """Weights of norms that are all alike; norms that are frozen do not tell."""
+    for kinds, weights, rules, mode in (
+        ("wn", "at their start", ["healthy", OPEN], LOG),
+        ("wn", "trained", ["healthy", OPEN], "qwen_logn(40)"),
+        ("wn", "frozen", ["healthy", OPEN], "qwen_logn(40)"),
+        ("rr", "at their start", [POSITIONS, POSITIONS], "sqrt_dim"),
+        ("rr", "trained", ["uniform", "uniform"], "cosine"),
+    ):
+        net = Layers(kinds, qk_norm=kinds == "wn")
+        net.norm = torch.nn.LayerNorm(64)
+        for parameter in net.parameters():
+            parameter.requires_grad_(weights != "frozen")
+        with torch.no_grad():
+            net.norm.bias[3] = 0.1 if weights == "trained" else 0.0
+            for layer in net.layers:
+                layer.q_proj.weight.mul_(1e-3 if kinds == "rr" else 1.0)  # uniform without QK-norm
+        advice = advise(net, TOKENS)
+        assert [one.rule.name for one in advice.findings] == rules, (kinds, weights)
+        assert advice.mode == mode
+        assert ("positions first, uniform" in advice.table()) == ("uniform" in rules)
 
 
 def test_a_reading_of_ours_is_that_of_the_layers_own_operands_and_arguments():
@@ -252,7 +284,7 @@ def test_kinds_of_layers_in_transformers_models(name, length):
     assert found == expected
     assert advice.keeps
     assert advice.text.startswith("positions first: ") == (POSITIONS in expected)
-    assert ("compare qwen_logn(64)" in advice.text) == (BARE in expected)
+    assert ("compare log_key_count(64)" in advice.text) == (BARE in expected)
 
 
 def test_where_a_mode_or_none_is_a_fix():
@@ -311,7 +343,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     file = tmp_path / "a.json"
     assert cli.main(["advise", "--max-tokens", "40", "--json", str(file)]) == 0
     out = capsys.readouterr().out
-    for part in ("model.layers.1.self_attn", "Try first: ", "Why: ", "Watch: ", "It rests on:"):
+    for part in ("model.layers.1.self_attn", "Try first: ", "Why: ", "Watch: ", "It rests on ("):
         assert part in out
     record = json.loads(file.read_text())
     assert record["tokens"] == 40

@@ -26,6 +26,8 @@ _COLUMNS = """\
 one-hot, uniform: shares of rows
 half at n: where attention fades, the number of keys at which the sharpest head's largest key has half of the mass"""
 
+_REPOSITORY = "https://github.com/tritonattn/tritonattn"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -65,8 +67,9 @@ class Advice:
     """The scaling to try first, with reasons.
 
     mode       a name for `scaling=`, with its parameter in brackets; the present mode if it is to be kept
-    text       the advice as a sentence, before it the layers over all keys with rotary positions: these fail first
+    text       the advice as a sentence, before it that of `positions`
     layers     the layers that `mode` is for
+    positions  layers over all keys with rotary positions, which fail first beyond the trained length
     unseen     causal layers over all keys whose positions are not known
     why, watch, turn_back, evidence   of the rule behind most findings that are not harmless
     findings   one for each layer
@@ -86,11 +89,12 @@ class Advice:
     turn_back: str
     evidence: tuple[str, ...]
     findings: tuple[Finding, ...]
+    positions: tuple[str, ...] = ()
     unseen: tuple[str, ...] = ()
 
     @property
     def keeps(self) -> bool:
-        """True where the advice is to keep the scaling; rotary positions may fail first, see `text`."""
+        """True where no layer is to take another scaling; longer inputs may fail yet, by `positions` or `unseen`."""
         return all(finding.mode is None for finding in self.findings)
 
     def table(self) -> str:
@@ -102,7 +106,7 @@ class Advice:
         """
         figures = ("one-hot", "uniform", "entropy/ln n", "max logit", "Jacobian", "gradient", "half at n")
         headers = ("layer", *figures, "rule", "try")
-        rows = [(one.layer, *_figures(one), one.rule.name, _tried(one.mode, one.after)) for one in self.findings]
+        rows = [(one.layer, *_figures(one), _rules(one), _tried(one.mode, one.after)) for one in self.findings]
         return table(rows, headers, "simple", left=None)
 
     def report(self) -> str:
@@ -110,7 +114,7 @@ class Advice:
         parts = [("Try first", self.text), ("Why", self.why), ("Watch", self.watch), ("Turn back if", self.turn_back)]
         lines = [textwrap.fill(f"{name}: {text}", 100, subsequent_indent="  ") for name, text in parts if text != "-"]
         evidence = [textwrap.fill(text, 100, initial_indent="  - ", subsequent_indent="    ") for text in self.evidence]
-        return "\n".join([self.table(), _COLUMNS, "", *lines, "It rests on:", *evidence])
+        return "\n".join([self.table(), _COLUMNS, "", *lines, f"It rests on (files of {_REPOSITORY}):", *evidence])
 
     def as_dict(self) -> dict[str, Any]:
         """A dict for JSON, in which numbers that are not finite are None."""
@@ -193,21 +197,26 @@ def advise(
         raise TypeError(f"{', '.join(names)}: expected only with q and k, got a {type(model).__name__}")
     findings: list[Finding] = []
     read_layers(model, tokens, context, lambda layer: findings.append(_finding(layer)))
-    unseen = [one for one in findings if one.reading.rotary is None and one.reading.is_global]
-    advice = _joined(findings)
-    if not unseen:
-        return advice
-    text = (
-        f"{advice.text}. Positions are not seen in {_where(unseen, findings)}: where they are rotary or learned, they"
-        " fail first beyond the trained length"
-    )
-    return dataclasses.replace(advice, text=text, unseen=tuple(one.layer for one in unseen))
+    return _with_positions(_joined(findings), findings)
+
+
+def _with_positions(advice: Advice, findings: list[Finding]) -> Advice:
+    """The advice for a model with what is not seen of its positions, or that it has none."""
+    text, unseen = advice.text, [one for one in findings if one.reading.rotary is None and one.reading.is_global]
+    if unseen:
+        text += (
+            f". Positions are not seen in {_where(unseen, findings)}: where they are rotary or learned, they fail first"
+            " beyond the trained length"
+        )
+    if all(one.reading.rotary is False and one.reading.is_global for one in findings):
+        text += ". No layer has positions, so that the order of tokens is hardly known: add rotary layers with a window"
+    return dataclasses.replace(advice, text=text, unseen=_names(unseen))
 
 
 def _finding(layer: Layer) -> Finding:
     reading = layer.read(None)
     rule = next(rule for rule in RULES if rule.applies(reading))
-    words = {name: getattr(reading, name) for name in ("mode", "context", "counted", "trained", "fading")}
+    words = {name: getattr(reading, name) for name in ("mode", "context", "counted", "longer", "trained", "fading")}
     for candidate in rule.candidates:
         mode = candidate.format(**words)
         if mode == reading.mode:
@@ -226,7 +235,7 @@ def _joined(findings: list[Finding]) -> Advice:
     remedy, _ = counted.most_common(1)[0]
     chosen = [one for one in findings if one.remedy == remedy]
     rule, first = chosen[0].rule, chosen[0].reading
-    mode, text = chosen[0].mode, f"keep {', '.join(dict.fromkeys(one.reading.mode for one in findings))}"
+    mode, text = chosen[0].mode, _kept(findings)
     if ill:
         text = f"{min(chosen, key=lambda one: one.reading.gap).advice}, on {_where(chosen, findings)}{rule.caveat}"
         if others := len(ill) - len(chosen):
@@ -242,8 +251,31 @@ def _joined(findings: list[Finding]) -> Advice:
     if rotary and ill:
         explained["why"] = f"{POSITIONS_FIRST.why}. Then: {rule.why}"
         explained["evidence"] = POSITIONS_FIRST.evidence + rule.evidence
-    layers = tuple(one.layer for one in chosen)
-    return Advice(first.mode if mode is None else mode, text, layers, **explained, findings=tuple(findings))
+    mode, layers, positions = mode or first.mode, _names(chosen), _names(rotary)
+    return Advice(mode, text, layers, **explained, findings=tuple(findings), positions=positions)
+
+
+def _kept(findings: list[Finding]) -> str:
+    """Say to keep the scalings, and of a model whose layers over all keys have a factor of n that it reads on."""
+    modes: dict[str, list[Finding]] = {}
+    for one in findings:
+        modes.setdefault(one.reading.mode, []).append(one)
+    each = [mode if len(modes) == 1 else f"{mode} in {_where(some, findings)}" for mode, some in modes.items()]
+    text = f"keep {' and '.join(each)}"
+    everywhere = [one.reading for one in findings if one.reading.is_global]
+    if everywhere and all(one.rotary is False and one.grows for one in everywhere):
+        text += ": layers over all keys have no positions, and a factor that grows with n: the model can read on"
+    return text
+
+
+def _names(findings: list[Finding]) -> tuple[str, ...]:
+    return tuple(one.layer for one in findings)
+
+
+def _rules(finding: Finding) -> str:
+    """The rule, behind that of positions where they fail first whatever it says."""
+    both = finding.reading.positions_first and finding.rule is not POSITIONS_FIRST
+    return f"{POSITIONS_FIRST.name}, {finding.rule.name}" if both else finding.rule.name
 
 
 def _where(chosen: list[Finding], findings: list[Finding]) -> str:

@@ -19,7 +19,7 @@ from ..core.norms import key_norms_of
 from ..core.observation import ObservedCall
 from ..core.visibility import Visibility
 from ..nn import ScaledAttention
-from ..nn.registry import largest_base
+from ..nn.registry import grows_with_keys, largest_base
 from ..scaling import Given, Scaling
 from ..scaling.names import named_scaling
 from .diagnosis import Diagnosis, diagnose
@@ -55,7 +55,8 @@ class Kind:
 class Layer:
     """The operands of one attention call, to be diagnosed with any mode.
 
-    relative   the model's factor with any mode, see `huggingface.patch`; None is 1
+    relative    the model's factor with any mode, see `huggingface.patch`; None is 1
+    untrained   the model is at its start; `Reading` has the words
     """
 
     name: str
@@ -68,6 +69,7 @@ class Layer:
     context: int | None
     softcap: float | None = None
     kind: Kind = Kind()
+    untrained: bool = False
 
     @cached_property
     def seen(self) -> Visibility:
@@ -82,6 +84,7 @@ class Layer:
         found = diagnose(self.q, self.k, scaling=scaling, gain=gain, softcap=self.softcap, **self.visible)
         longest = int(self.seen.counts().max())
         name = _name(self.scaling) if mode is None else mode
+        scaling = named_scaling(scaling) if isinstance(scaling, str) else scaling
         return Reading(
             layer=self.name,
             mode=name,
@@ -97,12 +100,13 @@ class Layer:
             base=largest_base(scaling),
             rotary=self.kind.rotary,
             constant=not self.kind.has_factor and name.partition("(")[0].partition(":")[0] in _CONSTANT,
+            grows=self.kind.has_factor or grows_with_keys(scaling),
+            untrained=self.untrained,
         )
 
     def _bounded(self, scaling: Any) -> str:
         """Name what bounds the logits."""
-        mode = named_scaling(scaling) if isinstance(scaling, str) else scaling
-        if getattr(mode, "normalises_query", False):
+        if getattr(scaling, "normalises_query", False):
             return "cosine"
         return "QK-norm" if self.kind.qk_norm else "" if self.softcap is None else f"softcap {self.softcap:g}"
 
@@ -116,7 +120,7 @@ def read_layers(model: Any, tokens: Any, context: int | None, each: Callable[[La
         raise TypeError(f"model: expected an nn.Module, or q of one layer, got {type(model).__name__}")
     if context is None:
         context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    is_ours, found = not _can_be_patched(model), 0
+    is_ours, untrained, found = not _can_be_patched(model), _is_untrained(model), 0
     inputs = _inputs(tokens, is_ours)
 
     def hand_on(module: nn.Module, q: Tensor, k: Tensor, arguments: dict[str, Any], kind: Kind) -> None:
@@ -127,7 +131,7 @@ def read_layers(model: Any, tokens: Any, context: int | None, each: Callable[[La
         relative = gain
         if not isinstance(scaling, (str, Scaling)):  # a float of the model's
             relative = scaling * q.shape[-1] ** 0.5 * (1.0 if gain is None else gain)
-        each(Layer(names[id(module)], q, k, scaling, gain, relative, visible, context, softcap, kind))
+        each(Layer(names[id(module)], q, k, scaling, gain, relative, visible, context, softcap, kind, untrained))
 
     names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
     with _evaluating(model), torch.no_grad():
@@ -256,6 +260,13 @@ def _keys_of_window(visible: Visibility) -> int | None:
 def _has_key_norm(module: nn.Module) -> bool:
     children = module.named_children()
     return any(name in _KEY_NORMS and not isinstance(child, nn.Identity) for name, child in children)
+
+
+def _is_untrained(model: nn.Module) -> bool:
+    """True where each norm's weights, some of which are trained, are alike, as all are made; False without such."""
+    norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    weights = [weight for norm in norms for weight in norm.parameters(recurse=False) if weight.numel() > 1]
+    return any(one.requires_grad for one in weights) and all(bool((one == one.flatten()[0]).all()) for one in weights)
 
 
 def _constant_or(scaling: Any) -> Any:

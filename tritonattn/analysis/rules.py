@@ -34,6 +34,8 @@ class Reading:
     base       the largest base of ln n in the scaling; 0 without one
     rotary     True where q and k are turned by positions, False where they have none, None where that is not known
     constant   True where no factor counts or measures keys, in the present scaling or in the model's code
+    grows      True where a factor grows with the number of keys, in the present scaling or in the model's code
+    untrained  True where the weights of the model's norms are all alike, as before its first step
     gap        of the sharpest head, see `analysis.fading`
     logit_bound   the largest logit that q and k of these norms can have
 
@@ -68,6 +70,8 @@ class Reading:
     base: float = 0.0
     rotary: bool | None = None
     constant: bool = True
+    grows: bool = False
+    untrained: bool = False
     gap: float = math.nan
     logit_bound: float = math.nan
 
@@ -114,6 +118,11 @@ class Reading:
         return f"log_key_count({count})" if self.power in (None, 1.0) else f"log_power({self.power:g}, {count})"
 
     @property
+    def longer(self) -> str:
+        """The mode for inputs beyond the trained length: to train with, or to put into trained weights."""
+        return f"{'log_key_count' if self.untrained else 'qwen_logn'}({self.trained})"
+
+    @property
     def ill(self) -> float:
         """Share of rows that are one-hot or uniform."""
         return self.near_one_hot + self.near_uniform
@@ -129,7 +138,7 @@ class Rule:
 
     condition    in words; `applies` is the same in code
     candidates   modes to try on the layer's q and k, the least intrusive first: the first that fixes it is advised;
-                 {context} stands for the layer's number, and {counted} for `Reading.counted`
+                 {context} stands for the layer's number, {counted} and {longer} for the modes of `Reading`
     fixes        True where a mode's reading is better, given the old one
     is_harmless  there is nothing to repair up to the trained length
     fades        attention fades as keys are added
@@ -230,8 +239,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="uniform",
-        condition=f"entropy / ln n of more than {ILL:.0%} of the rows is above 0.98",
-        applies=lambda one: one.near_uniform > ILL,
+        condition=f"entropy / ln n of more than {ILL:.0%} of the rows is above 0.98, and the model is not at its start",
+        applies=lambda one: one.near_uniform > ILL and not one.untrained,
         candidates=("sqrt_dim", "key_norm_mean", "log_key_count(2.71828)", "cosine"),
         fixes=_fixes,
         otherwise="a learned gain on the scaling: patch(..., gain=torch.ones(heads, 1)), or PerHead, started above 1",
@@ -314,11 +323,11 @@ RULES: tuple[Rule, ...] = (
         name="without positions",
         condition="over all keys without positions, with QK-norm or cosine, and the factor is constant",
         applies=lambda one: one.is_open and one.bounded in ("QK-norm", "cosine"),
-        candidates=("qwen_logn({trained})",),
+        candidates=("{longer}",),
         fades=True,
-        why="these layers can read on, and attention fades in them as keys are added: their logits are bounded. The"
-        " factor changes nothing up to the trained length L. To train with one, take ssmax:L or log_key_count:L. A"
-        " learned gain of QK-norm does a part of its work",
+        why="these layers can read on, and attention fades in them as keys are added: their logits are bounded. L is"
+        " the trained length: train with log_key_count:L or ssmax:L; in trained weights qwen_logn:L changes nothing up"
+        " to L. A learned gain of QK-norm does a part of the factor's work",
         watch="the loss by position, or recall, past the trained length, with sqrt_dim's: loss_by_position of"
         " docs/recipes.md",
         turn_back="the loss past the trained length is not below sqrt_dim's",
@@ -332,7 +341,7 @@ RULES: tuple[Rule, ...] = (
         condition="over all keys without positions, without a bound on the logits, and the factor is constant",
         applies=lambda one: one.is_open,
         otherwise="keep {mode}; without QK-norm little is gained by a factor: to read on beyond {trained:,} keys,"
-        " compare qwen_logn({trained}) with it",
+        " compare {longer} with it",
         why="these layers can read on; where nothing bounds the logits, training answers more keys with larger ones",
         watch="the loss by position, or recall, past the trained length: loss_by_position of docs/recipes.md",
         turn_back="the loss past the trained length is not below sqrt_dim's",
