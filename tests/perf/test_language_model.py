@@ -21,7 +21,7 @@ from tritonattn.lab.ledger import FILLERS, NAMES, VALUES, ledger
 @pytest.mark.parametrize("length", [64, 512])
 def test_attention_is_that_of_the_library(factor, where, length):
     torch.manual_seed(0)
-    model = GPT(Shape("wnr", factor, where, window=5), 8, 64, 1.0)
+    model = GPT(Shape("wnrp", factor, where, window=5), 8, 64, 1.0)
     for layer in model.attention:
         q, k, v = layer.heads_of(torch.randn(2, length, 64))
         has_factor = layer.kind != "w" or where == "all"
@@ -52,6 +52,19 @@ def test_a_change_at_test_is_the_library_s_and_goes_back():
         assert not torch.allclose(whole(x), before[1])
         assert torch.equal(windowed(x), before[0])
     assert torch.equal(whole(x), before[1])
+
+
+def test_a_quarter_of_the_channels_is_turned_and_its_base_stretched():
+    torch.manual_seed(0)
+    model = GPT(Shape("wp"), 8, 64, 1.0)
+    x, layer = torch.randn(1, 256, 64), model.layers[1]
+    bare = torch.nn.functional.rms_norm(layer.qkv(x).unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)[0], (32,))
+    with swapped(model, Swap("", stretch=True), 4, 64):
+        q = layer.heads_of(x)[0]
+    torch.testing.assert_close(q[..., 8:], bare[..., 8:])
+    turns = torch.arange(256)[:, None] * (10_000.0 * 4 ** (8 / 6)) ** (-torch.arange(4) / 4)
+    wanted = torch.view_as_complex(torch.stack(bare[..., :8].chunk(2, -1), -1)) * torch.polar(torch.ones(256, 4), turns)
+    torch.testing.assert_close(torch.view_as_complex(torch.stack(q[..., :8].chunk(2, -1), -1)), wanted)
 
 
 def test_a_ledger_repeats_the_values_of_names_that_come_again():

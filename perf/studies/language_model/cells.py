@@ -29,7 +29,7 @@ def _each(shape: Shape, *factors: Factor) -> tuple[Shape, ...]:
 
 def study() -> list[Cell]:
     """All cells, in the order in which they are trained."""
-    plain, rotary = Shape("wn"), Shape("wr")
+    plain, rotary, partly = Shape("wn"), Shape("wr"), Shape("wp")
     gain, none = replace(plain, qk_norm="gain"), replace(plain, qk_norm="none")
     everywhere, wide = replace(plain, where="all"), replace(plain, window=16)
     text = Shape("wnwn", qk_norm="gain", window=16)
@@ -49,6 +49,7 @@ def study() -> list[Cell]:
         _cells("code", TEXT, range(1, 5), *_each(rotary_text, SQRT, LOG)),
         _cells("code", LONGER, range(1, 5), *_each(wider, SQRT, LOG, SSMAX)),
         _cells("ledger", LEDGER, range(5), *_each(wide, SQRT, LOG)),
+        _cells("ledger", LEDGER, range(5), *_each(partly, SQRT, LOG)),
     )
     return [cell for group in groups for cell in group]
 
@@ -65,7 +66,7 @@ def swaps_of(cell: Cell) -> tuple[Swap, ...]:
     """A model trained with 1/sqrt(D) is tried with other factors; rotary layers over all keys with a stretched base."""
     changes = CHANGES if cell.shape.factor == SQRT and cell.shape.where == "global" else {}
     found = [Swap(), *(Swap(name, factor) for name, factor in changes.items())]
-    if "r" in cell.shape.layers:
+    if {"r", "p"} & {*cell.shape.layers}:
         found.append(Swap("base stretched", stretch=True))
         if changes:
             found.append(Swap("base stretched, log n at test", LOG_AT_TEST, stretch=True))

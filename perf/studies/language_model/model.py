@@ -3,6 +3,7 @@
 w   rotary positions, a window of the last keys
 n   all keys before, no positions
 r   all keys before, rotary positions
+p   all keys before, rotary positions in a quarter of each head's channels
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tritonattn.core.visibility import Visibility
 from tritonattn.nn import SSMax
 
 HEAD_DIM = 32
-GLOBAL = "nr"
+GLOBAL = "nrp"
 _BLOCK = 64  # queries of a block in a windowed layer
 _SHORT = 256  # up to here products are faster than PyTorch's kernel, whose backward is slow on a CPU
 
@@ -67,16 +68,16 @@ class Shape:
 
 
 @functools.cache
-def _rotations(length: int, theta: float) -> tuple[Tensor, Tensor]:
-    turns = torch.arange(length)[:, None] * theta ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+def _rotations(length: int, theta: float, channels: int) -> tuple[Tensor, Tensor]:
+    turns = torch.arange(length)[:, None] * theta ** (-torch.arange(0, channels, 2) / channels)
     return turns.cos(), turns.sin()
 
 
-def rotated(x: Tensor, theta: float) -> Tensor:
-    """x [B, H, T, D] turned by its positions."""
-    cosine, sine = _rotations(x.shape[-2], theta)
-    left, right = x.chunk(2, -1)
-    return torch.cat([left * cosine - right * sine, left * sine + right * cosine], -1)
+def rotated(x: Tensor, theta: float, channels: int = HEAD_DIM) -> Tensor:
+    """x [B, H, T, D], its first channels turned by their positions."""
+    cosine, sine = _rotations(x.shape[-2], theta, channels)
+    left, right = x[..., :channels].chunk(2, -1)
+    return torch.cat([left * cosine - right * sine, left * sine + right * cosine, x[..., channels:]], -1)
 
 
 class Attention(nn.Module):
@@ -92,7 +93,8 @@ class Attention(nn.Module):
         factor = shape.factor if has_factor else Factor()
         self.kind, self.heads = kind, shape.heads
         self.window = shape.window if kind == "w" else None
-        self.theta = {"w": 10.0, "r": shape.theta}.get(kind)
+        self.theta = {"w": 10.0, "r": shape.theta, "p": shape.theta}.get(kind)
+        self.turned = HEAD_DIM // 4 if kind == "p" else HEAD_DIM
         self.scaling, self.gain = factor.of(self.heads, length), factor.gain
         self.normalises = shape.qk_norm != "none"
         self.gains = nn.Parameter(torch.ones(2, HEAD_DIM)) if shape.qk_norm == "gain" else None
@@ -107,7 +109,7 @@ class Attention(nn.Module):
         if self.gains is not None:
             q, k = q * self.gains[0], k * self.gains[1]
         if self.theta is not None:
-            q, k = rotated(q, self.theta), rotated(k, self.theta)
+            q, k = rotated(q, self.theta, self.turned), rotated(k, self.theta, self.turned)
         return q, k, v
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,7 +181,8 @@ class Swap:
 
     name      in the results; "" is the model as it was trained
     factor    None keeps the trained one
-    stretch   the rotary base is stretched for the multiple that is tested ("NTK-aware": base * m^(D / (D - 2)))
+    stretch   the rotary base is stretched for the multiple that is tested ("NTK-aware": base * m^(D / (D - 2)),
+              D the channels that are turned)
     """
 
     name: str = ""
@@ -195,7 +198,7 @@ def swapped(model: GPT, swap: Swap, multiple: int, length: int) -> Iterator[None
         if swap.factor is not None:
             layer.scaling, layer.gain = swap.factor.of(layer.heads, length), swap.factor.gain
         if swap.stretch and layer.theta is not None:
-            layer.theta = layer.theta * multiple ** (HEAD_DIM / (HEAD_DIM - 2))
+            layer.theta = layer.theta * multiple ** (layer.turned / (layer.turned - 2))
     try:
         yield
     finally:
