@@ -359,10 +359,10 @@ def test_short_documents_of_one_length_are_one_part():
 
 
 @pytest.mark.parametrize(
-    ("starts", "is_whole", "splits_keys"),
-    [((0, 32, 64), True, True), ((0, 16, 64), False, True), ((0, 32), False, False), ((0, 24, 48), False, False)],
+    ("starts", "count", "splits_keys"),
+    [((0, 32, 64), 1, True), ((0, 16, 64), 2, True), ((0, 32), 1, False), ((0, 24, 48), 1, False)],
 )
-def test_gradients_of_documents_that_lie_side_by_side(starts, is_whole, splits_keys):
+def test_gradients_of_documents_that_lie_side_by_side(starts, count, splits_keys):
     """Equal ones are one part, whose results are views; keys of no document have gradients of 0."""
     starts = torch.tensor(starts, dtype=torch.int32)
     leaves = torch.randn(3, 64, 2, 8, generator=torch.Generator().manual_seed(0)).unbind()
@@ -374,7 +374,7 @@ def test_gradients_of_documents_that_lie_side_by_side(starts, is_whole, splits_k
         found[backend] = (out, *torch.autograd.grad(out.square().sum(), leaves))
     torch.testing.assert_close(found["sdpa"], found["reference"], rtol=1e-4, atol=1e-5)
     cut = parts.parts_of(Visibility(1, 2, 2, 64, 64, CPU, right=0, sequences=Sequences(starts, starts, 64, 64)))
-    assert (cut.is_whole, cut.splits_keys) == (is_whole, splits_keys)
+    assert (len(cut.every), cut.splits_keys) == (count, splits_keys)
 
 
 def test_steps_over_caches_of_different_lengths_read_their_keys_alone(monkeypatch):

@@ -136,8 +136,7 @@ def given(terms: Terms) -> Iterator[str]:
 
 def addends(record: Any) -> list[Tensor]:
     """The biases that `Terms`, or their `Gradients`, have."""
-    found = (getattr(record, name) for name in ADDENDS)
-    return [x for x in found if x is not None]
+    return [x for name in ADDENDS if (x := getattr(record, name)) is not None]
 
 
 def is_product(terms: Terms) -> bool:

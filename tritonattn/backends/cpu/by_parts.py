@@ -24,7 +24,7 @@ from ...core.terms import Gradients, Needs, addends
 from ...core.visibility import Visibility
 from .parts import Part, Parts, additive, by_entry, cut_rows, unstacked
 from .tiles import sliced
-from .torch_kernel import FEW_ROWS, SHARES_KEY_HEADS, VECTOR, folds_rows, for_kernel, stays_finite
+from .torch_kernel import FEW_ROWS, SHARES_KEY_HEADS, folds_rows, for_kernel, stays_finite
 
 _forward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -52,13 +52,13 @@ def is_sound(call: AttentionCall, parts: Parts, found: ForwardResult) -> bool:
 
     It adds -inf to hidden logits, which leaves NaN, and its maximum skips NaN among few keys, whose lse is then 0.
     """
-    sizes = found.lse.abs()
-    if not (parts.has_all_rows and not _has_mask(call)):
+    sizes, has_mask = found.lse.abs(), _has_mask(call)
+    if has_mask or not parts.has_all_rows:
         sizes.masked_fill_(found.lse == -torch.inf, 1)  # rows without keys
-    least, most = (float(x) for x in sizes.aminmax())
+    least, most = map(float, sizes.aminmax())
     if not (least > 0 and most <= _LARGEST_LSE):
         return False
-    return not _meets_hidden(call, parts) or math.isfinite(found.out.sum(dtype=found.lse.dtype))
+    return not (has_mask or parts.meets_hidden) or math.isfinite(found.out.sum(dtype=found.lse.dtype))
 
 
 def prepared(call: AttentionCall, parts: Parts, needs: Needs | None = None) -> Prepared | None:
@@ -71,7 +71,7 @@ def prepared(call: AttentionCall, parts: Parts, needs: Needs | None = None) -> P
     of_scales = needs is not None and not (terms.query_scale is None and terms.key_scale is None)
     if of_scales:  # they meet the gradients of operands, 0 or not
         of_scales = not (visible.every_row_attends and visible.attends_to_every_key)
-    if not (of_scales or _meets_hidden(call, parts)) or stays_finite(call, call.v):
+    if not (of_scales or parts.meets_hidden or _has_mask(call)) or stays_finite(call, call.v):
         return Prepared(call)
     call = _with_zeros(call, ~visible.attending_rows(), ~visible.seen_keys())
     if stays_finite(call, call.v):
@@ -81,10 +81,6 @@ def prepared(call: AttentionCall, parts: Parts, needs: Needs | None = None) -> P
     rows, keys = _spoiled(call)
     call = _with_zeros(call, rows[:, None], keys[:, None])
     return Prepared(call, rows) if stays_finite(call, call.v) else None
-
-
-def _meets_hidden(call: AttentionCall, parts: Parts) -> bool:
-    return _has_mask(call) or any(part.form == "ranges" or part.width < VECTOR for part in parts.every)
 
 
 def _with_zeros(call: AttentionCall, rows: Tensor, keys: Tensor) -> AttentionCall:
@@ -151,7 +147,7 @@ def forward(call: AttentionCall, parts: Parts, rounding: Tensor | None = None) -
     """
     operands = _Operands(call, parts, is_wide=rounding is not None)
     every = operands.parts()
-    if parts.is_whole and len(every) == 1:
+    if parts.has_all_rows and len(every) == 1:
         out, lse = (every[0].joined(x) for x in operands.attend(every[0]))
     else:
         rows = call.q.shape[:3]
@@ -295,11 +291,12 @@ class _Operands:
             lse = lse.masked_fill(lone, -torch.inf if _has_bias(self.call) else 0)
         of_rows = (for_kernel(d_out, width), query, for_kernel(out, width), lse)
         every = self.parts()
-        if self.of_call.is_whole and len(every) == 1:
+        has_all_rows, splits_keys = self.of_call.has_all_rows, self.of_call.splits_keys
+        if len(every) == 1 and has_all_rows and splits_keys:
             d_q, d_k, d_v = (every[0].joined(x) for x in self._gradients(every[0], *of_rows))
         else:
-            d_q = torch.empty_like(self.q) if self.of_call.has_all_rows else torch.zeros_like(self.q)
-            splits_keys = self.of_call.splits_keys and every is self.of_call.every
+            splits_keys = splits_keys and every is self.of_call.every
+            d_q = torch.empty_like(self.q) if has_all_rows else torch.zeros_like(self.q)
             d_k, d_v = ((torch.empty_like if splits_keys else torch.zeros_like)(x) for x in (self.k, self.v))
             for part in every:
                 of_query, *of_keys = self._gradients(part, *of_rows)

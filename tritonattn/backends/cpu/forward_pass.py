@@ -53,7 +53,7 @@ def statistics_of_rows(call: AttentionCall, lse: Tensor) -> tuple[Tensor, Tensor
                 largest = torch.maximum(largest, peak)
                 above = bounded_(logit.sub_(base))
                 weight = without_smallest_(torch.exp(above))
-                total, spread = total + tiles.sum(weight), spread + tiles.dot(weight, above)
+                total, spread = total + tiles.sum(weight), spread + tiles.sum(above.mul_(weight))
             tiles.store(max_logit, largest, block)
             is_blind = largest == -torch.inf
             total = total.masked_fill(is_blind, 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...core.sequences import Sequences
 from ...core.visibility import Visibility
+from .torch_kernel import VECTOR
 
 # Rows of a part whose pairs are neither a rectangle nor a triangle: its mask has this many at most, and _PAIRS pairs
 # unless that leaves fewer than _LEAST_ROWS.
@@ -76,7 +77,7 @@ class Part:
         return self._of(x, self.keys, self.key_step)
 
     def joined(self, x: Tensor) -> Tensor:
-        """x [N, H, n, ...] of one part that `is_whole`, as a view [B, H, S, ...]."""
+        """x [N, H, n, ...] of one part that holds all rows, or all keys once, as a view [B, H, S, ...]."""
         return x if self.count == 1 else x.transpose(0, 1).flatten(1, 2)[None]
 
     def add_to_keys(self, whole: Tensor, found: Tensor) -> None:
@@ -131,18 +132,18 @@ class Parts:
 
     lo, hi         the ranges, [B or 1, Sq]
     every          the parts
-    is_whole       there is one, which holds every row and every key once
     has_all_rows   each row is in one
     splits_keys    each key is in just one
+    meets_hidden   in one the kernel compares hidden keys, or too few to see all NaN
     lone           rows of one key by ranges, bool [B or 1, 1, Sq], or None where there is none
     """
 
     lo: Tensor
     hi: Tensor
     every: tuple[Part, ...]
-    is_whole: bool
     has_all_rows: bool
     splits_keys: bool
+    meets_hidden: bool
     lone: Tensor | None
 
     @classmethod
@@ -155,8 +156,9 @@ class Parts:
             part.add_to_keys(uses, torch.ones_like(part.of_keys(uses)))
         has_all_rows = sum(part.entries * part.height for part in every) == visible.batch * visible.q_len
         splits_keys, lone = bool((uses == 1).all()), (hi - lo == 1)[:, None]
-        is_whole = len(every) == 1 and has_all_rows and splits_keys
-        return cls(lo, hi, every, is_whole, has_all_rows, splits_keys, lone if bool(lone.any()) else None)
+        meets_hidden = any(part.form == "ranges" or part.width < VECTOR for part in every)
+        facts = has_all_rows, splits_keys, meets_hidden
+        return cls(lo, hi, every, *facts, lone if bool(lone.any()) else None)
 
     def inside(self, part: Part) -> Tensor:
         """True for pairs of a part inside of the ranges: [B or 1, 1, rows, keys]."""
