@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ...core.call import AttentionCall
 from ...core.rounding import before_rounding
-from ...core.terms import PAIRS, Gradients, Needs, addends
+from ...core.terms import Gradients, Needs, addends
 from .fixed_tiles import tiles_of
-from .tiles import Block, Heads, Tiles, exp_, logits_of
+from .sums import add_biases, allocated, rounded, store_of_keys, sums_over_rows
+from .tiles import Block, Heads, Tiles
+from .weights import rows_of_one_key, rows_with_keys, shares, weights
 
 
 def backward(
@@ -29,13 +31,8 @@ def backward(
     out [B, Hq, Sq, Dv], lse [B, Hq, Sq] and rounding are those of `forward`; d_out and d_lse are alike, any strides.
     """
     tiles = tiles_of(call)
-    gradients = Gradients(
-        *(
-            x.new_zeros(x.shape, dtype=tiles.dtype if name in PAIRS else None) if need and x is not None else None
-            for name, x, need in zip(Gradients._fields, call.tensors(), needs, strict=True)
-        )
-    )
-    lone = _rows_of_one_key(tiles)
+    gradients = allocated(tiles, needs)
+    lone = rows_of_one_key(tiles)
     for heads in tiles.heads():
         sums = _KeySums.of(tiles, heads, gradients)
         for block in tiles.blocks(heads):
@@ -43,23 +40,7 @@ def backward(
             d_query = _add_tiles(tiles, block, rows, sums, gradients)
             _store_of_rows(tiles, block, rows, d_query, gradients)
         _store_of_keys(tiles, heads, sums, gradients)
-    # Gradients of pairs are sums over tiles, rounded once.
-    return gradients._replace(
-        **{name: _rounded(getattr(gradients, name), getattr(call.logits, name)) for name in PAIRS}
-    )
-
-
-def _rounded(gradient: Tensor | None, x: Tensor | None) -> Tensor | None:
-    return None if gradient is None or x is None else gradient.to(x.dtype)
-
-
-def _rows_of_one_key(tiles: Tiles) -> Tensor | None:
-    """The rows whose softmax is 1, whatever their one logit: bool [B, Hq, Sq], or None where there is none."""
-    call = tiles.call
-    if call.is_part or call.logits.sinks is not None:
-        return None
-    lone = call.visibility.counts() == 1
-    return None if tiles.readable and not lone.any() else lone.expand(call.q.shape[:3])
+    return rounded(tiles, gradients)
 
 
 @dataclass(frozen=True)
@@ -103,14 +84,7 @@ class _Rows:
         """The terms of rows, from (out, rounding, lse, d_out, d_lse) and the rows of one key."""
         call = tiles.call
         out, rounding, lse, d_out, d_lse = saved
-        lse = tiles.of_each_row(lse, block)
-        blind = lse == -torch.inf
-        has_blind = not tiles.readable or bool(blind.any())
-
-        def seeing(x: Tensor) -> Tensor:
-            rows = tiles.of_rows(x, block)
-            return rows.masked_fill(blind, 0) if has_blind else rows
-
+        lse, blind, seeing = rows_with_keys(tiles, block, lse)
         query, d_out = seeing(call.q), seeing(d_out)
         query_scale = None if call.logits.query_scale is None else seeing(call.logits.query_scale[..., None])
         factor = call.logits.scale if query_scale is None else query_scale * call.logits.scale
@@ -119,10 +93,9 @@ class _Rows:
             out = before_rounding(out.to(rounded.dtype), seeing(rounding))
         delta = tiles.dot(out, d_out)
         share = d_sink = None
-        if call.logits.sinks is not None:
-            gap = (lse - tiles.of_each_row(call.logits.sinks, block)).masked_fill(blind, 0)
-            d_sink = -torch.sigmoid(-gap) * delta
-            share = torch.sigmoid(gap)
+        if (found := shares(tiles, block, lse, blind)) is not None:
+            share, taken = found
+            d_sink = -taken * delta
             d_out = d_out * share
         if call.dropout is not None:
             d_out = d_out / (1 - call.dropout.p)
@@ -150,14 +123,10 @@ class _KeySums:
 
     @classmethod
     def of(cls, tiles: Tiles, heads: Heads, gradients: Gradients) -> _KeySums:
-        entries = (heads.batch.stop - heads.batch.start) * (heads.keys.stop - heads.keys.start)
-
-        def zeros(like: Tensor) -> Tensor:
-            return like.new_zeros(entries, *like.shape[2:], dtype=tiles.dtype)
-
         needs_key = gradients.k is not None or gradients.key_scale is not None
-        key = zeros(tiles.call.k) if needs_key else None
-        return cls(key, None if gradients.v is None else zeros(tiles.call.v))
+        key = sums_over_rows(tiles, heads, tiles.call.k) if needs_key else None
+        value = None if gradients.v is None else sums_over_rows(tiles, heads, tiles.call.v)
+        return cls(key, value)
 
 
 @dataclass
@@ -179,7 +148,8 @@ class _Piece:
 def _pieces(tiles: Tiles, block: Block, rows: _Rows, spans: list, needs_logits: bool) -> Iterator[_Piece]:
     for keys, hidden in tiles.keys_of(block, spans):
         key = tiles.scaled_keys(block.heads, keys)
-        weight, slope = _weights(tiles, block, rows, keys, key, hidden)
+        weight, capped = weights(tiles, block, (rows.query, rows.factor, rows.lse), keys, key, hidden)
+        slope = None if capped is None else 1 - capped.square()
         dropped, d_logit = tiles.dropped(block, keys), None
         if needs_logits:
             value = tiles.of_keys(tiles.call.v, block.heads, keys)
@@ -222,44 +192,16 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
             continue
         d_logit = d_logit.add_(rows.shift(delta)).mul_(weight)
         if is_after:
-            _add_biases(tiles, block, piece.keys, d_logit, gradients)
+            add_biases(tiles, block, piece.keys, d_logit, gradients)
         if piece.slope is not None:
             d_logit.mul_(piece.slope)
         if not is_after:
-            _add_biases(tiles, block, piece.keys, d_logit, gradients)
+            add_biases(tiles, block, piece.keys, d_logit, gradients)
         if d_query is not None:
             d_query.baddbmm_(d_logit, piece.key)
         if sums.key is not None:
             tiles.add_product(sums.key, piece.keys, d_logit.mT, rows.scaled)
     return d_query
-
-
-def _add_biases(tiles: Tiles, block: Block, keys: slice, d_bias: Tensor, gradients: Gradients) -> None:
-    """Add the gradients of a tile's logits where biases are added to them: [N, G * rows, keys]."""
-    if gradients.key_bias is not None:
-        target = gradients.key_bias[block.heads.batch, block.heads.keys, :, keys]
-        target += tiles.sum(tiles.by_head(d_bias, block).mT)[..., : target.shape[-1], 0]
-    if not (gradients.bias is None and gradients.relative_bias is None):
-        tiles.add_gradients_of_pairs(d_bias, block, keys, gradients)
-
-
-def _weights(
-    tiles: Tiles, block: Block, rows: _Rows, keys: slice, key: Tensor, hidden: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """exp(z - lse), 0 where hidden, and dz / dx, or None for 1."""
-    softcap, slope, is_after = tiles.call.logits.softcap, None, tiles.call.logits.bias_after_softcap
-    logit = logits_of(rows.query, rows.factor, key)
-    if not is_after:
-        tiles.add_bias(logit, block, keys)
-    if softcap is not None:
-        tiles.hide(logit, block, hidden, 0.0)  # NaN there has no slope
-        tangent = logit.div_(softcap).tanh_()
-        slope = 1 - tangent.square()
-        logit = tangent.mul_(softcap)
-    if is_after:
-        tiles.add_bias(logit, block, keys)
-    tiles.hide(logit, block, hidden)
-    return exp_(logit.sub_(rows.lse)), slope
 
 
 def _store_of_rows(tiles: Tiles, block: Block, rows: _Rows, d_query: Tensor | None, gradients: Gradients) -> None:
@@ -276,16 +218,13 @@ def _store_of_rows(tiles: Tiles, block: Block, rows: _Rows, d_query: Tensor | No
 
 def _store_of_keys(tiles: Tiles, heads: Heads, sums: _KeySums, gradients: Gradients) -> None:
     if gradients.v is not None and sums.value is not None:
-        target = gradients.v[heads.batch, heads.keys]
-        target.copy_(sums.value.view(target.shape))
+        store_of_keys(gradients.v, sums.value, heads)
     if sums.key is None:
         return
     if gradients.key_scale is not None:
-        target = gradients.key_scale[heads.batch, heads.keys]
-        target.copy_(tiles.dot(sums.key, tiles.of_keys(tiles.call.k, heads)).view(target.shape))
+        store_of_keys(gradients.key_scale, tiles.dot(sums.key, tiles.of_keys(tiles.call.k, heads)), heads)
     if gradients.k is not None:
-        target = gradients.k[heads.batch, heads.keys]
         d_key = sums.key
         if tiles.call.logits.key_scale is not None:
             d_key = d_key * tiles.of_keys(tiles.call.logits.key_scale[..., None], heads)
-        target.copy_(d_key.view(target.shape))
+        store_of_keys(gradients.k, d_key, heads)

@@ -61,11 +61,6 @@ class FixedTiles(Tiles):
         tile[:, : found.shape[1]] = found
         return tile
 
-    def add_bias(self, logit: Tensor, block: Block, keys: slice) -> None:
-        if self.has_bias:
-            rows, width = block.rows.stop - block.rows.start, keys.stop - keys.start
-            self.by_head(logit, block)[..., :rows, :width].add_(self._bias(block, keys))
-
     def sum(self, x: Tensor) -> Tensor:
         return halving_sum(x)
 

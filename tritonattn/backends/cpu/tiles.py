@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...core.call import AttentionCall
 from ...core.pair_biases import reflected, sums_of_diagonals
-from ...core.terms import Gradients, addends
+from ...core.terms import Gradients, Terms, addends
 from ...core.visibility import Visibility
 
 # Rows (over all query heads of a group) and keys of a tile; pairs of all tiles that are computed together.
@@ -70,9 +70,8 @@ class Tiles:
         self.holes = self._holes()
         terms = call.logits
         biases = addends(terms)
-        self.has_bias = len(biases) > 0
         hides_none = self.readable and all(bool(x.amin() > -torch.inf) for x in biases)
-        self.bias_hides = self.has_bias and not hides_none
+        self.bias_hides = len(biases) > 0 and not hides_none
         self.offset = None if terms.relative_bias is None else visible.positions() + terms.relative_right
 
     def heads(self) -> Iterator[Heads]:
@@ -107,7 +106,7 @@ class Tiles:
             if not (is_whole and mask is None and self._bounds_decide()):
                 hidden = self._hidden(block, keys)
             if self.bias_hides:
-                weightless = self._bias(block, keys) == -torch.inf
+                weightless = self._bias(block, keys, self.call.logits) == -torch.inf
                 hidden = weightless if hidden is None else hidden | weightless
             if hidden is None or (mask is None and not self.bias_hides) or not self.readable:
                 yield keys, hidden
@@ -149,10 +148,12 @@ class Tiles:
             return key
         return key * self.of_keys(self.call.logits.key_scale[..., None], heads, keys)
 
-    def add_bias(self, logit: Tensor, block: Block, keys: slice) -> None:
-        """Add the biases to logit [N, G * rows, keys]."""
-        if self.has_bias:
-            self.by_head(logit, block).add_(self._bias(block, keys))
+    def add_bias(self, logit: Tensor, block: Block, keys: slice, terms: Terms | Gradients | None = None) -> None:
+        """Add the biases of the call, or of other terms such as their tangents, to logit [N, G * rows, keys]."""
+        terms = self.call.logits if terms is None else terms
+        if addends(terms):
+            rows, width = block.rows.stop - block.rows.start, keys.stop - keys.start
+            self.by_head(logit, block)[..., :rows, :width].add_(self._bias(block, keys, terms))
 
     def hide(self, logit: Tensor, block: Block, hidden: Tensor | None, value: float = -torch.inf) -> None:
         """Overwrite the hidden pairs of logit [N, G * rows, keys]."""
@@ -242,9 +243,9 @@ class Tiles:
         holes = self.unseen.flatten(0, -2).any(0)
         return [0, *holes.cumsum(0).tolist()]
 
-    def _bias(self, block: Block, keys: slice) -> Tensor:
+    def _bias(self, block: Block, keys: slice, terms: Terms | Gradients) -> Tensor:
         """The sum of a tile's biases, widened: each axis of [batch entries, key heads, G, rows, keys] or 1."""
-        terms, heads, total = self.call.logits, block.heads, None
+        heads, total = block.heads, None
         if terms.key_bias is not None:
             total = terms.key_bias[heads.batch, heads.keys, :, None, keys].to(self.dtype)
         of_pairs = []
