@@ -8,6 +8,8 @@
     forward_pass,            all; gradients of biases and of lse        tiles in plain torch: the kernel gives neither
     backward_pass                                                       dP nor P
     statistics_of_rows       return_aux, after either                   the kernel gives lse alone
+    tangent_pass,            derivatives beyond the first, after any    the kernel has none
+    second_pass
 
 A tile is some query rows against some keys, for a few heads. Tiles without a visible pair are skipped; tiles in which
 every pair is visible are not masked. Operands are widened to fp32 (fp64 stays) a tile at a time and nothing
@@ -37,7 +39,7 @@ from ...core.autograd import without_autocast
 from ...core.call import AttentionCall, ForwardResult
 from ...core.terms import ADDENDS, Gradients, Needs
 from ..protocol import Backend
-from . import backward_pass, by_parts, forward_pass, torch_kernel
+from . import backward_pass, by_parts, forward_pass, second_pass, tangent_pass, torch_kernel
 from .parts import parts_of
 
 
@@ -66,6 +68,27 @@ class Sdpa(Backend):
     ) -> Gradients:
         with without_autocast(call.q):
             return _backward(call, saved, d_out, d_lse, needs)
+
+    def tangent(
+        self, call: AttentionCall, saved: tuple[Tensor, Tensor, Tensor | None], tangents: Gradients
+    ) -> tuple[Tensor, Tensor]:
+        _, lse, _ = saved
+        with without_autocast(call.q):
+            return tangent_pass.tangent(call, lse, tangents)
+
+    def second(
+        self,
+        call: AttentionCall,
+        saved: tuple[Tensor, Tensor, Tensor | None],
+        tangents: Gradients,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        needs: Needs,
+        needs_tangents: Needs,
+    ) -> tuple[Gradients, Gradients]:
+        _, lse, _ = saved
+        with without_autocast(call.q):
+            return second_pass.second(call, lse, tangents, d_out, d_lse, needs, needs_tangents)
 
 
 def _backward(
