@@ -358,6 +358,8 @@ class Visibility:
 
     def seen_keys(self) -> Tensor:
         """Keys that at least one row attends to: bool [B or 1, 1 or Hkv, Sk]."""
+        if self.begins_at_first and self.mask is None and self.q_len > 0:
+            return (torch.arange(self.k_len, device=self.device) < self.ends().amax(-1, keepdim=True))[:, None]
         if self.mask is None:
             return (ranges.rows_of_keys(*self.ranges(), self.k_len, self.key_ranges is None) > 0)[:, None]
         seen = torch.zeros((), dtype=torch.bool, device=self.device)
