@@ -184,11 +184,12 @@ POSITIONS_FIRST = Rule(
     is_harmless=True,
     why="at distances beyond the trained length L rotary positions take angles that no training has seen, also in"
     " training with a factor. Give layers over all keys no positions, and rotary ones a window; or stretch the"
-    " rotary base of a trained model, and then compare qwen_logn:L",
+    " rotary base of a trained model, and then compare qwen_logn:L. Where a part of the channels is turned, such a"
+    " factor helps already",
     watch="the loss by position past the trained length: loss_by_position of docs/recipes.md",
     turn_back="-",
     evidence=(
-        "docs/language-model.md: rotary layers over all keys, with and without a factor",
+        "docs/language-model.md: layers over all keys, rotary in all channels or a quarter, with and without a factor",
         "perf/results/training.md, Text: past the trained length every mode loses 0.2 to 1.2 nats",
     ),
 )
