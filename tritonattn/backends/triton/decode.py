@@ -87,7 +87,6 @@ def attention_decode(
     BLOCK_N: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    BIAS_AFTER: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -108,7 +107,7 @@ def attention_decode(
     key_lengths      int32 [B], or int64 as int32 [2 * B] with length_words = 2, clamped to [0, capacity], or None =
                      capacity: the length, behind which nothing is read
     key_ranges       int32 [B, 2] contiguous or None: only lo <= j < hi is visible, and hi narrows length
-    terms, sinks, extent, BIAS_AFTER   as in `attention_forward`, with Sk = capacity; sinks with splits = 1 only
+    terms, sinks, extent   as in `attention_forward`, with Sk = capacity; sinks with splits = 1 only
     results          a `Results` without rounding; of several splits their parts, of part_rows = B * Hq * Sq rows each,
                      out not written where a row has no key in one; lse natural log, max_logit uncapped
 
@@ -161,7 +160,6 @@ def attention_decode(
     shift = length - new  # of `pair_biases`
     if terms.relative_bias is not None:
         shift += relative_right
-    cap = None if BIAS_AFTER else softcap
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)  # [BLOCK_M, BLOCK_DV]
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)  # [BLOCK_M]
     l_i = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)  # [BLOCK_M, SUM_COLUMNS]
@@ -193,10 +191,10 @@ def attention_decode(
         keep = keep_key[None, :] & (offs_n[None, :] < hi[:, None])  # [BLOCK_M, BLOCK_N]
         if left is not None:
             keep = keep & (offs_n[None, :] >= lo[:, None])
-        if BIAS_AFTER:
+        if terms.bias_after_softcap is not None:
             s, of_product = soft_cap(s * factor[:, None], softcap), tl.full([BLOCK_M], 1.0, tl.float32)
         p, weighted, alpha, moved, m_i = probabilities(
-            s, biases, keep, of_product, cap, m_i, True, results.entropy is not None
+            s, biases, keep, of_product, softcap, terms, m_i, True, results.entropy is not None
         )
         l_i, spread = moved_sums(p, weighted, alpha, moved, l_i, spread, results.entropy is not None)
         if pages is None:
@@ -210,7 +208,7 @@ def attention_decode(
 
     offsets = (batch * q_heads + kv_head * group) * q_len + packed + split.to(tl.int64) * part_rows  # [BLOCK_M]
     l_i, weight, total = finish_softmax(
-        m_i, l_i, spread, factor, cap, sinks, batch, head, row, results, offsets, keep_row
+        m_i, l_i, spread, factor, softcap, terms, sinks, batch, head, row, results, offsets, keep_row
     )
     out = (acc * (weight / total)[:, None]).to(results.out.dtype.element_ty)  # [BLOCK_M, BLOCK_DV]
     offs_value = tl.arange(0, BLOCK_DV)

@@ -64,7 +64,6 @@ def attention_forward(
     BLOCK_N: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    BIAS_AFTER: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
@@ -89,10 +88,10 @@ def attention_forward(
     *_descriptor     tensor descriptors of k and v with blocks [1, 1, BLOCK_N, BLOCK_D or BLOCK_DV], or None
     terms            `LogitTerms`: query_scale [B, Hq, Sq] or None = 1, any sign, key_scale [B, Hkv, Sk] or None = 1 and
                      key_bias [B, Hkv, group, Sk] or None = 0, exp(z) is 0 where it is -inf, in fp32; biases of
-                     `pair_biases`
+                     `pair_biases`. With bias_after_softcap x has no b, z = softcap * tanh(x / softcap) + b, and
+                     max_logit is the maximum of z
     sinks            fp32 `Scale` [B, Hq, Sq] or None
     HAS_BIAS         one of the three biases is given
-    BIAS_AFTER       x has no b, z = softcap * tanh(x / softcap) + b, and max_logit is the maximum of z
     masks            `Masks`; left, right of `key_range`, or None
     dropout          of `dropout_keeps`, or None
     results          `Results`, lse in natural log; rounding is what out lost when it was rounded: `lost_in_rounding`
@@ -180,7 +179,6 @@ def attention_forward(
     shift = k_len - q_len + first_key - first_row  # of `pair_biases`
     if terms.relative_bias is not None:
         shift += relative_right
-    cap = None if BIAS_AFTER else softcap
     rows = (first_row + offs_m)[:, None]  # [BLOCK_M, 1], in the packed axis
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)  # [BLOCK_M, BLOCK_DV]
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)  # [BLOCK_M]
@@ -240,12 +238,12 @@ def attention_forward(
                     biases = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]  # [1, N]
                 if HAS_PAIRS:
                     biases = of_pairs if terms.key_bias is None else biases + of_pairs  # [BLOCK_M, N]
-                if BIAS_AFTER:
+                if terms.bias_after_softcap is not None:
                     s, of_product = soft_cap(s * factor[:, None], softcap), tl.full([BLOCK_M], 1.0, tl.float32)
                 if PASS != UNMASKED:
                     keep = visible(offs_m, offs_n, lo, hi, batch, head, view, masks.mask)  # [BLOCK_M, N]
                 p, weighted, alpha, moved, m_i = probabilities(
-                    s, biases, keep, of_product, cap, m_i, PASS != UNMASKED, results.entropy is not None
+                    s, biases, keep, of_product, softcap, terms, m_i, PASS != UNMASKED, results.entropy is not None
                 )
                 l_i, spread = moved_sums(p, weighted, alpha, moved, l_i, spread, results.entropy is not None)
                 if dropout_ptr is not None:
@@ -255,9 +253,9 @@ def attention_forward(
                 acc *= alpha[:, None]
                 acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
 
-    memory_rows = memory_row + block_rows
+    memory_rows, at = memory_row + block_rows, row_base + block_rows
     l_i, weight, total = finish_softmax(
-        m_i, l_i, spread, factor, cap, sinks, batch, head, memory_rows, results, row_base + block_rows, keep_row
+        m_i, l_i, spread, factor, softcap, terms, sinks, batch, head, memory_rows, results, at, keep_row
     )
     out = acc / total[:, None]  # [BLOCK_M, BLOCK_DV]
     if sinks is not None:

@@ -37,7 +37,7 @@ from .pairs import (
 )
 from .ranges import rows_of_key_blocks
 from .records import Arguments, TensorGradients, View
-from .softmax import LN_2, LOG2_E, partial_sums, soft_cap, soft_cap_slope
+from .softmax import LN_2, LOG2_E, exponents, gradients_of, partial_sums
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=["group"])
@@ -81,7 +81,6 @@ def attention_grad_key_value(
     KEY_SUM_COLUMNS: tl.constexpr,
     SPLIT_TERMS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    BIAS_AFTER: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
@@ -95,7 +94,7 @@ def attention_grad_key_value(
         raw[j]         = scale * sum_i dX[i, j] * query_scale[i] * q[i]      over the rows of all heads of the group
         d_k[j]         = key_scale[j] * raw[j]
         d_key_scale[j] = k[j] . raw[j]                                       never divided by key_scale, which may be 0
-        d_b[i, j]      = dX[i, j], or with BIAS_AFTER dS[i, j]               b: the biases of `attention_forward`
+        d_b[i, j]      = dX[i, j], or dS[i, j] behind the softcap            b: the biases of `attention_forward`
         d_key_bias[j]  = sum_i d_b[i, j]                                     over the rows of one head of the group
         d_bias[i, j] = d_relative_bias[i, i + Sk - Sq - j + relative_right] = d_b[i, j]
 
@@ -211,6 +210,7 @@ def attention_grad_key_value(
                     live = tl.full(step.shape, 1, tl.int1)  # [M]
                     if PASS != UNMASKED:
                         live = exponent_term != float("-inf")
+                    biases = None
                     if HAS_PAIRS:  # see `attention_forward`
                         is_read = live[None, :]  # [1, M]
                         if PASS != UNMASKED:
@@ -230,20 +230,7 @@ def attention_grad_key_value(
                     s = tl.dot(k_tile, q_tile.T, input_precision="ieee")  # [BLOCK_N, M]
                     if terms.key_scale is not None:
                         s *= key_scales[:, None]
-                    if softcap is None:
-                        if HAS_BIAS:
-                            exponent = tl.fma(s, factor[None, :], biases) + exponent_term[None, :]
-                        else:
-                            exponent = tl.fma(s, factor[None, :], exponent_term[None, :])
-                    elif BIAS_AFTER:
-                        capped = soft_cap(s * factor[None, :], softcap)
-                        exponent = capped + biases + exponent_term[None, :]
-                    else:
-                        x = tl.fma(s, factor[None, :], biases) if HAS_BIAS else s * factor[None, :]
-                        capped = soft_cap(x, softcap)
-                        exponent = capped + exponent_term[None, :]
-                        if HAS_BIAS:
-                            exponent = tl.where(biases == float("-inf"), float("-inf"), exponent)
+                    exponent, capped = exponents(s, factor[None, :], biases, exponent_term, softcap, terms, 0)
                     p = tl.exp2(exponent)  # [BLOCK_N, M]
                     if PASS != UNMASKED:
                         keep = visible_rows(offs_m, live, offs_n, row_lo, row_hi, batch, head, view, masks.mask)
@@ -264,11 +251,7 @@ def attention_grad_key_value(
                         ds = p * tl.fma(dp, gradient_factor[None, :], gradient_term[None, :])  # [BLOCK_N, M]
                     else:  # the gradient of a logit is that of its biases before it meets the factor
                         ds = p * tl.fma(dp, one[None, :], gradient_term[None, :])  # + would join the product's sum
-                    d_biases = ds
-                    if softcap is not None:
-                        ds *= soft_cap_slope(capped, softcap)
-                        if not BIAS_AFTER:
-                            d_biases = ds
+                    ds, d_biases = gradients_of(ds, capped, softcap, terms)
                     if gradients.key_bias is not None:
                         d_key_bias += partial_sums(d_biases, KEY_SUM_COLUMNS)
                     if gradients.bias is not None:

@@ -32,7 +32,7 @@ from .grids import over_rows
 from .launch import KERNELS
 from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_biases, pass_bounds, visible
 from .records import TensorGradients, View
-from .softmax import LOG2_E, partial_sums, soft_cap, soft_cap_slope
+from .softmax import LOG2_E, exponents, partial_sums, soft_cap_slope
 
 # A block of rows loops over so few keys twice. Among more, some row's exact gradient is far larger than an error.
 FEW_KEYS = tl.constexpr(64)
@@ -80,7 +80,6 @@ def attention_grad_query(
     BLOCK_N: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    BIAS_AFTER: tl.constexpr,
     CORRECT_DELTA: tl.constexpr,
     IS_PART: tl.constexpr,
     WIDE: tl.constexpr,
@@ -226,25 +225,13 @@ def attention_grad_query(
                         key_scale_ptr + offs_n.to(tl.int64) * terms.key_scale.s, mask=load_key, other=0.0
                     )
                     s *= key_scales[None, :]
+                biases = None
                 if terms.key_bias is not None:
                     bias_ptrs = key_bias_ptr + offs_n.to(tl.int64) * terms.key_bias.s
                     biases = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]  # [1, N]
                 if HAS_PAIRS:
                     biases = of_pairs if terms.key_bias is None else biases + of_pairs  # [BLOCK_M, N]
-                if softcap is None:
-                    if HAS_BIAS:
-                        exponent = tl.fma(s, factor[:, None], biases) + exponent_term[:, None]
-                    else:
-                        exponent = tl.fma(s, factor[:, None], exponent_term[:, None])
-                elif BIAS_AFTER:
-                    capped = soft_cap(s * factor[:, None], softcap)
-                    exponent = capped + biases + exponent_term[:, None]
-                else:
-                    x = tl.fma(s, factor[:, None], biases) if HAS_BIAS else s * factor[:, None]
-                    capped = soft_cap(x, softcap)
-                    exponent = capped + exponent_term[:, None]
-                    if HAS_BIAS:
-                        exponent = tl.where(biases == float("-inf"), float("-inf"), exponent)
+                exponent, capped = exponents(s, factor[:, None], biases, exponent_term, softcap, terms, 1)
                 p = tl.exp2(exponent)  # [BLOCK_M, N]
                 dp = tl.dot(do, v_tile.T, input_precision="ieee")  # [BLOCK_M, N]
                 if PASS != UNMASKED:

@@ -324,7 +324,7 @@ def _softmax(i, logits, m_i, rows, work, MASKED: gl.constexpr):
         first = vector_from(terms.key_bias, position.batch, position.kv_head, position.of_group, memory_key)
         bias = (gl.load(first + columns.to(gl.int64) * terms.key_bias.s, mask=exists) * LOG2_E)[None, :]
     entropy = work.results.entropy is not None
-    return probabilities(logits, bias, keep, rows.factor, work.softcap, m_i, MASKED, entropy)
+    return probabilities(logits, bias, keep, rows.factor, work.softcap, terms, m_i, MASKED, entropy)
 
 
 @gluon.jit
@@ -349,10 +349,10 @@ def _store_rows(acc, state, rows, q, work, WG: gl.constexpr, VALUE_DIM: gl.const
     offs = WG * ROWS + gl.arange(0, ROWS, layout=layout)  # [ROWS]
     m_i, factor = gl.convert_layout(state.m_i, layout), gl.convert_layout(rows.factor, layout)
     results, at, keep = work.results, work.row + offs, offs < work.position.rows
-    cap, sinks, position = work.softcap, work.sinks, work.position
+    cap, terms, sinks, position = work.softcap, work.terms, work.sinks, work.position
     batch, head, memory_rows = position.batch, position.head, position.first_row + offs
     _, weight, total = finish_softmax(
-        m_i, state.l_i, state.spread, factor, cap, sinks, batch, head, memory_rows, results, at, keep
+        m_i, state.l_i, state.spread, factor, cap, terms, sinks, batch, head, memory_rows, results, at, keep
     )
     of_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     out = acc / gl.convert_layout(total, of_rows)[:, None]  # [ROWS, D]

@@ -256,7 +256,6 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
         "KEY_SUM_COLUMNS": key_sum_columns(problem, config, target),
         "CORRECT_DELTA": corrects_delta(problem),
         "HAS_BIAS": problem.has_bias,
-        "BIAS_AFTER": problem.bias_after_softcap,
         "IS_PART": problem.is_part,
         "SPLIT_TERMS": target.architecture.has_tensor_memory,
         "ALIGNED": problem.aligned and (problem.invariant or problem.head_dim % 16 or problem.value_dim % 16) > 0,
@@ -356,13 +355,13 @@ def scale_of(tensor: Tensor) -> Scale:
 
 def term_arguments(terms: Terms) -> Arguments:
     """The arguments that say what a logit is, and the softmax's other terms: None for those that are not there."""
-    tensors: list[Any] = []
-    for number, form in _TENSORS:  # no comprehension: each is a call before Python 3.12
+    of_logits: list[Any] = []
+    for number, form in _OF_LOGITS:  # no comprehension: each is a call before Python 3.12
         value = terms[number]
-        tensors.append(None if value is None else _RECORDS[form](value))
+        of_logits.append(None if value is None or value is False else _RECORDS[form](value))
     sinks, table, softcap = terms.sinks, terms.relative_bias, terms.softcap
     return {
-        "terms": LogitTerms(*tensors),
+        "terms": LogitTerms(*of_logits),
         "scale": float(terms.scale),
         "softcap": None if softcap is None else float(softcap),
         "sinks": None if sinks is None else scale_of(sinks),
@@ -371,8 +370,8 @@ def term_arguments(terms: Terms) -> Arguments:
     }
 
 
-_RECORDS = {"vector": scale_of, "pairs": stretched}
-_TENSORS = [(number, term.form) for number, term in enumerate(TERMS) if term.name in LogitTerms._fields]
+_RECORDS: dict[str, Callable[[Any], Any]] = {"vector": scale_of, "pairs": stretched, "flag": int}
+_OF_LOGITS = [(number, term.form) for number, term in enumerate(TERMS) if term.name in LogitTerms._fields]
 
 
 def pages_of(block_table: Tensor, count: int, size: int) -> Pages:

@@ -41,9 +41,11 @@ class Scale(NamedTuple):
     s: Any
 
 
-# The tensors among the terms of a logit, or None: vectors as `Scale`, biases of pairs as `Strided`, with stride 0 where
-# one entry stands for all.
-LogitTerms = namedtuple("LogitTerms", [term.name for term in TERMS if term.axes and term.enters != "sink"])
+# The tensors and flags among the terms of a logit, or None: vectors as `Scale`, biases of pairs as `Strided`, with
+# stride 0 where one entry stands for all, flags as 1, of which Triton makes a constant.
+LogitTerms = namedtuple(
+    "LogitTerms", [one.name for one in TERMS if one.form == "flag" or (one.axes and one.enters != "sink")]
+)
 # Gradients of the tensors of a call, contiguous or, of biases of pairs, `Strided`; None for those not asked for.
 TensorGradients = namedtuple("TensorGradients", AXES, defaults=[None] * len(AXES))
 

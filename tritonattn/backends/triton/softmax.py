@@ -53,6 +53,41 @@ def soft_cap_slope(capped, softcap):
 
 
 @triton.jit
+def exponents(s, factor, biases, of_row, softcap, terms, AXIS: tl.constexpr):
+    """(exponent, capped) of pairs in base 2: a logit with of_row added, and its part that passes the softcap.
+
+    factor and biases, or None, broadcast to s; of_row is a vector of rows, which lacks the axis AXIS of s.
+    """
+    capped = s
+    if softcap is None:
+        if biases is None:
+            exponent = tl.fma(s, factor, tl.expand_dims(of_row, AXIS))
+        else:
+            exponent = tl.fma(s, factor, biases) + tl.expand_dims(of_row, AXIS)
+    elif terms.bias_after_softcap is not None:
+        capped = soft_cap(s * factor, softcap)
+        exponent = capped + biases + tl.expand_dims(of_row, AXIS)
+    else:
+        x = s * factor if biases is None else tl.fma(s, factor, biases)
+        capped = soft_cap(x, softcap)
+        exponent = capped + tl.expand_dims(of_row, AXIS)
+        if biases is not None:
+            exponent = tl.where(biases == float("-inf"), float("-inf"), exponent)
+    return exponent, capped
+
+
+@triton.jit
+def gradients_of(ds, capped, softcap, terms):
+    """The gradients of a logit's product and of its biases, from that of the logit: see `exponents`."""
+    d_biases = ds
+    if softcap is not None:
+        ds *= soft_cap_slope(capped, softcap)
+        if terms.bias_after_softcap is None:
+            d_biases = ds
+    return ds, d_biases
+
+
+@triton.jit
 def lost_in_rounding(exact, rounded):
     """exact - rounded in 256ths of the last place of `rounded`, bf16 or fp16, as int8: `core.rounding`.
 
@@ -68,13 +103,15 @@ def lost_in_rounding(exact, rounded):
 
 
 @triton.jit
-def probabilities(s, bias, keep, factor, softcap, m_i, MASKED: tl.constexpr, ENTROPY: tl.constexpr):
+def probabilities(s, bias, keep, factor, softcap, terms, m_i, MASKED: tl.constexpr, ENTROPY: tl.constexpr):
     """One step of the online softmax, relative to the new maximum m_i [BLOCK_M]: (p, weighted, alpha, moved, m_i).
 
-    s [BLOCK_M, BLOCK_N] lacks the factor >= 0; bias, in base 2, broadcasts to it or is None; keep has the visible pairs
-    where MASKED. m_i is the maximum of the uncapped logits; the capped one, the shift, is subtracted. It has `moved` by
-    so much, which shrinks earlier sums by alpha = exp(moved). weighted is p (z_j - shift) where ENTROPY.
+    s [BLOCK_M, BLOCK_N] lacks the factor >= 0, or is capped where biases come behind the softcap; bias, in base 2,
+    broadcasts to it or is None; keep has the visible pairs where MASKED. m_i is the maximum of the logits before the
+    softcap over bias and product; the capped one, the shift, is subtracted. It has `moved` by so much, which shrinks
+    earlier sums by alpha = exp(moved). weighted is p (z_j - shift) where ENTROPY.
     """
+    cap = None if terms.bias_after_softcap is not None else softcap
     if bias is not None:
         s = tl.fma(s, factor[:, None], bias)
     if MASKED:
@@ -83,7 +120,7 @@ def probabilities(s, bias, keep, factor, softcap, m_i, MASKED: tl.constexpr, ENT
     if bias is None:
         m_new *= factor
     m_new = tl.maximum(m_i, m_new)
-    if softcap is None:
+    if cap is None:
         previous, shift = m_i, m_new
         if MASKED or bias is not None:
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -92,10 +129,10 @@ def probabilities(s, bias, keep, factor, softcap, m_i, MASKED: tl.constexpr, ENT
         else:
             exponent = s - shift[:, None]
     else:
-        previous, shift = soft_cap(m_i, softcap), soft_cap(m_new, softcap)
+        previous, shift = soft_cap(m_i, cap), soft_cap(m_new, cap)
         if bias is None:
             s *= factor[:, None]
-        exponent = soft_cap(s, softcap) - shift[:, None]
+        exponent = soft_cap(s, cap) - shift[:, None]
         if MASKED:
             exponent = tl.where(keep, exponent, float("-inf"))
         if bias is not None:
@@ -140,7 +177,7 @@ def joint_peak(shift, sink):
 
 
 @triton.jit
-def finish_softmax(m_i, l_i, spread, factor, softcap, sinks, batch, head, rows, results, offsets, keep):
+def finish_softmax(m_i, l_i, spread, factor, softcap, terms, sinks, batch, head, rows, results, offsets, keep):
     """(l_i, weight, total) of rows [BLOCK_M], whose output is weight * acc / total; stores lse, max_logit and entropy.
 
     A row without keys has l_i 0, total 1, lse and max_logit -inf, entropy 0. A sink joins the total only: -inf is no
@@ -150,7 +187,7 @@ def finish_softmax(m_i, l_i, spread, factor, softcap, sinks, batch, head, rows, 
     empty = l_i == 0.0
     total = tl.where(empty, 1.0, l_i)
     shift = m_i
-    if softcap is not None:
+    if softcap is not None and terms.bias_after_softcap is None:
         shift = soft_cap(m_i, softcap)
     shift = tl.where(empty, 0.0, shift)
     tl.store(results.lse + offsets, tl.where(empty, float("-inf"), (shift + tl.log2(total)) * LN_2), mask=keep)
