@@ -1,7 +1,7 @@
 """Recorded calls: what is kept of a launch, what a file says, and the entries of single problems."""
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 
 import pytest
 import torch
@@ -102,11 +102,20 @@ def test_faults_of_a_file_of_calls(found, message, tmp_path):
 
 
 def test_every_field_of_a_problem_is_in_its_name():
-    for field in fields(Problem)[3:]:
-        if field.name != "invariant":
+    for field in fields(Problem):
+        if field.default is not MISSING and field.name != "invariant":
             value = 64 if field.name == "packed_rows" else not field.default
             one = Exact("forward", Problem(64, 32, HALF, **{field.name: value}))
             assert Exact.parse(str(one)) == one != Exact("forward", Problem(64, 32, HALF))
+
+
+def test_names_of_earlier_releases_are_read():
+    """Their options stood in another order."""
+    named = ("right", "query_scale", "bias", "query_scale_grad", "softcap", "bias_after_softcap", "sinks", "dropout")
+    one = Exact("grad_query", Problem(64, 32, HALF, **dict.fromkeys(named, True)))
+    assert Exact.parse(f"grad_query/64/32/float16/{'+'.join(named)}") == one
+    with pytest.raises(ValueError, match="expected kernel"):
+        Exact.parse("grad_query/64/32/float16/right+right")
 
 
 def test_an_entry_of_a_problem_serves_it_alone_and_first(tmp_path, monkeypatch):

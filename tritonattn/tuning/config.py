@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, make_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -87,9 +87,14 @@ def _target_of(index: int) -> Target:
     return Target("cuda", f"{major}{minor}", card, processors)
 
 
+_FLAGS = [(term.name, bool, field(default=False)) for term in TERMS if term.flag]
+
+
 @dataclass(frozen=True)
-class Problem:
+class Problem(make_dataclass("Flags", _FLAGS, frozen=True, kw_only=True)):
     """The parts of a call that select code: sizes of the tiles' inner axes, dtype, and which tensors are there.
+
+    Each row of `TERMS` with a flag is a field too: the call has such a term, as `core.terms.flags` says.
 
     aux          max_logit and entropy are asked for; of a backward: lse has a gradient
     sequences    the batch is packed; of decode: sequences have different numbers of new tokens
@@ -100,7 +105,6 @@ class Problem:
     wide_q       a 16-bit backward returns q's gradient in fp32, for what is added to it
     wide_k       likewise k's
     is_part      a backward of some of the visible keys of its rows
-    bias_after_softcap   there are a softcap and a bias, which is added behind it
     short        few rows and keys, so that a GPU may have more processors than programs: `is_short`
     invariant    a row's bits, and so its tiles, do not depend on the rest of the batch: `defaults.default_config`
     """
@@ -113,16 +117,8 @@ class Problem:
     key_lengths: bool = False
     key_ranges: bool = False
     mask: bool = False
-    query_scale: bool = False
-    key_scale: bool = False
-    key_bias: bool = False
-    bias: bool = False
-    relative_bias: bool = False
     query_scale_grad: bool = False
     grouped: bool = False
-    softcap: bool = False
-    bias_after_softcap: bool = False
-    sinks: bool = False
     dropout: bool = False
     aux: bool = False
     sequences: bool = False

@@ -7,7 +7,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -120,9 +120,9 @@ class Exact(NamedTuple):
     def __str__(self) -> str:
         """Kernel, dims and dtype, then the fields that differ from a bare call's."""
         problem, named = self.problem, []
-        for field in fields(Problem)[3:]:
+        for field in fields(Problem):
             value = getattr(problem, field.name)
-            if value != field.default:
+            if field.default is not MISSING and value != field.default:
                 named.append(field.name if value is True else f"{field.name}={value}")
         dtype = str(problem.dtype).removeprefix("torch.")
         return f"{self.kernel}/{problem.head_dim}/{problem.value_dim}/{dtype}/{'+'.join(named) or 'plain'}"
@@ -136,7 +136,7 @@ class Exact(NamedTuple):
             problem = Problem(int(head_dim), int(value_dim), _DTYPES[dtype], **given)
             found = cls(kernel, problem)
             dims = (problem.head_dim, problem.value_dim, problem.packed_rows)
-            is_sound = kernel in TILED_KERNELS and is_searched(problem) and str(found) == text
+            is_sound = kernel in TILED_KERNELS and is_searched(problem) and _parts(str(found)) == _parts(text)
             if is_sound and all(1 <= x <= most for x, most in zip(dims, _MOST_DIMS, strict=True)):
                 return found
         except (AttributeError, KeyError, TypeError, ValueError):
@@ -149,6 +149,11 @@ _MOST_DIMS = (WIDEST_KEYS, WIDEST, 2**16)  # head and value dims, packed rows
 
 
 EntryKey = Key | Exact
+
+
+def _parts(text: str) -> list[str]:
+    """The parts of an `Exact` as it prints; options have stood in other orders."""
+    return sorted(text.replace("+", "/").split("/"))
 
 
 def _option(text: str) -> tuple[str, bool | int]:
