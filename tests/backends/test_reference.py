@@ -9,6 +9,7 @@ from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import pairwise
 from tritonattn.backends.reference import attention
 from tritonattn.core.dropout import Dropout
+from tritonattn.core.terms import Terms
 from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS
 
@@ -55,7 +56,13 @@ def test_is_the_textbook(name, softcap, with_sinks, p):
     keep = dropout.tile((B, HQ), slice(0, SQ), slice(0, SK)) if p else None
 
     ours = attention(
-        q, k, v, multiplier, Visibility.of(q, k, **arguments), softcap=softcap, sinks=sinks, dropout=dropout
+        q,
+        k,
+        v,
+        multiplier,
+        Visibility.of(q, k, **arguments),
+        terms=Terms(softcap=softcap, sinks=sinks),
+        dropout=dropout,
     )
     theirs = textbook(q, k, v, multiplier, visible, softcap, sinks, keep, p)
     for a, b in zip(ours, theirs, strict=True):
@@ -121,7 +128,7 @@ def test_far_apart_logits_and_sinks():
     assert result.lse.item() == pytest.approx(1e4 + math.log(2))
     assert result.entropy.item() == pytest.approx(math.log(2))
     sinks = torch.tensor([3e4], requires_grad=True)
-    drained = attention(q, k, v, 1.0, Visibility.of(q, k), sinks=sinks)
+    drained = attention(q, k, v, 1.0, Visibility.of(q, k), terms=Terms(sinks=sinks))
     assert drained.out.item() == 0
     assert drained.lse.item() == result.lse.item()
     assert torch.autograd.grad(drained.out.sum(), sinks)[0].item() == 0
@@ -134,7 +141,7 @@ def test_a_sink_far_below_lse_has_its_gradient(sink):
     for dtype in (torch.float32, torch.float64):
         q, k, v = torch.randn(3, 1, 1, 5, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
         sinks = torch.tensor([sink], dtype=dtype, requires_grad=True)
-        result = attention(q, k, v, 0.3, Visibility.of(q, k), sinks=sinks)
+        result = attention(q, k, v, 0.3, Visibility.of(q, k), terms=Terms(sinks=sinks))
         found.append(torch.autograd.grad(result.out.square().sum(), sinks)[0].double())
     torch.testing.assert_close(*found, rtol=1e-4, atol=0)
     assert found[1] != 0
@@ -148,7 +155,7 @@ def test_second_order_gradients_of_every_mode(mode):
 
     def run(q, k, v):
         multiplier = SCALINGS[mode]().multiplier(q, k, visibility.dense())
-        result = attention(q, k, v, multiplier, visibility, softcap=5.0)
+        result = attention(q, k, v, multiplier, visibility, terms=Terms(softcap=5.0))
         return result.out, result.lse
 
     assert torch.autograd.gradcheck(run, (q, k, v), fast_mode=True)

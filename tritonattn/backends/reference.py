@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
@@ -9,8 +12,12 @@ from torch.nn.functional import logsigmoid, pad
 from ..core.autograd import without_autocast
 from ..core.call import ForwardResult
 from ..core.dropout import Dropout
+from ..core.pair_biases import relative_pairs
+from ..core.terms import Terms, per_group
 from ..core.visibility import Visibility
 from .protocol import Backend
+
+PLAIN = Terms()
 
 
 class Reference(Backend):
@@ -28,11 +35,8 @@ def attention(
     v: Tensor,
     multiplier: Tensor | float,
     visibility: Visibility,
-    *,
-    bias: Tensor | None = None,
-    bias_after_softcap: bool = False,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    addend: Tensor | None = None,
+    terms: Terms = PLAIN,
     dropout: Dropout | None = None,
 ) -> ForwardResult:
     """Attention over the visible keys.
@@ -48,9 +52,10 @@ def attention(
 
     q, k, v      [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; Hkv divides Hq
     multiplier   a float or a tensor broadcastable to [B, Hq, Sq, Sk]; of no account at invisible pairs
-    bias         likewise, or None for 0; where it is -inf, so is capped; where it is added after the softcap, it is
-                 added to capped, of which max_logit then is
-    sinks        broadcastable to [B, Hq, Sq]; -inf is no sink, +inf gives p = 0, NaN gives NaN
+    bias         the sum of addend, likewise or None for 0, and of the biases of the terms; where it is -inf, so is
+                 capped; with bias_after_softcap it is added to capped, of which max_logit then is
+    terms        those of a `Request`, whose factors are all in the multiplier; key_bias has a row per query head or per
+                 key head; sinks broadcast to [B, Hq, Sq], -inf is no sink, +inf gives p = 0, NaN gives NaN
     returns      out [B, Hq, Sq, Dv] in q's dtype; the others [B, Hq, Sq] in fp32 (fp64 for fp64 q)
 
     Operands keep their dtype; logits, softmax and accumulation are in fp32 (fp64 for fp64 q); p is rounded to
@@ -59,7 +64,8 @@ def attention(
     whatever d_out holds there. Keys that no row attends to, and queries without keys, are replaced by zeros first, so
     that NaN and inf in them reach no result and no gradient.
     """
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype, softcap = torch.promote_types(q.dtype, torch.float32), terms.softcap
+    bias = _biases(addend, terms, visibility, dtype)
     visible = visibility.dense()
     seen, attends = visible.any(-2)[..., None], visible.any(-1)[..., None]  # [B, Hq, Sk, 1], [B, Hq, Sq, 1]
     query = torch.where(attends, q.to(dtype), 0)
@@ -74,18 +80,18 @@ def attention(
             bias = torch.where(visible, bias.to(dtype), 0)
             weighed = visible & (bias != -torch.inf)
             attends = weighed.any(-1)[..., None]
-            if not bias_after_softcap:
+            if not terms.bias_after_softcap:
                 logit = logit + bias
         logit = torch.where(visible, logit, 0)
         capped = logit if softcap is None else softcap * torch.tanh(logit / softcap)
-        if bias_after_softcap:
-            logit = capped = capped if bias is None else capped + bias
+        if bias is not None and terms.bias_after_softcap:
+            logit = capped = capped + bias
         capped = torch.where(weighed, capped, -torch.inf)
 
         lse = _log_sum_exp(capped)
         probability = _softmax(capped)
-        if sinks is not None:
-            gap = torch.where(attends, lse[..., None] - sinks.to(dtype)[..., None], 0)
+        if terms.sinks is not None:
+            gap = torch.where(attends, lse[..., None] - terms.sinks.to(dtype)[..., None], 0)
             probability = probability * logsigmoid(gap).exp()  # 1 - sigmoid, in its gradient, is 0 from a gap of 17 on
         if dropout is not None:
             heads = (visibility.batch, visibility.q_heads)
@@ -97,6 +103,18 @@ def attention(
     max_logit = _maximum(torch.where(visible, logit, -torch.inf)).squeeze(-1)
     entropy = torch.special.entr(_softmax(capped.detach())).sum(-1)
     return ForwardResult(out.to(q.dtype), lse, max_logit, entropy)
+
+
+def _biases(addend: Tensor | None, terms: Terms, visibility: Visibility, dtype: torch.dtype) -> Tensor | None:
+    """The sum of the biases, broadcastable to [B, Hq, Sq, Sk]; gradients are summed before they are rounded."""
+    found = [] if addend is None else [addend]
+    if terms.key_bias is not None:
+        found.append(per_group(terms.key_bias.to(dtype), visibility).flatten(1, 2)[:, :, None])
+    if terms.bias is not None:
+        found.append(terms.bias.to(dtype))
+    if terms.relative_bias is not None:
+        found.append(relative_pairs(terms.relative_bias.to(dtype), terms.relative_right, visibility))
+    return functools.reduce(operator.add, found) if found else None
 
 
 def _per_query_head(x: Tensor, visibility: Visibility) -> Tensor:

@@ -21,7 +21,7 @@ from ..core.call import Request
 from ..core.hints import nearest
 from ..core.invariance import switch
 from ..core.row_terms import sinks_beside
-from ..core.terms import Terms
+from ..core.terms import DEFAULTS, OF_SCALING, TERMS, Term, Terms
 from ..core.torch_distributed import unshard
 from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Given, Scaling
@@ -103,24 +103,15 @@ def check(request: Request, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or Hk
     q, k, v, visible, terms, scaling, gain, dropout_p, aux, backend, block_table, cached, statistics = request
     if aux is not False:
         check_bool("return_aux", aux)
-    check_settings(backend, terms.softcap, dropout_p)
+    check_settings(backend, dropout_p)
     if not isinstance(dropout_p, float):
         dropout_p = as_float(dropout_p)
     if cached and dropout_p > 0:
         raise NotImplementedError(f"dropout_p: expected 0 with a block_table, got {dropout_p}")
-    softcap, sinks, is_after = terms.softcap, terms.sinks, terms.bias_after_softcap
-    if terms.key_bias is not None:
-        check_key_bias("key_bias", terms.key_bias, q, _last(visible.keys, keys), keys)
-    if sinks is not None:
-        sinks = sinks_of_rows(sinks, q, visible.rows, rows)
-    if not (softcap is None and sinks is None and is_after is False):
-        check_bool("bias_after_softcap", is_after)
-        softcap = None if softcap is None else as_float(softcap)
-        terms = terms.changed(softcap=softcap, sinks=sinks, bias_after_softcap=is_after and softcap is not None)
-        if terms.key_bias is not None:
-            terms = terms.changed(sinks=sinks_beside(terms.key_bias, terms, visible))
-    if not (terms.bias is None and terms.relative_bias is None and terms.relative_right == 0):
-        terms = _with_pairs(terms, q, visible, rows)
+    for number, default, _ in _GIVEN:
+        if terms[number] is not default:
+            terms = _checked_terms(terms, q, visible, rows, keys)
+            break
     if isinstance(scaling, str):
         scaling = SCALINGS[scaling]() if scaling in SCALINGS else named_scaling(scaling)
     elif not isinstance(scaling, Scaling):
@@ -182,36 +173,63 @@ def check_key_bias(name: str, bias: Any, q: Tensor, keys: tuple[int, ...], axes:
     check_factor(name, bias, q, (*batch, heads, k_len), axes)
 
 
-def sinks_of_rows(sinks: Any, q: Tensor, shape: tuple[int, ...], axes: str = "[B, Hq, Sq]") -> Tensor:
-    """Sinks, one a head or one a row, as backends take them, [B, Hq, Sq]; raises unless they are of such rows.
+def _checked_terms(terms: Terms, q: Tensor, visible: Visibility, rows: str, keys: str) -> Terms:
+    """The terms as of `check`, biases of pairs with four axes and sinks of all rows."""
+    values: list[Any] = [*terms]
+    for number, default, term in _GIVEN:
+        if values[number] is not default:
+            values[number] = _checked(term, values[number], q, visible, rows, keys)
+    terms = Terms(*values)
+    if terms.relative_bias is not None:
+        _check_right("", terms.relative_bias, terms.relative_right)
+    elif terms.relative_right:
+        raise ValueError(f"relative_right: expected 0 without relative_bias, got {terms.relative_right}")
+    sinks = terms.sinks if terms.key_bias is None else sinks_beside(terms.key_bias, terms, visible)
+    return terms if sinks is terms.sinks else terms.changed(sinks=sinks)
 
-    axes   the last ones of `shape`, to which those of rows broadcast
+
+# The terms that users give: their numbers, defaults and rows.
+_GIVEN = [(i, DEFAULTS[i], term) for i, term in enumerate(TERMS) if term.name not in OF_SCALING]
+
+
+def _checked(term: Term, value: Any, q: Tensor, visible: Visibility, rows: str, keys: str) -> Any:
+    """The value of a row of `TERMS` as a request holds it; rows and keys as of `check`."""
+    name = term.name
+    if not term.axes:
+        check = check_bool if term.form == "flag" else {"softcap": check_softcap}.get(name, check_count)
+        check(name, value)
+        return as_float(value) if name == "softcap" else value
+    if term.axes[-1] == "extent":
+        return _table(name, value, q, _last(visible.rows, rows), rows)
+    if term.form == "pairs":
+        return _pairs(name, value, q, (*visible.rows, visible.k_len))
+    if term.axes[-1] == "Sk":
+        check_key_bias(name, value, q, _last(visible.keys, keys), keys)
+        return value
+    return _of_rows(name, value, q, visible.rows, rows, of_heads=term.enters == "sink")
+
+
+def _of_rows(name: str, x: Any, q: Tensor, shape: tuple[int, ...], axes: str, of_heads: bool) -> Tensor:
+    """A vector of rows as backends take it, [B, Hq, Sq], of one that broadcasts to these axes, the last of `shape`.
+
+    of_heads   [Hq] is one too: a number for each head
     """
-    check_tensor("sinks", sinks, f"[Hq] or {axes}", FLOATS, q)
-    of_rows = sinks[:, None] if sinks.shape == shape[1:2] else sinks
+    heads = "[Hq] or " if of_heads else ""
+    check_tensor(name, x, f"{heads}{axes}", FLOATS, q)
+    of_rows = x[:, None] if of_heads and x.shape == shape[1:2] else x
     if of_rows.dim() < 2 or not broadcasts(of_rows.shape, _last(shape, axes)):
-        wanted = f"[Hq] = {[shape[1]]} or one broadcastable to {axes} = {list(_last(shape, axes))}"
-        raise ValueError(f"sinks: expected a shape {wanted}, got {shape_of(sinks)}")
+        sizes = f"[Hq] = {[shape[1]]} or one" if of_heads else ""
+        wanted = f"{sizes} broadcastable to {axes} = {list(_last(shape, axes))}".lstrip()
+        raise ValueError(f"{name}: expected a shape {wanted}, got {shape_of(x)}")
     return of_rows.to(scale_dtype(q)).expand(shape)
 
 
-def _with_pairs(terms: Terms, q: Tensor, visible: Visibility, rows: str) -> Terms:
-    """The terms with biases of pairs of four axes. Raises unless they belong to the operands.
-
-    rows   as of `check`: "[Hq, T_q]" of packed ones, whose tables have no axis of the batch
-    """
-    bias, table, right = terms.bias, terms.relative_bias, terms.relative_right
-    if bias is not None:
-        check_tensor("bias", bias, "[B, Hq, Sq, Sk]")
-        bias = bias[None] if bias.dim() == 1 else bias
-        check_factor("bias", bias, q, (*visible.rows, visible.k_len), "[B, Hq, Sq, Sk]")
-        bias = _narrowed(bias[(None,) * (4 - bias.dim())], q)
-    check_count("relative_right", right)
-    if table is not None:
-        table = relative_bias_of("", table, right, q, _last(visible.rows, rows), rows)
-    elif right:
-        raise ValueError(f"relative_right: expected 0 without relative_bias, got {right}")
-    return terms.changed(bias=bias, relative_bias=table)
+def _pairs(name: str, x: Any, q: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Numbers of pairs as backends take them, of four axes."""
+    check_tensor(name, x, "[B, Hq, Sq, Sk]")
+    x = x[None] if x.dim() == 1 else x
+    check_factor(name, x, q, shape, "[B, Hq, Sq, Sk]")
+    return _narrowed(x[(None,) * (4 - x.dim())], q)
 
 
 def relative_bias_of(owner: str, table: Any, right: Any, q: Tensor, rows: tuple[int, ...], axes: str) -> Tensor:
@@ -219,7 +237,20 @@ def relative_bias_of(owner: str, table: Any, right: Any, q: Tensor, rows: tuple[
 
     owner   what its names begin with, in errors
     """
-    name, axes = f"{owner}relative_bias", axes.removesuffix("]") + ", extent]"
+    table = _table(f"{owner}relative_bias", table, q, rows, axes)
+    check_count(f"{owner}relative_right", right)
+    _check_right(owner, table, right)
+    return table
+
+
+def _check_right(owner: str, table: Tensor, right: int) -> None:
+    if not right < table.shape[-1]:
+        raise ValueError(f"{owner}relative_right: expected less than the extent, {table.shape[-1]}, got {right}")
+
+
+def _table(name: str, table: Any, q: Tensor, rows: tuple[int, ...], axes: str) -> Tensor:
+    """Numbers of distances as backends take them, of four axes, of rows of these axes: packed ones have no batch."""
+    axes = axes.removesuffix("]") + ", extent]"
     check_tensor(name, table, axes)
     if table.dim() != axes.count(",") + 1:
         raise ValueError(f"{name}: expected {axes}, each axis but the last of full size or 1, got {shape_of(table)}")
@@ -227,9 +258,6 @@ def relative_bias_of(owner: str, table: Any, right: Any, q: Tensor, rows: tuple[
     check_factor(name, table, q, (*rows, extent), axes)
     if extent == 0:
         raise ValueError(f"{name}: expected an extent of at least 1, got 0")
-    check_count(f"{owner}relative_right", right)
-    if not right < extent:
-        raise ValueError(f"{owner}relative_right: expected less than the extent, {extent}, got {right}")
     return _narrowed(table if table.dim() == 4 else table[None], q)
 
 
@@ -276,15 +304,17 @@ def refuse_backend(backend: Any) -> None:
     raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}{nearest(backend, BACKENDS)}")
 
 
-def check_settings(backend: Any, softcap: Any, dropout_p: Any) -> None:
+def check_softcap(name: str, softcap: Any) -> None:
+    check_number(name, softcap)
+    if softcap < _SMALLEST:
+        least = f"(the least is {_SMALLEST:.4g}; None is no softcap)"
+        raise ValueError(f"{name}: expected a number above 0, got {softcap!r} {least}")
+
+
+def check_settings(backend: Any, dropout_p: Any) -> None:
     """Raise unless these are options of a call of any operands."""
     if not isinstance(backend, str) or backend not in BACKENDS:
         refuse_backend(backend)
-    if softcap is not None:
-        check_number("softcap", softcap)
-        if softcap < _SMALLEST:
-            least = f"(the least is {_SMALLEST:.4g}; None is no softcap)"
-            raise ValueError(f"softcap: expected a number above 0, got {softcap!r} {least}")
     if not (type(dropout_p) is float and dropout_p == 0):
         check_number("dropout_p", dropout_p)
         if not 0 <= dropout_p < 1:

@@ -161,8 +161,7 @@ def attention_decode(
         cached="attention_decode",
     )
     request = check(request, keys="[B, Hq or Hkv, capacity]")
-    given = {"key_bias": key_bias, "relative_bias": relative_bias, "sinks": sinks, "scaling": scaling, "gain": gain}
-    refuse_gradients(request.cached, q=q, k_cache=k, v_cache=v, **given)
+    refuse_gradients(request.cached, q=q, k_cache=k, v_cache=v, **terms.by_name(), scaling=scaling, gain=gain)
     return run(request)
 
 

@@ -20,7 +20,7 @@ from ..core.pair_biases import sum_of_tables
 from ..core.row_terms import sinks_beside
 from ..core.sequences import PageTable
 from ..core.statistics import DoubleStatistics, Statistics
-from ..core.terms import ADDENDS, Gradients, Terms, per_group
+from ..core.terms import ADDENDS, AXES, DEFAULTS, PAIRS, TENSORS, Gradients, Terms, per_group
 from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling
 from .checks import check_factor, check_key_bias, check_number, relative_bias_of, scale_dtype
@@ -86,8 +86,8 @@ def resolve(request: Request, backend: Backend, dropout: Dropout | None = None) 
         pages = None if table is None else PageTable(table, request.k.shape[2], sequences)
         statistics = StatisticsOfCache(statistics, request.statistics, pages, _width(request))
     terms = logits(request, statistics, _keys_for_scaling(request))
-    of_scaling = {"scaling": terms.query_scale, "key_scale": terms.key_scale, "key_bias": terms.key_bias}
-    refuse_gradients(request.cached, **of_scaling, relative_bias=terms.relative_bias)
+    _, of_scaling, *others = terms
+    refuse_gradients(request.cached, scaling=of_scaling, **dict(zip(_BEHIND_QUERY_SCALE, others, strict=False)))
     return with_terms(request, backend, terms)
 
 
@@ -134,27 +134,34 @@ def logits(request: Request, statistics: Statistics, k: Tensor | None = None, po
         bias = added if bias is None else added + bias
     _, _, _, _, _, *others = given
     terms = Terms(scales.constant, scales.query, scales.key, bias, sinks, *others)  # pyright: ignore[reportArgumentType]
-    if not (given.bias is None and given.relative_bias is None and scales.relative_bias is None):
-        terms = terms.changed(**_pairs(given, scales, visible))
-    return terms.settled()
+    has_others = scales.relative_bias is not None
+    for number, default in _BEHIND_SINKS:
+        has_others = has_others or given[number] is not default
+    return terms.changed(**_pairs(given, scales, visible)).settled() if has_others else terms
+
+
+_BEHIND_QUERY_SCALE = Terms._fields[2 : TENSORS.stop]
+_BEHIND_SINKS = [(i, default) for i, default in enumerate(DEFAULTS) if i > Terms._fields.index("sinks")]
 
 
 def _pairs(given: Terms, scales: Scales, visible: Visibility) -> dict[str, Any]:
-    """bias, relative_bias and relative_right of a call and its scaling."""
+    """The terms of pairs of a call and its scaling, and relative_right."""
     table, right = given.relative_bias, given.relative_right
     if scales.relative_bias is not None:
         added = scales.relative_bias, scales.relative_right
         table, right = added if table is None else sum_of_tables(table, right, *added)
-    if table is not None:
-        if visible.invariant and visible.key_ranges is not None:
-            raise NotImplementedError("relative_bias: not supported with key_ranges under batch_invariant")
-        table = _per_entry(table, visible, table.shape[3])
-    bias = None if given.bias is None else _per_entry(given.bias, visible, visible.k_len)
-    return {"bias": bias, "relative_bias": table, "relative_right": right}
+    found: dict[str, Any] = {"relative_bias": table, "relative_right": right}
+    for name in PAIRS:
+        x, last = found.get(name, getattr(given, name)), AXES[name][-1]
+        if x is not None:
+            if last == "extent" and visible.invariant and visible.key_ranges is not None:
+                raise NotImplementedError(f"{name}: not supported with key_ranges under batch_invariant")
+            found[name] = _per_entry(x, visible, visible.k_len if last == "Sk" else x.shape[3])
+    return found
 
 
 def _per_entry(bias: Tensor, visibility: Visibility, width: int) -> Tensor:
-    """A bias of pairs, one for each batch entry where entries are taken apart: mapped by torch.func, or rolled.
+    """A term of pairs, one for each batch entry where entries are taken apart: mapped by torch.func, or rolled.
 
     In fp32 at least, so that gradients are summed over entries before they are rounded.
     """

@@ -8,25 +8,21 @@ from torch import Tensor
 from ..backends import reference
 from ..core.call import ForwardResult, Request
 from ..core.dropout import Dropout
-from ..core.pair_biases import relative_pairs
-from ..core.terms import per_group
 from ..scaling import Scaling
-from .checks import FLOATS, broadcasts, check_number, scale_dtype, shape_of
+from .checks import FLOATS, broadcasts, check_number, shape_of
 
 
 def by_formulas(request: Request, dropout: Dropout | None = None) -> ForwardResult:
     """The results of a checked request by the formulas of its scaling."""
     request = request.gathered()
-    multiplier, bias = dense(request)
-    q, k, v, visible, terms = request.q, request.k, request.v, request.visibility, request.logits
-    of_bias = {"bias": bias, "bias_after_softcap": bias is not None and terms.bias_after_softcap}
-    extras = {"softcap": terms.softcap, "sinks": terms.sinks, "dropout": dropout}
-    result = reference.attention(q, k, v, multiplier, visible, **of_bias, **extras)
+    multiplier, addend = dense(request)
+    q, k, v, visible = request.q, request.k, request.v, request.visibility
+    result = reference.attention(q, k, v, multiplier, visible, addend, request.logits, dropout)
     return result._replace(out=result.out.to(v.dtype))
 
 
 def dense(request: Request, k: Tensor | None = None) -> tuple[Tensor | float, Tensor | None]:
-    """The factor and the bias of every pair of a checked request by its scaling's formulas, for the reference.
+    """The factor and the addend of every pair that a checked request's scaling and gain give, for the reference.
 
     k   as in `logits`
     """
@@ -48,23 +44,9 @@ def dense(request: Request, k: Tensor | None = None) -> tuple[Tensor | float, Te
     if of_distance is not None:
         _check_dense(scaling, "relative_addend", of_distance, pairs)
         bias = of_distance if bias is None else bias + of_distance
-    terms = request.logits
-    if terms.key_bias is not None:
-        key_bias = terms.key_bias.to(scale_dtype(q))  # gradients of a key's heads are summed before they are rounded
-        bias = _sum(bias, per_group(key_bias, visibility).flatten(1, 2)[:, :, None], q)
-    if terms.bias is not None:
-        bias = _sum(bias, terms.bias, q)
-    if terms.relative_bias is not None:
-        table = terms.relative_bias.to(scale_dtype(q))  # gradients of a distance are summed before they are rounded
-        bias = _sum(bias, relative_pairs(table, terms.relative_right, visibility), q)
     if gain is not None:
         factor = factor * (torch.where(has_key, gain, 0)[..., None] if isinstance(gain, Tensor) else gain)
     return factor, bias
-
-
-def _sum(bias: Tensor | None, given: Tensor, q: Tensor) -> Tensor:
-    given = given.to(scale_dtype(q))
-    return given if bias is None else bias + given
 
 
 def _check_dense(scaling: Scaling, method: str, factor: Tensor, shape: tuple[int, ...]) -> None:

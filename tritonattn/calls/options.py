@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import Required, TypedDict
 
+from ..core.terms import GivenTerms
 from ..scaling import Scaling
 from ..scaling.names import ModeName
 from .checks import Backend
@@ -12,21 +13,15 @@ from .key_statistics import KeyStatistics
 from .paged_statistics import PagedKeyStatistics
 
 
-class Terms(TypedDict, total=False):
+class Common(GivenTerms, total=False):
     """Options of every function."""
 
     window: tuple[int | None, int | None] | None
-    key_bias: Tensor | None
-    relative_bias: Tensor | None
-    relative_right: int
-    bias_after_softcap: bool
-    softcap: float | None
-    sinks: Tensor | None
     backend: Backend
     batch_invariant: bool | None
 
 
-class BatchedTerms(Terms, total=False):
+class Batched(Common, total=False):
     """Options of `attention` and `scaled_attention`."""
 
     causal: bool
@@ -37,7 +32,7 @@ class BatchedTerms(Terms, total=False):
     dropout_p: float
 
 
-class ScaledOptions(BatchedTerms, total=False):
+class ScaledOptions(Batched, total=False):
     """Options of `scaled_attention`."""
 
     scale: float | None
@@ -50,11 +45,11 @@ class Factors(TypedDict, total=False):
     gain: float | Tensor | None
 
 
-class Options(Factors, BatchedTerms, total=False):
+class Options(Factors, Batched, total=False):
     """Options of `attention`."""
 
 
-class VarlenOptions(Factors, Terms, total=False):
+class VarlenOptions(Factors, Common, total=False):
     """Options of `attention_varlen`."""
 
     block_table: Tensor | None
@@ -63,7 +58,7 @@ class VarlenOptions(Factors, Terms, total=False):
     dropout_p: float
 
 
-class DecodeOptions(Factors, Terms, total=False):
+class DecodeOptions(Factors, Common, total=False):
     """Options of `attention_decode`."""
 
     key_lengths: Required[Tensor]

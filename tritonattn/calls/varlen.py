@@ -187,8 +187,7 @@ def attention_varlen(
     )
     request = check(request, "[Hq, T_q]", "[Hq or Hkv, T_k]")
     if request.cached:
-        given = {"key_bias": key_bias, "relative_bias": relative_bias, "sinks": sinks, "scaling": scaling, "gain": gain}
-        refuse_gradients(request.cached, q=q, k=k, v=v, **given)
+        refuse_gradients(request.cached, q=q, k=k, v=v, **terms.by_name(), scaling=scaling, gain=gain)
     result = run(request)
     if not isinstance(result, tuple):
         return _packed(result)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .dropout import Dropout
 from .pair_biases import relative_pairs
 from .sequences import PageTable
-from .terms import TENSORS, Terms, rolled_keys
+from .terms import Terms, rolled_keys
 from .visibility import Visibility
 
 LONGEST_QUERY = 16  # rows of a call over a KV cache
@@ -128,8 +128,7 @@ class AttentionCall(NamedTuple):
         Blocks of keys are then those of a call with only these keys.
         A `bias` has all entries and keys, and there is no relative one.
         """
-        terms = dict(zip(Terms._fields[TENSORS], self.logits.tensors(), strict=True))
-        logits = self.logits._replace(**rolled_keys(first, **terms))
+        logits = self.logits._replace(**rolled_keys(first, **self.logits.by_name()))
         visible = self.visibility.from_keys(first)
         return self.changed(**rolled_keys(first, k=self.k, v=self.v), logits=logits, visibility=visible)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from .ranges import rolled
 from .visibility import Visibility
@@ -48,6 +49,11 @@ class Terms(NamedTuple):
         _, *found = self  # torch 2.8 traces no slice of a NamedTuple
         return tuple(found[: TENSORS.stop - 1])  # pyright: ignore[reportReturnType]
 
+    def by_name(self) -> dict[str, Tensor | None]:
+        """The `tensors` by name."""
+        _, *found = self
+        return dict(zip(Terms._fields[TENSORS], found, strict=False))  # pyright: ignore[reportReturnType]
+
     def without_tensors(self) -> Terms:
         """The numbers and flags."""
         return self._replace(**dict.fromkeys(Terms._fields[TENSORS]))
@@ -64,6 +70,17 @@ class Terms(NamedTuple):
             if self[number] is not default and not _are_there(groups, self):
                 idle[Terms._fields[number]] = default
         return self.changed(**idle) if idle else self
+
+
+class GivenTerms(TypedDict, total=False):
+    """The terms that users give to every function, as types."""
+
+    key_bias: Tensor | None
+    relative_bias: Tensor | None
+    relative_right: int
+    bias_after_softcap: bool
+    softcap: float | None
+    sinks: Tensor | None
 
 
 class Term(NamedTuple):
@@ -107,10 +124,11 @@ TERMS = (
 
 assert tuple(term.name for term in TERMS) == Terms._fields
 TENSORS = slice(1, 1 + sum(term.gradient for term in TERMS))  # of the fields, in the order of `Gradients`
-_DEFAULTS = tuple(Terms._field_defaults.values())
-_BEHIND_FACTORS = _DEFAULTS[sum(term.enters == "factor" for term in TERMS) :]
-_SETTINGS = [(i, _DEFAULTS[i], term.beside) for i, term in enumerate(TERMS) if term.beside]
-_CHOICES = [(i, _DEFAULTS[i]) for i, term in enumerate(TERMS) if term.flag and not term.axes]
+DEFAULTS = tuple(Terms._field_defaults.values())
+OF_SCALING = ("scale", "query_scale", "key_scale")  # the first: users give the others, too
+_BEHIND_FACTORS = DEFAULTS[len(OF_SCALING) :]
+_SETTINGS = [(i, DEFAULTS[i], term.beside) for i, term in enumerate(TERMS) if term.beside]
+_CHOICES = [(i, DEFAULTS[i]) for i, term in enumerate(TERMS) if term.flag and not term.axes]
 ADDENDS = tuple(term.name for term in TERMS if term.enters == "addend")
 SINKS = tuple(term.name for term in TERMS if term.enters == "sink")
 PAIRS = tuple(term.name for term in TERMS if term.form == "pairs")
@@ -129,9 +147,14 @@ def _are_there(groups: tuple[tuple[str, ...], ...], terms: Terms) -> bool:
 
 def given(terms: Terms) -> Iterator[str]:
     """The names of the terms that a call has: what a backend must honour, or refuse by name. It has a scale always."""
-    for term, value, default in zip(TERMS, terms, _DEFAULTS, strict=True):
+    for term, value, default in zip(TERMS, terms, DEFAULTS, strict=True):
         if value is not default and term.name != "scale" and _are_there(term.beside, terms):
             yield term.name
+
+
+def others_than(*names: str) -> list[tuple[int, Any]]:
+    """The fields of `Terms`, and their defaults, but the scale and these: what a backend without them must not meet."""
+    return [(i, DEFAULTS[i]) for i, term in enumerate(TERMS) if term.name not in ("scale", *names)]
 
 
 def addends(record: Any) -> list[Tensor]:

@@ -17,6 +17,7 @@ from ..calls.checks import (
     check_masks,
     check_number,
     check_settings,
+    check_softcap,
     check_tensor,
     refuse_scaling,
     relative_bias_of,
@@ -106,7 +107,9 @@ class ScaledAttention(SharesSequence, nn.Module):
     ) -> None:
         super().__init__()
         check_masks(causal, window, batch_invariant)
-        check_settings(backend, softcap, dropout_p)
+        check_settings(backend, dropout_p)
+        if softcap is not None:
+            check_softcap("softcap", softcap)
         for name, flag in {"sinks": sinks, "qk_norm": qk_norm, "bias": bias}.items():
             check_bool(name, flag)
         check_dtype(dtype)

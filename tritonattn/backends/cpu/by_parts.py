@@ -20,7 +20,7 @@ from torch import Tensor
 from ...core.call import AttentionCall, ForwardResult
 from ...core.pair_biases import reflected
 from ...core.rounding import before_rounding, lost_in_rounding
-from ...core.terms import Gradients, Needs, addends
+from ...core.terms import Gradients, Needs, addends, others_than
 from ...core.visibility import Visibility
 from .parts import Part, Parts, additive, by_entry, cut_rows, unstacked
 from .tiles import sliced
@@ -33,6 +33,9 @@ _backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 # which computes the logits again, is off by eps times their size; the kernel also rounds scales into q and k.
 _LARGEST_LSE = 64.0
 
+# The terms that the kernel does not have.
+_OTHERS = others_than("query_scale", "key_scale", "key_bias", "sinks", "bias", "relative_bias", "relative_right")
+
 
 class Prepared(NamedTuple):
     """A call as the kernel takes it, and rows [B, Sq] of sequences that it leaves to tiles, or None for none."""
@@ -43,8 +46,10 @@ class Prepared(NamedTuple):
 
 def takes(call: AttentionCall) -> bool:
     """True where the kernel has all terms of the call."""
-    terms, visible = call.logits, call.visibility
-    return not (visible.invariant or terms.softcap is not None or call.dropout is not None) and call.k.is_cpu
+    for number, default in _OTHERS:
+        if call.logits[number] is not default:
+            return False
+    return not (call.visibility.invariant or call.dropout is not None) and call.k.is_cpu
 
 
 def is_sound(call: AttentionCall, parts: Parts, found: ForwardResult) -> bool:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.call import AttentionCall
-from ...core.terms import Gradients, Needs
+from ...core.terms import PAIRS, Gradients, Needs
 from ...tuning.config import ROW_TERMS_ALIGNMENT as ALIGNMENT
 from ...tuning.config import corrects_delta
 from .attention import (
@@ -180,7 +180,9 @@ def backward(
         corrects = needs.query_scale or problem.has_bias or corrects_delta(problem)
         d_sinks = new_results(ready.call, lse) if needs.sinks or corrects else None
     row_terms = _row_terms(ready, results, None if d_lse is None else d_lse.contiguous(), d_sinks)
-    of_pairs = needs.key_bias or needs.bias or needs.relative_bias
+    of_pairs = needs.key_bias
+    for name in PAIRS:
+        of_pairs = of_pairs or getattr(needs, name)
     d_q = d_query_scale = None
     # The pass over keys reads the terms that the one over rows corrects.
     if needs.q or needs.query_scale or of_pairs or ((needs.k or needs.key_scale) and corrects_delta(problem)):

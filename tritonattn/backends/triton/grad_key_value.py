@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.call import AttentionCall
-from ...core.terms import Gradients, Needs
+from ...core.terms import AXES, PAIRS, Gradients, Needs
 from .attention import Prepared, RowTerms, largest, launch_kernel, new_results
 from .block import (
     LENGTHS,
@@ -313,11 +313,11 @@ def grad_key_value(ready: Prepared, needs: Needs, row_terms: RowTerms) -> Gradie
         key_scale=new_results(call, call.k.select(3, 0)) if needs.key_scale else None,
         key_bias=new_results(call, of_keys) if needs.key_bias and of_keys is not None else None,
     )
-    pairs, table = {}, logits.relative_bias
-    if needs.bias and logits.bias is not None:
-        pairs["bias"] = _of_pairs(call, visible.k_len)
-    if needs.relative_bias and table is not None:
-        pairs["relative_bias"] = _of_pairs(call, table.shape[3])
+    pairs = {}
+    for name in PAIRS:
+        x = getattr(logits, name)
+        if x is not None and getattr(needs, name):
+            pairs[name] = _of_pairs(call, visible.k_len if AXES[name][-1] == "Sk" else x.shape[3])
     factor_size = None
     if logits.query_scale is not None and call.q.dtype == torch.float16:
         factor = logits.query_scale * (logits.scale * LOG2_E.value)
