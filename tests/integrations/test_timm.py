@@ -57,6 +57,17 @@ def test_every_option_of_the_layer(options, fused):
         torch.testing.assert_close(layer(x, **masks), theirs(x, **masks))
 
 
+def test_layers_and_a_replacement_agree():
+    plain, made = model(), model(attn_layer=ours.attention_layer("log_key_count:4"))
+    for layer in plain.modules():
+        if isinstance(layer, Attention):
+            layer.fused_attn = False
+    with ours.replace_attention(plain, "log_key_count:4") as replaced:
+        assert len(replaced.names) == 2
+        torch.testing.assert_close(plain(images()), made(images()))
+    assert (plain(images()) - made(images())).abs().max() > 1e-4
+
+
 STAGES = {"img_size": 32, "embed_dim": 12, "depths": (2,), "num_heads": (3,), "window_size": 4, "num_classes": 5}
 BIASED = {
     "vit_relpos_base_patch16_224": {"rel_pos_type": "bias", "init_values": None, **SMALL},

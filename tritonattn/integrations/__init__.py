@@ -1,5 +1,6 @@
 """Attention of other libraries on tritonattn, in one file each, which is imported on demand.
 
+sdpa             any model or code that calls F.scaled_dot_product_attention
 torch_modules    torch.nn.MultiheadAttention, and with it TransformerEncoder, TransformerDecoder and Transformer
 timm             timm's `attn_layer`
 x_transformers   the `Attend` modules of x-transformers
@@ -17,7 +18,7 @@ torch.nn.attention.register_flash_attention_impl is not used: it exchanges the C
 F.scaled_dot_product_attention of the process, which has no scaling but a number.
 """
 
-_FILES = {"diffusers", "hub_kernel", "timm", "torch_modules", "torchtitan", "vllm", "x_transformers"}
+_FILES = {"diffusers", "hub_kernel", "sdpa", "timm", "torch_modules", "torchtitan", "vllm", "x_transformers"}
 
 
 def __dir__() -> list[str]:

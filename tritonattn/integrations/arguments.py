@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calls.attention import attention
+from ..calls.checks import Backend
 from ..core.pair_biases import mask_arguments
 from ..nn.registry import scaling_of_layer
 from ..scaling import Scaling
+from ..scaling.base import relative_gain
 from ..scaling.names import LayerMode
 
 
@@ -31,3 +34,45 @@ def keys_and_masks(
     if q_len > k_len:
         return k, v, {"window": (None, q_len - k_len)}
     return k[:, :, :q_len], v[:, :, :q_len], {"causal": True}
+
+
+def attend(
+    scaling: Scaling,
+    backend: Backend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_aux: bool = False,
+) -> Any:
+    """`attention` with a scaling, for the arguments of F.scaled_dot_product_attention: [..., H, S, D] each.
+
+    Axes before the heads are one batch, and so is that of [B, S, D], whose one head it is without enable_gqa. With
+    return_aux q has four axes. Raises NotImplementedError for nested tensors.
+    """
+    if query.is_nested or key.is_nested or value.is_nested:
+        raise NotImplementedError("query, key, value: nested tensors are not supported; pad them, with a mask")
+    if not enable_gqa and not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        heads = query.shape[-3]
+        if key.shape[-3] != heads and 1 not in (heads, key.shape[-3]):
+            raise ValueError(f"key: expected query's {heads} heads without enable_gqa, got {key.shape[-3]}")
+        leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        query, key, value = (x.expand(*leading, *x.shape[-2:]) for x in (query, key, value))
+    leading = query.shape[:-2]
+    if query.dim() == 3 and not enable_gqa:
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        attn_mask = attn_mask if attn_mask is None or attn_mask.dim() < 3 else attn_mask.unsqueeze(1)
+    if query.dim() != 4:
+        if attn_mask is not None and attn_mask.dim() > 3:
+            attn_mask = attn_mask.expand(*query.shape[:-3], *attn_mask.shape[-3:]).flatten(0, -4)
+        query, key, value = (x.reshape(-1, *(1, *x.shape)[-3:]) for x in (query, key, value))
+    k, v, masks = keys_and_masks(query, key, value, attn_mask, is_causal)
+    gain = relative_gain(scaling, scale, query.shape[-1])
+    options = {"scaling": scaling, "gain": gain, "dropout_p": dropout_p, "backend": backend, "return_aux": return_aux}
+    out: Any = attention(query, k, v, **options, **masks)
+    return out if return_aux else out.reshape(*leading, *out.shape[-2:])

@@ -6,14 +6,12 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..calls.attention import attention
 from ..calls.checks import Backend
 from ..core.errors import install
 from ..nn.learned import as_mode
 from ..scaling import Scaling
-from ..scaling.base import relative_gain
 from ..scaling.names import ModeName
-from .arguments import keys_and_masks
+from .arguments import attend
 from .replacement import Replacement
 
 try:
@@ -118,24 +116,12 @@ def _function(scaling: Scaling, backend: Backend) -> Any:
         """Attend: [B, S, H, D] each, as diffusers lays them out; lse [B, S, H]."""
         if _parallel_config is not None:
             raise NotImplementedError("_parallel_config: context parallelism is not supported by tritonattn")
-        if not enable_gqa and query.shape[2] != key.shape[2]:
-            raise ValueError(f"key: expected query's {query.shape[2]} heads without enable_gqa, got {key.shape[2]}")
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
             attn_mask = attn_mask[:, None, None]
-        k, v, masks = keys_and_masks(q, k, v, attn_mask, is_causal)
-        result = attention(
-            q,
-            k,
-            v,
-            scaling=scaling,
-            gain=relative_gain(scaling, scale, q.shape[-1]),
-            dropout_p=dropout_p,
-            return_aux=return_lse,
-            backend=backend,
-            **masks,
-        )
-        if not isinstance(result, tuple):
+        options = {"scale": scale, "enable_gqa": enable_gqa, "return_aux": return_lse}
+        result = attend(scaling, backend, q, k, v, attn_mask, dropout_p, is_causal, **options)
+        if not return_lse:
             return result.transpose(1, 2)
         out, aux = result
         return out.transpose(1, 2), aux.lse.transpose(1, 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ..nn.learned import describe
 from ..scaling import Scaling
 from ..scaling.names import LayerMode
 from .arguments import scaling_for
-from .replacement import Replacement
+from .replacement import Change, Replacement
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -203,25 +203,35 @@ def replace_multihead_attention(
     ...     print(replaced.names, model(torch.randn(2, 10, 64)).shape)
     ['layers.0.self_attn', 'layers.1.self_attn'] torch.Size([2, 10, 64])
     """
+
+    def choose(name: str, layer: nn.MultiheadAttention) -> Any:
+        return scaling(name, layer) if callable(scaling) and not isinstance(scaling, Scaling) else scaling
+
+    changes = multihead_changes(model, choose, backend)
+    return Replacement(model, "one with a torch.nn.MultiheadAttention inside", changes)
+
+
+def multihead_changes(
+    model: nn.Module, choose: Callable[[str, nn.MultiheadAttention], Any], backend: Backend
+) -> list[Change]:
+    """The changes that give a model's torch.nn.MultiheadAttention layers the chosen scalings; None leaves one alone."""
     made: dict[nn.Module, nn.Module] = {}
-    changes = []
+    changes: list[Change] = []
     for parent_name, parent in model.named_modules():
         for name, layer in parent.named_children():
             if not isinstance(layer, nn.MultiheadAttention):
                 continue
             full = f"{parent_name}.{name}".removeprefix(".")
-            chosen = scaling(full, layer) if callable(scaling) and not isinstance(scaling, Scaling) else scaling
+            chosen = choose(full, layer)
             if chosen is None:
                 continue
             if layer not in made:
-                made[layer] = MultiheadAttention.of(layer, cast("str | Scaling", chosen), backend)
+                made[layer] = MultiheadAttention.of(layer, chosen, backend)
             changes.append((full, parent, name, made[layer]))
-    replaced = Replacement(model, "one with a torch.nn.MultiheadAttention inside", changes)
-    # An encoder would turn padded batches into nested tensors for the fused path, in inference only.
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
-            replaced.put(module, "use_nested_tensor", False)
-    return replaced
+        # An encoder would turn padded batches into nested tensors for the fused path, in inference only.
+        if isinstance(parent, nn.TransformerEncoder) and parent.use_nested_tensor:
+            changes.append((None, parent, "use_nested_tensor", False))
+    return changes if made else []
 
 
 def _mask_arguments(name: str, mask: Tensor) -> dict[str, Tensor]:

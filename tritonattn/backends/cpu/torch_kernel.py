@@ -93,14 +93,16 @@ def attention(call: AttentionCall) -> ForwardResult | None:
     folds = is_full and folds_rows(q, group)
     if folds:
         q = q.unflatten(1, (-1, group)).flatten(2, 3)
-    out = scaled_dot_product_attention(
-        for_kernel(q, width),
-        for_kernel(k, width),
-        for_kernel(v, width),
-        scale=scale,
-        is_causal=False if is_full else True,  # under torch.compile is_full may be a SymBool
-        enable_gqa=True if q.shape[1] != k.shape[1] else False,
-    )
+    q, k, v = for_kernel(q, width), for_kernel(k, width), for_kernel(v, width)
+    with torch._C.DisableTorchFunction():  # a mode such as `integrations.sdpa`'s takes the models' calls, not this one
+        out = scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            is_causal=False if is_full else True,  # under torch.compile is_full may be a SymBool
+            enable_gqa=True if q.shape[1] != k.shape[1] else False,
+        )
     if out.requires_grad:
         refuse_second_order(out)
     out = out.reshape(*shape, -1) if folds else out

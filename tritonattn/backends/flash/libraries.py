@@ -108,7 +108,7 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: boo
     """cuDNN's attention through PyTorch, q [B, S, H, D]; causal is top-left."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     is_grouped = q.shape[1] != k.shape[1]
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), torch._C.DisableTorchFunction():
         out = scaled_dot_product_attention(q, k, v, scale=softmax_scale, is_causal=causal, enable_gqa=is_grouped)
     return out.transpose(1, 2)
 
