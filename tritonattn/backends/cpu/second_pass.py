@@ -32,7 +32,6 @@ from .fixed_tiles import tiles_of
 from .sums import add_biases, allocated, rounded, store_of_keys, sums_over_rows
 from .tangent_pass import Pairs, Rows, Scaled, Total, pairs_of
 from .tiles import Heads, Tiles
-from .weights import rows_of_one_key
 
 
 def second(
@@ -50,11 +49,11 @@ def second(
     """
     tiles = tiles_of(call)
     found = allocated(tiles, needs), allocated(tiles, needs_tangents)
-    wants, lone = _Wants.of(tangents, *found), rows_of_one_key(tiles)
+    wants = _Wants.of(tangents, *found)
     for heads in tiles.heads():
         of_keys = _KeySums.of(tiles, heads, wants)
         for block in tiles.blocks(heads):
-            rows = _SecondRows.of(Rows.of(tiles, block, lse, tangents, lone), tangents, wants, d_out, d_lse)
+            rows = _SecondRows.of(Rows.of(tiles, block, lse, tangents), tangents, wants, d_out, d_lse)
             of_query = _add_tiles(rows, of_keys, found)
             _store(tiles, rows.rows.query, of_query, ("q", "query_scale"), found, partial(tiles.store, block=block))
         for gradients, sums in zip(found, (of_keys.value, of_keys.value_tangent), strict=True):
@@ -144,23 +143,21 @@ class _RowSums:
 class _SecondRows:
     """The rows of a block with the gradients of their tangents, [N, G * rows, ...].
 
-    d_out          T * share / (1 - p)
-    d_weight_of    likewise, and 0 for rows of one key
-    d_lse          rho, or None
+    d_out    T * share / (1 - p)
+    d_lse    rho, or None
     """
 
     rows: Rows
     tangents: Gradients
     wants: _Wants
     d_out: Tensor
-    d_weight_of: Tensor
     d_lse: Tensor | None
 
     @classmethod
     def of(cls, rows: Rows, tangents: Gradients, wants: _Wants, d_out: Tensor, d_lse: Tensor | None) -> _SecondRows:
         d_out = rows.weighed_by_share(rows.seeing(d_out))
         d_lse = None if d_lse is None else rows.seeing(d_lse[..., None])
-        return cls(rows, tangents, wants, d_out, rows.of_several(d_out), d_lse)
+        return cls(rows, tangents, wants, d_out, d_lse)
 
     def pieces(self) -> Iterator[_Piece]:
         tiles, block, wants = self.rows.tiles, self.rows.block, self.wants
@@ -170,7 +167,7 @@ class _SecondRows:
             for v in values:
                 product = None
                 if v is not None:
-                    product = torch.bmm(self.d_weight_of, tiles.of_keys(v, block.heads, pairs.keys).mT)
+                    product = torch.bmm(self.d_out, tiles.of_keys(v, block.heads, pairs.keys).mT)
                     tiles.hide(product, block, dropped, 0.0)
                 products.append(product)
             yield _Piece(pairs, dropped, *products)
@@ -224,7 +221,7 @@ def _add_tiles(
         if kept is None:
             pairs.weight.div_(sums.total)
         center = sums.mean if sums.shift is None else sums.mean + sums.shift
-        change = rows.rows.of_several(-center if pairs.rate is None else pairs.rate.sub_(center))
+        change = -center if pairs.rate is None else pairs.rate.sub_(center)
         _add_values(rows, piece, change, of_keys)
         if piece.u is None:
             continue

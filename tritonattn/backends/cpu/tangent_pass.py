@@ -10,7 +10,7 @@ With x = q' . k' + biases, q' = scale * query_scale * q and k' = key_scale * k, 
 
 Products with a tangent that is not there are left out. s, share and keep are those of `backends.cpu`. Sums over keys
 are kept as means over the keys so far, and differences are taken from such a mean: what cancels in a row whose softmax
-is nearly 1 at one key then cancels before it is multiplied and rounded."""
+is nearly 1 at one key cancels before it is multiplied and rounded, and in a row of one key to 0."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ...core.call import AttentionCall
 from ...core.terms import Gradients, addends
 from .fixed_tiles import tiles_of
 from .tiles import Block, Heads, Tiles
-from .weights import rows_of_one_key, rows_with_keys, shares, weights
+from .weights import rows_with_keys, shares, weights
 
 
 def tangent(call: AttentionCall, lse: Tensor, tangents: Gradients) -> tuple[Tensor, Tensor]:
@@ -35,10 +35,10 @@ def tangent(call: AttentionCall, lse: Tensor, tangents: Gradients) -> tuple[Tens
     """
     tiles = tiles_of(call)
     out_tangent = call.v.new_empty(*call.q.shape[:3], call.v.shape[3])
-    lone, lse_tangent = rows_of_one_key(tiles), torch.empty_like(lse)
+    lse_tangent = torch.empty_like(lse)
     for heads in tiles.heads():
         for block in tiles.blocks(heads):
-            rows = Rows.of(tiles, block, lse, tangents, lone)
+            rows = Rows.of(tiles, block, lse, tangents)
             means = _Means(rows, tangents)
             for pairs in pairs_of(rows, tangents):
                 means.add(pairs)
@@ -90,13 +90,13 @@ class _Means:
         self.tangent.mul_(decay)
         if change is not None:
             self.rate = older * decay + tiles.dot(weight, change)
-            change = self.rows.of_several(change.sub_(self.rate))
+            change = change.sub_(self.rate)
         tiles.hide(weight, block, tiles.dropped(block, keys), 0.0)
         if change is not None or self.rows.sink_tangent is not None:
             value = tiles.of_keys(tiles.call.v, block.heads, keys)
             self.value.mul_(decay)
             if change is not None:
-                self.tangent.addcmul_(self.value, self.rows.of_several(older - self.rate))
+                self.tangent.addcmul_(self.value, older - self.rate)
                 self.tangent.baddbmm_(change.mul_(weight), value)
             self.value.baddbmm_(weight, value)
         if self.tangents.v is not None:
@@ -170,7 +170,6 @@ class Rows:
     seeing         the block of a tensor [B, Hq, Sq, C], with these zeros
     query          q, its scales and their tangents
     lse            without the sink
-    lone           True for rows of one key, or None where there is none
     shares         of the softmax, to the keys and to the sink, or None without sinks
     sink_tangent   or None for 0
     """
@@ -180,12 +179,11 @@ class Rows:
     seeing: Callable[[Tensor], Tensor]
     query: Scaled
     lse: Tensor
-    lone: Tensor | None
     shares: tuple[Tensor, Tensor] | None
     sink_tangent: Tensor | None
 
     @classmethod
-    def of(cls, tiles: Tiles, block: Block, lse: Tensor, tangents: Gradients, lone: Tensor | None) -> Rows:
+    def of(cls, tiles: Tiles, block: Block, lse: Tensor, tangents: Gradients) -> Rows:
         call = tiles.call
         lse, blind, seeing = rows_with_keys(tiles, block, lse)
 
@@ -194,13 +192,8 @@ class Rows:
 
         scales = of(call.logits.query_scale), of(tangents.q), of(tangents.query_scale)
         query = Scaled(seeing(call.q), call.logits.scale, *scales)
-        is_lone = None if lone is None else tiles.of_each_row(lone, block) > 0
         share, sink_tangent = shares(tiles, block, lse, blind), of(tangents.sinks)
-        return cls(tiles, block, seeing, query, lse.masked_fill(blind, torch.inf), is_lone, share, sink_tangent)
-
-    def of_several(self, x: Tensor) -> Tensor:
-        """x, with 0 for rows of one key, whose softmax no tangent changes."""
-        return x if self.lone is None else x.masked_fill(self.lone, 0)
+        return cls(tiles, block, seeing, query, lse.masked_fill(blind, torch.inf), share, sink_tangent)
 
     def weighed_by_share(self, x: Tensor) -> Tensor:
         """x * share / (1 - p)."""
@@ -247,24 +240,21 @@ def pairs_of(rows: Rows, tangents: Gradients, needs_rate: bool = True) -> Iterat
         slope, inner = None if capped is None else 1 - capped.square(), None
         if needs_rate:
             inner = _sum_of_products((rows.query.tangent, key.value), (rows.query.value, key.tangent))
-            inner = inner if is_after else _with_biases(tiles, block, keys, inner, weight, tangents)
-            if inner is not None:
-                tiles.hide(inner, block, hidden, 0.0)
+            inner = inner if is_after else _with_biases(rows, keys, inner, weight, hidden, tangents)
         rate = inner if slope is None or inner is None else inner * slope
         if needs_rate and is_after:
-            rate = _with_biases(tiles, block, keys, rate, weight, tangents)
-            if rate is not None:
-                tiles.hide(rate, block, hidden, 0.0)
+            rate = _with_biases(rows, keys, rate, weight, hidden, tangents)
         yield Pairs(keys, key, weight, capped, slope, inner, rate)
 
 
 def _with_biases(
-    tiles: Tiles, block: Block, keys: slice, x: Tensor | None, like: Tensor, tangents: Gradients
+    rows: Rows, keys: slice, x: Tensor | None, like: Tensor, hidden: Tensor | None, tangents: Gradients
 ) -> Tensor | None:
-    """x with the tangents of biases added to it in place; None stands for 0."""
+    """x with the tangents of biases added to it in place, 0 where hidden; None stands for 0."""
     if addends(tangents):
         x = torch.zeros_like(like) if x is None else x
-        tiles.add_bias(x, block, keys, tangents)
+        rows.tiles.add_bias(x, rows.block, keys, tangents)
+        rows.tiles.hide(x, rows.block, hidden, 0.0)
     return x
 
 
