@@ -108,7 +108,7 @@ def test_bits_of_batch_invariant_rows(emulate, monkeypatch):
     """
     recorder = emulate(GPU(80), SMALL, executor=Recorder)
     torch.manual_seed(0)
-    monkeypatch.setattr(key_statistics, "kernels_take", lambda keys: True)  # not only of tensors on a GPU
+    monkeypatch.setattr(key_statistics, "launches", lambda *keys: True)  # not only of tensors on a GPU
     q, k, v = torch.randn(3, 1, 2, 48, 40, dtype=torch.float16)  # padded, where loads before a product change its order
     rows = torch.arange(39, 48)
     ranges = torch.stack([torch.zeros_like(rows), rows + 1], dim=-1)[None]

@@ -125,7 +125,7 @@ def test_keys_are_appended_as_by_torch(dtype, head_dim, device, monkeypatch):
         if counts is not None:
             counts = torch.tensor(counts, dtype=torch.int32, device=device)
         for statistics, by_kernel in ((ours, True), (theirs, False)):
-            monkeypatch.setattr(cache_statistics, "kernels_take", lambda x, by_kernel=by_kernel: by_kernel)
+            monkeypatch.setattr(cache_statistics, "launches", lambda *x, by_kernel=by_kernel: by_kernel)
             statistics.append(k, counts)
         torch.testing.assert_close(_held(ours), _held(theirs), rtol=1e-6, atol=0, equal_nan=True)
     assert ours.counts.tolist() == [170, 7, 134]
@@ -134,7 +134,7 @@ def test_keys_are_appended_as_by_torch(dtype, head_dim, device, monkeypatch):
 
 
 def test_many_keys_are_appended_in_steps(device, monkeypatch):
-    monkeypatch.setattr(cache_statistics, "kernels_take", lambda x: True)
+    monkeypatch.setattr(cache_statistics, "launches", lambda *x: True)
     k = torch.randn(2, 2, 2100, 8, generator=torch.Generator().manual_seed(0)).to(device)
     statistics = KeyStatistics(2, 2, 2100, device=device)
     statistics.append(k, torch.tensor([2100, 1030], device=device))
@@ -147,7 +147,7 @@ def test_many_keys_are_appended_in_steps(device, monkeypatch):
 
 def test_sums_do_not_depend_on_how_keys_are_cut(device, monkeypatch):
     """Across blocks of sums, by calls that measure keys in the program and before it."""
-    monkeypatch.setattr(cache_statistics, "kernels_take", lambda x: True)
+    monkeypatch.setattr(cache_statistics, "launches", lambda *x: True)
     k = torch.randn(2, 2, 600, 8, generator=torch.Generator().manual_seed(0)).to(device)
     check_cuts(k, [(600,), (1, 64, 190, 1, 5, 300, 39), (255, 2, 343)], lambda new, ours: ours.append(new))
 

@@ -51,7 +51,7 @@ class NoHostRead(TorchDispatchMode):
 @torch.no_grad()
 def test_a_step_reads_no_value_and_its_pages_once(mode, window, monkeypatch):
     """Kernels are launched on a stub of NVIDIA's driver, as shapes alone decide; CPU tensors are its memory."""
-    monkeypatch.setattr("tritonattn.calls.paged_statistics.kernels_take", lambda x: True)  # as of a GPU's tensors
+    monkeypatch.setattr("tritonattn.calls.paged_statistics.launches", lambda *x: True)  # as of a GPU's tensors
     split = backend.split_decodes_and_prefills  # vLLM's, of offsets that lie on the host too
     layer = Layer({"scaling": mode, "backend": "triton"}, per_layer_sliding_window=window)
     shapes = {}

@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, get_args
 import torch
 from torch import Tensor
 
-from ..core.autograd import autocast_is_on, runs_eagerly
+from ..core.autograd import autocast_is_on, values_are_read
 from ..core.call import Request
 from ..core.hints import nearest
 from ..core.invariance import switch
@@ -385,14 +385,6 @@ def check_values(name: str, x: Tensor, highest: int, meaning: str = "Sk = ") -> 
     low, high = map(int, x.aminmax())
     if low < 0 or high > highest:
         raise ValueError(f"{name}: expected values in [0, {meaning}{highest}], got {low if low < 0 else high}")
-
-
-def values_are_read(*tensors: Tensor) -> bool:
-    """True where values of tensors can be checked: on a CPU, unless a compiler or a transform stands between."""
-    for x in tensors:  # no generator: every decode step asks
-        if x.device.type != "cpu" or x.numel() == 0:
-            return False
-    return runs_eagerly(*tensors)
 
 
 def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
+from ..core.autograd import values_are_read
 from ..core.call import LONGEST_QUERY, Request
 from ..core.terms import Terms
 from ..core.visibility import Visibility, window_sides
@@ -21,7 +22,6 @@ from .checks import (
     check_values,
     operands,
     type_of,
-    values_are_read,
 )
 from .dispatch import refuse_gradients, run
 from .dtensors import CACHED, CACHED_PAGES
@@ -220,7 +220,7 @@ def check_statistics(statistics: Any, q: Tensor, k: Tensor, key_lengths: Tensor,
         raise TypeError(f"statistics: expected a KeyStatistics, got {type_of(statistics)}")
     wanted = (q.shape[0], k.shape[1], capacity_of(k, block_table))
     check_record(statistics.norms, wanted, "[B, Hkv, capacity]", q)
-    if values_are_read(statistics.counts) and values_are_read(key_lengths):
+    if values_are_read(statistics.counts, key_lengths):
         missing = statistics.counts < key_lengths
         if missing.any():
             entry = int(missing.nonzero()[0])

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import kernels, kernels_take
-from ..core.autograd import runs_eagerly
+from ..backends import kernels
+from ..core.autograd import values_are_read
 from ..core.cached_norms import TOTALS, CachedNorms, zeros
 from ..core.norms import key_norms_of
 from ..core.sequences import PageTable
+from ..ops import launches
 from .checks import (
     INTEGERS,
     check_count,
     check_tensor,
     check_values,
     type_of,
-    values_are_read,
 )
 from .sequence_checks import check_new_keys
 
@@ -133,7 +133,7 @@ class KeyStatistics(CachedNorms):
         if new == 0:
             return
         fits = self.norms.dtype == torch.float32 and k_new.numel() > 0
-        if fits and kernels_take(k_new) and runs_eagerly(k_new, counts, self.counts):
+        if fits and launches(k_new, counts, self.counts):
             kernels().append_keys(k_new, counts, self._buffers())
             return
         order = torch.arange(new, device=k_new.device)

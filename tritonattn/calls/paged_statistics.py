@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import kernels, kernels_take
-from ..core.autograd import runs_eagerly
+from ..backends import kernels
+from ..core.autograd import values_are_read
 from ..core.cached_norms import CachedNorms, zeros
 from ..core.norms import key_norms_of
 from ..core.sequences import PackedAxis, PageTable, Slots
-from .checks import INTEGERS, check_count, check_tensor, type_of, values_are_read
+from ..ops import launches
+from .checks import INTEGERS, check_count, check_tensor, type_of
 from .key_statistics import described
 from .layouts import SMALLEST_PAGE
 from .sequence_checks import (
@@ -143,8 +144,7 @@ class PagedKeyStatistics(CachedNorms):
         if k_new.numel() == 0 or block_table.numel() == 0:
             return
         given = (k_new, cu_seqlens, key_lengths, block_table)
-        fits = self.norms.dtype == torch.float32 and kernels_take(k_new[None])
-        if fits and runs_eagerly(*given, self.norms):
+        if self.norms.dtype == torch.float32 and launches(k_new[None], *given[1:], self.norms):
             kernels().append_to_pages(*given, self.buffers, passes)
             return
         for _ in range(passes):
@@ -168,7 +168,7 @@ class PagedKeyStatistics(CachedNorms):
         check_tensor("key_lengths", key_lengths, "[B]", INTEGERS, self.norms, _OWNER, (sequences,))
         check_block_table(block_table, sequences, self.norms, _OWNER)
         check_offset_values("cu_seqlens", cu_seqlens, k_new.shape[0], "T")
-        if not (values_are_read(cu_seqlens) and values_are_read(key_lengths)):
+        if not values_are_read(cu_seqlens, key_lengths):
             return
         new, end, capacity = cu_seqlens.diff(), key_lengths.long(), block_table.shape[1] * self.page
         wrong = (end < new) | (end > capacity)

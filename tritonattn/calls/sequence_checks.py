@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, check_tensor, shape_of, values_are_read
+from ..core.autograd import values_are_read
+from .checks import FLOATS, check_tensor, shape_of
 
 
 def check_offsets(name: str, offsets: Any, like: Tensor, owner: str = "q") -> None:

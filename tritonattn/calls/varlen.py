@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
+from ..core.autograd import values_are_read
 from ..core.call import Request
 from ..core.sequences import Sequences
 from ..core.terms import Terms
@@ -15,7 +16,7 @@ from ..core.visibility import Visibility, window_sides
 from ..scaling import Scaling
 from ..scaling.names import ModeName
 from . import dtensors, layouts
-from .checks import Backend, check, check_count, check_masks, check_tensor, operands, values_are_read
+from .checks import Backend, check, check_count, check_masks, check_tensor, operands
 from .dispatch import refuse_gradients, run
 from .paged_statistics import PagedKeyStatistics, check_paged_statistics
 from .public import public
@@ -269,7 +270,7 @@ def packed_visibility(
 
 def _check_pages(packing: Packing, table: Tensor, k: Tensor, window: tuple[int | None, int | None] | None) -> None:
     """Check that sequences fit into the table, and the pages that rows read."""
-    if not (values_are_read(packing.cu_seqlens_q) and values_are_read(packing.cu_seqlens_k)):
+    if not values_are_read(packing.cu_seqlens_q, packing.cu_seqlens_k):
         return
     rows, keys = packing.cu_seqlens_q.diff().long(), packing.cu_seqlens_k.diff().long()
     page, capacity = k.shape[1], table.shape[1] * k.shape[1]

@@ -33,6 +33,14 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     return True
 
 
+def values_are_read(*tensors: Tensor | None) -> bool:
+    """True where the host reads values of tensors: on a CPU, unless a compiler or a transform stands between."""
+    for x in tensors:  # no generator: every decode step asks
+        if x is not None and (x.device.type != "cpu" or x.numel() == 0):
+            return False
+    return runs_eagerly(*tensors)
+
+
 def is_transformed() -> bool:
     """True where a call runs under torch.func (vmap, grad ...), not counting what a compiler traces."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

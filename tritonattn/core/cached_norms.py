@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import runs_eagerly
 from .ranges import prefix_sum
 from .sequences import PageTable
 from .statistics import Statistics
@@ -133,7 +132,7 @@ class StatisticsOfCache(Statistics):
         lo, hi = visible.ranges()  # [B or 1, Sq]
         batch, kv_heads, k_len = visible.keys
         width = max(1, min(self._width, k_len))  # an axis without entries has no maximum
-        step = max(1, _ENTRIES // max(batch * kv_heads * width, 1) if runs_eagerly(lo) else visible.q_len)
+        step = max(1, visible.q_len if torch.compiler.is_compiling() else _ENTRIES // max(batch * kv_heads * width, 1))
         parts = []
         for first in range(0, max(visible.q_len, 1), step):
             rows = slice(first, first + step)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .autograd import needs_graph, runs_eagerly
+from .autograd import needs_graph, runs_eagerly, values_are_read
 from .visibility import Visibility
 
 # An additive mask hides a key by a number at most this, whose exp is 0 in every dtype.
@@ -58,7 +58,7 @@ def reflected(x: Tensor, offset: Tensor, columns: slice, start: int = 0) -> Tens
     start    the number of x's first column
     """
     is_shared = x.shape[2] == 1 and offset.shape[0] == 1
-    if is_shared and x.device.type == "cpu" and runs_eagerly(x, offset) and not needs_graph(x):
+    if is_shared and values_are_read(x, offset) and not needs_graph(x):
         return _by_windows(x[:, :, 0], offset[0] - start, columns)
     count = x.shape[3]
     at = offset[:, None, :, None] - (torch.arange(columns.start, columns.stop, device=x.device) + start)

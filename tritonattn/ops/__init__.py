@@ -7,6 +7,6 @@ time of the dispatcher; compilers, transforms and dispatch modes meet the operat
 """
 
 from .attend import attention
-from .statistics import KernelStatistics
+from .statistics import KernelStatistics, launches
 
-__all__ = ["KernelStatistics", "attention"]
+__all__ = ["KernelStatistics", "attention", "launches"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from ..backends import kernels
+from ..backends import kernels, kernels_take
 from ..core.autograd import apply, first_order, is_transformed, needs_graph, runs_eagerly
 from ..core.call import AttentionCall
 from ..core.statistics import Statistics
@@ -66,6 +66,11 @@ def _argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
 
 def _key_norms(k: Tensor, seen: Tensor | None) -> Tensor:
     return kernels().key_norms(k, seen) if runs_eagerly(k, seen) else _key_norms_operator(k, seen)
+
+
+def launches(x: Tensor, *others: Tensor | None) -> bool:
+    """True where "auto" launches kernels on x [B, H, S, D] and others, with no operator between."""
+    return kernels_take(x) and runs_eagerly(x, *others)
 
 
 class KernelStatistics(Statistics):

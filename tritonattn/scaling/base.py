@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..core.autograd import runs_eagerly
+from ..core.autograd import values_are_read
 from ..core.hints import warn_once
 from ..core.statistics import Statistics, counts_of
 from ..core.visibility import Visibility
@@ -240,7 +240,7 @@ def scales_of_count(visibility: Visibility, constant: float, factor: Callable[[T
 
     Where `visibility.invariant`, always a vector: one number would be rounded elsewhere.
     """
-    is_number = visibility.is_full and isinstance(visibility.k_len, int) and runs_eagerly()
+    is_number = visibility.is_full and isinstance(visibility.k_len, int) and values_are_read()
     if is_number and not visibility.invariant:
         n = torch.tensor(visibility.k_len, dtype=torch.float64, device="cpu")
         return Scales(constant * factor(n).item())

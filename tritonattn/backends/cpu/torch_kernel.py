@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ...core.autograd import needs_graph, refuse_second_order, runs_eagerly
+from ...core.autograd import needs_graph, refuse_second_order, values_are_read
 from ...core.call import AttentionCall, ForwardResult
 from ...core.terms import is_product
 
@@ -39,7 +39,8 @@ def supports(call: AttentionCall, is_full: bool) -> bool:
         return False
     if not (is_full or visible.is_square_causal):
         return False
-    return not (runs_eagerly(call.k) and visible.k_len < VECTOR and _hides_nan(call))
+    # A trace may leave lengths free, and an answer would bind them.
+    return torch.compiler.is_compiling() or visible.k_len >= VECTOR or not _hides_nan(call)
 
 
 def _hides_nan(call: AttentionCall) -> bool:
@@ -48,7 +49,7 @@ def _hides_nan(call: AttentionCall) -> bool:
     Its maximum ignores NaN in a remainder of keys that fills no vector; fewer keys than a vector are all remainder.
     """
     operands = (call.q, call.k, call.logits.query_scale, call.logits.key_scale)
-    return call.k.device.type == "cpu" and runs_eagerly(*operands) and not stays_finite(call)
+    return values_are_read(*operands) and not stays_finite(call)
 
 
 def stays_finite(call: AttentionCall, *others: Tensor) -> bool:
@@ -113,7 +114,7 @@ def attention(call: AttentionCall) -> ForwardResult | None:
 
 def folds_rows(q: Tensor, group: int) -> bool:
     """True where the query heads of a key head go to the kernel as rows, so that keys are read once: few rows."""
-    return group > 1 and runs_eagerly(q) and q.shape[2] <= FEW_ROWS
+    return group > 1 and not torch.compiler.is_compiling() and q.shape[2] <= FEW_ROWS
 
 
 def _needs_fp32(call: AttentionCall) -> bool:
