@@ -67,9 +67,8 @@ BATCHED = {
 }
 PACKED = {
     **dict.fromkeys(("q", "k", "v"), Axes(None, 1)),
-    **dict.fromkeys(("scaling", "gain", "key_bias"), Axes(None, -2)),
-    "relative_bias": Axes(None, -3),
-    "sinks": OfSinks(None, -2),
+    **dict.fromkeys(("scaling", "gain"), Axes(None, -2)),
+    **{term.name: BATCHED[term.name]._replace(batch=None) for term in TERMS if term.axes},
     "aux": Axes(None, 0),
 }
 CACHED = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import Required, TypedDict
 
-from ..core.terms import GivenTerms
+from ..core.terms import GivenPairs, GivenTerms
 from ..scaling import Scaling
 from ..scaling.names import ModeName
 from .checks import Backend
@@ -21,14 +21,13 @@ class Common(GivenTerms, total=False):
     batch_invariant: bool | None
 
 
-class Batched(Common, total=False):
+class Batched(GivenPairs, Common, total=False):
     """Options of `attention` and `scaled_attention`."""
 
     causal: bool
     key_lengths: Tensor | None
     key_ranges: Tensor | None
     mask: Tensor | None
-    bias: Tensor | None
     dropout_p: float
 
 

@@ -83,6 +83,12 @@ class GivenTerms(TypedDict, total=False):
     sinks: Tensor | None
 
 
+class GivenPairs(GivenTerms, total=False):
+    """Those that they also give to functions of batches, in which each pair has a place."""
+
+    bias: Tensor | None
+
+
 class Term(NamedTuple):
     """A row of `TERMS`.
 
@@ -132,6 +138,7 @@ _CHOICES = [(i, DEFAULTS[i]) for i, term in enumerate(TERMS) if term.flag and no
 ADDENDS = tuple(term.name for term in TERMS if term.enters == "addend")
 SINKS = tuple(term.name for term in TERMS if term.enters == "sink")
 PAIRS = tuple(term.name for term in TERMS if term.form == "pairs")
+TABLES = tuple(term.name for term in TERMS if "extent" in term.axes)  # by distance, of `PAIRS`
 # The axes of the tensors that may have a gradient: operands, then terms.
 AXES = {
     "q": (*_ROWS, "D"),

@@ -13,7 +13,7 @@ from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.call import LONGEST_QUERY, AttentionCall
-from ...core.terms import Needs, choices, flags
+from ...core.terms import PAIRS, TABLES, Needs, choices, flags
 from ...core.visibility import Visibility
 from ...tuning import calls as recorded
 from ...tuning.calls import Size
@@ -49,14 +49,14 @@ from .records import Arguments, Masks
 def are_few_rows(call: AttentionCall) -> bool:
     """True where the decode kernel, whose programs share a row's keys, runs such a call instead of the forward kernel.
 
-    Rows must stand at the end of the keys: causal rows do, and a lone row that attends to all keys. A relative bias
+    Rows must stand at the end of the keys: causal rows do, and a lone row that attends to all keys. A table by distance
     counts from key Sk - 1 there, not from the last visible one.
     """
     visible = call.visibility
     if visible.mask is not None or visible.sequences is not None or call.dropout is not None:
         return False
     narrowed = visible.key_lengths is not None or visible.key_ranges is not None
-    if narrowed and call.logits.relative_bias is not None:
+    if narrowed and any(getattr(call.logits, name) is not None for name in TABLES):
         return False
     stand_at_the_end = visible.q_len == 1 or (visible.right == 0 and not narrowed)
     return visible.q_len <= LONGEST_QUERY and stand_at_the_end and not (narrowed and visible.left is not None)
@@ -269,12 +269,14 @@ def specialisation_of(
     asked   fields of the `Problem` that the call itself does not tell
     """
     visible, (q, k, v) = call.visibility, (call.q, call.k, call.v)
-    bias, relative_bias = call.logits.bias, call.logits.relative_bias
     page = 0 if call.block_table is None else k.shape[2]
-    of_pairs = None
-    if visible.mask is not None or bias is not None or relative_bias is not None:
+    of_pairs, width = None, 0 if visible.mask is None else sizes.k_len
+    for name in PAIRS:
+        x = getattr(call.logits, name)
+        if x is not None:
+            width = max(width, sizes.k_len, x.shape[3])
+    if width:
         shape = sizes.batch, sizes.q_heads, sizes.q_len, sizes.k_len
-        width = max(sizes.k_len, 0 if relative_bias is None else relative_bias.shape[3])
         if sizes.batch * sizes.q_heads * sizes.q_len * (width + 16) >= 2**31:
             of_pairs = *shape, width  # a mask's copy, or a gradient of pairs, may have strides of 64 bits
     key = (
