@@ -152,6 +152,35 @@ def test_mla_with_ssmax(form):
     same(ours, wanted, [q, latent, k_rope, w_k, w_v, scaling.s, scaling.b])
 
 
+DOCUMENTS = torch.tensor([[0] * 9 + [1] * 14, [0] * 4 + [3] * 16 + [-1] * 3])
+BLOCKS = {
+    "prefixes": torch.tensor([[0] * 5 + [-1] * 4 + [1] + [-1] * 13, [-1] * 4 + [0] * 16 + [-1] * 3]),
+    "images": torch.tensor([[-1, 0, 0, 1, 1, 1] + [-1] * 5 + [0] * 8 + [-1] * 4, [4] * 3 + [-1] * 15 + [5] * 5]),
+    "chunks": torch.arange(S).expand(B, -1) // 6,
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_prefixes_images_and_chunks(kind):
+    """Under the factor 1 / n, which counts the keys that the formula lets a row see."""
+    q, k, v = inputs()
+    position, blocks = torch.arange(S), BLOCKS[kind]
+    run = (blocks != blocks.roll(1, -1)).cumsum(-1)
+    together = (run[:, :, None] == run[:, None]) & (blocks >= 0)[:, None]
+    of_document = (DOCUMENTS[:, :, None] == DOCUMENTS[:, None]) & (DOCUMENTS >= 0)[:, None]
+    chunked = of_document & CAUSAL & (position[:, None] // 6 == position // 6)
+    for visible, ranges, causal in (
+        (of_document & (CAUSAL | together), recipe("block_ranges")(DOCUMENTS, blocks), False),
+        (chunked, recipe("chunk_ranges")(DOCUMENTS, 6), True),
+    ):
+        ours = attention(q, k, v, scaling="key_count", key_ranges=ranges, causal=causal)
+        visible = visible[:, None]
+        logits = products(q, k) / visible.sum(-1, keepdim=True).clamp(min=1)
+        padding = ~visible.any(-1, keepdim=True)
+        wanted = softmax(logits, v, visible | padding).masked_fill(padding, 0)
+        same(ours, wanted, [q, k, v])
+
+
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_t5_s_relative_positions(bidirectional):
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
