@@ -96,6 +96,7 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = (y.view(*x.shape[:2], self.heads, -1).transpose(1, 2) for y in self.c_attn(x).split(E, dim=2))
         y = scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=True)
+        y = y.flatten(2).unflatten(-1, (-1, E // self.heads))  # which torch.compile traces in a way of its own
         return self.c_proj(y.transpose(1, 2).contiguous().view(*x.shape[:2], E))
 
 

@@ -57,8 +57,10 @@ class ScaledSDPA(TorchFunctionMode):
                 )
             with self:
                 return _multi_head(*args, **keywords)
-        if func is Tensor.unflatten and torch.compiler.is_compiling():  # which does not trace the method's super()
-            func = torch.unflatten
+        if torch.compiler.is_compiling() and (func is Tensor.unflatten or func is Tensor.split):
+            return getattr(args[0], func.__name__)(
+                *args[1:], **keywords
+            )  # torch traces a call, but not these functions
         return func(*args, **keywords)
 
     def take(self, args: Any, keywords: dict[str, Any]) -> Any:
