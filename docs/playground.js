@@ -17,6 +17,7 @@ const modesOf = ({ n, D, L, s, queryNorm, sum, squares, largest }) => ({
   key_norm_max: (norm) => 1 / largest,
   key_norm_l2: (norm) => 1 / Math.sqrt(squares),
   qwen_logn: (norm) => Math.max(1, Math.log(n) / Math.log(L)) / Math.sqrt(D),
+  grok2: (norm) => Math.max(1, Math.log(n-1) / Math.log(L)) / Math.sqrt(D),
   llama4: (norm) => (1 + 0.1 * Math.log(Math.floor(n / 8192) + 1)) / Math.sqrt(D),
   ministral3: (norm) => (1 + 0.1 * Math.log(1 + Math.floor((n-1) / 16384))) / Math.sqrt(D),
   inkling: (norm) => (1 + 0.1 * Math.log(Math.max(n / 128000, 1))) / Math.sqrt(D),

@@ -15,6 +15,7 @@ from tritonattn.scaling import (
     SCALINGS,
     Beam,
     Cosine,
+    Grok2,
     Inkling,
     Inkling2,
     KeyNormMax,
@@ -57,7 +58,7 @@ def test_counts():
     assert factors(LogKeyCount(base=5.0))[4] == pytest.approx(1 / 4), "as sqrt_dim at the base"
 
 
-TEMPERATURES = ("llama4", "ministral3", "inkling", "beam")
+TEMPERATURES = ("grok2", "llama4", "ministral3", "inkling", "beam")
 
 
 @pytest.mark.parametrize("name", ["key_count", "sqrt_key_count", "log_key_count", "qwen_logn", *TEMPERATURES])
@@ -99,10 +100,11 @@ def modeling(model):
     return pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
 
 
-# Each of positions from 0; of Qwen, which transformers lacks, and of Llama 4, where it is no function, written out.
+# Each of positions from 0; written out where transformers has no function: of Qwen, Grok 2 and Llama 4.
 POSITIONS = torch.arange(5000)
 TEMPERATURES = {
     "qwen": (QwenLogn(64), lambda: [math.log(i, 64) if i > 64 else 1 for i in range(1, 5001)]),
+    "grok2": (Grok2(64), lambda: [math.log2(i) / math.log2(64) if i > 64 else 1 for i in range(5000)]),
     "llama4": (Llama4(0.3, 16), lambda: torch.log1p(torch.floor((POSITIONS.double() + 1.0) / 16)) * 0.3 + 1.0),
     "ministral3": (
         Ministral3(0.2, 16),

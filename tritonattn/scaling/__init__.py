@@ -6,7 +6,7 @@ from .cosine import Cosine
 from .counts import KeyCount, LogKeyCount, LogPower, SqrtKeyCount
 from .key_norms import KeyNormL2, KeyNormMax, KeyNormMean, KeyNormRms, KeyNormSum
 from .names import SCALINGS
-from .positional import Beam, Inkling, Inkling2, Llama4, Ministral3, QwenLogn
+from .positional import Beam, Grok2, Inkling, Inkling2, Llama4, Ministral3, QwenLogn
 
 __all__ = [
     "SCALINGS",
@@ -14,6 +14,7 @@ __all__ = [
     "Cosine",
     "Dim",
     "Given",
+    "Grok2",
     "Inkling",
     "Inkling2",
     "KeyCount",

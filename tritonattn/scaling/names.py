@@ -25,6 +25,7 @@ ModeName = Literal[
     "key_norm_max",
     "key_norm_l2",
     "qwen_logn",
+    "grok2",
     "llama4",
     "ministral3",
     "inkling",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
         key_norm_max: type[key_norms.KeyNormMax]
         key_norm_l2: type[key_norms.KeyNormL2]
         qwen_logn: type[positional.QwenLogn]
+        grok2: type[positional.Grok2]
         llama4: type[positional.Llama4]
         ministral3: type[positional.Ministral3]
         inkling: type[positional.Inkling]

@@ -58,6 +58,41 @@ class QwenLogn(OfCount):
 
 
 @mode(
+    "grok2",
+    "max(1, ln(n-1)/ln(L))/sqrt(D)",
+    source="SGLang's code of Grok 2",
+    example={"train_length": 3},
+    config={"train_length": "attn_temperature_len"},
+)
+@hinted
+@dataclass(frozen=True)
+class Grok2(QwenLogn):
+    """factor = max(1, ln(n - 1) / ln(train_length)) / sqrt(D).
+
+    Like `QwenLogn` but for the offset: it counts from the position, n - 1.
+
+    train_length   `attn_temperature_len` of the model's configuration, 1024
+
+    The model caps its logits at 30 before the temperature; a softcap of `attention` acts after the factor.
+
+    Source: SGLang 0.5.23, srt/layers/attention/triton_ops/decode_attention.py, xai_temperature_len: log2(position) /
+    log2(length) where the position exceeds the length, else 1.
+    Raises ValueError unless train_length is finite and above 1.
+    """
+
+    train_length: float = 1024
+
+    def _of_count(self, n: Tensor) -> Tensor:
+        return super()._of_count(n - 1)
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        position = visible.sum(-1, keepdim=True).double() - 1
+        is_beyond = position > self.train_length
+        excess = torch.where(is_beyond, position, self.train_length).log2() / math.log2(self.train_length)
+        return excess / math.sqrt(k.shape[-1])
+
+
+@mode(
     "llama4",
     "(1 + 0.1 ln(floor(n/8192) + 1))/sqrt(D)",
     source="Llama 4's code",
