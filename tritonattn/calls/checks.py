@@ -184,7 +184,9 @@ def _checked_terms(terms: Terms, q: Tensor, visible: Visibility, rows: str, keys
         _check_right("", terms.relative_bias, terms.relative_right)
     elif terms.relative_right:
         raise ValueError(f"relative_right: expected 0 without relative_bias, got {terms.relative_right}")
-    sinks = terms.sinks if terms.key_bias is None else sinks_beside(terms.key_bias, terms, visible)
+    if terms.key_bias is None or (terms.sinks is None and terms.softcap is None):
+        return terms
+    sinks = sinks_beside(terms.key_bias, terms, visible)
     return terms if sinks is terms.sinks else terms.changed(sinks=sinks)
 
 
@@ -195,18 +197,22 @@ _GIVEN = [(i, DEFAULTS[i], term) for i, term in enumerate(TERMS) if term.name no
 def _checked(term: Term, value: Any, q: Tensor, visible: Visibility, rows: str, keys: str) -> Any:
     """The value of a row of `TERMS` as a request holds it; rows and keys as of `check`."""
     name = term.name
-    if not term.axes:
-        check = check_bool if term.form == "flag" else {"softcap": check_softcap}.get(name, check_count)
-        check(name, value)
-        return as_float(value) if name == "softcap" else value
-    if term.axes[-1] == "extent":
-        return _table(name, value, q, _last(visible.rows, rows), rows)
-    if term.form == "pairs":
-        return _pairs(name, value, q, (*visible.rows, visible.k_len))
-    if term.axes[-1] == "Sk":
+    if term.form == "vector":
+        if term.axes[-1] != "Sk":
+            return _of_rows(name, value, q, visible.rows, rows, of_heads=term.enters == "sink")
         check_key_bias(name, value, q, _last(visible.keys, keys), keys)
-        return value
-    return _of_rows(name, value, q, visible.rows, rows, of_heads=term.enters == "sink")
+    elif term.form == "pairs":
+        if term.axes[-1] == "Sk":
+            return _pairs(name, value, q, (*visible.rows, visible.k_len))
+        return _table(name, value, q, _last(visible.rows, rows), rows)
+    elif term.form == "flag":
+        check_bool(name, value)
+    elif name == "softcap":
+        check_softcap(name, value)
+        return as_float(value)
+    else:
+        check_count(name, value)
+    return value
 
 
 def _of_rows(name: str, x: Any, q: Tensor, shape: tuple[int, ...], axes: str, of_heads: bool) -> Tensor:

@@ -134,14 +134,19 @@ def logits(request: Request, statistics: Statistics, k: Tensor | None = None, po
         bias = added if bias is None else added + bias
     _, _, _, _, _, *others = given
     terms = Terms(scales.constant, scales.query, scales.key, bias, sinks, *others)  # pyright: ignore[reportArgumentType]
-    has_others = scales.relative_bias is not None
-    for number, default in _BEHIND_SINKS:
-        has_others = has_others or given[number] is not default
-    return terms.changed(**_pairs(given, scales, visible)).settled() if has_others else terms
+    has_others = has_pairs = scales.relative_bias is not None
+    for number, default, is_pairs in _BEHIND_SINKS:
+        if given[number] is not default:
+            has_others, has_pairs = True, has_pairs or is_pairs
+    if has_pairs:
+        terms = terms.changed(**_pairs(given, scales, visible))
+    return terms.settled() if has_others else terms
 
 
 _BEHIND_QUERY_SCALE = Terms._fields[2 : TENSORS.stop]
-_BEHIND_SINKS = [(i, default) for i, default in enumerate(DEFAULTS) if i > Terms._fields.index("sinks")]
+_BEHIND_SINKS = [
+    (i, DEFAULTS[i], name in PAIRS) for i, name in enumerate(Terms._fields) if i > Terms._fields.index("sinks")
+]
 
 
 def _pairs(given: Terms, scales: Scales, visible: Visibility) -> dict[str, Any]:
