@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.support.layers import with_gradients
 from tests.support.refusals import refuses
 from tritonattn import attention
+from tritonattn.analysis import Monitor, advise
 from tritonattn.integrations.sdpa import replace_sdpa, scaled_sdpa
 
 B, T, E, H = 2, 6, 16, 4
@@ -198,6 +199,16 @@ def test_the_first_call_finds_the_layers_and_has_the_scaling():
     torch.testing.assert_close((first[0], copied(X)), (expected, expected))
     replaced.undo()
     assert torch.equal(model(X), before)
+
+
+def test_advise_and_a_monitor_read_a_replaced_model():
+    model, layers = GPT().double().eval(), ["blocks.0.attn", "blocks.1.attn"]
+    refuses("ValueError: model: ~ call tritonattn.integrations.sdpa.replace_sdpa(model) first", advise, model, X)
+    replace_sdpa(model)
+    assert [finding.layer for finding in advise(model, X).findings] == layers
+    with Monitor(model, every=1) as monitor:
+        model(X)
+        assert [*monitor.step(0.0)["layers"]] == layers
 
 
 class Nested(nn.Module):

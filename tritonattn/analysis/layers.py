@@ -144,7 +144,8 @@ def read_layers(model: Any, tokens: Any, context: int | None, each: Callable[[La
     if not found:
         raise ValueError(
             "model: expected attention by tritonattn.attention, or by layers that huggingface.patch takes, got none"
-            " from these inputs: put it in for F.scaled_dot_product_attention"
+            " from these inputs: put it in for F.scaled_dot_product_attention, or call"
+            " tritonattn.integrations.sdpa.replace_sdpa(model) first"
         )
 
 
