@@ -4,10 +4,9 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import tritonattn
-from tests.calls.test_second_order import CALLS as SECOND_ORDER
-from tests.calls.test_second_order import assert_refused
 from tests.kernels import harness
 from tests.support import flash
 from tests.support.calls import assert_gradients_of_keys_add_up, torch_kernels
@@ -266,11 +265,20 @@ def test_other_refusals(monkeypatch):
     refuses("NotImplementedError: torch.func: ~ 'triton'", torch.func.grad(loss), q)
 
 
-@pytest.mark.parametrize("call", SECOND_ORDER)
-def test_second_order_is_refused(call, monkeypatch):
+@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_mean", "cosine"])
+def test_derivatives_beyond_the_first_are_refused(scaling, monkeypatch):
     flash.install(monkeypatch, FOUR)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_refused(call, "flash")
+    leaves = [x.requires_grad_() for x in torch.randn(3, 1, 2, 20, 8).bfloat16().unbind()]
+    out = tritonattn.attention(*leaves, scaling=scaling, causal=True, backend="flash")
+    for gradient in torch.autograd.grad(out.square().sum(), leaves, create_graph=True):
+        for leaf in leaves:
+            error = "NotImplementedError: ~ 'flash' has no gradients of gradients; backends 'triton', 'sdpa'"
+            refuses(error, torch.autograd.grad, gradient.square().sum(), leaf, retain_graph=True)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x.detach(), x.detach()) for x in leaves]
+        error = "NotImplementedError: a tangent of forward mode: ~ 'triton' or 'sdpa'"
+        refuses(error, tritonattn.attention, *duals, backend="flash")
+        tritonattn.attention(*duals)  # "auto" passes it over
 
 
 def test_the_newest_that_can(monkeypatch):

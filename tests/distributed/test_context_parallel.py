@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -258,6 +259,8 @@ def test_every_rank_refuses(rank: int) -> None:
     ):
         refuses("NotImplementedError: scaling: expected one without a relative bias over ranks, got Near", call)
     refuses("TypeError: q: expected a tensor [B, Hq, Sq, D], got NoneType", decoded, None, k)
+    with forward_ad.dual_level():
+        refuses("NotImplementedError: forward mode (jvp): ~ over ranks", context_parallel_attention, q, k, v, mesh=mesh)
     refuses("ValueError: k_cache: expected 4 axes [B, Hkv, capacity, D], got 3", decoded, q[:, :, :1], k[0])
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import tritonattn
-from tests.calls.test_second_order import CALLS, assert_refused
+from tests.calls.test_derivatives import CALLS
 from tests.kernels import harness
 from tests.kernels.harness import of_form
 from tests.support.bound import assert_within_bound
 from tests.support.calls import assert_extreme_sink, assert_extreme_sink_of_decode, assert_gradients_of_keys_add_up
 from tests.support.masks import MASKS
+from tests.support.orders import FORMS, assert_as_reference
 from tests.support.pairs import in_turn, pairwise
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import launch
@@ -260,6 +261,7 @@ def test_a_row_of_one_key_gives_its_query_no_rounding(lone, device):
     assert (d_q[:, :, ~has_one] != 0).all()
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_gradients_of_gradients_are_refused(call, device):
-    assert_refused(call, "triton", device)
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+@in_turn(call=CALLS, form=FORMS)
+def test_derivatives_beyond_the_first(call, form, device):
+    assert_as_reference(CALLS[call](), form, "triton", 2e-4, torch.float32, device)

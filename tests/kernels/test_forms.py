@@ -11,7 +11,7 @@ from tritonattn.core.call import AttentionCall
 from tritonattn.core.dropout import Dropout
 from tritonattn.core.terms import Needs, Terms
 from tritonattn.core.visibility import Visibility
-from tritonattn.ops.attend import backward_pass, forward_pass
+from tritonattn.ops.passes import backward_pass, forward_pass
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 Q_LEN, K_LEN = 21, 35

@@ -23,7 +23,7 @@ from tritonattn.backends.triton import attention, grids, launch
 from tritonattn.core.call import AttentionCall
 from tritonattn.core.terms import Needs, Terms
 from tritonattn.core.visibility import Visibility
-from tritonattn.ops.attend import forward_pass
+from tritonattn.ops.passes import forward_pass
 from tritonattn.tuning import Problem, Target
 from tritonattn.tuning.defaults import gluon_config
 

@@ -1,18 +1,21 @@
 """The operators: schema, fake kernels, gradients, and what must be refused loudly."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from tests.support.calls import CALLS, changed, example
 from tests.support.calls import torch_kernels as kernels_by_torch
+from tests.support.orders import FORMS
 from tests.support.pairs import in_turn
 from tests.support.refusals import refuses
 from tritonattn import ops
 from tritonattn.core.call import ForwardResult
 from tritonattn.core.norms import key_norms_of
+from tritonattn.core.statistics import Statistics
 from tritonattn.core.terms import Gradients
 from tritonattn.core.visibility import Visibility
 from tritonattn.ops import statistics as by_kernels
@@ -62,8 +65,14 @@ def test_operators_pass_opcheck(case, aux, keep_rounding):
     needs = [x is not None for x in arguments[: len(FIELDS)]]
     needs[1] = case != "dense"
     rounding = torch.zeros_like(out, dtype=torch.int8) if keep_rounding else None
-    arguments = (*detached, out, lse, rounding, torch.ones_like(out), None, needs)
-    opcheck(torch.ops.tritonattn.backward.default, arguments)
+    results = out, lse, rounding
+    opcheck(torch.ops.tritonattn.backward.default, (*detached, *results, torch.ones_like(out), None, needs))
+    tangents = [None if x is None else torch.ones_like(x) for x in detached[: len(FIELDS)]]
+    tangents[0] = None
+    tests = {"test_utils": ("test_schema", "test_faketensor")}
+    opcheck(torch.ops.tritonattn.tangent.default, (*detached, *results, *tangents), **tests)
+    given = *detached, *results, *tangents, torch.ones_like(out), None, [*needs, *(x is not None for x in tangents)]
+    opcheck(torch.ops.tritonattn.second.default, given, **tests)
 
 
 @torch.no_grad()
@@ -121,16 +130,6 @@ def test_the_graph_keeps_a_call_without_its_tensors():
     refuses("RuntimeError: ~ second time", torch.autograd.grad, out.sum(), leaves)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script")
-def test_forward_mode_is_refused():
-    call = example()
-    tangent = torch.ones_like(call.q)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda q: ops.attention(changed(call, q=q)).out, (call.q,), (tangent,))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        ops.attention(changed(call, q=forward_ad.make_dual(call.q.detach(), tangent)))
-
-
 # The pass over the keys, with torch instead of kernels.
 
 
@@ -169,3 +168,27 @@ def test_key_statistics_under_transforms_and_compilers():
     leaf = k[0].clone().requires_grad_()
     torch.compile(objective, fullgraph=True, backend="aot_eager")(leaf).backward()
     torch.testing.assert_close(leaf.grad, one_by_one[0])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.usefixtures("torch_kernels")
+def test_derivatives_of_key_statistics(form):
+    """Of norms whose keys have gradients of their own, in rows of key ranges, one of them of a hidden key of NaN."""
+    random = torch.Generator().manual_seed(0)
+    k, along = (torch.randn(1, 2, 7, 8, generator=random) for _ in range(2))
+    k[:, :, 3] = torch.nan
+    ranges = torch.tensor([[0, 3], [4, 7], [5, 5], [1, 2], [4, 6]]).expand(1, 5, 2)
+
+    def by(kind: type[Statistics], k: Tensor) -> Tensor:
+        statistics = kind(k, Visibility(1, 4, 2, 5, 7, k.device, key_ranges=ranges))
+        found = statistics.norm_sum.double() + statistics.norm_square_sum + statistics.norm_max.double()
+        wide = statistics.wide[0][1] if statistics.wide else k
+        return found.sum(1) + torch.where((statistics.norms > 0)[..., None], wide, 0).square().sum()
+
+    results = [
+        FORMS[form](partial(by, kind), (x,), (u,))
+        for kind, x, u in ((ops.KernelStatistics, k, along), (Statistics, k.double(), along.double()))
+    ]
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=1e-4, atol=1e-4, equal_nan=False)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.autograd import needs_graph
 from ..core.call import AttentionCall, ForwardResult, Request
 from ..core.terms import Gradients, Needs
+from .cpu import Sdpa
 from .protocol import Backend
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -86,6 +87,8 @@ class Kernels(Backend):
     ) -> Gradients:
         out, lse, rounding = saved
         return kernels().backward(call, out, lse, d_out, d_lse, needs, rounding)
+
+    tangent, second = Sdpa.tangent, Sdpa.second  # in plain torch on any device
 
 
 def kernels_take(x: Tensor) -> bool:

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..core.call import AttentionCall, ForwardResult, Request
 from ..core.terms import Gradients, Needs
 
+Attend = Callable[[AttentionCall], ForwardResult]
+
 
 class Backend:
     """A way to compute attention: a subclass in a folder, and a row of `BACKENDS`.
@@ -25,7 +27,8 @@ class Backend:
     reads_pages   `forward` takes keys in pages
     statistics    True: kernels compute the statistics of keys, and add gradients of q and k before they are rounded;
                   None: where they run; False: torch does
-    attention     the results of a call, with gradients, or None where it is for `forward` and `backward`
+    attention     the results of a call, with gradients, or None where it is for `forward` and `backward`; its other
+                  argument runs a call by these
     """
 
     name: ClassVar[str]
@@ -34,7 +37,7 @@ class Backend:
     is_traced: ClassVar[bool] = True
     reads_pages: ClassVar[bool] = False
     statistics: ClassVar[bool | None] = False
-    attention: ClassVar[Callable[[AttentionCall], ForwardResult | None]] | None = None
+    attention: ClassVar[Callable[[AttentionCall, Attend], ForwardResult | None]] | None = None
 
     def obstacle(self, request: Request) -> str | None:
         """Name what it cannot honour wherever it runs, or None."""

@@ -127,7 +127,8 @@ def attention(
 
     Returns:
         [B, Hq, Sq, Dv] in q's dtype. A row that attends to no key gives zeros and no gradient. Keys hidden from
-        every row of a batch entry never affect a result, even if they hold NaN or inf. Gradients are of first order.
+        every row of a batch entry never affect a result, even if they hold NaN or inf. Derivatives are those of
+        forward and reverse mode up to second order: jvp, its gradient, gradients of gradients, Hessians.
 
     Raises:
         TypeError: A type or dtype.

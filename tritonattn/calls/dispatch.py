@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import ops
 from ..backends import BACKENDS, choose, kernels_take
 from ..backends.protocol import Backend
-from ..core.autograd import autocast_is_on, is_transformed, needs_graph, refuse_tangents
+from ..core.autograd import autocast_is_on, in_forward_mode, is_transformed, needs_graph
 from ..core.cached_norms import StatisticsOfCache
 from ..core.call import AttentionCall, Request
 from ..core.dropout import Dropout
@@ -20,7 +19,7 @@ from ..core.pair_biases import sum_of_tables
 from ..core.row_terms import sinks_beside
 from ..core.sequences import PageTable
 from ..core.statistics import DoubleStatistics, Statistics
-from ..core.terms import ADDENDS, AXES, DEFAULTS, PAIRS, TENSORS, Gradients, Terms, per_group
+from ..core.terms import ADDENDS, AXES, DEFAULTS, PAIRS, TENSORS, Terms, per_group
 from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling
 from .checks import check_factor, check_key_bias, check_number, relative_bias_of, scale_dtype
@@ -38,10 +37,10 @@ def run(request: Request) -> Tensor | tuple[Tensor, AttentionAux]:
     if is_compiled and request.backend != "auto" and not BACKENDS[request.backend].is_traced:
         uncompiled: Any = torch._dynamo.disable(run)
         return uncompiled(request)
-    if is_compiled and has_transform:
-        # Dynamo's rules for autograd functions in torch.func.grad gave wrong gradients. Raising leaves the call
-        # uncompiled; fullgraph=True hands the error on.
-        raise RuntimeError("tritonattn: a torch.func transform of attention is not compiled")
+    if is_compiled and (has_transform or in_forward_mode()):
+        # Dynamo's rules for autograd functions in torch.func.grad gave wrong gradients, and it takes none with a jvp.
+        # Raising leaves the call uncompiled; fullgraph=True hands the error on.
+        raise RuntimeError("tritonattn: a torch.func transform or a tangent of attention is not compiled")
     backend = choose(request)
     dropout = Dropout.draw(request.dropout_p, q.device) if request.dropout_p > 0 else None
     given = request
@@ -52,13 +51,8 @@ def run(request: Request) -> Tensor | tuple[Tensor, AttentionAux]:
     if backend.by_formulas:
         result = by_formulas(request, dropout)
     else:
-        in_forward_mode = forward_ad._current_level >= 0
-        if in_forward_mode:
-            refuse_tangents(backend.name, Gradients._fields, request.tensors())
         call = resolve(request, backend, dropout)
-        if in_forward_mode:
-            refuse_tangents(backend.name, Gradients._fields, call.tensors())  # of the scaling
-        result = None if backend.attention is None else backend.attention(call)
+        result = None if backend.attention is None else backend.attention(call, ops.attention)
         result = ops.attention(call) if result is None else result
     # A compiler reads no state here.
     if not (is_compiled or has_transform or given.cached) and observers.get():

@@ -138,7 +138,8 @@ def attention_varlen(
 
     Returns:
         [T_q, Hq, Dv] in q's dtype. Rows after the last offset, and rows without keys, give zeros and no gradient.
-        Keys after the last offset reach no result, NaN and inf included. Gradients are of first order.
+        Keys after the last offset reach no result, NaN and inf included. Derivatives are those of
+        `attention`.
 
     Raises:
         TypeError: A type or dtype.

@@ -1,9 +1,9 @@
-"""Shared by the package's autograd functions: when to skip torch's dispatcher, autocast, first-order gradients."""
+"""Shared by the package's autograd functions: when to skip torch's dispatcher, autocast, derivatives of derivatives."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -47,7 +47,7 @@ def is_transformed() -> bool:
 
 
 def needs_graph(*tensors: Tensor | None) -> bool:
-    """True where a result of these must carry a derivative: backward, or forward mode, which is refused."""
+    """True where a result of these must carry a derivative: backward, or forward mode."""
     if forward_ad._current_level >= 0:
         return True
     if torch.is_grad_enabled():
@@ -57,17 +57,17 @@ def needs_graph(*tensors: Tensor | None) -> bool:
     return False
 
 
-def refuse_tangents(backend: str, names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
-    """Raise where a tensor carries a tangent of forward mode, which no autograd function of this package passes on.
+def in_forward_mode() -> bool:
+    """True inside of torch.func.jvp, or of a level of dual numbers."""
+    return forward_ad._current_level >= 0
 
-    They have no jvp that would say so, since torch.compile refuses functions with one.
-    """
-    for name, x in zip(names, tensors, strict=True):
-        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(
-                f"{name}: expected no tangent with backend {backend!r}, got one: forward-mode derivatives (jvp) are not"
-                ' supported; backend="reference" has them'
-            )
+
+def primal_of(x: Tensor | None) -> Tensor | None:
+    """x without its tangent, with its graph, in a jvp. Under torch.func, x has none there."""
+    if x is None or torch._C._are_functorch_transforms_active():
+        return x
+    with forward_ad._set_fwd_grad_enabled(True):  # torch switches it off for a jvp
+        return forward_ad.unpack_dual(x).primal
 
 
 def autocast_is_on(tensor: Tensor) -> bool:
@@ -83,13 +83,19 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
 
 
 def apply(function: type[Function], *arguments: Any) -> Any:
-    """function.apply(*arguments), by shorter ways for real tensors: without a graph only its forward runs."""
+    """function.apply(*arguments), by shorter ways for real tensors: without a graph only its forward runs.
+
+    A function's `tangent` is what torch calls its jvp. In a backward, `apply` of another function makes its gradients
+    differentiable again.
+    """
+    if torch.compiler.is_compiling():
+        return function.apply(*arguments)
     tensors = []
     for argument in arguments:  # no comprehension: each is one more call before Python 3.12
         if isinstance(argument, Tensor):
             tensors.append(argument)
     if not runs_eagerly(*tensors):
-        return function.apply(*arguments)
+        return (with_jvp(function) if in_forward_mode() else function).apply(*arguments)
     if not needs_graph(*tensors):
         return function.forward(*arguments)
     return apply_with_graph(function, *arguments)
@@ -100,48 +106,115 @@ def apply_with_graph(function: type[Function], *arguments: Any) -> Any:
 
     The Python part of Function.apply serves transforms; its inspect.signature takes longer than the rest of autograd.
     """
-    past_it: Any = super(Function, function)
+    past_it: Any = super(Function, with_jvp(function) if forward_ad._current_level >= 0 else function)
     return past_it.apply(*arguments)
 
 
-def first_order(backward: Callable) -> Callable:
-    """Decorator of backward(ctx, saved_tensors, *gradients): a gradient of its gradients raises RuntimeError.
+@functools.cache
+def with_jvp(function: type[Function]) -> Any:
+    """The function for forward mode: its `tangent` is torch's jvp, for which torch.compile refuses a function."""
+
+    def forward(*arguments: Any) -> Any:
+        results = function.forward(*arguments)
+        return tuple(map(_owned, results)) if isinstance(results, tuple) else _owned(results)
+
+    methods = {"forward": forward, "jvp": getattr(function, "tangent", _no_tangent)}
+    return type(function.__name__, (function,), {name: staticmethod(method) for name, method in methods.items()})
+
+
+def _owned(x: Any) -> Any:
+    """x with memory of its own: torch refuses a tangent of a view that is laid out otherwise."""
+    return x.clone() if isinstance(x, Tensor) and x._is_view() else x
+
+
+def _no_tangent(ctx: Any, *tangents: Tensor | None) -> Any:
+    raise NotImplementedError('tritonattn: no forward-mode derivatives (jvp) here; backend="reference" has them')
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save tensors for the backward of a function and, where it may be called, for its `tangent`."""
+    ctx.save_for_backward(*tensors)
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        ctx.save_for_forward(*tensors)
+
+
+def apply_in_backward(function: type[Function], *arguments: Any) -> Any:
+    """`apply` of a function by which a backward, or a tangent, is differentiable again where that may be asked for."""
+    return apply(function, *arguments) if differentiates_again() else function.forward(*arguments)
+
+
+def differentiates_again() -> bool:
+    """True where the result of a backward may be differentiated."""
+    return (torch.is_grad_enabled() or forward_ad._current_level >= 0) and not torch.compiler.is_compiling()
+
+
+class Linear:
+    """A map of a tensor x, linear in x, and its transpose; others are tensors without derivatives, or None."""
+
+    def there(self, x: Tensor, *others: Any) -> Tensor:
+        raise NotImplementedError
+
+    def back(self, x: Tensor, *others: Any) -> Tensor:
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor, *others: Tensor | None) -> Tensor:
+        """The image of x, with derivatives of every order."""
+        return apply(_Linear, x, self, True, *others)
+
+
+class _Linear(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, linear, is_there, *others) -> Tensor:
+        return linear.there(x, *others) if is_there else linear.back(x, *others)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, ctx.linear, ctx.is_there, *others = inputs
+        save(ctx, *others)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        others = ctx.saved_tensors
+        return apply_in_backward(_Linear, g, ctx.linear, not ctx.is_there, *others), None, None, *[None] * len(others)
+
+    @staticmethod
+    def tangent(ctx, x: Tensor, *none):
+        return apply_in_backward(_Linear, x, ctx.linear, ctx.is_there, *ctx.saved_tensors)
+
+
+def first_order(what: str) -> Callable[[Callable], Callable]:
+    """Decorator of backward(ctx, saved_tensors, *gradients) of `what`: a gradient of its gradients raises.
 
     torch's once_differentiable silently returns zeros under torch.func.grad(torch.func.grad(f)). The saved tensors
     are an argument because checkpointing allows one access.
     """
 
-    @functools.wraps(backward)
-    def refusing(ctx, *gradients):
-        saved = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return backward(ctx, saved, *gradients)
-        with torch.no_grad():
-            result = backward(ctx, saved, *gradients)
-        if torch.compiler.is_compiling():
-            return result
-        return _refused(result if isinstance(result, tuple) else (result,), (*saved, *gradients))
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def refusing(ctx, *gradients):
+            saved = ctx.saved_tensors
+            if not torch.is_grad_enabled():
+                return backward(ctx, saved, *gradients)
+            with torch.no_grad():
+                result = backward(ctx, saved, *gradients)
+            if torch.compiler.is_compiling():
+                return result
+            return refused(what, result if isinstance(result, tuple) else (result,), (*saved, *gradients))
 
-    return refusing
+        return refusing
 
-
-def refuse_second_order(x: Tensor) -> None:
-    """Let a gradient of the gradients of a result of one of torch's operators raise the error of `first_order`.
-
-    Only for real tensors: compilers and transforms meet the operators of this package, whose backward refuses.
-    """
-    if runs_eagerly(x) and (node := x.grad_fn) is not None:
-        node.register_hook(_refuse_where_recorded)
+    return decorate
 
 
-def _refuse_where_recorded(results: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]) -> Any:
-    return _refused(results, gradients) if torch.is_grad_enabled() else None
-
-
-def _refused(results: tuple[Tensor | None, ...], others: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def refused(
+    what: str, results: tuple[Tensor | None, ...], others: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `what`, computed from others, so that a gradient of them raises."""
     given = tuple(x for x in results if x is not None)
-    refused = iter(_Refuse.apply(len(given), *given, *others))
-    return tuple(None if x is None else next(refused) for x in results)
+    marked = iter(_Refuse.apply(what, len(given), *given, *others))
+    return tuple(None if x is None else next(marked) for x in results)
 
 
 class _Refuse(Function):
@@ -150,13 +223,15 @@ class _Refuse(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(count: int, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(what: str, count: int, *tensors: Any) -> tuple[Tensor, ...]:
         return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        pass
+        ctx.what, *_ = inputs
 
     @staticmethod
     def backward(ctx, *gradients):
-        raise RuntimeError('tritonattn: gradients of gradients are not supported; backend="reference" has them')
+        raise NotImplementedError(
+            f"tritonattn: {ctx.what} has no gradients of gradients; backends 'triton', 'sdpa' and 'reference' have them"
+        )

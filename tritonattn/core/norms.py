@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import apply, runs_eagerly
+from .autograd import apply, runs_eagerly, save
 from .invariance import halving_sum
 
 
@@ -36,14 +36,30 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(inputs[0], output)
+        save(ctx, inputs[0], output)
 
     @staticmethod
     def backward(ctx, g: Tensor):
         k, norms = ctx.saved_tensors
-        counted = norms > 0
-        direction = k / torch.where(counted, norms, 1)[..., None]
-        return (direction * g[..., None]).masked_fill_(~counted[..., None], 0).to(k.dtype), None, None
+        return gradient_of_norms(k, norms, g).to(k.dtype), None, None
+
+    @staticmethod
+    def tangent(ctx, of_k: Tensor, *none):
+        k, norms = ctx.saved_tensors
+        return tangent_of_norms(k, norms, of_k)
+
+
+def gradient_of_norms(x: Tensor, norms: Tensor, g: Tensor) -> Tensor:
+    """g x / ||x|| for g and norms [...] of x [..., D], differentiable; 0 where a norm is, whatever x and g hold."""
+    counted = norms > 0
+    direction = torch.where(counted[..., None], x, 0) / torch.where(counted, norms, 1)[..., None]
+    return direction * torch.where(counted, g, 0)[..., None]
+
+
+def tangent_of_norms(x: Tensor, norms: Tensor, of_x: Tensor) -> Tensor:
+    """The tangent of norms [...] along of_x, likewise."""
+    of_x = torch.where((norms > 0)[..., None], of_x, 0)
+    return (gradient_of_norms(x, norms, torch.ones_like(norms)) * of_x).sum(-1)
 
 
 # Keys that are widened at a time: a widened copy of all of k would be the peak of a call's memory.

@@ -7,13 +7,14 @@ there is one, is read a block of rows at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autograd import apply, first_order, runs_eagerly
+from .autograd import Linear, runs_eagerly
 
 # Entries that a pass over a dense mask holds at a time, or those of a row: 32 MiB in fp64, on a GPU, whose every block
 # is several launches, 256. Code that is traced holds none of them, and would unroll as many blocks: its rows are fixed.
@@ -115,30 +116,22 @@ def rolled(x: Tensor, first: Tensor, axis: int) -> Tensor:
 
     first int64 [B], 0 <= first <= Sk; Sk - first rolls back.
     """
-    return apply(_Rolled, x, first, axis)
+    return _Roll(axis)(x, first)
 
 
-class _Rolled(torch.autograd.Function):
-    generate_vmap_rule = True
+@dataclass(eq=False)
+class _Roll(Linear):
+    axis: int
 
-    @staticmethod
-    def forward(x, first, axis) -> Tensor:
-        count = x.shape[axis]
+    def there(self, x: Tensor, first: Tensor) -> Tensor:
+        axis, count = self.axis, x.shape[self.axis]
         key = torch.arange(count, device=x.device) + first[:, None]  # [B, Sk]
         key = torch.where(key < count, key, key - count)
         shape = [count if at == axis else 1 for at in range(1, x.dim())]
         return x.gather(axis, key.view(key.shape[0], *shape).expand(x.shape))
 
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, first, ctx.axis = inputs
-        ctx.save_for_backward(x.shape[ctx.axis] - first)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, saved, g: Tensor):
-        (back,) = saved
-        return rolled(g, back, ctx.axis), None, None
+    def back(self, x: Tensor, first: Tensor) -> Tensor:
+        return self.there(x, x.shape[self.axis] - first)
 
 
 def rows_begun(bound: Tensor, k_len: int) -> Tensor:
@@ -207,30 +200,23 @@ def pick(x: Tensor, key: Tensor, seen: Tensor | None, order: Order, scan: Scan) 
 
     seen None says that all are; order of key, and scan as in `sum_of_rows`.
     """
-    return apply(_Pick, x, key, seen, order, scan)
+    return _Pick(x.shape[-1], x.dtype, order, scan)(x, key, seen)
 
 
-class _Pick(torch.autograd.Function):
-    generate_vmap_rule = True
+@dataclass(eq=False)
+class _Pick(Linear):
+    k_len: int
+    dtype: torch.dtype
+    order: Order
+    scan: Scan
 
-    @staticmethod
-    def forward(x, key, seen, order, scan) -> Tensor:
+    def there(self, x: Tensor, key: Tensor, seen: Tensor | None) -> Tensor:
         if x.shape[-1] == 0:
             return x.new_zeros(key.shape)
         return _where(seen, gather(x, key))
 
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, key, seen, ctx.order, ctx.scan = inputs
-        ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
-        ctx.save_for_backward(key, seen)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, saved, g: Tensor):
-        key, seen = saved
-        d_x = sum_of_rows(_where(seen, g), key, key + 1, ctx.k_len, ctx.order, ctx.scan)
-        return d_x.to(ctx.dtype), None, None, None, None
+    def back(self, x: Tensor, key: Tensor, seen: Tensor | None) -> Tensor:
+        return sum_of_rows(_where(seen, x), key, key + 1, self.k_len, self.order, self.scan).to(self.dtype)
 
 
 def _where(seen: Tensor | None, x: Tensor) -> Tensor:
@@ -239,32 +225,24 @@ def _where(seen: Tensor | None, x: Tensor) -> Tensor:
 
 def sum_over_mask(x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> Tensor:
     """Sum of x [B, H, Sk] over the pairs inside range and mask: fp64 [B, H, Sq]."""
-    return apply(_MaskSum, x, lo, hi, mask)
+    return _MaskSum(x.shape[-1], x.dtype)(x, lo, hi, mask)
 
 
-class _MaskSum(torch.autograd.Function):
-    generate_vmap_rule = True
+@dataclass(eq=False)
+class _MaskSum(Linear):
+    k_len: int
+    dtype: torch.dtype
 
-    @staticmethod
-    def forward(x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> Tensor:
+    def there(self, x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> Tensor:
         wide = x.double()
-        tiles = row_tiles(lo, hi, mask, x.shape[-1], x.shape[0] * x.shape[1])
+        tiles = row_tiles(lo, hi, mask, self.k_len, x.shape[0] * x.shape[1])
         return torch.cat([_sum_of_pairs(wide, tile) for _, tile in tiles], dim=-1)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, lo, hi, mask = inputs
-        ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
-        ctx.save_for_backward(lo, hi, mask)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, saved, g: Tensor):
-        dx = g.new_zeros((*g.shape[:2], ctx.k_len))
-        lo, hi, mask = saved
-        for rows, tile in row_tiles(lo, hi, mask, ctx.k_len, g.shape[0] * g.shape[1]):
-            dx = dx + _sum_of_pairs(g[:, :, rows], tile.mT)
-        return dx.to(ctx.dtype), None, None, None
+    def back(self, x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> Tensor:
+        total = x.new_zeros((*x.shape[:2], self.k_len))
+        for rows, tile in row_tiles(lo, hi, mask, self.k_len, x.shape[0] * x.shape[1]):
+            total = total + _sum_of_pairs(x[:, :, rows], tile.mT)
+        return total.to(self.dtype)
 
 
 def _sum_of_pairs(x: Tensor, visible: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import apply
+from .autograd import Linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,14 +95,11 @@ class PackedAxis:
 
     def unpacked(self, x: Tensor) -> Tensor:
         """The sequences of x [1, H, total] as [N, H, longest], 0 behind each sequence."""
-        return apply(_Moved, x, self, False)
+        return _Unpack(self)(x)
 
     def packed(self, x: Tensor) -> Tensor:
         """The sequences of x [N, H, longest] as [1, H, total], 0 for entries of no sequence."""
-        return apply(_Moved, x, self, True)
-
-    def _moved(self, x: Tensor, packs: bool) -> Tensor:
-        return self._pack(x) if packs else self._unpack(x)
+        return _Pack(self)(x)
 
     def _unpack(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
@@ -120,22 +117,19 @@ class PackedAxis:
         return torch.where(sequence < x.shape[0], found.mT, 0)[None]
 
 
-class _Moved(torch.autograd.Function):
-    """`packed` or `unpacked`: each is the transpose of the other."""
+@dataclass(eq=False)
+class _Pack(Linear):
+    axis: PackedAxis
 
-    generate_vmap_rule = True
+    def there(self, x: Tensor) -> Tensor:
+        return self.axis._pack(x)
 
-    @staticmethod
-    def forward(x, axis, packs):
-        return axis._moved(x, packs)
+    def back(self, x: Tensor) -> Tensor:
+        return self.axis._unpack(x)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _, ctx.axis, ctx.packs = inputs
 
-    @staticmethod
-    def backward(ctx, g):
-        return ctx.axis._moved(g, not ctx.packs), None, None
+class _Unpack(_Pack):
+    there, back = _Pack.back, _Pack.there
 
 
 class Slots(NamedTuple):

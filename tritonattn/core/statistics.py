@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from . import ranges
-from .autograd import apply, first_order, runs_eagerly
+from .autograd import Linear, apply, runs_eagerly, save
 from .call import AttentionCall
 from .norms import key_norms_of
 from .ranges import Scan, argmax_over_ranges, prefix_sum
@@ -173,41 +173,35 @@ def sum_over_keys(
     else:  # a difference of two
         lo, hi = (bound[:, None] for bound in visible.ranges())
         order = visible.order
-    return apply(_Sums, x, lo, hi, visible.q_len, order, scan, dtype)
+    return _Sums(visible.q_len, x.shape[-1], order, scan, dtype, x.dtype)(x, lo, hi)
 
 
-class _Sums(Function):
-    """Sums of x [B, H, Sk] over the ranges [lo, hi) of Sq rows, in fp64, rounded to a dtype: [B, H, Sq].
+@dataclass(eq=False)
+class _Sums(Linear):
+    """Sums of x [B, H, Sk] over the ranges [lo, hi) of Sq rows, in fp64, rounded to `dtype`: [B, H, Sq].
 
     lo None is 0; hi None, with lo None, is hi[i] = i + 1 + Sk - Sq.
     """
 
-    generate_vmap_rule = True
+    q_len: int
+    k_len: int
+    order: ranges.Order
+    scan: Scan
+    dtype: torch.dtype
+    dtype_of_x: torch.dtype
 
-    @staticmethod
-    def forward(x, lo, hi, q_len, order, scan, dtype) -> Tensor:
+    def there(self, x: Tensor, lo: Tensor | None, hi: Tensor | None) -> Tensor:
         if hi is None:
-            return scan(x, None)[..., x.shape[-1] - q_len + 1 :].to(dtype)
-        return ranges.sum_of_keys(x, lo, hi, order, scan).to(dtype)
+            return self.scan(x, None)[..., self.k_len - self.q_len + 1 :].to(self.dtype)
+        return ranges.sum_of_keys(x, lo, hi, self.order, self.scan).to(self.dtype)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, lo, hi, _, ctx.order, ctx.scan, _ = inputs
-        ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
-        ctx.save_for_backward(lo, hi)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, saved, g: Tensor):
-        lo, hi = saved
+    def back(self, x: Tensor, lo: Tensor | None, hi: Tensor | None) -> Tensor:
         if hi is None:
-            sums, earlier_keys = ctx.scan(g, None), ctx.k_len - g.shape[-1]
+            sums, earlier_keys = self.scan(x, None), self.k_len - self.q_len
             ended = F.pad(sums[..., :-1], (earlier_keys, 0)) if earlier_keys else sums[..., :-1]
-            d_x = sums[..., -1:] - ended
-        else:  # the factor of a row without keys may have an infinite slope
-            g = torch.where(hi > (0 if lo is None else lo), g, 0)
-            d_x = ranges.sum_of_rows(g, lo, hi, ctx.k_len, ctx.order, ctx.scan)
-        return d_x.to(ctx.dtype), *[None] * 6
+            return (sums[..., -1:] - ended).to(self.dtype_of_x)
+        x = torch.where(hi > (0 if lo is None else lo), x, 0)  # a factor without keys may have an infinite slope
+        return ranges.sum_of_rows(x, lo, hi, self.k_len, self.order, self.scan).to(self.dtype_of_x)
 
 
 def max_over_keys(
@@ -298,12 +292,14 @@ class _Reciprocal(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(output)
+        save(ctx, output)
 
     @staticmethod
     def backward(ctx, g: Tensor):
         (factor,) = ctx.saved_tensors
         return (g * factor) * -factor
+
+    tangent = backward
 
 
 def reciprocal_root(square: Tensor) -> Tensor:

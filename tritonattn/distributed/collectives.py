@@ -118,7 +118,7 @@ class _Swap(Function):
         return _swapped(x.to(wire.forward), split, to_tokens).to(x.dtype)
 
     @staticmethod
-    @first_order
+    @first_order("attention over several ranks")
     def backward(ctx, saved, g: Tensor):
         split, to_tokens, wire, dtype = ctx.settings
         return _swapped(g.to(wire.backward), split, not to_tokens).to(dtype), None, None, None

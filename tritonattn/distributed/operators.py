@@ -27,6 +27,7 @@ _AXES = {
     **dict.fromkeys(("q_starts", "k_starts", "dropout_state"), NOWHERE),
     **dict.fromkeys(("row_counts", "block_table"), Axes(0, None)),
 }  # and OPERAND
+_AXES |= {f"tangent_{name}": _AXES[name] for name in PAIRS}
 
 
 def register() -> None:

@@ -14,7 +14,7 @@ from ..core.autograd import first_order
 from ..core.call import AttentionCall, ForwardResult
 from ..core.terms import AXES, SINKS, Gradients, Needs
 from ..core.visibility import Visibility
-from ..ops.attend import backward_pass, forward_pass
+from ..ops.passes import backward_pass, forward_pass
 from .sequence import SharedCall
 
 ALL = slice(None)
@@ -131,7 +131,7 @@ class _Attend(Function):
         return out, lse, max_logit, entropy
 
     @staticmethod
-    @first_order
+    @first_order("attention over several ranks")
     def backward(ctx, saved, d_out, d_lse, *none):
         *tensors, ranges, out, lse, rounding = saved
         schedule: Schedule = ctx.schedule

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from ..backends import choose
 from ..calls.checks import check
 from ..calls.dispatch import logits
+from ..core.autograd import in_forward_mode
 from ..core.call import Request
 from ..core.norms import key_norms_of
 from ..core.ranges import argmax_of_prefixes, prefix_sum
@@ -126,6 +127,8 @@ def check_over_ranks(request: Request, rows: str = "[B, Hq, Sq]") -> Request:
 
     Raises NotImplementedError for what ranks with rows from anywhere lack.
     """
+    if in_forward_mode():
+        raise NotImplementedError("forward mode (jvp): not supported over ranks; `attention` has it on one")
     request = check(request, rows)
     if has_relative_bias(request.scaling, request.q):
         name = type(request.scaling).__name__

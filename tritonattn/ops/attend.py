@@ -1,38 +1,44 @@
-"""An attention call and the statistics of its keys, with gradients, as autograd functions and operators."""
+"""An attention call with derivatives of first and second order, as autograd functions.
+
+With H = <d_out, J u> + <d_lse, J_lse u>, where J is the derivative of out towards the tensors x of a call and u their
+tangent, each pass of a backend is a derivative of H, and so is the derivative of each:
+
+    backward = dH / du,  tangent = dH / d(d_out, d_lse),  second = dH / dx and dH / du
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from ..backends import BACKENDS
 from ..core.autograd import (
+    apply_in_backward,
     apply_with_graph,
-    first_order,
+    differentiates_again,
+    in_forward_mode,
     is_transformed,
     needs_graph,
+    primal_of,
     runs_eagerly,
-    without_autocast,
+    save,
+    with_jvp,
 )
 from ..core.call import AttentionCall, ForwardResult
 from ..core.terms import Gradients, Needs
 from ..core.visibility import Visibility
-from .operators import (
-    ARGUMENTS,
-    GRADIENTS,
-    SCHEMA,
-    TENSORS,
-    call_of,
-    flat,
-    operator,
-    vmap_of_call,
-    without_repeats,
+from .operators import ARGUMENTS, GRADIENTS, TENSORS, call_of, flat, without_repeats
+from .passes import (
+    Saved,
+    backward_pass,
+    forward,
+    forward_kept,
+    forward_operator,
+    second_pass,
+    tangent_pass,
 )
 
 
@@ -44,11 +50,11 @@ def attention(call: AttentionCall) -> ForwardResult:
     given = call.tensors()
     has_graph, is_eager = needs_graph(*given), runs_eagerly(*given, call.visibility.key_lengths)
     if is_eager and not has_graph:
-        return _forward(call, has_graph=False)
+        return forward(call, has_graph=False)
     keep_rounding = call.v.dtype.itemsize == 2 and (has_graph or is_transformed())
     values = flat(call if is_eager else without_repeats(call))
-    if not (is_eager or is_transformed()):
-        results = _forward_operator(*values, keep_rounding)
+    if not (is_eager or is_transformed() or in_forward_mode()):
+        results = forward_operator(*values, keep_rounding)
     else:
         slots = [slot for slot, x in enumerate(values[:TENSORS]) if x is not None]
         tensors = [values[slot] for slot in slots]
@@ -57,125 +63,8 @@ def attention(call: AttentionCall) -> ForwardResult:
         if is_eager:
             results = apply_with_graph(_Attention, *tensors, rest, call)
         else:
-            results = _Attention.apply(*tensors, rest, None)
+            results = (with_jvp(_Attention) if in_forward_mode() else _Attention).apply(*tensors, rest, None)
     return ForwardResult(*results[: 4 if call.aux else 2])
-
-
-def forward_pass(call: AttentionCall, keep_rounding: bool) -> tuple[Tensor, ...]:
-    """out, lse, max_logit, entropy and rounding, without a graph: tensors of size 0 for those not asked for."""
-    if runs_eagerly(*call.tensors()):
-        return _filled(_forward_kept(call, keep_rounding))
-    return _forward_operator(*flat(call), keep_rounding)
-
-
-def backward_pass(
-    call: AttentionCall,
-    results: tuple[Tensor, Tensor, Tensor | None],
-    d_out: Tensor | None,
-    d_lse: Tensor | None,
-    needs: Needs,
-) -> Gradients:
-    """Gradients of a call whose `forward_pass` returned `results`: out, lse, and rounding where it was kept."""
-    if runs_eagerly(call.q, call.k, call.v, d_out, d_lse):
-        return _backward(call, results, d_out, d_lse, needs)
-    filled = _backward_operator(*flat(call), *results, d_out, d_lse, list(needs))
-    return Gradients(*(gradient if need else None for gradient, need in zip(filled, needs, strict=True)))
-
-
-def _forward(call: AttentionCall, rounding: Tensor | None = None, *, has_graph: bool) -> ForwardResult:
-    """Run a call on its backend. With a graph, forward and backward must multiply in the same tiles."""
-    visible, backend = call.visibility, BACKENDS[call.backend]
-    is_cache = call.cached and visible.sequences is None
-    if call.block_table is not None and not (backend.reads_pages and (is_cache or call.k.shape[0] > 0)):
-        call = call.gathered()
-    if is_cache:
-        if visible.invariant:
-            call = call.by_ranges()
-    elif call.q.numel() == 0 or call.k.numel() == 0:
-        out, lse, max_logit, entropy, _ = _allocate_forward(call, keep_rounding=False)
-        rows = (out.zero_(), lse.fill_(-torch.inf), max_logit.fill_(-torch.inf), entropy.zero_())
-        return ForwardResult(*rows[: 4 if call.aux else 2])
-    elif visible.invariant and (first := visible.first_keys()) is not None:
-        call = call.from_keys(first)
-    return backend.forward(call, rounding, has_graph)
-
-
-def _forward_kept(call: AttentionCall, keep_rounding: bool) -> tuple[Tensor | None, ...]:
-    """The results of `_forward`, and rounding: None for those not asked for."""
-    q, v = call.q, call.v
-    rounding = v.new_empty((*q.shape[:3], v.shape[3]), dtype=torch.int8) if keep_rounding else None
-    has_graph = keep_rounding or v.dtype.itemsize > 2  # nothing here tells which wider ones have one
-    return (*_forward(call, rounding, has_graph=has_graph), rounding)
-
-
-def _backward(
-    call: AttentionCall,
-    results: tuple[Tensor, Tensor, Tensor | None],
-    d_out: Tensor | None,
-    d_lse: Tensor | None,
-    needs: Needs,
-) -> Gradients:
-    out, lse, rounding = results
-    if call.q.numel() == 0 or call.k.numel() == 0:
-        pairs: Any = zip(call.tensors(), needs, strict=True)
-        return Gradients(*(x.new_zeros(x.shape) if need else None for x, need in pairs))
-    d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype).resolve_neg()  # a compiler may widen it
-    d_lse = None if d_lse is None else d_lse.resolve_neg()
-    first = call.visibility.first_keys() if call.visibility.invariant else None
-    if first is not None:
-        call = call.from_keys(first)
-    found = BACKENDS[call.backend].backward(call, (out, lse, rounding), d_out, d_lse, needs)
-    return found if first is None else found.rolled(call.visibility.k_len - first)
-
-
-def _allocate_forward(call: AttentionCall, keep_rounding: bool) -> tuple[Tensor, ...]:
-    rows, out_shape = call.q.shape[:3], (*call.q.shape[:3], call.v.shape[3])
-    lse = call.q.new_empty(rows, dtype=torch.promote_types(call.q.dtype, torch.float32))
-    max_logit, entropy = (lse.new_empty(rows if call.aux else (0,)) for _ in range(2))
-    rounding = call.v.new_empty(out_shape, dtype=torch.int8) if keep_rounding else lse.new_empty(0)
-    return call.v.new_empty(out_shape), lse, max_logit, entropy, rounding
-
-
-def _filled(results: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """Replace None by a tensor of size 0: an operator returns tensors, laid out as its fake says."""
-    _, lse, *_ = results
-    assert lse is not None
-    return tuple(lse.new_empty(0) if result is None else result.contiguous() for result in results)
-
-
-@operator(
-    "forward",
-    f"{SCHEMA}, bool keep_rounding",
-    "(Tensor out, Tensor lse, Tensor max_logit, Tensor entropy, Tensor rounding)",
-)
-def _forward_operator(*arguments):
-    *arguments, keep_rounding = arguments
-    with without_autocast(arguments[0]):
-        return _filled(_forward_kept(call_of(arguments), keep_rounding))
-
-
-@_forward_operator.register_fake
-def _(*arguments):
-    *arguments, keep_rounding = arguments
-    return _allocate_forward(call_of(arguments), keep_rounding)
-
-
-@operator(
-    "backward",
-    f"{SCHEMA}, Tensor out, Tensor lse, Tensor? rounding, Tensor? d_out, Tensor? d_lse, bool[] needs",
-    f"({', '.join(f'Tensor d_{name}' for name in Gradients._fields)})",
-)
-def _backward_operator(*arguments):
-    *arguments, out, lse, rounding, d_out, d_lse, needs = arguments
-    call = call_of(arguments)
-    found = _backward(call, (out, lse, rounding), d_out, d_lse, Needs(*needs))
-    return tuple(call.q.new_empty(0) if x is None else x.contiguous() for x in found)
-
-
-@_backward_operator.register_fake
-def _(*arguments):
-    pairs = zip(arguments[:GRADIENTS], arguments[-1], strict=True)
-    return tuple(x.new_empty(x.shape) if need else arguments[0].new_empty(0) for x, need in pairs)
 
 
 @dataclass(eq=False, slots=True)  # not a tuple, which torch.func would take apart
@@ -199,9 +88,45 @@ class _Rest:
             values[slot] = x
         return values
 
+    def call(self, tensors: Iterable[Tensor | None]) -> AttentionCall:
+        return call_of(self.whole(tensors), self.visible)
+
+    def fields(self, by_slot: Sequence[Any], default: Any) -> list[Any]:
+        """The entries, of one for each of the tensors, that belong to the fields of `Gradients`."""
+        found = [default] * GRADIENTS
+        for slot, x in zip(self.slots, by_slot, strict=False):
+            if slot < GRADIENTS:
+                found[slot] = x
+        return found
+
+    def by_slot(self, fields: Sequence[Any]) -> list[Any]:
+        """The inverse of `fields`: None for a tensor that has no gradient."""
+        return [fields[slot] if slot < GRADIENTS else None for slot in self.slots]
+
+    def primals(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The tensors without their tangents."""
+        return [primal_of(x) if slot < GRADIENTS else x for slot, x in zip(self.slots, tensors, strict=True)]
+
+    def halves(self, given: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], Gradients]:
+        """The tensors, and the tangents that come behind them."""
+        count = len(self.slots)
+        return given[:count], Gradients(*self.fields(given[count:], None))
+
+    def needs_of_halves(self, needs: Sequence[bool]) -> tuple[Needs, Needs]:
+        return Needs(*self.fields(needs, False)), Needs(*self.fields(needs[len(self.slots) :], False))
+
+
+@dataclass(eq=False, slots=True)
+class _Asked:
+    """The gradients of a call that are asked for: `of_tensors` and, of its tangent, `of_tangents`."""
+
+    rest: _Rest
+    of_tensors: Needs
+    of_tangents: Needs | None = None
+
 
 class _Attention(Function):
-    """The one derivative of a call, whose inputs are its tensors, the `_Rest`, and where it runs eagerly the call."""
+    """The derivative of a call, whose inputs are its tensors, the `_Rest`, and where it runs eagerly the call."""
 
     generate_vmap_rule = True
 
@@ -209,8 +134,8 @@ class _Attention(Function):
     def forward(*inputs):
         *tensors, rest, call = inputs
         if call is None:
-            return _forward_operator(*rest.whole(tensors), rest.keep_rounding)
-        return _forward_kept(call, rest.keep_rounding)
+            return forward_operator(*rest.whole(tensors), rest.keep_rounding)
+        return forward_kept(call, rest.keep_rounding)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -218,20 +143,170 @@ class _Attention(Function):
         out, lse, *others = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*[x for x in others if x is not None])
-        ctx.save_for_backward(out, lse, others[-1], *tensors)
+        save(ctx, out, lse, others[-1], *tensors)
 
     @staticmethod
-    @first_order
-    def backward(ctx, saved, d_out, d_lse, *none):
-        (out, lse, rounding, *tensors), rest = saved, ctx.rest
-        needs, slots = [False] * GRADIENTS, rest.slots
-        for slot, need in zip(slots, ctx.needs_input_grad, strict=False):
-            if need:
-                needs[slot] = True
+    def backward(ctx, d_out, d_lse, *none):
+        (out, lse, rounding, *tensors), rest = ctx.saved_tensors, ctx.rest
         results = out, lse, rounding if rest.keep_rounding else None
-        call = call_of(rest.whole(tensors), rest.visible)
-        found = backward_pass(call, results, d_out, d_lse, Needs(*needs))
-        return *[found[slot] if slot < GRADIENTS else None for slot in slots], None, None
+        needs = Needs(*rest.fields(ctx.needs_input_grad, False))
+        if differentiates_again():
+            found = _gradients(rest, tensors, results, d_out, d_lse, needs)
+        else:
+            found = backward_pass(rest.call(tensors), results, d_out, d_lse, needs)
+        return *rest.by_slot(found), None, None
+
+    @staticmethod
+    def tangent(ctx, *tangents):
+        (out, lse, rounding, *tensors), rest = ctx.saved_tensors, ctx.rest
+        results = out.detach(), lse.detach(), rounding if rest.keep_rounding else None  # they get tangents after this
+        along = Gradients(*rest.fields(tangents, None))
+        return *_tangents(rest, rest.primals(tensors), results, along), None, None, None
+
+
+def _gradients(
+    rest: _Rest,
+    tensors: Sequence[Tensor | None],
+    results: Saved,
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+    needs: Needs,
+) -> Gradients:
+    """`backward_pass`, with derivatives of its own."""
+    found = iter(apply_in_backward(_Backward, *tensors, *results, d_out, d_lse, _Asked(rest, needs)))
+    return Gradients(*[next(found) if need else None for need in needs])
+
+
+def _tangents(
+    rest: _Rest, tensors: Sequence[Tensor | None], results: Saved, tangents: Gradients
+) -> tuple[Tensor, Tensor]:
+    """`tangent_pass`, likewise."""
+    return apply_in_backward(_Tangent, *tensors, *rest.by_slot(tangents), *results, rest)
+
+
+def _second(
+    rest: _Rest,
+    tensors: Sequence[Tensor | None],
+    results: Saved,
+    tangents: Gradients,
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+    needs: tuple[Needs, Needs],
+) -> tuple[Gradients, Gradients]:
+    """`second_pass`, whose derivatives raise."""
+    inputs = *tensors, *rest.by_slot(tangents), *results, d_out, d_lse, _Asked(rest, *needs)
+    found = iter(apply_in_backward(_Second, *inputs))
+    of_tensors, of_tangents = ([next(found) if need else None for need in some] for some in needs)
+    return Gradients(*of_tensors), Gradients(*of_tangents)
+
+
+class _Backward(Function):
+    """The gradients that `needs` asks for, from a call's tensors, its results, and the gradients of these.
+
+    Results are functions of the tensors: the derivatives towards the tensors are whole without others towards results.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        *tensors, out, lse, rounding, d_out, d_lse, asked = inputs
+        found = backward_pass(asked.rest.call(tensors), (out, lse, rounding), d_out, d_lse, asked.of_tensors)
+        return tuple([x for x in found if x is not None])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *tensors, ctx.asked = inputs
+        ctx.set_materialize_grads(False)
+        save(ctx, *tensors)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        *tensors, out, lse, rounding, d_out, d_lse = ctx.saved_tensors
+        rest, given, results = ctx.asked.rest, iter(cotangents), (out, lse, rounding)
+        tangents = Gradients(*[next(given) if need else None for need in ctx.asked.of_tensors])
+        needs = Needs(*rest.fields(ctx.needs_input_grad, False))
+        d_tensors, d_d_out, d_d_lse = Gradients(), None, None
+        if any(needs):
+            d_tensors, _ = _second(rest, tensors, results, tangents, d_out, d_lse, (needs, Needs()))
+        if any(ctx.needs_input_grad[len(tensors) :]):
+            d_d_out, d_d_lse = _tangents(rest, tensors, results, tangents)
+        d_d_lse = None if d_lse is None else d_d_lse
+        return *rest.by_slot(d_tensors), None, None, None, None if d_out is None else d_d_out, d_d_lse, None
+
+    @staticmethod
+    def tangent(ctx, *tangents):
+        *tensors, out, lse, rounding, d_out, d_lse = ctx.saved_tensors
+        rest, needs, results = ctx.asked.rest, ctx.asked.of_tensors, (out, lse, rounding)
+        tensors, d_out, d_lse = rest.primals(tensors), primal_of(d_out), primal_of(d_lse)
+        along, of_d_out, of_d_lse = Gradients(*rest.fields(tangents, None)), *tangents[len(tensors) + 3 : -1]
+        found = []
+        if any(x is not None for x in along):  # by symmetry: the second derivatives times a vector
+            found.append(_second(rest, tensors, results, along, d_out, d_lse, (needs, Needs()))[0])
+        if not (of_d_out is None and of_d_lse is None):
+            found.append(_gradients(rest, tensors, results, of_d_out, of_d_lse, needs))
+        by_field = zip(needs, *found, strict=True)
+        return tuple([sum(some[1:], start=some[0]) if found else None for need, *some in by_field if need])
+
+
+class _Tangent(Function):
+    """The tangents of out and lse, from a call's tensors, their tangents, and its results."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        *given, out, lse, rounding, rest = inputs
+        tensors, tangents = rest.halves(given)
+        return tangent_pass(rest.call(tensors), (out, lse, rounding), tangents)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *tensors, ctx.rest = inputs
+        ctx.set_materialize_grads(False)
+        save(ctx, *tensors)
+
+    @staticmethod
+    def backward(ctx, d_out, d_lse):
+        *given, out, lse, rounding = ctx.saved_tensors
+        rest, results = ctx.rest, (out, lse, rounding)
+        (tensors, tangents), needs = rest.halves(given), rest.needs_of_halves(ctx.needs_input_grad)
+        if any(needs[0]):
+            found = _second(rest, tensors, results, tangents, d_out, d_lse, needs)
+        else:
+            found = Gradients(), _gradients(rest, tensors, results, d_out, d_lse, needs[1])
+        return *rest.by_slot(found[0]), *rest.by_slot(found[1]), None, None, None, None
+
+    @staticmethod
+    def tangent(ctx, *tangents):
+        raise NotImplementedError(
+            'tritonattn: forward mode over forward mode is not supported; backend="reference" has it, and forward mode'
+            " over reverse mode, as of torch.func.hessian, has the same numbers"
+        )
+
+
+class _Second(Function):
+    """The gradients of `_Tangent` that `needs` asks for, towards the tensors, then towards their tangents."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        *given, out, lse, rounding, d_out, d_lse, asked = inputs
+        tensors, tangents = asked.rest.halves(given)
+        needs = asked.of_tensors, asked.of_tangents
+        found = second_pass(asked.rest.call(tensors), (out, lse, rounding), tangents, d_out, d_lse, needs)
+        return tuple([x for some in found for x in some if x is not None])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError('tritonattn: third derivatives are not supported; backend="reference" has them')
+
+    tangent = backward
 
 
 def _keep_arguments(ctx, inputs, output) -> None:
@@ -245,6 +320,4 @@ def _of_operator(ctx, *gradients):
     return *found, *[None] * (len(ARGUMENTS) + 1 - TENSORS)
 
 
-_forward_operator.register_autograd(_of_operator, setup_context=_keep_arguments)
-_forward_operator.register_vmap(functools.partial(vmap_of_call, _forward_operator))
-_backward_operator.register_vmap(functools.partial(vmap_of_call, _backward_operator))
+forward_operator.register_autograd(_of_operator, setup_context=_keep_arguments)

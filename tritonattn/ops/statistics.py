@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from ..backends import kernels, kernels_take
-from ..core.autograd import apply, first_order, is_transformed, needs_graph, runs_eagerly
+from ..core.autograd import apply, differentiates_again, is_transformed, needs_graph, runs_eagerly, save
 from ..core.call import AttentionCall
+from ..core.norms import gradient_of_norms, tangent_of_norms
 from ..core.statistics import Statistics
 from .operators import in_one_batch, operator
 
@@ -117,16 +118,23 @@ class _Norms(Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, output[0])
+        save(ctx, *inputs, output[0])
 
     @staticmethod
-    @first_order
-    def backward(ctx, saved, d_norms, d_wide):
-        x, seen, norms = saved
+    def backward(ctx, d_norms, d_wide):
+        x, seen, norms = saved = ctx.saved_tensors
         if d_norms is None:
             return (None if d_wide is None else d_wide.to(x.dtype)), None
+        if differentiates_again():
+            d_x = gradient_of_norms(x, norms, d_norms)
+            return (d_x if d_wide is None else d_x + d_wide).to(x.dtype), None
         run = kernels().key_norms_backward if runs_eagerly(*saved, d_norms, d_wide) else _key_norms_backward_operator
         return run(x, seen, norms, d_norms, d_wide), None
+
+    @staticmethod
+    def tangent(ctx, of_x, _):
+        x, _, norms = ctx.saved_tensors
+        return tangent_of_norms(x, norms, of_x), of_x.float()
 
 
 _key_norms_operator.register_autograd(

@@ -7,15 +7,20 @@ strided, so the narrower operands are padded with zeros and strided ones copied.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ...core.autograd import needs_graph, refuse_second_order, values_are_read
+from ...core.autograd import needs_graph, runs_eagerly, values_are_read
 from ...core.call import AttentionCall, ForwardResult
-from ...core.terms import is_product
+from ...core.terms import Terms, is_product
+from ...core.visibility import Visibility
+from ..protocol import Attend
 
 # Keys that PyTorch's kernel for CPUs compares at a time, at most.
 VECTOR = 16
@@ -66,15 +71,17 @@ def _norm(x: Tensor) -> float:
     return torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32)).item()
 
 
-def attention(call: AttentionCall) -> ForwardResult | None:
+def attention(call: AttentionCall, again: Attend) -> ForwardResult | None:
     """The output [B, Hq, Sq, Dv], without an lse, differentiable by autograd; None unless `supports` accepts the call.
+
+    PyTorch's kernel has neither a tangent nor gradients of gradients: None in forward mode, and `again` for the latter.
 
     The scales are folded in q's dtype: exact to rounding in fp32 and fp64, while in bf16 q * query_scale and
     k * key_scale are rounded to bf16 once before they meet.
     """
     # torch maps its attention in a loop under vmap; our operators fold the mapped axis into the batch.
     is_full = call.visibility.is_full
-    if torch._C._are_functorch_transforms_active() or not supports(call, is_full):
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or not supports(call, is_full):
         return None
     dtype = call.v.dtype
     if dtype.itemsize == 2 and _needs_fp32(call):
@@ -104,12 +111,49 @@ def attention(call: AttentionCall) -> ForwardResult | None:
             is_causal=False if is_full else True,  # under torch.compile is_full may be a SymBool
             enable_gqa=True if q.shape[1] != k.shape[1] else False,
         )
-    if out.requires_grad:
-        refuse_second_order(out)
+    if out.requires_grad and runs_eagerly(out):
+        _differentiate_twice(out, is_full, scale, again)
     out = out.reshape(*shape, -1) if folds else out
     out = out if value_width == width else out[..., :value_width]
     out = out if out.dtype == dtype else out.to(dtype)
     return ForwardResult(out, None)  # pyright: ignore[reportArgumentType]
+
+
+def _differentiate_twice(out: Tensor, is_full: bool, scale: float, again: Attend) -> None:
+    """Let gradients of gradients of an output of PyTorch's kernel be those of `again`. Its other ways have their own.
+
+    The hook holds no tensor: it reads those that autograd has saved.
+    """
+    node = out.grad_fn
+    while not hasattr(type(node), "_saved_query"):  # of the node itself it would unpack the tensor
+        if node is None or len(node.next_functions) != 1:
+            return
+        node = node.next_functions[0][0]  # padded operands
+    node.register_hook(functools.partial(_gradients_again, is_full, scale, again))  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _gradients_again(
+    is_full: bool, scale: float, again: Attend, results: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...]
+) -> Any:
+    """The gradients of PyTorch's kernel as a function of its operands, where their graph is asked for, else None."""
+    if not torch.is_grad_enabled():
+        return None
+    # Each as a node of its own: q may be a function of k.
+    operands = q, k, v = [x.view_as(x) for x in _saved_operands(torch._C._current_autograd_node())]
+    visible = Visibility.of(q, k, causal=not is_full)
+    out = again(AttentionCall(q, k, v, visible, Terms(scale))).out
+    asked = [x for x, result in zip(operands, results, strict=False) if result is not None]
+    found = iter(torch.autograd.grad(out, asked, gradients[0], create_graph=True))
+    return tuple([None if result is None else next(found) for result in results])
+
+
+def _saved_operands(node: Any) -> list[Tensor]:
+    """q, k and v of a node of PyTorch's kernel, read in a backward of their own: a checkpoint hands each out once."""
+    found: list[Tensor] = []
+    probe = torch.zeros((), requires_grad=True)
+    probe.register_hook(lambda _: found.extend((node._saved_query, node._saved_key, node._saved_value)))
+    torch.autograd.grad(probe + 0, probe)
+    return found
 
 
 def folds_rows(q: Tensor, group: int) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...core.autograd import is_transformed
+from ...core.autograd import in_forward_mode, is_transformed
 from ...core.call import AttentionCall, Request
 from ...core.terms import Terms, given, sinks_of_heads
 from ...core.visibility import Visibility
@@ -39,6 +39,7 @@ def obstacle_of_all(call: Request | AttentionCall) -> str | None:
         ("return_aux with sinks", call.logits.sinks if call.aux else None),
         ("sinks of rows", _has_sinks_of_rows(call.logits) or None),
         ("torch.func", is_transformed() or None),
+        ("a tangent of forward mode", in_forward_mode() or None),
     ):
         if value is not None:
             return name

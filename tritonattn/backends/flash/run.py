@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
 from torch.nn.functional import pad
 
-from ...core.autograd import apply, first_order, needs_graph, refuse_second_order
+from ...core.autograd import apply, first_order, needs_graph, refused
 from ...core.call import AttentionCall, ForwardResult, Request
 from ...core.terms import sinks_of_heads
+from ..protocol import Attend
 from .libraries import FLASH, HOW_TO_INSTALL, Library, card_of, libraries, why_none
 from .obstacles import lse_has_gradient, obstacle, obstacle_of_all
+
+_NAME = "backend 'flash'"
 
 
 def refuse_unsupported(request: Request) -> None:
@@ -32,7 +36,7 @@ def takes(request: Request, name: str) -> bool:
         return False
 
 
-def attention(call: AttentionCall) -> ForwardResult:
+def attention(call: AttentionCall, again: Attend) -> ForwardResult:
     """out [B, Hq, Sq, Dv], and with aux lse, of a call with the terms of its logits; max_logit and entropy are None."""
     has_graph, card = needs_graph(*call.tensors()), card_of(call.v.device)
     library, terms, visible = _library_for(call, has_graph), call.logits, call.visibility
@@ -49,9 +53,9 @@ def attention(call: AttentionCall) -> ForwardResult:
     q, k, v = (_as_taken(x, width, is_packed) for x, width in ((q, widths[0]), (k, widths[0]), (v, widths[1])))
     sinks = None if terms.sinks is None else sinks_of_heads(terms.sinks)
     out, lse = library.attend(q, k, v, call, float(scale), sinks)
-    if out.requires_grad:
+    if out.grad_fn is not None:
         out.register_hook(_aligned)
-        refuse_second_order(out)
+        out.grad_fn.register_hook(_refuse_where_recorded)
     out = (out[None] if is_packed else out)[..., : call.v.shape[3]].transpose(1, 2)
     if rows is not None:  # rows of no sequence are not written
         out = torch.where(rows[..., None], out, 0)
@@ -90,7 +94,7 @@ class _Fold(Function):
         ctx.save_for_backward(None if scale is None else x, scale, seen)
 
     @staticmethod
-    @first_order
+    @first_order(_NAME)
     def backward(ctx, saved, d):
         x, scale, seen = saved
         d_x = d_scale = None
@@ -132,6 +136,10 @@ def _as_taken(x: Tensor, width: int, is_packed: bool) -> Tensor:
     x = x.transpose(1, 2)
     x = x[0] if is_packed else x
     return _aligned(pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x)
+
+
+def _refuse_where_recorded(results: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]) -> Any:
+    return refused(_NAME, results, gradients) if torch.is_grad_enabled() else None
 
 
 def _aligned(x: Tensor) -> Tensor:
