@@ -243,5 +243,5 @@ def test_parameters_that_are_no_values_of_heads_are_refused_by_name():
     scaling, mesh = nn.SSMax(4), SimpleNamespace(size=lambda: 3)
     apply = HeadParallel("s", "t")._apply
     refuses("ValueError: HeadParallel: expected names of SSMax's parameters, got t", apply, scaling, mesh)
-    message = "ValueError: s: expected a value a head on the first axis, ~ 3 ranks divide, got [4]"
+    message = "ValueError: s: expected one value per head on the first axis, ~ 3 ranks divide, got [4]"
     refuses(message, HeadParallel()._apply, scaling, mesh)

@@ -209,9 +209,9 @@ def test_what_would_be_silently_wrong_is_refused(rank: int) -> None:
     tritonattn.attention(q, q, q)
     tensor_parallel = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"]
     one_number = {i: {"gain": torch.tensor(1.0)} for i in (0, 1)}
-    refuses("ValueError: ~ a value a head", by_heads, llama(one_number), tensor_parallel)
+    refuses("ValueError: ~ one value per head", by_heads, llama(one_number), tensor_parallel)
     for layers, message in (
-        (one_number, "gain: expected a value a head"),
+        (one_number, "gain: expected one value per head"),
         (dict.fromkeys((0, 1), "ssmax"), "HeadParallel"),
     ):
         sharded_alone = by_heads(llama(layers), tensor_parallel, learned=False)

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ..core.call import Request
+from ..core.hints import type_of
 from ..core.pair_biases import relative_pairs
 from ..core.sequences import Sequences
 from ..core.statistics import Statistics
 from ..core.terms import Terms
 from ..core.visibility import Visibility
 from ..scaling import Scaling
-from ..scaling.names import ModeName, named_scaling
-from .checks import check_count, check_number, refuse_scaling, type_of
+from ..scaling.names import ModeName, named_scaling, refuse_scaling
+from .checks import check_count, check_number
 from .dispatch import logits
 from .formulas import dense
 

@@ -7,25 +7,24 @@ expectation and the value: TypeError for types and dtypes, ValueError for the re
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..core.autograd import autocast_is_on, values_are_read
 from ..core.call import Request
-from ..core.hints import nearest
+from ..core.hints import nearest, type_of
 from ..core.invariance import switch
 from ..core.row_terms import sinks_beside
 from ..core.terms import DEFAULTS, OF_SCALING, TERMS, Term, Terms
 from ..core.torch_distributed import unshard
 from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Given, Scaling
-from ..scaling.names import named_scaling
+from ..scaling.names import named_scaling, refuse_scaling
 from .layouts import BATCHED, CACHE, CACHE_PAGES, SMALLEST_PAGE, Layout, names_of
 
 Backend = Literal["auto", "triton", "flash", "sdpa", "reference"]
@@ -154,7 +153,7 @@ def check_factor(name: str, factor: Any, q: Tensor, shape: tuple[int, ...], axes
     check_tensor(name, factor, axes, FLOATS, q)
     if factor.dim() == 1 and factor.shape[0] != 1:
         raise ValueError(
-            f"{name}: expected a shape that says its axis, [H, 1] for a value a head or [1, S] for a value a"
+            f"{name}: expected a shape that says its axis, [H, 1] for one value per head or [1, S] for one per"
             f" position, got the 1-D {shape_of(factor)}"
         )
     if not broadcasts(factor.shape, shape):
@@ -199,7 +198,7 @@ def _checked(term: Term, value: Any, q: Tensor, visible: Visibility, rows: str, 
     name = term.name
     if term.form == "vector":
         if term.axes[-1] != "Sk":
-            return _of_rows(name, value, q, visible.rows, rows, of_heads=term.enters == "sink")
+            return _of_rows(name, value, q, visible.rows, rows)
         check_key_bias(name, value, q, _last(visible.keys, keys), keys)
     elif term.form == "pairs":
         if term.axes[-1] == "Sk":
@@ -215,17 +214,12 @@ def _checked(term: Term, value: Any, q: Tensor, visible: Visibility, rows: str, 
     return value
 
 
-def _of_rows(name: str, x: Any, q: Tensor, shape: tuple[int, ...], axes: str, of_heads: bool) -> Tensor:
-    """A vector of rows as backends take it, [B, Hq, Sq], of one that broadcasts to these axes, the last of `shape`.
-
-    of_heads   [Hq] is one too: a number for each head
-    """
-    heads = "[Hq] or " if of_heads else ""
-    check_tensor(name, x, f"{heads}{axes}", FLOATS, q)
-    of_rows = x[:, None] if of_heads and x.shape == shape[1:2] else x
+def _of_rows(name: str, x: Any, q: Tensor, shape: tuple[int, ...], axes: str) -> Tensor:
+    """A vector of rows as backends take it, [B, Hq, Sq]: [Hq], or one that broadcasts to axes, the last of `shape`."""
+    check_tensor(name, x, f"[Hq] or {axes}", FLOATS, q)
+    of_rows = x[:, None] if x.shape == shape[1:2] else x
     if of_rows.dim() < 2 or not broadcasts(of_rows.shape, _last(shape, axes)):
-        sizes = f"[Hq] = {[shape[1]]} or one" if of_heads else ""
-        wanted = f"{sizes} broadcastable to {axes} = {list(_last(shape, axes))}".lstrip()
+        wanted = f"[Hq] = {[shape[1]]} or one broadcastable to {axes} = {list(_last(shape, axes))}"
         raise ValueError(f"{name}: expected a shape {wanted}, got {shape_of(x)}")
     return of_rows.to(scale_dtype(q)).expand(shape)
 
@@ -284,25 +278,6 @@ def check_number(name: str, value: Any) -> None:
     value = value if isinstance(value, _NUMBERS) else float(value)
     if not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{name}: expected a finite number, got {value!r} (the largest is {_LARGEST:.4g})")
-
-
-def refuse_scaling(scaling: Any, wanted: str = "a name, a Scaling, a float or a tensor") -> NoReturn:
-    """Raise the TypeError for a value that is not a scaling."""
-    if isinstance(scaling, type) and issubclass(scaling, Scaling):
-        parameters = inspect.signature(scaling).parameters.values()
-        required = [f"{p.name}=..." for p in parameters if is_required(p)]
-        name = scaling.__name__
-        write = f"write {name}({', '.join(required)})"
-        raise TypeError(f"scaling: expected an instance of a Scaling, got the class {name}; {write}")
-    raise TypeError(f"scaling: expected {wanted}, got {type_of(scaling)}")
-
-
-def is_required(parameter: inspect.Parameter) -> bool:
-    """True for a parameter of a class that has to be given."""
-    return parameter.default is parameter.empty and parameter.kind not in (
-        parameter.VAR_POSITIONAL,
-        parameter.VAR_KEYWORD,
-    )
 
 
 def refuse_backend(backend: Any) -> None:
@@ -404,14 +379,6 @@ def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
 
 def shape_of(x: Tensor) -> list[int]:
     return list(x.shape)
-
-
-def type_of(value: Any) -> str:
-    """Describe a value for an error: its type, and for a tensor its dtype and shape."""
-    if isinstance(value, Tensor):
-        what = "nested tensor" if value.is_nested else f"tensor of shape {shape_of(value)}"
-        return f"a {value.dtype} {what}"
-    return f"{type(value).__name__} {value!r}" if isinstance(value, (str, int, float)) else type(value).__name__
 
 
 def check_count(name: str, value: Any, least: int = 0) -> None:

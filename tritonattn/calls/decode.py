@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..core.autograd import values_are_read
 from ..core.call import LONGEST_QUERY, Request
+from ..core.hints import type_of
 from ..core.terms import Terms
 from ..core.visibility import Visibility, window_sides
 from ..scaling import Scaling
@@ -21,7 +22,6 @@ from .checks import (
     check_tensor,
     check_values,
     operands,
-    type_of,
 )
 from .dispatch import refuse_gradients, run
 from .dtensors import CACHED, CACHED_PAGES

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..backends import kernels
 from ..core.autograd import values_are_read
 from ..core.cached_norms import TOTALS, CachedNorms, zeros
+from ..core.hints import type_of
 from ..core.norms import key_norms_of
 from ..core.sequences import PageTable
 from ..ops import launches
@@ -19,7 +20,6 @@ from .checks import (
     check_count,
     check_tensor,
     check_values,
-    type_of,
 )
 from .sequence_checks import check_new_keys
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from ..backends import kernels
 from ..core.autograd import values_are_read
 from ..core.cached_norms import CachedNorms, zeros
+from ..core.hints import type_of
 from ..core.norms import key_norms_of
 from ..core.sequences import PackedAxis, PageTable, Slots
 from ..ops import launches
-from .checks import INTEGERS, check_count, check_tensor, type_of
+from .checks import INTEGERS, check_count, check_tensor
 from .key_statistics import described
 from .layouts import SMALLEST_PAGE
 from .sequence_checks import (

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 T = TypeVar("T")
 
 _LISTED = 8  # arguments at most that a hint lists
@@ -24,6 +26,14 @@ def nearest(word: Any, names: Iterable[str]) -> str:
     """The end of a message that names the nearest of some names, or nothing where none is near."""
     close = difflib.get_close_matches(str(word), names, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def type_of(value: Any) -> str:
+    """Describe a value for an error: its type, and for a tensor its dtype and shape."""
+    if isinstance(value, Tensor):
+        what = "nested tensor" if value.is_nested else f"tensor of shape {list(value.shape)}"
+        return f"a {value.dtype} {what}"
+    return f"{type(value).__name__} {value!r}" if isinstance(value, (str, int, float)) else type(value).__name__
 
 
 def hint_for_keyword(word: str, known: Iterable[str]) -> str | None:

@@ -212,7 +212,7 @@ def rolled_keys(first: Tensor, **tensors: Tensor | None) -> dict[str, Any]:
 
 
 def sinks_of_heads(sinks: Tensor) -> Tensor | None:
-    """The sinks [Hq] of a call whose rows share one a head, which their strides say; None where rows have their own."""
+    """The sinks [Hq] of a call whose rows share one per head, as their strides say; None where rows have their own."""
     shares = all(sinks.shape[axis] == 1 or sinks.stride(axis) == 0 for axis in (0, 2))
     return sinks[0, :, 0] if shares else None
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.distributed import DebugLevel, get_debug_level  # pyright: ignore[reportPrivateImportUsage]
 
-from ..calls.checks import type_of
 from ..core.autograd import needs_graph
+from ..core.hints import type_of
 from ..scaling import Scaling
 from .layout import Split
 

@@ -168,7 +168,7 @@ def _sharded(name: str, parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Paramet
     heads = parameter.shape[0] if parameter.dim() else 1
     if heads == 1 or heads % mesh.size():
         raise ValueError(
-            f"{name}: expected a value a head on the first axis, whose number {mesh.size()} ranks divide, got"
+            f"{name}: expected one value per head on the first axis, whose number {mesh.size()} ranks divide, got"
             f" {list(parameter.shape)}; give a gain the shape [Hq, 1]"
         )
     return nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(0)]), requires_grad=parameter.requires_grad)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..calls.checks import type_of
+from ..core.hints import type_of
 from ..core.torch_distributed import is_dtensor
 
 LAYOUTS = ("contiguous", "zigzag")

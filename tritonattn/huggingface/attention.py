@@ -185,7 +185,7 @@ def _options(
     gain = settings.gain
     if isinstance(gain, Tensor) and gain.numel() == 1 and gain.requires_grad and query.shape[1] < query_heads(module):
         raise ValueError(  # its gradient would be that of this rank's heads, and be reduced by nobody
-            f"gain: expected a value a head, [Hq, 1], under tensor parallelism, which shards it as q, got"
+            f"gain: expected one value per head, [Hq, 1], under tensor parallelism, which shards it as q, got"
             f" {list(gain.shape)} in {type(module).__name__}"
         )
     return {

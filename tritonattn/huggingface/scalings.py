@@ -11,12 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..calls.checks import is_required, refuse_scaling
 from ..nn import LEARNED, LearnedCosine, LearnedLogPower, PowerLaw, QueryAdaptiveSSMax, Scheduled, SSMax
 from ..nn.learned import Learned
 from ..nn.registry import scaling_of_layer
 from ..scaling import SCALINGS, Scaling
-from ..scaling.names import parsed
+from ..scaling.names import is_required, parsed, refuse_scaling
 
 _MODES = ("mode", "mode_a", "mode_b")  # arguments that are scalings
 _DEPTH = 8  # scalings inside one another, at most

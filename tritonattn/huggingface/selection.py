@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ..calls.checks import type_of
-from ..core.hints import shortened
+from ..core.hints import shortened, type_of
 from .architecture import AttentionModule
 from .kinds import KINDS, of_kind
 

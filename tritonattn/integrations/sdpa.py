@@ -17,8 +17,8 @@ from torch.nn.functional import multi_head_attention_forward, scaled_dot_product
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from ..calls.checks import Backend, type_of
-from ..core.hints import shortened
+from ..calls.checks import Backend
+from ..core.hints import shortened, type_of
 from ..core.tables import table
 from ..nn.learned import as_mode, describe
 from ..scaling import Scaling

@@ -19,10 +19,8 @@ from ..calls.checks import (
     check_settings,
     check_softcap,
     check_tensor,
-    refuse_scaling,
     relative_bias_of,
     shape_of,
-    type_of,
 )
 from ..calls.decode import attention_decode
 from ..calls.public import public
@@ -30,12 +28,13 @@ from ..calls.sequence_checks import check_offsets
 from ..calls.varlen import attention_varlen
 from ..core.autograd import autocast_is_on, needs_graph
 from ..core.call import LONGEST_QUERY
+from ..core.hints import type_of
 from ..core.pair_biases import reflected
 from ..core.torch_distributed import SharesSequence
 from ..core.visibility import window_sides
 from ..scaling import Scaling
 from ..scaling.base import check_positive, has_relative_bias
-from ..scaling.names import LayerMode
+from ..scaling.names import LayerMode, refuse_scaling
 from .cache import KeyValueCache
 from .learned import describe
 from .registry import scaling_of_layer, warn_of_layer

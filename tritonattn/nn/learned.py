@@ -10,15 +10,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..calls.checks import check_bool, check_count, check_dtype, refuse_scaling, type_of
+from ..calls.checks import check_bool, check_count, check_dtype
 from ..calls.dispatch import scales_of
-from ..core.hints import hinted
+from ..core.hints import hinted, type_of
 from ..core.statistics import Statistics, counts_of
 from ..core.torch_distributed import local
 from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling, cosine
 from ..scaling.base import NO_BASE, check_positive, warn_without_base
-from ..scaling.names import named_scaling
+from ..scaling.names import named_scaling, refuse_scaling
 
 
 class ScalingModule(nn.Module, Scaling):

@@ -27,7 +27,7 @@ class Cosine(Scaling):
     tau   None is sqrt(D), what unscaled RMS normalisation of q and k followed by 1 / sqrt(D) gives
 
     Source: Henry et al. 2020, "Query-key normalization for transformers", arXiv:2010.04245, equation 4; Liu
-    et al. 2021, "Swin Transformer V2", arXiv:2111.09883, equation 2 (there tau is learned a head).
+    et al. 2021, "Swin Transformer V2", arXiv:2111.09883, equation 2 (there tau is learned per head).
     Raises ValueError unless tau is None or finite and above 0.
     """
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
+from ..core.hints import type_of
 from . import constants, cosine, counts, key_norms, positional
 from .base import Scaling
 
@@ -125,6 +127,25 @@ def parsed(text: str, learned: Mapping[str, type[Scaling]] = MappingProxyType({}
         lengths = ", ".join(f"{one}:LENGTH" for one in known if known[one].trained_length)
         raise ValueError(f"scaling: expected a name, or one of {lengths}, LENGTH a number of tokens, got {text!r}")
     return mode, dict(zip(names, values, strict=False))  # pyright: ignore[reportReturnType]
+
+
+def refuse_scaling(scaling: Any, wanted: str = "a name, a Scaling, a float or a tensor") -> NoReturn:
+    """Raise the TypeError for a value that is not a scaling."""
+    if isinstance(scaling, type) and issubclass(scaling, Scaling):
+        parameters = inspect.signature(scaling).parameters.values()
+        required = [f"{p.name}=..." for p in parameters if is_required(p)]
+        name = scaling.__name__
+        write = f"write {name}({', '.join(required)})"
+        raise TypeError(f"scaling: expected an instance of a Scaling, got the class {name}; {write}")
+    raise TypeError(f"scaling: expected {wanted}, got {type_of(scaling)}")
+
+
+def is_required(parameter: inspect.Parameter) -> bool:
+    """True for a parameter of a class that has to be given."""
+    return parameter.default is parameter.empty and parameter.kind not in (
+        parameter.VAR_POSITIONAL,
+        parameter.VAR_KEYWORD,
+    )
 
 
 def hint_for_argument(scaling: Any, word: str, value: Any) -> str | None:
