@@ -183,6 +183,7 @@ def test_the_first_call_finds_the_layers_and_has_the_scaling():
     before = model(X)
     replaced = replace_sdpa(model, "log_key_count:2")
     assert replaced.names == []
+    refuses("ValueError: model: expected a call of it after replace_sdpa", replace_sdpa, model, "dim", "blocks.0")
     copied = copy.deepcopy(model)
     with pytest.raises(Exception, match="example: expected one in replace_sdpa, or a call of the model, before"):
         torch.compile(model, fullgraph=True, backend="eager")(X)

@@ -155,6 +155,10 @@ class ReplacedSDPA(Replacement):
             raise TypeError(f"model: expected an nn.Module, got {type_of(model)}")
         if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
             raise ValueError("model: expected one that is not compiled yet, got a compiled one: replace, then compile")
+        if getattr(vars(model).get("forward"), "func", None) is _first_call:
+            raise ValueError(
+                "model: expected a call of it after replace_sdpa without an example, got another replacement"
+            )
         if isinstance(scaling_for(finder.asked, 1), nn.Module) and example is None:
             raise ValueError(
                 "example: expected arguments of the model for a learned scaling, got None: its parameters have the"
