@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import tritonattn
@@ -64,6 +65,12 @@ def cases(length: int) -> dict[str, dict[str, Attend]]:
             "tritonattn sqrt_dim": partial(tritonattn.attention, **mask),
             "tritonattn key_norm_sum": partial(tritonattn.attention, scaling="key_norm_sum", **mask),
         }
+    for name, derived in {"jvp": _tangent, "gradient": _gradient}.items():
+        compared[f"causal, {name} and its gradient"] = {
+            "F.sdpa, its math path": partial(derived, _math),
+            "tritonattn sqrt_dim": partial(derived, partial(tritonattn.attention, causal=True)),
+            "tritonattn cosine": partial(derived, partial(tritonattn.attention, scaling="cosine", causal=True)),
+        }
     return compared
 
 
@@ -75,6 +82,22 @@ def _by_hand(scaling: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _masked(mask: dict, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scaled_dot_product_attention(q, k, v, attn_mask=Visibility.of(q, k, **mask).dense())
+
+
+def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention by the one way of PyTorch's that has tangents and second gradients."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _tangent(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.func.jvp(attend, (q, k, v), (v.detach(), q.detach(), k.detach()))[1]
+
+
+def _gradient(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The sum of the gradients of q, k and v, as a function of them."""
+    d_q, d_k, d_v = torch.autograd.grad(attend(q, k, v), (q, k, v), q.detach(), create_graph=True)
+    return d_q + d_k + d_v
 
 
 def inputs(length: int) -> list[Tensor]:
