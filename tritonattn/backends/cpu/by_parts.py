@@ -155,9 +155,9 @@ def forward(call: AttentionCall, parts: Parts, rounding: Tensor | None = None) -
     if parts.has_all_rows and len(every) == 1:
         out, lse = (every[0].joined(x) for x in operands.attend(every[0]))
     else:
-        rows = call.q.shape[:3]
-        out = operands.v.new_empty(*rows, call.v.shape[3])
-        lse = call.q.new_empty(rows, dtype=operands.dtype)
+        batch, heads, rows = call.q.shape[:3]  # laid out as the kernel's results: by rows, then heads
+        out = operands.v.new_empty(batch, rows, heads, call.v.shape[3]).transpose(1, 2)
+        lse = call.q.new_empty(batch, rows, heads, dtype=operands.dtype).transpose(1, 2)
         if not parts.has_all_rows:
             out.zero_()
             lse.fill_(-torch.inf)
