@@ -12,7 +12,7 @@ from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import in_turn, pairwise
 from tests.support.refusals import refuses
 from tritonattn import Scales, attention, nn
-from tritonattn.nn.attention import rotated
+from tritonattn.nn.rotary import rotated
 from tritonattn.scaling import LogKeyCount
 
 WIDTH, HEADS, KV, D = 24, 4, 2, 6

@@ -38,6 +38,7 @@ from ..scaling.names import LayerMode, refuse_scaling
 from .cache import KeyValueCache
 from .learned import describe
 from .registry import scaling_of_layer, warn_of_layer
+from .rotary import rotated
 
 
 class ScaledAttention(SharesSequence, nn.Module):
@@ -360,23 +361,6 @@ def _scaling_of(scaling: Any, heads: int, **options: Any) -> Scaling | float:
         refuse_scaling(scaling, "a name, a Scaling or a float")
     check_number("scaling", scaling)
     return scaling
-
-
-def rotated(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """x with its pairs (x[d], x[d + D / 2]) turned by the angle position * base^(-2 d / D), in fp32 at least.
-
-    Products of q and k then depend on distances alone, and norms stay. Su et al. 2021, arXiv:2104.09864; the pairs are
-    those of Llama's and of transformers' models.
-
-    x           [B, H, S, D], D even
-    positions   [B or 1, S]
-    """
-    half, exact = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
-    frequencies = base ** (-torch.arange(half, device=x.device, dtype=exact) / half)
-    angles = positions[:, None, :, None] * frequencies  # [B or 1, 1, S, D / 2]
-    cos, sin = angles.cos(), angles.sin()
-    a, b = x.to(exact).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 def _checked_head_dim(width: Any, heads: Any, kv_heads: Any, head_dim: Any, context_width: Any) -> int:
