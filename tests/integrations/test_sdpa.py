@@ -313,6 +313,8 @@ def test_refusals():
     refuses("ValueError: example: expected arguments of the model for a learned scaling", replace_sdpa, model, "ssmax")
     refuses("ValueError: layers: expected names or patterns of blocks.0.attn", replace_sdpa, model, "dim", "attn", X)
     refuses("ValueError: scaling: expected one of", replace_sdpa, model, "squirt_dim")
+    model.blocks[1].attn.logit_scaling = 0.5
+    refuses("ValueError: blocks.1.attn: logit_scaling: expected no attribute", replace_sdpa, model, "dim", None, X)
     refuses("ValueError: model: expected one that is not compiled yet", replace_sdpa, compiled, "dim")
     refuses("TypeError: model: expected an nn.Module, got function", replace_sdpa, normal)
     refuses("ValueError: ~ which is a module", scaled_sdpa, "ssmax")

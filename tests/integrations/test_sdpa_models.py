@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.support.llama import ids, llama
 from tests.support.refusals import refuses
 from tritonattn.integrations.sdpa import replace_sdpa, scaled_sdpa
 
@@ -119,3 +120,18 @@ def test_a_model_of_a_library(name):
         assert (expected - before).abs().max() > 1e-5 * before.abs().max()
         with replace_sdpa(model, "log_key_count:4"):
             torch.testing.assert_close((result(model, inputs), result(model, inputs)), (expected, expected))
+
+
+def test_a_model_of_transformers_generates_as_patched():
+    """With padding on the left, and a cache: n counts the keys of a row in both."""
+    huggingface = pytest.importorskip("tritonattn.huggingface", reason="pip install 'tritonattn[hf]'")
+    model, tokens = llama("sdpa").eval(), ids(length=6)
+    given = {"attention_mask": (torch.arange(6) >= torch.tensor([[2], [0]])).long(), "max_new_tokens": 8}
+    asked = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
+    plain = model.generate(tokens, **given, **asked).logits
+    with huggingface.patch(model, "log_key_count:3"):
+        expected = model.generate(tokens, **given, **asked).logits
+    with replace_sdpa(model, "log_key_count:3", example=tokens):
+        found = model.generate(tokens, **given, **asked).logits
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found[-1], plain[-1], atol=1e-3)

@@ -58,9 +58,8 @@ class ScaledSDPA(TorchFunctionMode):
             with self:
                 return _multi_head(*args, **keywords)
         if torch.compiler.is_compiling() and (func is Tensor.unflatten or func is Tensor.split):
-            return getattr(args[0], func.__name__)(
-                *args[1:], **keywords
-            )  # torch traces a call, but not these functions
+            # torch traces calls of these methods, but not their functions
+            return getattr(args[0], func.__name__)(*args[1:], **keywords)
         return func(*args, **keywords)
 
     def take(self, args: Any, keywords: dict[str, Any]) -> Any:
@@ -340,6 +339,8 @@ class _Finder(ScaledSDPA):
         if layer is None or layer.left == _OWN_SOFTMAX:
             layer = self.found[name] = _Layer(module, None, _NO_FORWARD if module is None else _NOT_ASKED, heads, 0)
             if module is not None and self.wants(name):
+                if hasattr(module, "logit_scaling"):
+                    raise ValueError("logit_scaling: expected no attribute of this name in the module, got one")
                 layer.scaling, layer.left = scaling_for(self.asked, heads, query.device), ""
         if heads != layer.heads and isinstance(layer.scaling, nn.Module):
             raise ValueError(f"layers: expected calls of {layer.heads} heads for a learned scaling, got {heads} heads")
