@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 
 import tritonattn
-from tests.kernels import harness
+from tests.kernels import derivatives, harness
 from tritonattn.backends.triton import KERNELS, append_keys, append_to_pages, attention, grids, launch
 from tritonattn.tuning.config import Target, legal_reasons
 from tritonattn.tuning.defaults import default_config
@@ -98,6 +98,7 @@ def check_every_kernel(device: torch.device) -> str:
         attempt("splits", lambda: _splits(device))
         attempt("decoding", lambda: _decode(device))
         attempt("pages", lambda: _pages(device))
+        attempt("tangents and their gradients", lambda: _second(device))
     missing = set(KERNELS.values()) - {kernel for kernel, _ in launches}
     if missing:
         raise Wrong(f"kernels: {', '.join(kernel.__name__ for kernel in missing)} did not launch")
@@ -124,6 +125,11 @@ def _splits(device: torch.device) -> None:
         for name in ("splits_of_keys", "splits_of_rows"):
             patches.enter_context(mock.patch.object(grids, name, return_value=2))
         harness.check(tensors, causal=True)
+
+
+def _second(device: torch.device) -> None:
+    for form in ("capped", "pairs"):
+        derivatives.case_of(derivatives.FORMS[form], device, torch.bfloat16, (64, 64), (70, 90)).check()
 
 
 def check_invariance(device: torch.device) -> str:

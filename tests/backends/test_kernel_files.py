@@ -16,6 +16,9 @@ PRODUCTS = {
     ("grad_query", "attention_grad_query"): 3,
     ("grad_key_value", "attention_grad_key_value"): 4,
     ("decode", "attention_decode"): 2,
+    ("tangent", "attention_tangent"): 7,  # 5 of a launch's tangents, or 5 of its row terms
+    ("grad_query_second", "attention_grad_query_second"): 8,
+    ("grad_key_value_second", "attention_grad_key_value_second"): 10,
 }
 SHARED = ("block", "pairs", "softmax")
 MOST_PARAMETERS = 32  # at run time

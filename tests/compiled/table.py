@@ -9,7 +9,7 @@ from perf.models.ceilings import NON_MMA_PER_LOGIT, PAIR_BIASES
 from tests.support.pairs import all_pairs, thinned
 from tests.support.versions import OLDER_TRITON
 from tritonattn.tuning import Problem, Target
-from tritonattn.tuning.config import STREAMING_KERNELS, TILED_KERNELS
+from tritonattn.tuning.config import LOOPING_KERNELS, SECOND_KERNELS, STREAMING_KERNELS, TILED_KERNELS
 
 from .facts import facts
 
@@ -59,7 +59,7 @@ class Case(NamedTuple):
         code = facts(self.kernel, self.problem, self.target)
         assert code.spill_bytes <= self.spills, code
         assert code.shared_bytes <= Target.parse(self.target).architecture.shared_bytes, code
-        if self.kernel in TILED_KERNELS and self.target in NVIDIA and self.problem.dtype != SINGLE:
+        if self.kernel in LOOPING_KERNELS and self.target in NVIDIA and self.problem.dtype != SINGLE:
             assert code.mma_loops, f"expected a loop with tensor instructions, got {code}"
 
 
@@ -138,6 +138,22 @@ def _of_pairs(kernel: str, target: str, dim: int, bias: str, spills: int) -> Cas
     return Case(kernel, problem, target, spills)
 
 
+def of_second_kernels() -> list[Case]:
+    """Each on each kind of target, head dims in turn; one on each other; what takes registers, and fp32, in turn."""
+    every, turns = {"query_scale_grad": True, "right": True, **SCALES["qk"]}, list(enumerate(SECOND_KERNELS))
+    forms = ("left key_ranges softcap sinks grouped", "dropout key_scale", "mask bias key_bias", "relative_bias")
+    others = [target for target in TARGETS if target not in KINDS]
+    cases = [Case(SECOND_KERNELS[i % 3], Problem(64, 64, BFLOAT, **every), one) for i, one in enumerate(others)]
+    for (number, kernel), (turn, target) in product(turns, enumerate(KINDS)):
+        dim, options = (64, 128, 256)[(number + turn) % 3], dict.fromkeys(forms[(number + turn) % 4].split(), True)
+        cases.append(Case(kernel, Problem(dim, dim, BFLOAT, **every), target))
+        if number == turn % 3:
+            rest = {"query_scale": True, "query_scale_grad": True, **options}
+            cases.append(Case(kernel, Problem(128, 128, HALF, **rest), target))
+            cases.append(Case(kernel, Problem(96, 96, SINGLE, **every), target))
+    return cases
+
+
 def of_streaming_kernels() -> list[Case]:
     """Each on a target, in turn."""
     masks = dict.fromkeys(("right", "left", "key_lengths", "key_ranges"), True)
@@ -147,7 +163,7 @@ def of_streaming_kernels() -> list[Case]:
 
 CEILINGS, PAIR_CEILINGS = of_ceilings(), of_pair_ceilings()
 CASES = [*CEILINGS, *of_every_choice(), *of_wide_heads(), *of_pages(), *of_biases_of_pairs(), *of_streaming_kernels()]
-CASES += PAIR_CEILINGS
+CASES += [*PAIR_CEILINGS, *of_second_kernels()]
 CASES += [Case(kernel, problem_of(64), one) for kernel, one in product(TILED_KERNELS, TARGETS) if one not in KINDS]
 CASES = list(dict.fromkeys(CASES))
 

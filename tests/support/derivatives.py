@@ -6,7 +6,6 @@ from torch import Tensor
 from tests.support.calls import changed
 from tritonattn.backends import BACKENDS, reference
 from tritonattn.core.call import AttentionCall
-from tritonattn.core.pair_biases import relative_pairs
 from tritonattn.core.terms import PAIRS, Gradients, Needs
 
 Tensors = dict[str, Tensor]
@@ -87,19 +86,12 @@ def by_reference(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """out and lse of the dense reference, differentiable by torch."""
     terms, visible = call.logits, call.visibility
     group = visible.q_heads // visible.kv_heads
-    factor, bias = torch.tensor(terms.scale, dtype=torch.float64), None
+    factor = torch.tensor(terms.scale, dtype=torch.float64)
     if terms.query_scale is not None:
         factor = factor * terms.query_scale[..., None]
     if terms.key_scale is not None:
         factor = factor * terms.key_scale.repeat_interleave(group, dim=1)[:, :, None]
-    added = [] if terms.bias is None else [terms.bias.to(call.q.dtype)]
     if terms.key_bias is not None:
-        added.append(terms.key_bias.flatten(1, 2)[:, :, None])
-    if terms.relative_bias is not None:
-        added.append(relative_pairs(terms.relative_bias, terms.relative_right, visible))
-    for x in added:
-        bias = x if bias is None else bias + x
-    of_bias = {"bias": bias, "bias_after_softcap": bias is not None and terms.bias_after_softcap}
-    extras = {"softcap": terms.softcap, "sinks": terms.sinks, "dropout": call.dropout}
-    result = reference.attention(call.q, call.k, call.v, factor, visible, **of_bias, **extras)
+        terms = terms.changed(key_bias=terms.key_bias.flatten(1, 2))
+    result = reference.attention(call.q, call.k, call.v, factor, visible, terms=terms, dropout=call.dropout)
     return result.out, result.lse

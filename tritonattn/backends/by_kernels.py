@@ -88,7 +88,29 @@ class Kernels(Backend):
         out, lse, rounding = saved
         return kernels().backward(call, out, lse, d_out, d_lse, needs, rounding)
 
-    tangent, second = Sdpa.tangent, Sdpa.second  # in plain torch on any device
+    def tangent(
+        self, call: AttentionCall, saved: tuple[Tensor, Tensor, Tensor | None], tangents: Gradients
+    ) -> tuple[Tensor, Tensor]:
+        passes = kernels() if takes_derivatives(call) else Sdpa()
+        return passes.tangent(call, saved, tangents)
+
+    def second(
+        self,
+        call: AttentionCall,
+        saved: tuple[Tensor, Tensor, Tensor | None],
+        tangents: Gradients,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        needs: Needs,
+        needs_tangents: Needs,
+    ) -> tuple[Gradients, Gradients]:
+        passes = kernels() if takes_derivatives(call) else Sdpa()
+        return passes.second(call, saved, tangents, d_out, d_lse, needs, needs_tangents)
+
+
+def takes_derivatives(call: AttentionCall) -> bool:
+    """True where the kernels compute tangents and their gradients: up to head dim 256. Tiles in torch do others."""
+    return max(call.q.shape[3], call.v.shape[3]) <= _DIM_OF_EVERY_GPU
 
 
 def kernels_take(x: Tensor) -> bool:

@@ -14,6 +14,9 @@ from .architectures import ARCHITECTURES, Architecture, unknown
 
 # Kernels with an MMA loop, and the memory-bound ones, whose tiles only bound the rows that a program holds.
 TILED_KERNELS = ("forward", "grad_key_value", "grad_query", "decode")
+# Those of derivatives beyond the first, likewise, for which tables have no entries.
+SECOND_KERNELS = ("tangent", "grad_query_second", "grad_key_value_second")
+LOOPING_KERNELS = TILED_KERNELS + SECOND_KERNELS
 _DESCRIBED = TILED_KERNELS[:3]  # those that can load by the tensor memory accelerator
 STREAMING_KERNELS = (
     "row_terms",
@@ -236,7 +239,7 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
             reasons.append(f"{name} {getattr(config, name)} is below {least}")
     if config.kernel == "gluon":
         reasons += _gluon_reasons(kernel, config, problem, target)
-    elif kernel in TILED_KERNELS and ROW_TERMS_ALIGNMENT % max(config.block_m, 1):
+    elif kernel in LOOPING_KERNELS and ROW_TERMS_ALIGNMENT % max(config.block_m, 1):
         reasons.append(f"block_m {config.block_m} does not divide the row terms' alignment {ROW_TERMS_ALIGNMENT}")
     if config.descriptors and not may_use_descriptors(kernel, problem, target):
         reasons.append(f"descriptors need {', '.join(_DESCRIBED)} on sm_90 or later, 16 bits and aligned tensors")
@@ -312,17 +315,23 @@ def _shared_estimate(kernel: str, config: TileConfig, problem: Problem, target: 
     Where tensor instructions read shared memory themselves (wgmma, tcgen05), the stage in use is one more. Without a
     pipeline, AMD's held tiles of 16 bits pass one after another, all before the first streamed one, into registers.
     """
-    if kernel not in TILED_KERNELS:
+    if kernel not in LOOPING_KERNELS:
         return 0
-    rows = padded_dim(problem.head_dim) + padded_dim(problem.value_dim)
+    head, value = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
+    rows = head + value
     held, streamed = (config.block_m, config.block_n)
-    if kernel == "grad_key_value":
+    if kernel.startswith("grad_key_value"):
         held, streamed = streamed, held
-    held_width = padded_dim(problem.head_dim) if kernel in ("forward", "decode") else rows
+    held_width = head if kernel in ("forward", "decode") else rows
+    if kernel in SECOND_KERNELS:  # tangents stand beside what they are of, and without a pipeline tiles pass in turn
+        held_width = {"tangent": 2 * head, "grad_query_second": 2 * head + value}.get(kernel, 2 * rows)
+        of_pipeline = 2 * head + value if kernel == "grad_key_value_second" else 2 * rows
+        rows = max(head, value) if config.num_stages == 1 else of_pipeline
     reads_shared = kernel != "decode" and target.architecture.family.products in ("wgmma", "tcgen05")
     in_use = reads_shared and problem.dtype.itemsize == 2
     stages = max(config.num_stages - (not in_use), 1)
     in_turn = target.backend == "hip" and kernel != "decode" and config.num_stages == 1 and problem.dtype.itemsize == 2
+    in_turn |= kernel in SECOND_KERNELS and problem.dtype.itemsize == 4  # whose products are of registers
     if in_turn:
         return max(held * min(held_width, problem.width), streamed * rows) * problem.dtype.itemsize
     return (held * held_width + streamed * rows * stages) * problem.dtype.itemsize
@@ -332,8 +341,8 @@ def _tensor_memory_estimate(kernel: str, config: TileConfig, problem: Problem) -
     """Columns of fp32 logits, in a backward their gradients too, of both as 16-bit operands, and of the sums."""
     head, value = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
     held, columns = config.block_m, 0
-    if kernel == "forward":
-        columns = config.block_n * 3 // 2 + value
+    if kernel in ("forward", "tangent"):  # a tangent has logits' too
+        columns = config.block_n * (3 if kernel == "forward" else 6) // 2 + value
     elif kernel == "grad_query":
         columns = config.block_n * 5 // 2 + head
     elif kernel == "grad_key_value":

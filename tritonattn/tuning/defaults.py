@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from .config import (
+    SECOND_KERNELS,
     STREAMING_KERNELS,
     TILED_KERNELS,
     Problem,
@@ -50,6 +51,8 @@ def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
         return _STREAMING_TILES.get(kernel, TileConfig(rows, rows, 4, 1))
     if kernel == "decode":
         return _decode_config(problem, width, target)
+    if kernel in SECOND_KERNELS:
+        return _second_config(kernel, problem, target, min(width, 256))
     if problem.dtype == torch.float32:
         return _float32_config(kernel, problem, target, width)
     config = _tiled_config(kernel, problem, target, width)
@@ -94,6 +97,16 @@ def _float32_config(kernel: str, problem: Problem, target: Target, width: int) -
     if kernel == "forward" or not _takes_many_registers(kernel, problem):
         return config
     return replace(config, block_m=16, block_n=16, num_stages=1)
+
+
+def _second_config(kernel: str, problem: Problem, target: Target, width: int) -> TileConfig:
+    """The config of tangents of all tensors, and of all gradients; the smallest tiles for what takes registers."""
+    family = target.architecture.family
+    if problem.dtype == torch.float32:
+        return replace(TileConfig(*family.float32[width]), block_m=16, block_n=16, num_stages=1)
+    config = TileConfig(*family.tiles[kernel][width])
+    holds_more = problem.softcap or problem.key_ranges or _takes_many_registers("", problem)
+    return replace(config, block_m=16, block_n=16) if holds_more else config
 
 
 def _tiled_config(kernel: str, problem: Problem, target: Target, width: int) -> TileConfig:

@@ -8,6 +8,8 @@ from .key_norms import key_norms, key_norms_backward, prefix_sums
 from .key_records import append_keys, append_to_pages
 from .launch import KERNELS, VARIANTS, Variant
 from .ranges import argmax_over_ranges, seen_keys
+from .second import second
+from .tangent import tangent
 
 
 def _hopper_forward() -> Variant:
@@ -31,5 +33,7 @@ __all__ = [
     "key_norms_backward",
     "prefix_sums",
     "problem_of",
+    "second",
     "seen_keys",
+    "tangent",
 ]

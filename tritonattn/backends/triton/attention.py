@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.call import LONGEST_QUERY, AttentionCall
-from ...core.terms import PAIRS, TABLES, Needs, choices, flags
+from ...core.terms import PAIRS, TABLES, Gradients, choices, flags
 from ...core.visibility import Visibility
 from ...tuning import calls as recorded
 from ...tuning.calls import Size
@@ -67,6 +67,7 @@ class Prepared(NamedTuple):
 
     arguments   that its launches share: each adds its own to a copy
     d_out       of a backward
+    tangents    of a tangent, and of its gradient
     """
 
     call: AttentionCall
@@ -74,6 +75,7 @@ class Prepared(NamedTuple):
     sizes: Sizes
     arguments: Mapping[str, Any]
     d_out: Tensor | None = None
+    tangents: Gradients = Gradients()
 
 
 class RowTerms(NamedTuple):
@@ -98,7 +100,7 @@ def launch_kernel(
     programs    the kernel's, of `grids`
     run         launches, with more arguments or in splits; None launches once
     """
-    call, specialisation, sizes, shared, d_out = prepared
+    call, specialisation, sizes, shared, d_out, _ = prepared
     if recorded.recorders and kernel in TILED_KERNELS:
         recorded.note(Exact(kernel, specialisation.problem), size_of(call))
 
@@ -237,11 +239,13 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -
     return replace(found, **asked)
 
 
-def prepared(call: AttentionCall, d_out: Tensor | None = None, needs: Needs | None = None, **asked: Any) -> Prepared:
+def prepared(call: AttentionCall, d_out: Tensor | None = None, needs: Hashable = None, **asked: Any) -> Prepared:
     """The call as kernels want it. An operand is copied where that alone makes it aligned, as one at an odd offset.
 
     All kernels then load 16 bytes at a time, and are those of other calls. An expanded operand stays as it is, and so
     do pages, which hold more than the call's keys.
+
+    needs   what selects code besides the call and `asked`
     """
     if not call.q.dtype == call.k.dtype == call.v.dtype:
         call = call.narrowed()
@@ -262,7 +266,7 @@ def specialisation_of(
     sizes: Sizes,
     asked: Mapping[str, Any],
     d_out: Tensor | None = None,
-    needs: Needs | None = None,
+    needs: Hashable = None,
 ) -> Specialisation:
     """The specialisation of a call, by all that selects code: lengths and numbers of sequences do not.
 

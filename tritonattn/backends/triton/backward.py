@@ -37,15 +37,7 @@ from .grad_query import grad_query
 from .grids import aligned_rows, over_row_terms
 from .launch import KERNELS
 from .records import Results
-from .softmax import LOG2_E, joint_peak
-
-
-@triton.jit
-def before_rounding(rounded, lost):
-    """The fp32 that `rounded` was, from what it lost: `core.rounding`."""
-    SHIFT: tl.constexpr = 15 - rounded.dtype.fp_mantissa_width if rounded.dtype != tl.float32 else 0
-    bits = rounded.to(tl.float32).to(tl.int32, bitcast=True) + (lost.to(tl.int32) << SHIFT)
-    return bits.to(tl.float32, bitcast=True)
+from .softmax import LOG2_E, before_rounding, joint_peak
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -14,7 +14,7 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, find_paths_if, get_iterable_path
 
 from ...core.call import AttentionCall
-from ...core.terms import Needs
+from ...core.terms import Gradients, Needs
 from ...tuning.calls import Size
 from ...tuning.config import WIDEST, WIDEST_KEYS, Problem, Target, TileConfig, legal_reasons
 from ...tuning.defaults import default_config
@@ -28,6 +28,8 @@ from .key_records import append_keys, append_to_pages
 from .launch import KERNELS, Launch, Plan, overriding, recording, view_of
 from .operands import Operands
 from .ranges import argmax_over_ranges, rows_of_key_blocks, seen_keys
+from .second import second
+from .tangent import tangent
 
 _PAGE = 16
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -55,7 +57,7 @@ def compile_kernel(
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
     dims = (problem.head_dim, problem.value_dim)
-    widest = WIDEST if _LAUNCHERS[kernel] in (_forward, _backward) else WIDEST_KEYS
+    widest = WIDEST if _LAUNCHERS[kernel] in (_forward, _backward, _tangent, _second) else WIDEST_KEYS
     if not (1 <= dims[0] <= widest and 1 <= dims[1] <= WIDEST) or problem.dtype not in _DTYPES:
         raise ValueError(
             f"problem: expected head dims from 1 to {widest}, values from 1 to {WIDEST}, and fp16, bf16 or fp32, "
@@ -154,6 +156,23 @@ def _backward(problem: Problem) -> None:
     backward(call, out, lse, operands.operand(*out.shape), d_lse, needs, rounding)
 
 
+def _tangent(problem: Problem) -> None:
+    """Of tangents of all tensors."""
+    call = _operands(problem).attention()
+    out, rounding, lse = _results(problem, call)
+    tangent(call, (out, lse, rounding), Gradients(*call.tensors()))
+
+
+def _second(problem: Problem) -> None:
+    """Of tangents of all tensors, towards these and their tangents."""
+    operands = _operands(problem)
+    call = operands.attention()
+    (out, rounding, lse), tangents = _results(problem, call), Gradients(*call.tensors())
+    needs = Needs(*(x is not None for x in tangents))
+    d_out, d_lse = operands.operand(*out.shape), _tensor(*lse.shape) if problem.aux else None
+    second(call, (out, lse, rounding), tangents, d_out, d_lse, needs, needs)
+
+
 def _decode(problem: Problem) -> None:
     operands = _operands(problem)
     group, rows = (problem.packed_rows, 1) if problem.grouped else (1, problem.packed_rows)
@@ -228,6 +247,9 @@ _LAUNCHERS: dict[str, Callable[[Problem], object]] = {
     "row_terms": _backward,
     "grad_query": _backward,
     "grad_key_value": _backward,
+    "tangent": _tangent,
+    "grad_query_second": _second,
+    "grad_key_value_second": _second,
     "decode": _decode,
     "combine_splits": _decode,
     "sum_of_splits": _sum_of_splits,

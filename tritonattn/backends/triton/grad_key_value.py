@@ -317,7 +317,7 @@ def grad_key_value(ready: Prepared, needs: Needs, row_terms: RowTerms) -> Gradie
     for name in PAIRS:
         x = getattr(logits, name)
         if x is not None and getattr(needs, name):
-            pairs[name] = _of_pairs(call, visible.k_len if AXES[name][-1] == "Sk" else x.shape[3])
+            pairs[name] = of_pairs(call, visible.k_len if AXES[name][-1] == "Sk" else x.shape[3])
     factor_size = None
     if logits.query_scale is not None and call.q.dtype == torch.float16:
         factor = logits.query_scale * (logits.scale * LOG2_E.value)
@@ -336,7 +336,7 @@ def grad_key_value(ready: Prepared, needs: Needs, row_terms: RowTerms) -> Gradie
     return found._replace(k=found.k if needs.k else None, v=found.v if needs.v else None, **pairs)
 
 
-def _of_pairs(call: AttentionCall, width: int) -> Tensor:
+def of_pairs(call: AttentionCall, width: int) -> Tensor:
     """Zeros [B, Hq, Sq, width] for the gradient of a bias of pairs: the kernel writes the visible ones."""
     padded = -(-width // 16) * 16  # rows begin where wide stores can
     return call.q.new_zeros((*call.q.shape[:3], padded), dtype=torch.float32)[..., :width]
@@ -344,11 +344,8 @@ def _of_pairs(call: AttentionCall, width: int) -> Tensor:
 
 def _launch(chosen: Plan, grid: Grid, arguments: Arguments, ready: Prepared) -> None:
     """Launch; where the rows of each key are shared out among splits, add their parts up."""
-    call, specialisation, masks = ready.call, ready.specialisation, arguments["masks"]
-    if masks.key_ranges is not None:
-        view = View(*(arguments[name] for name in ("q_len", "k_len", "left", "right")), *masks[:2])
-        bounds = rows_of_key_blocks(call.visibility, view, chosen.config.block_n)
-        arguments["masks"] = masks._replace(row_bounds=bounds)
+    call, specialisation = ready.call, ready.specialisation
+    arguments = with_row_bounds(chosen, arguments, call)
     if arguments["splits"] is None:
         chosen.launch(grid, arguments, specialisation)
         return
@@ -360,3 +357,13 @@ def _launch(chosen: Plan, grid: Grid, arguments: Arguments, ready: Prepared) -> 
     chosen.launch(grid, arguments | {"gradients": results._replace(**parts)}, specialisation.in_splits)
     for name, part in parts.items():
         add_splits(specialisation, part, shared[name])
+
+
+def with_row_bounds(chosen: Plan, arguments: Arguments, call: AttentionCall) -> Arguments:
+    """The arguments with the rows of each block of keys, where key_ranges narrow them."""
+    masks = arguments["masks"]
+    if masks.key_ranges is None:
+        return arguments
+    view = View(*(arguments[name] for name in ("q_len", "k_len", "left", "right")), *masks[:2])
+    bounds = rows_of_key_blocks(call.visibility, view, chosen.config.block_n)
+    return arguments | {"masks": masks._replace(row_bounds=bounds)}

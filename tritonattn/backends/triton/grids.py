@@ -69,7 +69,7 @@ def over_rows(chosen: Plan, sizes: Sizes) -> Programs:
 def over_keys(chosen: Plan, sizes: Sizes) -> Programs:
     """For each block of keys, or for each split of the rows of its group."""
     config, splits = chosen.config, 1
-    if not sizes.invariant:
+    if "splits" in chosen.names and not sizes.invariant:
         rows, causal = min(sizes.rows, sizes.reach(config)), sizes.right is not None and sizes.left is None
         splits = splits_of_rows(rows, sizes.keys, causal, sizes.group, sizes.kv_heads, config, chosen.target)
     blocks, heads = -(-sizes.keys // config.block_n), sizes.kv_heads * sizes.sequences

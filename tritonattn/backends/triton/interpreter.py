@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_READ_ONLY = ("q", "k", "v", "d_out", "terms", "masks", "sinks")
+_READ_ONLY = ("q", "k", "v", "d_out", "terms", "tangents", "masks", "sinks")
 
 
 def run_interpreted(kernel: Any, grid: tuple[int, int, int], arguments: Mapping[str, Any], _: Any) -> None:

@@ -49,6 +49,9 @@ LogitTerms = namedtuple(
 # Gradients of the tensors of a call, contiguous or, of biases of pairs, `Strided`; None for those not asked for.
 TensorGradients = namedtuple("TensorGradients", AXES, defaults=[None] * len(AXES))
 
+# Tangents of the tensors of a call: `Strided` of q, k, v and biases of pairs, else `Scale`; None is zero.
+Tangents = namedtuple("Tangents", AXES, defaults=[None] * len(AXES))
+
 
 class Masks(NamedTuple):
     """The tensors that narrow the visible keys; all may be None.
@@ -101,6 +104,20 @@ class Results(NamedTuple):
     lse: Any
     max_logit: Any
     entropy: Any
+
+
+class SecondTerms(NamedTuple):
+    """Terms of rows of the gradient of a tangent, fp32 [B, Hq, Sq], contiguous: see `attention_tangent`.
+
+    d_sinks, d_t_sinks   gradients towards sinks and their tangents, or None
+    """
+
+    exponent: Any
+    mean: Any
+    delta: Any
+    eta: Any
+    d_sinks: Any
+    d_t_sinks: Any
 
 
 class View(NamedTuple):

@@ -103,6 +103,44 @@ def lost_in_rounding(exact, rounded):
 
 
 @triton.jit
+def before_rounding(rounded, lost):
+    """The fp32 that `rounded` was, from what it lost: `core.rounding`."""
+    SHIFT: tl.constexpr = 15 - rounded.dtype.fp_mantissa_width if rounded.dtype != tl.float32 else 0
+    bits = rounded.to(tl.float32).to(tl.int32, bitcast=True) + (lost.to(tl.int32) << SHIFT)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def gradients_of_tangent(p, dp, t_dp, t_x, t_biases, capped, mean, delta, eta, softcap):
+    """(t_z, d_z, d_t_z, d_x, d_t_x): the gradients of a tangent towards logits and their tangents t_, capped and not.
+
+        d_t_z = p * (dp - delta)                                t_z = t_x * dz/dx + t_biases
+        d_z   = p * ((t_z - mean) * (dp - delta) + t_dp - eta)
+        d_t_x = d_t_z * dz/dx
+        d_x   = (d_z - 2 * tanh(x / softcap) / softcap * t_x * d_t_z) * dz/dx
+
+    dp, t_dp   products of d_out with v and with its tangent, or None; t_biases: not those in t_x, or None
+    mean, delta, eta   of `SecondTerms`; all in natural units but capped, and broadcast to p
+    """
+    t_z = t_x
+    if softcap is not None:
+        ratio = capped * (1.0 / (softcap * LOG2_E))
+        slope = soft_cap_slope(capped, softcap)
+        t_z = t_x * slope
+    if t_biases is not None:
+        t_z += t_biases
+    excess = dp - delta
+    d_z, d_t_z = p * tl.fma(t_z - mean, excess, -eta), p * excess
+    if t_dp is not None:
+        d_z = tl.fma(p, t_dp, d_z)  # a sum of t_dp alone would join the product's
+    d_x, d_t_x = d_z, d_t_z
+    if softcap is not None:
+        d_t_x = d_t_z * slope
+        d_x = tl.fma(ratio * (-2.0 / softcap) * t_x, d_t_z, d_z) * slope
+    return t_z, d_z, d_t_z, d_x, d_t_x
+
+
+@triton.jit
 def probabilities(s, bias, keep, factor, softcap, terms, m_i, MASKED: tl.constexpr, ENTROPY: tl.constexpr):
     """One step of the online softmax, relative to the new maximum m_i [BLOCK_M]: (p, weighted, alpha, moved, m_i).
 

@@ -1,0 +1,41 @@
+"""The kernels of derivatives beyond the first, of sm_80 and sm_90: values to the bound, no overrun, no race."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.derivatives import FORMS, SCALES, case_of
+from tritonattn.core.terms import Gradients
+from tritonattn.tuning import TileConfig
+
+from .cases import CPU
+from .executor import GPU, padded
+
+HALF, BFLOAT = torch.float16, torch.bfloat16
+SMALL = TileConfig(16, 16, 1, 2)
+WARPGROUP = TileConfig(64, 16, 4, 2)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of the first torch.func.jvp
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tiles", "dtype", "form", "dims", "lengths"),
+    [
+        (GPU(80), SMALL, BFLOAT, f"{SCALES} sinks softcap", (16, 32), (21, 35)),
+        (GPU(80), SMALL, HALF, FORMS["pairs"], (16, 16), (19, 35)),
+        (GPU(90), WARPGROUP, HALF, SCALES, (32, 32), (70, 90)),
+    ],
+    ids=["scales", "pairs", "warpgroup"],
+)
+def test_derivatives(gpu, tiles, dtype, form, dims, lengths, emulate):
+    executor = emulate(gpu, tiles)
+    case = case_of(form, CPU, dtype, dims, lengths)
+    q, k, v = (padded(x) for x in case.call.tensors()[:3])
+    case.call = case.call.changed(q=q, k=k, v=v)
+    case.tangents = Gradients(*(padded(x) for x in case.tangents[:3]), *case.tangents[3:])
+    case.d_out = padded(case.d_out)
+    case.check()
+    names = ["tangent", "tangent", "grad_query_second", "grad_key_value_second"]
+    ours = [name for name in executor.launched if name != "row_bounds_kernel"]
+    assert ours[-4:] == [f"attention_{name}" for name in names]

@@ -1,0 +1,57 @@
+"""The gradient of a tangent: terms of its rows by the tangent kernel, then a pass over rows and one over keys."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...core.call import AttentionCall
+from ...core.terms import Gradients, Needs
+from .attention import aligned_copy, new_results
+from .grad_key_value_second import grad_key_value_second
+from .grad_query_second import grad_query_second
+from .records import SecondTerms
+from .tangent import Saved, launch_tangent, with_tangents
+
+_OF_ROWS, _OF_SINKS = {"q", "query_scale"}, {"sinks"}
+
+
+def second(
+    call: AttentionCall,
+    saved: Saved,
+    tangents: Gradients,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    needs: Needs,
+    needs_tangents: Needs,
+) -> tuple[Gradients, Gradients]:
+    """The gradients of `tangent` towards the call's tensors and towards their tangents, by the three kernels.
+
+    d_out [B, Hq, Sq, Dv] in out's dtype and d_lse fp32 [B, Hq, Sq], or None, are those of both tangents; any strides.
+    """
+    asked = {
+        "aux": d_lse is not None,
+        "query_scale_grad": needs.query_scale or needs_tangents.query_scale,
+        "wide_q": call.q.dtype != call.v.dtype,
+        "wide_k": call.k.dtype != call.v.dtype,
+    }
+    selects = needs, needs_tangents, saved[2] is None
+    ready = with_tangents(call, tangents, aligned_copy(d_out), selects, **asked)
+    call, lse = ready.call, saved[1]
+    sinks = [new_results(call, lse) if one.sinks else None for one in (needs, needs_tangents)]
+    terms = SecondTerms(*(new_results(call, lse, fill=x) for x in (-float("inf"), 0.0, 0.0, 0.0)), *sinks)
+    launch_tangent(ready, saved, {"row_terms": terms, "d_lse_ptr": None if d_lse is None else d_lse.contiguous()})
+
+    found, of_tangents = Gradients(sinks=sinks[0]), Gradients(sinks=sinks[1])
+    names = {name for one in (needs, needs_tangents) for name, is_asked in one._asdict().items() if is_asked}
+    for launch, is_asked in (
+        (grad_query_second, names & _OF_ROWS),
+        (grad_key_value_second, names - _OF_ROWS - _OF_SINKS),
+    ):
+        if is_asked:
+            more, more_of_tangents = launch(ready, needs, needs_tangents, terms)
+            found, of_tangents = _joined(found, more), _joined(of_tangents, more_of_tangents)
+    return found, of_tangents
+
+
+def _joined(some: Gradients, others: Gradients) -> Gradients:
+    return Gradients(*(x if y is None else y for x, y in zip(some, others, strict=True)))
