@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import graphlib
+import inspect
 import json
 import os
 import re
@@ -17,7 +18,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tritonattn import SCALINGS, Scaling
+from tritonattn import SCALINGS, Scaling, nn
+from tritonattn.scaling.names import is_required
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "perf/results"
@@ -256,8 +258,28 @@ def types() -> str:
     return "".join(f"        {name}: type[{file}.{cls}]\n" for name, file, cls in paths)
 
 
+def learned_names() -> str:
+    """The names of learned modes for type checkers."""
+    return "".join(f'    "{name}",\n' for name in nn.LEARNED)
+
+
+def learned() -> str:
+    """The expression that makes each module, for the error of a call that is given its name."""
+    lines = []
+    for cls in (getattr(nn, one) for one in nn.__all__):
+        if isinstance(cls, type) and issubclass(cls, Scaling) and hasattr(cls, "name"):
+            parameters = inspect.signature(cls).parameters.items()
+            given = [one for one, x in parameters if is_required(x) or one == cls.trained_length]
+            lines.append(f'    "{cls.name}": "{cls.__name__}({", ".join(f"{one}={_GIVEN[one]}" for one in given)})",\n')
+    return "".join(lines)
+
+
+_GIVEN = {"heads": "Hq", "head_dim": "D", "base": "LENGTH"}
+_GIVEN |= {"mode_a": "'sqrt_dim'", "mode_b": "'key_norm_mean'", "steps": "1000"}
+
 PARTS: dict[str, Callable[[], str]] = {
     **{"modes": modes, "advice": advice, "playground": playground, "names": names, "types": types},
+    **{"learned_names": learned_names, "learned": learned},
     **{"floors": floors, "support": support, "costs": costs, "forms": forms, "memory": memory},
     **{"biases": biases, "language_model": language_model, "language_model_text": language_model_text},
 }

@@ -93,7 +93,7 @@ SHARED: list[Case] = [
     ({"backend": "tritton"}, "ValueError: backend: ~ got 'tritton' (did you mean 'triton'?)"),
     ({"softcap": 0}, "ValueError: softcap: expected a number above 0, got 0 ~ None is no softcap"),
     ({"scaling": "ssmax"}, "ValueError: 'ssmax' ~ module ~ tritonattn.nn.SSMax(heads=Hq, base=LENGTH)"),
-    ({"scaling": "per_head"}, "ValueError: 'per_head' ~ nn.PerHead('sqrt_dim', heads=Hq)"),
+    ({"scaling": "per_head"}, "ValueError: 'per_head' ~ nn.PerHead(heads=Hq)"),
     *factors("gain"),
     ({"gain": "2"}, "TypeError: gain: ~ number ~ '2'"),
     *(({"gain": x}, f"ValueError: gain: expected a finite number, got {x!r}") for x in (10**400, 3e38, inf, nan)),

@@ -36,18 +36,28 @@ ModeName = Literal[
     "cosine",
     # end
 ]
-LearnedName = Literal["per_head", "ssmax", "learned_cosine", "power_law", "learned_log_power"]
+LearnedName = Literal[
+    # generated: learned_names
+    "per_head",
+    "ssmax",
+    "learned_cosine",
+    "power_law",
+    "learned_log_power",
+    # end
+]
 LayerMode = ModeName | LearnedName | str
 
 # Modes that are modules, and the expression that makes one for q of Hq heads.
 _LEARNED = {
-    "ssmax": "SSMax(heads=Hq, base=LENGTH)",
-    "power_law": "PowerLaw(heads=Hq)",
-    "learned_log_power": "LearnedLogPower(heads=Hq, base=LENGTH)",
-    "query_adaptive_ssmax": "QueryAdaptiveSSMax(heads=Hq, head_dim=D)",
-    "per_head": "PerHead('sqrt_dim', heads=Hq)",
+    # generated: learned
     "learned_cosine": "LearnedCosine(heads=Hq)",
-    "scheduled": "Scheduled('sqrt_dim', 'key_norm_mean', steps=1000)",
+    "learned_log_power": "LearnedLogPower(heads=Hq, base=LENGTH)",
+    "per_head": "PerHead(heads=Hq)",
+    "power_law": "PowerLaw(heads=Hq)",
+    "query_adaptive_ssmax": "QueryAdaptiveSSMax(heads=Hq, head_dim=D)",
+    "ssmax": "SSMax(heads=Hq, base=LENGTH)",
+    "scheduled": "Scheduled(mode_a='sqrt_dim', mode_b='key_norm_mean', steps=1000)",
+    # end
 }
 _OTHER_WORDS = {"logn": "log_key_count", "scalablesoftmax": "ssmax"}  # by `_letters`
 
