@@ -36,7 +36,7 @@ _CONCLUSION = """\
 At 32 times the trained length 1/sqrt(D) recalls {control:.0%}, and ln(n)/ln({length})/sqrt(D) {log:.0%}.
 Put into the model that was trained with 1/sqrt(D), without any training, such a factor recalls {swapped:.0%}:
 
-    layer.scaling = tritonattn.SCALINGS["{mode}"]({length})  # max(1, ln(n)/ln({length})) / sqrt(D)
+    layer.scaling = "{mode}:{length}"  # max(1, ln(n)/ln({length})) / sqrt(D)
 
 One seed, {steps} steps. The study's column has means of 5 seeds, trained until 95% were right: docs/language-model.md
 
