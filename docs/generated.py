@@ -179,11 +179,12 @@ def biases() -> str:
 
 
 def language_model() -> str:
-    """Recall of the ledger by `python -m perf language-model`, of the models with five seeds."""
+    """Recall of the ledger by `python -m perf language-model`, of the models that learned it with five seeds."""
     from perf.studies.language_model.records import read
     from perf.studies.language_model.report import LEDGER_HEADER, ledger_rows, sources
 
-    kept = [row for row in ledger_rows(read()) if row[2] == "5"]
+    learned = [run for run in read() if run.found.solved_at is not None]
+    kept = [row for row in ledger_rows(learned) if row[2] == "5"]
     return table(LEDGER_HEADER, kept) + f"\n{sources(read())}\n"
 
 
