@@ -202,11 +202,14 @@ def test_the_first_call_finds_the_layers_and_has_the_scaling():
     assert torch.equal(model(X), before)
 
 
-def test_advise_and_a_monitor_read_a_replaced_model():
-    model, layers = GPT().double().eval(), ["blocks.0.attn", "blocks.1.attn"]
-    refuses("ValueError: model: ~ call tritonattn.integrations.sdpa.replace_sdpa(model) first", advise, model, X)
+def test_advise_reads_any_model_and_a_monitor_a_replaced_one():
+    model, layers = GPT().double(), ["blocks.0.attn", "blocks.1.attn"]
+    state = copy.deepcopy(model.state_dict())
+    advice = advise(model, X)
+    assert [finding.layer for finding in advice.findings] == layers
+    assert all(torch.equal(model.state_dict()[name], x) for name, x in state.items())
     replace_sdpa(model)
-    assert [finding.layer for finding in advise(model, X).findings] == layers
+    assert str(advise(model, X)) == str(advice)
     with Monitor(model, every=1) as monitor:
         model(X)
         assert [*monitor.step(0.0)["layers"]] == layers

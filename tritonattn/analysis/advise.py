@@ -145,9 +145,9 @@ def advise(
     """Diagnose every attention layer, and say which scaling to try first.
 
     Args:
-        model: A module that computes its attention by `tritonattn.attention` or `tritonattn.nn.ScaledAttention`, or a
-            transformers model that `tritonattn.huggingface.patch` can patch, patched or not; it does not change. Or q
-            [B, Hq, Sq, D] of one layer.
+        model: A module that computes its attention by `tritonattn.attention`, `tritonattn.nn.ScaledAttention` or, if by
+            none of these, F.scaled_dot_product_attention, or a transformers model that `tritonattn.huggingface.patch`
+            can patch, patched or not; it does not change. Or q [B, Hq, Sq, D] of one layer.
         tokens: Token ids [B, S], or what the module takes first, or inputs by name, the tokens first, with
             attention_mask if there is padding, whose rows do not count. Or k [B, Hkv, Sk, D].
         context: The length of the model's training; None is its config's max_position_embeddings, or without a config

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from ..calls.checks import INTEGERS
 from ..core.norms import key_norms_of
 from ..core.observation import ObservedCall
 from ..core.visibility import Visibility
+from ..integrations.sdpa import Finder, evaluating
 from ..nn import ScaledAttention
 from ..nn.registry import grows_with_keys, largest_base
 from ..scaling import Given, Scaling
@@ -134,19 +135,20 @@ def read_layers(model: Any, tokens: Any, context: int | None, each: Callable[[La
         each(Layer(names[id(module)], q, k, scaling, gain, relative, visible, context, softcap, kind, untrained))
 
     names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
-    with _evaluating(model), torch.no_grad():
-        if is_ours:
-            observed = _observed_calls(model, _positions(model, inputs), hand_on)
-        else:
-            observed = _observed_transformers(model, hand_on)
-        with observed:
-            _run(model, inputs)
-    if not found:
-        raise ValueError(
-            "model: expected attention by tritonattn.attention, or by layers that huggingface.patch takes, got none"
-            " from these inputs: put it in for F.scaled_dot_product_attention, or call"
-            " tritonattn.integrations.sdpa.replace_sdpa(model) first"
-        )
+    for calls_of_torch in (nullcontext(), Finder(model, "sqrt_dim", None, "auto").finding([])):
+        with evaluating(model), calls_of_torch:
+            if is_ours:
+                observed = _observed_calls(model, _positions(model, inputs), hand_on)
+            else:
+                observed = _observed_transformers(model, hand_on)
+            with observed:
+                _run(model, inputs)
+        if found:
+            return
+    raise ValueError(
+        "model: expected attention by tritonattn.attention, by F.scaled_dot_product_attention, or by layers that"
+        " huggingface.patch takes, got none from these inputs"
+    )
 
 
 def _can_be_patched(model: nn.Module) -> bool:
@@ -231,17 +233,6 @@ def _positions(model: nn.Module, inputs: Any) -> list[bool | None]:
     with Calls(model, observe):
         _run(model, repeated)
     return found if are_ids or True in found else [True if one else None for one in found]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in training:
-            module.training = mode
 
 
 def _is_causal(seen: Visibility) -> bool:

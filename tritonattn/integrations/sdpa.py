@@ -142,13 +142,13 @@ def replace_sdpa(
     ...     print(replaced.names, [name for name in model.state_dict() if "scaling" in name])
     ['0'] ['0.logit_scaling.s', '0.logit_scaling.b']
     """
-    return ReplacedSDPA(_Finder(model, scaling, layers, backend), example)
+    return ReplacedSDPA(Finder(model, scaling, layers, backend), example)
 
 
 class ReplacedSDPA(Replacement):
     """A `Replacement` by `replace_sdpa`, with a report; without an example complete after the model's first call."""
 
-    def __init__(self, finder: _Finder, example: Any) -> None:
+    def __init__(self, finder: Finder, example: Any) -> None:
         self._finder, model = finder, finder.model
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type_of(model)}")
@@ -169,7 +169,7 @@ class ReplacedSDPA(Replacement):
             if example is None:
                 self.put(model, "forward", partial(_first_call, self, model.forward))
             else:
-                with _traceless(model), finder.finding([]):
+                with evaluating(model), finder.finding([]):
                     _run(model, example)
                 self.finish()
         except BaseException:
@@ -251,7 +251,7 @@ def _run(model: Any, example: Any) -> None:
 
 
 @contextmanager
-def _traceless(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a model in eval mode, without gradients; its mode and torch's random numbers are as before afterwards."""
     training = {module: module.training for module in model.modules()}
     try:
@@ -275,7 +275,7 @@ class _Layer:
     arguments: set[str] = field(default_factory=set)
 
 
-class _Finder(ScaledSDPA):
+class Finder(ScaledSDPA):
     """Finds the innermost module of a model in whose forward a call is made, and gives that call its scaling."""
 
     def __init__(self, model: Any, scaling: Any, layers: str | Iterable[str] | None, backend: Backend) -> None:
