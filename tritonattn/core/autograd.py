@@ -33,10 +33,13 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     return True
 
 
-def values_are_read(*tensors: Tensor | None) -> bool:
-    """True where the host reads values of tensors: on a CPU, unless a compiler or a transform stands between."""
+def values_are_read(*tensors: Tensor | None, waits: bool = False) -> bool:
+    """True where the host reads values of tensors, unless a compiler or a transform stands between.
+
+    waits   of tensors on any device, which it waits for: else on a CPU alone
+    """
     for x in tensors:  # no generator: every decode step asks
-        if x is not None and (x.device.type != "cpu" or x.numel() == 0):
+        if x is not None and ((x.device.type != "cpu" and not waits) or x.numel() == 0):
             return False
     return runs_eagerly(*tensors)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import apply, runs_eagerly, save
+from .autograd import apply, save, values_are_read
 from .invariance import halving_sum
 
 
@@ -27,11 +27,10 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(k: Tensor, seen: Tensor | None, invariant: bool) -> Tensor:
-        is_readable = runs_eagerly(k) and k.device.type == "cpu" and k.numel() > 0
         if invariant:
             norms = _by_pieces(lambda piece: _norms_of(piece, _invariant_norm), k)
         else:
-            norms = _norms_on_cpu(k) if is_readable else _norms_of(k)
+            norms = _norms_on_cpu(k) if values_are_read(k) else _norms_of(k)
         return norms if seen is None else torch.where(seen, norms, 0)
 
     @staticmethod
@@ -75,7 +74,7 @@ def _norms_on_cpu(k: Tensor) -> Tensor:
 
 
 def _by_pieces(norms: Callable[[Tensor], Tensor], k: Tensor) -> Tensor:
-    if not runs_eagerly(k) or k.dim() < 2 or k.shape[-2] <= _ROWS:  # a trace would bind the number of keys
+    if torch.compiler.is_compiling() or k.dim() < 2 or k.shape[-2] <= _ROWS:  # a trace would bind the number of keys
         return norms(k)
     return torch.cat([norms(piece) for piece in k.split(_ROWS, dim=-2)], dim=-1)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .autograd import needs_graph, runs_eagerly, values_are_read
+from .autograd import needs_graph, values_are_read
 from .visibility import Visibility
 
 # An additive mask hides a key by a number at most this, whose exp is 0 in every dtype.
@@ -26,7 +26,7 @@ def mask_arguments(name: str, mask: Tensor | None) -> dict[str, Tensor]:
     if not mask.is_floating_point():
         raise TypeError(f"{name}: expected a bool or floating mask, got {mask.dtype}")
     hidden = mask <= _HIDDEN
-    if not mask.requires_grad and runs_eagerly(mask) and bool((hidden | (mask == 0)).all()):
+    if not mask.requires_grad and values_are_read(mask, waits=True) and bool((hidden | (mask == 0)).all()):
         return {"mask": ~hidden}
     return {"mask": ~hidden, "bias": mask}
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autograd import Linear, runs_eagerly
+from .autograd import Linear, values_are_read
 
 # Entries that a pass over a dense mask holds at a time, or those of a row: 32 MiB in fp64, on a GPU, whose every block
 # is several launches, 256. Code that is traced holds none of them, and would unroll as many blocks: its rows are fixed.
@@ -64,9 +64,8 @@ def pairs(lo: Tensor, hi: Tensor, mask: Tensor | None, k_len: int, rows: slice =
 def row_tiles(lo: Tensor, hi: Tensor, mask: Tensor, k_len: int, heads: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield the `pairs` of one block of rows after another, as many rows as `heads` heads allow."""
     q_len, entries = lo.shape[-1], _ENTRIES if lo.device.type == "cpu" else _ENTRIES_OF_GPU
-    is_real = runs_eagerly(lo, mask)
-    block = max(1, entries // max(heads * k_len, 1)) if is_real else _TRACED_ROWS
-    hides = not (is_real and lo.is_cpu) or bool(((lo > 0) | (hi < k_len)).any())  # ranges do beside the mask
+    block = _TRACED_ROWS if torch.compiler.is_compiling() else max(1, entries // max(heads * k_len, 1))
+    hides = not values_are_read(lo, mask) or bool(((lo > 0) | (hi < k_len)).any())  # ranges do beside the mask
     for start in range(0, max(q_len, 1), block):
         rows = slice(start, min(start + block, q_len))
         if hides:
@@ -136,11 +135,7 @@ class _Roll(Linear):
 
 def rows_begun(bound: Tensor, k_len: int) -> Tensor:
     """Count for each key j the rows with bound <= j: int64 [..., Sk]; bound [..., Sq] does not fall along the rows."""
-    keys = torch.arange(k_len, device=bound.device)
-    if runs_eagerly(bound):
-        keys = keys.expand(*bound.shape[:-1], -1).contiguous()
-    else:
-        keys = keys + bound.new_zeros((*bound.shape[:-1], 1))  # dense, in vmap too
+    keys = torch.arange(k_len, device=bound.device) + bound.new_zeros((*bound.shape[:-1], 1))  # dense, in vmap too
     return torch.searchsorted(bound.contiguous(), keys, right=True)
 
 
@@ -250,7 +245,7 @@ def _sum_of_pairs(x: Tensor, visible: Tensor) -> Tensor:
 
     On a CPU as a product of matrices, in which NaN of a hidden pair would reach all sums.
     """
-    if x.is_cpu and runs_eagerly(x, visible) and bool(x.isfinite().all()):
+    if values_are_read(x, visible) and bool(x.isfinite().all()):
         if visible.shape[1] == 1:
             return x @ visible[:, 0].mT.to(x.dtype)
         return (x[:, :, None] @ visible.mT.to(x.dtype))[:, :, 0]

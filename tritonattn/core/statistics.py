@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from . import ranges
-from .autograd import Linear, apply, runs_eagerly, save
+from .autograd import Linear, apply, save, values_are_read
 from .call import AttentionCall
 from .norms import key_norms_of
 from .ranges import Scan, argmax_over_ranges, prefix_sum
@@ -103,10 +103,9 @@ class Statistics:
         return self._known[name]
 
     def _norms(self) -> Tensor:
-        return self._norms_of(self.k, self._counted_keys())
-
-    def _counted_keys(self) -> Tensor | None:
-        return self.visibility.counted_keys(lambda: key_norms_of(self.k.detach(), None, self.visibility.invariant))
+        visible = self.visibility
+        counted = visible.counted_keys(lambda: key_norms_of(self.k.detach(), None, visible.invariant))
+        return self._norms_of(self.k, counted)
 
     def _norm_sum(self) -> Tensor:
         return sum_over_keys(self.norms, self.visibility, self._scan, self.norms.dtype)
@@ -260,7 +259,7 @@ def counts_of(visibility: Visibility) -> Tensor:
     """
     device = visibility.device
     is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if is_captured or not (visibility.depends_on_sizes_only and runs_eagerly()):
+    if is_captured or not (visibility.depends_on_sizes_only and values_are_read()):
         return visibility.once("counts", visibility.counts)
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     sizes = (visibility.q_len, visibility.k_len, device, visibility.left, visibility.right)
@@ -278,13 +277,15 @@ def reciprocal(statistic: Tensor) -> Tensor:
 
     fp64, or fp32 of fp32 s that is not traced.
     """
-    if statistic.dtype == torch.float32 and runs_eagerly(statistic):
+    if statistic.dtype == torch.float32 and not torch.compiler.is_compiling():
         return apply(_Reciprocal, statistic)
     return torch.threshold(statistic.double(), _LARGEST_ZERO, math.inf).reciprocal()
 
 
 class _Reciprocal(Function):
     """`reciprocal` of fp32 in fp32: half the operators that fp64 takes. Its slope -1 / s^2 leaves fp32's range."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(statistic: Tensor) -> Tensor:

@@ -83,13 +83,13 @@ class KernelStatistics(Statistics):
     _scan = staticmethod(_prefix_sums)
     _argmax = staticmethod(_argmax_over_ranges)
 
-    def _counted_keys(self) -> Tensor | None:
+    def _norms(self) -> Tensor:
         visible = self.visibility
         if visible.attends_to_every_key:
-            return None
+            return self._norms_of(self.k, None)
         if visible.invariant or not runs_eagerly(visible.key_lengths, visible.key_ranges):
-            return super()._counted_keys()
-        return kernels().seen_keys(visible)
+            return super()._norms()
+        return self._norms_of(self.k, kernels().seen_keys(visible))
 
     def _norms_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
         if not (needs_graph(x) or is_transformed()):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ...core.autograd import needs_graph, runs_eagerly, values_are_read
+from ...core.autograd import needs_graph, values_are_read
 from ...core.call import AttentionCall, ForwardResult
 from ...core.terms import Terms, is_product
 from ...core.visibility import Visibility
@@ -111,7 +111,7 @@ def attention(call: AttentionCall, again: Attend) -> ForwardResult | None:
             is_causal=False if is_full else True,  # under torch.compile is_full may be a SymBool
             enable_gqa=True if q.shape[1] != k.shape[1] else False,
         )
-    if out.requires_grad and runs_eagerly(out):
+    if out.requires_grad and not torch.compiler.is_compiling():
         _differentiate_twice(out, is_full, scale, again)
     out = out.reshape(*shape, -1) if folds else out
     out = out if value_width == width else out[..., :value_width]
