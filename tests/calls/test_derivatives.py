@@ -15,7 +15,8 @@ from tests.support.pairs import in_turn
 from tritonattn import SCALINGS
 from tritonattn.backends.cpu import Sdpa
 from tritonattn.core.statistics import reciprocal_root
-from tritonattn.core.terms import AXES, Gradients
+from tritonattn.core.terms import AXES, Gradients, others_than
+from tritonattn.ops import passes
 from tritonattn.scaling import Scales, Scaling
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script", "ignore:There is a performance drop")
@@ -253,3 +254,11 @@ def test_the_graph_of_pytorchs_kernel_keeps_no_tensor_alive():
     assert key() is not None
     torch.autograd.grad(out.sum(), q)
     assert key() is None
+
+
+@pytest.mark.parametrize("form", TWO_FORMS)
+def test_a_term_that_tangents_do_not_list_is_refused_by_name(form, monkeypatch):
+    monkeypatch.setattr(passes, "_LACKED", others_than("query_scale", "key_scale"))
+    with pytest.raises(NotImplementedError, match=r"^softcap: .*\(jvp\) and gradients of gradients"):
+        assert_as_reference(Example(causal=True, softcap=2.0), form)
+    assert_as_reference(Example(causal=True), form)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..core.autograd import runs_eagerly, without_autocast
 from ..core.call import AttentionCall, ForwardResult
-from ..core.terms import Gradients, Needs
+from ..core.terms import Gradients, Needs, Terms, others_than
 from .operators import GRADIENTS, NAMES, SCHEMA, call_of, flat, operator, vmap_of_call
 
 Saved = tuple[Tensor, Tensor, "Tensor | None"]  # out, lse, and rounding where it was kept
@@ -107,7 +107,7 @@ def _backward(
 
 
 def _tangent(call: AttentionCall, results: Saved, tangents: Gradients) -> tuple[Tensor, Tensor]:
-    _refuse_invariance(call)
+    _refuse(call)
     out, lse, _ = results
     if call.q.numel() == 0 or call.k.numel() == 0:
         return torch.zeros_like(out), torch.zeros_like(lse)
@@ -123,7 +123,7 @@ def _second(
     d_lse: Tensor | None,
     needs: tuple[Needs, Needs],
 ) -> tuple[Gradients, Gradients]:
-    _refuse_invariance(call)
+    _refuse(call)
     if call.q.numel() == 0 or call.k.numel() == 0:
         return _zeros(call, needs[0]), _zeros(call, needs[1])
     tangents = Gradients(*(None if x is None else x.resolve_neg() for x in tangents))
@@ -131,11 +131,18 @@ def _second(
     return BACKENDS[call.backend].second(call, results, tangents, d_out, d_lse, *needs)
 
 
-def _refuse_invariance(call: AttentionCall) -> None:
-    if call.visibility.invariant:
+# The terms that tangents and their gradients have.
+_TERMS = ("query_scale", "key_scale", "key_bias", "sinks", "bias", "relative_bias", "softcap", "relative_right")
+_LACKED = others_than(*_TERMS, "bias_after_softcap")
+
+
+def _refuse(call: AttentionCall) -> None:
+    """Raise for what has no forward-mode derivatives and no gradients of gradients."""
+    lacked = [Terms._fields[number] for number, default in _LACKED if call.logits[number] is not default]
+    for name in [*lacked, *["batch_invariant"] * call.visibility.invariant]:
         raise NotImplementedError(
-            "batch_invariant: not supported with forward-mode derivatives (jvp) and gradients of gradients; they have"
-            " them without it"
+            f"{name}: not supported with forward-mode derivatives (jvp) and gradients of gradients; they have them"
+            " without it"
         )
 
 
