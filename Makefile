@@ -43,10 +43,11 @@ test: $(VENV)/.test  ## every test that needs no download; the kernels' on the G
 test-slow: $(VENV)/.test $(VENV)/.real  ## the long tests, and those on real weights
 	$(PYTEST) tests/slow $(ARGS)
 
-test-peers: $(VENV)/.test  ## the model tests of transformers against ours, and that they find a wrong scale; downloads its sdist
+test-peers: $(VENV)/.test  ## the model tests of transformers against ours, and that they find a wrong scale; a peer's test of tangents; downloads sdists
 	$(PIP) install --quiet parameterized
 	$(VENV)/bin/python -m tests.peers.transformers_tests $(ARGS)
 	$(VENV)/bin/python -m tests.peers.transformers_tests --fault --tb=no --no-summary $(ARGS)
+	$(VENV)/bin/python -W ignore -m tests.peers.jvp_flash_attention
 
 test-oldest:  ## a sample of the tests with the oldest torch and triton that pyproject.toml allows, in another venv
 	$(MAKE) test-sample VENV=$(VENV)-oldest VERSIONS="$(OLDEST)"

@@ -71,6 +71,23 @@ def test_sqrt_dim_is_their_model(options, layers):
     assert torch.equal(made(TOKENS), theirs(TOKENS))
 
 
+@in_turn(options=["grouped", "qk_norm", "softclamp", "sinks", "relative positions", "alibi"])
+def test_gradients_of_gradients_are_those_of_their_model(options):
+    """As models that learn at test time need them: the loss after a step of gradient descent, by all parameters."""
+
+    def meta_gradients(made):
+        parameters = {name: x for name, x in made.named_parameters() if x.requires_grad}
+        steps = torch.autograd.grad(made(TOKENS).square().mean(), tuple(parameters.values()), create_graph=True)
+        learned = {name: x - 0.1 * step for (name, x), step in zip(parameters.items(), steps, strict=True)}
+        after = torch.func.functional_call(made, learned, (TOKENS.flip(1),)).square().mean()
+        return torch.autograd.grad(after, tuple(parameters.values()))
+
+    theirs = model(**OPTIONS[options])
+    made = copy.deepcopy(theirs)
+    ours.replace_attend(made)
+    torch.testing.assert_close(meta_gradients(made), meta_gradients(theirs), rtol=1e-7, atol=1e-9)
+
+
 def test_cross_attention_and_generation():
     torch.manual_seed(0)
     sizes = {"num_tokens": 11, "depth": 1, "heads": 4, "max_seq_len": 16}
