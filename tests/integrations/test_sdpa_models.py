@@ -125,7 +125,7 @@ def test_a_model_of_a_library(name):
 def test_a_model_of_transformers_generates_as_patched():
     """With padding on the left, and a cache: n counts the keys of a row in both."""
     huggingface = pytest.importorskip("tritonattn.huggingface", reason="pip install 'tritonattn[hf]'")
-    model, tokens = llama("sdpa").eval(), ids(length=6)
+    model, tokens = llama("sdpa").eval().double(), ids(length=6)
     given = {"attention_mask": (torch.arange(6) >= torch.tensor([[2], [0]])).long(), "max_new_tokens": 8}
     asked = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
     plain = model.generate(tokens, **given, **asked).logits
