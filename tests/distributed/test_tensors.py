@@ -16,6 +16,7 @@ from tests.support.calls import CALLS, changed, example, torch_kernels
 from tests.support.refusals import refuses
 from tritonattn import nn
 from tritonattn.core.norms import key_norms_of
+from tritonattn.core.terms import AXES
 from tritonattn.core.torch_distributed import whole
 from tritonattn.distributed import HeadParallel
 from tritonattn.ops import statistics as by_kernels
@@ -164,6 +165,13 @@ def operators(rank: int) -> dict[str, float]:
         placements = heads if "sequences" in options else both
         wanted = alike if "dropout" in options else placements
         compared("forward", arguments(case), [placements] * 3, wanted, case)
+    for case in ("softcap", "biases after softcap", "packed sinks dropout"):
+        given = [x.detach() if isinstance(x, Tensor) else x for x in flat(example(**CALLS[case]))]
+        out, lse, *_ = torch.ops.tritonattn.forward(*given, False)
+        tangents = [None if x is None else torch.ones_like(x) for x in given[: len(AXES)]]
+        along, needs = [*given, out, lse, None, *tangents], [x is not None for x in tangents]
+        compared("tangent", along, [heads] * 3, None, case)
+        compared("second", [*along, out.cos(), lse.cos(), [*needs, *needs]], [heads] * 3, None, case)
     compared("forward", arguments("plain", aux=True), [both] * 3, both, "aux, with placements as before")
     compared("forward", arguments("bias"), [(Shard(2), Shard(1))] * 3, None, "redistributed")
     q, k, v = (_random(2, n, 16, D) for n in (4, 2, 2))
