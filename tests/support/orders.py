@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.functional import hvp
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import tritonattn
@@ -72,6 +73,15 @@ def _gradient_of_jvp(f: Function, x: Tensors, u: Tensors) -> Tensors:
     return (*of_both[0], *of_both[1])
 
 
+def _product_with_hessian(f: Function, x: Tensors, u: Tensors) -> Tensors:
+    every = tuple(range(len(x)))
+
+    def along(*x: Tensor) -> Tensor:
+        return torch.stack([(a * b).sum() for a, b in zip(grad(_loss(f), every)(*x), u, strict=True)]).sum()
+
+    return grad(along, every)(*x)
+
+
 # By name: results of a function f of tensors x, along tensors u.
 FORMS: dict[str, Callable[[Function, Tensors, Tensors], Any]] = {
     "jvp": jvp,
@@ -85,6 +95,8 @@ FORMS: dict[str, Callable[[Function, Tensors, Tensors], Any]] = {
     "hessian": lambda f, x, u: (hessian(_loss(_on_a_plane(f, x, u)))(_origin(x)),),
     "gradient of a jvp": _gradient_of_jvp,
     "gradient of duals": _gradient_of_duals,
+    "hvp": lambda f, x, u: hvp(_loss(f), x, u)[1],
+    "jvp of an hvp in its direction": lambda f, x, u: jvp(lambda *u: _product_with_hessian(f, x, u), x, u)[1],
 }
 
 

@@ -204,20 +204,26 @@ def first_order(what: str) -> Callable[[Callable], Callable]:
                 result = backward(ctx, saved, *gradients)
             if torch.compiler.is_compiling():
                 return result
-            return refused(what, result if isinstance(result, tuple) else (result,), (*saved, *gradients))
+            return refused(
+                no_second_order(what), result if isinstance(result, tuple) else (result,), (*saved, *gradients)
+            )
 
         return refusing
 
     return decorate
 
 
+def no_second_order(what: str) -> str:
+    return f"{what} has no gradients of gradients; backends 'triton', 'sdpa' and 'reference' have them"
+
+
 def refused(
-    what: str, results: tuple[Tensor | None, ...], others: tuple[Tensor | None, ...]
+    why: str, results: tuple[Tensor | None, ...], others: tuple[Tensor | None, ...] = ()
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of `what`, computed from others, so that a gradient of them raises."""
-    given = tuple(x for x in results if x is not None)
-    marked = iter(_Refuse.apply(what, len(given), *given, *others))
-    return tuple(None if x is None else next(marked) for x in results)
+    """The results as they are, but that a derivative of them, towards them or others, raises."""
+    given = tuple([x for x in results if x is not None])
+    marked = iter(apply(_Refuse, why, len(given), *given, *others))
+    return tuple([None if x is None else next(marked) for x in results])
 
 
 class _Refuse(Function):
@@ -226,15 +232,15 @@ class _Refuse(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(what: str, count: int, *tensors: Any) -> tuple[Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+    def forward(why: str, count: int, *tensors: Any) -> tuple[Tensor, ...]:
+        return tuple([tensor.view_as(tensor) for tensor in tensors[:count]])
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.what, *_ = inputs
+        ctx.why, *_ = inputs
 
     @staticmethod
     def backward(ctx, *gradients):
-        raise NotImplementedError(
-            f"tritonattn: {ctx.what} has no gradients of gradients; backends 'triton', 'sdpa' and 'reference' have them"
-        )
+        raise NotImplementedError(f"tritonattn: {ctx.why}")
+
+    tangent = backward

@@ -23,6 +23,7 @@ from ..core.autograd import (
     is_transformed,
     needs_graph,
     primal_of,
+    refused,
     runs_eagerly,
     save,
     with_jvp,
@@ -107,7 +108,7 @@ class _Rest:
         """The tensors without their tangents."""
         return [primal_of(x) if slot < GRADIENTS else x for slot, x in zip(self.slots, tensors, strict=True)]
 
-    def halves(self, given: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], Gradients]:
+    def halves(self, given: Sequence[Any]) -> tuple[Sequence[Tensor | None], Gradients]:
         """The tensors, and the tangents that come behind them."""
         count = len(self.slots)
         return given[:count], Gradients(*self.fields(given[count:], None))
@@ -193,7 +194,11 @@ def _second(
     d_lse: Tensor | None,
     needs: tuple[Needs, Needs],
 ) -> tuple[Gradients, Gradients]:
-    """`second_pass`, whose derivatives raise."""
+    """`second_pass`, with derivatives towards the tangents; others, third ones, raise where they are asked for."""
+    if differentiates_again():
+        of_tensors = rest.by_slot(rest.fields(tensors, None))
+        *marked, d_out, d_lse = refused(_NO_THIRD, (*of_tensors, d_out, d_lse))
+        tensors = [x if mark is None else mark for x, mark in zip(tensors, marked, strict=True)]
     inputs = *tensors, *rest.by_slot(tangents), *results, d_out, d_lse, _Asked(rest, *needs)
     found = iter(apply_in_backward(_Second, *inputs))
     of_tensors, of_tangents = ([next(found) if need else None for need in some] for some in needs)
@@ -279,14 +284,22 @@ class _Tangent(Function):
 
     @staticmethod
     def tangent(ctx, *tangents):
-        raise NotImplementedError(
-            'tritonattn: forward mode over forward mode is not supported; backend="reference" has it, and forward mode'
-            " over reverse mode, as of torch.func.hessian, has the same numbers"
-        )
+        *given, out, lse, rounding = ctx.saved_tensors
+        rest = ctx.rest
+        (tensors, _), (of_tensors, along) = rest.halves(given), rest.halves(tangents)
+        if any(x is not None for x in of_tensors):
+            raise NotImplementedError(
+                'tritonattn: forward mode over forward mode is not supported; backend="reference" has it, and forward'
+                " mode over reverse mode, as of torch.func.hessian, has the same numbers"
+            )
+        return _tangents(rest, rest.primals(tensors), (out, lse, rounding), along)
+
+
+_NO_THIRD = 'third derivatives are not supported; backend="reference" has them'
 
 
 class _Second(Function):
-    """The gradients of `_Tangent` that `needs` asks for, towards the tensors, then towards their tangents."""
+    """The gradients of `_Tangent` that are asked for, towards the tensors, then towards their tangents."""
 
     generate_vmap_rule = True
 
@@ -300,13 +313,33 @@ class _Second(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        pass
+        *tensors, ctx.asked = inputs
+        ctx.set_materialize_grads(False)
+        save(ctx, *tensors)
 
     @staticmethod
-    def backward(ctx, *gradients):
-        raise NotImplementedError('tritonattn: third derivatives are not supported; backend="reference" has them')
+    def backward(ctx, *cotangents):
+        """The second derivatives are symmetric: those towards the tangents, from a tangent in the cotangents' place."""
+        *given, out, lse, rounding, d_out, d_lse = ctx.saved_tensors
+        asked, rest, cotangent, results = ctx.asked, ctx.asked.rest, iter(cotangents), (out, lse, rounding)
+        along = Gradients(*[next(cotangent) if need else None for need in asked.of_tensors])
+        _, needs = rest.needs_of_halves(ctx.needs_input_grad)
+        tensors, _ = rest.halves(given)
+        found = Gradients()
+        if any(x is not None for x in along):
+            found, _ = _second(rest, tensors, results, along, d_out, d_lse, (needs, Needs()))
+        zeros = [None if x is None else x.new_zeros(()).expand_as(x) for x in (*tensors, d_out, d_lse)]  # raise
+        of_tensors = rest.by_slot(rest.fields(zeros, None))
+        return *of_tensors, *rest.by_slot(found), None, None, None, *zeros[-2:], None
 
-    tangent = backward
+    @staticmethod
+    def tangent(ctx, *tangents):
+        *given, out, lse, rounding, d_out, d_lse = ctx.saved_tensors
+        asked, rest = ctx.asked, ctx.asked.rest
+        (tensors, _), (_, along) = rest.halves(given), rest.halves(tangents)
+        of_results = (out, lse, rounding), along, primal_of(d_out), primal_of(d_lse)
+        found, _ = _second(rest, rest.primals(tensors), *of_results, (asked.of_tensors, Needs()))
+        return *[x for x in found if x is not None], *[None] * sum(asked.of_tangents)
 
 
 def _keep_arguments(ctx, inputs, output) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 from torch.nn.functional import pad
 
-from ...core.autograd import apply, first_order, needs_graph, refused
+from ...core.autograd import apply, first_order, needs_graph, no_second_order, refused
 from ...core.call import AttentionCall, ForwardResult, Request
 from ...core.terms import sinks_of_heads
 from ..protocol import Attend
@@ -139,7 +139,7 @@ def _as_taken(x: Tensor, width: int, is_packed: bool) -> Tensor:
 
 
 def _refuse_where_recorded(results: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]) -> Any:
-    return refused(_NAME, results, gradients) if torch.is_grad_enabled() else None
+    return refused(no_second_order(_NAME), results, gradients) if torch.is_grad_enabled() else None
 
 
 def _aligned(x: Tensor) -> Tensor:
