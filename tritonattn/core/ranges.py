@@ -105,9 +105,8 @@ def _restarted_sum(total: Tensor, restarts: Tensor) -> Tensor:
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """x[..., index] along the last axis, with the others broadcast: take_along_dim without its failure in inductor."""
-    shape = torch.broadcast_shapes(x.shape[:-1], index.shape[:-1])
-    return x.expand(*shape, -1).gather(-1, index.expand(*shape, -1))
+    """x[..., index] along the last axis, for an index whose others broadcast to those of x."""
+    return x.gather(-1, index.expand(*x.shape[:-1], -1))
 
 
 def rolled(x: Tensor, first: Tensor, axis: int) -> Tensor:
