@@ -97,8 +97,11 @@ def prefix_sum(x: Tensor, restarts: Tensor | None = None) -> Tensor:
 def _restarted_sum(total: Tensor, restarts: Tensor) -> Tensor:
     entry = torch.arange(total.shape[-1], device=total.device)
     since = entry - torch.where(restarts, entry, 0).cummax(-1).values  # entries since the last restart
-    is_free = torch.compiler.is_compiling() or not isinstance(total.shape[-1], int)  # a trace would bind the length
-    levels = _LEVELS if is_free else max(total.shape[-1] - 1, 0).bit_length()
+    if values_are_read(since):
+        levels = int(since.max()).bit_length()
+    else:  # a trace would bind the length
+        is_free = torch.compiler.is_compiling() or not isinstance(total.shape[-1], int)
+        levels = _LEVELS if is_free else max(total.shape[-1] - 1, 0).bit_length()
     for level in range(levels):
         total = total + torch.where(since >= 1 << level, total.roll(1 << level, -1), 0)
     return F.pad(total, (1, 0))
