@@ -58,7 +58,7 @@ def attention(call: AttentionCall) -> ForwardResult:
         results = forward_operator(*values, keep_rounding)
     else:
         slots = [slot for slot, x in enumerate(values[:TENSORS]) if x is not None]
-        tensors = [values[slot] for slot in slots]
+        tensors = [*map(values.__getitem__, slots)]
         visible = call.visibility if is_eager and slots[-1] < GRADIENTS else None
         rest = _Rest([None] * TENSORS + values[TENSORS:], slots, keep_rounding, visible)
         if is_eager:
