@@ -8,10 +8,11 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import tritonattn
+from tests.support.bound import assert_within_bound
 from tests.support.learned import LEARNED, learned, small
 from tests.support.masks import MASKS
 from tests.support.orders import FORMS, Example, assert_as_reference, every_term, packed, scaled
-from tests.support.pairs import in_turn
+from tests.support.pairs import in_turn, pairwise
 from tritonattn import SCALINGS
 from tritonattn.backends.cpu import Sdpa
 from tritonattn.core.statistics import reciprocal_root
@@ -86,6 +87,21 @@ def test_a_users_scaling(form):
 @pytest.mark.parametrize("form", ["jvp", "duals", "gradient of a gradient", "jvp of a gradient", "gradient of a jvp"])
 def test_dropout(form):
     assert_as_reference(Example(scaling="cosine", causal=True, dropout_p=0.4), form)
+
+
+@pairwise(
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+    form=["jvp", "gradient of a gradient", "jvp of a gradient", "gradient of a jvp"],
+    scaling=["sqrt_dim", "cosine"],
+    masks=[{"causal": True}, {"window": (8, 0), "softcap": 3.0}, {"key_lengths": torch.tensor([33])}],
+)
+def test_in_the_bound(dtype, form, scaling, masks):
+    example = Example(scaling=scaling, shapes={"lengths": (40, 40), "dims": (16, 16)}, **masks)
+    x, u = (tuple(one.to(dtype) for one in some) for some in (example.x, example.u))
+    exact = FORMS[form](example.on("reference"), *(tuple(one.double() for one in some) for some in (x, u)))
+    ours, eager = (FORMS[form](example.on(backend), x, u) for backend in ("sdpa", "reference"))
+    for n, (result, wanted, other) in enumerate(zip(ours, exact, eager, strict=True)):
+        assert_within_bound(result, wanted, other, dtype, name=f"{form} {n}")
 
 
 # ---- A tangent or a gradient that is lost
