@@ -28,10 +28,10 @@ def _leave_pytorchs_kernel_out(monkeypatch):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 4 rows (over a group's heads) and 4 keys, a head or two at a time."""
-    monkeypatch.setattr(tiles, "_ROWS", 4)
+    """Tiles of 8 rows (over a group's heads) and 4 keys, a head or two at a time."""
+    monkeypatch.setattr(tiles, "_ROWS", 8)
     monkeypatch.setattr(tiles, "KEYS", 4)
-    monkeypatch.setattr(tiles, "_PAIRS", 16)
+    monkeypatch.setattr(tiles, "_PAIRS", 32)
 
 
 def check(call, tangents=None, dtype=torch.float64, with_lse=True):
