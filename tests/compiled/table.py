@@ -150,7 +150,7 @@ def of_second_kernels() -> list[Case]:
         if number == turn % 3:
             rest = {"query_scale": True, "query_scale_grad": True, **options}
             cases.append(Case(kernel, Problem(128, 128, HALF, **rest), target))
-            cases.append(Case(kernel, Problem(96, 96, SINGLE, **every), target))
+            cases.append(Case(kernel, Problem(96, 96, SINGLE, **every), target, 48))
     return cases
 
 

@@ -16,7 +16,7 @@ HALF, BFLOAT = torch.float16, torch.bfloat16
 SMALL = TileConfig(16, 16, 1, 2)
 WARPGROUP = TileConfig(64, 16, 4, 2)
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of the first torch.func.jvp
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script")  # of the first torch.func.jvp
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,22 @@
 """The rest of the table of compiled cases, and a sample of the shipped configs."""
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from perf.models.static import ranking
 from perf.models.static.gate import examine
+from perf.models.static.machine_code import read_machine_code
 from perf.models.static.ranking import ranked_table
 from tests.autotune.test_gate import DIVIDED
 from tests.compiled import test_hopper as hopper
-from tests.compiled.table import CASES, QUICK, problem_of
+from tests.compiled.table import CASES, KINDS, QUICK, problem_of
 from tests.compiled.test_compiled import SLOW, check, check_cost_of_scales, check_direct_loads, check_loads, pytestmark
 from tests.perf.test_static import ENTRIES, check_shipped_entry
 from tests.support.versions import OLDER_TRITON
 from tritonattn.autotune.gate import Compiler
-from tritonattn.tuning.config import Target
+from tritonattn.backends.triton import KERNELS, compile, launch
+from tritonattn.tuning.config import Problem, Target
 from tritonattn.tuning.gpus import GPUS
 from tritonattn.tuning.lookup import config_for
 from tritonattn.tuning.table import HEAD_DIMS, Key, keys
@@ -26,6 +29,18 @@ of_this_compiler = pytest.mark.skipif(OLDER_TRITON, reason="ceilings and tables 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in QUICK], ids=str)
 def test_cases(case):
     check(case)
+
+
+@pytest.mark.parametrize("target", KINDS)
+def test_row_terms_of_a_tangent(target):
+    """The tangent kernel's other launch, in the same config, whose products are others."""
+    problem, of = Problem(256, 256, torch.bfloat16, query_scale=True, key_scale=True, right=True), Target.parse(target)
+    with launch.recording(of) as launches:
+        compile._second(problem)
+    found = next(one for one in launches if one.kernel is KERNELS["tangent"])
+    code = read_machine_code(compile.compile_launch(found, of))
+    assert code.spill_bytes == 0
+    assert code.shared_bytes <= of.architecture.shared_bytes
 
 
 @of_this_compiler

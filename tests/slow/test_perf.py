@@ -20,6 +20,7 @@ from tritonattn.lab.figures import save
 PHASES = "stages correctness soak invariance tuning overhead".split()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # of torch's derivatives
 def test_preflight(monkeypatch, capsys):
     """With small tiles, in one dtype."""
     skip_without_stub()
@@ -28,7 +29,7 @@ def test_preflight(monkeypatch, capsys):
     main(["preflight", "--device", "emulate"])
     printed = capsys.readouterr().out
     assert "results: bfloat16 by pointers, bfloat16 by descriptors" in printed
-    assert re.search(r"kernels: 15 kernels in \d+ launches", printed)
+    assert re.search(r"kernels: 18 kernels in \d+ launches", printed)
     assert re.search(r"invariance: \d+ launches", printed)
     assert printed.endswith("kernels run here, and are right\n")
 

@@ -109,8 +109,11 @@ class Kernels(Backend):
 
 
 def takes_derivatives(call: AttentionCall) -> bool:
-    """True where the kernels compute tangents and their gradients: up to head dim 256. Tiles in torch do others."""
-    return max(call.q.shape[3], call.v.shape[3]) <= _DIM_OF_EVERY_GPU
+    """True where the kernels compute tangents and their gradients: up to head dim 256, in fp32 128.
+
+    Tiles in torch compute others: of wider heads the sums spill, and pass the shared memory of some cards.
+    """
+    return max(call.q.shape[3], call.v.shape[3]) * call.v.dtype.itemsize <= 512
 
 
 def kernels_take(x: Tensor) -> bool:

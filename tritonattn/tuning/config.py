@@ -324,7 +324,7 @@ def _shared_estimate(kernel: str, config: TileConfig, problem: Problem, target: 
         held, streamed = streamed, held
     held_width = head if kernel in ("forward", "decode") else rows
     if kernel in SECOND_KERNELS:  # tangents stand beside what they are of, and without a pipeline tiles pass in turn
-        held_width = {"tangent": 2 * head, "grad_query_second": 2 * head + value}.get(kernel, 2 * rows)
+        held_width = 2 * rows if kernel == "grad_key_value_second" else 2 * head + value
         of_pipeline = 2 * head + value if kernel == "grad_key_value_second" else 2 * rows
         rows = max(head, value) if config.num_stages == 1 else of_pipeline
     reads_shared = kernel != "decode" and target.architecture.family.products in ("wgmma", "tcgen05")
