@@ -129,6 +129,7 @@ def costs() -> str:
 FORM_COLUMNS = {
     **{f"{length:,}": {"length": length} for length in (256, 1024, 4096)},
     "1,024, `key_norm_mean`": {"length": 1024, "scaling": "key_norm_mean"},
+    "1,024, bf16": {"length": 1024, "dtype": "bf16"},
 }
 
 
