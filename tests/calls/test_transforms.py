@@ -71,7 +71,7 @@ def test_vmap_over_biases_of_pairs_and_gradients_of_one_that_entries_share():
 
 
 @pairwise(
-    scaling=["log_key_count", "key_norm_max", "cosine"],
+    scaling=["key_norm_mean", "log_key_count", "key_norm_max", "cosine"],
     mask=["causal", "window", "ranges", "mask of heads"],
     backend=["sdpa", "reference"],
 )

@@ -238,7 +238,7 @@ class _MaskSum(Linear):
     def back(self, x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> Tensor:
         total = x.new_zeros((*x.shape[:2], self.k_len))
         for rows, tile in row_tiles(lo, hi, mask, self.k_len, x.shape[0] * x.shape[1]):
-            total = total + _sum_of_pairs(x[:, :, rows], tile.mT)
+            total = total + _sum_of_pairs(x.narrow(2, rows.start, tile.shape[2]), tile.mT)
         return total.to(self.dtype)
 
 
