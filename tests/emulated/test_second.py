@@ -19,16 +19,18 @@ WARPGROUP = TileConfig(64, 16, 4, 2)
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script")  # of the first torch.func.jvp
 
 
-@pytest.mark.parametrize(
-    ("gpu", "tiles", "dtype", "form", "dims", "lengths"),
-    [
-        (GPU(80), SMALL, BFLOAT, f"{SCALES} sinks softcap", (16, 32), (21, 35)),
-        (GPU(80), SMALL, HALF, FORMS["pairs"], (16, 16), (19, 35)),
-        (GPU(90), WARPGROUP, HALF, SCALES, (32, 32), (70, 90)),
-    ],
-    ids=["scales", "pairs", "warpgroup"],
-)
-def test_derivatives(gpu, tiles, dtype, form, dims, lengths, emulate):
+FAST = (GPU(80), SMALL, BFLOAT, f"{SCALES} sinks softcap", (16, 16), (17, 18))
+OTHERS = {
+    "pairs": (GPU(80), SMALL, HALF, FORMS["pairs"], (16, 16), (19, 35)),
+    "warpgroup": (GPU(90), WARPGROUP, HALF, SCALES, (32, 32), (70, 90)),
+}
+
+
+def test_derivatives(emulate):
+    check(emulate, *FAST)
+
+
+def check(emulate, gpu, tiles, dtype, form, dims, lengths) -> None:
     executor = emulate(gpu, tiles)
     case = case_of(form, CPU, dtype, dims, lengths)
     q, k, v = (padded(x) for x in case.call.tensors()[:3])
@@ -37,5 +39,5 @@ def test_derivatives(gpu, tiles, dtype, form, dims, lengths, emulate):
     case.d_out = padded(case.d_out)
     case.check()
     names = ["tangent", "tangent", "grad_query_second", "grad_key_value_second"]
-    ours = [name for name in executor.launched if name != "row_bounds_kernel"]
+    ours = [name for name in executor.launched if name.startswith("attention_")]
     assert ours[-4:] == [f"attention_{name}" for name in names]
