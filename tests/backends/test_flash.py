@@ -265,6 +265,7 @@ def test_other_refusals(monkeypatch):
     refuses("NotImplementedError: torch.func: ~ 'triton'", torch.func.grad(loss), q)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # of torch's derivatives
 @pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_mean", "cosine"])
 def test_derivatives_beyond_the_first_are_refused(scaling, monkeypatch):
     flash.install(monkeypatch, FOUR)

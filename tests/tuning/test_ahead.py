@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from torch.autograd import forward_ad
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.driver import driver
@@ -91,6 +92,14 @@ def attend(dtype: torch.dtype, heads: int = 2, **options: Any) -> None:
         result[1].lse.backward(torch.ones(2, heads, 64), retain_graph=True)
         result = result[0]
     result.backward(torch.ones_like(result))
+
+
+def differentiate_tangent() -> None:
+    tensors, tangents = ([tensor(2, 2, 64, 64, dtype=HALF) for _ in range(3)] for _ in range(2))
+    with forward_ad.dual_level():
+        duals = map(forward_ad.make_dual, tensors, tangents)
+        out = forward_ad.unpack_dual(tritonattn.attention(*duals, causal=True, backend="triton")).tangent
+        out.backward(torch.ones_like(out))
 
 
 def infer() -> None:
@@ -187,6 +196,7 @@ CALLS: dict[str, tuple[Callable[[], None], dict[Problem, str]]] = {
         },
     ),
     "packed": (pack, {problem("right sequences rounding"): BACKWARD}),
+    "tangents": (differentiate_tangent, {problem("right rounding"): "tangent grad_query_second grad_key_value_second"}),
     "few key heads": (few_key_heads, {problem("grouped"): "sum_of_splits"}),
     "unaligned": (unaligned, {replace(problem(""), aligned=False): "forward"}),
     "largest": (largest, {problem("", FULL): "key_statistics key_statistics_grad", STREAMING: "argmax_of_ranges"}),
@@ -205,6 +215,7 @@ CALLS: dict[str, tuple[Callable[[], None], dict[Problem, str]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # of torch's derivatives
 @pytest.mark.parametrize("name", CALLS)
 def test_a_launch_asks_for_what_was_compiled_ahead(name, keys):
     call, compiled = CALLS[name]

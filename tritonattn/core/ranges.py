@@ -64,7 +64,8 @@ def pairs(lo: Tensor, hi: Tensor, mask: Tensor | None, k_len: int, rows: slice =
 def row_tiles(lo: Tensor, hi: Tensor, mask: Tensor, k_len: int, heads: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield the `pairs` of one block of rows after another, as many rows as `heads` heads allow."""
     q_len, entries = lo.shape[-1], _ENTRIES if lo.device.type == "cpu" else _ENTRIES_OF_GPU
-    block = _TRACED_ROWS if torch.compiler.is_compiling() else max(1, entries // max(heads * k_len, 1))
+    is_real = values_are_read(lo, mask, waits=True)
+    block = max(1, entries // max(heads * k_len, 1)) if is_real else _TRACED_ROWS
     hides = not values_are_read(lo, mask) or bool(((lo > 0) | (hi < k_len)).any())  # ranges do beside the mask
     for start in range(0, max(q_len, 1), block):
         rows = slice(start, min(start + block, q_len))
@@ -137,8 +138,8 @@ class _Roll(Linear):
 
 def rows_begun(bound: Tensor, k_len: int) -> Tensor:
     """Count for each key j the rows with bound <= j: int64 [..., Sk]; bound [..., Sq] does not fall along the rows."""
-    keys = torch.arange(k_len, device=bound.device) + bound.new_zeros((*bound.shape[:-1], 1))  # dense, in vmap too
-    return torch.searchsorted(bound.contiguous(), keys, right=True)
+    keys = bound.new_empty((*bound.shape[:-1], k_len), dtype=torch.int64)  # dense, in vmap too
+    return torch.searchsorted(bound.contiguous(), keys.copy_(torch.arange(k_len, device=bound.device)), right=True)
 
 
 def rows_of_keys(lo: Tensor, hi: Tensor, k_len: int, sorted_bounds: bool) -> Tensor:

@@ -56,7 +56,8 @@ class Sdpa(Backend):
         found = _by_parts(call, rounding) if by_parts.takes(call) else forward_pass.forward(call, rounding)
         if not call.aux:
             return found
-        return ForwardResult(found.out, found.lse, *forward_pass.statistics_of_rows(call, found.lse))
+        lse = found.lse.contiguous()  # for those who view the bits of a user's result
+        return ForwardResult(found.out, lse, *forward_pass.statistics_of_rows(call, lse))
 
     def backward(
         self,
