@@ -10,6 +10,7 @@ from tests.support.masks import MASKS
 from tests.support.pairs import in_turn, pairwise
 from tests.support.watch import Watch
 from tritonattn.backends.cpu import Sdpa, by_parts, tiles
+from tritonattn.backends.protocol import SecondOrder
 from tritonattn.core.call import AttentionCall
 from tritonattn.core.terms import AXES, Gradients, Needs, Terms
 from tritonattn.core.visibility import Visibility
@@ -99,8 +100,8 @@ def test_a_gradient_that_is_asked_for_alone_is_the_same(case):
     every, saved = by_passes(call, tangents, d_out, d_lse), (call.v, SDPA.forward(call).lse, None)
     for name in tensors_of(call):
         alone = Needs(**{name: True})
-        found = SDPA.second(call, saved, tangents, d_out, d_lse, alone, Needs())[0]._asdict()
-        of_tangent = SDPA.second(call, saved, tangents, d_out, d_lse, Needs(), alone)[1]._asdict()
+        found = SDPA.second(call, saved, SecondOrder(tangents, d_out, d_lse, alone, Needs()))[0]._asdict()
+        of_tangent = SDPA.second(call, saved, SecondOrder(tangents, d_out, d_lse, Needs(), alone))[1]._asdict()
         assert torch.equal(found.pop(name), every[name])
         assert torch.equal(of_tangent.pop(name), every[f"dot {name}"])
         assert not any(x is not None for x in (*found.values(), *of_tangent.values()))
@@ -197,8 +198,8 @@ def test_no_buffer_of_all_pairs_and_no_product_of_a_tangent_that_is_not_there():
     runs = {
         6 * seen: lambda: SDPA.tangent(call, (v, lse, None), of_all),
         4 * seen: lambda: SDPA.tangent(call, (v, lse, None), of_query),
-        (5 + 13) * seen - 5: lambda: SDPA.second(call, (v, lse, None), of_all, d_out, None, QKV, QKV),
-        (3 + 10) * seen - 3: lambda: SDPA.second(call, (v, lse, None), of_query, d_out, None, QKV, QKV),
+        (5 + 13) * seen - 5: lambda: SDPA.second(call, (v, lse, None), SecondOrder(of_all, d_out, None, QKV, QKV)),
+        (3 + 10) * seen - 3: lambda: SDPA.second(call, (v, lse, None), SecondOrder(of_query, d_out, None, QKV, QKV)),
     }
     for products, run in runs.items():
         with Watch() as watch:

@@ -123,12 +123,14 @@ def _lose(monkeypatch: pytest.MonkeyPatch, which: str, name: str) -> None:
         found = tangent(self, call, saved, tangents)
         return [torch.zeros_like(x) if which == f"tangent gives {n}" else x for n, x in enumerate(found)]
 
-    def second_with_loss(self, call, saved, tangents, d_out, d_lse, needs, needs_tangents):
+    def second_with_loss(self, call, saved, asked):
         if which == "second takes":
-            tangents = _without(tangents, name)
-        d_out = d_out * 0 if which == "second takes d_out" else d_out
-        d_lse = None if which == "second takes d_lse" else d_lse
-        found = second(self, call, saved, tangents, d_out, d_lse, needs, needs_tangents)
+            asked = asked._replace(tangents=_without(asked.tangents, name))
+        if which == "second takes d_out":
+            asked = asked._replace(d_out=asked.d_out * 0)
+        if which == "second takes d_lse":
+            asked = asked._replace(d_lse=None)
+        found = second(self, call, saved, asked)
         return [_without(x, name) if which == f"second gives {n}" else x for n, x in enumerate(found)]
 
     monkeypatch.setattr(Sdpa, "tangent", tangent_with_loss)

@@ -13,7 +13,7 @@ from ..core.autograd import needs_graph
 from ..core.call import AttentionCall, ForwardResult, Request
 from ..core.terms import Gradients, Needs
 from .cpu import Sdpa
-from .protocol import Backend
+from .protocol import Backend, SecondOrder
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LARGEST_DIM = 512
@@ -95,17 +95,10 @@ class Kernels(Backend):
         return passes.tangent(call, saved, tangents)
 
     def second(
-        self,
-        call: AttentionCall,
-        saved: tuple[Tensor, Tensor, Tensor | None],
-        tangents: Gradients,
-        d_out: Tensor,
-        d_lse: Tensor | None,
-        needs: Needs,
-        needs_tangents: Needs,
+        self, call: AttentionCall, saved: tuple[Tensor, Tensor, Tensor | None], asked: SecondOrder
     ) -> tuple[Gradients, Gradients]:
         passes = kernels() if takes_derivatives(call) else Sdpa()
-        return passes.second(call, saved, tangents, d_out, d_lse, needs, needs_tangents)
+        return passes.second(call, saved, asked)
 
 
 def takes_derivatives(call: AttentionCall) -> bool:

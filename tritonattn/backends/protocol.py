@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,22 @@ from ..core.call import AttentionCall, ForwardResult, Request
 from ..core.terms import Gradients, Needs
 
 Attend = Callable[[AttentionCall], ForwardResult]
+
+
+class SecondOrder(NamedTuple):
+    """The gradients of a tangent that are asked for, and what they are made of.
+
+    tangents         of the call's tensors, as `Backend.tangent` has them
+    d_out, d_lse     gradients of the tangents of out, in its dtype, and of lse, or None; any strides
+    needs            the tensors whose gradients are asked for
+    needs_tangents   the tangents, likewise; one that is None may have a gradient
+    """
+
+    tangents: Gradients
+    d_out: Tensor
+    d_lse: Tensor | None
+    needs: Needs
+    needs_tangents: Needs
 
 
 class Backend:
@@ -92,17 +108,10 @@ class Backend:
         self,
         call: AttentionCall,
         saved: tuple[Tensor, Tensor, Tensor | None],
-        tangents: Gradients,
-        d_out: Tensor,
-        d_lse: Tensor | None,
-        needs: Needs,
-        needs_tangents: Needs,
+        asked: SecondOrder,
     ) -> tuple[Gradients, Gradients]:
         """Compute the gradients of `tangent` towards the call's tensors, and towards their tangents.
 
         All dependence on the call's tensors counts, that of out and lse too.
-
-        d_out, d_lse            gradients of the tangents of out and of lse
-        needs, needs_tangents   which gradients are asked for; one towards a tangent that is None may be
         """
         raise NotImplementedError

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
+from ..backends.protocol import SecondOrder
 from ..core.autograd import runs_eagerly, without_autocast
 from ..core.call import AttentionCall, ForwardResult
 from ..core.terms import Gradients, Needs, Terms, others_than
@@ -128,7 +129,7 @@ def _second(
         return _zeros(call, needs[0]), _zeros(call, needs[1])
     tangents = Gradients(*(None if x is None else x.resolve_neg() for x in tangents))
     d_out, d_lse = _cotangents(results, d_out, d_lse)
-    return BACKENDS[call.backend].second(call, results, tangents, d_out, d_lse, *needs)
+    return BACKENDS[call.backend].second(call, results, SecondOrder(tangents, d_out, d_lse, *needs))
 
 
 # The terms that tangents and their gradients have.

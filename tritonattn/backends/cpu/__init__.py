@@ -38,7 +38,7 @@ from torch import Tensor
 from ...core.autograd import without_autocast
 from ...core.call import AttentionCall, ForwardResult
 from ...core.terms import ADDENDS, Gradients, Needs
-from ..protocol import Backend
+from ..protocol import Backend, SecondOrder
 from . import backward_pass, by_parts, forward_pass, second_pass, tangent_pass, torch_kernel
 from .parts import parts_of
 
@@ -78,18 +78,11 @@ class Sdpa(Backend):
             return tangent_pass.tangent(call, lse, tangents)
 
     def second(
-        self,
-        call: AttentionCall,
-        saved: tuple[Tensor, Tensor, Tensor | None],
-        tangents: Gradients,
-        d_out: Tensor,
-        d_lse: Tensor | None,
-        needs: Needs,
-        needs_tangents: Needs,
+        self, call: AttentionCall, saved: tuple[Tensor, Tensor, Tensor | None], asked: SecondOrder
     ) -> tuple[Gradients, Gradients]:
         _, lse, _ = saved
         with without_autocast(call.q):
-            return second_pass.second(call, lse, tangents, d_out, d_lse, needs, needs_tangents)
+            return second_pass.second(call, lse, asked)
 
 
 def _backward(

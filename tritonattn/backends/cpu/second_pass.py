@@ -27,26 +27,20 @@ import torch
 from torch import Tensor
 
 from ...core.call import AttentionCall
-from ...core.terms import Gradients, Needs
+from ...core.terms import Gradients
+from ..protocol import SecondOrder
 from .fixed_tiles import tiles_of
 from .sums import add_biases, allocated, rounded, store_of_keys, sums_over_rows
 from .tangent_pass import Pairs, Rows, Scaled, Total, pairs_of
 from .tiles import Heads, Tiles
 
 
-def second(
-    call: AttentionCall,
-    lse: Tensor,
-    tangents: Gradients,
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    needs: Needs,
-    needs_tangents: Needs,
-) -> tuple[Gradients, Gradients]:
-    """Compute the gradients that `needs` asks for and, towards the tangents, those that `needs_tangents` asks for.
+def second(call: AttentionCall, lse: Tensor, asked: SecondOrder) -> tuple[Gradients, Gradients]:
+    """Compute the gradients of `tangent` towards the call's tensors, and towards their tangents.
 
-    lse [B, Hq, Sq] is that of `forward`; d_out and d_lse are the gradients of the tangents of out and lse.
+    lse [B, Hq, Sq] is that of `forward`.
     """
+    tangents, d_out, d_lse, needs, needs_tangents = asked
     tiles = tiles_of(call)
     found = allocated(tiles, needs), allocated(tiles, needs_tangents)
     wants = _Wants.of(tangents, *found)

@@ -18,6 +18,7 @@ from ...core.terms import Gradients, Needs
 from ...tuning.calls import Size
 from ...tuning.config import WIDEST, WIDEST_KEYS, Problem, Target, TileConfig, legal_reasons
 from ...tuning.defaults import default_config
+from ..protocol import SecondOrder
 from .backward import backward
 from .combine import add_splits
 from .decode import decode
@@ -170,7 +171,7 @@ def _second(problem: Problem) -> None:
     (out, rounding, lse), tangents = _results(problem, call), Gradients(*call.tensors())
     needs = Needs(*(x is not None for x in tangents))
     d_out, d_lse = operands.operand(*out.shape), _tensor(*lse.shape) if problem.aux else None
-    second(call, (out, lse, rounding), tangents, d_out, d_lse, needs, needs)
+    second(call, (out, lse, rounding), SecondOrder(tangents, d_out, d_lse, needs, needs))
 
 
 def _decode(problem: Problem) -> None:

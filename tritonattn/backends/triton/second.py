@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ...core.call import AttentionCall
-from ...core.terms import Gradients, Needs
+from ...core.terms import Gradients
+from ..protocol import SecondOrder
 from .attention import aligned_copy, new_results
 from .grad_key_value_second import grad_key_value_second
 from .grad_query_second import grad_query_second
@@ -15,27 +14,17 @@ from .tangent import Saved, launch_tangent, with_tangents
 _OF_ROWS, _OF_SINKS = {"q", "query_scale"}, {"sinks"}
 
 
-def second(
-    call: AttentionCall,
-    saved: Saved,
-    tangents: Gradients,
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    needs: Needs,
-    needs_tangents: Needs,
-) -> tuple[Gradients, Gradients]:
-    """The gradients of `tangent` towards the call's tensors and towards their tangents, by the three kernels.
-
-    d_out [B, Hq, Sq, Dv] in out's dtype and d_lse fp32 [B, Hq, Sq], or None, are those of both tangents; any strides.
-    """
-    asked = {
+def second(call: AttentionCall, saved: Saved, asked: SecondOrder) -> tuple[Gradients, Gradients]:
+    """The gradients of `tangent` towards the call's tensors and towards their tangents, by the three kernels."""
+    tangents, d_out, d_lse, needs, needs_tangents = asked
+    flags = {
         "aux": d_lse is not None,
         "query_scale_grad": needs.query_scale or needs_tangents.query_scale,
         "wide_q": call.q.dtype != call.v.dtype,
         "wide_k": call.k.dtype != call.v.dtype,
     }
     selects = needs, needs_tangents, saved[2] is None
-    ready = with_tangents(call, tangents, aligned_copy(d_out), selects, **asked)
+    ready = with_tangents(call, tangents, aligned_copy(d_out), selects, **flags)
     call, lse = ready.call, saved[1]
     sinks = [new_results(call, lse) if one.sinks else None for one in (needs, needs_tangents)]
     terms = SecondTerms(*(new_results(call, lse, fill=x) for x in (-float("inf"), 0.0, 0.0, 0.0)), *sinks)
