@@ -56,7 +56,7 @@ def called(**given: Any) -> AttentionCall:
     logits = Terms(0.3, **{name: given.pop(name) for name in Terms._fields if name in given})
     rest = {name: given.pop(name) for name in ("dropout", "block_table", "is_part") if name in given}
     visible = Visibility.of(tensors["q"], tensors["k"], **given)
-    return AttentionCall(**tensors, visibility=visible, logits=logits, **rest)
+    return AttentionCall(**tensors, visibility=visible, terms=logits, **rest)
 
 
 def far(rows: int) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def decode(aux: bool = False, **given: Any) -> None:
     rows, table, capacity = tensors["q"].shape[2], given.pop("block_table", None), given.pop("capacity", SIZE)
     options = {"at_lengths": True, **given}
     visible = Visibility(2, 2, 2, rows, capacity, torch.device("cpu"), **options)
-    attention.decode(AttentionCall(**tensors, visibility=visible, logits=logits, block_table=table), aux)
+    attention.decode(AttentionCall(**tensors, visibility=visible, terms=logits, block_table=table), aux)
 
 
 def far_backward(rows: int) -> None:

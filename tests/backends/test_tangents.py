@@ -149,7 +149,7 @@ def test_what_no_row_sees_reaches_nothing(mask, poison, form):
     tangents, d_out, d_lse = directions(call)
     clean = by_passes(call, tangents, d_out, d_lse)
     places = {"k": unseen, "v": unseen, "key_scale": unseen, "q": blind, "query_scale": blind, "sinks": blind}
-    seen = visible if call.logits.bias is None else visible.double().sum_to_size(call.logits.bias.shape) > 0
+    seen = visible if call.terms.bias is None else visible.double().sum_to_size(call.terms.bias.shape) > 0
     places |= {"bias": ~seen, "key_bias": unseen[:, :, None].expand(2, 2, 2, 7)}
     for name, hidden in places.items():
         if (x := getattr(tangents, name)) is not None:

@@ -110,7 +110,7 @@ def masks(name: str) -> dict[str, Any]:
 
 def take_back(call: AttentionCall) -> None:
     """The backward pass of a call; torch's engine would look for the device."""
-    logits, (batch, heads, rows, _) = call.logits, call.q.shape
+    logits, (batch, heads, rows, _) = call.terms, call.q.shape
     present = (logits.query_scale, logits.key_scale, logits.key_bias, logits.sinks)
     out, lse = tensor(batch, heads, rows, call.v.shape[3]), tensor(batch, heads, rows, dtype=torch.float32)
     needs = Needs(True, True, True, *(x is not None for x in present))

@@ -208,7 +208,7 @@ def test_kernels_refuse_scaled_gradients_of_fp16():
     call = AttentionCall(q, q, q, Visibility.of(q, q), Terms())
     refuse = BACKENDS["triton"].refuse_terms
     refuse(call)
-    call = call.changed(logits=Terms(query_scale=torch.ones(1, 1, 1)))
+    call = call.changed(terms=Terms(query_scale=torch.ones(1, 1, 1)))
     refuses("NotImplementedError: ~ batch_invariant ~ float16", refuse, call)
     q = q.detach()
     sinks, key_bias = torch.ones(1, requires_grad=True), torch.ones(1, 1, 1, 1, requires_grad=True)

@@ -229,7 +229,7 @@ def test_pages(device):
     table = torch.randn(1, 2, rows.q_len, 30, generator=torch.Generator().manual_seed(2)).to(device)
     calls = paged_call(rows, SINGLE, 16, causal=True, device=device)
     found, expected = (
-        backend.forward(call.changed(logits=call.logits._replace(relative_bias=table, relative_right=3)), aux=True)
+        backend.forward(call.changed(terms=call.terms._replace(relative_bias=table, relative_right=3)), aux=True)
         for call in calls
     )
     assert all(map(torch.equal, found, expected))
@@ -237,10 +237,10 @@ def test_pages(device):
 
 def assert_close_to_torch(found: tuple[Tensor, ...], call: AttentionCall) -> None:
     """Results of a call without pages, which has no gradients, are those of the tiles of torch in float64."""
-    terms = {name: x.double() for name, x in call.logits._asdict().items() if isinstance(x, Tensor)}
+    terms = {name: x.double() for name, x in call.terms._asdict().items() if isinstance(x, Tensor)}
     q, k, v = (x.double() for x in (call.q, call.k, call.v))
-    logits = call.logits._replace(**terms)
-    exact = forward_pass(call.changed(q=q, k=k, v=v, logits=logits, aux=True, backend="sdpa"), False)
+    logits = call.terms._replace(**terms)
+    exact = forward_pass(call.changed(q=q, k=k, v=v, terms=logits, aux=True, backend="sdpa"), False)
     error = 1e-5 if call.q.dtype == SINGLE else 4e-3
     for ours, other in zip(found, exact[:4], strict=True):
         torch.testing.assert_close(ours.double(), other.double(), rtol=error, atol=error)

@@ -50,7 +50,7 @@ def test_keys_and_values_with_means_in_float16(device):
 def test_scales_of_any_size_in_float16(size, device):
     """Factors whose product is that of 1, neither of whose sizes may push what is rounded out of 16 bits' range."""
     case = case_of(SCALES, device, torch.float16, (32, 32))
-    for record in (case.call.logits, case.tangents):
+    for record in (case.call.terms, case.tangents):
         scaled = {"query_scale": record.query_scale / size, "key_scale": record.key_scale * size}
         if record is case.tangents:
             case.tangents = case.tangents._replace(**scaled)

@@ -56,7 +56,7 @@ CALLS: dict[str, dict] = {
 def changed(call: AttentionCall, **fields: Any) -> AttentionCall:
     """The call with other values of some of its fields, those of its logits among them."""
     of_logits = {name: fields.pop(name) for name in Terms._fields if name in fields}
-    return call.changed(logits=call.logits._replace(**of_logits), **fields)
+    return call.changed(terms=call.terms._replace(**of_logits), **fields)
 
 
 def example(

@@ -85,7 +85,7 @@ def by_autograd(
 
 def by_reference(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """out and lse of the dense reference, differentiable by torch."""
-    terms, visible = call.logits, call.visibility
+    terms, visible = call.terms, call.visibility
     group = visible.q_heads // visible.kv_heads
     factor = torch.tensor(terms.scale, dtype=torch.float64)
     if terms.query_scale is not None:

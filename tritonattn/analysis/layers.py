@@ -209,7 +209,7 @@ def _observed_calls(model: nn.Module, rotary: list[bool | None], hand_on: Callab
         terms = {
             "scaling": _constant_or(one.request.scaling),
             "gain": one.request.gain,
-            "softcap": one.request.logits.softcap,
+            "softcap": one.request.terms.softcap,
         }
         masks = {name: getattr(visible, name) for name in ("key_lengths", "key_ranges", "mask")}
         hand_on(module, one.q, one.k, {**terms, **masks, "window": (visible.left, visible.right)}, kind)

@@ -17,7 +17,7 @@ def rotary_of(one: ObservedCall) -> bool | None:
     True where q . k depends on the distance of the pair (rotary), False where it is the same for all pairs and the call
     has no bias of pairs (none), and None otherwise: positions added to the tokens, a bias, rows without a width.
     """
-    visible, terms = one.visibility, one.request.logits
+    visible, terms = one.visibility, one.request.terms
     if visible.q_len != visible.k_len:
         return None
     counted = visible.attending_rows()[0].any(0) & visible.seen_keys()[0].any(0)

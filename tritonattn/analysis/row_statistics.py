@@ -120,9 +120,9 @@ class _Part(NamedTuple):
 def _of_block(tiles: Tiles, block: Block) -> dict[str, Tensor]:
     """The fields of RowStatistics for a block's rows, [N, G * rows, 1] each; none if no key is visible."""
     query = tiles.of_rows(tiles.call.q, block)
-    factor = torch.full_like(query[..., :1], tiles.call.logits.scale)
-    if tiles.call.logits.query_scale is not None:
-        factor = factor * tiles.of_each_row(tiles.call.logits.query_scale, block)
+    factor = torch.full_like(query[..., :1], tiles.call.terms.scale)
+    if tiles.call.terms.query_scale is not None:
+        factor = factor * tiles.of_each_row(tiles.call.terms.query_scale, block)
     query = query * factor
     softmax = None
     for keys, hidden in tiles.keys_of(block, tiles.spans_of(block)):
@@ -154,8 +154,8 @@ def _part(tiles: Tiles, block: Block, query: Tensor, keys: slice, hidden: Tensor
     cube = square * w
     squares, cubes = square.sum(-1, keepdim=True), cube.sum(-1, keepdim=True)
     top_square, f_squares, f_cubes = torch.ones_like(top), squares, cubes
-    if tiles.call.logits.key_scale is not None:
-        f = tiles.of_keys(tiles.call.logits.key_scale[..., None], block.heads, keys).square()  # [N, keys, 1]
+    if tiles.call.terms.key_scale is not None:
+        f = tiles.of_keys(tiles.call.terms.key_scale[..., None], block.heads, keys).square()  # [N, keys, 1]
         top_square = f.mT.expand_as(w).gather(-1, index)
         f_squares, f_cubes = torch.bmm(square, f), torch.bmm(cube, f)
     spread = (w * shift.clamp(min=_NOTHING)).sum(-1, keepdim=True)

@@ -127,10 +127,10 @@ class _Copy:
             call = call.by_ranges()
         wide = torch.promote_types(dtype, torch.float32)
         q, k, v = (x.to(dtype).requires_grad_() for x in (call.q, call.k, call.v))
-        terms = [None if x is None else x.to(wide).requires_grad_() for x in call.logits.tensors()]
+        terms = [None if x is None else x.to(wide).requires_grad_() for x in call.terms.tensors()]
         grouped = ((term.name, x, "G" in term.axes) for term, x in zip(TERMS[TENSORS], terms, strict=True))
         # A row per head, as in a user's call.
-        logits = call.logits._replace(**{name: x.flatten(1, 2) if x is not None and g else x for name, x, g in grouped})
+        logits = call.terms._replace(**{name: x.flatten(1, 2) if x is not None and g else x for name, x, g in grouped})
         given = Given(logits.scale, logits.query_scale, logits.key_scale)
         found = by_formulas(Request(q, k, v, call.visibility, logits, given), call.dropout)
         leaves = zip((q, k, v, *terms), self._needs, strict=True)

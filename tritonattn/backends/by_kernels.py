@@ -60,7 +60,7 @@ class Kernels(Backend):
         return self.obstacle(request) or (None if _HAS_TRITON else "triton is not installed")
 
     def refuse_terms(self, call: AttentionCall) -> None:
-        terms = call.logits
+        terms = call.terms
         is_scaled = terms.query_scale is not None or terms.key_scale is not None
         is_asked = call.v.dtype == torch.float16 and is_scaled
         if is_asked and needs_graph(*call.tensors()[:5]):  # not of key_bias and sinks

@@ -117,7 +117,7 @@ def logits(request: Request, statistics: Statistics, k: Tensor | None = None, po
     k            stands for request.k before the scaling, or None
     positions    of the rows among the keys, int64 [1, Sq], or None, where the request's visibility knows them
     """
-    q, given, visible = request.q, request.logits, request.visibility
+    q, given, visible = request.q, request.terms, request.visibility
     bias, sinks = given.key_bias, given.sinks
     scales = scales_of(request.scaling, request.gain, q, request.k if k is None else k, visible, statistics)
     if bias is not None:
@@ -259,13 +259,13 @@ def observed_rows(request: Request) -> ObservedRows:
     narrow = request.k.detach()[..., :1]  # stands for v; its values reach nothing that is read
     request = request.changed(v=narrow, aux=True, dropout_p=0.0, backend=backend)
     call = resolve(request, choose(request))
-    found, terms = aux_of(ops.attention(call)), call.logits
+    found, terms = aux_of(ops.attention(call)), call.terms
     largest = capped = found.max_logit
     if terms.softcap is not None and not terms.bias_after_softcap:
         capped = terms.softcap * torch.tanh(largest / terms.softcap)
     biases = {name: getattr(terms, name) for name in ADDENDS}
     hiding = {name: torch.where(x == -torch.inf, x, 0) for name, x in biases.items() if x is not None}
     if hiding:
-        plain = call.changed(logits=terms.changed(**hiding, bias_after_softcap=False))
+        plain = call.changed(terms=terms.changed(**hiding, bias_after_softcap=False))
         largest = aux_of(ops.attention(plain)).max_logit
     return ObservedRows(largest, torch.exp(capped - found.lse), found.entropy)

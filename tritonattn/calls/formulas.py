@@ -17,7 +17,7 @@ def by_formulas(request: Request, dropout: Dropout | None = None) -> ForwardResu
     request = request.gathered()
     multiplier, addend = dense(request)
     q, k, v, visible = request.q, request.k, request.v, request.visibility
-    result = reference.attention(q, k, v, multiplier, visible, addend, request.logits, dropout)
+    result = reference.attention(q, k, v, multiplier, visible, addend, request.terms, dropout)
     return result._replace(out=result.out.to(v.dtype))
 
 

@@ -23,7 +23,7 @@ class Request(NamedTuple):
     shapes, and `calls.dispatch.run` makes an `AttentionCall` of that.
 
     q, k, v, visibility, block_table    as of `AttentionCall`
-    logits     the terms that were given: the scaling's are missing
+    terms      the terms that were given: the scaling's are missing
     scaling    a `Scaling`, or what stands for one until `check`
     gain       multiplies its factor: a float, a tensor broadcastable to [B, Hq, Sq], or None
     dropout_p  the chance to drop a probability
@@ -37,7 +37,7 @@ class Request(NamedTuple):
     k: Tensor
     v: Tensor
     visibility: Visibility
-    logits: Terms
+    terms: Terms
     scaling: Any = None
     gain: Any = None
     dropout_p: float = 0.0
@@ -49,7 +49,7 @@ class Request(NamedTuple):
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors that may have a gradient, in the order of `Gradients`; the scaling's and gain's are missing."""
-        return self.q, self.k, self.v, *self.logits.tensors()
+        return self.q, self.k, self.v, *self.terms.tensors()
 
     def changed(self, **fields: Any) -> Request:
         """Replace fields, as `Terms.changed`."""
@@ -70,7 +70,7 @@ class Request(NamedTuple):
 
 
 class AttentionCall(NamedTuple):
-    """A call as a backend takes it: the softmax of `logits` over the visible keys, times v.
+    """A call as a backend takes it: the softmax of logits of `terms` over the visible keys, times v.
 
     q, k, v    [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; any strides; one dtype, in which the output is
     dropout    on the probabilities, after the softmax
@@ -91,7 +91,7 @@ class AttentionCall(NamedTuple):
     k: Tensor
     v: Tensor
     visibility: Visibility
-    logits: Terms
+    terms: Terms
     dropout: Dropout | None = None
     backend: str = "sdpa"
     aux: bool = False
@@ -101,7 +101,7 @@ class AttentionCall(NamedTuple):
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors that may have a gradient, in the order of `Gradients`."""
-        return self.q, self.k, self.v, *self.logits.tensors()
+        return self.q, self.k, self.v, *self.terms.tensors()
 
     def changed(self, **fields: Any) -> AttentionCall:
         """Replace fields, as `Terms.changed`."""
@@ -128,22 +128,22 @@ class AttentionCall(NamedTuple):
         Blocks of keys are then those of a call with only these keys.
         A `bias` has all entries and keys, and there is no relative one.
         """
-        logits = self.logits._replace(**rolled_keys(first, **self.logits.by_name()))
+        terms = self.terms._replace(**rolled_keys(first, **self.terms.by_name()))
         visible = self.visibility.from_keys(first)
-        return self.changed(**rolled_keys(first, k=self.k, v=self.v), logits=logits, visibility=visible)
+        return self.changed(**rolled_keys(first, k=self.k, v=self.v), terms=terms, visibility=visible)
 
     def by_ranges(self) -> AttentionCall:
         """The call with its visible keys as key_ranges, where their few rows stand at the end of a cache.
 
         Ranges do not say where rows stand: a relative bias becomes one of pairs.
         """
-        visible, terms = self.visibility, self.logits
+        visible, terms = self.visibility, self.terms
         if terms.relative_bias is not None:
             pairs = relative_pairs(terms.relative_bias, terms.relative_right, visible)
             pairs = pairs.expand(visible.batch, -1, -1, -1)
             pairs = pairs if terms.bias is None else pairs + terms.bias
             terms = terms._replace(bias=pairs, relative_bias=None, relative_right=0)
-        return self.changed(visibility=visible.as_ranges(), logits=terms)
+        return self.changed(visibility=visible.as_ranges(), terms=terms)
 
 
 def _along_keys(x: Tensor, block_table: Tensor | None, visibility: Visibility) -> Tensor:

@@ -18,7 +18,7 @@ from .sequence import SharedCall
 
 def attention(call: AttentionCall, shared: SharedCall) -> ForwardResult:
     """Attend to the whole sequence with this rank's heads; key heads are repeated until the ranks divide them."""
-    split, logits = shared.sequence.split, call.logits
+    split, logits = shared.sequence.split, call.terms
     dtype, wide = call.v.dtype, torch.promote_types(call.q.dtype, torch.float32)
     gradients = torch.promote_types(shared.reduce_dtype, dtype)
     repeats = split.size // math.gcd(split.size, call.k.shape[1])

@@ -169,7 +169,7 @@ def context_parallel_attention(
         sequence = SharedSequence.of(q, k, split, causal, window, cu_seqlens)
         call = with_terms(request, BACKENDS[request.backend], logits_of(request, sequence, reduce_dtype))
         heads = k.shape[1] if head_group is None else head_group
-        numbers = call.logits.without_tensors()
+        numbers = call.terms.without_tensors()
         shared = SharedCall(sequence, numbers, call.backend, heads, reduce_dtype, return_aux, keep_rounding)
         result = _METHODS[method](call, shared)
     return (result.out, aux_of(result)) if return_aux else result.out

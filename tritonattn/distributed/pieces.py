@@ -104,7 +104,7 @@ class Schedule:
 
 
 def attend(call: AttentionCall, schedule: Schedule) -> ForwardResult:
-    """Attend to the keys of all ranks; call.k and call.v are this rank's, call.logits' vectors of keys are of all."""
+    """Attend to the keys of all ranks; call.k and call.v are this rank's, call.terms' vectors of keys are of all."""
     shared = schedule.shared
     results = _Attend.apply(*call.tensors(), shared.sequence.visibility.key_ranges, schedule)
     return ForwardResult(*results[: 4 if shared.aux else 2])

@@ -103,7 +103,7 @@ def logits_of(request: Request, sequence: SharedSequence, reduce_dtype: torch.dt
     key_bias, of this rank's keys, is gathered and added to the scaling's bias. A scaling that reads keys itself
     (`Scaling.reads_keys`) gets all of them, gathered.
     """
-    k, terms, split, visible = request.k, request.logits, sequence.split, sequence.visibility
+    k, terms, split, visible = request.k, request.terms, sequence.split, sequence.visibility
     if request.scaling.reads_keys:
         whole = collectives.gather(k, split, 2, torch.promote_types(reduce_dtype, k.dtype))
         statistics = Statistics(whole, visible)
@@ -115,7 +115,7 @@ def logits_of(request: Request, sequence: SharedSequence, reduce_dtype: torch.dt
         of_rank = key_bias.expand((*key_bias.shape[:-1], k.shape[2]))
         key_bias = collectives.gather(of_rank, split, -1, torch.promote_types(reduce_dtype, of_rank.dtype))
         terms = terms.changed(key_bias=key_bias)
-    request = request.changed(visibility=visible, logits=terms)
+    request = request.changed(visibility=visible, terms=terms)
     return logits(request, statistics, whole, split.positions(k.shape[2], k.device)[None])
 
 
@@ -133,7 +133,7 @@ def check_over_ranks(request: Request, rows: str = "[B, Hq, Sq]") -> Request:
     if has_relative_bias(request.scaling, request.q):
         name = type(request.scaling).__name__
         raise NotImplementedError(f"scaling: expected one without a relative bias over ranks, got {name}")
-    if (other := next((name for name in given(request.logits) if name not in _OVER_RANKS), None)) is not None:
+    if (other := next((name for name in given(request.terms) if name not in _OVER_RANKS), None)) is not None:
         raise NotImplementedError(f"{other}: not supported over ranks")
     backend = choose(request).name
     if backend in ("flash", "reference"):

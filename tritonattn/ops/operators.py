@@ -127,7 +127,7 @@ def call_of(values: Sequence[Any], visible: Visibility | None = None) -> Attenti
 
 
 # `call_of` appends to the arguments sizes, the device, then each record, before the records that hold it.
-_APPENDED = (*_SIZES, "device", "sequences", "dropout", "logits", "visibility")
+_APPENDED = (*_SIZES, "device", "sequences", "dropout", "terms", "visibility")
 
 
 def _picks(record: Any, path: tuple[str, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -141,7 +141,7 @@ def _picks(record: Any, path: tuple[str, ...]) -> Callable[[Sequence[Any]], tupl
 _PARTS = [
     (Sequences, _picks(Sequences, ("visibility", "sequences"))),
     (Dropout, _picks(Dropout, ("dropout",))),
-    (Terms, _picks(Terms, ("logits",))),
+    (Terms, _picks(Terms, ("terms",))),
 ]
 _OF_VISIBILITY, _OF_CALL = _picks(Visibility, ("visibility",)), _picks(AttentionCall, ())
 

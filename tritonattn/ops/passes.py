@@ -139,7 +139,7 @@ _LACKED = others_than(*_TERMS, "bias_after_softcap")
 
 def _refuse(call: AttentionCall) -> None:
     """Raise for what has no forward-mode derivatives and no gradients of gradients."""
-    lacked = [Terms._fields[number] for number, default in _LACKED if call.logits[number] is not default]
+    lacked = [Terms._fields[number] for number, default in _LACKED if call.terms[number] is not default]
     for name in [*lacked, *["batch_invariant"] * call.visibility.invariant]:
         raise NotImplementedError(
             f"{name}: not supported with forward-mode derivatives (jvp) and gradients of gradients; they have them"

@@ -86,8 +86,8 @@ class _Rows:
         out, rounding, lse, d_out, d_lse = saved
         lse, blind, seeing = rows_with_keys(tiles, block, lse)
         query, d_out = seeing(call.q), seeing(d_out)
-        query_scale = None if call.logits.query_scale is None else seeing(call.logits.query_scale[..., None])
-        factor = call.logits.scale if query_scale is None else query_scale * call.logits.scale
+        query_scale = None if call.terms.query_scale is None else seeing(call.terms.query_scale[..., None])
+        factor = call.terms.scale if query_scale is None else query_scale * call.terms.scale
         rounded, out = out, seeing(out)
         if rounding is not None:
             out = before_rounding(out.to(rounded.dtype), seeing(rounding))
@@ -167,7 +167,7 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
     needs_query = gradients.q is not None or gradients.query_scale is not None
     d_query = torch.zeros_like(rows.query) if needs_query else None
     spans, delta = tiles.spans_of(block), rows.delta
-    is_after = tiles.call.logits.bias_after_softcap
+    is_after = tiles.call.terms.bias_after_softcap
     needs_logits = needs_query or sums.key is not None or bool(addends(gradients))
     pieces = _pieces(tiles, block, rows, spans, needs_logits)
     if (tiles.joins_spans or len(spans) == 1) and not tiles.call.is_part:
@@ -209,7 +209,7 @@ def _store_of_rows(tiles: Tiles, block: Block, rows: _Rows, d_query: Tensor | No
         tiles.store(gradients.sinks, rows.d_sink, block)
     if d_query is None:
         return
-    d_query.mul_(tiles.call.logits.scale)
+    d_query.mul_(tiles.call.terms.scale)
     if gradients.query_scale is not None:
         tiles.store(gradients.query_scale, tiles.dot(d_query, rows.query), block)
     if gradients.q is not None:
@@ -225,6 +225,6 @@ def _store_of_keys(tiles: Tiles, heads: Heads, sums: _KeySums, gradients: Gradie
         store_of_keys(gradients.key_scale, tiles.dot(sums.key, tiles.of_keys(tiles.call.k, heads)), heads)
     if gradients.k is not None:
         d_key = sums.key
-        if tiles.call.logits.key_scale is not None:
-            d_key = d_key * tiles.of_keys(tiles.call.logits.key_scale[..., None], heads)
+        if tiles.call.terms.key_scale is not None:
+            d_key = d_key * tiles.of_keys(tiles.call.terms.key_scale[..., None], heads)
         store_of_keys(gradients.k, d_key, heads)

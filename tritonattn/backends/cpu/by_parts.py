@@ -47,7 +47,7 @@ class Prepared(NamedTuple):
 def takes(call: AttentionCall) -> bool:
     """True where the kernel has all terms of the call."""
     for number, default in _OTHERS:
-        if call.logits[number] is not default:
+        if call.terms[number] is not default:
             return False
     return not (call.visibility.invariant or call.dropout is not None) and call.k.is_cpu
 
@@ -72,7 +72,7 @@ def prepared(call: AttentionCall, parts: Parts, needs: Needs | None = None) -> P
     Where operands hold NaN or infinity, zeros stand for keys that no row attends to, for rows without keys, and for the
     packed sequences that hold them; the rest must be finite.
     """
-    visible, terms = call.visibility, call.logits
+    visible, terms = call.visibility, call.terms
     of_scales = needs is not None and not (terms.query_scale is None and terms.key_scale is None)
     if of_scales:  # they meet the gradients of operands, 0 or not
         of_scales = not (visible.every_row_attends and visible.attends_to_every_key)
@@ -94,15 +94,15 @@ def _with_zeros(call: AttentionCall, rows: Tensor, keys: Tensor) -> AttentionCal
     def zeroed(x: Tensor | None, hidden: Tensor) -> Any:
         return None if x is None else x.masked_fill(hidden if x.dim() == 3 else hidden[..., None], 0)
 
-    terms = call.logits
+    terms = call.terms
     terms = terms.changed(query_scale=zeroed(terms.query_scale, rows), key_scale=zeroed(terms.key_scale, keys))
     q, k, v = zeroed(call.q, rows), zeroed(call.k, keys), zeroed(call.v, keys)
-    return call.changed(q=q, k=k, v=v, logits=terms)
+    return call.changed(q=q, k=k, v=v, terms=terms)
 
 
 def _spoiled(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Rows [1, Sq] and keys [1, Sk] of the packed sequences that hold NaN or infinity."""
-    terms, visible, found = call.logits, call.visibility, []
+    terms, visible, found = call.terms, call.visibility, []
     assert visible.sequences is not None
     rows = visible.sequences.sequence_of_rows(visible.q_len)
     keys, _ = visible.sequences.position_of_keys(torch.arange(visible.k_len))
@@ -120,7 +120,7 @@ def _has_mask(call: AttentionCall) -> bool:
 
 
 def _has_bias(call: AttentionCall) -> bool:
-    terms = call.logits
+    terms = call.terms
     return bool(addends(terms))
 
 
@@ -165,8 +165,8 @@ def forward(call: AttentionCall, parts: Parts, rounding: Tensor | None = None) -
             found = operands.attend(part)
             part.of_rows(out).copy_(found[0])
             part.of_rows(lse).copy_(found[1])
-    if call.logits.sinks is not None:
-        out = out * torch.sigmoid(_above_sinks(lse, call.logits.sinks))[..., None].to(out.dtype)
+    if call.terms.sinks is not None:
+        out = out * torch.sigmoid(_above_sinks(lse, call.terms.sinks))[..., None].to(out.dtype)
     exact, out = out, out.to(call.v.dtype)
     if rounding is not None:
         rounding.copy_(lost_in_rounding(exact, out))
@@ -185,7 +185,7 @@ def backward(
     call    as of `prepared`
     saved   out, lse and rounding
     """
-    operands, terms, (out, lse, rounding) = _Operands(call, parts, is_wide=True), call.logits, saved
+    operands, terms, (out, lse, rounding) = _Operands(call, parts, is_wide=True), call.terms, saved
     out = out.to(operands.dtype) if rounding is None else before_rounding(out, rounding)
     gap = None if terms.sinks is None else _above_sinks(lse, terms.sinks)
     d_out, blind = d_out.to(operands.dtype), lse == -torch.inf
@@ -220,7 +220,7 @@ class _Operands:
     """
 
     def __init__(self, call: AttentionCall, parts: Parts, is_wide: bool) -> None:
-        terms, q, k, v = call.logits, call.q, call.k, call.v
+        terms, q, k, v = call.terms, call.q, call.k, call.v
         self.call, self.of_call, self.has_mask = call, parts, _has_mask(call)
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         is_scaled = terms.query_scale is not None or terms.key_scale is not None
@@ -247,7 +247,7 @@ class _Operands:
             every = [one for part in every for one in by_entry(part)]
         if not self.has_mask:
             return every
-        terms, mask = self.call.logits, self.call.visibility.mask
+        terms, mask = self.call.terms, self.call.visibility.mask
         tensors = [x for x in (mask, terms.bias, terms.relative_bias) if x is not None]
         # The kernel adds its mask to what a triangle hides, so that NaN and infinity would stay there.
         with_triangle = terms.key_bias is not None and not tensors and bool(terms.key_bias.amax() < torch.inf)
@@ -339,7 +339,7 @@ class _Operands:
         """The biases of a part, -inf for hidden pairs: each axis of [N, Hq, rows, keys] or 1; None for none."""
         if not self.has_mask:
             return self.of_call.mask(part, self.dtype) if part.form == "ranges" else None
-        visible, terms, batch, rows, keys = self.call.visibility, self.call.logits, part.batch, part.rows, part.keys
+        visible, terms, batch, rows, keys = self.call.visibility, self.call.terms, part.batch, part.rows, part.keys
         every, total = slice(None), None
         if terms.key_bias is not None:
             total = terms.key_bias[batch, :, :, keys].flatten(1, 2)[:, :, None]
@@ -376,7 +376,7 @@ class _Operands:
     def _lone_rows(self, lse: Tensor) -> Tensor | None:
         """Rows of one key, bool [B, Hq, Sq], or None where there is none; a bias can hide the one key."""
         visible, lone = self.call.visibility, self.of_call.lone
-        if self.call.is_part or self.call.logits.sinks is not None:
+        if self.call.is_part or self.call.terms.sinks is not None:
             return None
         if visible.mask is not None:
             lone = visible.counts() == 1

@@ -67,18 +67,18 @@ class _Rows:
     def __init__(self, tiles: Tiles, block: Block) -> None:
         self.tiles, self.block, self.call = tiles, block, tiles.call
         self.query = tiles.of_rows(self.call.q, block)
-        self.factor = self.call.logits.scale
-        if self.call.logits.query_scale is not None:
-            self.factor = tiles.of_each_row(self.call.logits.query_scale, block) * self.call.logits.scale
+        self.factor = self.call.terms.scale
+        if self.call.terms.query_scale is not None:
+            self.factor = tiles.of_each_row(self.call.terms.query_scale, block) * self.call.terms.scale
 
     def logits(self, keys: slice, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         """The logits of a span of keys, [N, G * rows, keys], and the largest of each row before the softcap.
 
         With biases after the softcap it is the largest of the logits.
         """
-        tiles, block, softcap = self.tiles, self.block, self.call.logits.softcap
+        tiles, block, softcap = self.tiles, self.block, self.call.terms.softcap
         logit = logits_of(self.query, self.factor, tiles.scaled_keys(block.heads, keys))
-        if softcap is not None and self.call.logits.bias_after_softcap:
+        if softcap is not None and self.call.terms.bias_after_softcap:
             logit, softcap = logit.div_(softcap).tanh_().mul_(softcap), None
         tiles.add_bias(logit, block, keys)
         tiles.hide(logit, block, hidden)
@@ -109,7 +109,7 @@ class _Softmax:
     def add(self, keys: slice, hidden: Tensor | None) -> None:
         """Add a span of keys."""
         logit, largest = self.rows.logits(keys, hidden)
-        if self.call.logits.softcap is not None:
+        if self.call.terms.softcap is not None:
             largest = logit.amax(-1, keepdim=True)
         peak = torch.maximum(self.peak, largest)
         base = peak.masked_fill(peak == -torch.inf, 0)
@@ -123,9 +123,9 @@ class _Softmax:
 
     def out(self) -> Tensor:
         total, blind = self.total, self.total == 0
-        if self.call.logits.sinks is not None:
+        if self.call.terms.sinks is not None:
             base = self.peak.masked_fill(self.peak == -torch.inf, 0)
-            total = total + torch.exp(self.tiles.of_each_row(self.call.logits.sinks, self.block) - base)
+            total = total + torch.exp(self.tiles.of_each_row(self.call.terms.sinks, self.block) - base)
         if self.call.dropout is not None:
             total = total * (1 - self.call.dropout.p)
         return self.weighted / total.masked_fill(blind, 1)

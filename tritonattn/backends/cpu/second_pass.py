@@ -258,7 +258,7 @@ def _of_logits(
 ) -> tuple[Tensor, Tensor]:
     """dx and dx_dot of a tile, added to the gradients of biases; dx is dx_dot where it is not wanted."""
     tiles, block, pairs = rows.rows.tiles, rows.rows.block, piece.pairs
-    softcap, is_after = tiles.call.logits.softcap, tiles.call.logits.bias_after_softcap
+    softcap, is_after = tiles.call.terms.softcap, tiles.call.terms.bias_after_softcap
     assert piece.u is not None
     of_y, of_dz = shifts
     d_rate = piece.u.add_(of_y)

@@ -22,7 +22,7 @@ def rounded(tiles: Tiles, gradients: Gradients) -> Gradients:
     """The gradients with those of pairs, sums over tiles, rounded once."""
     found = {}
     for name in PAIRS:
-        x, gradient = getattr(tiles.call.logits, name), getattr(gradients, name)
+        x, gradient = getattr(tiles.call.terms, name), getattr(gradients, name)
         found[name] = None if gradient is None else gradient.to(x.dtype)
     return gradients._replace(**found)
 

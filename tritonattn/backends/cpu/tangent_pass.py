@@ -125,7 +125,7 @@ class Scaled:
             return None if x is None else tiles.of_keys(x if x.dim() == 4 else x[..., None], heads, keys)
 
         key = tiles.of_keys(tiles.call.k, heads, keys)
-        return cls(key, 1.0, of(tiles.call.logits.key_scale), of(tangents.k), of(tangents.key_scale))
+        return cls(key, 1.0, of(tiles.call.terms.key_scale), of(tangents.k), of(tangents.key_scale))
 
     @property
     def factor(self) -> Tensor | float:
@@ -190,8 +190,8 @@ class Rows:
         def of(x: Tensor | None) -> Tensor | None:
             return None if x is None else seeing(x if x.dim() == 4 else x[..., None])
 
-        scales = of(call.logits.query_scale), of(tangents.q), of(tangents.query_scale)
-        query = Scaled(seeing(call.q), call.logits.scale, *scales)
+        scales = of(call.terms.query_scale), of(tangents.q), of(tangents.query_scale)
+        query = Scaled(seeing(call.q), call.terms.scale, *scales)
         share, sink_tangent = shares(tiles, block, lse, blind), of(tangents.sinks)
         return cls(tiles, block, seeing, query, lse.masked_fill(blind, torch.inf), share, sink_tangent)
 
@@ -232,7 +232,7 @@ class Pairs:
 def pairs_of(rows: Rows, tangents: Gradients, needs_rate: bool = True) -> Iterator[Pairs]:
     """The pairs of a block, span after span; without their tangents unless `needs_rate`."""
     tiles, block = rows.tiles, rows.block
-    is_after = tiles.call.logits.bias_after_softcap
+    is_after = tiles.call.terms.bias_after_softcap
     for keys, hidden in tiles.keys_of(block, tiles.spans_of(block)):
         key = Scaled.keys_of(tiles, tangents, block.heads, keys)
         of_rows = rows.query.x, rows.query.factor, rows.lse

@@ -68,7 +68,7 @@ class Tiles:
         self.first, self.last = self._host_bounds()
         self.unseen = None if visible.attends_to_every_key else ~visible.seen_keys()  # [B or 1, 1 or Hkv, Sk]
         self.holes = self._holes()
-        terms = call.logits
+        terms = call.terms
         biases = addends(terms)
         hides_none = self.readable and all(bool(x.amin() > -torch.inf) for x in biases)
         self.bias_hides = len(biases) > 0 and not hides_none
@@ -106,7 +106,7 @@ class Tiles:
             if not (is_whole and mask is None and self._bounds_decide()):
                 hidden = self._hidden(block, keys)
             if self.bias_hides:
-                weightless = self._bias(block, keys, self.call.logits) == -torch.inf
+                weightless = self._bias(block, keys, self.call.terms) == -torch.inf
                 hidden = weightless if hidden is None else hidden | weightless
             if hidden is None or (mask is None and not self.bias_hides) or not self.readable:
                 yield keys, hidden
@@ -144,13 +144,13 @@ class Tiles:
     def scaled_keys(self, heads: Heads, keys: slice) -> Tensor:
         """k * key_scale: [N, keys, D]."""
         key = self.of_keys(self.call.k, heads, keys)
-        if self.call.logits.key_scale is None:
+        if self.call.terms.key_scale is None:
             return key
-        return key * self.of_keys(self.call.logits.key_scale[..., None], heads, keys)
+        return key * self.of_keys(self.call.terms.key_scale[..., None], heads, keys)
 
     def add_bias(self, logit: Tensor, block: Block, keys: slice, terms: Terms | Gradients | None = None) -> None:
         """Add the biases of the call, or of other terms such as their tangents, to logit [N, G * rows, keys]."""
-        terms = self.call.logits if terms is None else terms
+        terms = self.call.terms if terms is None else terms
         if addends(terms):
             rows, width = block.rows.stop - block.rows.start, keys.stop - keys.start
             self.by_head(logit, block)[..., :rows, :width].add_(self._bias(block, keys, terms))

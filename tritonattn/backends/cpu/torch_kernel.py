@@ -37,7 +37,7 @@ _LARGEST_LOGIT = 1e38
 
 def supports(call: AttentionCall, is_full: bool) -> bool:
     """True where `attention` computes this call: all keys or a square's lower triangle visible, and no extras."""
-    terms, visible = call.logits, call.visibility
+    terms, visible = call.terms, call.visibility
     if call.dropout is not None or not is_product(terms):
         return False
     if call.aux or visible.invariant or 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape:
@@ -53,7 +53,7 @@ def _hides_nan(call: AttentionCall) -> bool:
 
     Its maximum ignores NaN in a remainder of keys that fills no vector; fewer keys than a vector are all remainder.
     """
-    operands = (call.q, call.k, call.logits.query_scale, call.logits.key_scale)
+    operands = (call.q, call.k, call.terms.query_scale, call.terms.key_scale)
     return values_are_read(*operands) and not stays_finite(call)
 
 
@@ -62,9 +62,9 @@ def stays_finite(call: AttentionCall, *others: Tensor) -> bool:
 
     The product of all norms bounds every logit and every sum on the way to it.
     """
-    operands = (call.q, call.k, call.logits.query_scale, call.logits.key_scale)
+    operands = (call.q, call.k, call.terms.query_scale, call.terms.key_scale)
     bound = math.prod(_norm(x) for x in operands if x is not None)
-    return max(1.0, abs(call.logits.scale)) * bound < _LARGEST_LOGIT and all(math.isfinite(_norm(x)) for x in others)
+    return max(1.0, abs(call.terms.scale)) * bound < _LARGEST_LOGIT and all(math.isfinite(_norm(x)) for x in others)
 
 
 def _norm(x: Tensor) -> float:
@@ -86,7 +86,7 @@ def attention(call: AttentionCall, again: Attend) -> ForwardResult | None:
     dtype = call.v.dtype
     if dtype.itemsize == 2 and _needs_fp32(call):
         call = call.changed(q=call.q.float(), k=call.k.float(), v=call.v.float())
-    scale, query_scale, key_scale = call.logits.scale, call.logits.query_scale, call.logits.key_scale
+    scale, query_scale, key_scale = call.terms.scale, call.terms.query_scale, call.terms.key_scale
     has_lone_keys = call.k.shape[2] == 1 or not is_full
     if has_lone_keys and needs_graph(call.q, call.k, query_scale, key_scale):
         query_scale = _without_lone_keys(query_scale, call)
@@ -168,7 +168,7 @@ def _needs_fp32(call: AttentionCall) -> bool:
     delta = out . d_out from a rounded output, an error that d_q has times the mean key and d_query_scale times the mean
     logit, and it sums those of a key head over its query heads and over blocks of 64 or 256 rows in 16 bits.
     """
-    dtype, logits = call.v.dtype, call.logits
+    dtype, logits = call.v.dtype, call.terms
     is_scaled = logits.query_scale is not None or logits.key_scale is not None
     if call.narrowed() is not call or (dtype == torch.float16 and is_scaled):
         return True

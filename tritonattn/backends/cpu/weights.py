@@ -25,7 +25,7 @@ def rows_with_keys(tiles: Tiles, block: Block, lse: Tensor) -> tuple[Tensor, Ten
 
 def shares(tiles: Tiles, block: Block, lse: Tensor, blind: Tensor) -> tuple[Tensor, Tensor] | None:
     """The parts of the softmax that the sink leaves to the keys, and takes: [N, G * rows, 1]; None without sinks."""
-    sinks = tiles.call.logits.sinks
+    sinks = tiles.call.terms.sinks
     if sinks is None:
         return None
     gap = (lse - tiles.of_each_row(sinks, block)).masked_fill(blind, 0)
@@ -35,7 +35,7 @@ def shares(tiles: Tiles, block: Block, lse: Tensor, blind: Tensor) -> tuple[Tens
 def rows_of_one_key(tiles: Tiles) -> Tensor | None:
     """The rows whose softmax is 1, whatever their one logit: bool [B, Hq, Sq], or None where there is none."""
     call = tiles.call
-    if call.is_part or call.logits.sinks is not None:
+    if call.is_part or call.terms.sinks is not None:
         return None
     lone = call.visibility.counts() == 1
     return None if tiles.readable and not lone.any() else lone.expand(call.q.shape[:3])
@@ -53,7 +53,7 @@ def weights(
 
     rows are (q, factor, lse), of which lse is inf for rows without keys; key is k * key_scale.
     """
-    softcap, capped, is_after = tiles.call.logits.softcap, None, tiles.call.logits.bias_after_softcap
+    softcap, capped, is_after = tiles.call.terms.softcap, None, tiles.call.terms.bias_after_softcap
     query, factor, lse = rows
     logit = logits_of(query, factor, key)
     if not is_after:

@@ -80,8 +80,8 @@ class Library:
         if left is not None or right not in (None, 0):
             sides = (left, None if right == 0 else right)  # causal says the right one
             options["window_size"] = tuple(self.no_limit if side is None else side for side in sides)
-        if call.logits.softcap is not None:
-            options["softcap"] = call.logits.softcap
+        if call.terms.softcap is not None:
+            options["softcap"] = call.terms.softcap
         if sinks is not None:
             options["learnable_sink"] = sinks
         if torch.are_deterministic_algorithms_enabled() and "deterministic" in self.keywords:

@@ -23,7 +23,7 @@ def obstacle_of_all(call: Request | AttentionCall) -> str | None:
     """Name what a call asks for and no library has, or None."""
     visible, dims = call.visibility, (call.q.shape[3], call.v.shape[3])
     cached, drops = (call.cached, call.dropout_p > 0) if isinstance(call, Request) else ("", False)
-    lacked = next((name for name in given(call.logits) if name not in _TERMS), "")
+    lacked = next((name for name in given(call.terms) if name not in _TERMS), "")
     if call.v.dtype.itemsize != 2:
         return f"q of dtype {call.v.dtype}"
     if max(dims) > WIDEST:
@@ -36,8 +36,8 @@ def obstacle_of_all(call: Request | AttentionCall) -> str | None:
         (lacked, lacked or None),
         ("dropout_p", drops or None),
         ("batch_invariant", visible.invariant or None),
-        ("return_aux with sinks", call.logits.sinks if call.aux else None),
-        ("sinks of rows", _has_sinks_of_rows(call.logits) or None),
+        ("return_aux with sinks", call.terms.sinks if call.aux else None),
+        ("sinks of rows", _has_sinks_of_rows(call.terms) or None),
         ("torch.func", is_transformed() or None),
         ("a tangent of forward mode", in_forward_mode() or None),
     ):
@@ -55,7 +55,7 @@ def obstacle(library: Library, call: Request | AttentionCall, card: int, has_gra
 
     has_graph   gradients are asked for
     """
-    visible, terms, keywords = call.visibility, call.logits, library.keywords
+    visible, terms, keywords = call.visibility, call.terms, library.keywords
     window, softcap, sinks = _has_window(visible), terms.softcap is not None, terms.sinks is not None
     for name, is_asked, keyword in (
         ("window", window, "window_size"),
@@ -93,7 +93,7 @@ def _has_window(visible: Visibility) -> bool:
 
 
 def _obstacle_of_four(call: Request | AttentionCall, card: int, has_graph: bool) -> str | None:
-    terms, widest = call.logits, max(call.q.shape[3], call.v.shape[3])
+    terms, widest = call.terms, max(call.q.shape[3], call.v.shape[3])
     window, softcap, sinks = _has_window(call.visibility), terms.softcap is not None, terms.sinks is not None
     if card == 12:  # 99 KiB of shared memory
         found = {f"head_dim {widest}, above 128": widest > 128, "sinks": sinks, "softcap with gradients": softcap}

@@ -39,7 +39,7 @@ def takes(request: Request, name: str) -> bool:
 def attention(call: AttentionCall, again: Attend) -> ForwardResult:
     """out [B, Hq, Sq, Dv], and with aux lse, of a call with the terms of its logits; max_logit and entropy are None."""
     has_graph, card = needs_graph(*call.tensors()), card_of(call.v.device)
-    library, terms, visible = _library_for(call, has_graph), call.logits, call.visibility
+    library, terms, visible = _library_for(call, has_graph), call.terms, call.visibility
     is_grouped, is_packed = visible.q_heads != visible.kv_heads, visible.sequences is not None
     dtype, widths = call.v.dtype, library.widths((call.q.shape[3], call.v.shape[3]), card, is_grouped)
     rows = None if visible.every_row_attends else visible.attending_rows()

@@ -56,7 +56,7 @@ def are_few_rows(call: AttentionCall) -> bool:
     if visible.mask is not None or visible.sequences is not None or call.dropout is not None:
         return False
     narrowed = visible.key_lengths is not None or visible.key_ranges is not None
-    if narrowed and any(getattr(call.logits, name) is not None for name in TABLES):
+    if narrowed and any(getattr(call.terms, name) is not None for name in TABLES):
         return False
     stand_at_the_end = visible.q_len == 1 or (visible.right == 0 and not narrowed)
     return visible.q_len <= LONGEST_QUERY and stand_at_the_end and not (narrowed and visible.left is not None)
@@ -228,7 +228,7 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -
         call.v.shape[-1],
         call.q.dtype,
         **{name: getattr(visible, name) is not None for name in masks},
-        **flags(call.logits),
+        **flags(call.terms),
         grouped=visible.q_heads != visible.kv_heads,
         dropout=call.dropout is not None,
         block_table=call.block_table is not None,
@@ -276,7 +276,7 @@ def specialisation_of(
     page = 0 if call.block_table is None else k.shape[2]
     of_pairs, width = None, 0 if visible.mask is None else sizes.k_len
     for name in PAIRS:
-        x = getattr(call.logits, name)
+        x = getattr(call.terms, name)
         if x is not None:
             width = max(width, sizes.k_len, x.shape[3])
     if width:
@@ -285,8 +285,8 @@ def specialisation_of(
             of_pairs = *shape, width  # a mask's copy, or a gradient of pairs, may have strides of 64 bits
     key = (
         *forms_of(q, k, v, d_out, visible.mask),
-        *term_forms(call.logits),
-        *choices(call.logits),
+        *term_forms(call.terms),
+        *choices(call.terms),
         q.shape[3],
         v.shape[3],
         visible.left is None,
@@ -372,7 +372,7 @@ def operand_arguments(call: AttentionCall) -> Arguments:
         "q": strided(call.q),
         "k": strided(call.k),
         "v": strided(call.v),
-        **term_arguments(call.logits),
+        **term_arguments(call.terms),
         "pages": None if table is None else pages_of(table, call.k.shape[0], call.k.shape[2]),
         "q_len": visible.q_len,
         "q_heads": visible.q_heads,

@@ -168,7 +168,7 @@ def backward(
     rounding = None if rounding is None else rounding.contiguous()
     results = Results(out.contiguous(), rounding, lse.contiguous(), None, None)
     problem, d_sinks = ready.specialisation.problem, None
-    if ready.call.logits.sinks is not None:
+    if ready.call.terms.sinks is not None:
         corrects = needs.query_scale or problem.has_bias or corrects_delta(problem)
         d_sinks = new_results(ready.call, lse) if needs.sinks or corrects else None
     row_terms = _row_terms(ready, results, None if d_lse is None else d_lse.contiguous(), d_sinks)

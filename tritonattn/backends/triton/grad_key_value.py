@@ -304,7 +304,7 @@ KERNELS["grad_key_value"] = attention_grad_key_value
 
 def grad_key_value(ready: Prepared, needs: Needs, row_terms: RowTerms) -> Gradients:
     """The gradients of k, v, key_scale and the three biases."""
-    call, logits, visible = ready.call, ready.call.logits, ready.call.visibility
+    call, logits, visible = ready.call, ready.call.terms, ready.call.visibility
     wide = ready.specialisation.problem.wide_k
     of_keys = logits.key_bias
     found = Gradients(

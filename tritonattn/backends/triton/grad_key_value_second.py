@@ -351,7 +351,7 @@ def grad_key_value_second(
     ready: Prepared, needs: Needs, needs_tangents: Needs, row_terms: SecondTerms
 ) -> tuple[Gradients, Gradients]:
     """The gradients of a tangent towards k, v, key_scale and the three biases, and towards their tangents."""
-    factors = [x for x in (ready.call.logits.query_scale, ready.tangents.query_scale) if x is not None]
+    factors = [x for x in (ready.call.terms.query_scale, ready.tangents.query_scale) if x is not None]
     found = [_results(ready, asked) for asked in (needs, needs_tangents)]
     factor_size = None
     if factors and ready.call.q.dtype == torch.float16:
@@ -367,7 +367,7 @@ def grad_key_value_second(
 
 
 def _results(ready: Prepared, needs: Needs) -> Gradients:
-    call, logits, wide = ready.call, ready.call.logits, ready.specialisation.problem.wide_k
+    call, logits, wide = ready.call, ready.call.terms, ready.specialisation.problem.wide_k
     pairs, k_len = {}, call.visibility.k_len
     for name in PAIRS:
         x = getattr(logits, name)
@@ -391,7 +391,7 @@ def _summed(found: Gradients, ready: Prepared) -> Gradients:
     """The gradients with those of pairs summed, in fp32 and one order, over the axes that a bias has once."""
     pairs = {name: x for name in PAIRS if (x := getattr(found, name)) is not None}
     for name, x in pairs.items():
-        bias = getattr(ready.call.logits, name)
+        bias = getattr(ready.call.terms, name)
         pairs[name] = x.sum_to_size(bias.shape).to(bias.dtype)
     return found._replace(**pairs)
 

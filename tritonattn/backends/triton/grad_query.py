@@ -287,8 +287,8 @@ def grad_query(ready: Prepared, needs: Needs, row_terms: RowTerms) -> tuple[Tens
     d_q = new_results(call, call.q, torch.float32 if wide else call.q.dtype)
     d_query_scale = new_results(call, call.q.select(3, 0)) if needs.query_scale else None
     key_size = None
-    if call.logits.key_scale is not None and call.q.dtype == torch.float16:
-        key_size = largest(seen_scales(call.logits.key_scale, call.visibility))
+    if call.terms.key_scale is not None and call.q.dtype == torch.float16:
+        key_size = largest(seen_scales(call.terms.key_scale, call.visibility))
     arguments = {
         "row_terms_ptr": row_terms.terms,
         "delta_ptr": row_terms.delta,

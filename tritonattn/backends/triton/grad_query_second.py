@@ -289,7 +289,7 @@ def grad_query_second(
     ready: Prepared, needs: Needs, needs_tangents: Needs, row_terms: SecondTerms
 ) -> tuple[Gradients, Gradients]:
     """The gradients of a tangent towards q and query_scale, and towards their tangents."""
-    call, key_scale = ready.call, ready.call.logits.key_scale
+    call, key_scale = ready.call, ready.call.terms.key_scale
     found = [_results(ready, asked) for asked in (needs, needs_tangents)]
     key_size = None
     if key_scale is not None and call.q.dtype == torch.float16:

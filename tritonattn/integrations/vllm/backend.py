@@ -343,8 +343,8 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         if self._factor.shared is None:
             return ops.attention(resolve(request, backend)).out
         key = self._factor.shared, self._softcap
-        terms = request.visibility.once(key, lambda: resolve(request, backend).logits)
-        return ops.attention(with_terms(request, backend, terms._replace(sinks=request.logits.sinks))).out
+        terms = request.visibility.once(key, lambda: resolve(request, backend).terms)
+        return ops.attention(with_terms(request, backend, terms._replace(sinks=request.terms.sinks))).out
 
 
 def _invariant(settings: Settings, name: str) -> bool | None:
