@@ -55,7 +55,7 @@ def measured(rounds: int, capability: int) -> list[tuple]:
 
     backends["nvidia"].driver.is_active = staticmethod(lambda: True)  # vLLM asks before it imports Triton
     stub, rows = installed(), []
-    by_kernel = patch.object(paged_statistics, "kernels_take", lambda _: True)  # as of a GPU's tensors
+    by_kernel = patch.object(paged_statistics, "launches", lambda *_: True)  # as of a GPU's tensors
     with stub.active(capability), values_unread(), by_kernel, torch.no_grad():
         compared = layers()
         for step, (new, keys) in STEPS.items():

@@ -67,6 +67,16 @@ def test_every_mask_bias_and_number_at_once():
     assert_compiles(function, ((*operands(), *biases), {}))
 
 
+@torch.no_grad()
+def test_a_sum_of_key_norms_without_a_graph():
+    def function(q, k, v, gain):
+        return tritonattn.attention(q, k, v, scaling="key_norm_mean", gain=gain, key_lengths=lengths)
+
+    lengths, given = torch.tensor([3, 7]), operands()[:4]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*given), function(*given))
+
+
 def test_under_autocast_with_dropout():
     def function(q, k, v, gain):
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -91,12 +91,12 @@ def apply(function: type[Function], *arguments: Any) -> Any:
     A function's `tangent` is what torch calls its jvp. In a backward, `apply` of another function makes its gradients
     differentiable again.
     """
-    if torch.compiler.is_compiling():
-        return function.apply(*arguments)
     tensors = []
     for argument in arguments:  # no comprehension: each is one more call before Python 3.12
         if isinstance(argument, Tensor):
             tensors.append(argument)
+    if torch.compiler.is_compiling():  # without a graph Dynamo hands a context to a forward of any number of arguments
+        return function.apply(*arguments) if needs_graph(*tensors) else function.forward(*arguments)
     if not runs_eagerly(*tensors):
         return (with_jvp(function) if in_forward_mode() else function).apply(*arguments)
     if not needs_graph(*tensors):
