@@ -81,7 +81,8 @@ def resolve(request: Request, backend: Backend, dropout: Dropout | None = None) 
         statistics = StatisticsOfCache(statistics, request.statistics, pages, _width(request))
     terms = logits(request, statistics, _keys_for_scaling(request))
     _, of_scaling, *others = terms
-    refuse_gradients(request.cached, scaling=of_scaling, **dict(zip(_BEHIND_QUERY_SCALE, others, strict=False)))
+    named = dict(zip(_BEHIND_QUERY_SCALE, others[: len(_BEHIND_QUERY_SCALE)], strict=True))
+    refuse_gradients(request.cached, scaling=of_scaling, **named)
     return with_terms(request, backend, terms)
 
 

@@ -52,7 +52,8 @@ class Terms(NamedTuple):
     def by_name(self) -> dict[str, Tensor | None]:
         """The `tensors` by name."""
         _, *found = self
-        return dict(zip(Terms._fields[TENSORS], found, strict=False))  # pyright: ignore[reportReturnType]
+        found = found[: TENSORS.stop - 1]  # torch 2.8 traces no zip of other lengths
+        return dict(zip(Terms._fields[TENSORS], found, strict=True))  # pyright: ignore[reportReturnType]
 
     def without_tensors(self) -> Terms:
         """The numbers and flags."""
