@@ -110,7 +110,7 @@ def test_a_gradient_that_is_asked_for_alone_is_the_same(case):
 @pytest.mark.parametrize("scale", [0.25, 3.0])
 @pytest.mark.parametrize("length", [16, 300])
 def test_sharp_softmaxes(scale, length):
-    """What nearly cancels is held to the bound in every head by itself, in one tile and across tiles."""
+    """Sums that nearly cancel are held to the bound in every head by itself, in one tile and across tiles."""
     random = torch.Generator().manual_seed(0)
     q, k, v, query_scale = (torch.randn(1, 6, length, width, generator=random) for width in (32, 32, 16, 1))
     terms = Terms(scale, query_scale[..., 0], query_scale[..., 0].flip(2))

@@ -14,7 +14,7 @@ from .architectures import ARCHITECTURES, Architecture, unknown
 
 # Kernels with an MMA loop, and the memory-bound ones, whose tiles only bound the rows that a program holds.
 TILED_KERNELS = ("forward", "grad_key_value", "grad_query", "decode")
-# Those of derivatives beyond the first, likewise, for which tables have no entries.
+# Likewise of derivatives beyond the first, for which tables have no entries.
 SECOND_KERNELS = ("tangent", "grad_query_second", "grad_key_value_second")
 LOOPING_KERNELS = TILED_KERNELS + SECOND_KERNELS
 _DESCRIBED = TILED_KERNELS[:3]  # those that can load by the tensor memory accelerator
