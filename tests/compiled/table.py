@@ -139,11 +139,11 @@ def _of_pairs(kernel: str, target: str, dim: int, bias: str, spills: int) -> Cas
 
 
 def of_second_kernels() -> list[Case]:
-    """Each on each kind of target, head dims in turn; one on each other; what takes registers, and fp32, in turn."""
+    """Each on each target, head dims in turn; what takes registers, and fp32, in turn."""
     every, turns = {"query_scale_grad": True, "right": True, **SCALES["qk"]}, list(enumerate(SECOND_KERNELS))
     forms = ("left key_ranges softcap sinks grouped", "dropout key_scale", "mask bias key_bias", "relative_bias")
     others = [target for target in TARGETS if target not in KINDS]
-    cases = [Case(SECOND_KERNELS[i % 3], Problem(64, 64, BFLOAT, **every), one) for i, one in enumerate(others)]
+    cases = [Case(kernel, Problem(64, 64, BFLOAT, **every), one) for kernel, one in product(SECOND_KERNELS, others)]
     for (number, kernel), (turn, target) in product(turns, enumerate(KINDS)):
         dim, options = (64, 128, 256)[(number + turn) % 3], dict.fromkeys(forms[(number + turn) % 4].split(), True)
         cases.append(Case(kernel, Problem(dim, dim, BFLOAT, **every), target))
