@@ -32,6 +32,7 @@ from .pairs import (
     pass_bounds,
     query_bounds,
     rows_of_keys,
+    store_pair_gradients,
     visible_rows,
     whole_blocks,
 )
@@ -254,13 +255,8 @@ def attention_grad_key_value(
                     ds, d_biases = gradients_of(ds, capped, softcap, terms)
                     if gradients.key_bias is not None:
                         d_key_bias += partial_sums(d_biases, KEY_SUM_COLUMNS)
-                    if gradients.bias is not None:
-                        d_row = from_row(gradients.bias, batch, head, rows, False)
-                        tl.store(d_row.ptr + keys.to(tl.int64) * d_row.d, d_biases, mask=is_read)
-                    if gradients.relative_bias is not None:
-                        d_row, entry = from_row(gradients.relative_bias, batch, head, rows, False), rows + shift - keys
-                        is_read = is_read & (entry.to(tl.uint32) < tl.cast(extent, tl.uint32))
-                        tl.store(d_row.ptr + entry.to(tl.int64) * d_row.d, d_biases, mask=is_read)
+                    if HAS_PAIRS:
+                        store_pair_gradients(gradients, d_biases, extent, batch, head, rows, keys, shift, is_read)
                     if HAS_BIAS:
                         ds *= gradient_factor[None, :]
                     dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")  # [BLOCK_N, BLOCK_D]

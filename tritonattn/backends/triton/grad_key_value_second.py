@@ -23,7 +23,16 @@ from .device import Grid
 from .grad_key_value import of_pairs, with_row_bounds
 from .grids import over_keys
 from .launch import KERNELS, Plan, strided
-from .pairs import UNMASKED, dropout_keeps, pair_biases, pass_bounds, query_bounds, rows_of_keys, visible_rows
+from .pairs import (
+    UNMASKED,
+    dropout_keeps,
+    pair_biases,
+    pass_bounds,
+    query_bounds,
+    rows_of_keys,
+    store_pair_gradients,
+    visible_rows,
+)
 from .records import Arguments, SecondTerms, TensorGradients, View
 from .softmax import LN_2, LOG2_E, exponents, gradients_of_tangent, partial_sums
 
@@ -273,21 +282,8 @@ def attention_grad_key_value_second(
                         d_key_bias += partial_sums(d_biases, KEY_SUM_COLUMNS)
                     if t_gradients.key_bias is not None:
                         d_t_key_bias += partial_sums(d_t_biases, KEY_SUM_COLUMNS)
-                    if gradients.bias is not None:
-                        d_row = from_row(gradients.bias, batch, head, rows, False)
-                        tl.store(d_row.ptr + keys.to(tl.int64) * d_row.d, d_biases, mask=is_read)
-                    if t_gradients.bias is not None:
-                        d_row = from_row(t_gradients.bias, batch, head, rows, False)
-                        tl.store(d_row.ptr + keys.to(tl.int64) * d_row.d, d_t_biases, mask=is_read)
-                    entry = rows + shift - keys
-                    if gradients.relative_bias is not None or t_gradients.relative_bias is not None:
-                        is_read = is_read & (entry.to(tl.uint32) < tl.cast(extent, tl.uint32))
-                    if gradients.relative_bias is not None:
-                        d_row = from_row(gradients.relative_bias, batch, head, rows, False)
-                        tl.store(d_row.ptr + entry.to(tl.int64) * d_row.d, d_biases, mask=is_read)
-                    if t_gradients.relative_bias is not None:
-                        d_row = from_row(t_gradients.relative_bias, batch, head, rows, False)
-                        tl.store(d_row.ptr + entry.to(tl.int64) * d_row.d, d_t_biases, mask=is_read)
+                    store_pair_gradients(gradients, d_biases, extent, batch, head, rows, keys, shift, is_read)
+                    store_pair_gradients(t_gradients, d_t_biases, extent, batch, head, rows, keys, shift, is_read)
                     if factor_size is not None:
                         d_x *= factor_size
                         d_t_x *= factor_size

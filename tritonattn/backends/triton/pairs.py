@@ -186,6 +186,21 @@ def pair_biases(terms, extent, batch, head, row, key, shift, keep):
 
 
 @triton.jit
+def store_pair_gradients(gradients, x, extent, batch, head, row, key, shift, keep):
+    """Store x, the gradients of a tile's logits, as those of the biases of pairs; each pair has one writer.
+
+    gradients       `TensorGradients`: bias and relative_bias, or None; other arguments as of `pair_biases`
+    """
+    if gradients.bias is not None:
+        of_row = from_row(gradients.bias, batch, head, row, False)
+        tl.store(of_row.ptr + key.to(tl.int64) * of_row.d, x, mask=keep)
+    if gradients.relative_bias is not None:
+        of_row, entry = from_row(gradients.relative_bias, batch, head, row, False), row + shift - key
+        keep = keep & (entry.to(tl.uint32) < tl.cast(extent, tl.uint32))
+        tl.store(of_row.ptr + entry.to(tl.int64) * of_row.d, x, mask=keep)
+
+
+@triton.jit
 def dropout_keeps(dropout_ptr, keep_from, batch_head, rows, first, KEYS: tl.constexpr):
     """True for the pairs of rows and the KEYS keys from `first` on that dropout keeps, as `core.dropout` defines them.
 
