@@ -8,7 +8,7 @@ tangent, each pass of a backend is a derivative of H, and so is the derivative o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +123,7 @@ class _Asked:
 
     rest: _Rest
     of_tensors: Needs
-    of_tangents: Needs | None = None
+    of_tangents: Needs
 
 
 class _Attention(Function):
@@ -174,15 +174,15 @@ def _gradients(
     needs: Needs,
 ) -> Gradients:
     """`backward_pass`, with derivatives of its own."""
-    found = iter(apply_in_backward(_Backward, *tensors, *results, d_out, d_lse, _Asked(rest, needs)))
-    return Gradients(*[next(found) if need else None for need in needs])
+    inputs = *tensors, *results, d_out, d_lse, _Asked(rest, needs, Needs())
+    return _by_field(needs, iter(apply_in_backward(_Backward, *inputs)))
 
 
 def _tangents(
     rest: _Rest, tensors: Sequence[Tensor | None], results: Saved, tangents: Gradients
 ) -> tuple[Tensor, Tensor]:
     """`tangent_pass`, likewise."""
-    return apply_in_backward(_Tangent, *tensors, *rest.by_slot(tangents), *results, rest)
+    return apply_in_backward(_Tangent, *tensors, *rest.by_slot(tangents), *results, _Asked(rest, Needs(), Needs()))
 
 
 def _second(
@@ -201,17 +201,31 @@ def _second(
         tensors = [x if mark is None else mark for x, mark in zip(tensors, marked, strict=True)]
     inputs = *tensors, *rest.by_slot(tangents), *results, d_out, d_lse, _Asked(rest, *needs)
     found = iter(apply_in_backward(_Second, *inputs))
-    of_tensors, of_tangents = ([next(found) if need else None for need in some] for some in needs)
-    return Gradients(*of_tensors), Gradients(*of_tangents)
+    return _by_field(needs[0], found), _by_field(needs[1], found)
 
 
-class _Backward(Function):
+def _by_field(needs: Needs, found: Iterator[Tensor | None]) -> Gradients:
+    """The next of found for each need."""
+    return Gradients(*[next(found) if need else None for need in needs])
+
+
+class _Pass(Function):
+    """A pass with derivatives of its own, whose inputs are tensors, and an `_Asked` behind them."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *tensors, ctx.asked = inputs
+        ctx.set_materialize_grads(False)
+        save(ctx, *tensors)
+
+
+class _Backward(_Pass):
     """The gradients that `needs` asks for, from a call's tensors, its results, and the gradients of these.
 
     Results are functions of the tensors: the derivatives towards the tensors are whole without others towards results.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*inputs):
@@ -220,16 +234,10 @@ class _Backward(Function):
         return tuple([x for x in found if x is not None])
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        *tensors, ctx.asked = inputs
-        ctx.set_materialize_grads(False)
-        save(ctx, *tensors)
-
-    @staticmethod
     def backward(ctx, *cotangents):
         *tensors, out, lse, rounding, d_out, d_lse = ctx.saved_tensors
-        rest, given, results = ctx.asked.rest, iter(cotangents), (out, lse, rounding)
-        tangents = Gradients(*[next(given) if need else None for need in ctx.asked.of_tensors])
+        rest, results = ctx.asked.rest, (out, lse, rounding)
+        tangents = _by_field(ctx.asked.of_tensors, iter(cotangents))
         needs = Needs(*rest.fields(ctx.needs_input_grad, False))
         d_tensors, d_d_out, d_d_lse = Gradients(), None, None
         if any(needs):
@@ -254,27 +262,19 @@ class _Backward(Function):
         return tuple([sum(some[1:], start=some[0]) if found else None for need, *some in by_field if need])
 
 
-class _Tangent(Function):
+class _Tangent(_Pass):
     """The tangents of out and lse, from a call's tensors, their tangents, and its results."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*inputs):
-        *given, out, lse, rounding, rest = inputs
-        tensors, tangents = rest.halves(given)
-        return tangent_pass(rest.call(tensors), (out, lse, rounding), tangents)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        *tensors, ctx.rest = inputs
-        ctx.set_materialize_grads(False)
-        save(ctx, *tensors)
+        *given, out, lse, rounding, asked = inputs
+        tensors, tangents = asked.rest.halves(given)
+        return tangent_pass(asked.rest.call(tensors), (out, lse, rounding), tangents)
 
     @staticmethod
     def backward(ctx, d_out, d_lse):
         *given, out, lse, rounding = ctx.saved_tensors
-        rest, results = ctx.rest, (out, lse, rounding)
+        rest, results = ctx.asked.rest, (out, lse, rounding)
         (tensors, tangents), needs = rest.halves(given), rest.needs_of_halves(ctx.needs_input_grad)
         if any(needs[0]):
             found = _second(rest, tensors, results, tangents, d_out, d_lse, needs)
@@ -285,7 +285,7 @@ class _Tangent(Function):
     @staticmethod
     def tangent(ctx, *tangents):
         *given, out, lse, rounding = ctx.saved_tensors
-        rest = ctx.rest
+        rest = ctx.asked.rest
         (tensors, _), (of_tensors, along) = rest.halves(given), rest.halves(tangents)
         if any(x is not None for x in of_tensors):
             raise NotImplementedError(
@@ -298,10 +298,8 @@ class _Tangent(Function):
 _NO_THIRD = 'third derivatives are not supported; backend="reference" has them'
 
 
-class _Second(Function):
+class _Second(_Pass):
     """The gradients of `_Tangent` that are asked for, towards the tensors, then towards their tangents."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*inputs):
@@ -312,17 +310,11 @@ class _Second(Function):
         return tuple([x for some in found for x in some if x is not None])
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        *tensors, ctx.asked = inputs
-        ctx.set_materialize_grads(False)
-        save(ctx, *tensors)
-
-    @staticmethod
     def backward(ctx, *cotangents):
         """The second derivatives are symmetric: those towards the tangents, from a tangent in the cotangents' place."""
         *given, out, lse, rounding, d_out, d_lse = ctx.saved_tensors
-        asked, rest, cotangent, results = ctx.asked, ctx.asked.rest, iter(cotangents), (out, lse, rounding)
-        along = Gradients(*[next(cotangent) if need else None for need in asked.of_tensors])
+        rest, results = ctx.asked.rest, (out, lse, rounding)
+        along = _by_field(ctx.asked.of_tensors, iter(cotangents))
         _, needs = rest.needs_of_halves(ctx.needs_input_grad)
         tensors, _ = rest.halves(given)
         found = Gradients()
