@@ -22,7 +22,7 @@ def through_tangent(model, data, noise, r, t):
 
 
 def gradients_of_flow(loss: str, scaling: str, length: int, backend: str, width: int = 16) -> dict[str, Tensor]:
-    """Of a loss of the page's model under a random mask, by parameter."""
+    """Gradients of a loss of the page's model under a random mask, by parameter."""
     torch.manual_seed(0)
     recipe = run(PAGE, MEAN_FLOW)
     mask = torch.rand(1, 1, length, length) > 0.5
