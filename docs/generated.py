@@ -179,22 +179,61 @@ def biases() -> str:
     return table(header, rows) + f"\nStatic: {source}, bf16, causal, default configs.\n"
 
 
-def language_model() -> str:
-    """Recall of the ledger by `python -m perf language-model`, of the models that learned it with five seeds."""
+def _ledger() -> list[list[str]]:
+    """Rows of the ledger by `python -m perf language-model`, of the models that learned it with five seeds."""
     from perf.studies.language_model.records import read
-    from perf.studies.language_model.report import LEDGER_HEADER, ledger_rows, sources
+    from perf.studies.language_model.report import ledger_rows
 
-    learned = [run for run in read() if run.found.solved_at is not None]
-    kept = [row for row in ledger_rows(learned) if row[2] == "5"]
-    return table(LEDGER_HEADER, kept) + f"\n{sources(read())}\n"
+    return [row for row in ledger_rows(run for run in read() if run.found.solved_at is not None) if row[2] == "5"]
+
+
+def language_model() -> str:
+    """The ledger, every row."""
+    from perf.studies.language_model.records import read
+    from perf.studies.language_model.report import LEDGER_HEADER, sources
+
+    return table(LEDGER_HEADER, _ledger()) + f"\n{sources(read())}\n"
+
+
+RECALL_COLUMNS = (
+    "**`sqrt_dim`**",
+    "**`log_key_count`**",
+    "**`SSMax`**",
+    *(f"{x} at test" for x in ("log n", "twice", "four times")),
+)
+
+
+def recall() -> str:
+    """The ledger's means over seeds at 32 times the trained length, a row for each kind of model."""
+    found: dict[str, dict[str, str]] = {}
+    model = ""
+    for row in _ledger():
+        model = row[0] or model
+        found.setdefault(model, {}).setdefault(row[1], row[6].partition(" ")[0])
+    header = ["layers, QK-norm", *(column.strip("*") for column in RECALL_COLUMNS)]
+    return table(header, ([model, *(cells.get(x, "-") for x in RECALL_COLUMNS)] for model, cells in found.items()))
 
 
 def language_model_text() -> str:
-    """Loss on text by `python -m perf language-model`."""
+    """Loss on text by `python -m perf language-model`, every row."""
+    return table(*_text())
+
+
+def _text() -> tuple[list[str], list[list[str]]]:
     from perf.studies.language_model.records import read
     from perf.studies.language_model.report import text_rows
 
-    return table(*text_rows(read()))
+    return text_rows(read())
+
+
+TEXT_COLUMNS = ("layers, QK-norm", "factor", "0-64", "64-128", "256-512", "2048-4096")
+
+
+def nats() -> str:
+    """Loss on text, some positions."""
+    header, rows = _text()
+    kept = [header.index(column) for column in TEXT_COLUMNS]
+    return table(TEXT_COLUMNS, ([row[i].partition(" (")[0] for i in kept] for row in rows))
 
 
 def formula(mode: type[Scaling]) -> str:
@@ -283,7 +322,8 @@ PARTS: dict[str, Callable[[], str]] = {
     **{"modes": modes, "advice": advice, "playground": playground, "names": names, "types": types},
     **{"learned_names": learned_names, "learned": learned},
     **{"floors": floors, "support": support, "costs": costs, "forms": forms, "memory": memory},
-    **{"biases": biases, "language_model": language_model, "language_model_text": language_model_text},
+    **{"biases": biases, "recall": recall, "nats": nats},
+    **{"language_model": language_model, "language_model_text": language_model_text},
 }
 
 
