@@ -10,6 +10,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaModel
 from tritonattn import PagedKeyStatistics, attention_decode
 from tritonattn.huggingface import patched
 from tritonattn.huggingface.settings import MARK, Settings
+from tritonattn.integrations.serving import settings as serving
 from tritonattn.integrations.vllm import pages, settings
 
 LAYERS = ("model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn")
@@ -32,16 +33,16 @@ def test_settings_asked_for_come_before_those_of_the_checkpoint():
 
 
 def test_layers_are_found_by_the_ends_of_their_names():
-    name, found = settings.layer_settings({"scaling": "dim"}, LAYERS[1], LAYERS, 4)
+    name, found = serving.layer_settings({"scaling": "dim"}, LAYERS[1], LAYERS, 4)
     assert (name, found.scaling.name) == (None, "dim")
     saved = {"layers": {"language_model.layers.1.self_attn": {"scaling": "ssmax", "gain": 2.0}}}
-    name, found = settings.layer_settings(saved, LAYERS[1], LAYERS, 4)
+    name, found = serving.layer_settings(saved, LAYERS[1], LAYERS, 4)
     assert (name, found.scaling.s.shape, found.gain) == ("language_model.layers.1.self_attn", (4,), 2.0)
-    name, found = settings.layer_settings(saved, LAYERS[0], LAYERS, 4)
+    name, found = serving.layer_settings(saved, LAYERS[0], LAYERS, 4)
     assert (name, found.scaling, found.gain) == (None, None, None)
     for names in (["model.layers.7.self_attn"], ["self_attn"], [LAYERS[0][:-5], f"x.{LAYERS[0][:-5]}"]):
         with pytest.raises(ValueError, match=rf"layers\['{names[-1]}'\]: expected the name of one attention layer"):
-            settings.layer_settings({"layers": {key: {"scaling": "dim"} for key in names}}, LAYERS[0], LAYERS, 4)
+            serving.layer_settings({"layers": {key: {"scaling": "dim"} for key in names}}, LAYERS[0], LAYERS, 4)
 
 
 @pytest.mark.parametrize("takes", [True, False])
@@ -71,7 +72,7 @@ def test_a_loader_hands_learned_values_to_the_layers_alone(takes, saved):
 
 def test_layers_share_a_factor_only_where_all_of_it_is_equal():
     def shared(**given):
-        return settings.LayerFactor.of(settings.Settings.from_config(given), 0.125, (4, 2), 64).shared
+        return serving.LayerFactor.of(serving.Settings.from_config(given), 0.125, (4, 2), 64).shared
 
     assert shared(scaling="log_key_count:512") == shared(scaling={"name": "log_key_count", "base": 512})
     assert shared(scaling="log_key_count", gain=0.5) == shared(scaling="log_key_count", gain=0.5)
@@ -87,15 +88,15 @@ def test_each_rank_takes_the_values_of_its_heads():
         return Settings.from_config({"scaling": {"name": "ssmax", "bias": True}, "gain": {"learned": [4, 1]}}, 4)
 
     learned = {"scaling.s": torch.arange(4.0), "scaling.b": -torch.arange(4.0), "gain": torch.arange(4.0)[:, None]}
-    found = settings.with_learned(saved(), "layer", learned, rank=1, ranks=2)
+    found = serving.with_learned(saved(), "layer", learned, rank=1, ranks=2)
     assert found.scaling.s.tolist() == [2, 3]
     assert found.scaling.b.tolist() == [-2, -3]
     assert found.gain.tolist() == [[2], [3]]
     assert not any(x.requires_grad for x in (found.gain, *found.scaling.parameters()))
-    assert settings.with_learned(saved(), "layer", None, rank=1, ranks=2).scaling.s.tolist() == [1, 1]
+    assert serving.with_learned(saved(), "layer", None, rank=1, ranks=2).scaling.s.tolist() == [1, 1]
     for wrong in ({}, {**learned, "gain": torch.ones(2, 1)}):
         with pytest.raises(ValueError, match=r"layer.tritonattn: expected weights \{.*'gain': \[4, 1\].*got"):
-            settings.with_learned(saved(), "layer", wrong, rank=0, ranks=1)
+            serving.with_learned(saved(), "layer", wrong, rank=0, ranks=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -7,7 +7,7 @@ import pytest
 from vllm import LLM
 from vllm.distributed import cleanup_dist_env_and_memory
 
-from tritonattn.integrations.vllm import backend
+from tritonattn.integrations.serving.layers import ServedLayer
 
 from .cases import STEPS, TOLERANCE, Case, difference, gains, generate, learned, prompts
 
@@ -40,7 +40,7 @@ def served(request, tmp_path_factory):
 @pytest.fixture
 def paths(monkeypatch) -> Counter:
     """Calls of each function by the engine: with rows of a first chunk, of a later one, and of guessed tokens."""
-    calls, attend = Counter(), backend.TritonattnImpl._attend
+    calls, out = Counter(), ServedLayer._out
 
     def counted(self, call):
         sequences = call.visibility.sequences
@@ -51,9 +51,9 @@ def paths(monkeypatch) -> Counter:
             calls["chunk"] += 1
             calls["later chunk"] += int((rows < keys).any())
             calls["guesses"] += int(((rows < keys) & (rows <= 4)).any())
-        return attend(self, call)
+        return out(self, call)
 
-    monkeypatch.setattr(backend.TritonattnImpl, "_attend", counted)
+    monkeypatch.setattr(ServedLayer, "_out", counted)
     return calls
 
 

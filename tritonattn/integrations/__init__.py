@@ -7,6 +7,7 @@ x_transformers   the `Attend` modules of x-transformers
 diffusers        diffusers' `set_attention_backend`
 torchtitan       an override of torchtitan's "varlen" attention
 vllm             an attention backend for vLLM, which loads it as a plugin
+serving          parts that plugins for servers share
 hub_kernel       the package as a kernel of the HuggingFace hub, for the library `kernels`
 
 transformers has `tritonattn.huggingface`.

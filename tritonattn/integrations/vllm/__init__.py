@@ -7,9 +7,9 @@ additional_config={"tritonattn": {...}}). Its entries are those of config.triton
 installed.
 
 plugin     called by vLLM: the backend's registration and choice
-settings   the scaling of each of vLLM's layers
+settings   where vLLM has the settings, and a patch's weights
 pages      the cells of vLLM's cache
-backend    vLLM's interface: metadata of a step, cache writes, calls of tritonattn
+backend    vLLM's interface: metadata of a step, cache writes; the calls of tritonattn are in `serving`
 """
 
 NAME = "TRITONATTN"

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,29 +23,16 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from ... import ops
-from ...backends import BACKENDS, choose
-from ...calls.dispatch import resolve, with_terms
-from ...calls.formulas import by_formulas
 from ...calls.layouts import SMALLEST_PAGE
-from ...calls.paged_statistics import PagedKeyStatistics
 from ...calls.varlen import Packing
-from ...core.call import Request
-from ...core.invariance import is_invariant
-from ...core.terms import Terms
-from ...core.visibility import Visibility, window_sides
 from ...tuning.config import WIDEST
+from ..serving.layers import ServedLayer, Step, key_ends
+from ..serving.settings import LayerFactor, Settings, check_all_taken, layer_settings, with_learned
 from . import NAME
 from .pages import RECORD, key_statistics, keys_and_values
-from .settings import (
-    LayerFactor,
-    Settings,
-    asked_settings,
-    check_all_taken,
-    layer_settings,
-    saved_settings,
-    with_learned,
-)
+from .settings import asked_settings, saved_settings
+
+_OWNER = f"attention_backend {NAME}"
 
 
 class TritonattnBackend(AttentionBackend):
@@ -95,40 +81,8 @@ class RecordingBackend(TritonattnBackend):
         return replace(spec, state_content_bytes=size)
 
 
-@dataclass(eq=False)
-class TritonattnMetadata:
-    """The rows of one step: first sequences of one new token each, then the others.
-
-    tokens        new tokens of all sequences
-    slots         int64 [tokens], where their keys go in the cache; -1 of padding
-    new_ends      int32 [sequences + 1], 0 and where the new tokens of each sequence end
-    lengths       int32 [sequences], the sequences' keys, new ones included
-    block_table   int32 [sequences, pages]
-    passes        times that new keys are entered in the record of key norms
-    decodes       sequences of one new token
-    chunks        where the rows of the others end, counted from the first of them, and the running sums of their keys,
-                  old ones included; bounds on one sequence's; None where there are none
-
-    Layers compute together what depends on the step alone: the first that needs it does, so that a CUDA graph captures
-    that too.
-    """
-
-    tokens: int
-    slots: Tensor
-    new_ends: Tensor
-    lengths: Tensor
-    block_table: Tensor
-    passes: int
-    decodes: int
-    chunks: Packing | None
-    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
-
-    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """compute(), which depends on the step and the key alone. Memory of a captured graph is the graph's."""
-        key = (key, self.slots.is_cuda and torch.cuda.is_current_stream_capturing())
-        if key not in self._kept:
-            self._kept[key] = compute()
-        return self._kept[key]
+class TritonattnMetadata(Step):
+    """A step, with the cells of its new keys."""
 
     def positions(self, page: int) -> tuple[Tensor, Tensor]:
         """Page of each new key, and its position there; padding is sent to vLLM's unused page 0."""
@@ -147,12 +101,11 @@ class TritonattnMetadataBuilder(AttentionMetadataBuilder[TritonattnMetadata]):
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> TritonattnMetadata:
         m = common_attn_metadata
         if m.causal is not True:
-            raise NotImplementedError(f"attention_backend {NAME}: expected causal attention, got causal={m.causal}")
+            raise NotImplementedError(f"{_OWNER}: expected causal attention, got causal={m.causal}")
         count, others, rows, _ = split_decodes_and_prefills(m, decode_threshold=1)
         lengths, table, chunks = m.seq_lens, m.block_table_tensor, None
         if others:
-            key_ends = torch.nn.functional.pad(lengths[count:].cumsum(0, dtype=torch.int32), (1, 0))
-            ends = (m.query_start_loc[count:] - rows, key_ends)
+            ends = (m.query_start_loc[count:] - rows, key_ends(lengths[count:]))
             chunks = Packing(*ends, m.max_query_len, m.max_seq_len, table[count:])
         return TritonattnMetadata(
             tokens=m.num_actual_tokens,
@@ -208,7 +161,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         ):
             if value not in wanted:
                 expected = " or ".join(map(str, wanted))
-                raise NotImplementedError(f"attention_backend {NAME}: expected {name} {expected}, got {value}")
+                raise NotImplementedError(f"{_OWNER}: expected {name} {expected}, got {value}")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
@@ -229,7 +182,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         name, layer = next((name, x) for name, x in layers.items() if x.impl is self)
         if type(layer) is not Attention or layer.head_size_v != self.head_size:
             raise NotImplementedError(
-                f"attention_backend {NAME}: expected an Attention with values of {self.head_size}, got a"
+                f"{_OWNER}: expected an Attention with values of {self.head_size}, got a"
                 f" {type(layer).__name__} with values of {layer.head_size_v} at {name}"
             )
         ranks = get_tensor_model_parallel_world_size()
@@ -248,9 +201,10 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
                     " than keys and values, which no connector was tried with"
                 )
             layer.attn_backend = RecordingBackend
-        self._factor = found.to(self._device)
-        self._sinks = None if self._sinks is None else self._sinks.detach().float()
-        self._backend, self._invariant = settings.backend, _invariant(settings, name)
+        sinks, invariant = None if self._sinks is None else self._sinks.detach().float(), _invariant(settings, name)
+        self._served = ServedLayer(
+            found.to(self._device), self._window, self._softcap, sinks, settings.backend, invariant, _OWNER
+        )
 
     def forward(
         self,
@@ -270,81 +224,16 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         m, pages = attn_metadata, keys_and_values(kv_cache, self.head_size)
         self._write(key, value, pages, m)
         statistics = None
-        if self._factor.reads_norms:
+        if self._served.factor.reads_norms:
             statistics = key_statistics(kv_cache, self.head_size)
             statistics.enter(key[: m.tokens], m.new_ends, m.lengths, m.block_table, m.passes)
-        k, v = (x.transpose(1, 2) for x in pages)
-        if first := m.decodes:
-            q, table = query[:first, :, None], m.block_table[:first]
-            call = self._call(q, k, v, self._decode_visibility(q, k, m), table, statistics)
-            output[:first] = self._attend(call)[:, :, 0]
-        if m.chunks is not None:
-            rows = query[first : m.tokens]
-            visible, q = self._chunk_visibility(rows, pages[0], m, m.chunks), rows.transpose(0, 1)[None]
-            call = self._call(q, k, v, visible, m.chunks.block_table, statistics)
-            output[first : m.tokens] = self._attend(call)[0].transpose(0, 1)
+        self._served.attend(query, pages, m, statistics, output)
         return output
 
     def _write(self, key: Tensor, value: Tensor, pages: tuple[Tensor, Tensor], m: TritonattnMetadata) -> None:
         page, position = m.once(("positions", size := pages[0].shape[1]), lambda: m.positions(size))
         for held, new in zip(pages, (key, value), strict=True):
             held[page, position] = new[: m.tokens]
-
-    def _decode_visibility(self, q: Tensor, k: Tensor, m: TritonattnMetadata) -> Visibility:
-        lengths, left, invariant = m.lengths[: m.decodes], window_sides(self._window)[0], is_invariant(self._invariant)
-        sizes = (q.shape[0], q.shape[1], k.shape[1], 1, k.shape[2] * m.block_table.shape[1])
-
-        def visible() -> Visibility:
-            return Visibility.of_padded(sizes, q.device, lengths, left=left, invariant=invariant)
-
-        return m.once(("decodes", sizes, left, invariant), visible)
-
-    def _chunk_visibility(self, rows: Tensor, pages: Tensor, m: TritonattnMetadata, packing: Packing) -> Visibility:
-        window, invariant = self._window, is_invariant(self._invariant)
-
-        def visible() -> Visibility:
-            keys = packing.keys(pages)
-            return packing.visibility(rows, pages, keys, causal=True, window=window, invariant=invariant)
-
-        return m.once(("chunks", rows.shape[1], pages.shape[2], window, invariant), visible)
-
-    def _call(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        visible: Visibility,
-        block_table: Tensor | None,
-        record: PagedKeyStatistics | None,
-    ) -> Request:
-        request = Request(
-            q,
-            k,
-            v,
-            visible,
-            Terms(softcap=self._softcap, sinks=self._sinks_of(visible)),
-            block_table=block_table,
-            scaling=self._factor.scaling,
-            gain=self._factor.gain,
-            backend=self._backend,
-            statistics=record,
-            cached=f"attention_backend {NAME}",
-        )
-        return request.changed(backend=choose(request).name)
-
-    def _sinks_of(self, visible: Visibility) -> Tensor | None:
-        return None if self._sinks is None else self._sinks[:, None].expand(visible.rows)
-
-    def _attend(self, request: Request) -> Tensor:
-        """out of a request, with the terms of its logits from another layer of the step that has the same."""
-        backend = BACKENDS[request.backend]
-        if backend.by_formulas:
-            return by_formulas(request).out
-        if self._factor.shared is None:
-            return ops.attention(resolve(request, backend)).out
-        key = self._factor.shared, self._softcap
-        terms = request.visibility.once(key, lambda: resolve(request, backend).terms)
-        return ops.attention(with_terms(request, backend, terms._replace(sinks=request.terms.sinks))).out
 
 
 def _invariant(settings: Settings, name: str) -> bool | None:
