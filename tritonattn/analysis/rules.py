@@ -234,7 +234,7 @@ RULES: tuple[Rule, ...] = (
             "Henry et al. 2020, arXiv:2010.04245 (cosine); Kimi K2 2025, arXiv:2507.20534 (QK-clip)",
             "docs/simulation.md, 3: keys 1000 times larger are one-hot with sqrt_dim, and as if they were not with"
             " key_norm_mean and cosine; where norms differ inside a sequence only cosine is unaffected",
-            "docs/workshop.md, exercise 2: the Jacobian of a peaked softmax",
+            "docs/workshop.md, exercise 1: the Jacobian of a peaked softmax",
             "the diagnosis of this layer's q and k with the mode, in the table",
         ),
     ),
@@ -255,7 +255,7 @@ RULES: tuple[Rule, ...] = (
             "docs/simulation.md, 3: keys 1000 times smaller are uniform with sqrt_dim, and not with key_norm_mean and"
             " cosine",
             "Chiang & Cholak 2022, arXiv:2202.12172: ln n keeps attention sharp as n grows",
-            "docs/workshop.md, exercise 3: gradients under a uniform softmax",
+            "docs/workshop.md, exercise 2: gradients under a uniform softmax",
             "the diagnosis of this layer's q and k with the mode, in the table",
         ),
     ),
@@ -317,7 +317,7 @@ RULES: tuple[Rule, ...] = (
             "Chiang & Cholak 2022, arXiv:2202.12172 (p = 1); arXiv:2605.12697 (p by the gaps)",
             "against it: docs/simulation.md, 4: on random operands it passes no more gradient than sqrt_dim (0.56 to"
             " 0.55)",
-            "docs/workshop.md, exercise 4: the right key's share among 8 and among 512",
+            "docs/workshop.md, exercise 3: the right key's share among 8 and among 512",
         ),
     ),
     Rule(

@@ -1,7 +1,7 @@
 """The simulations of Bernhard 2023, arXiv:2311.09406: 32 keys, 500 queries, independent standard normal components.
 
 Figures 1 and 2 of the paper are density plots of one component of a row, the value of key 1, over the queries. The R
-package that drew them mixes rows and columns, as docs/simulation.md says; so both readings are measured.
+package that drew them mixes rows and columns, as perf/results/simulation.md says; so both readings are measured.
 """
 
 from __future__ import annotations
