@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core.autograd import autocast_is_on, values_are_read
 from ..core.call import Request
+from ..core.eight_bit import EIGHT_BIT
 from ..core.hints import nearest, type_of
 from ..core.invariance import switch
 from ..core.row_terms import sinks_beside
@@ -25,7 +26,7 @@ from ..core.torch_distributed import unshard
 from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Given, Scaling
 from ..scaling.names import named_scaling, refuse_scaling
-from .layouts import BATCHED, CACHE, CACHE_PAGES, SMALLEST_PAGE, Layout, names_of
+from .layouts import BATCHED, CACHE, SMALLEST_PAGE, Layout, names_of
 
 Backend = Literal["auto", "triton", "flash", "sdpa", "reference"]
 BACKENDS = get_args(Backend)
@@ -40,6 +41,11 @@ _WORDS = {
     INTEGERS: "an integer dtype",
     (torch.int32,): "dtype torch.int32",
 }
+
+
+_HINT_OF_EIGHT_BIT = (
+    f"; {EIGHT_BIT} is for the cache of attention_decode, and of attention_varlen with a block_table, without gradients"
+)
 
 
 def operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,8 +63,11 @@ def operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) -> tuple
             raise ValueError(f"{name}: expected {count} axes {axes}, got {x.dim()} in {shape_of(x)}")
     if q.dtype not in FLOATS:
         raise TypeError(f"q: expected {_WORDS[FLOATS]}, got {q.dtype}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"{', '.join(names)}: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.dtype == k.dtype == v.dtype and not (layout.cached and k.dtype == v.dtype == EIGHT_BIT):
+        of_cache = f", or {EIGHT_BIT} of k and v" if layout.cached else ""
+        hint = "" if layout.cached or k.dtype.itemsize > 1 else _HINT_OF_EIGHT_BIT
+        got = f"{q.dtype}, {k.dtype}, {v.dtype}{hint}"
+        raise TypeError(f"{', '.join(names)}: expected one dtype{of_cache}, got {got}")
     if not q.device == k.device == v.device:
         raise ValueError(f"{', '.join(names)}: expected one device, got {q.device}, {k.device}, {v.device}")
     shapes = q.shape, k.shape, v.shape
@@ -68,7 +77,7 @@ def operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) -> tuple
             wanted = f"{axes} with {names[other]}'s {letter} = {shapes[other][other_axis]}"
             raise ValueError(f"{names[tensor]}: expected {wanted}, got {shape_of(given[tensor])}")
     q_heads, kv_heads = q.shape[1], k.shape[layout.heads]
-    fits = kv_heads > 0 and q_heads % kv_heads == 0 and (q_heads > 0 or layout not in (CACHE, CACHE_PAGES))
+    fits = kv_heads > 0 and q_heads % kv_heads == 0 and (q_heads > 0 or layout.names != CACHE.names)
     if q_heads != kv_heads and not fits:
         hint = layout.hint_of_order(q, k)
         raise ValueError(f"{names[1]}: expected a number of heads that divides q's {q_heads}, got {kv_heads}{hint}")
@@ -86,7 +95,7 @@ def _in_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     dtype = torch.get_autocast_dtype(q.device.type)
 
     def cast(x: Tensor) -> Tensor:
-        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        eligible = isinstance(x, Tensor) and x.dtype in FLOATS and x.dtype != torch.float64
         return x.to(dtype) if eligible else x
 
     return cast(q), cast(k), cast(v)
@@ -99,7 +108,9 @@ def check(request: Request, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or Hk
 
     Raises TypeError or ValueError unless its scaling and options belong to its operands.
     """
-    q, k, v, visible, terms, scaling, gain, dropout_p, aux, backend, block_table, cached, statistics = request
+    q, k, v, visible, terms, scaling, gain, dropout_p, aux, backend, block_table, cached, statistics, *descales = (
+        request
+    )
     if aux is not False:
         check_bool("return_aux", aux)
     check_settings(backend, dropout_p)
@@ -124,7 +135,7 @@ def check(request: Request, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or Hk
         check_number("gain", gain)
         gain = as_float(gain)
     options = terms, scaling, gain, dropout_p, aux, backend
-    return Request(q, k, v, visible, *options, block_table, cached, statistics)
+    return Request(q, k, v, visible, *options, block_table, cached, statistics, *descales)
 
 
 def _last(shape: tuple[int, ...], axes: str) -> tuple[int, ...]:

@@ -26,11 +26,11 @@ from .checks import (
 from .dispatch import refuse_gradients, run
 from .dtensors import CACHED, CACHED_PAGES
 from .key_statistics import KeyStatistics
-from .layouts import CACHE, CACHE_PAGES
+from .layouts import CACHE, CACHE_PAGES, Layout
 from .paged_statistics import PagedKeyStatistics, check_paged_statistics
 from .public import public
 from .results import AttentionAux
-from .sequence_checks import check_block_table, check_page_numbers, check_record
+from .sequence_checks import check_block_table, check_page_numbers, check_record, descale_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -62,6 +62,8 @@ def attention_decode(
     statistics: KeyStatistics | PagedKeyStatistics | None = None,
     block_table: Tensor | None = None,
     query_lengths: Tensor | None = None,
+    k_descale: float | Tensor | None = None,
+    v_descale: float | Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
     key_bias: Tensor | None = None,
     relative_bias: Tensor | None = None,
@@ -85,7 +87,7 @@ def attention_decode(
     Args:
         q: [B, Hq, Sq, D], the newest 1 to 16 tokens of every sequence (more than one: speculative decoding).
         k_cache: [B, Hkv, capacity, D] in q's dtype, any strides; with block_table pages [N, page, Hkv, D], of any
-            page of at least 16 keys. Hkv divides Hq.
+            page of at least 16 keys. Hkv divides Hq. An 8-bit cache is torch.float8_e4m3fn, as v_cache then is.
         v_cache: Likewise, with Dv.
         key_lengths: Integers [B] on q's device: the keys of every sequence, the new ones included. Where there are
             fewer keys than rows, the first rows attend to nothing.
@@ -99,6 +101,10 @@ def attention_decode(
         block_table: int32 [B, max_pages]: key j of sequence b is in page block_table[b, j // page], at j % page.
         query_lengths: Integers [B]: the new tokens of every sequence, up to Sq, the first of its rows; the other rows
             attend to nothing. None is Sq for all.
+        k_descale: Of an 8-bit cache, which holds k / k_descale: a number, or floating, broadcastable to [B, Hkv]; None
+            is 1. The logits are those of k_descale * k_cache, and so are the norms of keys that a scaling reads.
+            Without statistics, and for a Scaling that reads keys, all of the cache is dequantised for them, in fp32.
+        v_descale: Likewise of v_cache; it multiplies the output.
         window: (left, right): row i attends to position[i] - left <= j; no key behind it is visible, whatever right is.
         key_bias: Floating, broadcastable to [B, Hq, capacity] or [B, Hkv, capacity], as in `attention`: of key j of a
             sequence, also where it lies in a page.
@@ -159,20 +165,25 @@ def attention_decode(
         backend=backend,
         statistics=statistics,
         cached="attention_decode",
+        k_descale=descale_of("k_descale", k_descale, q, k, visible),
+        v_descale=descale_of("v_descale", v_descale, q, k, visible),
     )
     request = check(request, keys="[B, Hq or Hkv, capacity]")
-    refuse_gradients(request.cached, q=q, k_cache=k, v_cache=v, **terms.by_name(), scaling=scaling, gain=gain)
+    given = {**terms.by_name(), "scaling": scaling, "gain": gain, "k_descale": k_descale, "v_descale": v_descale}
+    refuse_gradients(request.cached, q=q, k_cache=k, v_cache=v, **given)
     return run(request)
 
 
-def cache_operands(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def cache_operands(
+    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None = None, layout: Layout = CACHE
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, k_cache and v_cache of a call, in autocast's dtype where it is on, and pages with heads before keys.
 
     Raises TypeError or ValueError unless these are the operands of one call.
     """
     if block_table is not None:  # before k_cache, whose axes it decides
         check_tensor("block_table", block_table, "[B, max_pages]", (torch.int32,))
-    q, k, v = operands(q, k, v, CACHE if block_table is None else CACHE_PAGES)
+    q, k, v = operands(q, k, v, layout if block_table is None else CACHE_PAGES)
     if not 1 <= q.shape[2] <= LONGEST_QUERY:
         raise ValueError(f"q: expected Sq of 1 to {LONGEST_QUERY}, got {q.shape[2]}; for more rows: attention")
     if block_table is not None:

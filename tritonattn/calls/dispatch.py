@@ -12,8 +12,9 @@ from ..backends import BACKENDS, choose, kernels_take
 from ..backends.protocol import Backend
 from ..core.autograd import autocast_is_on, in_forward_mode, is_transformed, needs_graph
 from ..core.cached_norms import StatisticsOfCache
-from ..core.call import AttentionCall, Request
+from ..core.call import AttentionCall, ForwardResult, Request
 from ..core.dropout import Dropout
+from ..core.eight_bit import EIGHT_BIT, of_rows, times
 from ..core.observation import ObservedCall, ObservedRows, notify_observers, observers
 from ..core.pair_biases import sum_of_tables
 from ..core.row_terms import sinks_beside
@@ -54,6 +55,8 @@ def run(request: Request) -> Tensor | tuple[Tensor, AttentionAux]:
         call = resolve(request, backend, dropout)
         result = None if backend.attention is None else backend.attention(call, ops.attention)
         result = ops.attention(call) if result is None else result
+        if request.v.dtype == EIGHT_BIT:
+            result = ForwardResult(finished(result.out, request), *result[1:])
     # A compiler reads no state here.
     if not (is_compiled or has_transform or given.cached) and observers.get():
         _notify(given, result.out)
@@ -79,11 +82,23 @@ def resolve(request: Request, backend: Backend, dropout: Dropout | None = None) 
         table, sequences = request.block_table, request.visibility.sequences
         pages = None if table is None else PageTable(table, request.k.shape[2], sequences)
         statistics = StatisticsOfCache(statistics, request.statistics, pages, _width(request))
+    if request.k_descale is not None:
+        request = request.changed(gain=_product(request.gain, of_rows(request.k_descale, request.visibility)))
     terms = logits(request, statistics, _keys_for_scaling(request))
     _, of_scaling, *others = terms
     named = dict(zip(_BEHIND_QUERY_SCALE, others[: len(_BEHIND_QUERY_SCALE)], strict=True))
     refuse_gradients(request.cached, scaling=of_scaling, **named)
     return with_terms(request, backend, terms)
+
+
+def _product(gain: Any, other: Any) -> Any:
+    return other if gain is None else gain * other
+
+
+def finished(out: Tensor, request: Request) -> Tensor:
+    """The output of a call over 8-bit values as that over what they stand for, rounded once to q's dtype."""
+    descale = request.v_descale
+    return times(out, None if descale is None else of_rows(descale, request.visibility)).to(request.q.dtype)
 
 
 def with_terms(request: Request, backend: Backend, terms: Terms, dropout: Dropout | None = None) -> AttentionCall:
@@ -104,8 +119,9 @@ def _width(request: Request) -> int | None:
 
 
 def _keys_for_scaling(request: Request) -> Tensor:
-    """The k of a scaling: a shape alone, not a copy of pages, where it reads no keys."""
-    if request.block_table is None or request.scaling.reads_keys:
+    """The k of a scaling: a shape alone, not a copy of pages or of 8-bit keys, where it reads no keys."""
+    is_held = request.block_table is None and request.k.dtype != EIGHT_BIT
+    if is_held or request.scaling.reads_keys:
         return request.keys()
     visible, q = request.visibility, request.q
     return q.new_full((), torch.nan).expand(visible.batch, visible.kv_heads, visible.k_len, q.shape[3])

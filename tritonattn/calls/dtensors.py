@@ -75,9 +75,14 @@ CACHED = {
     **BATCHED,
     **dict.fromkeys(("k_cache", "v_cache"), OPERAND),
     **dict.fromkeys(("block_table", "query_lengths"), Axes(0, None)),
+    **dict.fromkeys(("k_descale", "v_descale"), Axes(-2, -1)),
 }
 CACHED_PAGES = {**CACHED, **dict.fromkeys(("k_cache", "v_cache"), Axes(None, 2))}
-PACKED_PAGES = {**PACKED, **dict.fromkeys(("k", "v"), Axes(None, 2))}
+PACKED_PAGES = {
+    **PACKED,
+    **dict.fromkeys(("k", "v"), Axes(None, 2)),
+    **dict.fromkeys(("k_descale", "v_descale"), Axes(None, -1)),
+}
 _OPERANDS, _BY_HEAD = ("k", "v", "k_cache", "v_cache"), Axes(None, 0)
 
 

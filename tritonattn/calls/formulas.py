@@ -14,11 +14,12 @@ from .checks import FLOATS, broadcasts, check_number, shape_of
 
 def by_formulas(request: Request, dropout: Dropout | None = None) -> ForwardResult:
     """The results of a checked request by the formulas of its scaling."""
+    dtype = request.q.dtype if request.cached else request.v.dtype  # q may be wider, for its gradient
     request = request.gathered()
     multiplier, addend = dense(request)
     q, k, v, visible = request.q, request.k, request.v, request.visibility
     result = reference.attention(q, k, v, multiplier, visible, addend, request.terms, dropout)
-    return result._replace(out=result.out.to(v.dtype))
+    return result._replace(out=result.out.to(dtype))
 
 
 def dense(request: Request, k: Tensor | None = None) -> tuple[Tensor | float, Tensor | None]:

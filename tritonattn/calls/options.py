@@ -48,7 +48,14 @@ class Options(Factors, Batched, total=False):
     """Options of `attention`."""
 
 
-class VarlenOptions(Factors, Common, total=False):
+class Descales(TypedDict, total=False):
+    """Options of an 8-bit cache."""
+
+    k_descale: float | Tensor | None
+    v_descale: float | Tensor | None
+
+
+class VarlenOptions(Factors, Common, Descales, total=False):
     """Options of `attention_varlen`."""
 
     block_table: Tensor | None
@@ -57,7 +64,7 @@ class VarlenOptions(Factors, Common, total=False):
     dropout_p: float
 
 
-class DecodeOptions(Factors, Common, total=False):
+class DecodeOptions(Factors, Common, Descales, total=False):
     """Options of `attention_decode`."""
 
     key_lengths: Required[Tensor]

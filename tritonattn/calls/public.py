@@ -98,6 +98,8 @@ _HINTS = {
     "cache_seqlens": ("key_lengths", "the new keys included"),
     "return_attn_probs": ("return_aux", "lse, largest logit and entropy"),
     "return_lse": ("return_aux", "lse, largest logit and entropy"),
+    "k_descale": ("", "8-bit keys and values are for attention_decode, and attention_varlen with a block_table"),
+    "v_descale": ("k_descale", ""),
     "block_mask": ("key_ranges", "[lo, hi) of every row; or mask"),
     "score_mod": ("query_scale", f"and key_scale=, its factors; {_ADDED}"),
     "v": ("", "q and k are enough"),

@@ -1,4 +1,4 @@
-"""Checks of where the keys of sequences lie, and of records of keys, by the rules of checks.py."""
+"""Checks of where the keys of sequences lie, of records of keys and of descales, by the rules of checks.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from ..core.autograd import values_are_read
-from .checks import FLOATS, check_tensor, shape_of
+from ..core.eight_bit import EIGHT_BIT, Descale
+from ..core.hints import type_of
+from ..core.visibility import Visibility
+from .checks import FLOATS, as_float, broadcasts, check_number, check_tensor, scale_dtype, shape_of
 
 
 def check_offsets(name: str, offsets: Any, like: Tensor, owner: str = "q") -> None:
@@ -72,3 +75,21 @@ def check_record(norms: Tensor, shape: tuple[int, ...], axes: str, q: Tensor) ->
     dtype = torch.promote_types(q.dtype, torch.float32)
     if norms.dtype != dtype:
         raise TypeError(f"statistics: expected dtype {dtype} for q of {q.dtype}, got {norms.dtype}")
+
+
+def descale_of(name: str, x: Any, q: Tensor, k: Tensor, visible: Visibility) -> Descale | None:
+    """A descale of checked operands as of `core.eight_bit`. Raises unless they have one."""
+    if x is None:
+        return None
+    if k.dtype != EIGHT_BIT:
+        raise ValueError(f"{name}: expected None for keys and values of {k.dtype}, got {type_of(x)}")
+    if not isinstance(x, Tensor):
+        check_number(name, x)
+        return as_float(x)
+    sequences, shape, axes = visible.sequences, (visible.batch, visible.kv_heads), "[B, Hkv]"
+    if sequences is not None:
+        shape, axes = (sequences.q_starts.shape[0] - 1, visible.kv_heads), "[N, Hkv]"
+    check_tensor(name, x, axes, FLOATS, q)
+    if not broadcasts(x.shape, shape):
+        raise ValueError(f"{name}: expected a shape broadcastable to {axes} = {list(shape)}, got {shape_of(x)}")
+    return x.to(scale_dtype(q))[(None,) * (2 - x.dim())]

@@ -21,7 +21,7 @@ from .dispatch import refuse_gradients, run
 from .paged_statistics import PagedKeyStatistics, check_paged_statistics
 from .public import public
 from .results import AttentionAux
-from .sequence_checks import check_block_table, check_offset_values, check_offsets, check_page_numbers
+from .sequence_checks import check_block_table, check_offset_values, check_offsets, check_page_numbers, descale_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -82,6 +82,8 @@ def attention_varlen(
     gain: float | Tensor | None = None,
     block_table: Tensor | None = None,
     statistics: PagedKeyStatistics | None = None,
+    k_descale: float | Tensor | None = None,
+    v_descale: float | Tensor | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     key_bias: Tensor | None = None,
@@ -119,9 +121,10 @@ def attention_varlen(
         block_table: int32 [N, max_pages]: k and v are a KV cache in pages, k [P, page, Hkv, D] and v [P, page, Hkv, Dv]
             of at least 16 keys per page and any strides. Key j of sequence n is in page block_table[n, j // page], at
             j % page. The cache holds the keys of the rows already. Sequences may share pages. There are no gradients
-            and no dropout.
+            and no dropout. Pages may be 8-bit, of torch.float8_e4m3fn, as in `attention_decode`.
         statistics: The `PagedKeyStatistics` kept with such a cache, to which the new keys have been appended: then no
             mode reads old keys. Without it, and for a user's Scaling that reads keys, they are gathered.
+        k_descale, v_descale: Of 8-bit pages, as in `attention_decode`: a number, or broadcastable to [N, Hkv].
         causal: Row i attends to the keys j <= i + Sk - Sq.
         window: (left, right): row i attends to i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: no limit.
         key_bias: Floating, broadcastable to [Hq, T_k] or [Hkv, T_k], as in `attention`; with block_table, too, key j of
@@ -186,10 +189,13 @@ def attention_varlen(
         backend=backend,
         statistics=statistics,
         cached="" if block_table is None else "attention_varlen with a block_table",
+        k_descale=descale_of("k_descale", k_descale, q, k, visible),
+        v_descale=descale_of("v_descale", v_descale, q, k, visible),
     )
     request = check(request, "[Hq, T_q]", "[Hq or Hkv, T_k]")
     if request.cached:
-        refuse_gradients(request.cached, q=q, k=k, v=v, **terms.by_name(), scaling=scaling, gain=gain)
+        given = {**terms.by_name(), "scaling": scaling, "gain": gain, "k_descale": k_descale, "v_descale": v_descale}
+        refuse_gradients(request.cached, q=q, k=k, v=v, **given)
     result = run(request)
     if not isinstance(result, tuple):
         return _packed(result)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .dropout import Dropout
+from .eight_bit import EIGHT_BIT, Descale, of_keys, times
 from .pair_biases import relative_pairs
 from .sequences import PageTable
 from .terms import Terms, rolled_keys
@@ -31,6 +32,7 @@ class Request(NamedTuple):
     backend    its name, or "auto"
     cached     the function, in errors, if k and v are a KV cache: the call has then no gradients; else ""
     statistics of the keys, kept with a cache, or None
+    k_descale, v_descale    of `core.eight_bit`, by which k and v of 8 bits are multiplied; None is 1
     """
 
     q: Tensor
@@ -46,6 +48,8 @@ class Request(NamedTuple):
     block_table: Tensor | None = None
     cached: str = ""
     statistics: Any = None
+    k_descale: Descale | None = None
+    v_descale: Descale | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors that may have a gradient, in the order of `Gradients`; the scaling's and gain's are missing."""
@@ -57,22 +61,35 @@ class Request(NamedTuple):
         return Request(**(unchanged | fields))
 
     def gathered(self) -> Request:
-        """The request without pages: k and v along the axis of keys."""
-        return self if self.block_table is None else self.changed(k=self.keys(), v=self.values(), block_table=None)
+        """The request without pages and 8-bit numbers: k and v along the axis of keys, dequantised."""
+        if self.block_table is None and self.k.dtype != EIGHT_BIT:
+            return self
+        return self.changed(k=self.keys(), v=self.values(), block_table=None, k_descale=None, v_descale=None)
 
     def keys(self) -> Tensor:
-        """The keys [B, Hkv, Sk, D], a copy where they lie in pages, with zeros behind the last key of a sequence."""
-        return _along_keys(self.k, self.block_table, self.visibility)
+        """The keys [B, Hkv, Sk, D], a copy where they lie in pages, with zeros behind the last key of a sequence.
+
+        Of 8-bit keys a copy too: what they stand for, in fp32 (fp64 for fp64 q).
+        """
+        return self._dequantised(self.k, self.k_descale)
 
     def values(self) -> Tensor:
         """The values [B, Hkv, Sk, Dv], likewise."""
-        return _along_keys(self.v, self.block_table, self.visibility)
+        return self._dequantised(self.v, self.v_descale)
+
+    def _dequantised(self, x: Tensor, descale: Descale | None) -> Tensor:
+        found = _along_keys(x, self.block_table, self.visibility)
+        if x.dtype != EIGHT_BIT:
+            return found
+        wide = found.to(torch.promote_types(self.q.dtype, torch.float32))
+        return times(wide, None if descale is None else of_keys(descale, self.visibility))
 
 
 class AttentionCall(NamedTuple):
     """A call as a backend takes it: the softmax of logits of `terms` over the visible keys, times v.
 
-    q, k, v    [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; any strides; one dtype, in which the output is
+    q, k, v    [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; any strides; one dtype, in which the output is, or
+               8-bit k and v of a cache, whose output is of `eight_bit.dtype_of_sums`, before v's descale
     dropout    on the probabilities, after the softmax
     backend    its name
     aux        max_logit and entropy are results too
@@ -111,7 +128,7 @@ class AttentionCall(NamedTuple):
     def narrowed(self) -> AttentionCall:
         """The call with q and k in v's dtype."""
         dtype = self.v.dtype
-        if self.q.dtype == self.k.dtype == dtype:
+        if self.q.dtype == self.k.dtype == dtype or self.v.dtype == EIGHT_BIT:
             return self
         return self.changed(q=self.q.to(dtype), k=self.k.to(dtype))
 
@@ -150,6 +167,8 @@ def _along_keys(x: Tensor, block_table: Tensor | None, visibility: Visibility) -
     if block_table is None:
         return x
     sequences, lengths = visibility.sequences, visibility.key_lengths
+    if x.dtype == EIGHT_BIT:  # torch selects among bytes everywhere; byte 0 is 0
+        return _along_keys(x.view(torch.uint8), block_table, visibility).view(x.dtype)
     table = PageTable(block_table, x.shape[2], sequences)
     key = torch.arange(visibility.k_len, device=x.device)[None]
     end = visibility.k_len if sequences is None else sequences.k_starts[-1]
@@ -158,9 +177,10 @@ def _along_keys(x: Tensor, block_table: Tensor | None, visibility: Visibility) -
 
 
 class ForwardResult(NamedTuple):
-    """out [B, Hq, Sq, Dv] in v's dtype; lse, max_logit, entropy [B, Hq, Sq], fp32 (fp64 for fp64 q), natural log.
+    """out [B, Hq, Sq, Dv] in `eight_bit.dtype_of_sums`; lse, max_logit, entropy [B, Hq, Sq], fp32 (fp64 for fp64 q).
 
-    max_logit and entropy are None unless asked for, and so is lse where a library computes the output.
+    Logarithms are natural. max_logit and entropy are None unless asked for, and so is lse where a library computes the
+    output.
     """
 
     out: Tensor

@@ -15,6 +15,7 @@ from ..calls.decode import cache_operands, cache_visibility, check_statistics
 from ..calls.dispatch import logits, refuse_gradients, statistics_of, with_terms
 from ..calls.dtensors import head_parts
 from ..calls.key_statistics import KeyStatistics
+from ..calls.layouts import CACHE_OF_RANKS
 from ..calls.public import public
 from ..calls.results import AttentionAux
 from ..core.autograd import without_autocast
@@ -141,7 +142,7 @@ def context_parallel_decode(
     refuse_over_ranks(None)
     refuse_dtensors(q=q, k_cache=k_cache, v_cache=v_cache, key_lengths=key_lengths)
     split = Split.of(mesh, "contiguous")
-    q, k, v = cache_operands(q, k_cache, v_cache)
+    q, k, v = cache_operands(q, k_cache, v_cache, layout=CACHE_OF_RANKS)
     check_tensor("key_lengths", key_lengths, "[B]", INTEGERS, q)
     capacity = k.shape[2]
     check_values("key_lengths", key_lengths, split.size * capacity, f"{split.size} * capacity = ")

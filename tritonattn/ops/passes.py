@@ -13,6 +13,7 @@ from ..backends import BACKENDS
 from ..backends.protocol import SecondOrder
 from ..core.autograd import runs_eagerly, without_autocast
 from ..core.call import AttentionCall, ForwardResult
+from ..core.eight_bit import dtype_of_sums
 from ..core.terms import Gradients, Needs, Terms, others_than
 from .operators import GRADIENTS, NAMES, SCHEMA, call_of, flat, operator, vmap_of_call
 
@@ -164,7 +165,7 @@ def _allocate_forward(call: AttentionCall, keep_rounding: bool) -> tuple[Tensor,
     lse = call.q.new_empty(rows, dtype=torch.promote_types(call.q.dtype, torch.float32))
     max_logit, entropy = (lse.new_empty(rows if call.aux else (0,)) for _ in range(2))
     rounding = call.v.new_empty(out_shape, dtype=torch.int8) if keep_rounding else lse.new_empty(0)
-    return call.v.new_empty(out_shape), lse, max_logit, entropy, rounding
+    return call.v.new_empty(out_shape, dtype=dtype_of_sums(call.q, call.v)), lse, max_logit, entropy, rounding
 
 
 def _filled(results: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

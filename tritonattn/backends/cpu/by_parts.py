@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...core.call import AttentionCall, ForwardResult
+from ...core.eight_bit import EIGHT_BIT
 from ...core.pair_biases import reflected
 from ...core.rounding import before_rounding, lost_in_rounding
 from ...core.terms import Gradients, Needs, addends, others_than
@@ -45,11 +46,12 @@ class Prepared(NamedTuple):
 
 
 def takes(call: AttentionCall) -> bool:
-    """True where the kernel has all terms of the call."""
+    """True where the kernel has all terms and dtypes of the call."""
     for number, default in _OTHERS:
         if call.terms[number] is not default:
             return False
-    return not (call.visibility.invariant or call.dropout is not None) and call.k.is_cpu
+    is_other = call.visibility.invariant or call.dropout is not None or call.k.dtype == EIGHT_BIT
+    return not is_other and call.k.is_cpu
 
 
 def is_sound(call: AttentionCall, parts: Parts, found: ForwardResult) -> bool:

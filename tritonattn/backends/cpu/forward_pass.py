@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core.call import AttentionCall, ForwardResult
+from ...core.eight_bit import dtype_of_sums
 from ...core.rounding import lost_in_rounding
 from .fixed_tiles import tiles_of
 from .tiles import Block, Tiles, bounded_, exp_, logits_of, without_smallest_
@@ -18,7 +19,7 @@ def forward(call: AttentionCall, rounding: Tensor | None = None) -> ForwardResul
     """
     tiles = tiles_of(call)
     rows = call.q.shape[:3]
-    out = call.v.new_empty(*rows, call.v.shape[3])
+    out = call.v.new_empty(*rows, call.v.shape[3], dtype=dtype_of_sums(call.q, call.v))
     lse = call.q.new_empty(rows, dtype=tiles.dtype)
     for heads in tiles.heads():
         for block in tiles.blocks(heads):

@@ -18,6 +18,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ...core.autograd import needs_graph, values_are_read
 from ...core.call import AttentionCall, ForwardResult
+from ...core.eight_bit import EIGHT_BIT
 from ...core.terms import Terms, is_product
 from ...core.visibility import Visibility
 from ..protocol import Attend
@@ -38,7 +39,7 @@ _LARGEST_LOGIT = 1e38
 def supports(call: AttentionCall, is_full: bool) -> bool:
     """True where `attention` computes this call: all keys or a square's lower triangle visible, and no extras."""
     terms, visible = call.terms, call.visibility
-    if call.dropout is not None or not is_product(terms):
+    if call.dropout is not None or call.k.dtype == EIGHT_BIT or not is_product(terms):
         return False
     if call.aux or visible.invariant or 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape:
         return False
