@@ -80,9 +80,9 @@ def test_runs_of_keys_have_the_bits_of_their_positions(width):
     head, row, first = torch.tensor([[1], [4]]), torch.arange(6, 11), 13
     whole = dropout.tile((3, 5), slice(6, 11), slice(first, first + 8 + width), torch.full((5,), first))
     for skipped in (0, 8):
-        dropped = torch.empty(2, 5, width, dtype=torch.bool)
-        dropout.drop_run(dropped, 2, head, row, first + skipped, q_heads=5)
-        assert torch.equal(~dropped, whole[2, [1, 4], :, skipped : skipped + width])
+        kept = torch.empty(2, 5, width, dtype=torch.bool)
+        dropout.keep_run(kept, 2, head, row, first + skipped, q_heads=5)
+        assert torch.equal(kept, whole[2, [1, 4], :, skipped : skipped + width])
 
 
 def test_neighbours_are_independent():

@@ -59,16 +59,16 @@ class Dropout:
         drawn = torch.where(word < 2, torch.where(word == 0, w0, w1), torch.where(word == 2, w2, w3))
         return drawn >= self.threshold
 
-    def drop_run(self, dropped: Tensor, batch: int, head: Tensor, row: Tensor, first: int, q_heads: int) -> None:
-        """Write the opposites of the keep bits of consecutive keys into dropped, bool [H, R, keys].
+    def keep_run(self, kept: Tensor, batch: int, head: Tensor, row: Tensor, first: int, q_heads: int) -> None:
+        """Write the keep bits of consecutive keys into kept, bool [H, R, keys].
 
         head and row are [H, 1] and [R]; first, of these keys, is a multiple of 4 behind the first of their sequence.
         """
-        group = torch.arange(first, first + dropped.shape[2], 4, device=row.device)
+        group = torch.arange(first, first + kept.shape[2], 4, device=row.device)
         words = self._words(batch, head[..., None], row[:, None], group, q_heads)
         for number, word in enumerate(words):
-            of_word = dropped[..., number::4]
-            torch.lt(word[..., : of_word.shape[2]], self.threshold, out=of_word)
+            of_word = kept[..., number::4]
+            torch.ge(word[..., : of_word.shape[2]], self.threshold, out=of_word)
 
     @property
     def threshold(self) -> int:

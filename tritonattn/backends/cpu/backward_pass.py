@@ -133,15 +133,15 @@ class _KeySums:
 class _Piece:
     """Pairs of a block and a span of keys: [N, G * rows, keys], or [N, keys, D] for key; slope None for 1.
 
-    dropped   the pairs that dropout drops, or None
-    d_logit   dropped and without delta, or None where nothing but v needs it
+    kept      1 for pairs that dropout keeps, 0 for others, or None
+    d_logit   after dropout and without delta, or None where nothing but v needs it
     """
 
     keys: slice
     key: Tensor
     weight: Tensor
     slope: Tensor | None
-    dropped: Tensor | None
+    kept: Tensor | None
     d_logit: Tensor | None
 
 
@@ -150,12 +150,13 @@ def _pieces(tiles: Tiles, block: Block, rows: _Rows, spans: list, needs_logits: 
         key = tiles.scaled_keys(block.heads, keys)
         weight, capped = weights(tiles, block, (rows.query, rows.factor, rows.lse), keys, key, hidden)
         slope = None if capped is None else 1 - capped.square()
-        dropped, d_logit = tiles.dropped(block, keys), None
+        kept, d_logit = tiles.kept(block, keys), None
         if needs_logits:
             value = tiles.of_keys(tiles.call.v, block.heads, keys)
             d_logit = torch.bmm(rows.d_weight_of, value.mT)
-            tiles.hide(d_logit, block, dropped, 0.0)
-        yield _Piece(keys, key, weight, slope, dropped, d_logit)
+            if kept is not None:
+                d_logit.mul_(kept)
+        yield _Piece(keys, key, weight, slope, kept, d_logit)
 
 
 def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradients: Gradients) -> Tensor | None:
@@ -183,10 +184,7 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
     for piece in pieces:
         weight, d_logit = piece.weight, piece.d_logit
         if sums.value is not None:
-            kept = weight
-            if piece.dropped is not None:
-                kept = weight.clone()
-                tiles.hide(kept, block, piece.dropped, 0.0)
+            kept = weight if piece.kept is None else weight * piece.kept
             tiles.add_product(sums.value, piece.keys, kept.mT, rows.d_out)
         if d_logit is None:
             continue

@@ -119,7 +119,8 @@ class _Softmax:
         self.peak = peak
         self.total = self.total.mul_(decay).add_(self.tiles.sum(weight))
         value = self.tiles.of_keys(self.call.v, self.block.heads, keys)
-        self.tiles.hide(weight, self.block, self.tiles.dropped(self.block, keys), 0.0)
+        if (kept := self.tiles.kept(self.block, keys)) is not None:
+            weight.mul_(kept)
         self.weighted.mul_(decay).baddbmm_(weight, value)
 
     def out(self) -> Tensor:

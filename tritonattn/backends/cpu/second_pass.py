@@ -114,10 +114,10 @@ class _KeySums:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Pairs of a span, with u and w [N, G * rows, keys], or None where not wanted or 0; dropped, or None for none."""
+    """Pairs of a span, with u and w [N, G * rows, keys], or None where not wanted or 0; kept as of tiles."""
 
     pairs: Pairs
-    dropped: Tensor | None
+    kept: Tensor | None
     u: Tensor | None
     w: Tensor | None
 
@@ -157,14 +157,14 @@ class _SecondRows:
         tiles, block, wants = self.rows.tiles, self.rows.block, self.wants
         values = (tiles.call.v if wants.dz_dot else None), (self.tangents.v if wants.dz else None)
         for pairs in pairs_of(self.rows, self.tangents, wants.rate):
-            dropped, products = tiles.dropped(block, pairs.keys), []
+            kept, products = tiles.kept(block, pairs.keys), []
             for v in values:
                 product = None
                 if v is not None:
                     product = torch.bmm(self.d_out, tiles.of_keys(v, block.heads, pairs.keys).mT)
-                    tiles.hide(product, block, dropped, 0.0)
+                    product = product if kept is None else product.mul_(kept)
                 products.append(product)
-            yield _Piece(pairs, dropped, *products)
+            yield _Piece(pairs, kept, *products)
 
     def sums(self, pieces: Iterable[_Piece]) -> _RowSums:
         """Means over the keys. eta grows as a covariance does, about the means so far; a lone piece's weights are
@@ -239,10 +239,8 @@ def _add_values(rows: _SecondRows, piece: _Piece, change: Tensor, of_keys: _KeyS
     """Add a tile to the gradients of v and of its tangent; change is z_dot - r."""
     if of_keys.value is None and of_keys.value_tangent is None:
         return
-    tiles, kept, keys = rows.rows.tiles, piece.pairs.weight, piece.pairs.keys
-    if piece.dropped is not None:
-        kept = kept.clone()
-        tiles.hide(kept, rows.rows.block, piece.dropped, 0.0)
+    tiles, keys, weight = rows.rows.tiles, piece.pairs.keys, piece.pairs.weight
+    kept = weight if piece.kept is None else weight * piece.kept
     if of_keys.value is not None:
         tiles.add_product(of_keys.value, keys, (kept * change).mT, rows.d_out)
     if of_keys.value_tangent is not None:

@@ -91,7 +91,8 @@ class _Means:
         if change is not None:
             self.rate = older * decay + tiles.dot(weight, change)
             change = change.sub_(self.rate)
-        tiles.hide(weight, block, tiles.dropped(block, keys), 0.0)
+        if (kept := tiles.kept(block, keys)) is not None:
+            weight.mul_(kept)
         if change is not None or self.rows.sink_tangent is not None:
             value = tiles.of_keys(tiles.call.v, block.heads, keys)
             self.value.mul_(decay)

@@ -19,6 +19,8 @@ from ...core.visibility import Visibility
 _ROWS = 256
 KEYS = 256
 _PAIRS = 1 << 19
+# Pairs whose bits of dropout are drawn together, so that their words stay in cache.
+_DRAWN = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -160,25 +162,27 @@ class Tiles:
         if hidden is not None:
             self.by_head(logit, block).masked_fill_(hidden, value)
 
-    def dropped(self, block: Block, keys: slice) -> Tensor | None:
-        """The pairs that dropout drops, bool [batch entries, key heads, G, rows, keys], or None without dropout."""
+    def kept(self, block: Block, keys: slice) -> Tensor | None:
+        """1 for the pairs that dropout keeps, 0 for others: uint8 [N, G * rows, keys], or None without dropout."""
         dropout, visible = self.call.dropout, self.call.visibility
         if dropout is None:
             return None
         batch, queries = block.heads.batch, block.heads.queries
-        head = torch.arange(queries.start, queries.stop, device=self.lo.device).view(-1, self.group, 1)
+        head = torch.arange(queries.start, queries.stop, device=self.lo.device)[:, None]
         row = torch.arange(block.rows.start, block.rows.stop, device=head.device)
         first = visible.sequence_begins()
         if isinstance(first, Tensor) and not self.readable:  # one batch entry, and keys begin anywhere in a sequence
             key = torch.arange(keys.start, keys.stop, device=head.device)
-            kept = dropout.keep(0, head[..., None], row[:, None], key, first[block.rows, None], visible.q_heads)
-            return kept.logical_not_()[None]
-        shape = (batch.stop - batch.start, *head.shape[:2], len(row), keys.stop - keys.start)
-        dropped = torch.empty(shape, dtype=torch.bool, device=head.device)
-        for entry, tiles in enumerate(dropped, batch.start):  # one key head at a time, so that words stay in cache
-            for heads, tile in zip(head, tiles, strict=True):
-                dropout.drop_run(tile, entry, heads, row, keys.start, visible.q_heads)
-        return dropped
+            kept = dropout.keep(0, head[..., None], row[:, None], key, first[block.rows, None], visible.q_heads)[None]
+        else:
+            shape = (batch.stop - batch.start, len(head), len(row), keys.stop - keys.start)
+            kept = torch.empty(shape, dtype=torch.bool, device=head.device)
+            step = max(1, _DRAWN // max(shape[2] * shape[3], 1))
+            for entry, tiles in enumerate(kept, batch.start):
+                for heads, tile in zip(head.split(step), tiles.split(step), strict=True):
+                    dropout.keep_run(tile, entry, heads, row, keys.start, visible.q_heads)
+        # A product with bytes takes an eighth of the time of a masked fill.
+        return kept.view(torch.uint8).view(-1, self.group * len(row), kept.shape[-1])
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum of x [N, G * rows, C] over C: [N, G * rows, 1]."""
