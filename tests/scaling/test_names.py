@@ -103,6 +103,22 @@ def test_a_name_of_no_mode_suggests_one(name, near):
     refuses(f"KeyError: ~ (did you mean {near!r}?)", lambda: SCALINGS[name])
 
 
+def test_a_class_put_in_the_place_of_another_is_taken(monkeypatch):
+    """Modes of the package are made once; a user's anew in each call."""
+
+    class Ours(SCALINGS["log_key_count"]):
+        pass
+
+    first = named_scaling("log_key_count:64")
+    assert named_scaling("log_key_count:64") is first
+    monkeypatch.setitem(SCALINGS, "log_key_count", Ours)
+    ours = [named_scaling("log_key_count:64") for _ in range(2)]
+    assert [type(one) for one in ours] == [Ours, Ours]
+    assert ours[0] is not ours[1]
+    monkeypatch.undo()
+    assert named_scaling("log_key_count:64") == first
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -24,7 +24,7 @@ from ..core.row_terms import sinks_beside
 from ..core.terms import DEFAULTS, OF_SCALING, TERMS, Term, Terms
 from ..core.torch_distributed import unshard
 from ..core.visibility import Visibility
-from ..scaling import SCALINGS, Given, Scaling
+from ..scaling import Given, Scaling
 from ..scaling.names import named_scaling, refuse_scaling
 from .layouts import BATCHED, CACHE, SMALLEST_PAGE, Layout, names_of
 
@@ -36,6 +36,7 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_FEW = 64  # numbers that Python compares sooner than an operator of torch
 _WORDS = {
     FLOATS: "float16, bfloat16, float32 or float64",
     INTEGERS: "an integer dtype",
@@ -123,7 +124,7 @@ def check(request: Request, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or Hk
             terms = _checked_terms(terms, q, visible, rows, keys)
             break
     if isinstance(scaling, str):
-        scaling = SCALINGS[scaling]() if scaling in SCALINGS else named_scaling(scaling)
+        scaling = named_scaling(scaling)
     elif not isinstance(scaling, Scaling):
         scaling = _given(scaling, q, _last(visible.rows, rows), rows)
     elif isinstance(scaling, torch.nn.Module):
@@ -374,7 +375,11 @@ def check_values(name: str, x: Tensor, highest: int, meaning: str = "Sk = ") -> 
     """Raise where a value of a CPU tensor is outside [0, highest]."""
     if not values_are_read(x):
         return
-    low, high = map(int, x.aminmax())
+    if x.numel() <= _FEW:  # one read
+        numbers = x.flatten().tolist()
+        low, high = min(numbers), max(numbers)
+    else:
+        low, high = map(int, x.aminmax())
     if low < 0 or high > highest:
         raise ValueError(f"{name}: expected values in [0, {meaning}{highest}], got {low if low < 0 else high}")
 

@@ -213,7 +213,7 @@ def cache_visibility(
         check_tensor("query_lengths", query_lengths, "[B]", INTEGERS, q, sizes=(batch,))
         check_values("query_lengths", query_lengths, q_len, "Sq = ")
     left = None if window is None else window_sides(window)[0]
-    if block_table is not None:
+    if block_table is not None and values_are_read(block_table, key_lengths):
         lengths = key_lengths.long()  # uint8 has no number below 0
         rows = q_len if query_lengths is None else query_lengths.long()
         first = torch.zeros_like(lengths) if left is None else lengths - rows - left

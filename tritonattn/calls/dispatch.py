@@ -85,9 +85,8 @@ def resolve(request: Request, backend: Backend, dropout: Dropout | None = None) 
     if request.k_descale is not None:
         request = request.changed(gain=_product(request.gain, of_rows(request.k_descale, request.visibility)))
     terms = logits(request, statistics, _keys_for_scaling(request))
-    _, of_scaling, *others = terms
-    named = dict(zip(_BEHIND_QUERY_SCALE, others[: len(_BEHIND_QUERY_SCALE)], strict=True))
-    refuse_gradients(request.cached, scaling=of_scaling, **named)
+    if needs_graph(*(computed := terms.tensors())):
+        refuse_gradients(request.cached, **dict(zip(_OF_CACHE, computed, strict=True)))
     return with_terms(request, backend, terms)
 
 
@@ -154,7 +153,7 @@ def logits(request: Request, statistics: Statistics, k: Tensor | None = None, po
     return terms.settled() if has_others else terms
 
 
-_BEHIND_QUERY_SCALE = Terms._fields[2 : TENSORS.stop]
+_OF_CACHE = "scaling", *Terms._fields[2 : TENSORS.stop]  # what errors call the terms' tensors
 _BEHIND_SINKS = [
     (i, DEFAULTS[i], name in PAIRS) for i, name in enumerate(Terms._fields) if i > Terms._fields.index("sinks")
 ]
@@ -204,11 +203,13 @@ def scales_of(
     if scaling.takes_fp64 and (exact or isinstance(gain, Tensor)):
         statistics = DoubleStatistics(statistics)
     scales = scaling.scales(q, k, visibility, statistics)
-    name = f"{getattr(scaling, 'name', type(scaling).__name__)}.scales()"
+    name = getattr(scaling, "name", type(scaling).__name__) + ".scales()"
     if not isinstance(scales, Scales):
         raise TypeError(f"{name}: expected Scales, got {type(scales).__name__}")
-    constant, query, key = scales.constant, scales.query, scales.key
-    check_number(f"{name}.constant", constant)
+    constant, query, key, table = scales.constant, scales.query, scales.key, scales.relative_bias
+    check_number(name + ".constant", constant)
+    if query is None and key is None and gain is None and table is None and scales.key_bias is None:
+        return scales
     rows, kv_heads = (visibility.batch, visibility.q_heads, visibility.q_len), visibility.kv_heads
     if query is not None:
         # One key head broadcasts, but then torch adds up the heads' gradients in an order that follows the length.
@@ -230,11 +231,8 @@ def scales_of(
         check_factor(f"{name}.key", key, q, visibility.keys, "[B, Hkv, Sk]")
     if scales.key_bias is not None:
         check_key_bias(f"{name}.key_bias", scales.key_bias, q, visibility.keys, "[B, Hq or Hkv, Sk]")
-    table = scales.relative_bias
     if table is not None:
         table = relative_bias_of(f"{name}.", table, scales.relative_right, q, rows, "[B, Hq, Sq]")
-    if query is None and key is None and gain is None and table is None:
-        return scales
     if not exact:
         query = query if query is None else _expanded(query, q, rows)
         key = key if key is None else _expanded(key, q, visibility.keys)
@@ -256,8 +254,11 @@ def _where_attending(visibility: Visibility, query: Tensor) -> Tensor:
 
 def refuse_gradients(call: str, /, **tensors: Any) -> None:
     """Raise where one of these tensors would have to carry a derivative of a `call`."""
+    has_tangents = in_forward_mode()
+    if not (torch.is_grad_enabled() or has_tangents):
+        return
     for name, x in tensors.items():
-        if isinstance(x, Tensor) and needs_graph(x):
+        if isinstance(x, Tensor) and (x.requires_grad or has_tangents):
             raise NotImplementedError(
                 f"{name}: {call} has no gradient, got a tensor that requires one; call it under"
                 " torch.no_grad() or torch.inference_mode(), or `attention`, which has"

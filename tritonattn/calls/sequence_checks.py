@@ -52,6 +52,9 @@ def check_page_numbers(table: Tensor, page: int, pages: int, first: Tensor, end:
     """
     if not values_are_read(table, first, end):
         return
+    lowest, highest = map(int, table.aminmax())
+    if lowest >= 0 and highest < pages:  # behind `end` too
+        return
     start = torch.arange(table.shape[1], device=table.device) * page
     used = (start < end[:, None]) & (start + page > first[:, None])
     wrong = table[used & ((table < 0) | (table >= pages))]

@@ -44,6 +44,24 @@ def values_are_read(*tensors: Tensor | None, waits: bool = False) -> bool:
     return runs_eagerly(*tensors)
 
 
+def kept(make: Callable[..., Tensor], device: torch.device, *numbers: Any) -> Tensor:
+    """make(device, *numbers), read-only; outside of compilers and transforms it is kept for later calls.
+
+    Memory of a captured graph is the graph's, so that a capture neither keeps a tensor nor uses a kept one.
+    """
+    is_on_gpu = device.type == "cuda"
+    if not runs_eagerly() or (is_on_gpu and torch.cuda.is_current_stream_capturing()):
+        return make(device, *numbers)
+    stream = torch.cuda.current_stream(device) if is_on_gpu else None
+    return _kept(make, device, numbers, stream, torch.is_inference_mode_enabled())
+
+
+@functools.lru_cache(maxsize=32)
+def _kept(make: Callable[..., Tensor], device: torch.device, numbers: tuple, stream: Any, is_inference: bool) -> Tensor:
+    """A tensor that belongs to one stream, which orders its writes and reads, and to training or inference."""
+    return make(device, *numbers)
+
+
 def is_transformed() -> bool:
     """True where a call runs under torch.func (vmap, grad ...), not counting what a compiler traces."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -10,7 +10,7 @@ from torch import Tensor
 from .dropout import Dropout
 from .eight_bit import EIGHT_BIT, Descale, of_keys, times
 from .pair_biases import relative_pairs
-from .sequences import PageTable
+from .sequences import PageTable, Slots
 from .terms import Terms, rolled_keys
 from .visibility import Visibility
 
@@ -78,7 +78,7 @@ class Request(NamedTuple):
         return self._dequantised(self.v, self.v_descale)
 
     def _dequantised(self, x: Tensor, descale: Descale | None) -> Tensor:
-        found = _along_keys(x, self.block_table, self.visibility)
+        (found,) = _along_keys(self.block_table, self.visibility, x)
         if x.dtype != EIGHT_BIT:
             return found
         wide = found.to(torch.promote_types(self.q.dtype, torch.float32))
@@ -136,7 +136,7 @@ class AttentionCall(NamedTuple):
         """The call without pages: k and v along the axis of keys."""
         if self.block_table is None:
             return self
-        k, v = (_along_keys(x, self.block_table, self.visibility) for x in (self.k, self.v))
+        k, v = _along_keys(self.block_table, self.visibility, self.k, self.v)
         return self.changed(k=k, v=v, block_table=None)
 
     def from_keys(self, first: Tensor) -> AttentionCall:
@@ -163,17 +163,23 @@ class AttentionCall(NamedTuple):
         return self.changed(visibility=visible.as_ranges(), terms=terms)
 
 
-def _along_keys(x: Tensor, block_table: Tensor | None, visibility: Visibility) -> Tensor:
+def _along_keys(block_table: Tensor | None, visibility: Visibility, *cached: Tensor) -> tuple[Tensor, ...]:
+    """Tensors [P, H, page, C] of pages along the axis of keys, as `Request.keys` says; without pages as they are."""
     if block_table is None:
-        return x
-    sequences, lengths = visibility.sequences, visibility.key_lengths
-    if x.dtype == EIGHT_BIT:  # torch selects among bytes everywhere; byte 0 is 0
-        return _along_keys(x.view(torch.uint8), block_table, visibility).view(x.dtype)
-    table = PageTable(block_table, x.shape[2], sequences)
-    key = torch.arange(visibility.k_len, device=x.device)[None]
+        return cached
+    sequences, lengths, pages = visibility.sequences, visibility.key_lengths, cached[0]
+    table = PageTable(block_table, pages.shape[2], sequences)
+    key = torch.arange(visibility.k_len, device=pages.device)[None]
     end = visibility.k_len if sequences is None else sequences.k_starts[-1]
     end = end if lengths is None else lengths[:, None]
-    return table.find(torch.where(key < end, key, -1), x.shape[0]).of(x.transpose(1, 2)).transpose(1, 2)
+    slots = table.find(torch.where(key < end, key, -1), pages.shape[0])
+    return tuple([_at(slots, x) for x in cached])
+
+
+def _at(slots: Slots, x: Tensor) -> Tensor:
+    if x.dtype == EIGHT_BIT:  # torch selects among bytes everywhere; byte 0 is 0
+        return _at(slots, x.view(torch.uint8)).view(x.dtype)
+    return slots.of(x.transpose(1, 2)).transpose(1, 2)
 
 
 class ForwardResult(NamedTuple):

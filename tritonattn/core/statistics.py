@@ -11,11 +11,9 @@ same quantities stands in for this class by overriding its underscore methods.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from . import ranges
-from .autograd import Linear, apply, save, values_are_read
+from .autograd import Linear, apply, kept, save
 from .call import AttentionCall
 from .norms import key_norms_of
 from .ranges import Scan, argmax_over_ranges, prefix_sum
@@ -252,24 +250,28 @@ def _per_mask_head(x: Tensor, visible: Visibility) -> Tensor:
     return x.repeat_interleave(group, dim=1) if visible.per_query_head and group > 1 else x
 
 
-def counts_of(visibility: Visibility) -> Tensor:
-    """`visibility.counts()`, read-only: where sizes alone decide they are kept for later calls.
+def counts_of(visibility: Visibility, factor: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """`visibility.counts()`, or a factor of them, read-only: where sizes alone decide it is `kept`.
 
-    Memory of a captured graph is the graph's, so that a capture neither keeps counts nor uses kept ones.
+    factor   a function of counts of any shape, the same for the same counts
     """
-    device = visibility.device
-    is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if is_captured or not (visibility.depends_on_sizes_only and values_are_read()):
-        return visibility.once("counts", visibility.counts)
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    sizes = (visibility.q_len, visibility.k_len, device, visibility.left, visibility.right)
-    return _counts_of_sizes(sizes, stream, torch.is_inference_mode_enabled())
+    if visibility.depends_on_sizes_only:
+        sizes = visibility.q_len, visibility.k_len, visibility.left, visibility.right
+        return kept(_counts_of_sizes, visibility.device, *sizes, factor)
+    counts = visibility.once("counts", visibility.counts)
+    return counts if factor is None else factor(counts)
 
 
-@functools.lru_cache(maxsize=8)
-def _counts_of_sizes(sizes: tuple, stream: Any, is_inference: bool) -> Tensor:
-    """Counts that belong to one stream, which orders its writes and reads, and to training or inference."""
-    return Visibility(1, 1, 1, *sizes).counts()
+def _counts_of_sizes(
+    device: torch.device,
+    q_len: int,
+    k_len: int,
+    left: int | None,
+    right: int | None,
+    factor: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    counts = Visibility(1, 1, 1, q_len, k_len, device, left, right).counts()
+    return counts if factor is None else factor(counts)
 
 
 def reciprocal(statistic: Tensor) -> Tensor:

@@ -236,7 +236,7 @@ def relative_gain(scaling: Any, factor: float | Tensor | None, head_dim: int, ga
 def scales_of_count(visibility: Visibility, constant: float, factor: Callable[[Tensor], Tensor]) -> Scales:
     """constant * factor(n), of fp64 counts n of any shape; one number where all rows are known to attend to all keys.
 
-    factor(0) is finite.
+    factor(0) is finite, and the same for the same counts.
 
     Where `visibility.invariant`, always a vector: one number would be rounded elsewhere.
     """
@@ -244,7 +244,7 @@ def scales_of_count(visibility: Visibility, constant: float, factor: Callable[[T
     if is_number and not visibility.invariant:
         n = torch.tensor(visibility.k_len, dtype=torch.float64, device="cpu")
         return Scales(constant * factor(n).item())
-    return Scales(constant, query=factor(counts_of(visibility)), is_finite=True)
+    return Scales(constant, query=counts_of(visibility, factor), is_finite=True)
 
 
 def dense_norms(x: Tensor, counted: Tensor) -> Tensor:

@@ -14,6 +14,11 @@ from ..core.statistics import Statistics, counts_of, reciprocal, reciprocal_root
 from ..core.visibility import Visibility
 from .base import Scales, Scaling, dense_norms, mode
 
+
+def _at_least_one(n: Tensor) -> Tensor:
+    return n.clamp(min=1)
+
+
 _VARIANT = "variant of `key_norm_sum`"
 
 
@@ -54,7 +59,7 @@ class KeyNormMean(Scaling):
     """
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        return Scales(1.0, query=reciprocal(statistics.norm_sum / counts_of(visibility).clamp(min=1)))
+        return Scales(1.0, query=reciprocal(statistics.norm_sum / counts_of(visibility, _at_least_one)))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         n = visible.sum(-1, keepdim=True)
@@ -66,7 +71,7 @@ class KeyNormRms(Scaling):
     """factor = 1 / sqrt(mean ||k||^2), over the visible keys."""
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        mean_square = statistics.norm_square_sum / counts_of(visibility).clamp(min=1)
+        mean_square = statistics.norm_square_sum / counts_of(visibility, _at_least_one)
         return Scales(1.0, query=reciprocal_root(mean_square))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
+import torch
+
 from ..core.hints import type_of
 from . import constants, cosine, counts, key_norms, positional
-from .base import Scaling
+from .base import NO_BASE, Scaling
 
 ModeName = Literal[
     # generated: names
@@ -109,8 +111,25 @@ _CLASSES = _named(constants, counts, key_norms, positional, cosine)
 SCALINGS: Modes = cast("Modes", _Modes({mode.name: mode for mode in _CLASSES}))
 
 
+_made: dict[str, Scaling] = {}
+_MOST_MADE = 64
+
+
 def named_scaling(text: str) -> Scaling:
-    """The mode of a text, such as "dim", as `parsed` reads it."""
+    """The mode of a text, such as "dim", as `parsed` reads it; one of this package is made once, having no state."""
+    if torch.compiler.is_compiling():
+        return SCALINGS[text]() if text in SCALINGS else _named_scaling(text)
+    found = _made.get(text)
+    if found is None or SCALINGS.get(found.name) is not type(found):
+        found = _named_scaling(text)
+        if "about" in vars(type(found)) and getattr(found, "base", None) is not NO_BASE:  # one warns when it is made
+            if len(_made) >= _MOST_MADE:
+                _made.clear()
+            _made[text] = found
+    return found
+
+
+def _named_scaling(text: str) -> Scaling:
     mode, arguments = parsed(text)
     return mode(**arguments)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ...core.autograd import needs_graph, values_are_read
+from ...core.autograd import kept, needs_graph, values_are_read
 from ...core.call import AttentionCall, ForwardResult
 from ...core.eight_bit import EIGHT_BIT
 from ...core.terms import Terms, is_product
@@ -183,9 +183,16 @@ def _without_lone_keys(query_scale: Tensor | None, call: AttentionCall) -> Tenso
     0. PyTorch's kernel leaves their rounding, which can exceed all other gradients: with two tokens, or with a scale of
     1 / n, which is largest in the first causal row.
     """
-    scale = torch.ones(call.q.shape[2], dtype=call.q.dtype, device=call.q.device)
-    (scale if call.k.shape[2] == 1 else scale[:1]).zero_()
+    q = call.q
+    scale = kept(_rows_of_more_keys, q.device, q.shape[2], call.k.shape[2] == 1, q.dtype)
     return scale if query_scale is None else query_scale * scale
+
+
+def _rows_of_more_keys(device: torch.device, q_len: int, has_lone_key: bool, dtype: torch.dtype) -> Tensor:
+    """1 for rows of more than one key, 0 for the first, or for all where has_lone_key: [Sq]."""
+    scale = torch.ones(q_len, dtype=dtype, device=device)
+    (scale if has_lone_key else scale[:1]).zero_()
+    return scale
 
 
 def _fold(x: Tensor, scale: Tensor) -> Tensor:
