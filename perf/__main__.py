@@ -21,6 +21,7 @@ ROOMS = {
         "gpu": "all that a GPU machine is asked for, in one command",
         "preflight": "whether kernels run on this machine and are right, within a minute",
         "compile": "the kernels of soak and sweeps, by all cores, before anything is timed",
+        "derivatives": "tangents and their gradients: values, and times next to PyTorch's math path",
         "stages": "two stages of a kernel's pipeline against three on a GPU, and the replay's gain",
         "flash": "the kernels against FlashAttention or cuDNN with folded factors, on a GPU that has them",
         "correctness": "the kernels' tests, in several processes",

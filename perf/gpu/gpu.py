@@ -1,12 +1,13 @@
 """Run all measurements that need a GPU machine; results are saved as each phase ends.
 
-Environment, a preflight, two stages against three, compilation by all cores, then correctness on the card, soak, bits
-of batch_invariant, forward and backward against peers, decoding, other head dims, tuning, FlashAttention instead of the
-kernels, overhead of the scalings, sanitizers, report, whose tables have modelled milliseconds next to the measured ones
-(`perf.models.modelled`). A preflight that fails ends the run, with what to do. Each later phase is a process: one that
-fails, or leaves the card unusable, is reported, and the next one runs; one that this machine cannot run is named, with
-the reason. The same command goes on where the last one was stopped. The exit status is 1 where a phase failed, 130
-after Ctrl-C. With --device emulate all phases are tiny, on a stub of NVIDIA's driver and an emulator: a rehearsal.
+Environment, a preflight, two stages against three, derivatives, compilation by all cores, then correctness on the card,
+soak, bits of batch_invariant, forward and backward against peers, decoding, other head dims, tuning, FlashAttention
+instead of the kernels, overhead of the scalings, sanitizers, report, whose tables have modelled milliseconds next to
+the measured ones (`perf.models.modelled`). A preflight that fails ends the run, with what to do. Each later phase is a
+process: one that fails, or leaves the card unusable, is reported, and the next one runs; one that this machine cannot
+run is named, with the reason. The same command goes on where the last one was stopped. The exit status is 1 where a
+phase failed, 130 after Ctrl-C. With --device emulate all phases are tiny, on a stub of NVIDIA's driver and an emulator:
+a rehearsal.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
         Phase("environment", ("-m", "tritonattn", "env"), 0, None, tables, again=True),
         Phase("preflight", of_perf("preflight", "--device", device), 8, again=True, required=True),
         Phase("stages", of_perf("stages", "--device", device), 3),
+        Phase("derivatives", of_perf("derivatives", "--device", device), 4, failure="kernels are wrong"),
         Phase("compile", of_perf("compile", *compiled), 6, "--minutes", again=True),
         sweep("ceilings"),
         Phase("correctness", of_perf("correctness", tests, *tested), 22, failure=_NOT_PASSED),

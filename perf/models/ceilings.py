@@ -22,6 +22,13 @@ NON_MMA_PER_LOGIT = {
     ("grad_query", "sm_90", 128): 8.9,
     ("grad_query", "sm_100", 64): 8.2,
     ("grad_query", "sm_100", 128): 9.0,
+    # Of all tangents, and towards all tensors and tangents: 5, 8 and 10 products.
+    ("tangent", "sm_80", 128): 16.0,
+    ("tangent", "sm_90", 128): 20.4,
+    ("grad_query_second", "sm_80", 128): 53.5,
+    ("grad_query_second", "sm_90", 128): 53.5,
+    ("grad_key_value_second", "sm_80", 128): 76.0,
+    ("grad_key_value_second", "sm_90", 128): 78.0,
     # Tiles are small so that the fp32 sums fit registers. Where a product of the tile has fewer columns than its warps
     # could take, 8 each on sm_80 and in sm_90's mma.sync, or a program's two warpgroups share 64 rows, warps repeat
     # exponentials.

@@ -24,7 +24,7 @@ from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import commit
 from tritonattn.core.tables import table as layout
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config
-from tritonattn.tuning.config import STREAMING_KERNELS, WIDEST, TileConfig
+from tritonattn.tuning.config import SECOND_KERNELS, STREAMING_KERNELS, TILED_KERNELS, WIDEST, TileConfig
 
 from .ceilings import NON_MMA_PER_LOGIT, PAIR_BIASES
 from .static.machine_code import CLASSES, MachineCode, flops_per_logit, read_machine_code
@@ -32,7 +32,7 @@ from .static.model import RATES, UNITS, cycles, programs_per_sm, utilisation
 
 TARGETS = tuple(f"sm_{arch}" for arch in RATES)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-READ = ("forward", "grad_key_value", "grad_query", "decode", "key_statistics")
+READ = (*TILED_KERNELS, "key_statistics")
 # Fields of Problem that are set: in full and causal calls, and in causal ones alone.
 FORMS = ((), ("query_scale",), ("query_scale", "key_scale"))
 BIASES = ("key_bias", "bias", "relative_bias")
@@ -96,16 +96,19 @@ class Reading:
 
 
 def cases(targets: Sequence[str], head_dims: Sequence[int], dtype: torch.dtype) -> list[Case]:
-    """Every kernel without scales, with query_scale, and that with key_scale, each bias and batch_invariant."""
+    """Every kernel without scales, with query_scale, and that with key_scale, each bias and batch_invariant.
+
+    Kernels that no batch_invariant call launches are read in causal calls alone.
+    """
     found = []
     for target, head_dim, kernel in product(targets, head_dims, READ):
-        if kernel not in KERNELS:
+        if kernel not in KERNELS or (kernel in SECOND_KERNELS and head_dim > 256):
             continue
         if kernel in STREAMING_KERNELS:
             found.append(Case(kernel, target, Problem(head_dim, head_dim, dtype)))
             continue
         forms = [*product((False, True), FORMS), *product((True,), CAUSAL_FORMS)]
-        if kernel == "decode":  # batch_invariant calls do not launch it
+        if kernel == "decode" or kernel in SECOND_KERNELS:  # batch_invariant calls do not launch them
             forms = [(causal, form) for causal, form in forms if causal and "invariant" not in form]
         for causal, form in forms:
             problem = Problem(head_dim, head_dim, dtype, right=causal, **dict.fromkeys(form, True))

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tritonattn.backends.triton import KERNELS, launch
 from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel
-from tritonattn.tuning.config import TILED_KERNELS, one_line
+from tritonattn.tuning.config import TILED_KERNELS, holds_keys, one_line
 from tritonattn.tuning.gpus import GPU, known, nearest
 from tritonattn.tuning.order import Sections
 
@@ -115,7 +115,7 @@ def _clocks(one: Any, target: Target, processors: int) -> float:
 def _tiles(kernel: str, grid: tuple[int, int, int], arguments: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     """(sequence, block) of a launch's programs, in the order in which they start."""
     size, blocks, count = grid
-    of_keys = kernel == "grad_key_value"
+    of_keys = holds_keys(kernel)
     heads = arguments["q_heads"] // (arguments["group"] if of_keys else 1)
     last_first = not of_keys and arguments["right"] is not None
     for head, step in filter(None, programs(size * count + arguments["first_head"], blocks, Sections(size, count), 1)):
@@ -135,7 +135,7 @@ def _iterations(kernel: str, config: TileConfig, arguments: Mapping[str, Any]) -
     found: dict[tuple[int, int], int] = {}
     size_m, size_n = config.block_m, config.block_n
     for sequence, (lo, hi, keys) in enumerate(_visible(arguments)):
-        if kernel == "grad_key_value":
+        if holds_keys(kernel):
             for block in range(-(-keys // size_n)):
                 rows = ((lo < (block + 1) * size_n) & (hi > block * size_n) & (lo < hi)).nonzero()
                 parts = int(rows[-1]) // size_m - int(rows[0]) // size_m + 1 if len(rows) else 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tritonattn.backends.triton import interpreter, launch
-from tritonattn.tuning.config import LOOPING_KERNELS, Problem, Target, TileConfig, legal_reasons
+from tritonattn.tuning.config import TILED_KERNELS, Problem, Target, TileConfig, legal_reasons
 from tritonattn.tuning.defaults import default_config
 
 _GUARD = 1 << 13  # elements on either side
@@ -79,14 +79,14 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 def small_tiles(kernel: str, problem: Problem, target: Target) -> TileConfig:
     """Choose tiles of 16 x 16, which an interpreter computes quickly, and which short sequences fill."""
     config = default_config(kernel, problem, target)
-    return replace(config, block_m=16, block_n=16, num_stages=1) if kernel in LOOPING_KERNELS else config
+    return replace(config, block_m=16, block_n=16, num_stages=1) if kernel in TILED_KERNELS else config
 
 
 def _with_stages(stages: int) -> Callable[[str, Problem, Target], TileConfig]:
     def config(kernel: str, problem: Problem, target: Target) -> TileConfig:
         default = default_config(kernel, problem, target)
         asked = replace(default, num_stages=stages)
-        fits = kernel in LOOPING_KERNELS and not legal_reasons(kernel, asked, problem, target)
+        fits = kernel in TILED_KERNELS and not legal_reasons(kernel, asked, problem, target)
         return asked if fits else default
 
     return config

@@ -9,7 +9,7 @@ from perf.models.ceilings import NON_MMA_PER_LOGIT, PAIR_BIASES
 from tests.support.pairs import all_pairs, thinned
 from tests.support.versions import OLDER_TRITON
 from tritonattn.tuning import Problem, Target
-from tritonattn.tuning.config import LOOPING_KERNELS, SECOND_KERNELS, STREAMING_KERNELS, TILED_KERNELS
+from tritonattn.tuning.config import FIRST_KERNELS, SECOND_KERNELS, STREAMING_KERNELS, TILED_KERNELS
 
 from .facts import facts
 
@@ -59,7 +59,7 @@ class Case(NamedTuple):
         code = facts(self.kernel, self.problem, self.target)
         assert code.spill_bytes <= self.spills, code
         assert code.shared_bytes <= Target.parse(self.target).architecture.shared_bytes, code
-        if self.kernel in LOOPING_KERNELS and self.target in NVIDIA and self.problem.dtype != SINGLE:
+        if self.kernel in TILED_KERNELS and self.target in NVIDIA and self.problem.dtype != SINGLE:
             assert code.mma_loops, f"expected a loop with tensor instructions, got {code}"
 
 
@@ -80,7 +80,7 @@ def of_every_choice() -> list[Case]:
     Triton 3.8 spills with dropout.
     """
     choices = {
-        "kernel": TILED_KERNELS,
+        "kernel": FIRST_KERNELS,
         "target": KINDS,
         "size": ((64, 64), (72, 72), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)),
         "dtype": (BFLOAT, HALF, SINGLE),
@@ -102,7 +102,7 @@ def of_wide_heads() -> list[Case]:
     """The widest, and those of latent attention."""
     everything = dict.fromkeys(f"{EVERYTHING} block_table".split(), True)
     return [
-        *(Case(kernel, problem_of(512, "qk"), "gfx942") for kernel in TILED_KERNELS[:3]),
+        *(Case(kernel, problem_of(512, "qk"), "gfx942") for kernel in FIRST_KERNELS[:3]),
         Case("decode", Problem(512, 512, BFLOAT, **SCALES["qk"], **everything), "sm_80"),
         Case("decode", Problem(576, 512, BFLOAT, **SCALES["q"]), "sm_90"),
         Case("decode", Problem(576, 512, BFLOAT, **SCALES["qb"], block_table=True), "sm_100"),
@@ -126,7 +126,7 @@ def of_pair_ceilings() -> dict[Case, float]:
 def of_biases_of_pairs() -> list[Case]:
     """Each kernel on each kind of target, causal, with a dense or a relative bias, of head dim 64 or 128, in turn."""
     with_ceiling, cases = {(kernel, target) for kernel, target, *_ in PAIR_BIASES}, []
-    for (number, kernel), (turn, target) in product(enumerate(TILED_KERNELS), enumerate(KINDS)):
+    for (number, kernel), (turn, target) in product(enumerate(FIRST_KERNELS), enumerate(KINDS)):
         bias, dim = ("bias", "relative_bias")[(number + turn) % 2], (64, 128)[(number // 2 + turn // 2) % 2]
         if (kernel, target) not in with_ceiling:
             cases.append(_of_pairs(kernel, target, dim, bias, SPILLS_OF_PAIRS.get((kernel, target), 0)))
@@ -164,7 +164,7 @@ def of_streaming_kernels() -> list[Case]:
 CEILINGS, PAIR_CEILINGS = of_ceilings(), of_pair_ceilings()
 CASES = [*CEILINGS, *of_every_choice(), *of_wide_heads(), *of_pages(), *of_biases_of_pairs(), *of_streaming_kernels()]
 CASES += [*PAIR_CEILINGS, *of_second_kernels()]
-CASES += [Case(kernel, problem_of(64), one) for kernel, one in product(TILED_KERNELS, TARGETS) if one not in KINDS]
+CASES += [Case(kernel, problem_of(64), one) for kernel, one in product(FIRST_KERNELS, TARGETS) if one not in KINDS]
 CASES = list(dict.fromkeys(CASES))
 
 
@@ -174,4 +174,4 @@ def soonest(kernel: str, target: str) -> Case:
     return min(cases, key=lambda case: (case.problem.dtype == SINGLE, case.problem.head_dim))
 
 
-QUICK = [soonest(TILED_KERNELS[number % 4], target) for number, target in enumerate(TARGETS)]
+QUICK = [soonest(FIRST_KERNELS[number % 4], target) for number, target in enumerate(TARGETS)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.stub import Launched
 from tests.support.versions import OLDER_TRITON
-from tritonattn.tuning.config import LOOPING_KERNELS, Problem, Target, TileConfig, legal_reasons
+from tritonattn.tuning.config import TILED_KERNELS, Problem, Target, TileConfig, legal_reasons
 from tritonattn.tuning.defaults import default_config
 
 GAP = 16  # elements: rows start where those of whole tensors could, so that the same code is compiled
@@ -30,7 +30,7 @@ class GPU:
         """A `launch.config_for`: the same tiles for all tiled kernels, or the default config."""
 
         def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
-            chosen = tiles if tiles and kernel in LOOPING_KERNELS else default_config(kernel, problem, target)
+            chosen = tiles if tiles and kernel in TILED_KERNELS else default_config(kernel, problem, target)
             asked = replace(chosen, descriptors=self.descriptors)
             return replace(asked, descriptors=False) if legal_reasons(kernel, asked, problem, target) else asked
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tritonattn.backends.triton import launch
-from tritonattn.tuning.config import LOOPING_KERNELS, TileConfig
+from tritonattn.tuning.config import TILED_KERNELS, TileConfig
 
 if launch.interpreting:
     from tests.support.interpreter import quicken
@@ -58,7 +58,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     default = launch.config_for
 
     def config(kernel, problem, target):
-        return TileConfig(16, 16, 4, 1) if kernel in LOOPING_KERNELS else default(kernel, problem, target)
+        return TileConfig(16, 16, 4, 1) if kernel in TILED_KERNELS else default(kernel, problem, target)
 
     monkeypatch.setattr(launch, "config_for", config)
 

@@ -10,7 +10,7 @@ import torch
 from tritonattn.autotune.workload import Workload
 from tritonattn.backends.triton import launch
 from tritonattn.tuning.calls import Call, Size, record
-from tritonattn.tuning.config import Problem, TileConfig
+from tritonattn.tuning.config import SECOND_KERNELS, Problem, TileConfig
 from tritonattn.tuning.table import SCALES, Exact, Key
 
 BEST = TileConfig(16, 16, 4, 1)
@@ -35,6 +35,7 @@ OF_CALLS = {
     "pairs": "right grouped softcap bias relative_bias key_bias",
     "pairs behind": "left softcap bias_after_softcap relative_bias query_scale",
     "wide": "wide_q wide_k is_part query_scale query_scale_grad",
+    "derivatives": f"right key_lengths {TERMS} aux rounding",
 }
 OF_DECODE = {  # and packed rows
     f"left aux {TERMS}": 16,
@@ -57,6 +58,7 @@ def recorded() -> Iterator[Call]:
             "pages": ("forward",),
             "mask": ("forward", "grad_key_value"),
             "wide": ("grad_query", "grad_key_value"),
+            "derivatives": SECOND_KERNELS,
         }
         for kernel in kernels.get(name, ("forward", "grad_query", "grad_key_value")):
             yield Call(Exact(kernel, problem_of(options)), size_of(20, 40, problem_of(options)))
@@ -82,11 +84,16 @@ def test_a_recorded_call_is_made_again_and_agrees_with_the_reference(call, devic
         assert workload.error() is None
     found = {(again.of, again.size) for again in calls.counts() if again.of.kernel == kernel}
     asked = problem.query_scale_grad and kernel != "grad_key_value"  # whose code it does not change
-    assert found == {(Exact(kernel, replace(problem, query_scale_grad=asked)), size)}
+    changes = {"query_scale_grad": asked or (problem.query_scale and kernel == "grad_query_second")}
+    if kernel == "tangent":  # of lse too, whose gradient it is not asked for
+        changes["aux"] = False
+    assert found == {(Exact(kernel, replace(problem, **changes)), size)}
 
 
 def results_of(arguments) -> list[torch.Tensor]:
-    """The output of a forward or decode kernel; the gradients of q, or of k and v, of a backward kernel."""
+    """The output of a forward or decode kernel, or its tangent; the gradients of q, or of k and v, of a backward."""
+    if (tangent := arguments.get("out_tangent_ptr")) is not None:
+        return [tangent]
     if "results" in arguments:
         return [arguments["results"].out]
     gradients = arguments.get("gradients", ())

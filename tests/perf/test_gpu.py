@@ -43,6 +43,7 @@ def check_phase(name, tmp_path, monkeypatch, capsys) -> None:
             "environment": "torch: ",
             "stages": "emulated: times mean nothing",
             "compile": "kernels in ",
+            "derivatives": "grad_query_second/64/query+key/long, bfloat16: within the bound",
             "correctness": " passed",
             "soak": "within the bound",
             "invariance": "sm_80: {'equal': 1} of 1 cases",

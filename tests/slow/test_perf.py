@@ -17,7 +17,7 @@ from tests.support.tiles import quick_config
 from tests.support.versions import skip_without_stub
 from tritonattn.lab.figures import save
 
-PHASES = "stages correctness soak invariance tuning overhead".split()
+PHASES = "stages derivatives correctness soak invariance tuning overhead".split()
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script")  # of torch's derivatives

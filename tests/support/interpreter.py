@@ -4,6 +4,7 @@ from dataclasses import replace
 from operator import index
 from typing import Any
 
+import numpy as np
 from triton import language
 from triton.language import core, semantic
 from triton.runtime import interpreter
@@ -16,12 +17,12 @@ _numpy_types: dict[str, Any] = {}
 
 
 def quicken() -> None:
-    """Drop three things from the interpreter, results unchanged.
+    """Drop three things from the interpreter, results unchanged but those of an older fma.
 
     It replaces the builtins of triton.language at each launch of a kernel, and once more at every call of a function
     inside, tl.sum and tl.max included, though nobody has put them back in between. It repeats all arithmetic of int32
     in int64, to look for an overflow, but reports one only where its option `debug` is set, which is off. And it
-    describes again the type and shape of every value, of which there are few.
+    describes again the type and shape of every value, of which there are few. In older versions fma rounds once.
     """
     interpreter.InterpretedFunction.__call__ = _called
     builder = interpreter.interpreter_builder
@@ -29,6 +30,15 @@ def quicken() -> None:
     core.block_type.__init__, core.tensor.__init__ = _begin_block_type, _begin_tensor
     interpreter._get_np_dtype = _numpy_type_of
     semantic.TritonSemantic.broadcast_impl_value = _broadcast_other_shapes
+    if not hasattr(interpreter._interpreter, "fma_fp32"):
+        interpreter.InterpreterBuilder.create_fma = _fused
+
+
+def _fused(builder: interpreter.InterpreterBuilder, x, y, z):
+    """tl.fma as a device has it, rounded once. Triton rounded the product too: gradients then miss their bound."""
+    with np.errstate(all="ignore"):
+        wide = x.data.astype(np.float64) * y.data + z.data
+    return interpreter.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
 
 
 def _called(function: interpreter.InterpretedFunction, *args, **kwargs):

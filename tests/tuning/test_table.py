@@ -121,6 +121,12 @@ KEYS_OF = {
         ({"head_dim": 104, "value_dim": 104}, "128/none/long"),
     ],
     "grad_key_value": [({"query_scale_grad": True}, "64/none/long")],
+    "tangent": [
+        ({}, "64/query/long"),
+        ({"head_dim": 72, "value_dim": 80, "key_scale": True}, "128/query+key/long"),
+        ({"head_dim": 192, "key_bias": True, "query_scale_grad": True}, "256/query/long"),
+        *(({name: True}, "") for name in ("softcap", "key_ranges", "bias", "dropout")),
+    ],
     "grad_query": [
         ({}, "64/none/long"),
         ({"query_scale": True}, "64/query/long"),

@@ -7,10 +7,12 @@ from itertools import product
 
 from ..tuning.config import (
     REGISTERS,
+    SECOND_KERNELS,
     SHARES,
     Problem,
     Target,
     TileConfig,
+    holds_keys,
     legal_reasons,
     may_specialise,
     may_use_descriptors,
@@ -23,6 +25,15 @@ _WAVES_PER_EU = (0, 1, 2, 3)
 # Values of a config's SHARES that are timed, the default first.
 _L2_PERCENT = (100, 25, 50, 200, 400)
 _SPLIT_BLOCKS = (4, 8, 16, 32, 64)
+# Tiles of logits, their gradients and tangents that registers hold at once, and fp32 sums of held rows.
+_HELD = {
+    "forward": (1, 1),
+    "grad_query": (2, 1),
+    "grad_key_value": (2, 2),
+    "tangent": (3, 1),
+    "grad_query_second": (6, 2),
+    "grad_key_value_second": (7, 4),
+}
 
 
 def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
@@ -78,17 +89,22 @@ def _is_sensible(kernel: str, config: TileConfig, problem: Problem, target: Targ
     """True for a legal config whose fp32 sums and logits its warps' registers (255 a thread) can hold.
 
     With wgmma, four warps multiply 64 rows: a config also needs rows for all its warps, which else repeat one another's
-    work or leave wgmma to slower instructions. grad_key_value of wide heads has no registers for as many.
+    work or leave wgmma to slower instructions. grad_key_value of wide heads has no registers for as many. Nor have
+    passes with derivatives beyond the first, whose four warps may share rows.
     """
     if legal_reasons(kernel, config, problem, target):
         return False
     if kernel == "decode":
         return True
-    of_keys = kernel == "grad_key_value"
+    of_keys = holds_keys(kernel)
     held = config.block_n if of_keys else config.block_m
-    if target.architecture.has_wgmma and held < 16 * config.num_warps and not (of_keys and problem.width > 128):
+    has_few_rows = held < 16 * config.num_warps
+    if kernel in SECOND_KERNELS:
+        if has_few_rows and (config.num_warps != 4 or config.block_m * config.block_n < 512):
+            return False
+    elif target.architecture.has_wgmma and has_few_rows and not (of_keys and problem.width > 128):
         return False
-    tiles = 1 if kernel == "forward" else 2  # logits, and their gradients
-    sums = 0 if target.architecture.has_tensor_memory else held * problem.width * (2 if of_keys else 1)
+    tiles, of_width = _HELD[kernel]
+    sums = 0 if target.architecture.has_tensor_memory else held * problem.width * of_width
     in_registers = tiles * config.block_m * config.block_n + sums
     return in_registers <= 208 * target.architecture.warp_size * config.num_warps

@@ -92,7 +92,8 @@ def static_table(
     ranked   lists the configs of a key on a card, the most promising first
     """
     ranks = {key: ranked(gpu, compiler, key) for key in wanted}
-    compiler.examine([one for key, configs in ranks.items() for one in _calls(key, configs[0])], progress)
+    first = [(key, config) for key, configs in ranks.items() for config in configs[:1]]
+    compiler.examine([one for key, config in first for one in _calls(key, config)], progress)
     entries = {}
     for key, configs in ranks.items():
         for config in configs:

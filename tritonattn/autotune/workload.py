@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ..backends import triton as triton_backend
+from ..backends.protocol import SecondOrder
 from ..backends.triton.operands import Operands
 from ..calls.formulas import by_formulas
-from ..core.call import ForwardResult, Request
-from ..core.terms import ADDENDS, SINKS, TENSORS, TERMS, Needs
+from ..core.call import AttentionCall, ForwardResult, Request
+from ..core.terms import ADDENDS, SINKS, TENSORS, TERMS, Gradients, Needs
 from ..scaling import Given
 from ..tuning.calls import Size
-from ..tuning.config import Problem
+from ..tuning.config import SECOND_KERNELS, Problem, holds_keys
 from ..tuning.table import Key
 
 _COPIES = 3
@@ -95,28 +97,40 @@ class Workload:
 
 
 class _Copy:
-    """One call of a kernel; a backward takes what its forward left, which is computed once."""
+    """One call of a kernel; a backward or a tangent takes what its forward left, which is computed once.
+
+    Tangents are those of all tensors, and gradients of a tangent reach the tangents too.
+    """
 
     def __init__(self, kernel: str, operands: Operands) -> None:
         self.kernel, self.problem = kernel, operands.problem
         self.call = operands.decode() if kernel == "decode" else operands.attention()
         self._needs = _needs(kernel, self.problem)
+        self._forward: tuple[Tensor, Tensor, Tensor | None] | None = None
         if any(self._needs):
             shape = (*self.call.q.shape[:3], self.problem.value_dim)
             self._d_out = operands.operand(*shape)
             self._d_lse = operands.normal(*shape[:3]) if self.problem.aux else None
-            self._forward: tuple[ForwardResult, Tensor | None] | None = None
+        if kernel in SECOND_KERNELS:
+            self._tangents = Gradients(*(None if x is None else operands.like(x) for x in self.call.tensors()))
 
     def __call__(self) -> tuple[Tensor, ...]:
         call, aux = self.call, self.problem.aux
         if self.kernel == "decode":
             return _results(triton_backend.decode(call, aux), aux)
-        if not any(self._needs):
+        if self.kernel == "forward":
             return _results(triton_backend.forward(call, aux, self._rounding()), aux)
         if self._forward is None:
             rounding = self._rounding()
-            self._forward = triton_backend.forward(call, False, rounding), rounding
-        (out, lse, *_), rounding = self._forward
+            out, lse, *_ = triton_backend.forward(call, False, rounding)
+            self._forward = out, lse, rounding
+        out, lse, rounding = saved = self._forward
+        if self.kernel == "tangent":
+            return triton_backend.tangent(call, saved, self._tangents)
+        if self.kernel in SECOND_KERNELS:
+            asked = SecondOrder(self._tangents, self._d_out, self._d_lse, self._needs, self._needs)
+            found = triton_backend.second(call, saved, asked)
+            return tuple(x for gradients in found for x in gradients if x is not None)
         gradients = triton_backend.backward(call, out, lse, self._d_out, self._d_lse, self._needs, rounding)
         return tuple(x for x in gradients if x is not None)
 
@@ -125,22 +139,23 @@ class _Copy:
         call = self.call.gathered()
         if self.kernel == "decode":
             call = call.by_ranges()
-        wide = torch.promote_types(dtype, torch.float32)
-        q, k, v = (x.to(dtype).requires_grad_() for x in (call.q, call.k, call.v))
-        terms = [None if x is None else x.to(wide).requires_grad_() for x in call.terms.tensors()]
-        grouped = ((term.name, x, "G" in term.axes) for term, x in zip(TERMS[TENSORS], terms, strict=True))
-        # A row per head, as in a user's call.
-        logits = call.terms._replace(**{name: x.flatten(1, 2) if x is not None and g else x for name, x, g in grouped})
-        given = Given(logits.scale, logits.query_scale, logits.key_scale)
-        found = by_formulas(Request(q, k, v, call.visibility, logits, given), call.dropout)
-        leaves = zip((q, k, v, *terms), self._needs, strict=True)
-        wanted = [x for x, needed in leaves if x is not None and needed]
-        if not wanted:
-            return [x.detach() for x in _results(found, self.problem.aux)]
-        outputs, gradients = [found.out], [self._d_out.to(dtype)]
+        leaves = _leaves(call.tensors(), dtype)
+        wanted = [leaves[name] for name, needed in self._needs._asdict().items() if needed and name in leaves]
+        if self.kernel in SECOND_KERNELS:
+            along = _leaves(self._tangents, dtype)
+            wanted += [along[name] for name, needed in self._needs._asdict().items() if needed and name in along]
+            outputs = _tangents_of(call, leaves, along)
+            if self.kernel == "tangent":
+                return [x.detach() for x in outputs]
+        else:
+            found = _by_formulas(call, leaves)
+            if not wanted:
+                return [x.detach() for x in _results(found, self.problem.aux)]
+            outputs = [found.out, found.lse]
+        gradients = [self._d_out.to(outputs[0])]
         if self._d_lse is not None:
-            outputs, gradients = [*outputs, found.lse], [*gradients, self._d_lse.to(wide)]
-        return list(torch.autograd.grad(outputs, wanted, gradients))
+            gradients.append(self._d_lse.to(outputs[1]))
+        return list(torch.autograd.grad(outputs[: len(gradients)], wanted, gradients))
 
     def _rounding(self) -> Tensor | None:
         """Memory for the part that a training call's output loses when it is rounded."""
@@ -153,12 +168,45 @@ def _needs(kernel: str, problem: Problem) -> Needs:
 
     Gradients of biases take both kernels.
     """
-    if kernel == "grad_query":
-        return Needs(q=True, query_scale=problem.query_scale_grad, **{name: getattr(problem, name) for name in SINKS})
-    if kernel == "grad_key_value":
+    if kernel.startswith("grad_query"):
+        of_factor = problem.query_scale if kernel in SECOND_KERNELS else problem.query_scale_grad
+        return Needs(q=True, query_scale=of_factor, **{name: getattr(problem, name) for name in SINKS})
+    if holds_keys(kernel):
         biases = {name: getattr(problem, name) for name in ADDENDS}
         return Needs(k=True, v=True, key_scale=problem.key_scale, **biases)
     return Needs()
+
+
+def _leaves(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a call, or their tangents, that are there: q, k and v in a dtype, terms at least in fp32."""
+    wide, found = torch.promote_types(dtype, torch.float32), {}
+    for name, x in zip(Gradients._fields, tensors, strict=True):
+        if x is not None:
+            found[name] = x.detach().to(dtype if name in "qkv" else wide).requires_grad_()
+    return found
+
+
+def _by_formulas(call: AttentionCall, tensors: dict[str, Tensor]) -> ForwardResult:
+    """The results of a call, with these tensors, by dense formulas; its grouped terms as a user's, a row per head."""
+    grouped = {term.name for term in TERMS[TENSORS] if "G" in term.axes}
+    terms = {name: x.flatten(1, 2) if name in grouped else x for name, x in tensors.items() if name not in "qkv"}
+    logits = call.terms._replace(**terms)
+    given = Given(logits.scale, logits.query_scale, logits.key_scale)
+    request = Request(*(tensors[name] for name in "qkv"), call.visibility, logits, given)
+    return by_formulas(request, call.dropout)
+
+
+def _tangents_of(call: AttentionCall, tensors: dict[str, Tensor], along: dict[str, Tensor]) -> list[Tensor]:
+    """The tangents of out and of lse, which is 0 for a row without keys."""
+
+    def dense(*given: Tensor) -> tuple[Tensor, Tensor]:
+        found = _by_formulas(call, dict(zip(tensors, given, strict=True)))
+        return found.out, found.lse
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".torch.jit.script")  # of the first jvp
+        (_, lse), (out, of_lse) = torch.func.jvp(dense, tuple(tensors.values()), tuple(along.values()))
+    return [out, torch.where(lse == -torch.inf, 0, of_lse)]
 
 
 def _results(found: ForwardResult, aux: bool) -> tuple[Tensor, ...]:

@@ -154,10 +154,10 @@ def _obstacle_of_memory(
     head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device, decodes: bool
 ) -> str | None:
     """Name what a device lacks for the kernels at wide heads, or None."""
-    from ..tuning.config import TILED_KERNELS, Target
+    from ..tuning.config import FIRST_KERNELS, Target
     from ..tuning.defaults import obstacle
 
-    return obstacle(head_dim, value_dim, dtype, Target.of(device), ("decode",) if decodes else TILED_KERNELS)
+    return obstacle(head_dim, value_dim, dtype, Target.of(device), ("decode",) if decodes else FIRST_KERNELS)
 
 
 # The mark of torch.compiler.assume_constant_result, which imports all of torch._dynamo, in a second.

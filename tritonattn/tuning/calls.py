@@ -118,7 +118,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def record() -> Iterator[Calls]:
-    """Collect the launches of forward, grad_query, grad_key_value and decode inside, those of all threads.
+    """Collect the launches of kernels with a loop of products inside, those of all threads.
 
     Launches run as ever, and no value of a tensor is read: what counts is masks, scales, options, dtype and sizes.
     Lengths above 31 are rounded up to one of 16 an octave, so that a cache that grows is few calls. Left out are fp32

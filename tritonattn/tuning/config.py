@@ -12,12 +12,12 @@ import torch
 from ..core.terms import ADDENDS, TERMS
 from .architectures import ARCHITECTURES, Architecture, unknown
 
-# Kernels with an MMA loop, and the memory-bound ones, whose tiles only bound the rows that a program holds.
-TILED_KERNELS = ("forward", "grad_key_value", "grad_query", "decode")
-# Likewise of derivatives beyond the first, for which tables have no entries.
+# Kernels with an MMA loop, of calls with their gradients and of derivatives beyond these, and the memory-bound ones,
+# whose tiles only bound the rows that a program holds.
+FIRST_KERNELS = ("forward", "grad_key_value", "grad_query", "decode")
 SECOND_KERNELS = ("tangent", "grad_query_second", "grad_key_value_second")
-LOOPING_KERNELS = TILED_KERNELS + SECOND_KERNELS
-_DESCRIBED = TILED_KERNELS[:3]  # those that can load by the tensor memory accelerator
+TILED_KERNELS = FIRST_KERNELS + SECOND_KERNELS
+_DESCRIBED = FIRST_KERNELS[:3]  # those that can load by the tensor memory accelerator
 STREAMING_KERNELS = (
     "row_terms",
     "key_statistics",
@@ -214,6 +214,25 @@ class TileConfig:
         return {name: value for name, value in asdict(self).items() if value != OPTIONAL_FIELDS.get(name)}
 
 
+def holds_keys(kernel: str) -> bool:
+    """True for passes over keys: a program holds block_n of them, and rows stream by."""
+    return kernel.startswith("grad_key_value")
+
+
+def streamed_width(kernel: str, problem: Problem) -> int:
+    """Elements of all tiles that stream by, of one key or row: k and v, or q and d_out, and their tangents."""
+    head, value = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
+    if kernel not in SECOND_KERNELS:
+        return head + value
+    return 2 * head + (1 if holds_keys(kernel) else 2) * value
+
+
+def holds_more(problem: Problem) -> bool:
+    """True where passes of derivatives hold a tile of a mask or bias, a slope, ranges of rows or Philox's counters."""
+    of_pairs = problem.mask or problem.dropout or problem.bias or problem.relative_bias
+    return of_pairs or problem.softcap or problem.key_ranges
+
+
 def padded_dim(dim: int) -> int:
     """The power of two, at least 16 (the MMA's shortest axis), that holds dim."""
     return max(16, 1 << (dim - 1).bit_length())
@@ -239,7 +258,7 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
             reasons.append(f"{name} {getattr(config, name)} is below {least}")
     if config.kernel == "gluon":
         reasons += _gluon_reasons(kernel, config, problem, target)
-    elif kernel in LOOPING_KERNELS and ROW_TERMS_ALIGNMENT % max(config.block_m, 1):
+    elif kernel in TILED_KERNELS and ROW_TERMS_ALIGNMENT % max(config.block_m, 1):
         reasons.append(f"block_m {config.block_m} does not divide the row terms' alignment {ROW_TERMS_ALIGNMENT}")
     if config.descriptors and not may_use_descriptors(kernel, problem, target):
         reasons.append(f"descriptors need {', '.join(_DESCRIBED)} on sm_90 or later, 16 bits and aligned tensors")
@@ -315,18 +334,17 @@ def _shared_estimate(kernel: str, config: TileConfig, problem: Problem, target: 
     Where tensor instructions read shared memory themselves (wgmma, tcgen05), the stage in use is one more. Without a
     pipeline, AMD's held tiles of 16 bits pass one after another, all before the first streamed one, into registers.
     """
-    if kernel not in LOOPING_KERNELS:
+    if kernel not in TILED_KERNELS:
         return 0
     head, value = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
-    rows = head + value
+    rows = streamed_width(kernel, problem)
     held, streamed = (config.block_m, config.block_n)
-    if kernel.startswith("grad_key_value"):
+    if holds_keys(kernel):
         held, streamed = streamed, held
-    held_width = head if kernel in ("forward", "decode") else rows
+    held_width = head if kernel in ("forward", "decode") else head + value
     if kernel in SECOND_KERNELS:  # tangents stand beside what they are of, and without a pipeline tiles pass in turn
-        held_width = 2 * rows if kernel == "grad_key_value_second" else 2 * head + value
-        of_pipeline = 2 * head + value if kernel == "grad_key_value_second" else 2 * rows
-        rows = max(head, value) if config.num_stages == 1 else of_pipeline
+        held_width = 2 * (head + value) if holds_keys(kernel) else 2 * head + value
+        rows = max(head, value) if config.num_stages == 1 else rows
     reads_shared = kernel != "decode" and target.architecture.family.products in ("wgmma", "tcgen05")
     in_use = reads_shared and problem.dtype.itemsize == 2
     stages = max(config.num_stages - (not in_use), 1)

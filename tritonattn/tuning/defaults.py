@@ -12,12 +12,14 @@ from dataclasses import replace
 import torch
 
 from .config import (
+    FIRST_KERNELS,
     SECOND_KERNELS,
     STREAMING_KERNELS,
-    TILED_KERNELS,
     Problem,
     Target,
     TileConfig,
+    holds_keys,
+    holds_more,
     legal_reasons,
     may_use_descriptors,
 )
@@ -72,7 +74,7 @@ def gluon_config(problem: Problem, target: Target) -> TileConfig | None:
 
 @functools.cache
 def obstacle(
-    head_dim: int, value_dim: int, dtype: torch.dtype, target: Target, kernels: tuple[str, ...] = TILED_KERNELS
+    head_dim: int, value_dim: int, dtype: torch.dtype, target: Target, kernels: tuple[str, ...] = FIRST_KERNELS
 ) -> str | None:
     """Name the kernel whose tiles a target's memory does not hold, and what they need; None if all fit."""
     problem = Problem(head_dim, value_dim, dtype)
@@ -105,8 +107,13 @@ def _second_config(kernel: str, problem: Problem, target: Target, width: int) ->
     if problem.dtype == torch.float32:
         return replace(TileConfig(*family.float32[width]), block_m=16, block_n=16, num_stages=1)
     config = TileConfig(*family.tiles[kernel][width])
-    holds_more = problem.softcap or problem.key_ranges or _takes_many_registers("", problem)
-    return replace(config, block_m=16, block_n=16) if holds_more else config
+    if not holds_more(problem):
+        return config
+    of_pairs = problem.bias or problem.relative_bias
+    if width > 128 or target.backend == "hip" or (of_pairs and holds_keys(kernel)):
+        return replace(config, block_m=16, block_n=16)
+    held, streamed = ("block_n", "block_m") if holds_keys(kernel) else ("block_m", "block_n")
+    return replace(config, num_warps=4, **{held: 16, streamed: 32})  # whose warps repeat no softmax
 
 
 def _tiled_config(kernel: str, problem: Problem, target: Target, width: int) -> TileConfig:

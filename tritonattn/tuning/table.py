@@ -15,8 +15,10 @@ import torch
 
 from ..core import records
 from .config import (
+    FIRST_KERNELS,
     OPTIONAL_FIELDS,
     OPTIONS,
+    SECOND_KERNELS,
     TILED_KERNELS,
     WIDEST,
     WIDEST_KEYS,
@@ -24,6 +26,7 @@ from .config import (
     Problem,
     Target,
     TileConfig,
+    holds_more,
 )
 from .fingerprint import gluon_fingerprint, kernels_fingerprint
 
@@ -34,11 +37,15 @@ HEAD_DIMS = (40, 64, 72, 80, 88, 96, 128, 192, 256)
 # Head dims that a model ranks. Other common ones, no multiples of 16 (Stable Diffusion's 40, SigLIP's and DiT's
 # 72, ViT-g's 88) have the code of the width they pad to but for a mask's bound, so only a card may tell them apart.
 RANKED_HEAD_DIMS = tuple(dim for dim in HEAD_DIMS if dim % 16 == 0)
-# Scales of a call by kernel; "gradient" is the query scale's gradient, which grad_query sums.
+# Those of passes with derivatives beyond the first, one a padded width.
+_PADDED_HEAD_DIMS = (64, 128, 256)
+# Scales of a call by kernel; "gradient" is the query scale's gradient, which grad_query sums. Beside 5 to 10 products a
+# query scale hardly counts.
 _SCALES = ("none", "query", "query+key")
-_SCALES_OF_GRAD_QUERY = ("none", "query", "query+gradient", "query+key+gradient")
 SCALES: dict[str, tuple[str, ...]] = {
-    kernel: _SCALES_OF_GRAD_QUERY if kernel == "grad_query" else _SCALES for kernel in TILED_KERNELS
+    **dict.fromkeys(FIRST_KERNELS, _SCALES),
+    "grad_query": ("none", "query", "query+gradient", "query+key+gradient"),
+    **dict.fromkeys(SECOND_KERNELS, _SCALES[1:]),
 }
 LENGTHS = ("short", "long")
 SOURCES = ("static", "measured")
@@ -82,13 +89,13 @@ class Key(NamedTuple):
         kernel, head_dim, scales, lengths = text.split("/")
         if kernel not in SCALES or scales not in SCALES[kernel] or lengths not in LENGTHS:
             raise ValueError(text)
-        if head_dim not in map(str, HEAD_DIMS):
+        if head_dim not in map(str, _dims_of(kernel)):
             raise ValueError(text)
         return cls(kernel, int(head_dim), scales, lengths)
 
     @property
     def problem(self) -> Problem:
-        """The call of this key that is gated and timed: causal; a forward of training, a decode of grouped heads."""
+        """The call of this key that is gated and timed: causal; of training, or a decode of grouped heads."""
         dim, right = self.head_dim, self.kernel != "decode"
         return Problem(
             dim,
@@ -100,15 +107,20 @@ class Key(NamedTuple):
             key_scale="key" in self.scales,
             query_scale_grad="gradient" in self.scales,
             grouped=self.kernel == "decode",
-            rounding=self.kernel == "forward",
+            rounding=self.kernel in ("forward", *SECOND_KERNELS),
         )
 
 
 def keys(kernels: tuple[str, ...] = TILED_KERNELS, head_dims: tuple[int, ...] = HEAD_DIMS) -> Iterator[Key]:
     """The keys of a table."""
     for kernel in kernels:
-        for head_dim in head_dims:
+        for head_dim in (dim for dim in _dims_of(kernel) if dim in head_dims):
             yield from (Key(kernel, head_dim, scales, lengths) for scales in SCALES[kernel] for lengths in LENGTHS)
+
+
+def _dims_of(kernel: str) -> tuple[int, ...]:
+    """The head dims that keys of a kernel have."""
+    return _PADDED_HEAD_DIMS if kernel in SECOND_KERNELS else HEAD_DIMS
 
 
 class Exact(NamedTuple):
@@ -171,18 +183,21 @@ def keys_of(kernel: str, problem: Problem, target: Target) -> tuple[Key, ...]:
     """The keys of the entries that serve a call, the padded width's last; none: tables leave it out.
 
     Tables leave out fp32, head dims above 256, memory-bound kernels, and calls that take more registers: a mask,
-    dropout, and decoding with many rows or from pages. A head dim that is not a multiple of 16 may also take the entry
-    of its padded width, except above 128 and, on AMD, with a key scale, where some of these would spill.
+    dropout, decoding with many rows or from pages, and of derivatives beyond the first what `holds_more`. A head dim
+    that is not a multiple of 16 may also take the entry of its padded width, except above 128 and, on AMD, with a key
+    scale, where some of these would spill.
     """
     is_heavy = problem.mask or problem.dropout or problem.block_table or problem.packed_rows > 16
+    is_heavy |= kernel in SECOND_KERNELS and holds_more(problem)
     if problem.dtype.itemsize != 2 or kernel not in TILED_KERNELS or is_heavy:
         return ()
     wider = max(problem.head_dim, problem.value_dim)
-    dims = [dim for dim in RANKED_HEAD_DIMS if dim >= wider][:1]
+    known = _dims_of(kernel)
+    dims = [dim for dim in RANKED_HEAD_DIMS if dim in known and dim >= wider][:1]
     if problem.head_dim % 16 or problem.value_dim % 16:
         fits = problem.width <= 128 and not (problem.key_scale and target.backend == "hip")
         padded = max(64, problem.width) if fits else None
-        dims = [dim for dim in HEAD_DIMS if (dim % 16 and dim == wider) or dim == padded]
+        dims = [dim for dim in known if (dim % 16 and dim == wider) or dim == padded]
     return tuple(Key(kernel, dim, _scales(kernel, problem), LENGTHS[not problem.short]) for dim in dims)
 
 
@@ -190,7 +205,8 @@ def _scales(kernel: str, problem: Problem) -> str:
     """The scales of a call as keys name them; where several would do, the one with more scales and gradients."""
     if kernel == "grad_query" and (problem.query_scale_grad or problem.key_scale):
         return SCALES[kernel][2 + problem.key_scale]
-    return _SCALES[1 + problem.key_scale if problem.query_scale or problem.key_scale else 0]
+    found = _SCALES[1 + problem.key_scale if problem.query_scale or problem.key_scale else 0]
+    return found if found in SCALES[kernel] else SCALES[kernel][0]
 
 
 @dataclass(frozen=True)

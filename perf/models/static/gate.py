@@ -10,7 +10,7 @@ from triton.compiler import CompiledKernel
 
 from tritonattn.autotune.gate import Candidate, compiled_candidate, memory_reasons
 from tritonattn.backends.triton.grids import splits_of_capacity
-from tritonattn.tuning.config import Problem, Target, TileConfig, padded_dim
+from tritonattn.tuning.config import Problem, Target, TileConfig, holds_keys, streamed_width
 from tritonattn.tuning.gpus import GPU
 
 from .machine_code import MachineCode, MmaLoop, flops_per_logit, read_machine_code
@@ -154,7 +154,7 @@ def _amd_cycles(kernel: str, problem: Problem, config: TileConfig, target: Targe
     streamed tile from LDS, once for each product.
     """
     held, streamed = config.block_m, config.block_n
-    if kernel == "grad_key_value":
+    if holds_keys(kernel):
         held, streamed = streamed, held
     flops = flops_per_logit(kernel, problem)
     logits, rates = streamed * max(held, 16 * config.num_warps), AMD_RATES[target.arch]
@@ -188,15 +188,15 @@ def _clocks_of_decode(problem: Problem, config: TileConfig, code: MachineCode, g
 
 def _streamed_bytes(kernel: str, problem: Problem, config: TileConfig) -> int:
     """Count the bytes that an iteration loads: keys and values, or queries and the output's gradient."""
-    rows = config.block_m if kernel == "grad_key_value" else config.block_n
-    return rows * (padded_dim(problem.head_dim) + padded_dim(problem.value_dim)) * problem.dtype.itemsize
+    rows = config.block_m if holds_keys(kernel) else config.block_n
+    return rows * streamed_width(kernel, problem) * problem.dtype.itemsize
 
 
 def _work(kernel: str, problem: Problem, config: TileConfig) -> tuple[int, int]:
     """Count programs, and iterations of each, of 128 heads of 512 tokens, or of 8192."""
     length = 512 if problem.short else 8192
     held, streamed = config.block_m, config.block_n
-    if kernel == "grad_key_value":
+    if holds_keys(kernel):
         held, streamed = streamed, held
     if kernel == "decode":  # 32 sequences with 8 key heads
         splits = splits_of_capacity(length, config)

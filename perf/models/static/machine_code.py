@@ -116,10 +116,20 @@ def read_machine_code(compiled: CompiledKernel) -> MachineCode:
 
 
 def flops_per_logit(kernel: str, problem: Problem) -> int:
-    """Count a row and key's FLOPs, head dims padded: 2 products forward, 3 for dq, 4 for dk and dv."""
+    """Count a row and key's FLOPs, head dims padded: 2 products forward, 3 for dq, 4 for dk and dv.
+
+    A tangent has 5 and its gradients 8 and 10, where all tensors have tangents, and gradients reach these too.
+    """
     query_key, value = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
-    widths = {"grad_query": 2 * query_key + value, "grad_key_value": 2 * query_key + 2 * value}
-    return 2 * widths.get(kernel, query_key + value)
+    products = {
+        "grad_query": (2, 1),
+        "grad_key_value": (2, 2),
+        "tangent": (3, 2),
+        "grad_query_second": (6, 2),
+        "grad_key_value_second": (6, 4),
+    }
+    of_heads, of_values = products.get(kernel, (1, 1))
+    return 2 * (of_heads * query_key + of_values * value)
 
 
 @functools.lru_cache(maxsize=4)

@@ -36,6 +36,11 @@ class Operands:
             return torch.empty(shape, dtype=dtype, device=self.device)
         return torch.randn(shape, generator=self._random, device=self.device, dtype=torch.float32).to(dtype)
 
+    def like(self, x: Tensor) -> Tensor:
+        """One of the shape, dtype and strides of another, as tangents are."""
+        shape = (size if step else 1 for size, step in zip(x.shape, x.stride(), strict=True))
+        return self.normal(*shape, dtype=x.dtype).expand(x.shape)
+
     def operand(self, *shape: int) -> Tensor:
         """One in the problem's dtype, with its alignment."""
         if self.problem.aligned:

@@ -19,12 +19,12 @@ def second(call: AttentionCall, saved: Saved, asked: SecondOrder) -> tuple[Gradi
     tangents, d_out, d_lse, needs, needs_tangents = asked
     flags = {
         "aux": d_lse is not None,
+        "rounding": saved[2] is not None,
         "query_scale_grad": needs.query_scale or needs_tangents.query_scale,
         "wide_q": call.q.dtype != call.v.dtype,
         "wide_k": call.k.dtype != call.v.dtype,
     }
-    selects = needs, needs_tangents, saved[2] is None
-    ready = with_tangents(call, tangents, aligned_copy(d_out), selects, **flags)
+    ready = with_tangents(call, tangents, aligned_copy(d_out), (needs, needs_tangents), **flags)
     call, lse = ready.call, saved[1]
     sinks = [new_results(call, lse) if one.sinks else None for one in (needs, needs_tangents)]
     terms = SecondTerms(*(new_results(call, lse, fill=x) for x in (-float("inf"), 0.0, 0.0, 0.0)), *sinks)

@@ -308,8 +308,8 @@ KERNELS["tangent"] = attention_tangent
 
 def tangent(call: AttentionCall, saved: Saved, tangents: Gradients) -> tuple[Tensor, Tensor]:
     """The tangents of out, in v's dtype, and of lse; saved: out, lse and rounding of `forward`."""
-    ready = with_tangents(call, tangents)
-    out, lse, _ = saved
+    out, lse, rounding = saved
+    ready = with_tangents(call, tangents, rounding=rounding is not None)
     t_out, t_lse = new_results(ready.call, out, out.dtype), new_results(ready.call, lse)
     launch_tangent(ready, saved, {"out_tangent_ptr": t_out, "lse_tangent_ptr": t_lse})
     return t_out, t_lse
