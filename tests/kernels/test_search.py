@@ -34,7 +34,7 @@ OF_CALLS = {
     "pages": "sequences right block_table grouped aux key_scale",
     "pairs": "right grouped softcap bias relative_bias key_bias",
     "pairs behind": "left softcap bias_after_softcap relative_bias query_scale",
-    "wide": "wide_q wide_k is_part query_scale query_scale_grad",
+    "wide": "fp32_grad_q fp32_grad_k is_part query_scale query_scale_grad",
     "derivatives": f"right key_lengths {TERMS} aux rounding",
 }
 OF_DECODE = {  # and packed rows

@@ -99,7 +99,7 @@ def test_neighbours_change_nothing(device):
 
 @pytest.mark.usefixtures("in_splits")
 def test_a_gradient_in_fp32_is_the_sum_of_the_parts(device):
-    """Under a second term of k, to which the first one's gradient is added in fp32: `wide_k`."""
+    """Under a second term of k, to which the first one's gradient is added in fp32: `fp32_grad_k`."""
     tensors = harness.inputs(torch.float16, device, k_len=70)
     harness.check(tensors, tritonattn.attention, scaling="key_norm_mean", causal=True)
 

@@ -183,7 +183,7 @@ def test_derivatives_of_key_statistics(form):
     def by(kind: type[Statistics], k: Tensor) -> Tensor:
         statistics = kind(k, Visibility(1, 4, 2, 5, 7, k.device, key_ranges=ranges))
         found = statistics.norm_sum.double() + statistics.norm_square_sum + statistics.norm_max.double()
-        wide = statistics.wide[0][1] if statistics.wide else k
+        wide = statistics.in_fp32[0][1] if statistics.in_fp32 else k
         return found.sum(1) + torch.where((statistics.norms > 0)[..., None], wide, 0).square().sum()
 
     results = [

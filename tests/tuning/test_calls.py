@@ -110,7 +110,9 @@ def test_every_field_of_a_problem_is_in_its_name():
 
 
 def test_names_of_earlier_releases_are_read():
-    """Their options stood in another order."""
+    """Their options stood in another order, and some had other names."""
+    of_gradients = Problem(64, 32, HALF, fp32_grad_q=True, fp32_grad_k=True)
+    assert Exact.parse("grad_query/64/32/float16/wide_q+wide_k") == Exact("grad_query", of_gradients)
     named = ("right", "query_scale", "bias", "query_scale_grad", "softcap", "bias_after_softcap", "sinks", "dropout")
     one = Exact("grad_query", Problem(64, 32, HALF, **dict.fromkeys(named, True)))
     assert Exact.parse(f"grad_query/64/32/float16/{'+'.join(named)}") == one

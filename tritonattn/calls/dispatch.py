@@ -77,7 +77,7 @@ def resolve(request: Request, backend: Backend, dropout: Dropout | None = None) 
         call = with_terms(request, backend, logits(request, statistics), dropout)
         if call.visibility.invariant:
             backend.refuse_terms(call)
-        return statistics.widened(call) if statistics.wide else call
+        return statistics.widened(call) if statistics.in_fp32 else call
     if request.statistics is not None:
         table, sequences = request.block_table, request.visibility.sequences
         pages = None if table is None else PageTable(table, request.k.shape[2], sequences)

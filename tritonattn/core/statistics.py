@@ -57,8 +57,8 @@ class Statistics:
     _source: Tensor | Callable[[], Tensor]
     visibility: Visibility
     _known: dict[str, Tensor] = field(default_factory=dict, init=False)
-    # Tensors whose norms have a gradient, and what takes theirs: `widened`.
-    wide: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
+    # Tensors whose norms have a gradient, and copies that take theirs: `widened`.
+    in_fp32: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
 
     @property
     def k(self) -> Tensor:

@@ -94,14 +94,14 @@ class KernelStatistics(Statistics):
     def _norms_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
         if not (needs_graph(x) or is_transformed()):
             return _key_norms(x, seen)
-        norms, wide = apply(_Norms, x, seen)
-        self.wide.append((x, wide))
+        norms, copy = apply(_Norms, x, seen)
+        self.in_fp32.append((x, copy))
         return norms
 
     def widened(self, call: AttentionCall) -> AttentionCall:
         q, k = call.q, call.k
-        for x, wide in self.wide:
-            q, k = wide if x is call.q else q, wide if x is call.k else k
+        for x, copy in self.in_fp32:
+            q, k = copy if x is call.q else q, copy if x is call.k else k
         _, _, *rest = call  # torch 2.8 traces no slice
         return AttentionCall(q, k, *rest)  # pyright: ignore[reportArgumentType]
 
@@ -121,15 +121,15 @@ class _Norms(Function):
         save(ctx, *inputs, output[0])
 
     @staticmethod
-    def backward(ctx, d_norms, d_wide):
+    def backward(ctx, d_norms, d_copy):
         x, seen, norms = saved = ctx.saved_tensors
         if d_norms is None:
-            return (None if d_wide is None else d_wide.to(x.dtype)), None
+            return (None if d_copy is None else d_copy.to(x.dtype)), None
         if differentiates_again():
             d_x = gradient_of_norms(x, norms, d_norms)
-            return (d_x if d_wide is None else d_x + d_wide).to(x.dtype), None
-        run = kernels().key_norms_backward if runs_eagerly(*saved, d_norms, d_wide) else _key_norms_backward_operator
-        return run(x, seen, norms, d_norms, d_wide), None
+            return (d_x if d_copy is None else d_x + d_copy).to(x.dtype), None
+        run = kernels().key_norms_backward if runs_eagerly(*saved, d_norms, d_copy) else _key_norms_backward_operator
+        return run(x, seen, norms, d_norms, d_copy), None
 
     @staticmethod
     def tangent(ctx, of_x, _):

@@ -105,8 +105,8 @@ class Problem(make_dataclass("Flags", _FLAGS, frozen=True, kw_only=True)):
     aligned      every address and stride of q, k, v and the output's gradient is a multiple of 16 bytes
     packed_rows  the power of two, at least 16, that holds the heads of a group times the new tokens of a decode call
     rounding     a forward also returns what its output lost when it was rounded to 16 bits, and a backward takes it
-    wide_q       a 16-bit backward returns q's gradient in fp32, for what is added to it
-    wide_k       likewise k's
+    fp32_grad_q  a 16-bit backward returns q's gradient in fp32, for what is added to it
+    fp32_grad_k  likewise k's
     is_part      a backward of some of the visible keys of its rows
     short        few rows and keys, so that a GPU may have more processors than programs: `is_short`
     invariant    a row's bits, and so its tiles, do not depend on the rest of the batch: `defaults.default_config`
@@ -129,8 +129,8 @@ class Problem(make_dataclass("Flags", _FLAGS, frozen=True, kw_only=True)):
     packed_rows: int = 16
     aligned: bool = True
     rounding: bool = False
-    wide_q: bool = False
-    wide_k: bool = False
+    fp32_grad_q: bool = False
+    fp32_grad_k: bool = False
     is_part: bool = False
     short: bool = False
     invariant: bool = False

@@ -143,12 +143,13 @@ class Exact(NamedTuple):
     def parse(cls, text: Any) -> Exact:
         """The one that prints as this; raises ValueError."""
         try:
-            kernel, head_dim, value_dim, dtype, named = text.split("/")
+            read = text.replace("wide_q", "fp32_grad_q").replace("wide_k", "fp32_grad_k")  # their former names
+            kernel, head_dim, value_dim, dtype, named = read.split("/")
             given: dict[str, Any] = {} if named == "plain" else dict(map(_option, named.split("+")))
             problem = Problem(int(head_dim), int(value_dim), _DTYPES[dtype], **given)
             found = cls(kernel, problem)
             dims = (problem.head_dim, problem.value_dim, problem.packed_rows)
-            is_sound = kernel in TILED_KERNELS and is_searched(problem) and _parts(str(found)) == _parts(text)
+            is_sound = kernel in TILED_KERNELS and is_searched(problem) and _parts(str(found)) == _parts(read)
             if is_sound and all(1 <= x <= most for x, most in zip(dims, _MOST_DIMS, strict=True)):
                 return found
         except (AttributeError, KeyError, TypeError, ValueError):

@@ -152,7 +152,7 @@ def backward(
     out, lse and rounding as `forward` left them; d_out [B, Hq, Sq, Dv] in out's dtype and d_lse fp32 [B, Hq, Sq], any
     strides.
     """
-    wide_q, wide_k = call.q.dtype != call.v.dtype, call.k.dtype != call.v.dtype
+    fp32_grad_q, fp32_grad_k = call.q.dtype != call.v.dtype, call.k.dtype != call.v.dtype
     d_out = one_layout(d_out) if call.visibility.invariant else aligned_copy(d_out)
     ready = prepared(
         call,
@@ -161,8 +161,8 @@ def backward(
         aux=d_lse is not None,
         rounding=rounding is not None,
         query_scale_grad=needs.query_scale,
-        wide_q=wide_q,
-        wide_k=wide_k,
+        fp32_grad_q=fp32_grad_q,
+        fp32_grad_k=fp32_grad_k,
         is_part=call.is_part,
     )
     rounding = None if rounding is None else rounding.contiguous()

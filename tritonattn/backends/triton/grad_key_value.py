@@ -301,10 +301,10 @@ KERNELS["grad_key_value"] = attention_grad_key_value
 def grad_key_value(ready: Prepared, needs: Needs, row_terms: RowTerms) -> Gradients:
     """The gradients of k, v, key_scale and the three biases."""
     call, logits, visible = ready.call, ready.call.terms, ready.call.visibility
-    wide = ready.specialisation.problem.wide_k
+    in_fp32 = ready.specialisation.problem.fp32_grad_k
     of_keys = logits.key_bias
     found = Gradients(
-        k=new_results(call, call.k, torch.float32 if wide else call.k.dtype),
+        k=new_results(call, call.k, torch.float32 if in_fp32 else call.k.dtype),
         v=new_results(call, call.v, call.v.dtype),
         key_scale=new_results(call, call.k.select(3, 0)) if needs.key_scale else None,
         key_bias=new_results(call, of_keys) if needs.key_bias and of_keys is not None else None,

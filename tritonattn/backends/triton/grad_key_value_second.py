@@ -363,14 +363,14 @@ def grad_key_value_second(
 
 
 def _results(ready: Prepared, needs: Needs) -> Gradients:
-    call, logits, wide = ready.call, ready.call.terms, ready.specialisation.problem.wide_k
+    call, logits, in_fp32 = ready.call, ready.call.terms, ready.specialisation.problem.fp32_grad_k
     pairs, k_len = {}, call.visibility.k_len
     for name in PAIRS:
         x = getattr(logits, name)
         if x is not None and getattr(needs, name):
             pairs[name] = of_pairs(call, k_len if AXES[name][-1] == "Sk" else x.shape[3])
     return Gradients(
-        k=new_results(call, call.k, torch.float32 if wide else call.k.dtype) if needs.k else None,
+        k=new_results(call, call.k, torch.float32 if in_fp32 else call.k.dtype) if needs.k else None,
         v=new_results(call, call.v, call.v.dtype) if needs.v else None,
         key_scale=new_results(call, call.k.select(3, 0)) if needs.key_scale else None,
         key_bias=new_results(call, logits.key_bias) if needs.key_bias and logits.key_bias is not None else None,

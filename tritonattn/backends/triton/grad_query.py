@@ -283,8 +283,8 @@ KERNELS["grad_query"] = attention_grad_query
 
 def grad_query(ready: Prepared, needs: Needs, row_terms: RowTerms) -> tuple[Tensor, Tensor | None]:
     """The gradients of q and query_scale."""
-    call, wide = ready.call, ready.specialisation.problem.wide_q
-    d_q = new_results(call, call.q, torch.float32 if wide else call.q.dtype)
+    call, in_fp32 = ready.call, ready.specialisation.problem.fp32_grad_q
+    d_q = new_results(call, call.q, torch.float32 if in_fp32 else call.q.dtype)
     d_query_scale = new_results(call, call.q.select(3, 0)) if needs.query_scale else None
     key_size = None
     if call.terms.key_scale is not None and call.q.dtype == torch.float16:

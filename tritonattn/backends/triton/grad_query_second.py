@@ -306,8 +306,8 @@ def grad_query_second(
 
 
 def _results(ready: Prepared, needs: Needs) -> Gradients:
-    call, wide = ready.call, ready.specialisation.problem.wide_q
+    call, in_fp32 = ready.call, ready.specialisation.problem.fp32_grad_q
     return Gradients(
-        q=new_results(call, call.q, torch.float32 if wide else call.q.dtype) if needs.q else None,
+        q=new_results(call, call.q, torch.float32 if in_fp32 else call.q.dtype) if needs.q else None,
         query_scale=new_results(call, call.q.select(3, 0)) if needs.query_scale else None,
     )

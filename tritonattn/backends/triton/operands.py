@@ -55,8 +55,8 @@ class Operands:
         problem, rows, keys = self.problem, self._rows(), self._keys()
         q, (k, v) = self.operand(*rows, problem.head_dim), self._keys_and_values(keys)
         return AttentionCall(
-            q.float() if problem.wide_q else q,
-            k.float() if problem.wide_k else k,
+            q.float() if problem.fp32_grad_q else q,
+            k.float() if problem.fp32_grad_k else k,
             v,
             self._visibility(rows, keys),
             self._terms(rows, keys),

@@ -21,8 +21,8 @@ def second(call: AttentionCall, saved: Saved, asked: SecondOrder) -> tuple[Gradi
         "aux": d_lse is not None,
         "rounding": saved[2] is not None,
         "query_scale_grad": needs.query_scale or needs_tangents.query_scale,
-        "wide_q": call.q.dtype != call.v.dtype,
-        "wide_k": call.k.dtype != call.v.dtype,
+        "fp32_grad_q": call.q.dtype != call.v.dtype,
+        "fp32_grad_k": call.k.dtype != call.v.dtype,
     }
     ready = with_tangents(call, tangents, aligned_copy(d_out), (needs, needs_tangents), **flags)
     call, lse = ready.call, saved[1]
