@@ -71,8 +71,9 @@ else:  # a checker would take every name for one of ours
         )
 
     def _source(folder: str) -> str:
-        """The text of a folder's __init__.py, whose import may need other packages."""
-        return (Path(__file__).parent / folder / "__init__.py").read_text(encoding="utf-8")
+        """The text of a folder's __init__.py, whose import may need other packages; a kernel of the hub lacks some."""
+        file = Path(__file__).parent / folder / "__init__.py"
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def __dir__() -> list[str]:

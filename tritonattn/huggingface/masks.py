@@ -252,7 +252,7 @@ def _implied(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, An
     """Visibility without a mask: from the module's is_causal flag, packed documents and the window."""
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-    source = getattr(getattr(layer_scaling(module), "shared", None), "_attn_implementation", None)  # None: tritonattn
+    source = _mask_source(module)
     if source == "eager":
         return {}  # eager attention hides nothing but by its mask
     window = _window(causal, query, key, kwargs)
@@ -264,6 +264,14 @@ def _implied(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, An
         end = torch.arange(1, query.shape[2] + 1, device=query.device, dtype=torch.int32)
         return {"key_ranges": torch.stack([torch.zeros_like(end), end], -1).expand(query.shape[0], -1, -1)}
     return {"causal": causal and query.shape[2] > 1, **window}
+
+
+def _mask_source(module: nn.Module) -> str | None:
+    """The attention implementation whose mask function made the masks; None for tritonattn's."""
+    layer = layer_scaling(module)
+    config = getattr(module, "config", None) if layer is None else layer.shared
+    name = getattr(config, "_attn_implementation", None)
+    return "sdpa" if "/" in (name or "") else name  # transformers registers a kernel of the hub with sdpa's masks
 
 
 def _window(causal: bool, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Settings:
 
         Raises ValueError naming the entry, what was expected and what came.
         """
-        check_entries(entry, saved, {field.name for field in fields(cls)})
+        check_entries(entry, saved, _ENTRIES)
         backend = saved.get("backend", "auto")
         if backend not in BACKENDS:
             raise ValueError(f"{entry}.backend: expected one of {', '.join(BACKENDS)}, got {reprlib.repr(backend)}")
@@ -76,6 +76,9 @@ class Settings:
         if not (invariant is None or isinstance(invariant, bool)):
             raise ValueError(f"{entry}.batch_invariant: expected a bool or None, got {reprlib.repr(invariant)}")
         return cls(from_config(saved.get("scaling"), heads, f"{entry}.scaling"), gain, backend, invariant)
+
+
+_ENTRIES = {field.name for field in fields(Settings)}  # here, since torch.compile cannot trace `fields`
 
 
 class LayerScaling(nn.Module):

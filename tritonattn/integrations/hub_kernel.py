@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import tempfile
@@ -17,6 +18,23 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 # Files that need more than torch and triton, and those of commands.
 _LEFT_OUT = ("analysis", "cli", "huggingface", "integrations", "lab", "autotune", "__main__.py")
 _LEFT_OUT += ("core/progress.py", "core/provenance.py", "core/tables.py")
+
+# transformers' attention interface: imported when transformers calls it, without what registers and patches.
+_INTERFACE = ("architecture", "attention", "context_parallel", "first_use", "masks", "scalings", "settings")
+_HUGGINGFACE = """\
+\"\"\"transformers' attention interface.\"\"\"
+"""
+_ENTRY = """
+
+supports_flash_attn = True  # by this name and the next transformers takes a kernel for an attention implementation
+
+
+def flash_attn_forward(module, query, key, value, attention_mask, **arguments):
+    \"\"\"The attention of a model of transformers, with the scaling of its config.tritonattn.\"\"\"
+    from .huggingface.attention import attention_forward
+
+    return attention_forward(module, query, key, value, attention_mask, **arguments)
+"""
 
 _BUILD = """\
 [general]
@@ -66,7 +84,18 @@ tritonattn = get_kernel("{repo_id}", version={version}, trust_remote_code=["{rep
 out = tritonattn.attention(q, k, v, scaling="key_norm_mean", causal=True)
 ```
 
-Its functions are those of the Python package tritonattn, without what needs transformers. It needs torch and triton.
+Its functions are those of the Python package tritonattn, without its patches of models. It needs torch and triton.
+
+As the attention of a model of transformers:
+
+```python
+from transformers import AutoConfig, AutoModelForCausalLM
+
+config = AutoConfig.from_pretrained("model")
+config.tritonattn = {{"scaling": "log_key_count:8192"}}  # for all layers; without it the model's own
+kernel = {{"attn_implementation": "{implementation}", "allow_all_kernels": True}}
+model = AutoModelForCausalLM.from_pretrained("model", config=config, **kernel)
+```
 """
 
 
@@ -76,6 +105,9 @@ def write(folder: Path, repo_id: str, version: int = 1) -> list[str]:
         build.toml, flake.nix, CARD.md     for `kernel-builder build` and the hub
         torch-ext/tritonattn/              the sources: relative imports, torch and triton only
         build/torch-cpu/, -cuda/, -rocm/   the same with metadata.json: what `kernels.get_local_kernel(folder)` loads
+
+    transformers loads it by `attn_implementation="OWNER/NAME"`, from the hub's branch v1, and as "OWNER/NAME@v2" from
+    version 2 on; LOCAL_KERNELS=OWNER/NAME=FOLDER in the environment takes the folder instead.
 
     The operators of every copy have another namespace, so that a kernel loads with an installed tritonattn, and
     several versions of it in one process. A call that fails or is interrupted leaves nothing behind.
@@ -111,19 +143,25 @@ def _fill(folder: Path, repo_id: str, version: int) -> list[str]:
     names = ", ".join(f'"{backend}"' for backend in BACKENDS)
     _write(folder / "build.toml", _BUILD.format(name=NAME, version=version, backends=names, repo_id=repo_id))
     _write(folder / "flake.nix", _FLAKE)
-    _write(folder / "CARD.md", _CARD.format(repo_id=repo_id, version=version))
+    implementation = repo_id if version == 1 else f"{repo_id}@v{version}"
+    _write(folder / "CARD.md", _CARD.format(repo_id=repo_id, version=version, implementation=implementation))
     _copy(files, folder / "torch-ext" / NAME)
-    digest = hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()[:8]
+    hashes = {name: hashlib.sha256(text.encode()).digest() for name, text in sorted(files.items())}
+    build = hashlib.sha256(b"".join(hashes.values())).hexdigest()[:8]
     variants = [f"torch-{backend}" for backend in BACKENDS]
     for backend, variant in zip(BACKENDS, variants, strict=True):
         built = folder / "build" / variant
         metadata = {
             "name": NAME,
-            "id": f"_{NAME}_{backend}_{digest}",
+            "id": f"_{NAME}_{backend}_{build}",
             "version": version,
             "license": "MIT",
             "python-depends": [],
             "backend": {"type": backend},
+            "digest": {
+                "algorithm": "sha256",
+                "files": {name: base64.b64encode(one).decode() for name, one in hashes.items()},
+            },
         }
         _copy(files, built)
         _write(built / "metadata.json", json.dumps(metadata, indent=2) + "\n")
@@ -137,6 +175,10 @@ def _sources() -> dict[str, str]:
         inside = path.relative_to(_PACKAGE)
         if not any(inside.is_relative_to(one) for one in _LEFT_OUT):
             files[inside.as_posix()] = path.read_text(encoding="utf-8")
+    files["__init__.py"] += _ENTRY
+    files["huggingface/__init__.py"] = _HUGGINGFACE
+    for name in _INTERFACE:
+        files[f"huggingface/{name}.py"] = (_PACKAGE / f"huggingface/{name}.py").read_text(encoding="utf-8")
     for path in sorted(shipped_tables().iterdir()):
         if path.suffix in (".json", ".md"):
             files[f"autotune_cache/{path.name}"] = path.read_text(encoding="utf-8")
@@ -150,4 +192,4 @@ def _copy(files: dict[str, str], folder: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text.encode())  # the bytes of the digest, on Windows too
