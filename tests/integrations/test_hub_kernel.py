@@ -94,7 +94,6 @@ def test_a_model_of_transformers_takes_it(implementation):
     """Its windows, padding, generated tokens and gradients, with a scaling of its config, equal those of a patch."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes["initializer_range"] = 0.5
     sizes |= {"vocab_size": 9, "num_key_value_heads": 1}
     config = transformers.MistralConfig(sliding_window=5, initializer_range=0.5, **sizes)
     model, tokens = transformers.MistralForCausalLM(config).double().eval(), torch.randint(8, (2, 12))
