@@ -119,6 +119,16 @@ def of_pages() -> list[Case]:
     return cases
 
 
+def of_eight_bits() -> list[Case]:
+    """Decoding and packed rows over pages, in turn, on every target; a contiguous cache where numbers come as bytes."""
+    forms = ("block_table query_scale", f"right sequences block_table query_scale key_scale {EVERYTHING}")
+    cases = [Case("decode", Problem(128, 128, HALF, eight_bit=True), "sm_80")]
+    for number, target in enumerate(TARGETS):
+        kernel, options = ("decode", "forward")[number % 2], dict.fromkeys(forms[number % 2].split(), True)
+        cases.append(Case(kernel, Problem(128, 128, BFLOAT, eight_bit=True, **options), target))
+    return cases
+
+
 def of_pair_ceilings() -> dict[Case, float]:
     return {_of_pairs(*key, spills): ceiling for key, (ceiling, spills) in PAIR_BIASES.items()}
 
@@ -163,7 +173,7 @@ def of_streaming_kernels() -> list[Case]:
 
 CEILINGS, PAIR_CEILINGS = of_ceilings(), of_pair_ceilings()
 CASES = [*CEILINGS, *of_every_choice(), *of_wide_heads(), *of_pages(), *of_biases_of_pairs(), *of_streaming_kernels()]
-CASES += [*PAIR_CEILINGS, *of_second_kernels()]
+CASES += [*PAIR_CEILINGS, *of_second_kernels(), *of_eight_bits()]
 CASES += [Case(kernel, problem_of(64), one) for kernel, one in product(FIRST_KERNELS, TARGETS) if one not in KINDS]
 CASES = list(dict.fromkeys(CASES))
 

@@ -45,6 +45,7 @@ class Case:
     window: tuple[int, int] | None = None
     scaling: str = "sqrt_dim"
     form: str = "plain"
+    eight_bit: str = ""
 
     def __str__(self) -> str:
         return described(self)
@@ -57,6 +58,7 @@ class Case:
         if options.pop("key_bias", False):
             options["bias_heads"] = self.heads[0]
         sizes = {"heads": self.heads, "dims": self.dims, "count": self.count, "page": self.page}
+        sizes["eight_bit"] = self.eight_bit
         check_newest(self.dtype, CPU, self.written, max(self.written), self.capacity, **sizes, **options)
 
 
@@ -66,6 +68,7 @@ FAST = (
     Case(BFLOAT, (16, 32), SMALL, (5, 150), count=5, heads=(8, 2), window=(70, 0), form="every form"),
     Case(SINGLE, (16, 16), SMALL, page=16, scaling="key_norm_max", window=(30, 0)),
     Case(BFLOAT, (576, 512), None, (30, 70), 80, heads=(4, 1)),
+    Case(HALF, (16, 16), SMALL, (5, 150), page=23, scaling="key_norm_mean", eight_bit="head"),
 )
 
 # Every head dim on every GPU and most pairs of the other choices, all in the default config.
@@ -93,6 +96,17 @@ def test_decode(case, capability, emulate):
     executor = emulate(GPU(capability), case.tiles)
     case.check()
     assert ("combine_splits" in executor.launched) == (case.window != (30, 0))
+
+
+@in_turn(dtype=[BFLOAT, HALF], capability=[80, 90])
+def test_every_number_of_8_bits(dtype, capability, emulate):
+    """The output of a row that attends to one key is its value: NaN for two of them."""
+    emulate(GPU(capability), SMALL)
+    q, byte = torch.zeros(1, 1, 1, 16, dtype=dtype), torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    k, v = (x.view(1, 1, 1, -1).view(torch.float8_e4m3fn) for x in (byte[:16], byte))
+    found = attention_decode(q, k, v, key_lengths=torch.tensor([1]), backend="triton")
+    torch.testing.assert_close(found, v.to(dtype), rtol=0, atol=0, equal_nan=True)
+    assert found.isnan().sum() == 2
 
 
 @in_turn(name=["q", "k"], length=[60, 150])

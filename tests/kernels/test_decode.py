@@ -207,3 +207,15 @@ def test_cuda_graph(mode, page, device):
         graph.replay()
         torch.testing.assert_close(out, cache.newest(expected, 1), rtol=5e-3, atol=5e-3)
         cache.write(1)
+
+
+@in_turn(
+    kind=["tensor", "number", "sequence"],
+    mode=["inkling2", "sqrt_dim", "key_norm_mean"],
+    page=[None, 19],
+    statistics=[True, False],
+    invariant=[False, True],
+)
+def test_8_bit_caches(kind, mode, page, statistics, invariant, device):
+    options = {"page": page, "statistics": statistics, "invariant": invariant, "scaling": mode}
+    _check(torch.float32, device, written=(5, 90), eight_bit=kind, count=2, **options)

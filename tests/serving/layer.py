@@ -73,12 +73,17 @@ class Layer:
         backend = self.layer.get_attn_backend()
         spec = customize_attention_spec(backend, self.layer.get_kv_cache_spec(self.config))
         self.builder = backend.get_builder_cls()(spec, [NAME], self.config, torch.device("cpu"))
-        self.renew_cache(PAGES, spec.state_content_size_bytes // self.dtype.itemsize)
+        self.cache_dtype = spec.dtype
+        self.renew_cache(PAGES, spec.state_content_size_bytes // spec.dtype.itemsize)
 
     def renew_cache(self, pages: int, width: int | None = None) -> None:
         """An empty cache, with NaN in it; width: numbers of a cell, as before where None."""
         width = self.cache.shape[-1] if width is None else width
-        self.cache = torch.full((pages, KV_HEADS, self.page, width), torch.nan, dtype=self.dtype)
+        shape = (pages, KV_HEADS, self.page, width)
+        if self.cache_dtype == torch.uint8:
+            self.cache = torch.full(shape, 0x7F, dtype=torch.uint8)  # of e4m3
+        else:
+            self.cache = torch.full(shape, torch.nan, dtype=self.cache_dtype)
 
     def batch(self, rows: list[int], keys: list[int], table: torch.Tensor | None = None) -> dict[str, Any]:
         """A step of sequences with new tokens and keys, new ones included: what vLLM's runner hands over.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
+from tests.support.eight_bit import quantised
 from tritonattn.integrations.vllm import plugin
 
 from .layer import PAGES, WIDTH, Layer, exact
@@ -35,6 +36,22 @@ def test_steps_compute_the_formula(case):
     assert len(found) == 6
     assert max(x.error(**settings, **arguments) for x in found) < TOLERANCE
     assert max(x.error(window=3) for x in found) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("mode", ["log_key_count", "key_norm_mean"])
+@pytest.mark.parametrize("of_heads", [False, True])
+@torch.no_grad()
+def test_8_bit_caches_hold_what_vllms_scales_say(mode, of_heads):
+    """One scale of keys and one of values, or one a head, as of compressed-tensors."""
+    layer = Layer({"scaling": mode}, "float32", engine={"cache_config.cache_dtype": "fp8"})
+    scales = torch.tensor([[0.02, 0.03], [0.01, 0.015]])
+    for name, scale in zip("kv", scales if of_heads else scales[:, 0], strict=True):
+        layer.layer.register_buffer(f"_{name}_scale", scale)
+        setattr(layer.layer, f"_{name}_scale_float", float(scale.max()))
+    factors = scales[..., None] if of_heads else scales[:, :1, None]
+    for out, q, *held in layer.run(STEPS):
+        k, v = (quantised(x, factor)[1] for x, factor in zip(held, factors, strict=True))
+        torch.testing.assert_close(out.double(), exact(q, k, v, scaling=mode), rtol=0, atol=TOLERANCE)
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def test_padding_is_written_nowhere():
     common.slot_mapping, common.num_actual_tokens = torch.cat([slots, torch.full((3,), -1)]), len(slots) + 3
     k, v = (torch.cat([batch[name], torch.full((3, *batch[name].shape[1:]), torch.nan)]) for name in "kv")
     impl = layer.layer.impl
-    impl._write(k, v, keys_and_values(layer.cache, HEAD_DIM), layer.builder.build(0, common))
+    impl._write((k, v), keys_and_values(layer.cache, HEAD_DIM), layer.builder.build(0, common))
     written = layer.cache.transpose(1, 2).flatten(0, 1)[slots]
     assert torch.equal(written, torch.cat([batch["k"], batch["v"]], -1))
     assert layer.cache[1:].isfinite().sum() == written.numel()
@@ -93,7 +93,10 @@ def test_refused_by_name(monkeypatch):
         ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
         ({"kv_sharing_target_layer_name": "x"}, "kv_sharing_target_layer_name None, got x"),
         ({"head_size_v": 32}, f"expected an Attention with values of 64, got a Attention with values of 32 at {NAME}"),
-        ({"engine": {"cache_config.cache_dtype": "float16"}}, "kv_cache_dtype auto or bfloat16, got float16"),
+        (
+            {"engine": {"cache_config.cache_dtype": "float16"}},
+            "kv_cache_dtype auto or bfloat16 or fp8 or fp8_e4m3, got float16",
+        ),
         ({"engine": {"parallel_config.pipeline_parallel_size": 2}}, "pipeline_parallel_size 1, got 2"),
         ({"engine": {"parallel_config.decode_context_parallel_size": 2}}, "DCP not supported"),
         ({"engine": {"parallel_config.prefill_context_parallel_size": 2}}, "PCP not supported"),
@@ -130,7 +133,7 @@ def test_another_backend_is_refused_for_a_patched_model():
         with pytest.raises(NotImplementedError, match="MLA not supported"):
             get_attn_backend(64, torch.bfloat16, "auto", use_mla=True)
         with pytest.raises(NotImplementedError, match="kv_cache_dtype not supported"):
-            get_attn_backend(64, torch.bfloat16, "fp8")
+            get_attn_backend(64, torch.bfloat16, "fp8_e5m2")
         with pytest.raises(NotImplementedError, match="multimodal token full attention not supported"):
             get_attn_backend(64, torch.bfloat16, "auto", use_mm_prefix=True)
         with pytest.raises(NotImplementedError, match="head_size not supported"):

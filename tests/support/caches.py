@@ -8,6 +8,7 @@ from torch import Tensor
 import tritonattn
 from tests.support.bound import assert_within_bound
 from tests.support.calls import operands
+from tests.support.eight_bit import along, descale_of, quantised
 from tritonattn.core.call import AttentionCall
 from tritonattn.core.terms import Terms
 from tritonattn.core.visibility import Visibility
@@ -167,6 +168,7 @@ def check_newest(
     bias_heads: int | None = None,
     aux: bool = True,
     invariant: bool = False,
+    eight_bit: str = "",
     lay: Callable[[Tensor], Tensor] = lambda x: x,
     **options,
 ) -> None:
@@ -174,19 +176,29 @@ def check_newest(
 
     written      keys of each of two sequences, `count` new ones included; `length` are those of the full pass
     bias_heads   heads of a bias in which the first keys, in one head a whole split of them, have no weight
+    eight_bit    the kind of descales of an 8-bit cache, as of `descale_of`; then rows are those over dequantised keys
     lay          copies of queries, keys and values in the memory that kernels get
     """
     q, k, v = sequences(dtype, heads=heads, length=length, dims=dims, device=device)
-    bias = None
+    held, bias = (k, v), None
+    if eight_bit:
+        descales = [descale_of(eight_bit, 2, heads[1], seed, device) for seed in (0, 1)]
+        (k8, k), (v8, v) = (quantised(x.double(), along(descale)) for x, descale in zip((k, v), descales, strict=True))
+        held, options = (k8, v8), options | dict(zip(("k_descale", "v_descale"), descales, strict=True))
     if bias_heads:
         bias = torch.randn(2, bias_heads, length, generator=torch.Generator().manual_seed(1)).to(device)
         bias[:, 0, :66], bias[..., ::7] = -torch.inf, -torch.inf
-    whole = {"key_bias": bias, "causal": True, "window": window, "backend": "reference", "return_aux": True, **options}
+    plain = {name: x for name, x in options.items() if not name.endswith("descale")}
+    whole = {"key_bias": bias, "causal": True, "window": window, "backend": "reference", "return_aux": True, **plain}
     exact, eager = (tritonattn.attention(*(x.to(one) for x in (q, k, v)), **whole) for one in (torch.float64, dtype))
-    cache = GrowingCache(k, v, capacity, page, statistics)
-    cache.write([end - count for end in written])
-    cache.write(count)
-    arguments = cache.arguments()
+    cache, record = GrowingCache(*held, capacity, page), None
+    if statistics:
+        wide = torch.promote_types(dtype, torch.float32)
+        record = GrowingCache(k.to(wide) if eight_bit else k, v, capacity, page, True)
+    for counts in ([end - count for end in written], count):
+        cache.write(counts)
+        record and record.write(counts)
+    arguments = cache.arguments() | ({"statistics": record.record} if record else {})
     arguments |= {name: lay(arguments[name]) for name in ("k_cache", "v_cache")}
     if bias is not None:
         options["key_bias"] = torch.nn.functional.pad(bias, (0, cache.capacity - length), value=torch.nan)

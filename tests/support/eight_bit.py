@@ -8,12 +8,12 @@ from tritonattn.core.eight_bit import EIGHT_BIT
 LARGEST = torch.finfo(EIGHT_BIT).max
 
 
-def descale_of(kind: str, batch: int, kv_heads: int, seed: int = 0) -> float | Tensor | None:
+def descale_of(kind: str, batch: int, kv_heads: int, seed: int = 0, device="cpu") -> float | Tensor | None:
     """One a tensor as a number or a tensor, one a head, one a sequence and head, or None."""
     shapes = {"tensor": (), "head": (kv_heads,), "sequence": (batch, kv_heads)}
     if kind in ("none", "number"):
         return None if kind == "none" else 0.037
-    return torch.rand(shapes[kind], generator=torch.Generator().manual_seed(seed)) * 0.05 + 0.02
+    return (torch.rand(shapes[kind], generator=torch.Generator().manual_seed(seed)) * 0.05 + 0.02).to(device)
 
 
 def along(descale: float | Tensor | None, counts: Tensor | None = None) -> float | Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..core.autograd import needs_graph
 from ..core.call import AttentionCall, ForwardResult, Request
-from ..core.eight_bit import EIGHT_BIT
 from ..core.terms import Gradients, Needs
 from .cpu import Sdpa
 from .protocol import Backend, SecondOrder
@@ -38,8 +37,6 @@ class Kernels(Backend):
     def obstacle(self, request: Request) -> str | None:
         visible = request.visibility
         decodes = request.cached != "" and visible.sequences is None and not visible.invariant
-        if request.k.dtype == EIGHT_BIT:
-            return f"k and v of dtype {request.k.dtype}"
         return obstacle_of(request.q, request.v, decodes)
 
     def require(self, request: Request) -> None:

@@ -165,8 +165,8 @@ def attention_decode(
         backend=backend,
         statistics=statistics,
         cached="attention_decode",
-        k_descale=descale_of("k_descale", k_descale, q, k, visible),
-        v_descale=descale_of("v_descale", v_descale, q, k, visible),
+        k_descale=None if k_descale is None else descale_of("k_descale", k_descale, q, k, visible),
+        v_descale=None if v_descale is None else descale_of("v_descale", v_descale, q, k, visible),
     )
     request = check(request, keys="[B, Hq or Hkv, capacity]")
     given = {**terms.by_name(), "scaling": scaling, "gain": gain, "k_descale": k_descale, "v_descale": v_descale}

@@ -80,10 +80,8 @@ def check_record(norms: Tensor, shape: tuple[int, ...], axes: str, q: Tensor) ->
         raise TypeError(f"statistics: expected dtype {dtype} for q of {q.dtype}, got {norms.dtype}")
 
 
-def descale_of(name: str, x: Any, q: Tensor, k: Tensor, visible: Visibility) -> Descale | None:
+def descale_of(name: str, x: Any, q: Tensor, k: Tensor, visible: Visibility) -> Descale:
     """A descale of checked operands as of `core.eight_bit`. Raises unless they have one."""
-    if x is None:
-        return None
     if k.dtype != EIGHT_BIT:
         raise ValueError(f"{name}: expected None for keys and values of {k.dtype}, got {type_of(x)}")
     if not isinstance(x, Tensor):

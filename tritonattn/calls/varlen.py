@@ -189,8 +189,8 @@ def attention_varlen(
         backend=backend,
         statistics=statistics,
         cached="" if block_table is None else "attention_varlen with a block_table",
-        k_descale=descale_of("k_descale", k_descale, q, k, visible),
-        v_descale=descale_of("v_descale", v_descale, q, k, visible),
+        k_descale=None if k_descale is None else descale_of("k_descale", k_descale, q, k, visible),
+        v_descale=None if v_descale is None else descale_of("v_descale", v_descale, q, k, visible),
     )
     request = check(request, "[Hq, T_q]", "[Hq or Hkv, T_k]")
     if request.cached:

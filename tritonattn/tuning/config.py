@@ -75,6 +75,11 @@ class Target(NamedTuple):
         return self.backend == "cuda" and int(self.arch) < 80
 
     @property
+    def has_eight_bit(self) -> bool:
+        """True where Triton has the type of e4m3's numbers, as for NVIDIA's from sm_89 on; AMD's may emulate it."""
+        return self.backend != "cuda" or int(self.arch) >= 89
+
+    @property
     def architecture(self) -> Architecture:
         return ARCHITECTURES.get(self.arch) or unknown(self.backend, self.arch)
 
@@ -102,6 +107,7 @@ class Problem(make_dataclass("Flags", _FLAGS, frozen=True, kw_only=True)):
     aux          max_logit and entropy are asked for; of a backward: lse has a gradient
     sequences    the batch is packed; of decode: sequences have different numbers of new tokens
     block_table  keys and values lie in pages
+    eight_bit    keys and values are of 8 bits, and converted as they are loaded
     aligned      every address and stride of q, k, v and the output's gradient is a multiple of 16 bytes
     packed_rows  the power of two, at least 16, that holds the heads of a group times the new tokens of a decode call
     rounding     a forward also returns what its output lost when it was rounded to 16 bits, and a backward takes it
@@ -134,6 +140,7 @@ class Problem(make_dataclass("Flags", _FLAGS, frozen=True, kw_only=True)):
     is_part: bool = False
     short: bool = False
     invariant: bool = False
+    eight_bit: bool = False
 
     @property
     def has_bias(self) -> bool:
@@ -281,7 +288,7 @@ def _gluon_reasons(kernel: str, config: TileConfig, problem: Problem, target: Ta
         reasons.append("gluon needs forward on sm_90")
     if triton_version() < (3, 6):
         reasons.append("gluon needs triton 3.6")
-    is_other = problem.mask or problem.dropout or problem.block_table or problem.invariant
+    is_other = problem.mask or problem.dropout or problem.block_table or problem.invariant or problem.eight_bit
     is_other |= any(term.flag and getattr(problem, term.name) for term in TERMS if term.name not in _TERMS_OF_GLUON)
     if is_other or problem.dtype.itemsize != 2 or not problem.aligned:
         others = "no mask, biases of pairs or behind a softcap, dropout, pages or batch_invariant"
@@ -316,7 +323,8 @@ def one_line(error: Exception) -> str:
 def may_use_descriptors(kernel: str, problem: Problem, target: Target) -> bool:
     """True where the tensor memory accelerator can load a kernel's tiles."""
     is_able = kernel in _DESCRIBED and target.architecture.has_descriptors
-    return is_able and problem.aligned and not problem.block_table and problem.dtype.itemsize == 2
+    is_able = is_able and not (problem.block_table or problem.eight_bit)
+    return is_able and problem.aligned and problem.dtype.itemsize == 2
 
 
 def may_specialise(kernel: str, problem: Problem, target: Target) -> bool:

@@ -90,7 +90,7 @@ def _invariant_config(kernel: str, problem: Problem, target: Target) -> TileConf
     asked["key_ranges"] = problem.width > 256
     plain = Problem(problem.head_dim, problem.value_dim, problem.dtype, **asked)
     config = default_config(kernel, plain, target)
-    return replace(config, descriptors=False) if problem.block_table else config
+    return replace(config, descriptors=False) if problem.block_table or problem.eight_bit else config
 
 
 def _float32_config(kernel: str, problem: Problem, target: Target, width: int) -> TileConfig:

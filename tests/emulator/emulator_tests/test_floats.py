@@ -230,6 +230,13 @@ def test_saturation():
     assert _floats(found) == [0, 0.25, 1, 0]
 
 
+def test_pairs_of_e4m3():
+    """1 and 448; -1 and the smallest; 0 and NaN."""
+    *numbers, last = apply("cvt.rn.f16x2.e4m3x2 {d}, {a};", "b32", ("b16", [0x7E38, 0x01B8, 0xFF00]))
+    assert numbers == [0x5F003C00, 0x1800BC00]
+    assert (last & 0xFFFF, math.isnan(HALF.decode(last >> 16))) == (0, True)
+
+
 def test_tf32_rounds_away_from_ties():
     found = apply("cvt.rna.tf32.f32 {d}, {a};", "b32", ("b32", [0x3F801000, 0x3F800FFF, 0x3F802000]))
     assert found == [0x3F802000, 0x3F800000, 0x3F802000]

@@ -198,3 +198,17 @@ COMPARISONS = {
 def saturate(x):
     """To [0, 1]; NaN gives 0."""
     return np.fmin(np.fmax(x, f4(0)), f4(1))
+
+
+def _e4m3(byte: int) -> float:
+    sign, exponent, mantissa = byte >> 7, byte >> 3 & 15, byte & 7
+    size = 2.0 ** (exponent - 7) * (1 + mantissa / 8) if exponent else 2.0**-6 * mantissa / 8
+    return (-1) ** sign * (np.nan if byte & 127 == 127 else size)
+
+
+_HALVES_OF_E4M3 = np.array([_e4m3(byte) for byte in range(256)], "f2").view("u2").astype(u4)
+
+
+def half_pair_of_e4m3(x):
+    """The f16x2 of the pair of e4m3 in 16 bits, the low one in the low half."""
+    return _HALVES_OF_E4M3[x & 255] | _HALVES_OF_E4M3[x >> 8] << u4(16)

@@ -160,6 +160,8 @@ class ArithmeticCode(Operands):
         to, source = parts[-2:]
         if set(parts) & set(_REFUSED_ROUNDINGS):
             raise NotImplementedError
+        if (to, source) == ("f16x2", "e4m3x2") and len(parts) == 4:
+            return self.write(one.results[0], f"half_pair_of_e4m3({self.read(one.sources[0], 'b16')})", "b32", act)
         rounding = next((part for part in parts if part in _ROUNDINGS), None)
         values = [self.read(operand, source) for operand in one.sources]
         if "ftz" in parts and source == "f32":

@@ -13,6 +13,7 @@ from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.call import LONGEST_QUERY, AttentionCall
+from ...core.eight_bit import EIGHT_BIT
 from ...core.terms import PAIRS, TABLES, Gradients, choices, flags
 from ...core.visibility import Visibility
 from ...tuning import calls as recorded
@@ -32,6 +33,7 @@ from .launch import (
     Specialisation,
     drop_config,
     forms_of,
+    has_eight_bit,
     is_aligned,
     is_wide,
     kept_specialisation,
@@ -232,6 +234,7 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -
         grouped=visible.q_heads != visible.kv_heads,
         dropout=call.dropout is not None,
         block_table=call.block_table is not None,
+        eight_bit=call.k.dtype == EIGHT_BIT,
         aligned=_has_whole_vectors(call.q, call.v) if visible.invariant else all(map(is_aligned, operands)),
         short=is_short(sizes.rows, sizes.keys),
         invariant=visible.invariant,
@@ -367,11 +370,13 @@ def call_arguments(call: AttentionCall, d_out: Tensor | None) -> Mapping[str, An
 
 def operand_arguments(call: AttentionCall) -> Arguments:
     """The arguments that all kernels of attention share."""
-    visible, table = call.visibility, call.block_table
+    visible, table, k, v = call.visibility, call.block_table, call.k, call.v
+    if k.dtype == EIGHT_BIT and not has_eight_bit(k.device):
+        k, v = k.view(torch.int8), v.view(torch.int8)
     return {
         "q": strided(call.q),
-        "k": strided(call.k),
-        "v": strided(call.v),
+        "k": strided(k),
+        "v": strided(v),
         **term_arguments(call.terms),
         "pages": None if table is None else pages_of(table, call.k.shape[0], call.k.shape[2]),
         "q_len": visible.q_len,

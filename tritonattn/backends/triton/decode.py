@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ...core.call import AttentionCall, ForwardResult
+from ...core.eight_bit import EIGHT_BIT
 from ...tuning import config
 from ...tuning.config import padded_dim
 from .attention import Prepared, launch_in_splits, launch_kernel, operand_arguments, sizes_of, specialisation_of
@@ -101,7 +102,8 @@ def attention_decode(
     Grid: (splits * cdiv(group * Sq, BLOCK_M), Hkv, B); the visible keys are shared out by `_keys_of_split`; with
     splits = 1 the results are those of the call, else `combine_splits` joins them.
 
-    q, k, v          [B, Hq, Sq, D], [B, Hkv, capacity, D], [B, Hkv, capacity, Dv]  fp16, bf16 or fp32, any strides
+    q, k, v          [B, Hq, Sq, D], [B, Hkv, capacity, D], [B, Hkv, capacity, Dv]  fp16, bf16 or fp32, any strides;
+                     k and v of 8 bits are converted to q's as they are loaded
     pages            `Pages` of the sequences or None; then k, v are [N, Hkv, page, D or Dv]
     query_lengths    int32 [B] or None = Sq: new, the rows of each sequence, clamped to [0, Sq]; later ones have no keys
     key_lengths      int32 [B], or int64 as int32 [2 * B] with length_words = 2, clamped to [0, capacity], or None =
@@ -169,12 +171,12 @@ def attention_decode(
         keep_key = offs_n < stop  # [BLOCK_N]
         if pages is None:
             k_ptrs = k.ptr + (tl.cast(start_n, tl.int64) * k.s + k_offsets)  # [BLOCK_N, BLOCK_D]
-            k_tile = load_tile(k_ptrs, keep_key, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+            k_tile = load_tile(k_ptrs, keep_key, HEAD_DIM, q_tile.dtype)  # [BLOCK_N, BLOCK_D]
         else:
             number, slot, is_held = page_slots(pages, batch, offs_n, keep_key)
             number = number.to(tl.int64)[:, None]  # [BLOCK_N, 1]
             k_ptrs = k.ptr + number * k.b + tile_offsets(slot, BLOCK_D, k.s, k.d, WIDE)  # [BLOCK_N, BLOCK_D]
-            k_tile = load_tile(k_ptrs, is_held, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
+            k_tile = load_tile(k_ptrs, is_held, HEAD_DIM, q_tile.dtype)  # [BLOCK_N, BLOCK_D]
         is_read = keep_row[:, None] & keep_key[None, :]  # [BLOCK_M, BLOCK_N]
         if HAS_PAIRS:  # see `attention_forward`
             rows, keys = row[:, None], offs_n[None, :]  # [BLOCK_M, 1], [1, BLOCK_N]
@@ -199,10 +201,10 @@ def attention_decode(
         l_i, spread = moved_sums(p, weighted, alpha, moved, l_i, spread, results.entropy is not None)
         if pages is None:
             v_ptrs = v.ptr + (tl.cast(start_n, tl.int64) * v.s + v_offsets)  # [BLOCK_N, BLOCK_DV]
-            v_tile = load_tile(v_ptrs, keep_key, VALUE_DIM)  # [BLOCK_N, BLOCK_DV]
+            v_tile = load_tile(v_ptrs, keep_key, VALUE_DIM, q_tile.dtype)  # [BLOCK_N, BLOCK_DV]
         else:
             v_ptrs = v.ptr + number * v.b + tile_offsets(slot, BLOCK_DV, v.s, v.d, WIDE)  # [BLOCK_N, BLOCK_DV]
-            v_tile = load_tile(v_ptrs, is_held, VALUE_DIM)  # [BLOCK_N, BLOCK_DV]
+            v_tile = load_tile(v_ptrs, is_held, VALUE_DIM, q_tile.dtype)  # [BLOCK_N, BLOCK_DV]
         acc *= alpha[:, None]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
 
@@ -237,7 +239,7 @@ def decode(call: AttentionCall, aux: bool) -> ForwardResult:
 
 def _allocate(call: AttentionCall, shape: tuple[int, ...], aux: bool) -> Results:
     """Uninitialised results of rows."""
-    out = call.q.new_empty((*shape, call.v.shape[3]))
+    out = call.q.new_empty((*shape, call.v.shape[3]), dtype=torch.float32 if call.k.dtype == EIGHT_BIT else None)
     lse = call.q.new_empty(shape, dtype=torch.float32)
     max_logit, entropy = (torch.empty_like(lse), torch.empty_like(lse)) if aux else (None, None)
     return Results(out, None, lse, max_logit, entropy)

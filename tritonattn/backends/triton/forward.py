@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.call import AttentionCall, ForwardResult
+from ...core.eight_bit import EIGHT_BIT
 from .attention import launch_in_splits, launch_kernel, new_results, prepared
 from .block import (
     LENGTHS,
@@ -84,6 +85,7 @@ def attention_forward(
     writes its rows of the results, all of them, once.
 
     q, k, v          `Strided` [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv] of fp16, bf16 or fp32; group = Hq/Hkv
+                     of 8 bits, k and v are converted to q's dtype as they are loaded
     pages            `Pages` of the sequences or None; k and v are then [N, Hkv, page, D or Dv], others as without
     *_descriptor     tensor descriptors of k and v with blocks [1, 1, BLOCK_N, BLOCK_D or BLOCK_DV], or None
     terms            `LogitTerms`: query_scale [B, Hq, Sq] or None = 1, any sign, key_scale [B, Hkv, Sk] or None = 1 and
@@ -219,11 +221,13 @@ def attention_forward(
                     number = number.to(tl.int64)[:, None]  # [N, 1]
                     k_ptrs = k.ptr + number * k.b + tile_offsets(slot, BLOCK_D, k.s, k.d, WIDE)  # [N, BLOCK_D]
                     v_ptrs = v.ptr + number * v.b + tile_offsets(slot, BLOCK_DV, v.s, v.d, WIDE)  # [N, BLOCK_DV]
-                    k_tile = load_tile(k_ptrs, is_held, HEAD_DIM)  # [N, BLOCK_D]
-                    v_tile = load_tile(v_ptrs, is_held, VALUE_DIM)  # [N, BLOCK_DV]
+                    k_tile = load_tile(k_ptrs, is_held, HEAD_DIM, q_tile.dtype)  # [N, BLOCK_D]
+                    v_tile = load_tile(v_ptrs, is_held, VALUE_DIM, q_tile.dtype)  # [N, BLOCK_DV]
                 elif PASS != UNMASKED or k_descriptor is None:
-                    k_tile = load_tile(k.ptr + start_n.to(tl.int64) * k.s + k_offsets, load_key, HEAD_DIM)
-                    v_tile = load_tile(v.ptr + start_n.to(tl.int64) * v.s + v_offsets, load_key, VALUE_DIM)
+                    k_ptrs = k.ptr + start_n.to(tl.int64) * k.s + k_offsets  # [N, BLOCK_D]
+                    k_tile = load_tile(k_ptrs, load_key, HEAD_DIM, q_tile.dtype)  # [N, BLOCK_D]
+                    v_ptrs = v.ptr + start_n.to(tl.int64) * v.s + v_offsets  # [N, BLOCK_DV]
+                    v_tile = load_tile(v_ptrs, load_key, VALUE_DIM, q_tile.dtype)  # [N, BLOCK_DV]
                 else:
                     k_tile = k_descriptor.load([batch, kv_head, first_key + start_n, 0]).reshape(k_offsets.shape)
                     v_tile = v_descriptor.load([batch, kv_head, first_key + start_n, 0]).reshape(v_offsets.shape)
@@ -281,8 +285,9 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
     """
     ready = prepared(call, aux=aux, rounding=rounding is not None)
     call, q, v = ready.call, ready.call.q, ready.call.v
-    row = q.select(3, 0)
-    out = new_results(call, q if v.shape[3] == q.shape[3] else row[..., None].expand(-1, -1, -1, v.shape[3]), q.dtype)
+    row, dtype = q.select(3, 0), torch.float32 if v.dtype == EIGHT_BIT else q.dtype
+    like = q if v.shape[3] == q.shape[3] else row[..., None].expand(-1, -1, -1, v.shape[3])
+    out = new_results(call, like, dtype)
     lse = new_results(call, row, fill=-torch.inf)
     max_logit = new_results(call, row, fill=-torch.inf) if aux else None
     entropy = new_results(call, row) if aux else None

@@ -194,6 +194,13 @@ def recording(target: Target, configs: ConfigFor = default_config) -> Iterator[l
         _recorder.reset(token)
 
 
+def has_eight_bit(device: torch.device) -> bool:
+    """True where kernels load numbers of 8 bits as such, and not their bytes."""
+    recorder = _recorder.get()
+    target = recorder.target if recorder else _target(Target.of, device)
+    return interpreting or target.has_eight_bit
+
+
 def plan(kernel: str, specialisation: Specialisation, device: torch.device) -> Plan:
     if recorder := _recorder.get():
         return _plan_of(kernel, specialisation, recorder.target, recorder.config_for)

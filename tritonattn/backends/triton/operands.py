@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core.call import AttentionCall
 from ...core.dropout import Dropout
+from ...core.eight_bit import EIGHT_BIT
 from ...core.sequences import Sequences
 from ...core.terms import TERMS, Term, Terms
 from ...core.visibility import Visibility
@@ -41,14 +42,15 @@ class Operands:
         shape = (size if step else 1 for size, step in zip(x.shape, x.stride(), strict=True))
         return self.normal(*shape, dtype=x.dtype).expand(x.shape)
 
-    def operand(self, *shape: int) -> Tensor:
-        """One in the problem's dtype, with its alignment."""
+    def operand(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """One in a dtype, the problem's where None, with its alignment."""
+        dtype = dtype or self.problem.dtype
         if self.problem.aligned:
-            return self.normal(*shape, dtype=self.problem.dtype)
+            return self.normal(*shape, dtype=dtype)
         batch, *outer, width = shape
-        has_whole_vectors = width * self.problem.dtype.itemsize % 16 == 0
+        has_whole_vectors = width * dtype.itemsize % 16 == 0
         lead = 1 if has_whole_vectors else batch
-        wide = self.normal(lead, *outer, width + 1 + width % 2, dtype=self.problem.dtype)
+        wide = self.normal(lead, *outer, width + 1 + width % 2, dtype=dtype)
         return wide[..., :width].expand(shape)
 
     def attention(self) -> AttentionCall:
@@ -153,7 +155,8 @@ class Operands:
         """k and v [B, Hkv, Sk, D or Dv]; or pages [P, Hkv, page, D or Dv], in memory [P, page, Hkv, D or Dv]."""
         problem, size = self.problem, self.size
         lead = (size.batch * self._pages(), size.page, keys[1]) if problem.block_table else keys
-        k, v = (self.operand(*lead, width) for width in (problem.head_dim, problem.value_dim))
+        dtype, widths = EIGHT_BIT if problem.eight_bit else None, (problem.head_dim, problem.value_dim)
+        k, v = (self.operand(*lead, width, dtype=dtype) for width in widths)
         return (k.transpose(1, 2), v.transpose(1, 2)) if problem.block_table else (k, v)
 
     def _block_table(self) -> Tensor | None:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ... import ops
 from ...backends import BACKENDS, choose
-from ...calls.dispatch import resolve, with_terms
+from ...calls.dispatch import finished, resolve, with_terms
 from ...calls.formulas import by_formulas
 from ...calls.paged_statistics import PagedKeyStatistics
 from ...calls.varlen import Packing
 from ...core.call import Request
+from ...core.eight_bit import EIGHT_BIT, Descale
 from ...core.invariance import is_invariant
 from ...core.terms import Terms
 from ...core.visibility import Visibility, window_sides
@@ -88,17 +89,21 @@ class ServedLayer:
         step: Step,
         statistics: PagedKeyStatistics | None,
         output: Tensor,
+        descales: tuple[Descale | None, Descale | None] = (None, None),
     ) -> None:
-        """Attend with query [tokens, Hq, D] to keys and values [N, page, Hkv, D], into output [tokens, Hq, D]."""
+        """Attend with query [tokens, Hq, D] to keys and values [N, page, Hkv, D], into output [tokens, Hq, D].
+
+        descales   of 8-bit keys and values, as of `core.eight_bit`
+        """
         k, v = (x.transpose(1, 2) for x in pages)
         if first := step.decodes:
             q, table = query[:first, :, None], step.block_table[:first]
-            call = self._call(q, k, v, self._decode_visibility(q, k, step), table, statistics)
+            call = self._call(q, k, v, self._decode_visibility(q, k, step), table, statistics, descales)
             output[:first] = self._out(call)[:, :, 0]
         if step.chunks is not None:
             rows = query[first : step.tokens]
             visible, q = self._chunk_visibility(rows, pages[0], step, step.chunks), rows.transpose(0, 1)[None]
-            call = self._call(q, k, v, visible, step.chunks.block_table, statistics)
+            call = self._call(q, k, v, visible, step.chunks.block_table, statistics, descales)
             output[first : step.tokens] = self._out(call)[0].transpose(0, 1)
 
     def _decode_visibility(self, q: Tensor, k: Tensor, step: Step) -> Visibility:
@@ -128,6 +133,7 @@ class ServedLayer:
         visible: Visibility,
         block_table: Tensor | None,
         record: PagedKeyStatistics | None,
+        descales: tuple[Descale | None, Descale | None],
     ) -> Request:
         sinks = None if self.sinks is None else self.sinks[:, None].expand(visible.rows)
         request = Request(
@@ -142,6 +148,8 @@ class ServedLayer:
             backend=self.backend,
             statistics=record,
             cached=self.owner,
+            k_descale=descales[0],
+            v_descale=descales[1],
         )
         return request.changed(backend=choose(request).name)
 
@@ -150,8 +158,11 @@ class ServedLayer:
         backend = BACKENDS[request.backend]
         if backend.by_formulas:
             return by_formulas(request).out
-        if self.factor.shared is None:
-            return ops.attention(resolve(request, backend)).out
-        key = self.factor.shared, self.softcap
-        terms = request.visibility.once(key, lambda: resolve(request, backend).terms)
-        return ops.attention(with_terms(request, backend, terms._replace(sinks=request.terms.sinks))).out
+        if self.factor.shared is None or isinstance(request.k_descale, Tensor):
+            call = resolve(request, backend)
+        else:
+            key = self.factor.shared, self.softcap, request.k_descale
+            terms = request.visibility.once(key, lambda: resolve(request, backend).terms)
+            call = with_terms(request, backend, terms._replace(sinks=request.terms.sinks))
+        out = ops.attention(call).out
+        return finished(out, request) if call.v.dtype == EIGHT_BIT else out

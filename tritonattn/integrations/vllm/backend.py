@@ -25,19 +25,21 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from ...calls.layouts import SMALLEST_PAGE
 from ...calls.varlen import Packing
+from ...core.eight_bit import EIGHT_BIT, times
 from ...tuning.config import WIDEST
 from ..serving.layers import ServedLayer, Step, key_ends
 from ..serving.settings import LayerFactor, Settings, check_all_taken, layer_settings, with_learned
 from . import NAME
-from .pages import RECORD, key_statistics, keys_and_values
+from .pages import cell_bytes, descale_of, key_statistics, keys_and_values, quantised
 from .settings import asked_settings, saved_settings
 
 _OWNER = f"attention_backend {NAME}"
+_EIGHT_BIT = ("fp8", "fp8_e4m3")  # vLLM's words for its cache of e4m3
 
 
 class TritonattnBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", *_EIGHT_BIT]
 
     @staticmethod
     def get_name() -> str:
@@ -77,8 +79,7 @@ class RecordingBackend(TritonattnBackend):
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        size = (spec.head_size + spec.head_size_v + RECORD) * spec.dtype.itemsize
-        return replace(spec, state_content_bytes=size)
+        return replace(spec, state_content_bytes=cell_bytes(spec.head_size + spec.head_size_v, spec.dtype.itemsize))
 
 
 class TritonattnMetadata(Step):
@@ -153,7 +154,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         for name, value, wanted in (
             ("alibi_slopes", alibi_slopes, (None,)),
             ("attn_type", attn_type, (AttentionType.DECODER,)),
-            ("kv_cache_dtype", kv_cache_dtype, ("auto", dtype)),
+            ("kv_cache_dtype", kv_cache_dtype, ("auto", dtype, *_EIGHT_BIT)),
             ("kv_sharing_target_layer_name", kv_sharing_target_layer_name, (None,)),
             ("decode_context_parallel_size", self.dcp_world_size, (1,)),
             ("prefill_context_parallel_size", self.pcp_world_size, (1,)),
@@ -221,19 +222,31 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         """Write the new keys and values, and attend with query [tokens, Hq, D] into output [tokens, Hq, D]."""
         if attn_metadata is None:  # vLLM measures its memory
             return output.fill_(0)
-        m, pages = attn_metadata, keys_and_values(kv_cache, self.head_size)
-        self._write(key, value, pages, m)
+        m, pages, descales = attn_metadata, keys_and_values(kv_cache, self.head_size), (None, None)
+        new = key[: m.tokens], value[: m.tokens]
+        if self.kv_cache_dtype in _EIGHT_BIT:
+            descales = (
+                descale_of(layer._k_scale, layer._k_scale_float),
+                descale_of(layer._v_scale, layer._v_scale_float),
+            )
+            new = quantised(new[0], descales[0]), quantised(new[1], descales[1])
+            pages = pages[0].view(EIGHT_BIT), pages[1].view(EIGHT_BIT)
+        self._write(new, pages, m)
         statistics = None
         if self._served.factor.reads_norms:
             statistics = key_statistics(kv_cache, self.head_size)
-            statistics.enter(key[: m.tokens], m.new_ends, m.lengths, m.block_table, m.passes)
-        self._served.attend(query, pages, m, statistics, output)
+            keys = new[0] if descales[0] is None else times(new[0].float(), descales[0])
+            statistics.enter(keys, m.new_ends, m.lengths, m.block_table, m.passes)
+        self._served.attend(query, pages, m, statistics, output, descales)
         return output
 
-    def _write(self, key: Tensor, value: Tensor, pages: tuple[Tensor, Tensor], m: TritonattnMetadata) -> None:
+    def _write(self, new: tuple[Tensor, Tensor], pages: tuple[Tensor, Tensor], m: TritonattnMetadata) -> None:
+        """Write new keys and values [tokens, Hkv, D] to their cells."""
         page, position = m.once(("positions", size := pages[0].shape[1]), lambda: m.positions(size))
-        for held, new in zip(pages, (key, value), strict=True):
-            held[page, position] = new[: m.tokens]
+        for held, x in zip(pages, new, strict=True):
+            if x.dtype == EIGHT_BIT:  # torch writes bytes everywhere
+                held, x = held.view(torch.uint8), x.view(torch.uint8)
+            held[page, position] = x
 
 
 def _invariant(settings: Settings, name: str) -> bool | None:

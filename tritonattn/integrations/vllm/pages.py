@@ -9,9 +9,28 @@ import torch
 from torch import Tensor
 
 from ...calls.paged_statistics import PagedKeyStatistics
+from ...core.eight_bit import EIGHT_BIT, Descale
 
 RECORD = 16  # numbers of a cell for two of 8 bytes and two of 4; keys of 16 bits stay at multiples of 32 bytes
+_RECORD_BYTES = 32  # at least
 _NULL_BLOCK = 0  # no sequence has it
+_LARGEST = torch.finfo(EIGHT_BIT).max
+
+
+def cell_bytes(widths: int, itemsize: int) -> int:
+    """Bytes of a cell with a record, behind a key and a value of so many numbers."""
+    return widths * itemsize + max(RECORD * itemsize, _RECORD_BYTES)
+
+
+def descale_of(scale: Tensor, number: float) -> Descale:
+    """What 8-bit keys or values are multiplied by: vLLM's scale of them, one in all, on the host too, or one a head."""
+    return number if scale.numel() == 1 else scale.view(1, -1)
+
+
+def quantised(new: Tensor, descale: Descale) -> Tensor:
+    """New keys or values [tokens, Hkv, D] in 8 bits; the largest stands for what is larger."""
+    wide = new.float() / (descale[..., None] if isinstance(descale, Tensor) else descale)
+    return wide.clamp(-_LARGEST, _LARGEST).to(EIGHT_BIT)
 
 
 def keys_and_values(cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
