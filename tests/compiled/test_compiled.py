@@ -167,8 +167,6 @@ LOADS = [
     ("forward", "sm_80", 40, HALF, PAGES),
 ]
 SLOW = [
-    ("forward", "sm_80", 104, BFLOAT, {}),
-    ("grad_query", "sm_80", 72, HALF, {}),
     ("grad_key_value", "sm_90", 136, BFLOAT, {}),
     ("decode", "sm_90", 40, SINGLE, {}),
 ]

@@ -60,7 +60,8 @@ CHOICES = {
     "lengths": [(130, 300), (200, 140), (70, 420)],
     "batch": [1],
 }
-FREE = [pair for pair in combinations(CHOICES, 2) if {*pair} != {"dims", "mask"}]
+MEET = {("mask", "batch"), ("dims", "form")}
+FREE = [pair for pair in combinations(CHOICES, 2) if pair not in MEET]
 PADDED = {  # other dims, each with another form
     (80, 80): {"mask": "causal", "scales": QUERY},
     (96, 112): {"mask": "wide causal window", "form": "aux"},

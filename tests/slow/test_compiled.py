@@ -31,7 +31,7 @@ def test_cases(case):
     check(case)
 
 
-@pytest.mark.parametrize("target", KINDS)
+@pytest.mark.parametrize("target", KINDS[::2])
 def test_row_terms_of_a_tangent(target):
     """The tangent kernel's other launch, in the same config, whose products are others."""
     problem, of = Problem(256, 256, torch.bfloat16, query_scale=True, key_scale=True, right=True), Target.parse(target)
@@ -46,7 +46,7 @@ def test_row_terms_of_a_tangent(target):
 @of_this_compiler
 @pytest.mark.parametrize(
     ("kernel", "target"),
-    [("forward", "sm_80"), ("grad_query", "sm_90"), ("grad_key_value", "sm_80"), ("grad_key_value", "sm_100")],
+    [("forward", "sm_80"), ("grad_query", "sm_90"), ("grad_key_value", "sm_100")],
 )
 def test_scales_cost_few_instructions(kernel, target):
     check_cost_of_scales(kernel, target)
@@ -76,12 +76,11 @@ def test_a_divided_loop_without_enough_tensor_memory_is_a_trap():
 
 
 @of_this_compiler
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_shipped_gradients_of_gfx950_copy_from_memory_to_lds(head_dim):
-    check_direct_loads("grad_query", head_dim)
+def test_a_shipped_gradient_of_gfx950_copies_from_memory_to_lds():
+    check_direct_loads("grad_query", 128)
 
 
-@pytest.mark.parametrize("position", range(47, len(ENTRIES), 260))
+@pytest.mark.parametrize("position", range(47, len(ENTRIES), 520))
 def test_shipped_entries_pass_the_gate(position):
     check_shipped_entry(position)
 

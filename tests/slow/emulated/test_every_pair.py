@@ -56,7 +56,7 @@ def test_varlen(gpu, case, emulate):
 
 
 @in_turn(
-    head_dim=[16, 32, 64, 80, 96, 192, 256],
+    head_dim=[16, 80, 256],
     dtype=[torch.float16, torch.bfloat16, torch.float32],
     gpu=[GPU(80), GPU(90)],
 )
@@ -71,7 +71,6 @@ def test_hopper(case, emulate):
     hopper.check(case, emulate)
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
-def test_gradients_behind_hopper(dims, emulate):
+def test_gradients_behind_hopper(emulate):
     """The backward takes what the forward kept of its output's rounding."""
-    hopper.check(hopper.Case(torch.float16, dims, mask="lengths", scales=hopper.QUERY), emulate, gradients=True)
+    hopper.check(hopper.Case(torch.float16, (64, 64), mask="lengths", scales=hopper.QUERY), emulate, gradients=True)
