@@ -19,7 +19,7 @@ from tests.huggingface.test_patch import LLAMA
 from tests.support.refusals import refuses
 from tritonattn import SCALINGS, Scales, Scaling
 from tritonattn.huggingface import NAME, patch, patched, register, restore, unregister
-from tritonattn.huggingface.settings import MARK
+from tritonattn.huggingface.settings import CONFIG_MARK, MARK
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 READS_CONFIG = (
@@ -159,12 +159,14 @@ def test_weights_of_a_patch_are_marked(tmp_path):
         network.load_state_dict(load_file(folders[0] / "model.safetensors"))
     network.save_pretrained(folders[3])
     assert [MARK in load_file(one / "model.safetensors") for one in folders] == [True, True, False, False]
+    assert [MARK in (one / "config.json").read_text() for one in folders] == [True, True, False, False]
     load = partial(transformers.LlamaForCausalLM.from_pretrained, output_loading_info=True)
     for folder in folders[:3]:
         again, report = load(folder)
         assert not report["missing_keys"]
         assert not report["unexpected_keys"] or VERSION < (4, 57)  # 4.54 asks the class which to ignore
         assert torch.equal(logits(again.eval()), wanted)
+        assert not vars(again.config).keys() & CONFIG_MARK.keys()
     with without_tritonattn():
         for folder, marked in zip(folders, (True, True, False, False), strict=True):
             again, report = load(folder, attn_implementation="eager")

@@ -93,7 +93,7 @@ def wait_for(url: str, server: subprocess.Popen) -> None:
 REFUSED = {
     "patched checkpoint": (
         Case("llama", lambda model: tritonattn.huggingface.patch(model, scaling="log_key_count")),
-        "no module or parameter named 'needs_tritonattn'",
+        "Unknown quantization method: needs_tritonattn",
     ),
     "settings of the command": (
         Case("llama", "log_key_count", {"attention_backend": "TRITONATTN"}),

@@ -3,8 +3,9 @@
 `patch` writes them into the config, together with attn_implementation = "tritonattn". So a process without
 `tritonattn.huggingface` refuses the checkpoint instead of computing something else, if its version of transformers
 reads that entry (5.8 does, 5.0 does not). For older versions and other programs `save_pretrained` adds a tensor, MARK,
-to the weights. Its name is unknown to them: they stop or warn. With tritonattn, every model applies the settings at the
-end of its construction, before its weights are read. Learned values that are missing among the weights start again.
+to the weights. Its name is unknown to them: they stop or warn. CONFIG_MARK names a compression that no server knows:
+it stops SGLang, which only warns. With tritonattn, every model applies the settings at the end of its construction,
+before its weights are read. Learned values that are missing among the weights start again.
 
 A model that cannot use "tritonattn" raises: at set_attn_implementation, or at its first call if it was constructed so,
 since an outer model may still choose another implementation for it.
@@ -31,7 +32,17 @@ from .configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, state_masks
 from .first_use import living_models
 from .masks import STATED
 from .patching import Patched, apply, patched
-from .settings import ATTRIBUTE, LAYERS, MARK, LayerScaling, Settings, layer_scaling, saved_layers
+from .settings import (
+    ATTRIBUTE,
+    CONFIG_MARK,
+    LAYERS,
+    MARK,
+    LayerScaling,
+    Settings,
+    forget_mark,
+    layer_scaling,
+    saved_layers,
+)
 
 _ASKED = "_tritonattn_implementation_asked_for"
 _OF_VLLM = "vllm"  # in models that vLLM builds, whose attention it brings: its plugin reads the settings
@@ -117,7 +128,7 @@ def _saved(model: PreTrainedModel) -> dict[str, Any] | None:
 
 @contextmanager
 def _saved_as_patched(model: PreTrainedModel, arguments: dict[str, Any]) -> Iterator[None]:
-    """Have, while a patched model is saved, MARK among its weights, and the settings in its config.
+    """Have, while a patched model is saved, MARK among its weights, and the settings and CONFIG_MARK in its config.
 
     Weights of adapters alone are not marked, nor those of a `Patched` whose mark is False. The config lacks the
     settings where a part of the model was patched.
@@ -129,6 +140,8 @@ def _saved_as_patched(model: PreTrainedModel, arguments: dict[str, Any]) -> Iter
     entries, stated = vars(model.config), {}
     if layers and not hasattr(model.config, ATTRIBUTE):
         stated = {ATTRIBUTE: {LAYERS: layers}, SAVED_IMPLEMENTATION: NAME}
+    if is_marked:
+        stated |= {name: value for name, value in CONFIG_MARK.items() if not hasattr(model.config, name)}
     before = {name: entries[name] for name in stated.keys() & entries.keys()}
     entries.update(stated)
     if is_marked:
@@ -224,6 +237,7 @@ def _apply(
 
 def _forget_settings(model: Any) -> None:
     config = model.config
+    forget_mark(config)
     asked = vars(config).pop(_ASKED, config._attn_implementation)
     for name in (ATTRIBUTE, SAVED_IMPLEMENTATION, STATED):
         vars(config).pop(name, None)

@@ -19,6 +19,7 @@ from .scalings import check_entries, from_config, is_finite, to_config
 ATTRIBUTE = "tritonattn"
 LAYERS = "layers"
 MARK = "needs_tritonattn"  # a tensor among saved weights, at which loaders without tritonattn stop or warn
+CONFIG_MARK = {"compression_config": {"quant_method": MARK}}  # an entry of saved configs, for servers that only warn
 
 
 class AppliedLayers(dict[Any, Any]):
@@ -148,6 +149,13 @@ def _gain(saved: Any, heads: int | None, entry: str) -> float | Tensor | None:
         return nn.Parameter(torch.ones(shape))
     wanted = "a number or None" if heads is None else f"a number, None or {{'learned': [{heads}, 1]}}"
     raise ValueError(f"{entry}: expected {wanted}, got {reprlib.repr(saved)}")
+
+
+def forget_mark(config: Any) -> None:
+    """Remove CONFIG_MARK from a config that was read."""
+    for name, mark in CONFIG_MARK.items():
+        if vars(config).get(name) == mark:
+            delattr(config, name)
 
 
 def saved_layers(saved: Any) -> dict[str, Any] | None:

@@ -113,6 +113,38 @@ def with_learned(settings: Settings, name: str, learned: dict[str, Tensor] | Non
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """The settings of a whole model, and the values that a loader read.
+
+    saved      config.tritonattn
+    learned    by the saved module's name; None keeps the values that learning begins with
+    rank, ranks   of tensor parallelism
+    """
+
+    saved: Any
+    learned: dict[str, dict[str, Tensor]] | None
+    rank: int
+    ranks: int
+
+    def of(self, layer: str, layers: tuple[str, ...], heads: int) -> Settings:
+        """The settings of one of the server's `layers`, which has `heads` query heads on this rank."""
+        name, settings = layer_settings(self.saved, layer, layers, heads * self.ranks)
+        if name is None:
+            return settings
+        learned = None if self.learned is None else self.learned.get(name, {})
+        return with_learned(settings, name, learned, self.rank, self.ranks)
+
+
+def invariant(settings: Settings, switch: str | None, name: str) -> bool | None:
+    """The switch of a layer for batch invariance; `switch` is the server's own where that is on."""
+    if switch is None:
+        return settings.batch_invariant
+    if settings.batch_invariant is False:
+        raise ValueError(f"batch_invariant: expected True or None under {switch}, got False at {name}")
+    return True
+
+
+@dataclass(frozen=True)
 class LayerFactor:
     """The scaling and the gain of a layer, and what they take of a call besides the numbers of visible keys.
 

@@ -28,7 +28,7 @@ from ...calls.varlen import Packing
 from ...core.eight_bit import EIGHT_BIT, times
 from ...tuning.config import WIDEST
 from ..serving.layers import ServedLayer, Step, key_ends
-from ..serving.settings import LayerFactor, Settings, check_all_taken, layer_settings, with_learned
+from ..serving.settings import LayerFactor, Loaded, check_all_taken, invariant
 from . import NAME
 from .pages import cell_bytes, descale_of, key_statistics, keys_and_values, quantised
 from .settings import asked_settings, saved_settings
@@ -186,13 +186,11 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
                 f"{_OWNER}: expected an Attention with values of {self.head_size}, got a"
                 f" {type(layer).__name__} with values of {layer.head_size_v} at {name}"
             )
-        ranks = get_tensor_model_parallel_world_size()
         if not self._overrides:
             check_all_taken(self.saved, self.learned)
-        saved, settings = layer_settings(self.saved, name, tuple(layers), self.num_heads * ranks)
-        if saved is not None:
-            learned = None if self._is_random else self.learned.get(saved, {})
-            settings = with_learned(settings, saved, learned, get_tensor_model_parallel_rank(), ranks)
+        learned = None if self._is_random else self.learned
+        loaded = Loaded(self.saved, learned, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+        settings = loaded.of(name, tuple(layers), self.num_heads)
         heads = (self.num_heads, self.num_kv_heads)
         found = LayerFactor.of(settings, self.scale, heads, self.head_size)
         if found.reads_norms:
@@ -202,9 +200,14 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
                     " than keys and values, which no connector was tried with"
                 )
             layer.attn_backend = RecordingBackend
-        sinks, invariant = None if self._sinks is None else self._sinks.detach().float(), _invariant(settings, name)
         self._served = ServedLayer(
-            found.to(self._device), self._window, self._softcap, sinks, settings.backend, invariant, _OWNER
+            found.to(self._device),
+            window=self._window,
+            softcap=self._softcap,
+            sinks=None if self._sinks is None else self._sinks.detach().float(),
+            backend=settings.backend,
+            batch_invariant=invariant(settings, "VLLM_BATCH_INVARIANT=1" if envs.VLLM_BATCH_INVARIANT else None, name),
+            owner=_OWNER,
         )
 
     def forward(
@@ -247,12 +250,3 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
             if x.dtype == EIGHT_BIT:  # torch writes bytes everywhere
                 held, x = held.view(torch.uint8), x.view(torch.uint8)
             held[page, position] = x
-
-
-def _invariant(settings: Settings, name: str) -> bool | None:
-    """The switch of a layer, which the switch of vLLM turns on."""
-    if not envs.VLLM_BATCH_INVARIANT:
-        return settings.batch_invariant
-    if settings.batch_invariant is False:
-        raise ValueError(f"batch_invariant: expected True or None under VLLM_BATCH_INVARIANT=1, got False at {name}")
-    return True

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import logging
-import re
-from importlib.metadata import version
 from typing import Any
 
 from ...core.extension import extend
+from ..serving.versions import Versions
 from . import NAME
 
-VERSIONS = ("0.33.0", "0.34")  # from the first on, below the second: those that the tests ran
+VERSIONS = Versions("vllm", "0.33.0", "0.34")  # those that the tests ran
 _BACKEND = f"{__package__}.backend.TritonattnBackend"
 
 
@@ -21,18 +20,20 @@ def register() -> None:
     Entry point of the group vllm.general_plugins.
     """
     try:
+        from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
         from vllm.v1.attention import selector
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
         _ = selector._cached_get_attn_backend
     except (ImportError, AttributeError):
         message = "tritonattn: cannot tell which models are patched, and serves none of them: %s"
-        logging.getLogger("vllm.tritonattn").warning(message, _expected_version())
+        logging.getLogger("vllm.tritonattn").warning(message, VERSIONS.expected())
         return
     if NAME not in AttentionBackendEnum.__members__:
         register_backend(NAME, _BACKEND)
     # vLLM keeps its choice by arguments that do not tell a patched model from another.
     extend(selector, "_cached_get_attn_backend", _extended)
+    extend(ModelArchConfigConvertorBase, "_normalize_quantization_config", _without_mark)
 
 
 def _extended(choose: Any) -> Any:
@@ -50,7 +51,7 @@ def _extended(choose: Any) -> Any:
                 f"attention_backend: expected {NAME} or none for a model with scalings of tritonattn, got {asked},"
                 " which does not compute them"
             )
-        check_version()
+        VERSIONS.check()
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
         from .backend import TritonattnBackend
@@ -65,12 +66,11 @@ def _extended(choose: Any) -> Any:
     return chosen
 
 
-def check_version() -> None:
-    """Raise ImportError unless vLLM is one of the versions that the tests ran."""
-    found, first, end = ([int(part) for part in re.findall(r"\d+", x)[:2]] for x in (version("vllm"), *VERSIONS))
-    if not first <= found < end:
-        raise ImportError(_expected_version())
+def _without_mark(normalize: Any) -> Any:
+    def normalized(convertor: Any, config: Any) -> Any:
+        from ...huggingface.settings import forget_mark
 
+        forget_mark(config)
+        return normalize(convertor, config)
 
-def _expected_version() -> str:
-    return f"vllm: expected version >={VERSIONS[0]},<{VERSIONS[1]}, got {version('vllm')}"
+    return normalized
