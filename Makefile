@@ -21,7 +21,7 @@ ALONE = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 INTERPRETED = TRITON_INTERPRET=$$($(VENV)/bin/python -c 'import torch; print(int(not torch.cuda.is_available()))')
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-peers test-oldest test-sample test-vllm wheel mutants docs lint clean
+.PHONY: demo test test-slow test-peers test-oldest test-sample test-vllm test-sglang wheel mutants docs lint clean
 
 demo:  ## small GPTs that read 32 times their trained length, with a factor that grows with n and without
 	@test -e $(VENV)/.demo || echo "$$DEMO"
@@ -61,6 +61,10 @@ test-sample: $(VENV)/.test
 test-vllm:  ## the vLLM plugin in vLLM's engine on a CPU, in another venv, of 3.4 GB
 	$(MAKE) $(VENV)-vllm/.vllm VENV=$(VENV)-vllm
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/serving -o filterwarnings= -W ignore $(ARGS)
+
+test-sglang:  ## the SGLang plugin in SGLang's engine on a CPU, in another venv, of 2.6 GB
+	$(MAKE) $(VENV)-sglang/.sglang VENV=$(VENV)-sglang
+	OMP_NUM_THREADS=1 $(VENV)-sglang/bin/python -m pytest tests/serving/sglang -o filterwarnings= -W ignore $(ARGS)
 
 wheel: $(VENV)/.dev $(VENV)/.weights  ## sdist and wheel in dist/; README's Python and some commands run from the wheel in a new venv
 	rm -rf dist
@@ -113,6 +117,11 @@ $(VENV)/.test: $(VENV)/.made pyproject.toml
 $(VENV)/.vllm: $(VENV)/.made tests/serving/requirements.txt pyproject.toml
 	$(INSTALL) --requirement tests/serving/requirements.txt
 	$(INSTALL) --no-deps vllm==0.33.0 --editable .
+	touch $@
+
+$(VENV)/.sglang: $(VENV)/.made tests/serving/sglang/requirements.txt pyproject.toml
+	$(PIP) install --quiet --requirement tests/serving/sglang/requirements.txt
+	$(PIP) install --quiet --no-deps sglang==0.5.23 --editable .
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.made pyproject.toml

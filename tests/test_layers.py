@@ -31,12 +31,12 @@ FLOOR_OF = {folder: number for number, folders in enumerate(FLOORS) for folder i
 DOORS = {("tuning",)}
 
 OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tqdm", "numpy", "sklearn", "scipy"}
-OPTIONAL |= {"diffusers", "kernels", "peft", "timm", "torchtitan", "vllm", "x_transformers"}
+OPTIONAL |= {"diffusers", "kernels", "peft", "sglang", "timm", "torchtitan", "vllm", "x_transformers"}
 OPTIONAL_IN = {
     "huggingface": {"transformers", "peft"},
     "core": {"tqdm"},
     "analysis": {"transformers"},
-    "integrations": {"diffusers", "timm", "torchtitan", "vllm", "x_transformers"},
+    "integrations": {"diffusers", "sglang", "timm", "torchtitan", "vllm", "x_transformers"},
     "lab": {"matplotlib", "transformers"},
     "cli": {"transformers"},
 }

@@ -168,7 +168,8 @@ def test_dir_shows_what_is_public():
     for module in modules:
         assert dir(module) == sorted(module.__all__)
         assert all(hasattr(module, name) for name in dir(module))
-    public = {"diffusers", "hub_kernel", "sdpa", "timm", "torch_modules", "torchtitan", "vllm", "x_transformers"}
+    public = {"diffusers", "hub_kernel", "sdpa", "sglang", "timm", "torch_modules", "torchtitan", "vllm"}
+    public |= {"x_transformers"}
     assert "torch_modules" in dir(tritonattn.integrations)
     assert set(dir(tritonattn.integrations)) <= public
 

@@ -36,6 +36,18 @@ _CONFIGS = {
         hidden_size_per_layer_input=0,
         num_kv_shared_layers=0,
     ),
+    # The model multiplies q by 1 + ln(1 + floor(position / 16)) / 2. SGLang reads the length beside the parameters.
+    "ministral3": lambda: transformers.Ministral3Config(
+        **_SIZES,
+        sliding_window=None,
+        original_max_position_embeddings=16,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "llama_4_scaling_beta": 0.5,
+            "original_max_position_embeddings": 16,
+        },
+    ),
 }
 
 
@@ -63,18 +75,28 @@ def gains(model: Any) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its scaling, and options of vLLM's engine.
+    """A model, its scaling, and options of the server's engine.
 
-    scaling   a mode of all layers, given to vLLM as additional_config; or a function that patches the model, whose
-              checkpoint is then all that vLLM gets
+    scaling   a mode of all layers, given to the server in its command; or a function that patches the model, whose
+              checkpoint is then all that the server gets
     """
 
     model: str
     scaling: str | Callable[[Any], None]
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the command, where the checkpoint has none."""
+        return {} if callable(self.scaling) else {"tritonattn": {"scaling": self.scaling}}
+
     def make(self, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-        """Save the checkpoint; the patched and the plain model of transformers, and arguments of vLLM's LLM."""
+        """`save`, and arguments of vLLM's LLM."""
+        settings = {"additional_config": self.settings} if self.settings else {}
+        return *self.save(folder), {"model": str(folder), **ENGINE, **settings, **self.options}
+
+    def save(self, folder: Path) -> tuple[Any, Any]:
+        """Save the checkpoint; the patched and the plain model of transformers."""
         torch.manual_seed(0)
         config = _CONFIGS[self.model]()
         plain = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -82,14 +104,12 @@ class Case:
             plain.get_input_embeddings().weight.data.mul_(0.1)
         plain.save_pretrained(folder)
         patched = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-        options = dict(self.options)
         if callable(self.scaling):
             self.scaling(patched)
             patched.save_pretrained(folder)
         else:
             tritonattn.huggingface.patch(patched, scaling=self.scaling)
-            options["additional_config"] = {"tritonattn": {"scaling": self.scaling}}
-        return patched, plain, {"model": str(folder), **ENGINE, **options}
+        return patched, plain
 
 
 ENGINE = {

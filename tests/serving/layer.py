@@ -3,7 +3,7 @@
 import functools
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -15,9 +15,9 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import customize_attention_spec
 
-from tritonattn import attention
+from .attended import HEAD_DIM, HEADS, KV_HEADS, Attended
 
-HEADS, KV_HEADS, HEAD_DIM, PAGE, PAGES, WIDTH = 8, 2, 64, 16, 512, 64
+PAGE, PAGES, WIDTH = 16, 512, 64
 NAME = "model.layers.0.self_attn.attn"
 
 
@@ -124,36 +124,10 @@ class Layer:
 
         return lambda: of_layer(self.builder.build(0, common)), of_layer
 
-    def run(self, steps: list[tuple[Any, ...]], seed: int = 0) -> list["Attended"]:
+    def run(self, steps: list[tuple[Any, ...]], seed: int = 0) -> list[Attended]:
         """Every sequence of every step of `batch`; one goes on with the keys that its number had in the step before."""
         torch.manual_seed(seed)
-        held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        found = []
-        for rows, keys, *table in steps:
-            batch = self.batch(rows, keys, *table)
-            out, q, k, v = (x.split(rows) for x in (self.parts(**batch)[1]().clone(), *(batch[name] for name in "qkv")))
-            for n, (new, end) in enumerate(zip(rows, keys, strict=True)):
-                before = held.get(n, (k[n][:0], v[n][:0]))
-                held[n] = tuple(torch.cat([x[: end - new], y[n]]) for x, y in zip(before, (k, v), strict=True))
-                found.append(Attended(out[n], q[n], *held[n]))
-        return found
+        return Attended.of(steps, lambda *step: self._run(self.batch(*step)))
 
-
-class Attended(NamedTuple):
-    """Rows of a sequence: out and q [rows, Hq, D], all its keys and values [keys, Hkv, D]."""
-
-    out: torch.Tensor
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-
-    def error(self, **arguments: Any) -> float:
-        """The largest difference from `exact`."""
-        return float((self.out.double() - exact(*self[1:], **arguments)).abs().max())
-
-
-def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, **arguments: Any):
-    """The reference's last rows of a sequence: q [rows, Hq, D], k and v [S, Hkv, D], window keys at most."""
-    q, k, v = (x.double().transpose(0, 1)[None] for x in (q, k, v))
-    arguments |= {"causal": True, "window": None if window is None else (window - 1, None), "backend": "reference"}
-    return attention(q, k, v, **arguments)[0].transpose(0, 1)
+    def _run(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return {**{name: batch[name] for name in "qkv"}, "out": self.parts(**batch)[1]().clone()}

@@ -9,7 +9,8 @@ from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 from tests.support.eight_bit import quantised
 from tritonattn.integrations.vllm import plugin
 
-from .layer import PAGES, WIDTH, Layer, exact
+from .attended import exact
+from .layer import PAGES, WIDTH, Layer
 
 plugin.register()
 TOLERANCE = 1e-5

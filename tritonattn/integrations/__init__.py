@@ -7,6 +7,7 @@ x_transformers   the `Attend` modules of x-transformers
 diffusers        diffusers' `set_attention_backend`
 torchtitan       an override of torchtitan's "varlen" attention
 vllm             an attention backend for vLLM, which loads it as a plugin
+sglang           likewise for SGLang
 serving          parts that plugins for servers share
 hub_kernel       the package as a kernel of the HuggingFace hub, for the library `kernels`
 
@@ -19,7 +20,7 @@ torch.nn.attention.register_flash_attention_impl is not used: it exchanges the C
 F.scaled_dot_product_attention of the process, which has no scaling but a number.
 """
 
-_FILES = {"diffusers", "hub_kernel", "sdpa", "timm", "torch_modules", "torchtitan", "vllm", "x_transformers"}
+_FILES = {"diffusers", "hub_kernel", "sdpa", "sglang", "timm", "torch_modules", "torchtitan", "vllm", "x_transformers"}
 
 
 def __dir__() -> list[str]:
