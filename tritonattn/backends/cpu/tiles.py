@@ -18,7 +18,7 @@ from ...core.visibility import Visibility
 # Rows (over all query heads of a group) and keys of a tile; pairs of all tiles that are computed together.
 _ROWS = 256
 KEYS = 256
-_PAIRS = 1 << 19
+_PAIRS = 1 << 20
 # Pairs whose bits of dropout are drawn together, so that their words stay in cache.
 _DRAWN = 1 << 18
 
@@ -158,9 +158,18 @@ class Tiles:
             self.by_head(logit, block)[..., :rows, :width].add_(self._bias(block, keys, terms))
 
     def hide(self, logit: Tensor, block: Block, hidden: Tensor | None, value: float = -torch.inf) -> None:
-        """Overwrite the hidden pairs of logit [N, G * rows, keys]."""
-        if hidden is not None:
-            self.by_head(logit, block).masked_fill_(hidden, value)
+        """Overwrite the hidden pairs of logit [N, G * rows, keys] by -inf, or by 0.
+
+        Bitwise, NaN too: a masked fill takes 3 times as long, and 20 times where pairs are hidden at random.
+        """
+        if hidden is None:
+            return
+        is_wide = logit.dtype == torch.float64
+        words = self.by_head(logit, block).view(torch.int64 if is_wide else torch.int32)
+        visible = hidden.to(words.dtype).sub_(1)
+        words.bitwise_and_(visible)
+        if value:
+            words.bitwise_or_(~visible & -(1 << (52 if is_wide else 23)))  # sign and exponent
 
     def kept(self, block: Block, keys: slice) -> Tensor | None:
         """1 for the pairs that dropout keeps, 0 for others: uint8 [N, G * rows, keys], or None without dropout."""
