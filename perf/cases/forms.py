@@ -108,9 +108,11 @@ def _plain(size: Size, visible: Visible, **arguments: Any) -> Attend:
 def _eager(size: Size, visible: Visible, drop: float = 0.0, softcap: float = 0.0) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor, *biases: Tensor) -> Tensor:
         q, scale = scaled(size.scaling, q, k, visible)
-        logits = (q @ k.mT) * scale
-        for bias in biases:
-            logits = logits + bias
+        if biases:  # in 16 bits rounded once, with its bias: a sum of rounded logits is over the error bound
+            bias = biases[0].expand(*q.shape[:3], k.shape[2]).flatten(0, 1)
+            logits = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale).unflatten(0, q.shape[:2])
+        else:
+            logits = (q @ k.mT) * scale
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         if visible.mask is not None:
