@@ -237,8 +237,9 @@ def nats() -> str:
 
 
 def formula(mode: type[Scaling]) -> str:
-    """A mode's factor with the values of its letters."""
-    return ", ".join([mode.about.factor, *(f"{letter} = {value}" for letter, value in mode.about.letters.items())])
+    """A mode's factor with the values of its letters, and what it adds."""
+    found = ", ".join([mode.about.factor, *(f"{letter} = {value}" for letter, value in mode.about.letters.items())])
+    return f"{found}, and adds {mode.about.addend}" if mode.about.addend else found
 
 
 def modes() -> str:
@@ -277,9 +278,9 @@ JAVASCRIPT = {
 
 
 def playground() -> str:
-    """The factors of docs/playground.js."""
+    """The factors of docs/playground.js, whose keys stand at no distance."""
     lines = []
-    for name, mode in SCALINGS.items():
+    for name, mode in ((name, mode) for name, mode in SCALINGS.items() if not mode.about.addend):
         letters = {rf"\b{letter}\b": f"({value})" for letter, value in mode.about.letters.items()}
         code = mode.about.factor
         for part, its in (letters | JAVASCRIPT).items():

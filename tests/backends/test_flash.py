@@ -37,7 +37,7 @@ NO_LIMIT = {TWO: -1, THREE: -1, FOUR: None}
 
 
 @in_turn(
-    scaling=tritonattn.SCALINGS,
+    scaling=[name for name, mode in tritonattn.SCALINGS.items() if not mode.about.addend],
     version=flash.VERSIONS,
     mask=MASKS,
     dtype=HALVES,

@@ -46,7 +46,7 @@ TABLE = torch.arange(2, dtype=torch.int32)[:, None]  # of pages as large as a se
 SEQUENCES = Sequences(*(torch.tensor([0, 100, 200], dtype=torch.int32),) * 2, 100, 100)
 PAIRS, TABLE_OF_DISTANCES = torch.ones(1, 1, 1, SIZE), torch.ones(1, 2, 1, 8)
 TERMS = {"query_scale": VECTOR, "key_scale": VECTOR, "key_bias": BIAS, "softcap": 1.5, "sinks": VECTOR}
-TERMS |= {"bias": PAIRS, "relative_bias": TABLE_OF_DISTANCES}
+TERMS |= {"bias": PAIRS, "relative_bias": TABLE_OF_DISTANCES, "relative_scale": TABLE_OF_DISTANCES}
 BEFORE = {"key_bias": BIAS, "softcap": 1.5}  # of a bias that is added behind a softcap
 
 
@@ -128,7 +128,7 @@ PROPERTIES = [
     (forward, packed(SIZE), packed(4096)),
     (forward, {name: x[:1] for name, x in QKV.items()}, packed(SIZE)),
     *((run, BEFORE, BEFORE | {"bias_after_softcap": True}) for run in (forward, decode)),
-    *((backward, {}, {name: TERMS[name]}) for name in ("bias", "relative_bias")),
+    *((backward, {}, {name: TERMS[name]}) for name in ("bias", "relative_bias", "relative_scale")),
     (backward, {"bias": PAIRS}, {"bias": PAIRS, "needs": Needs(q=True, k=True, v=True)}),
     (backward, {}, {"d_out": apart(QKV["q"], 8)}),
     (backward, {}, {"d_lse": VECTOR}),

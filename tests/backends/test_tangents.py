@@ -15,7 +15,7 @@ from tritonattn.core.call import AttentionCall
 from tritonattn.core.terms import AXES, Gradients, Needs, Terms
 from tritonattn.core.visibility import Visibility
 
-EVERYTHING = {"sinks": True, "bias": True, "softcap": 2.0, "pairs": (2, 4), "dropout": True}
+EVERYTHING = {"sinks": True, "bias": True, "softcap": 2.0, "pairs": (2, 4), "distances": True, "dropout": True}
 SDPA, QKV = Sdpa(), Needs(q=True, k=True, v=True)
 SIZES = (2, 4, 5, 7)  # B, Hq, Sq, Sk of `example`
 
@@ -73,7 +73,7 @@ def test_every_mask(mask, form, values, monkeypatch):
 OF_TENSORS = {
     "every tensor": EVERYTHING,
     "after the softcap": {"pairs": (1, 1), "bias": True, "softcap": 2.0},
-    "no softcap": {"bias": True, "sinks": True, "pairs": (2, 4)},
+    "no softcap": {"bias": True, "sinks": True, "pairs": (2, 4), "distances": True},
 }
 
 

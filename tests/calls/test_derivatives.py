@@ -25,6 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script", "ignore:Ther
 NOT_COMPILED = "a tangent of attention is not compiled|Observed exception"  # torch 2.8 hides the words
 ROWS = {"query_scale": torch.linspace(-1, 2, 20, dtype=torch.float64).view(1, 4, 5)}
 KEYS = {"key_scale": torch.linspace(-2, 1, 14, dtype=torch.float64).view(1, 2, 7)}
+TABLE = {"relative_scale": torch.linspace(2, -1, 12, dtype=torch.float64).view(1, 4, 1, 3)}
+OF_SCALED = ("key_scale", "relative_scale")  # terms of "scaled" that "every term" lacks
 SQUARE = {"lengths": (6, 6), "dims": (4, 4)}
 CALLS = {
     "full": lambda: Example(),
@@ -33,7 +35,7 @@ CALLS = {
     "window": lambda: Example(window=(2, 1), scaling="key_norm_max", softcap=1.5),
     "mask": lambda: Example(scaling="key_norm_rms", **MASKS["mask of heads"](1, 4, 5, 7)),
     "packed": lambda: Example(packed, causal=True, scaling="key_norm_mean"),
-    "scaled": lambda: Example(scaled, ROWS | KEYS, causal=True, return_aux=True),
+    "scaled": lambda: Example(scaled, ROWS | KEYS | TABLE, causal=True, return_aux=True),
     "every term": lambda: Example(
         tensors=every_term(), scaling="log_key_count", causal=True, softcap=2.0, relative_right=1, return_aux=True
     ),
@@ -140,13 +142,13 @@ def _lose(monkeypatch: pytest.MonkeyPatch, which: str, name: str) -> None:
 SLOTS = [
     *(("gradient of a jvp", which, "") for which in ("tangent gives 0", "tangent gives 1")),
     *(("gradient of a jvp", which, "") for which in ("second takes d_out", "second takes d_lse")),
-    *(("gradient of a jvp", "second gives 1", name) for name in AXES if name != "key_scale"),
+    *(("gradient of a jvp", "second gives 1", name) for name in AXES if name not in OF_SCALED),
     *(
         (form, which, name)
         for form in TWO_FORMS
         for which in ("tangent takes", "second takes", "second gives 0")
         for name in AXES
-        if name != "key_scale"
+        if name not in OF_SCALED
     ),
 ]
 
@@ -158,9 +160,10 @@ def test_a_lost_derivative_is_noticed(form, which, name, monkeypatch):
         assert_as_reference(CALLS["every term"](), form)
 
 
+@pytest.mark.parametrize("name", OF_SCALED)
 @pytest.mark.parametrize("which", ["tangent takes", "second takes", "second gives 0", "second gives 1"])
-def test_a_lost_derivative_of_a_key_scale_is_noticed(which, monkeypatch):
-    _lose(monkeypatch, which, "key_scale")
+def test_a_lost_derivative_of_a_given_scale_is_noticed(which, name, monkeypatch):
+    _lose(monkeypatch, which, name)
     with pytest.raises(AssertionError, match="gradient of a jvp"):
         assert_as_reference(CALLS["scaled"](), "gradient of a jvp")
 

@@ -32,6 +32,7 @@ SCALES: dict[str, Any] = {
     "query_scale": torch.full((HQ, SQ), 2.0),
     "key_scale": torch.linspace(0, 1, SK)[None],
     "scale": 0.1,
+    "relative_scale": torch.tensor([0.5, -1.0, 2.0])[None, None, None],
 }
 DISTANCES: dict[str, Any] = {
     "relative_bias": torch.tensor([0.5, -1.0, 2.0])[None, None, None],

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(TRITON < (3, 5), reason="other names of operations"),
 ]
 SM_80, SM_90 = Target.parse("sm_80"), Target.parse("sm_90")
-TERMS = "query_scale key_scale key_bias bias relative_bias sinks aux grouped query_scale_grad rounding"
+TERMS = "query_scale key_scale key_bias bias relative_bias relative_scale sinks aux grouped query_scale_grad rounding"
 PADDED = f"{TERMS} left right key_lengths key_ranges mask dropout"
 PAGED = f"{TERMS} left right sequences block_table"
 CASES = [*((kernel, PADDED) for kernel in KERNELS), ("forward", PAGED), ("decode", PAGED)]

@@ -72,6 +72,8 @@ def inputs(
         tensors["bias"][..., ::5] = -torch.inf
     if "relative_bias" in scales:
         tensors["relative_bias"] = (2 * normal(1, heads, q_len, 16)).to(dtype)
+    if "relative_scale" in scales:
+        tensors["relative_scale"] = normal(1, heads, 1, 16).to(dtype)
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 

@@ -47,6 +47,8 @@ CALLS: dict[str, dict] = {
     "bias": {"bias": True, "causal": True, "softcap": 2.0},
     "biases of pairs": {"pairs": (2, 4), "window": (3, 1)},
     "biases after softcap": {"pairs": (1, 1), "bias": True, "causal": True, "softcap": 2.0},
+    "distances": {"distances": True, "causal": True, "softcap": 2.0},
+    "distances biases": {"distances": True, "pairs": (2, 4), "bias": True, "window": (3, 1)},
     "dropout": {"dropout": True},
     "packed": {"sequences": ((3, 0, 1), (2, 1, 3)), "causal": True},
     "packed sinks dropout": {"sequences": ((1, 4), (5, 2)), "sinks": True, "dropout": True},
@@ -66,6 +68,7 @@ def example(
     dropout: bool = False,
     bias: bool = False,
     pairs: tuple[int, int] | None = None,
+    distances: bool = False,
     sequences: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     dims: tuple[int, int] = (8, 6),
     **masks,
@@ -73,7 +76,8 @@ def example(
     """A float64 call of a fixed seed whose every tensor asks for a gradient.
 
     sequences are lengths in rows and keys, dims (D, Dv), pairs batch entries and heads of biases of pairs, of which the
-    relative one has a row for each of several entries, and which with a softcap are added after it
+    relative one has a row for each of several entries, and which with a softcap are added after it; distances: there is
+    a relative scale too, without pairs one row for all
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -91,6 +95,8 @@ def example(
     if pairs is not None:
         of_pairs = {"bias": leaf(*pairs, 5, 7), "relative_bias": leaf(*pairs, 5 if pairs[0] > 1 else 1, 4)}
         logits = logits._replace(**of_pairs, relative_right=1, bias_after_softcap=softcap is not None)
+    if distances:
+        logits = logits._replace(relative_scale=leaf(*(1, 1, 1) if pairs is None else (*pairs, 5), 4), relative_right=1)
     drop = Dropout(0.3, torch.tensor([3, 4])) if dropout else None
     return AttentionCall(q, k, v, Visibility.of(q, k, **masks), logits, drop, backend="sdpa")
 

@@ -19,7 +19,7 @@ from ..core.torch_distributed import is_dtensor, local, rows_of_rank, twin, whol
 from ..integrations.torch_modules import MultiheadAttention
 from ..nn import ScaledAttention
 from ..scaling import Scaling
-from ..scaling.base import has_relative_bias
+from ..scaling.base import reads_distances
 from .alarms import Alarm
 from .over_ranks import gathered, rank_and_size
 
@@ -282,7 +282,7 @@ def _degree_in_keys(found: Projections) -> int:
         one = factor(q.requires_grad_(), k)
         by_q = torch.autograd.grad(one.sum(), q, allow_unused=True)[0] if one.requires_grad else None
     other_q, other_k = factor(2 * q, k), factor(q, 2 * k)
-    is_biased = scaling.addend(q, k, visible) is not None or has_relative_bias(scaling, q)
+    is_biased = scaling.addend(q, k, visible) is not None or reads_distances(scaling, q)
     if by_q is None and not is_biased and torch.allclose(other_q, one, rtol=1e-4):  # a weight of q may still be 0
         if torch.allclose(other_k, one, rtol=1e-4):
             return 1

@@ -1,6 +1,7 @@
 """Statistics of every row's softmax and of its gradient, in one pass over blocks of keys.
 
-With the logits z_j = f_j x_j of a row, x_j = q . k_j, over its n visible keys, and p = softmax(z):
+With the logits z_j = f_j x_j of a row, x_j = q . k_j, f_j of row, key and distance, over its n visible keys, and
+p = softmax(z):
 
     J = diag(p) - p p^T                           the softmax's Jacobian, dp / dz
     ||J||_F^2 = S2 - 2 S3 + S2^2                  S_k = sum p_j^k
@@ -36,14 +37,14 @@ class RowStatistics:
     """Statistics of every row, fp64 [B, Hq, Sq]; all are 0 for a row without keys.
 
     key_count         n, the visible keys
-    factor            the row's factor of q . k, without factors of single keys (cosine's)
+    factor            the row's factor of q . k, without factors of single keys (cosine's) and of distances
     logit_std         standard deviation of the logits over the n keys (divided by n, not n - 1)
     max_logit         the largest logit
     max_probability   max p
     entropy           -sum p ln p, in nats
     output_variance   variance of p over the n keys: (S2 - 1 / n) / n
     jacobian_norm     ||J||_F
-    gradient_norm     ||J diag(f)||_F: jacobian_norm * |factor|, unless a mode has factors of keys too
+    gradient_norm     ||J diag(f)||_F: jacobian_norm * |factor|, unless a mode has factors of keys or distances too
     """
 
     key_count: Tensor
@@ -134,6 +135,8 @@ def _of_block(tiles: Tiles, block: Block) -> dict[str, Tensor]:
 def _part(tiles: Tiles, block: Block, query: Tensor, keys: slice, hidden: Tensor | None) -> _Part:
     """The softmax of query [N, G * rows, D] over a span of keys."""
     known = torch.bmm(query, tiles.scaled_keys(block.heads, keys).mT)  # [N, G * rows, keys]
+    of_distance = tiles.of_distance(block, keys, hidden, tiles.call.terms.relative_scale)
+    tiles.scale_pairs(known, of_distance, block)
     tiles.add_bias(known, block, keys)
     tiles.hide(known, block, hidden, 0.0)
     logit, count = known, torch.full_like(known[..., :1], keys.stop - keys.start)
@@ -154,9 +157,14 @@ def _part(tiles: Tiles, block: Block, query: Tensor, keys: slice, hidden: Tensor
     cube = square * w
     squares, cubes = square.sum(-1, keepdim=True), cube.sum(-1, keepdim=True)
     top_square, f_squares, f_cubes = torch.ones_like(top), squares, cubes
+    if of_distance is not None:
+        f = torch.ones_like(w)
+        tiles.scale_pairs(f, of_distance.square(), block)
+        top_square, square, cube = f.gather(-1, index), square * f, cube * f
+        f_squares, f_cubes = square.sum(-1, keepdim=True), cube.sum(-1, keepdim=True)
     if tiles.call.terms.key_scale is not None:
         f = tiles.of_keys(tiles.call.terms.key_scale[..., None], block.heads, keys).square()  # [N, keys, 1]
-        top_square = f.mT.expand_as(w).gather(-1, index)
+        top_square = top_square * f.mT.expand_as(w).gather(-1, index)
         f_squares, f_cubes = torch.bmm(square, f), torch.bmm(cube, f)
     spread = (w * shift.clamp(min=_NOTHING)).sum(-1, keepdim=True)
     return _Part(

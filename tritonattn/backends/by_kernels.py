@@ -104,9 +104,10 @@ class Kernels(Backend):
 def takes_derivatives(call: AttentionCall) -> bool:
     """True where the kernels compute tangents and their gradients: up to head dim 256, in fp32 128.
 
-    Tiles in torch compute others: of wider heads the sums spill, and pass the shared memory of some cards.
+    Tiles in torch compute others: of wider heads the sums spill, and pass the shared memory of some cards. So they do
+    with a relative scale.
     """
-    return max(call.q.shape[3], call.v.shape[3]) * call.v.dtype.itemsize <= 512
+    return call.terms.relative_scale is None and max(call.q.shape[3], call.v.shape[3]) * call.v.dtype.itemsize <= 512
 
 
 def kernels_take(x: Tensor) -> bool:

@@ -54,8 +54,9 @@ def attention(
     multiplier   a float or a tensor broadcastable to [B, Hq, Sq, Sk]; of no account at invisible pairs
     bias         the sum of addend, likewise or None for 0, and of the biases of the terms; where it is -inf, so is
                  capped; with bias_after_softcap it is added to capped, of which max_logit then is
-    terms        those of a `Request`, whose factors are all in the multiplier; key_bias has a row per query head or per
-                 key head; sinks broadcast to [B, Hq, Sq], -inf is no sink, +inf gives p = 0, NaN gives NaN
+    terms        those of a `Request`: of its factors relative_scale alone is not in the multiplier; key_bias has a row
+                 per query head or per key head; sinks broadcast to [B, Hq, Sq], -inf is no sink, +inf gives p = 0, NaN
+                 gives NaN
     returns      out [B, Hq, Sq, Dv] in q's dtype; the others [B, Hq, Sq] in fp32 (fp64 for fp64 q)
 
     Operands keep their dtype; logits, softmax and accumulation are in fp32 (fp64 for fp64 q); p is rounded to
@@ -73,6 +74,9 @@ def attention(
 
     with without_autocast(q):
         products = query @ key.mT  # [B, Hq, Sq, Sk]
+        if terms.relative_scale is not None:
+            table = terms.relative_scale.to(dtype)
+            multiplier = multiplier * relative_pairs(table, terms.relative_right, visibility, fill=1.0)
         if isinstance(multiplier, Tensor):
             multiplier = torch.where(visible, multiplier.double(), 0)  # 1 / (|q| |k|) may pass fp32
         logit, weighed = (products * multiplier).to(dtype), visible

@@ -207,6 +207,7 @@ def scaled_attention(
     key_scale: Tensor | None = None,
     *,
     scale: float | None = None,
+    relative_scale: Tensor | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     key_lengths: Tensor | None = None,
@@ -226,12 +227,14 @@ def scaled_attention(
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention with explicit scales, to which every scaling comes down.
 
-        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + key_bias[j] + bias[i, j] + relative[i, j]
+        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] * of_distance[i, j] + the biases
 
     Args:
         query_scale: Floating, broadcastable to [B, Hq, Sq]; any sign, 0 included; gets a gradient.
         key_scale: Floating, broadcastable to [B, Hkv, Sk], likewise.
         scale: A finite float; None is 1 / sqrt(D).
+        relative_scale: of_distance by distance, as relative_bias has relative, with the same relative_right; 1 outside
+            of its extent; gets a gradient.
 
     The other arguments, the result and the errors are those of `attention`. Scales are float32 (float64 for
     float64 q), whatever their dtype.
@@ -257,6 +260,7 @@ def scaled_attention(
         sinks=sinks,
         bias=bias,
         relative_bias=relative_bias,
+        relative_scale=relative_scale,
         softcap=softcap,
         relative_right=relative_right,
         bias_after_softcap=bias_after_softcap,

@@ -177,7 +177,7 @@ class _Case:
     def _scales(self, k: Tensor, given: Tensor | None = None, distances: bool = True) -> tuple[Tensor, Tensor]:
         """The factor and the bias of every visible pair from `scales`, [B, Hq, Sq, Sk]; 0 elsewhere.
 
-        distances   add the relative bias, too, and count biases of keys from the rows where they do
+        distances   take the relative scale and bias, too, and count biases of keys from the rows where they do
         """
         statistics = Statistics(k, self.visibility)
         terms = logits(self._request(), statistics, k if given is None else given)
@@ -187,6 +187,8 @@ class _Case:
             factor = factor * terms.query_scale[..., None]
         if terms.key_scale is not None:
             factor = factor * terms.key_scale.repeat_interleave(self.q.shape[1] // k.shape[1], 1)[:, :, None]
+        if terms.relative_scale is not None and distances:
+            factor = factor * relative_pairs(terms.relative_scale, terms.relative_right, self.visibility, fill=1.0)
         bias = torch.zeros_like(factor)
         if terms.key_bias is not None:
             bias = bias + terms.key_bias.flatten(1, 2)[:, :, None]

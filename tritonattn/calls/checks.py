@@ -21,7 +21,7 @@ from ..core.eight_bit import EIGHT_BIT
 from ..core.hints import nearest, type_of
 from ..core.invariance import switch
 from ..core.row_terms import sinks_beside
-from ..core.terms import DEFAULTS, OF_SCALING, TERMS, Term, Terms
+from ..core.terms import DEFAULTS, OF_SCALING, TABLES, TERMS, Term, Terms
 from ..core.torch_distributed import unshard
 from ..core.visibility import Visibility
 from ..scaling import Given, Scaling
@@ -191,9 +191,10 @@ def _checked_terms(terms: Terms, q: Tensor, visible: Visibility, rows: str, keys
         if values[number] is not default:
             values[number] = _checked(term, values[number], q, visible, rows, keys)
     terms = Terms(*values)
-    if terms.relative_bias is not None:
-        _check_right("", terms.relative_bias, terms.relative_right)
-    elif terms.relative_right:
+    tables = [x for name in TABLES if (x := getattr(terms, name)) is not None]
+    for table in tables:
+        check_right("relative_right", terms.relative_right, table)
+    if terms.relative_right and not tables:
         raise ValueError(f"relative_right: expected 0 without relative_bias, got {terms.relative_right}")
     if terms.key_bias is None or (terms.sinks is None and terms.softcap is None):
         return terms
@@ -244,20 +245,19 @@ def _pairs(name: str, x: Any, q: Tensor, shape: tuple[int, ...]) -> Tensor:
     return _narrowed(x[(None,) * (4 - x.dim())], q)
 
 
-def relative_bias_of(owner: str, table: Any, right: Any, q: Tensor, rows: tuple[int, ...], axes: str) -> Tensor:
-    """A relative bias as backends take it, of four axes. Raises unless it is one of rows of these axes.
-
-    owner   what its names begin with, in errors
-    """
-    table = _table(f"{owner}relative_bias", table, q, rows, axes)
-    check_count(f"{owner}relative_right", right)
-    _check_right(owner, table, right)
+def table_of(
+    name: str, table: Any, name_of_right: str, right: Any, q: Tensor, rows: tuple[int, ...], axes: str
+) -> Tensor:
+    """A table by distance as backends take it, of four axes. Raises unless it is one of rows of these axes."""
+    table = _table(name, table, q, rows, axes)
+    check_count(name_of_right, right)
+    check_right(name_of_right, right, table)
     return table
 
 
-def _check_right(owner: str, table: Tensor, right: int) -> None:
+def check_right(name: str, right: int, table: Tensor) -> None:
     if not right < table.shape[-1]:
-        raise ValueError(f"{owner}relative_right: expected less than the extent, {table.shape[-1]}, got {right}")
+        raise ValueError(f"{name}: expected less than the extent, {table.shape[-1]}, got {right}")
 
 
 def _table(name: str, table: Any, q: Tensor, rows: tuple[int, ...], axes: str) -> Tensor:

@@ -16,14 +16,14 @@ from ..core.call import AttentionCall, ForwardResult, Request
 from ..core.dropout import Dropout
 from ..core.eight_bit import EIGHT_BIT, of_rows, times
 from ..core.observation import ObservedCall, ObservedRows, notify_observers, observers
-from ..core.pair_biases import sum_of_tables
+from ..core.pair_biases import Table, of_one_extent
 from ..core.row_terms import sinks_beside
 from ..core.sequences import PageTable
 from ..core.statistics import DoubleStatistics, Statistics
 from ..core.terms import ADDENDS, AXES, DEFAULTS, PAIRS, TENSORS, Terms, per_group
 from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling
-from .checks import check_factor, check_key_bias, check_number, relative_bias_of, scale_dtype
+from .checks import check_factor, check_key_bias, check_number, scale_dtype, table_of
 from .formulas import by_formulas
 from .results import AttentionAux, aux_of
 
@@ -144,7 +144,7 @@ def logits(request: Request, statistics: Statistics, k: Tensor | None = None, po
         bias = added if bias is None else added + bias
     _, _, _, _, _, *others = given
     terms = Terms(scales.constant, scales.query, scales.key, bias, sinks, *others)  # pyright: ignore[reportArgumentType]
-    has_others = has_pairs = scales.relative_bias is not None
+    has_others = has_pairs = scales.relative_bias is not None or scales.relative is not None
     for number, default, is_pairs in _BEHIND_SINKS:
         if given[number] is not default:
             has_others, has_pairs = True, has_pairs or is_pairs
@@ -161,11 +161,20 @@ _BEHIND_SINKS = [
 
 def _pairs(given: Terms, scales: Scales, visible: Visibility) -> dict[str, Any]:
     """The terms of pairs of a call and its scaling, and relative_right."""
-    table, right = given.relative_bias, given.relative_right
-    if scales.relative_bias is not None:
-        added = scales.relative_bias, scales.relative_right
-        table, right = added if table is None else sum_of_tables(table, right, *added)
-    found: dict[str, Any] = {"relative_bias": table, "relative_right": right}
+    tables = [
+        ("relative_bias", given.relative_bias, given.relative_right, torch.add),
+        ("relative_bias", scales.relative_bias, scales.relative_right, torch.add),
+        ("relative_scale", given.relative_scale, given.relative_right, torch.mul),
+        ("relative_scale", scales.relative, scales.relative_right, torch.mul),
+    ]
+    there = [
+        (name, Table(x, right, float(join is torch.mul)), join) for name, x, right, join in tables if x is not None
+    ]
+    whole = [one for _, one, _ in there]
+    whole = of_one_extent(*whole) if len(whole) > 1 else whole
+    found: dict[str, Any] = {"relative_right": whole[0].right if whole else 0}
+    for (name, _, join), one in zip(there, whole, strict=True):
+        found[name] = join(found[name], one.numbers) if name in found else one.numbers
     for name in PAIRS:
         x, last = found.get(name, getattr(given, name)), AXES[name][-1]
         if x is not None:
@@ -206,10 +215,12 @@ def scales_of(
     name = getattr(scaling, "name", type(scaling).__name__) + ".scales()"
     if not isinstance(scales, Scales):
         raise TypeError(f"{name}: expected Scales, got {type(scales).__name__}")
-    constant, query, key, table = scales.constant, scales.query, scales.key, scales.relative_bias
+    constant, query, key = scales.constant, scales.query, scales.key
     check_number(name + ".constant", constant)
-    if query is None and key is None and gain is None and table is None and scales.key_bias is None:
+    has_others = scales.key_bias is not None or scales.relative_bias is not None or scales.relative is not None
+    if query is None and key is None and gain is None and not has_others:
         return scales
+    tables, right = {"relative_bias": scales.relative_bias, "relative": scales.relative}, scales.relative_right
     rows, kv_heads = (visibility.batch, visibility.q_heads, visibility.q_len), visibility.kv_heads
     if query is not None:
         # One key head broadcasts, but then torch adds up the heads' gradients in an order that follows the length.
@@ -231,12 +242,13 @@ def scales_of(
         check_factor(f"{name}.key", key, q, visibility.keys, "[B, Hkv, Sk]")
     if scales.key_bias is not None:
         check_key_bias(f"{name}.key_bias", scales.key_bias, q, visibility.keys, "[B, Hq or Hkv, Sk]")
-    if table is not None:
-        table = relative_bias_of(f"{name}.", table, scales.relative_right, q, rows, "[B, Hq, Sq]")
+    for table, x in tables.items():
+        if x is not None:
+            tables[table] = table_of(f"{name}.{table}", x, f"{name}.relative_right", right, q, rows, "[B, Hq, Sq]")
     if not exact:
         query = query if query is None else _expanded(query, q, rows)
         key = key if key is None else _expanded(key, q, visibility.keys)
-    return Scales(constant, query, key, False, scales.key_bias, table, scales.relative_right)
+    return Scales(constant, query, key, False, scales.key_bias, relative_right=right, **tables)
 
 
 def _expanded(scale: Tensor, q: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -41,6 +41,10 @@ def dense(request: Request, k: Tensor | None = None) -> tuple[Tensor | float, Te
     if bias is not None:
         _check_dense(scaling, "addend", bias, pairs)
     distance = visibility.positions()[:, None, :, None] - torch.arange(visibility.k_len, device=q.device)
+    of_distance = scaling.relative_multiplier(queries, keys, distance)
+    if of_distance is not None:
+        _check_dense(scaling, "relative_multiplier", of_distance, pairs)
+        factor = factor * of_distance
     of_distance = scaling.relative_addend(queries, keys, distance)
     if of_distance is not None:
         _check_dense(scaling, "relative_addend", of_distance, pairs)

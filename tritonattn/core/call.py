@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .dropout import Dropout
 from .eight_bit import EIGHT_BIT, Descale, of_keys, times
-from .pair_biases import relative_pairs
+from .pair_biases import reflected, relative_pairs
 from .sequences import PageTable, Slots
 from .terms import Terms, rolled_keys
 from .visibility import Visibility
@@ -152,15 +152,22 @@ class AttentionCall(NamedTuple):
     def by_ranges(self) -> AttentionCall:
         """The call with its visible keys as key_ranges, where their few rows stand at the end of a cache.
 
-        Ranges do not say where rows stand: a relative bias becomes one of pairs.
+        Ranges do not say where rows stand: a relative bias becomes one of pairs, and a relative scale a table of rows.
         """
         visible, terms = self.visibility, self.terms
+        ranges = visible.as_ranges()
         if terms.relative_bias is not None:
             pairs = relative_pairs(terms.relative_bias, terms.relative_right, visible)
             pairs = pairs.expand(visible.batch, -1, -1, -1)
             pairs = pairs if terms.bias is None else pairs + terms.bias
-            terms = terms._replace(bias=pairs, relative_bias=None, relative_right=0)
-        return self.changed(visibility=visible.as_ranges(), terms=terms)
+            terms = terms._replace(bias=pairs, relative_bias=None)
+        right = 0
+        if terms.relative_scale is not None:
+            factors = relative_pairs(terms.relative_scale, terms.relative_right, visible, 1.0)
+            right = visible.q_len - 1
+            entries = slice(0, visible.k_len + right)
+            terms = terms._replace(relative_scale=reflected(factors, ranges.positions() + right, entries, fill=1.0))
+        return self.changed(visibility=ranges, terms=terms._replace(relative_right=right))
 
 
 def _along_keys(block_table: Tensor | None, visibility: Visibility, *cached: Tensor) -> tuple[Tensor, ...]:

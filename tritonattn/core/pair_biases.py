@@ -1,6 +1,8 @@
-"""Biases of pairs of a row and a key: from a table by their distance, and from masks as other libraries have them."""
+"""Terms of pairs of a row and a key: from a table by their distance, and from masks as other libraries have them."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,25 +33,41 @@ def mask_arguments(name: str, mask: Tensor | None) -> dict[str, Tensor]:
     return {"mask": ~hidden, "bias": mask}
 
 
-def relative_pairs(table: Tensor, right: int, visibility: Visibility) -> Tensor:
-    """A `Terms.relative_bias` as a bias of all pairs, in its dtype: [B or 1, Hq or 1, Sq, Sk]."""
-    return reflected(table, visibility.positions() + right, slice(0, visibility.k_len))
+def relative_pairs(table: Tensor, right: int, visibility: Visibility, fill: float = 0.0) -> Tensor:
+    """A table by distance of `Terms` as numbers of all pairs, in its dtype: [B or 1, Hq or 1, Sq, Sk].
+
+    fill   of a pair outside of it: 0 of a bias, 1 of a factor
+    """
+    return reflected(table, visibility.positions() + right, slice(0, visibility.k_len), fill=fill)
 
 
-def sum_of_tables(a: Tensor, a_right: int, b: Tensor, b_right: int) -> tuple[Tensor, int]:
-    """The relative bias that two of them are together, and its `relative_right`."""
-    right = max(a_right, b_right)
-    extent = right + max(a.shape[3] - a_right, b.shape[3] - b_right)
+class Table(NamedTuple):
+    """Numbers by distance, [B or 1, Hq or 1, Sq or 1, extent].
 
-    def whole(x: Tensor, later_keys: int) -> Tensor:
-        before = right - later_keys
-        return pad(x, (before, extent - x.shape[3] - before))
+    right   of them, the first, belong to keys after the row's position
+    fill    stands for distances outside of the extent
+    """
 
-    return whole(a, a_right) + whole(b, b_right), right
+    numbers: Tensor
+    right: int
+    fill: float = 0.0
 
 
-def reflected(x: Tensor, offset: Tensor, columns: slice, start: int = 0) -> Tensor:
-    """y[b, h, i, c] = x[b, h, i, offset[b, i] - c - start] for the columns c, and 0 outside of x.
+def of_one_extent(*tables: Table) -> tuple[Table, ...]:
+    """The tables with their fill in front and behind, so that all have one extent and one `right`."""
+    right = max(one.right for one in tables)
+    extent = right + max(one.numbers.shape[3] - one.right for one in tables)
+
+    def whole(one: Table) -> Table:
+        before, behind = right - one.right, extent - one.numbers.shape[3] - (right - one.right)
+        numbers = pad(one.numbers, (before, behind), value=one.fill) if before or behind else one.numbers
+        return Table(numbers, right, one.fill)
+
+    return tuple(map(whole, tables))
+
+
+def reflected(x: Tensor, offset: Tensor, columns: slice, start: int = 0, fill: float = 0.0) -> Tensor:
+    """y[b, h, i, c] = x[b, h, i, offset[b, i] - c - start] for the columns c, and `fill` outside of x.
 
     Entries of a table by key, and by the same formula pairs by entry.
 
@@ -59,16 +77,16 @@ def reflected(x: Tensor, offset: Tensor, columns: slice, start: int = 0) -> Tens
     """
     is_shared = x.shape[2] == 1 and offset.shape[0] == 1
     if is_shared and values_are_read(x, offset) and not needs_graph(x):
-        return _by_windows(x[:, :, 0], offset[0] - start, columns)
+        return _by_windows(x[:, :, 0], offset[0] - start, columns, fill)
     count = x.shape[3]
     at = offset[:, None, :, None] - (torch.arange(columns.start, columns.stop, device=x.device) + start)
     inside = (at >= 0) & (at < count)
     shape = torch.broadcast_shapes(x.shape[:3], at.shape[:3])
     found = x.expand(*shape, -1).gather(-1, at.clamp(0, count - 1).expand(*shape, -1))
-    return found.masked_fill(~inside, 0)
+    return found.masked_fill(~inside, fill)
 
 
-def _by_windows(x: Tensor, offset: Tensor, columns: slice) -> Tensor:
+def _by_windows(x: Tensor, offset: Tensor, columns: slice, fill: float) -> Tensor:
     """`reflected` of one table [B or 1, H or 1, n] for all rows: copies of windows of it, turned round. Reads offset.
 
     Row i is the window of the columns' width that begins at n - 1 - offset[i] + columns.start.
@@ -77,7 +95,7 @@ def _by_windows(x: Tensor, offset: Tensor, columns: slice) -> Tensor:
     first = count - 1 + columns.start - offset  # [S]
     least, most = map(int, first.aminmax())
     before, after = max(0, -least), max(0, most + width - count)
-    windows = pad(x.flip(-1), (before, after)).unfold(-1, width, 1)
+    windows = pad(x.flip(-1), (before, after), value=fill).unfold(-1, width, 1)
     return windows.index_select(-2, first + before)
 
 

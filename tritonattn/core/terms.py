@@ -16,7 +16,8 @@ from .visibility import Visibility
 class Terms(NamedTuple):
     """The terms of a logit, and the softmax's others.
 
-        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + key_bias[j] + bias[i, j] + relative[i, j]
+        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] * of_distance[i, j]
+                      + key_bias[j] + bias[i, j] + relative[i, j]
 
     query_scale   [B, Hq, Sq] or None, fp32 (fp64 for fp64 q); any strides, 0 included
     key_scale     [B, Hkv, Sk] or None, likewise
@@ -26,11 +27,12 @@ class Terms(NamedTuple):
     bias          each axis of [B, Hq, Sq, Sk] or 1, or None; of any dtype but that fp64 is for fp64 q; any strides
     relative_bias [B or 1, Hq or 1, Sq or 1, extent] or None, likewise: relative[i, j] is the entry of row i at
                   position[i] - j + relative_right, and 0 outside of the extent; `Visibility.positions`
+    relative_scale    likewise, of the extent of relative_bias: of_distance[i, j], which is 1 outside of it
     softcap       c: logit -> c * tanh(logit / c), or None
     relative_right    entries that belong to keys after the row's position
     bias_after_softcap    the three biases are added to the capped logit
 
-    In a user's call the scaling gives the scales, and may add to the biases. `TERMS` has a row for each field.
+    In a user's call the scaling gives the four scales, and may add to the biases. `TERMS` has a row for each field.
     """
 
     scale: float = 1.0
@@ -40,6 +42,7 @@ class Terms(NamedTuple):
     sinks: Tensor | None = None
     bias: Tensor | None = None
     relative_bias: Tensor | None = None
+    relative_scale: Tensor | None = None
     softcap: float | None = None
     relative_right: int = 0
     bias_after_softcap: bool = False
@@ -124,8 +127,9 @@ TERMS = (
     Term("sinks", "vector", _ROWS, "sink", gradient=True, typical=("Hq",)),
     Term("bias", "pairs", (*_ROWS, "Sk"), "addend", gradient=True, typical=(*_ROWS, "Sk")),
     Term("relative_bias", "pairs", (*_ROWS, "extent"), "addend", gradient=True, typical=("Hq", "Sq", "extent")),
+    Term("relative_scale", "pairs", (*_ROWS, "extent"), "factor", gradient=True, typical=("extent",)),
     Term("softcap", "number", enters="cap", typical=20.0),
-    Term("relative_right", "number", flag=False, beside=(("relative_bias",),)),
+    Term("relative_right", "number", flag=False, beside=(("relative_bias", "relative_scale"),)),
     Term("bias_after_softcap", "flag", beside=(("softcap",), _BIASES)),
 )
 

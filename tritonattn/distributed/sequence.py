@@ -25,7 +25,7 @@ from ..core.sequences import Sequences
 from ..core.statistics import Statistics
 from ..core.terms import Terms, given
 from ..core.visibility import Visibility
-from ..scaling.base import has_relative_bias
+from ..scaling.base import reads_distances
 from . import collectives
 from .layout import Split
 
@@ -130,9 +130,9 @@ def check_over_ranks(request: Request, rows: str = "[B, Hq, Sq]") -> Request:
     if in_forward_mode():
         raise NotImplementedError("forward mode (jvp): not supported over ranks; `attention` has it on one")
     request = check(request, rows)
-    if has_relative_bias(request.scaling, request.q):
+    if reads_distances(request.scaling, request.q):
         name = type(request.scaling).__name__
-        raise NotImplementedError(f"scaling: expected one without a relative bias over ranks, got {name}")
+        raise NotImplementedError(f"scaling: expected one without a factor or bias of distances over ranks, got {name}")
     if (other := next((name for name in given(request.terms) if name not in _OVER_RANKS), None)) is not None:
         raise NotImplementedError(f"{other}: not supported over ranks")
     backend = choose(request).name

@@ -19,8 +19,8 @@ from ..calls.checks import (
     check_settings,
     check_softcap,
     check_tensor,
-    relative_bias_of,
     shape_of,
+    table_of,
 )
 from ..calls.decode import attention_decode
 from ..calls.public import public
@@ -33,7 +33,7 @@ from ..core.pair_biases import reflected
 from ..core.torch_distributed import SharesSequence
 from ..core.visibility import window_sides
 from ..scaling import Scaling
-from ..scaling.base import check_positive, has_relative_bias
+from ..scaling.base import check_positive, reads_distances
 from ..scaling.names import LayerMode, refuse_scaling
 from .cache import KeyValueCache
 from .learned import describe
@@ -337,14 +337,14 @@ class ScaledAttention(SharesSequence, nn.Module):
                 window=self.window,
                 **settings,
             )
-        if isinstance(self.scaling, Scaling) and has_relative_bias(self.scaling, q):
+        if isinstance(self.scaling, Scaling) and reads_distances(self.scaling, q):
             raise NotImplementedError(
-                f"scaling: expected one without a relative bias for a prompt of more than {LONGEST_QUERY} tokens, or"
-                f" with counts, in a cache, got {type(self.scaling).__name__}"
+                f"scaling: expected one without a factor or bias of distances for a prompt of more than {LONGEST_QUERY}"
+                f" tokens, or with counts, in a cache, got {type(self.scaling).__name__}"
             )
         if settings.get("relative_bias") is not None:
             table, right = settings.pop("relative_bias"), settings.pop("relative_right")
-            table = relative_bias_of("", table, right, q, q.shape[:3], "[B, Hq, Sq]")
+            table = table_of("relative_bias", table, "relative_right", right, q, q.shape[:3], "[B, Hq, Sq]")
             settings["bias"] = reflected(table, positions + right, slice(0, cache.k.shape[2]))
         left, _ = window_sides(self.window)
         first = torch.zeros_like(positions) if left is None else (positions - left).clamp(min=0)

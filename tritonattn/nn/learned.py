@@ -141,6 +141,9 @@ class PerHead(Learned):
     def addend(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor | None:
         return self.mode.addend(q, k, visible)
 
+    def relative_multiplier(self, q: Tensor, k: Tensor, distance: Tensor) -> Tensor | None:
+        return self.mode.relative_multiplier(q, k, distance)
+
     def relative_addend(self, q: Tensor, k: Tensor, distance: Tensor) -> Tensor | None:
         return self.mode.relative_addend(q, k, distance)
 

@@ -90,6 +90,8 @@ class Scheduled(ScalingModule):
         t = self.progress().to(q.device)
         given = q, k, visibility, statistics
         parts = [scales_of(mode, None, *given, exact=True) for mode in (self.mode_a, self.mode_b)]
+        if any(part.relative is not None for part in parts):
+            raise ValueError("mode_a, mode_b: expected modes without a factor of distances")
         if not all(part.key_bias is None and part.relative_bias is None for part in parts):
             raise ValueError(
                 "mode_a, mode_b: expected modes without a bias; pass it as key_bias= or relative_bias=, times a weight"

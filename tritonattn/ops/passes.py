@@ -134,8 +134,8 @@ def _second(
 
 
 # The terms that tangents and their gradients have.
-_TERMS = ("query_scale", "key_scale", "key_bias", "sinks", "bias", "relative_bias", "softcap", "relative_right")
-_LACKED = others_than(*_TERMS, "bias_after_softcap")
+_TERMS = ("query_scale", "key_scale", "key_bias", "sinks", "bias", "softcap", "bias_after_softcap")
+_LACKED = others_than(*_TERMS, "relative_bias", "relative_scale", "relative_right")
 
 
 def _refuse(call: AttentionCall) -> None:

@@ -4,6 +4,7 @@ from .base import Scales, Scaling
 from .constants import Dim, Given, SqrtDim, Unscaled
 from .cosine import Cosine
 from .counts import KeyCount, LogKeyCount, LogPower, SqrtKeyCount
+from .distances import ScaleInvariant
 from .key_norms import KeyNormL2, KeyNormMax, KeyNormMean, KeyNormRms, KeyNormSum
 from .names import SCALINGS
 from .positional import Beam, Grok2, Inkling, Inkling2, Llama4, Ministral3, QwenLogn
@@ -28,6 +29,7 @@ __all__ = [
     "LogPower",
     "Ministral3",
     "QwenLogn",
+    "ScaleInvariant",
     "Scales",
     "Scaling",
     "SqrtDim",

@@ -21,14 +21,15 @@ from ..core.visibility import Visibility
 class Scales:
     """The factor of every logit as a number and vectors, the result of `Scaling.scales`.
 
-        logit[i, j] = constant * (q[i] . k[j]) * query[i] * key[j] + key_bias[j] + relative[i, j]
+        logit[i, j] = constant * (q[i] . k[j]) * query[i] * key[j] * relative[i, j] + key_bias[j] + relative_bias[i, j]
 
     query       broadcastable to [B, Hq, Sq], or one row per key head, [B, Hkv, Sq]; any float dtype; None is 1
     key         broadcastable to [B, Hkv, Sk]; any float dtype; None is 1
     is_finite   query is finite in rows without keys too; a call puts 0 there otherwise
     key_bias    broadcastable to [B, Hq, Sk] or [B, Hkv, Sk]; any float dtype; None is 0; a key with -inf has no weight;
                 `nn.counted_from_rows` marks one that counts from the row's position, as `addend` then does
-    relative_bias, relative_right   as of `attention`, of a packed batch [1, Hq or 1, T_q or 1, extent]; None is 0
+    relative, relative_bias   tables by distance, with relative_right as relative_bias of `attention`, of a packed batch
+                [1, Hq or 1, T_q or 1, extent]; None, and a distance outside of the extent, is 1 and 0
 
     A call raises ValueError for another shape, and TypeError for another type.
 
@@ -46,6 +47,7 @@ class Scales:
     key_bias: Tensor | None = None
     relative_bias: Tensor | None = None
     relative_right: int = 0
+    relative: Tensor | None = None
 
 
 class Scaling:
@@ -54,8 +56,8 @@ class Scaling:
     A mode states its factor twice, so that a mistake in one of them shows. `scales` gives kernels a number and vectors.
     `multiplier` is the formula as its paper writes it, for the reference alone, and uses neither `scales` nor the
     methods of `visibility` and `statistics`; a mode with a bias states that a second time in `addend`, or in
-    `relative_addend`. All are differentiable with respect to q and k. A factor, and a bias, may depend on the keys that
-    the row attends to, and on no others.
+    `relative_addend`, and one with a factor of distances in `relative_multiplier`. All are differentiable with respect
+    to q and k. A factor, and a bias, may depend on the keys that the row attends to, and on no others.
 
     name               the mode's name, in errors and in saved configs
     reads_keys         False: `scales` takes from k only its shape, and everything else from `statistics`; decoding then
@@ -114,6 +116,10 @@ class Scaling:
         """The bias of every pair, of arguments and shape as of `multiplier`; None, where a mode has none, is 0."""
         return None
 
+    def relative_multiplier(self, q: Tensor, k: Tensor, distance: Tensor) -> Tensor | None:
+        """The part of the factor that depends on the distance, as of `relative_addend`; None is 1."""
+        return None
+
     def relative_addend(self, q: Tensor, k: Tensor, distance: Tensor) -> Tensor | None:
         """The bias of every pair by its distance, of shape as of `multiplier`; None, where a mode has none, is 0.
 
@@ -129,6 +135,7 @@ class About:
     factor    its formula, of n, D, ‖q‖, ‖k‖, sum, mean and max ‖k‖, sum and mean ‖k‖², of numbers, of `letters`, and of
               base or L, the trained length. Tests compute it, so a product is written by a blank.
     letters   values of its letters
+    addend    formula of what it adds; there and in factor t is how far the key lies from the row. "" for nothing
     source    a paper, or a model whose code has it
     advice    when to take it
     example   settings that change the factor of a few keys
@@ -138,6 +145,7 @@ class About:
 
     factor: str
     letters: Mapping[str, str]
+    addend: str
     source: str
     advice: str
     example: Mapping[str, float]
@@ -163,6 +171,7 @@ def mode(
     factor: str,
     letters: Mapping[str, str] | None = None,
     *,
+    addend: str = "",
     source: str = "-",
     advice: str = "",
     example: Mapping[str, float] | None = None,
@@ -173,7 +182,7 @@ def mode(
 
     def named(cls: Mode) -> Mode:
         cls.name, cls.reads_keys, cls.takes_fp64 = name, False, True
-        cls.about = About(factor, letters or {}, source, advice, example or {}, config or {}, models)
+        cls.about = About(factor, letters or {}, addend, source, advice, example or {}, config or {}, models)
         return cls
 
     return named
@@ -214,10 +223,11 @@ class OfCount(Scaling):
         return scales_of_count(visibility, self._constant(q.shape[-1]), self._of_count)
 
 
-def has_relative_bias(scaling: Scaling, q: Tensor) -> bool:
-    """True where a scaling of q [B, Hq, Sq, D] adds a bias of distances."""
-    row = q[:, :, :1]
-    return scaling.relative_addend(row, row, torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=q.device)) is not None
+def reads_distances(scaling: Scaling, q: Tensor) -> bool:
+    """True where a scaling of q [B, Hq, Sq, D] has a factor or a bias of distances."""
+    row, distance = q[:, :, :1], torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=q.device)
+    of_distance = scaling.relative_multiplier(row, row, distance), scaling.relative_addend(row, row, distance)
+    return any(x is not None for x in of_distance)
 
 
 def relative_gain(scaling: Any, factor: float | Tensor | None, head_dim: int, gain: Any = None) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 import torch
 
 from ..core.hints import type_of
-from . import constants, cosine, counts, key_norms, positional
+from . import constants, cosine, counts, distances, key_norms, positional
 from .base import NO_BASE, Scaling
 
 ModeName = Literal[
@@ -36,6 +36,7 @@ ModeName = Literal[
     "inkling2",
     "beam",
     "cosine",
+    "scale_invariant",
     # end
 ]
 LearnedName = Literal[
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
         inkling2: type[positional.Inkling2]
         beam: type[positional.Beam]
         cosine: type[cosine.Cosine]
+        scale_invariant: type[distances.ScaleInvariant]
         # end
 
 
@@ -107,7 +109,7 @@ def _named(*modules: ModuleType) -> Iterator[type[Scaling]]:
         yield from (one for one in vars(module).values() if isinstance(one, type) and "about" in vars(one))
 
 
-_CLASSES = _named(constants, counts, key_norms, positional, cosine)
+_CLASSES = _named(constants, counts, key_norms, positional, cosine, distances)
 SCALINGS: Modes = cast("Modes", _Modes({mode.name: mode for mode in _CLASSES}))
 
 

@@ -142,7 +142,7 @@ def _takes_many_registers(kernel: str, problem: Problem) -> bool:
 
     Above width 256 the tiles leave room for those sums, but not for ranges of rows.
     """
-    holds_tile = problem.mask or problem.dropout or problem.bias or problem.relative_bias
+    holds_tile = problem.mask or problem.dropout or problem.bias or problem.relative_bias or problem.relative_scale
     if problem.width > 256:
         return holds_tile or problem.key_ranges
     return holds_tile or (kernel == "grad_query" and problem.query_scale_grad)

@@ -13,7 +13,7 @@ from ...core.rounding import before_rounding
 from ...core.terms import Gradients, Needs, addends
 from .fixed_tiles import tiles_of
 from .sums import add_biases, allocated, rounded, store_of_keys, sums_over_rows
-from .tiles import Block, Heads, Tiles
+from .tiles import Block, Heads, Tiles, logits_of
 from .weights import rows_of_one_key, rows_with_keys, shares, weights
 
 
@@ -133,12 +133,14 @@ class _KeySums:
 class _Piece:
     """Pairs of a block and a span of keys: [N, G * rows, keys], or [N, keys, D] for key; slope None for 1.
 
-    kept      1 for pairs that dropout keeps, 0 for others, or None
-    d_logit   after dropout and without delta, or None where nothing but v needs it
+    of_distance   of `Tiles.of_distance`
+    kept          1 for pairs that dropout keeps, 0 for others, or None
+    d_logit       after dropout and without delta, or None where nothing but v needs it
     """
 
     keys: slice
     key: Tensor
+    of_distance: Tensor | None
     weight: Tensor
     slope: Tensor | None
     kept: Tensor | None
@@ -148,7 +150,8 @@ class _Piece:
 def _pieces(tiles: Tiles, block: Block, rows: _Rows, spans: list, needs_logits: bool) -> Iterator[_Piece]:
     for keys, hidden in tiles.keys_of(block, spans):
         key = tiles.scaled_keys(block.heads, keys)
-        weight, capped = weights(tiles, block, (rows.query, rows.factor, rows.lse), keys, key, hidden)
+        of_distance = tiles.of_distance(block, keys, hidden, tiles.call.terms.relative_scale)
+        weight, capped = weights(tiles, block, (rows.query, rows.factor, rows.lse), keys, key, hidden, of_distance)
         slope = None if capped is None else 1 - capped.square()
         kept, d_logit = tiles.kept(block, keys), None
         if needs_logits:
@@ -156,7 +159,7 @@ def _pieces(tiles: Tiles, block: Block, rows: _Rows, spans: list, needs_logits: 
             d_logit = torch.bmm(rows.d_weight_of, value.mT)
             if kept is not None:
                 d_logit.mul_(kept)
-        yield _Piece(keys, key, weight, slope, kept, d_logit)
+        yield _Piece(keys, key, of_distance, weight, slope, kept, d_logit)
 
 
 def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradients: Gradients) -> Tensor | None:
@@ -169,7 +172,8 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
     d_query = torch.zeros_like(rows.query) if needs_query else None
     spans, delta = tiles.spans_of(block), rows.delta
     is_after = tiles.call.terms.bias_after_softcap
-    needs_logits = needs_query or sums.key is not None or bool(addends(gradients))
+    of_pairs = [*addends(gradients), gradients.relative_scale]
+    needs_logits = needs_query or sums.key is not None or any(x is not None for x in of_pairs)
     pieces = _pieces(tiles, block, rows, spans, needs_logits)
     if (tiles.joins_spans or len(spans) == 1) and not tiles.call.is_part:
         pieces = list(pieces)
@@ -195,6 +199,10 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
             d_logit.mul_(piece.slope)
         if not is_after:
             add_biases(tiles, block, piece.keys, d_logit, gradients)
+        if gradients.relative_scale is not None:
+            d_pairs = logits_of(rows.query, rows.factor, piece.key).mul_(d_logit)
+            tiles.add_to_table(d_pairs, block, piece.keys, gradients.relative_scale)
+        tiles.scale_pairs(d_logit, piece.of_distance, block)
         if d_query is not None:
             d_query.baddbmm_(d_logit, piece.key)
         if sums.key is not None:

@@ -79,6 +79,7 @@ class _Rows:
         """
         tiles, block, softcap = self.tiles, self.block, self.call.terms.softcap
         logit = logits_of(self.query, self.factor, tiles.scaled_keys(block.heads, keys))
+        tiles.scale_pairs(logit, tiles.of_distance(block, keys, None, self.call.terms.relative_scale), block)
         if softcap is not None and self.call.terms.bias_after_softcap:
             logit, softcap = logit.div_(softcap).tanh_().mul_(softcap), None
         tiles.add_bias(logit, block, keys)

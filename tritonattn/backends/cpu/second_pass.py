@@ -14,7 +14,9 @@ With the gradients T of out_dot and rho of lse_dot, and the names of `tangent_pa
     dv_j     = sum_i share_i keep_ij s_ij (z_dot_ij - r_i) T_i,  dv_dot_j = sum_i share_i keep_ij s_ij T_i
     dsinks_i = (1 - share_i) (-(sinks_dot_i - r_i) delta_i - eta_i),  dsinks_dot_i = -(1 - share_i) delta_i
 
-The gradient of a bias is dx, of its tangent dx_dot: dz and dz_dot where biases are added after the softcap. A first
+The gradient of a bias is dx, of its tangent dx_dot: dz and dz_dot where biases are added after the softcap. With a
+relative scale f and z = f p + biases, p = q' . k', the gradient of f is dx p + dx_dot p_dot, of its tangent dx_dot p;
+above, dx_dot f stands for dx_dot, and dx f + dx_dot f_dot for dx. A first
 sweep over the keys of a block of rows has the sums, a second the gradients."""
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from ...core.terms import Gradients
 from ..protocol import SecondOrder
 from .fixed_tiles import tiles_of
 from .sums import add_biases, allocated, rounded, store_of_keys, sums_over_rows
-from .tangent_pass import Pairs, Rows, Scaled, Total, pairs_of
+from .tangent_pass import Pairs, Rows, Scaled, Total, pairs_of, tangent_of_products
 from .tiles import Heads, Tiles
 
 
@@ -282,7 +284,32 @@ def _of_logits(
         d_rate.mul_(pairs.slope)
     if not is_after:
         add_to_biases()
+    _scale_by_distance(rows, pairs, d_logit, d_rate, found)
     return d_rate if d_logit is None else d_logit, d_rate
+
+
+def _scale_by_distance(
+    rows: _SecondRows, pairs: Pairs, d_logit: Tensor | None, d_rate: Tensor, found: tuple[Gradients, Gradients]
+) -> None:
+    """Take dx and dx_dot to the product's gradients, in place; add those of the relative scale to its tables."""
+    tiles, block, (factor, factor_tangent) = rows.rows.tiles, rows.rows.block, pairs.factors
+    of_table, of_tangent = (gradients.relative_scale for gradients in found)
+    if of_table is not None or of_tangent is not None:
+        product = torch.bmm(rows.rows.query.value, pairs.key.value.mT)
+        if of_tangent is not None:
+            tiles.add_to_table(d_rate * product, block, pairs.keys, of_tangent)
+        if of_table is not None and d_logit is not None:
+            product.mul_(d_logit)
+            if (product_tangent := tangent_of_products(rows.rows, pairs.key)) is not None:
+                product.addcmul_(product_tangent, d_rate)
+            tiles.add_to_table(product, block, pairs.keys, of_table)
+    if d_logit is not None:
+        tiles.scale_pairs(d_logit, factor, block)
+        if factor_tangent is not None:
+            by_tangent = d_rate.clone()
+            tiles.scale_pairs(by_tangent, factor_tangent, block)
+            d_logit.add_(by_tangent)
+    tiles.scale_pairs(d_rate, factor, block)
 
 
 def _store_of_sinks(rows: _SecondRows, sums: _RowSums, found: tuple[Gradients, Gradients]) -> None:

@@ -3,6 +3,7 @@
 With x = q' . k' + biases, q' = scale * query_scale * q and k' = key_scale * k, and a dot for a tangent:
 
     x_dot_ij  = q'_dot_i . k'_j + q'_i . k'_dot_j + biases_dot_ij
+                with a relative scale f of pairs: f (q' . k')_dot + f_dot (q' . k') + biases_dot
     z_dot_ij  = x_dot_ij (1 - (z_ij / softcap)^2)         x_dot_ij without softcap; biases after it join here
     mean_i    = sum_j s_ij z_dot_ij                       the tangent of lse
     r_i       = share_i mean_i + (1 - share_i) sinks_dot_i
@@ -215,6 +216,7 @@ class Pairs:
     """Pairs of a block and a span of keys: [N, G * rows, keys]; key is [N, keys, D].
 
     weight    exp(z - lse)
+    factors   the relative scale and its tangent, `Tiles.of_distance`, each or None
     capped    tanh(x / softcap), or None without softcap
     slope     1 - capped^2, or None
     inner     the tangent of x, or None for 0
@@ -223,6 +225,7 @@ class Pairs:
 
     keys: slice
     key: Scaled
+    factors: tuple[Tensor | None, Tensor | None]
     weight: Tensor
     capped: Tensor | None
     slope: Tensor | None
@@ -233,19 +236,30 @@ class Pairs:
 def pairs_of(rows: Rows, tangents: Gradients, needs_rate: bool = True) -> Iterator[Pairs]:
     """The pairs of a block, span after span; without their tangents unless `needs_rate`."""
     tiles, block = rows.tiles, rows.block
-    is_after = tiles.call.terms.bias_after_softcap
+    is_after, tables = tiles.call.terms.bias_after_softcap, (tiles.call.terms.relative_scale, tangents.relative_scale)
     for keys, hidden in tiles.keys_of(block, tiles.spans_of(block)):
         key = Scaled.keys_of(tiles, tangents, block.heads, keys)
         of_rows = rows.query.x, rows.query.factor, rows.lse
-        weight, capped = weights(tiles, block, of_rows, keys, key.value, hidden)
+        scale, scale_tangent = tables
+        factors = (
+            tiles.of_distance(block, keys, hidden, scale),
+            tiles.of_distance(block, keys, hidden, scale_tangent, fill=0.0),
+        )
+        weight, capped = weights(tiles, block, of_rows, keys, key.value, hidden, factors[0])
         slope, inner = None if capped is None else 1 - capped.square(), None
         if needs_rate:
-            inner = _sum_of_products((rows.query.tangent, key.value), (rows.query.value, key.tangent))
+            inner = tangent_of_products(rows, key)
+            if inner is not None:
+                tiles.scale_pairs(inner, factors[0], block)
+            if factors[1] is not None:
+                by_table = torch.bmm(rows.query.value, key.value.mT)
+                tiles.scale_pairs(by_table, factors[1], block)
+                inner = by_table if inner is None else inner.add_(by_table)
             inner = inner if is_after else _with_biases(rows, keys, inner, weight, hidden, tangents)
         rate = inner if slope is None or inner is None else inner * slope
         if needs_rate and is_after:
             rate = _with_biases(rows, keys, rate, weight, hidden, tangents)
-        yield Pairs(keys, key, weight, capped, slope, inner, rate)
+        yield Pairs(keys, key, factors, weight, capped, slope, inner, rate)
 
 
 def _with_biases(
@@ -259,10 +273,10 @@ def _with_biases(
     return x
 
 
-def _sum_of_products(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
-    """The sum of x . y over [N, rows, C] and [N, keys, C], without those of which one is None: [N, rows, keys]."""
+def tangent_of_products(rows: Rows, key: Scaled) -> Tensor | None:
+    """The tangent of q' . k', [N, G * rows, keys], or None for 0."""
     total = None
-    for x, y in pairs:
+    for x, y in (rows.query.tangent, key.value), (rows.query.value, key.tangent):
         if x is not None and y is not None:
             total = torch.bmm(x, y.mT) if total is None else total.baddbmm_(x, y.mT)
     return total

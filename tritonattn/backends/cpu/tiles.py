@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...core.call import AttentionCall
 from ...core.pair_biases import reflected, sums_of_diagonals
-from ...core.terms import Gradients, Terms, addends
+from ...core.terms import TABLES, Gradients, Terms, addends
 from ...core.visibility import Visibility
 
 # Rows (over all query heads of a group) and keys of a tile; pairs of all tiles that are computed together.
@@ -74,7 +74,8 @@ class Tiles:
         biases = addends(terms)
         hides_none = self.readable and all(bool(x.amin() > -torch.inf) for x in biases)
         self.bias_hides = len(biases) > 0 and not hides_none
-        self.offset = None if terms.relative_bias is None else visible.positions() + terms.relative_right
+        has_tables = any(getattr(terms, name) is not None for name in TABLES)
+        self.offset = visible.positions() + terms.relative_right if has_tables else None
 
     def heads(self) -> Iterator[Heads]:
         """Slices of all heads, each of as many as `_PAIRS` allows."""
@@ -156,6 +157,28 @@ class Tiles:
         if addends(terms):
             rows, width = block.rows.stop - block.rows.start, keys.stop - keys.start
             self.by_head(logit, block)[..., :rows, :width].add_(self._bias(block, keys, terms))
+
+    def of_distance(
+        self, block: Block, keys: slice, hidden: Tensor | None, table: Tensor | None, fill: float = 1.0
+    ) -> Tensor | None:
+        """A tile of a relative scale, or with a fill of 0 of its tangent; None for None. Axes as of `_bias`.
+
+        The fill stands where pairs are hidden, too: what a table holds for them reaches no gradient.
+        """
+        if table is None:
+            return None
+        found = reflected(sliced(table, *block.index), self._offset_of(block), keys, fill=fill)
+        found = self._grouped(found.to(self.dtype))
+        if hidden is None:
+            return found
+        rows, width = found.shape[-2:]
+        return torch.where(hidden[..., :rows, :width], fill, found)
+
+    def scale_pairs(self, x: Tensor, of_distance: Tensor | None, block: Block) -> None:
+        """Multiply x [N, G * rows, keys] by a tile of `of_distance`, or, for None, by 1."""
+        if of_distance is not None:
+            rows, width = of_distance.shape[-2:]
+            self.by_head(x, block)[..., :rows, :width].mul_(of_distance)
 
     def hide(self, logit: Tensor, block: Block, hidden: Tensor | None, value: float = -torch.inf) -> None:
         """Overwrite the hidden pairs of logit [N, G * rows, keys] by -inf, or by 0.
@@ -279,21 +302,28 @@ class Tiles:
 
     def add_gradients_of_pairs(self, d_logit: Tensor, block: Block, keys: slice, sums: Gradients) -> None:
         """Add those of a tile's logits [N, G * rows, keys] to the sums of bias and relative_bias, tile after tile."""
-        rows = block.rows.stop - block.rows.start
-        pairs = self.by_head(d_logit, block)[..., :rows, : keys.stop - keys.start].flatten(1, 2)
         if sums.bias is not None:
             target = sliced(sums.bias, *block.index, keys)
-            target += pairs.sum_to_size(target.shape)
+            target += self._pairs(d_logit, block, keys).sum_to_size(target.shape)
         if sums.relative_bias is not None:
-            offset, table = self._offset_of(block), sliced(sums.relative_bias, *block.index)
-            entries = self._entries(offset, keys, table.shape[3])
-            target = table[..., entries]
-            if table.shape[2] == 1 and offset.shape[0] == 1 and self.readable and bool((offset.diff() == 1).all()):
-                first = entries.start + keys.stop - 1 - int(offset[0, 0])  # the diagonal of the first entry
-                found = sums_of_diagonals(pairs)[..., None, first : first + target.shape[-1]]
-            else:
-                found = reflected(pairs, offset, entries, keys.start)
-            target += found.sum_to_size(target.shape)
+            self.add_to_table(d_logit, block, keys, sums.relative_bias)
+
+    def add_to_table(self, d_pairs: Tensor, block: Block, keys: slice, table: Tensor) -> None:
+        """Add numbers of a tile's pairs [N, G * rows, keys] to the entries of their distances."""
+        pairs, offset, table = self._pairs(d_pairs, block, keys), self._offset_of(block), sliced(table, *block.index)
+        entries = self._entries(offset, keys, table.shape[3])
+        target = table[..., entries]
+        if table.shape[2] == 1 and offset.shape[0] == 1 and self.readable and bool((offset.diff() == 1).all()):
+            first = entries.start + keys.stop - 1 - int(offset[0, 0])  # the diagonal of the first entry
+            found = sums_of_diagonals(pairs)[..., None, first : first + target.shape[-1]]
+        else:
+            found = reflected(pairs, offset, entries, keys.start)
+        target += found.sum_to_size(target.shape)
+
+    def _pairs(self, x: Tensor, block: Block, keys: slice) -> Tensor:
+        """x [N, G * rows, keys] as [batch entries, query heads, rows, keys], without padding."""
+        rows = block.rows.stop - block.rows.start
+        return self.by_head(x, block)[..., :rows, : keys.stop - keys.start].flatten(1, 2)
 
     def _entries(self, offset: Tensor, keys: slice, extent: int) -> slice:
         """The entries of a table that pairs of rows of these offsets and of these keys have."""

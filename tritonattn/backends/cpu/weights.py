@@ -48,14 +48,17 @@ def weights(
     keys: slice,
     key: Tensor,
     hidden: Tensor | None,
+    of_distance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """exp(z - lse), 0 where hidden, and tanh(x / softcap), 0 where hidden, or None without softcap.
 
-    rows are (q, factor, lse), of which lse is inf for rows without keys; key is k * key_scale.
+    rows are (q, factor, lse), of which lse is inf for rows without keys; key is k * key_scale. of_distance multiplies
+    their product, `Tiles.of_distance`.
     """
     softcap, capped, is_after = tiles.call.terms.softcap, None, tiles.call.terms.bias_after_softcap
     query, factor, lse = rows
     logit = logits_of(query, factor, key)
+    tiles.scale_pairs(logit, of_distance, block)
     if not is_after:
         tiles.add_bias(logit, block, keys)
     if softcap is not None:

@@ -169,7 +169,7 @@ def backward(
     results = Results(out.contiguous(), rounding, lse.contiguous(), None, None)
     problem, d_sinks = ready.specialisation.problem, None
     if ready.call.terms.sinks is not None:
-        corrects = needs.query_scale or problem.has_bias or corrects_delta(problem)
+        corrects = needs.query_scale or problem.has_bias or problem.relative_scale or corrects_delta(problem)
         d_sinks = new_results(ready.call, lse) if needs.sinks or corrects else None
     row_terms = _row_terms(ready, results, None if d_lse is None else d_lse.contiguous(), d_sinks)
     of_pairs = needs.key_bias

@@ -14,7 +14,7 @@ from .attention import Prepared, launch_in_splits, launch_kernel, operand_argume
 from .block import LENGTHS, from_row, load_tile, page_slots, program_position, tile_offsets, vector_from
 from .grids import over_groups
 from .launch import KERNELS, bounded
-from .pairs import pair_biases
+from .pairs import pair_terms
 from .records import Arguments, Results
 from .softmax import LOG2_E, TINY, finish_softmax, moved_sums, probabilities, soft_cap
 
@@ -94,8 +94,9 @@ def attention_decode(
     """Attention of the newest Sq tokens of one sequence, for the heads of one group, over one split of its cache.
 
         pos         = i + length - new                                        pos - left <= j <= pos is visible to row i
-        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + b[i, j]         capped with softcap
+        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] * r[i, j] + b[i, j]     capped with softcap
         b[i, j]     = key_bias[j] + bias[i, j] + relative_bias[i, pos - j + relative_right]
+        r[i, j]     = relative_scale[i, pos - j + relative_right]
         lse[i]      = ln sum_j exp(logit[i, j])                               over the visible keys of the split
         out[i]      = sum_j exp(logit[i, j] - lse[i]) * v[j]
 
@@ -159,8 +160,9 @@ def attention_decode(
         key_bias_ptrs = vector_from(terms.key_bias, batch, kv_head, group_head, 0)[:, None]  # [BLOCK_M, 1]
 
     HAS_PAIRS: tl.constexpr = terms.bias is not None or terms.relative_bias is not None
-    shift = length - new  # of `pair_biases`
-    if terms.relative_bias is not None:
+    READS_PAIRS: tl.constexpr = HAS_PAIRS or terms.relative_scale is not None
+    shift = length - new  # of `pair_terms`
+    if relative_right is not None:
         shift += relative_right
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)  # [BLOCK_M, BLOCK_DV]
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)  # [BLOCK_M]
@@ -178,12 +180,14 @@ def attention_decode(
             k_ptrs = k.ptr + number * k.b + tile_offsets(slot, BLOCK_D, k.s, k.d, WIDE)  # [BLOCK_N, BLOCK_D]
             k_tile = load_tile(k_ptrs, is_held, HEAD_DIM, q_tile.dtype)  # [BLOCK_N, BLOCK_D]
         is_read = keep_row[:, None] & keep_key[None, :]  # [BLOCK_M, BLOCK_N]
-        if HAS_PAIRS:  # see `attention_forward`
+        if READS_PAIRS:  # see `attention_forward`
             rows, keys = row[:, None], offs_n[None, :]  # [BLOCK_M, 1], [1, BLOCK_N]
-            of_pairs = pair_biases(terms, extent, batch, head[:, None], rows, keys, shift, is_read)
+            of_pairs, of_distance = pair_terms(terms, extent, batch, head[:, None], rows, keys, shift, is_read)
         s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if terms.key_scale is not None:
             s *= tl.load(key_scale_ptr + offs_n.to(tl.int64) * terms.key_scale.s, mask=keep_key, other=0.0)[None, :]
+        if terms.relative_scale is not None:
+            s *= of_distance
         biases, of_product = None, factor
         if terms.key_bias is not None:
             bias_ptrs = key_bias_ptrs + (offs_n.to(tl.int64) * terms.key_bias.s)[None, :]

@@ -22,7 +22,7 @@ from .block import (
 )
 from .grids import over_rows
 from .launch import KERNELS
-from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_biases, pass_bounds, visible, whole_blocks
+from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_terms, pass_bounds, visible, whole_blocks
 from .records import Results, View
 from .softmax import LOG2_E, TINY, finish_softmax, lost_in_rounding, moved_sums, probabilities, soft_cap
 
@@ -74,7 +74,8 @@ def attention_forward(
     """Attention output and statistics of the softmax for BLOCK_M query rows of one (batch or sequence, head).
 
         b[i, j]      = key_bias[j] + bias[i, j] + relative_bias[i, i + Sk - Sq - j + relative_right]
-        x[i, j]      = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + b[i, j]          j visible to i
+        r[i, j]      = relative_scale[i, i + Sk - Sq - j + relative_right]
+        x[i, j]      = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] * r[i, j] + b[i, j]     j visible to i
         z[i, j]      = softcap * tanh(x[i, j] / softcap), or x[i, j] without softcap
         lse[i]       = ln sum_j exp(z[i, j])
         max_logit[i] = max_j x[i, j]
@@ -89,8 +90,8 @@ def attention_forward(
     pages            `Pages` of the sequences or None; k and v are then [N, Hkv, page, D or Dv], others as without
     *_descriptor     tensor descriptors of k and v with blocks [1, 1, BLOCK_N, BLOCK_D or BLOCK_DV], or None
     terms            `LogitTerms`: query_scale [B, Hq, Sq] or None = 1, any sign, key_scale [B, Hkv, Sk] or None = 1 and
-                     key_bias [B, Hkv, group, Sk] or None = 0, exp(z) is 0 where it is -inf, in fp32; biases of
-                     `pair_biases`. With bias_after_softcap x has no b, z = softcap * tanh(x / softcap) + b, and
+                     key_bias [B, Hkv, group, Sk] or None = 0, exp(z) is 0 where it is -inf, in fp32; others of
+                     `pair_terms`. With bias_after_softcap x has no b, z = softcap * tanh(x / softcap) + b, and
                      max_logit is the maximum of z
     sinks            fp32 `Scale` [B, Hq, Sq] or None
     HAS_BIAS         one of the three biases is given
@@ -178,8 +179,9 @@ def attention_forward(
         full_start, full_end = whole_blocks(kv_start, full_lo, full_hi, BLOCK_N, False)
 
     HAS_PAIRS: tl.constexpr = terms.bias is not None or terms.relative_bias is not None
-    shift = k_len - q_len + first_key - first_row  # of `pair_biases`
-    if terms.relative_bias is not None:
+    READS_PAIRS: tl.constexpr = HAS_PAIRS or terms.relative_scale is not None
+    shift = k_len - q_len + first_key - first_row  # of `pair_terms`
+    if relative_right is not None:
         shift += relative_right
     rows = (first_row + offs_m)[:, None]  # [BLOCK_M, 1], in the packed axis
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)  # [BLOCK_M, BLOCK_DV]
@@ -213,9 +215,9 @@ def attention_forward(
                     load_key = (offs_n >= n_lo) & (offs_n < n_hi)
                     if masks.seen is not None:
                         load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
-                if HAS_PAIRS:  # loaded before the product, lest the softmax take the layout of the loads
+                if READS_PAIRS:  # loaded before the product, lest the softmax take the layout of the loads
                     is_read = load_key[None, :]  # [1, N]
-                    of_pairs = pair_biases(terms, extent, batch, head, rows, keys, shift, is_read)
+                    of_pairs, of_distance = pair_terms(terms, extent, batch, head, rows, keys, shift, is_read)
                 if pages is not None:
                     number, slot, is_held = page_slots(pages, sequence, offs_n, load_key)
                     number = number.to(tl.int64)[:, None]  # [N, 1]
@@ -236,6 +238,8 @@ def attention_forward(
                     s *= tl.load(key_scale_ptr + offs_n.to(tl.int64) * terms.key_scale.s, mask=load_key, other=0.0)[
                         None, :
                     ]
+                if terms.relative_scale is not None:
+                    s *= of_distance
                 biases, keep, of_product = None, None, factor
                 if terms.key_bias is not None:
                     bias_ptrs = key_bias_ptr + offs_n.to(tl.int64) * terms.key_bias.s

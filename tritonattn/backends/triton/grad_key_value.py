@@ -28,7 +28,7 @@ from .launch import KERNELS, Plan, strided
 from .pairs import (
     UNMASKED,
     dropout_keeps,
-    pair_biases,
+    pair_terms,
     pass_bounds,
     query_bounds,
     rows_of_keys,
@@ -92,12 +92,13 @@ def attention_grad_key_value(
     `attention_grad_query`.
 
         d_v[j]         = sum_i keep[i, j] * keep_scale * P[i, j] * d_out[i]
-        raw[j]         = scale * sum_i dX[i, j] * query_scale[i] * q[i]      over the rows of all heads of the group
+        raw[j]         = scale * sum_i dX[i, j] * query_scale[i] * r[i, j] * q[i]    over the rows of the group's heads
         d_k[j]         = key_scale[j] * raw[j]
         d_key_scale[j] = k[j] . raw[j]                                       never divided by key_scale, which may be 0
         d_b[i, j]      = dX[i, j], or dS[i, j] behind the softcap            b: the biases of `attention_forward`
         d_key_bias[j]  = sum_i d_b[i, j]                                     over the rows of one head of the group
         d_bias[i, j] = d_relative_bias[i, i + Sk - Sq - j + relative_right] = d_b[i, j]
+        d_r[i, j] = dX[i, j] * scale * (q[i] . k[j]) * query_scale[i] * key_scale[j]    r: of the relative scale
 
     Grid: (size of a section, blocks of the longest Sk times splits, sections), see `program_in_section`. Sums run in
     one fixed order inside a program: bitwise repeatable.
@@ -108,7 +109,7 @@ def attention_grad_key_value(
     factor_size      fp32 [B, Hkv] or None: the largest |factor| of the group, never 0. dS * factor / factor_size is
                      rounded to 16 bits, so that a small factor does not push it below fp16's range
     gradients        `TensorGradients`: k [B, Hkv, Sk, D] and v [B, Hkv, Sk, Dv] contiguous; key_scale [B, Hkv, Sk] and
-                     key_bias [B, Hkv, group, Sk] in fp32, contiguous or None; bias and relative_bias `Strided` fp32
+                     key_bias [B, Hkv, group, Sk] in fp32, contiguous or None; terms of pairs `Strided` fp32
                      [B, Hq, Sq, Sk or extent] or None: visible pairs are written, once each
     splits           None, or the number of programs that share the rows of a group's heads: results are then parts for
                      `add_splits`, all fp32, each of part_rows = B * Hkv * Sk keys; the key bias's hold zeros before
@@ -147,14 +148,18 @@ def attention_grad_key_value(
     if terms.key_scale is not None:
         scale_ptrs = vector_from(terms.key_scale, batch, kv_head, 0, key_indices)
         key_scales = tl.load(scale_ptrs, mask=load_key, other=0.0)  # [BLOCK_N]
+    of_sums = LN_2  # of dS * factor: it has log2(e), or lacks `scale`
+    if row_terms_ptr.dtype.element_ty == tl.float32:
+        of_sums = scale
     if factor_size is not None:
         factor_size = 1.0 / tl.load(factor_size + batch * kv_heads + kv_head)
 
     HAS_PAIRS: tl.constexpr = terms.bias is not None or terms.relative_bias is not None
-    shift = k_len - q_len + first_key - first_row  # of `pair_biases`
-    if terms.relative_bias is not None:
+    READS_PAIRS: tl.constexpr = HAS_PAIRS or terms.relative_scale is not None
+    shift = k_len - q_len + first_key - first_row  # of `pair_terms`
+    if relative_right is not None:
         shift += relative_right
-    if HAS_PAIRS:  # whole blocks are loaded without masks
+    if READS_PAIRS:  # whole blocks are loaded without masks
         full_end = tl.where(start_n + BLOCK_N > k_len, full_start, full_end)
     keys = (first_key + offs_n)[:, None]  # [BLOCK_N, 1], in the packed axis
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [BLOCK_N, BLOCK_D]
@@ -212,12 +217,14 @@ def attention_grad_key_value(
                     if PASS != UNMASKED:
                         live = exponent_term != float("-inf")
                     biases = None
-                    if HAS_PAIRS:  # see `attention_forward`
+                    if READS_PAIRS:  # see `attention_forward`
                         is_read = live[None, :]  # [1, M]
                         if PASS != UNMASKED:
                             keep = visible_rows(offs_m, live, offs_n, row_lo, row_hi, batch, head, view, masks.mask)
                             is_read = is_read & load_key[:, None] & keep  # [BLOCK_N, M]
-                        biases = pair_biases(terms, extent, batch, head, rows, keys, shift, is_read)
+                        of_pairs, of_distance = pair_terms(terms, extent, batch, head, rows, keys, shift, is_read)
+                    if HAS_PAIRS:
+                        biases = of_pairs
                         if terms.key_bias is not None:
                             biases += key_biases
                     elif terms.key_bias is not None:
@@ -231,6 +238,9 @@ def attention_grad_key_value(
                     s = tl.dot(k_tile, q_tile.T, input_precision="ieee")  # [BLOCK_N, M]
                     if terms.key_scale is not None:
                         s *= key_scales[:, None]
+                    product = s
+                    if terms.relative_scale is not None:
+                        s *= of_distance
                     exponent, capped = exponents(s, factor[None, :], biases, exponent_term, softcap, terms, 0)
                     p = tl.exp2(exponent)  # [BLOCK_N, M]
                     if PASS != UNMASKED:
@@ -259,6 +269,16 @@ def attention_grad_key_value(
                         store_pair_gradients(gradients, d_biases, extent, batch, head, rows, keys, shift, is_read)
                     if HAS_BIAS:
                         ds *= gradient_factor[None, :]
+                    if gradients.relative_scale is not None:
+                        d_pairs = ds * product * of_sums  # [BLOCK_N, M]
+                        if factor_size is not None:
+                            d_pairs /= factor_size
+                        of_row = from_row(gradients.relative_scale, batch, head, rows, False)
+                        entry = rows + shift - keys  # [BLOCK_N, M], as in `pair_terms`
+                        inside = is_read & (entry.to(tl.uint32) < tl.cast(extent, tl.uint32))
+                        tl.store(of_row.ptr + entry.to(tl.int64) * of_row.d, d_pairs, mask=inside)
+                    if terms.relative_scale is not None:
+                        ds *= of_distance
                     dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
                     next_terms += 2 * step.shape[0]
         if gradients.key_bias is not None:
@@ -267,12 +287,9 @@ def attention_grad_key_value(
                 head_base += split.to(tl.int64) * part_rows * group
             tl.store(gradients.key_bias + head_base + block_keys, tl.sum(d_key_bias, 1), mask=keep_key)
 
-    if row_terms_ptr.dtype.element_ty == tl.float32:
-        dk *= scale
-    elif factor_size is None:
-        dk *= LN_2
-    else:
-        dk *= LN_2 / factor_size
+    if factor_size is not None:
+        of_sums = LN_2 / factor_size
+    dk *= of_sums
     if dropout_ptr is not None:
         dv *= keep_scale
     key_base = (batch.to(tl.int64) * kv_heads + kv_head) * packed_len + memory_key
@@ -299,7 +316,7 @@ KERNELS["grad_key_value"] = attention_grad_key_value
 
 
 def grad_key_value(ready: Prepared, needs: Needs, row_terms: RowTerms) -> Gradients:
-    """The gradients of k, v, key_scale and the three biases."""
+    """The gradients of k, v, key_scale, the three biases and the relative scale."""
     call, logits, visible = ready.call, ready.call.terms, ready.call.visibility
     in_fp32 = ready.specialisation.problem.fp32_grad_k
     of_keys = logits.key_bias

@@ -26,7 +26,7 @@ from .launch import KERNELS, Plan, strided
 from .pairs import (
     UNMASKED,
     dropout_keeps,
-    pair_biases,
+    pair_terms,
     pass_bounds,
     query_bounds,
     rows_of_keys,
@@ -149,7 +149,7 @@ def attention_grad_key_value_second(
     OF_BIASES: tl.constexpr = OF_PAIRS or tangents.key_bias is not None
     AFTER: tl.constexpr = terms.bias_after_softcap is not None
     HAS_PAIRS: tl.constexpr = terms.bias is not None or terms.relative_bias is not None
-    shift = k_len - q_len + first_key - first_row  # of `pair_biases`
+    shift = k_len - q_len + first_key - first_row  # of `pair_terms`
     if terms.relative_bias is not None:
         shift += relative_right
     if HAS_PAIRS:  # whole blocks are loaded without masks
@@ -215,9 +215,9 @@ def attention_grad_key_value_second(
                         is_read = is_read & live[None, :] & load_key[:, None]  # [BLOCK_N, M]
                     biases, t_biases = key_biases, t_key_biases
                     if HAS_PAIRS:  # see `attention_forward`
-                        biases = biases + pair_biases(terms, extent, batch, head, rows, keys, shift, is_read)
+                        biases = biases + pair_terms(terms, extent, batch, head, rows, keys, shift, is_read)[0]
                     if OF_PAIRS:
-                        t_pairs = pair_biases(tangents, extent, batch, head, rows, keys, shift, is_read)
+                        t_pairs, _ = pair_terms(tangents, extent, batch, head, rows, keys, shift, is_read)
                         t_biases = t_biases + t_pairs * LN_2  # [BLOCK_N, M]
                     q_ptrs = q_head.ptr + first_m * q_head.s + tile_offsets(step, BLOCK_D, q_head.s, q_head.d, WIDE)
                     q_tile = load_tile(q_ptrs, live, HEAD_DIM)  # [M, BLOCK_D]

@@ -30,7 +30,7 @@ from .block import (
 )
 from .grids import over_rows
 from .launch import KERNELS
-from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_biases, pass_bounds, visible
+from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_terms, pass_bounds, visible
 from .records import TensorGradients, View
 from .softmax import LOG2_E, exponents, partial_sums, soft_cap_slope
 
@@ -93,9 +93,9 @@ def attention_grad_query(
         P[i, j]          = exp(z[i, j]) / total[i]
         dS[i, j]         = P[i, j] * (keep[i, j] * keep_scale * (d_out[i] . v[j]) - delta[i])
         dX[i, j]         = dS[i, j] * dz/dx,  dz/dx = 1 - (tanh(x[i, j] / softcap))^2
-        raw[i]           = sum_j dX[i, j] * key_scale[j] * k[j]
+        raw[i]           = sum_j dX[i, j] * key_scale[j] * r[i, j] * k[j]
         d_q[i]           = scale * query_scale[i] * raw[i]
-        d_query_scale[i] = scale * sum_j dX[i, j] * (q[i] . k[j]) * key_scale[j]
+        d_query_scale[i] = scale * sum_j dX[i, j] * (q[i] . k[j]) * key_scale[j] * r[i, j]
 
     row_terms, delta, d_lse and d_sinks: see `attention_row_terms`. `TensorGradients`: q
     [B, Hq, Sq, D] in q's dtype and query_scale fp32 [B, Hq, Sq] or None, contiguous, every row written once.
@@ -106,9 +106,9 @@ def attention_grad_query(
     d_query_scale equals scale * (q[i] . raw[i]). That form would sum dX after rounding to 16 bits, and with it delta's
     error times the mean logit, which exceeds the result for sharp softmaxes; so dX stays in fp32. Over a row, dS must
     sum to d_lse - d_sinks: the excess of its sum is delta's error. The kernel takes that error's share out of the
-    gradient, and corrects delta for the pass over the keys. With a bias, whose gradients cancel likewise when they
-    are summed, it does so without d_query_scale too. So does CORRECT_DELTA, which also computes d_q of few keys with
-    the corrected delta: for a single key, dP - delta is nothing but their errors.
+    gradient, and corrects delta for the pass over the keys. With a bias or a relative scale, whose gradients cancel
+    likewise when they are summed, it does so without d_query_scale too. So does CORRECT_DELTA, which also computes d_q
+    of few keys with the corrected delta: for a single key, dP - delta is nothing but their errors.
     IS_PART: rows attend to other keys too, so that nothing is known about these sums, and delta stays as it is.
     """
     block, head, sequence = program_in_section(q_heads, first_head, first_y, first_z, right is not None, NUM_XCDS)
@@ -156,10 +156,12 @@ def attention_grad_query(
 
     # SUMS 1: of dS. 2: also of dX * x and P * dz/dx * x, x without the row's factor and without bias. All in fp32; the
     # products are fma's with 0, which nothing fuses further.
-    SUMS: tl.constexpr = 2 if gradients.query_scale is not None else 1 if CORRECT_DELTA or HAS_BIAS else 0
+    OF_TERMS: tl.constexpr = HAS_BIAS or terms.relative_scale is not None
+    SUMS: tl.constexpr = 2 if gradients.query_scale is not None else 1 if CORRECT_DELTA or OF_TERMS else 0
     HAS_PAIRS: tl.constexpr = terms.bias is not None or terms.relative_bias is not None
-    shift = k_len - q_len + first_key - first_row  # of `pair_biases`
-    if terms.relative_bias is not None:
+    READS_PAIRS: tl.constexpr = HAS_PAIRS or terms.relative_scale is not None
+    shift = k_len - q_len + first_key - first_row  # of `pair_terms`
+    if relative_right is not None:
         shift += relative_right
     rows = (first_row + offs_m)[:, None]  # [BLOCK_M, 1], in the packed axis
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [BLOCK_M, BLOCK_D]
@@ -208,11 +210,11 @@ def attention_grad_query(
                     load_key = (offs_n >= n_lo) & (offs_n < n_hi)
                     if masks.seen is not None:
                         load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
-                if HAS_PAIRS:  # loaded before the product, lest the softmax take the layout of the loads
+                if READS_PAIRS:  # loaded before the product, lest the softmax take the layout of the loads
                     is_read = load_key[None, :]  # [1, N]
                     if PASS != UNMASKED:
                         is_read = visible(offs_m, offs_n, lo, hi, batch, head, view, masks.mask)  # [BLOCK_M, N]
-                    of_pairs = pair_biases(terms, extent, batch, head, rows, keys, shift, is_read)
+                    of_pairs, of_distance = pair_terms(terms, extent, batch, head, rows, keys, shift, is_read)
                 if PASS != UNMASKED or k_descriptor is None:
                     k_tile = load_tile(k.ptr + start_n.to(tl.int64) * k.s + k_offsets, load_key, HEAD_DIM)
                     v_tile = load_tile(v.ptr + start_n.to(tl.int64) * v.s + v_offsets, load_key, VALUE_DIM)
@@ -225,6 +227,8 @@ def attention_grad_query(
                         key_scale_ptr + offs_n.to(tl.int64) * terms.key_scale.s, mask=load_key, other=0.0
                     )
                     s *= key_scales[None, :]
+                if terms.relative_scale is not None:
+                    s *= of_distance
                 biases = None
                 if terms.key_bias is not None:
                     bias_ptrs = key_bias_ptr + offs_n.to(tl.int64) * terms.key_bias.s
@@ -251,6 +255,8 @@ def attention_grad_query(
                 if SUMS == 2 and PASS != AGAIN:
                     d_factor += partial_sums(tl.fma(ds, s, zero), SUM_COLUMNS)
                     mean_logit += partial_sums(tl.fma(p, s, zero), SUM_COLUMNS)
+                if terms.relative_scale is not None:
+                    ds *= of_distance
                 if terms.key_scale is not None:
                     if key_size is not None:
                         key_scales *= 1.0 / key_size

@@ -19,7 +19,7 @@ from .block import (
 )
 from .grids import over_rows
 from .launch import KERNELS
-from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_biases, pass_bounds, visible
+from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_terms, pass_bounds, visible
 from .records import SecondTerms, TensorGradients, View
 from .softmax import LN_2, LOG2_E, exponents, gradients_of_tangent, partial_sums
 
@@ -146,7 +146,7 @@ def attention_grad_query_second(
     OF_BIASES: tl.constexpr = OF_PAIRS or tangents.key_bias is not None
     AFTER: tl.constexpr = terms.bias_after_softcap is not None
     HAS_PAIRS: tl.constexpr = terms.bias is not None or terms.relative_bias is not None
-    shift = k_len - q_len + first_key - first_row  # of `pair_biases`
+    shift = k_len - q_len + first_key - first_row  # of `pair_terms`
     if terms.relative_bias is not None:
         shift += relative_right
     rows = (first_row + offs_m)[:, None]  # [BLOCK_M, 1], in the packed axis
@@ -177,9 +177,9 @@ def attention_grad_query_second(
                         load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
                     is_read = visible(offs_m, offs_n, lo, hi, batch, head, view, masks.mask)  # [BLOCK_M, N]
                 if HAS_PAIRS:  # see `attention_forward`
-                    biases = pair_biases(terms, extent, batch, head, rows, keys, shift, is_read)  # [BLOCK_M, N]
+                    biases, _ = pair_terms(terms, extent, batch, head, rows, keys, shift, is_read)  # [BLOCK_M, N]
                 if OF_PAIRS:
-                    t_biases = pair_biases(tangents, extent, batch, head, rows, keys, shift, is_read) * LN_2
+                    t_biases = pair_terms(tangents, extent, batch, head, rows, keys, shift, is_read)[0] * LN_2
                 k_ptrs = k.ptr + first_n * k.s + tile_offsets(step, BLOCK_D, k.s, k.d, WIDE)
                 k_tile = load_tile(k_ptrs, load_key, HEAD_DIM)  # [N, BLOCK_D]
                 s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, N]

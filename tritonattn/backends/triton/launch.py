@@ -366,7 +366,8 @@ def term_arguments(terms: Terms) -> Arguments:
     for number, form in _OF_LOGITS:  # no comprehension: each is a call before Python 3.12
         value = terms[number]
         of_logits.append(None if value is None or value is False else _RECORDS[form](value))
-    sinks, table, softcap = terms.sinks, terms.relative_bias, terms.softcap
+    sinks, softcap = terms.sinks, terms.softcap
+    table = terms.relative_scale if terms.relative_bias is None else terms.relative_bias
     return {
         "terms": LogitTerms(*of_logits),
         "scale": float(terms.scale),

@@ -1,4 +1,4 @@
-"""Device functions of pairs of a row and a key: which are visible, the blocks that hold them, biases, dropout."""
+"""Device functions of pairs of a row and a key: which are visible, the blocks that hold them, their terms, dropout."""
 
 from __future__ import annotations
 
@@ -167,29 +167,34 @@ def visible_rows(offs_m, keep_row, offs_n, first_row, last_row, batch, head, vie
 
 
 @triton.jit
-def pair_biases(terms, extent, batch, head, row, key, shift, keep):
-    """The biases of the pairs that keep has, in base 2; 0 for others.
+def pair_terms(terms, extent, batch, head, row, key, shift, keep):
+    """(biases, factors) of the pairs that keep has: the first in base 2, and 0 for others, the second 1 for others.
 
-    terms           `LogitTerms`: bias [B, Hq, Sq, Sk] of fp16, bf16 or fp32, or None; relative_bias, likewise
-                    [B, Hq, Sq, extent]: the pair's entry is row - key + shift, and 0 outside of it
+    terms           `LogitTerms`: bias [B, Hq, Sq, Sk] of fp16, bf16 or fp32, or None; relative_bias and relative_scale,
+                    likewise [B, Hq, Sq, extent]: the pair's entry is row - key + shift, and 0 or 1 outside of it
     row, key        a column and a row of the tile, or the reverse, of indices in the packed axes
     """
+    total, factors = 0.0, 1.0
     if terms.bias is not None:
         x = from_row(terms.bias, batch, head, row, False)
         total = tl.load(x.ptr + key.to(tl.int64) * x.d, mask=keep, other=0.0).to(tl.float32)
     if terms.relative_bias is not None:
         x, entry = from_row(terms.relative_bias, batch, head, row, False), row + shift - key
-        keep = keep & (entry.to(tl.uint32) < tl.cast(extent, tl.uint32))  # 0 <= entry < extent
-        by_distance = tl.load(x.ptr + entry.to(tl.int64) * x.d, mask=keep, other=0.0).to(tl.float32)
+        inside = keep & (entry.to(tl.uint32) < tl.cast(extent, tl.uint32))  # 0 <= entry < extent
+        by_distance = tl.load(x.ptr + entry.to(tl.int64) * x.d, mask=inside, other=0.0).to(tl.float32)
         total = by_distance if terms.bias is None else total + by_distance
-    return total * LOG2_E
+    if terms.relative_scale is not None:
+        x, entry = from_row(terms.relative_scale, batch, head, row, False), row + shift - key
+        inside = keep & (entry.to(tl.uint32) < tl.cast(extent, tl.uint32))
+        factors = tl.load(x.ptr + entry.to(tl.int64) * x.d, mask=inside, other=1.0).to(tl.float32)
+    return total * LOG2_E, factors
 
 
 @triton.jit
 def store_pair_gradients(gradients, x, extent, batch, head, row, key, shift, keep):
     """Store x, the gradients of a tile's logits, as those of the biases of pairs; each pair has one writer.
 
-    gradients       `TensorGradients`: bias and relative_bias, or None; other arguments as of `pair_biases`
+    gradients       `TensorGradients`: bias and relative_bias, or None; other arguments as of `pair_terms`
     """
     if gradients.bias is not None:
         of_row = from_row(gradients.bias, batch, head, row, False)

@@ -24,7 +24,7 @@ from .block import (
 )
 from .grids import over_rows
 from .launch import KERNELS, forms_of, is_aligned, is_wide, scale_of, strided, term_arguments, term_forms
-from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_biases, pass_bounds, visible
+from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_terms, pass_bounds, visible
 from .records import Arguments, Results, SecondTerms, Tangents, View
 from .softmax import LN_2, LOG2_E, before_rounding, exponents, joint_peak, partial_sums, soft_cap_slope
 
@@ -161,7 +161,7 @@ def attention_tangent(
     MOVES: tl.constexpr = OF_PRODUCT or OF_BIASES or tangents.query_scale is not None  # logits have a tangent
     AFTER: tl.constexpr = terms.bias_after_softcap is not None
     HAS_PAIRS: tl.constexpr = terms.bias is not None or terms.relative_bias is not None
-    shift = k_len - q_len + first_key - first_row  # of `pair_biases`
+    shift = k_len - q_len + first_key - first_row  # of `pair_terms`
     if terms.relative_bias is not None:
         shift += relative_right
     rows = (first_row + offs_m)[:, None]  # [BLOCK_M, 1], in the packed axis
@@ -191,9 +191,9 @@ def attention_tangent(
                         load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
                     is_read = visible(offs_m, offs_n, lo, hi, batch, head, view, masks.mask)  # [BLOCK_M, N]
                 if HAS_PAIRS:  # loaded before the product, lest the softmax take the layout of the loads
-                    biases = pair_biases(terms, extent, batch, head, rows, keys, shift, is_read)  # [BLOCK_M, N]
+                    biases, _ = pair_terms(terms, extent, batch, head, rows, keys, shift, is_read)  # [BLOCK_M, N]
                 if OF_PAIRS:
-                    t_biases = pair_biases(tangents, extent, batch, head, rows, keys, shift, is_read) * LN_2
+                    t_biases = pair_terms(tangents, extent, batch, head, rows, keys, shift, is_read)[0] * LN_2
                 k_ptrs = k.ptr + first_n * k.s + tile_offsets(step, BLOCK_D, k.s, k.d, WIDE)
                 k_tile = load_tile(k_ptrs, load_key, HEAD_DIM)  # [N, BLOCK_D]
                 s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, N]
