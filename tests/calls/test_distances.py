@@ -16,7 +16,7 @@ from tests.support.masks import MASKS, visible_pairs
 from tests.support.packed import Packed, packed_operands
 from tests.support.pairs import in_turn, pairwise
 from tests.support.refusals import refuses
-from tritonattn import Scales, Scaling, attention, scaled_attention
+from tritonattn import Scales, Scaling, attention, nn, scaled_attention
 from tritonattn.core.statistics import Statistics
 from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import ScaleInvariant
@@ -84,10 +84,10 @@ class Near(Scaling):
         return torch.tensor(q.shape[-1] ** -0.5)
 
     def relative_multiplier(self, q, k, distance):
-        return torch.where(_is_near(distance), 1 + torch.exp(-distance) * q.norm(dim=-1, keepdim=True), 1)
+        return torch.where(_is_near(distance), 1 + torch.exp(-distance.to(q)) * q.norm(dim=-1, keepdim=True), 1)
 
     def relative_addend(self, q, k, distance):
-        return torch.where(_is_near(distance), 1 / (1 + distance.abs()), 0).to(q)
+        return torch.where(_is_near(distance), 1 / (1 + distance.to(q).abs()), 0)
 
 
 def _is_near(distance):
@@ -103,7 +103,7 @@ class Wrong(Near):
 def test_a_mode_of_a_user_beside_a_bias_of_another_extent(right):
     assert max(tritonattn.check_scaling(Near()).values()) < 1e-6
     refuses("ValueError: scaling: under the mask 'full', ~ multiplier()", tritonattn.check_scaling, Wrong())
-    tensors, bias, scaling = operands(), table(B, 1, SQ, 9), tritonattn.nn.PerHead(Near(), heads=HQ)
+    tensors, bias, scaling = operands(), table(B, 1, SQ, 9), nn.PerHead(Near(), heads=HQ, dtype=torch.float64)
     options = {"scaling": scaling, "relative_bias": bias, "relative_right": right}
     ours, theirs = (attention(**tensors, **options, backend=one) for one in BACKENDS)
     torch.testing.assert_close(ours, theirs)
@@ -188,7 +188,7 @@ def test_errors():
         **given,
         **wrong,
     )
-    mixed = tritonattn.nn.Scheduled("sqrt_dim", Near(), steps=3)
+    mixed = nn.Scheduled("sqrt_dim", Near(), steps=3)
     refuses(
         "ValueError: mode_a, mode_b: expected modes without a factor of distances", attention, **tensors, scaling=mixed
     )

@@ -29,9 +29,14 @@ def dense(q, k, scaling="sqrt_dim", gain=None, **masks):
     request = check(Request(q, k, k, Visibility.of(q, k), Terms(), scaling, gain))
     factor = request.scaling.multiplier(q, k, visible)
     factor = factor * (1.0 if gain is None else gain[..., None] if isinstance(gain, torch.Tensor) else gain)
+    distance = (torch.arange(sizes[2])[:, None] + sizes[3] - sizes[2] - torch.arange(sizes[3]))[None, None]
+    if (of_distance := request.scaling.relative_multiplier(q, k, distance)) is not None:
+        factor = factor * of_distance
+    bias = request.scaling.relative_addend(q, k, distance)
+    bias = (torch.zeros(()) if bias is None else bias).double().expand(sizes).flatten(0, 2)
     factor = torch.where(visible, torch.as_tensor(factor, dtype=torch.float64).detach(), 0)
     attended, products = visible.flatten(0, 2), (q @ k.mT).flatten(0, 2)
-    z = factor.flatten(0, 2) * products
+    z = factor.flatten(0, 2) * products + bias
 
     def softmax(z, attended):
         return torch.where(attended, z, -torch.inf).softmax(-1)
@@ -53,6 +58,8 @@ def dense(q, k, scaling="sqrt_dim", gain=None, **masks):
         "entropy": torch.special.entr(p).sum(-1),
         "output_variance": variance(p),
         "jacobian_norm": norms(softmax, z, attended),
-        "gradient_norm": norms(lambda x, f, keys: softmax(f * x, keys), products, factor.flatten(0, 2), attended),
+        "gradient_norm": norms(
+            lambda x, f, b, keys: softmax(f * x + b, keys), products, factor.flatten(0, 2), bias, attended
+        ),
     }
     return {name: torch.where(n > 0, values, 0).view(sizes[:3]) for name, values in found.items()}
