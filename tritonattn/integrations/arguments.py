@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,12 +50,12 @@ def attend(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    return_aux: bool = False,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """`attention` with a scaling, for the arguments of F.scaled_dot_product_attention: [..., H, S, D] each.
 
-    Axes before the heads are one batch, and so is that of [B, S, D], whose one head it is without enable_gqa. With
-    return_aux q has four axes. Raises NotImplementedError for nested tensors.
+    Axes before the heads are one batch, and so is that of [B, S, D], whose one head it is without enable_gqa. Options
+    are `attention`'s; with return_aux q has four axes. Raises NotImplementedError for nested tensors.
     """
     if query.is_nested or key.is_nested or value.is_nested:
         raise NotImplementedError("query, key, value: nested tensors are not supported; pad them, with a mask")
@@ -73,6 +75,6 @@ def attend(
         query, key, value = (x.reshape(-1, *(1, *x.shape)[-3:]) for x in (query, key, value))
     k, v, masks = keys_and_masks(query, key, value, attn_mask, is_causal)
     gain = relative_gain(scaling, scale, query.shape[-1])
-    options = {"scaling": scaling, "gain": gain, "dropout_p": dropout_p, "backend": backend, "return_aux": return_aux}
-    out: Any = attention(query, k, v, **options, **masks)
-    return out if return_aux else out.reshape(*leading, *out.shape[-2:])
+    scaled = {"scaling": scaling, "gain": gain, "dropout_p": dropout_p, "backend": backend}
+    out: Any = attention(query, k, v, **scaled, **options, **masks)
+    return out if options.get("return_aux") else out.reshape(*leading, *out.shape[-2:])

@@ -119,7 +119,7 @@ def _function(scaling: Scaling, backend: Backend) -> Any:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
             attn_mask = attn_mask[:, None, None]
-        options = {"scale": scale, "enable_gqa": enable_gqa, "return_aux": return_lse}
+        options = {"scale": scale, "enable_gqa": enable_gqa, "options": {"return_aux": return_lse}}
         result = attend(scaling, backend, q, k, v, attn_mask, dropout_p, is_causal, **options)
         if not return_lse:
             return result.transpose(1, 2)

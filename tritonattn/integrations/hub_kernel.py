@@ -21,9 +21,6 @@ _LEFT_OUT += ("core/progress.py", "core/provenance.py", "core/tables.py")
 
 # transformers' attention interface: imported when transformers calls it, without what registers and patches.
 _INTERFACE = ("architecture", "attention", "context_parallel", "first_use", "masks", "scalings", "settings")
-_HUGGINGFACE = """\
-\"\"\"transformers' attention interface.\"\"\"
-"""
 _ENTRY = """
 
 supports_flash_attn = True  # by this name and the next transformers takes a kernel for an attention implementation
@@ -176,7 +173,7 @@ def _sources() -> dict[str, str]:
         if not any(inside.is_relative_to(one) for one in _LEFT_OUT):
             files[inside.as_posix()] = path.read_text(encoding="utf-8")
     files["__init__.py"] += _ENTRY
-    files["huggingface/__init__.py"] = _HUGGINGFACE
+    files["huggingface/__init__.py"] = '"""transformers\' attention interface."""\n'
     for name in _INTERFACE:
         files[f"huggingface/{name}.py"] = (_PACKAGE / f"huggingface/{name}.py").read_text(encoding="utf-8")
     for path in sorted(shipped_tables().iterdir()):

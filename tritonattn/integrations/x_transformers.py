@@ -8,13 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..calls.attention import attention
 from ..calls.checks import Backend
 from ..core.errors import install
 from ..scaling import Scaling
-from ..scaling.base import relative_gain
 from ..scaling.names import LayerMode
-from .arguments import scaling_for
+from .arguments import attend, scaling_for
 from .replacement import Replacement
 
 try:
@@ -95,21 +93,10 @@ class ScaledAttend(nn.Module):
             k, v = (x.repeat(1, q.shape[1] // k.shape[1], 1, 1) for x in (k, v))
         if mask is not None and mask.dim() == 2:
             mask = mask[:, None, None]
-        out = attention(
-            q,
-            k,
-            v,
-            scaling=self.scaling,
-            gain=relative_gain(self.scaling, self.scale, q.shape[-1]),
-            causal=self.causal if causal is None else causal,
-            mask=mask,
-            bias=others.get("attn_bias"),
-            softcap=self.softcap,
-            sinks=self.head_attn_sink,
-            dropout_p=self.dropout if self.training else 0.0,
-            backend=self.backend,
-        )
-        return out, Intermediates()
+        terms = {"bias": others.get("attn_bias"), "softcap": self.softcap, "sinks": self.head_attn_sink}
+        options = {"causal": self.causal if causal is None else causal, **terms}
+        call = self.scaling, self.backend, q, k, v, mask, self.dropout if self.training else 0.0
+        return attend(*call, scale=self.scale, enable_gqa=True, options=options), Intermediates()
 
 
 def replace_attend(
