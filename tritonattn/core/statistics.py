@@ -106,7 +106,8 @@ class Statistics:
         return self._norms_of(self.k, counted)
 
     def _norm_sum(self) -> Tensor:
-        return sum_over_keys(self.norms, self.visibility, self._scan, self.norms.dtype)
+        norms = self.norms
+        return sum_over_keys(norms, self.visibility, self._scan, norms.dtype)
 
     def _norm_square_sum(self) -> Tensor:
         return sum_over_keys(self.norms.double().square(), self.visibility, self._scan)

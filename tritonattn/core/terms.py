@@ -137,9 +137,7 @@ assert tuple(term.name for term in TERMS) == Terms._fields
 TENSORS = slice(1, 1 + sum(term.gradient for term in TERMS))  # of the fields, in the order of `Gradients`
 DEFAULTS = tuple(Terms._field_defaults.values())
 OF_SCALING = ("scale", "query_scale", "key_scale")  # the first: users give the others, too
-_BEHIND_FACTORS = DEFAULTS[len(OF_SCALING) :]
 _SETTINGS = [(i, DEFAULTS[i], term.beside) for i, term in enumerate(TERMS) if term.beside]
-_CHOICES = [(i, DEFAULTS[i]) for i, term in enumerate(TERMS) if term.flag and not term.axes]
 ADDENDS = tuple(term.name for term in TERMS if term.enters == "addend")
 SINKS = tuple(term.name for term in TERMS if term.enters == "sink")
 PAIRS = tuple(term.name for term in TERMS if term.form == "pairs")
@@ -174,24 +172,10 @@ def addends(record: Any) -> list[Tensor]:
     return [x for name in ADDENDS if (x := getattr(record, name)) is not None]
 
 
-def is_product(terms: Terms) -> bool:
-    """True where a logit is q . k times factors, and the softmax has no other term."""
-    _, _, _, *others = terms
-    for x, default in zip(others, _BEHIND_FACTORS, strict=True):
-        if x is not default:
-            return False
-    return True
-
-
 def flags(terms: Terms) -> dict[str, bool]:
     """The fields of `tuning.Problem` that say which terms a call has."""
     there = set(given(terms))
     return {term.name: term.name in there for term in TERMS if term.flag}
-
-
-def choices(terms: Terms) -> list[bool]:
-    """The `flags` of the terms that are not tensors, before any is left out for what it stands beside."""
-    return [terms[number] is not default for number, default in _CHOICES]
 
 
 class Needs(namedtuple("Needs", AXES, defaults=[False] * len(AXES))):

@@ -48,7 +48,7 @@ def attention(call: AttentionCall) -> ForwardResult:
 
     max_logit and entropy are None without aux.
     """
-    given = call.tensors()
+    given = call.q, call.k, call.v, *call.terms.tensors()
     has_graph, is_eager = needs_graph(*given), runs_eagerly(*given, call.visibility.key_lengths)
     if is_eager and not has_graph:
         return forward(call, has_graph=False)

@@ -19,7 +19,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from ...core.autograd import kept, needs_graph, values_are_read
 from ...core.call import AttentionCall, ForwardResult
 from ...core.eight_bit import EIGHT_BIT
-from ...core.terms import Terms, is_product
+from ...core.terms import Terms, others_than
 from ...core.visibility import Visibility
 from ..protocol import Attend
 
@@ -32,6 +32,9 @@ FEW_ROWS = 16
 # From torch 2.9 on PyTorch's kernel for CPUs serves several query heads with one key head.
 SHARES_KEY_HEADS = torch.__version__ >= "2.9"
 
+# The terms that it does not have.
+_OTHERS = others_than("query_scale", "key_scale")
+
 # Logits must stay below it in PyTorch's kernel: fp32 ends at 3.4e38.
 _LARGEST_LOGIT = 1e38
 
@@ -39,8 +42,11 @@ _LARGEST_LOGIT = 1e38
 def supports(call: AttentionCall, is_full: bool) -> bool:
     """True where `attention` computes this call: all keys or a square's lower triangle visible, and no extras."""
     terms, visible = call.terms, call.visibility
-    if call.dropout is not None or call.k.dtype == EIGHT_BIT or not is_product(terms):
+    if call.dropout is not None or call.k.dtype == EIGHT_BIT:
         return False
+    for number, default in _OTHERS:
+        if terms[number] is not default:
+            return False
     if call.aux or visible.invariant or 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape:
         return False
     if not (is_full or visible.is_square_causal):

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.call import LONGEST_QUERY, AttentionCall
 from ...core.eight_bit import EIGHT_BIT
-from ...core.terms import PAIRS, TABLES, Gradients, choices, flags
+from ...core.terms import PAIRS, TABLES, Gradients, flags
 from ...core.visibility import Visibility
 from ...tuning import calls as recorded
 from ...tuning.calls import Size
@@ -289,7 +289,6 @@ def specialisation_of(
     key = (
         *forms_of(q, k, v, d_out, visible.mask),
         *term_forms(call.terms),
-        *choices(call.terms),
         q.shape[3],
         v.shape[3],
         visible.left is None,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from ...core.terms import TERMS, Terms
+from ...core.terms import DEFAULTS, TERMS, Terms
 from ...core.visibility import Visibility
 from ...tuning import lookup
 from ...tuning.config import (
@@ -295,11 +295,12 @@ def forms_of(*tensors: Tensor | None) -> list[Any]:
 
 
 def term_forms(terms: Terms) -> list[Any]:
-    """All of the terms' tensors that selects code, but for their addresses."""
+    """All of the terms that selects code: of tensors all but addresses, of others whether they are there."""
     found, values = [], (*terms,)
-    for number, form in _FORMS_OF_TERMS:
+    for number, form, default in _FORMS_OF_TERMS:
         x: Any = values[number]
-        found.append(None if x is None else form(x.shape, x.stride(), x.dtype))
+        is_there = x is not default
+        found.append(form(x.shape, x.stride(), x.dtype) if is_there and form is not None else is_there)
     return found
 
 
@@ -321,7 +322,8 @@ def _seen(step: int) -> tuple[Any, ...]:
     return step == 0, step == 1, math.gcd(step, 16), step >= 2**31
 
 
-_FORMS_OF_TERMS = [(i, vector_form if one.form == "vector" else _form) for i, one in enumerate(TERMS) if one.axes]
+_FORMS = {"vector": vector_form, "pairs": _form}  # by `Term.form`
+_FORMS_OF_TERMS = [(i, _FORMS.get(one.form), DEFAULTS[i]) for i, one in enumerate(TERMS) if one.flag]
 
 
 def is_wide(*tensors: Tensor | None, page: int = 0) -> bool:
