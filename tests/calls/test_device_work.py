@@ -47,12 +47,12 @@ RANGES = {"key_ranges": torch.stack([torch.full((1, S), 3), torch.arange(1, S + 
     [
         ("sqrt_dim", {"causal": True}, (1, 0), (4, 0)),
         ("key_count", {}, (1, 1), None),  # of one number, on the host
-        ("key_count", {"causal": True}, (1, 2), (4, 2)),
-        ("key_count", {"causal": True, "window": (16, 0)}, (1, 2), None),
+        ("key_count", {"causal": True}, (1, 1), (4, 1)),
+        ("log_key_count:64", {"causal": True, "window": (16, 0)}, (1, 1), None),
         ("key_norm_sum", {}, (2, 5), None),
         ("key_norm_sum", {"causal": True}, (3, 3), (8, 11)),  # k goes on in fp32: 3 casts
-        ("key_norm_mean", {"causal": True}, (3, 7), None),
-        ("key_norm_rms", {"causal": True}, (3, 7), None),
+        ("key_norm_mean", {"causal": True}, (3, 6), None),
+        ("key_norm_rms", {"causal": True}, (3, 6), None),
         ("key_norm_max", {}, (2, 4), None),  # argmax, gather, threshold, reciprocal
         ("key_norm_max", {"causal": True}, (3, 7), None),
         ("key_norm_max", {"causal": True, "window": (16, 0)}, (3, 9), (8, 27)),
@@ -101,3 +101,13 @@ def test_decode(scaling, recorded, of_ours, of_torch, kernels):
     found = work_of_torch(call)
     assert len(found) <= of_torch, found
     assert len(kernels) == 2 * of_ours
+
+
+@pytest.mark.parametrize(("scaling", "of_torch"), [("sqrt_dim", 0), ("key_count", 6)])
+def test_decode_over_pages(scaling, of_torch, kernels):
+    q, pages = torch.randn(2, 4, 1, 64, dtype=torch.bfloat16), torch.randn(8, 16, 4, 64, dtype=torch.bfloat16)
+    lengths, table = torch.tensor([40, 64], dtype=torch.int32), torch.arange(8, dtype=torch.int32).view(2, 4)
+    options = {"key_lengths": lengths, "block_table": table, "scaling": scaling, "backend": "triton"}
+    found = work_of_torch(lambda: tritonattn.attention_decode(q, pages, pages, **options))
+    assert len(found) <= of_torch, found
+    assert len(kernels) == 2

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..backends import BACKENDS, choose, kernels_take
 from ..backends.protocol import Backend
-from ..core.autograd import autocast_is_on, in_forward_mode, is_transformed, needs_graph
+from ..core.autograd import autocast_is_on, in_forward_mode, is_transformed, kept, needs_graph
 from ..core.cached_norms import StatisticsOfCache
 from ..core.call import AttentionCall, ForwardResult, Request
 from ..core.dropout import Dropout
@@ -123,7 +123,11 @@ def _keys_for_scaling(request: Request) -> Tensor:
     if is_held or request.scaling.reads_keys:
         return request.keys()
     visible, q = request.visibility, request.q
-    return q.new_full((), torch.nan).expand(visible.batch, visible.kv_heads, visible.k_len, q.shape[3])
+    return kept(_unread, q.device, q.dtype).expand(visible.batch, visible.kv_heads, visible.k_len, q.shape[3])
+
+
+def _unread(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.full((), torch.nan, dtype=dtype, device=device)
 
 
 def logits(request: Request, statistics: Statistics, k: Tensor | None = None, positions: Tensor | None = None) -> Terms:
