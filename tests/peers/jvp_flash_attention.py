@@ -31,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--theirs", action="store_true", help="run jvp_flash_attention itself")
     parser.add_argument("--backend", default="sdpa", help="of tritonattn (default: %(default)s)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128, 256], help="of its 32 to 2048")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128, 256, 512], help="of its 32 to 2048")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         suite: Any = tests_in(Path(folder))

@@ -60,6 +60,14 @@ def test_illegal_configs_are_not_compiled():
             compile_kernel("forward", Problem(128, 128, HALF), tiles, "sm_80")
 
 
+def test_gradients_of_a_tangent_take_twice_the_tensor_memory_of_gradients():
+    """Code that needs more than there is would be a trap."""
+    tiles = TileConfig(16, 128, 8, 2)
+    assert reasons(tiles, SM_100, "grad_key_value") == []
+    [found] = reasons(tiles, SM_100, "grad_key_value_second")
+    assert found == "tiles need 608 columns of tensor memory, sm_100 has 512"
+
+
 def test_options_are_legal_where_the_hardware_has_them():
     waves = TileConfig(64, 32, 4, 2, waves_per_eu=2)
     assert reasons(waves, GFX942) == []

@@ -364,13 +364,17 @@ def _shared_estimate(kernel: str, config: TileConfig, problem: Problem, target: 
 
 
 def _tensor_memory_estimate(kernel: str, config: TileConfig, problem: Problem) -> int:
-    """Columns of fp32 logits, in a backward their gradients too, of both as 16-bit operands, and of the sums."""
+    """Columns of fp32 logits, in a backward their gradients too, of both as 16-bit operands, and of the sums.
+
+    Gradients of a tangent have all that twice.
+    """
     head, value = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
     held, columns = config.block_m, 0
     if kernel in ("forward", "tangent"):  # a tangent has logits' too
         columns = config.block_n * (3 if kernel == "forward" else 6) // 2 + value
-    elif kernel == "grad_query":
+    elif kernel.startswith("grad_query"):
         columns = config.block_n * 5 // 2 + head
-    elif kernel == "grad_key_value":
+    elif holds_keys(kernel):
         held, columns = config.block_n, config.block_m * 3 + head + value
+    columns *= 2 if kernel.endswith("_second") else 1
     return columns * held // 128 if problem.dtype.itemsize == 2 else 0
