@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 
+import tritonattn
 from tests.kernels.derivatives import BIASES, FORMS, NAMES, SCALES, Case, case_of
+from tests.support.bound import assert_within_bound
 from tests.support.calls import changed
 from tests.support.derivatives import tensors_of
 from tritonattn.core.terms import Gradients, Needs
@@ -82,6 +85,25 @@ def test_repetitions_have_the_same_bits(device):
     one, other = case.found(), case.found()
     for name, x in one.items():
         assert torch.equal(x, other[name]), name
+
+
+def test_a_gradient_of_a_gradient_launches_the_tangent_once(device, launched):
+    """Though terms of rows and the gradient towards d_out need it; with the derivatives of these it is two passes."""
+    operands = [torch.randn(1, 2, 19, 16, device=device) for _ in range(4)]
+
+    def found(dtype: torch.dtype, **options: Any) -> list[torch.Tensor]:
+        q, k, v, d_out = (x.detach().to(dtype).requires_grad_() for x in operands)
+        out = tritonattn.attention(q, k, v, causal=True, **options)
+        gradients = torch.autograd.grad(out, (q, k, v), d_out, create_graph=True)
+        launched.clear()
+        penalty = sum(x.square().sum() for x in gradients)
+        return [*torch.autograd.grad(penalty, (q, k, v, d_out))]
+
+    exact, eager = (found(dtype, backend="reference") for dtype in (torch.float64, torch.float32))
+    ours = found(torch.float32, backend="triton")
+    assert [name for name, _ in launched].count("attention_tangent") == 1
+    for name, *of in zip(("q", "k", "v", "d_out"), ours, exact, eager, strict=True):
+        assert_within_bound(*of, torch.float32, name=name)
 
 
 def test_operands_of_any_strides(device):

@@ -54,7 +54,7 @@ def by_passes(
         saved = result.out, result.lse, rounding
         out, lse = backend.tangent(call, saved, tangents)
         asked = (every if one is None else one for one in (needs, needs_tangents))
-        found = backend.second(call, saved, SecondOrder(tangents, d_out, d_lse, *asked))
+        *found, _ = backend.second(call, saved, SecondOrder(tangents, d_out, d_lse, *asked))
     named = {"out": out, "lse": lse}
     for prefix, gradients in zip(("", "dot "), found, strict=True):
         named |= {prefix + name: x for name, x in gradients._asdict().items() if x is not None}

@@ -129,7 +129,7 @@ class _Copy:
             return triton_backend.tangent(call, saved, self._tangents)
         if self.kernel in SECOND_KERNELS:
             asked = SecondOrder(self._tangents, self._d_out, self._d_lse, self._needs, self._needs)
-            found = triton_backend.second(call, saved, asked)
+            *found, _ = triton_backend.second(call, saved, asked)
             return tuple(x for gradients in found for x in gradients if x is not None)
         gradients = triton_backend.backward(call, out, lse, self._d_out, self._d_lse, self._needs, rounding)
         return tuple(x for x in gradients if x is not None)
@@ -192,7 +192,7 @@ def _by_formulas(call: AttentionCall, tensors: dict[str, Tensor]) -> ForwardResu
     terms = {name: x.flatten(1, 2) if name in grouped else x for name, x in tensors.items() if name not in "qkv"}
     logits = call.terms._replace(**terms)
     given = Given(logits.scale, logits.query_scale, logits.key_scale)
-    request = Request(*(tensors[name] for name in "qkv"), call.visibility, logits, given)
+    request = Request(tensors["q"], tensors["k"], tensors["v"], call.visibility, logits, given)
     return by_formulas(request, call.dropout)
 
 
@@ -205,7 +205,7 @@ def _tangents_of(call: AttentionCall, tensors: dict[str, Tensor], along: dict[st
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".torch.jit.script")  # of the first jvp
-        (_, lse), (out, of_lse) = torch.func.jvp(dense, tuple(tensors.values()), tuple(along.values()))
+        (_, lse), (out, of_lse), *_ = torch.func.jvp(dense, tuple(tensors.values()), tuple(along.values()))
     return [out, torch.where(lse == -torch.inf, 0, of_lse)]
 
 

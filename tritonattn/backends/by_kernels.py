@@ -96,7 +96,7 @@ class Kernels(Backend):
 
     def second(
         self, call: AttentionCall, saved: tuple[Tensor, Tensor, Tensor | None], asked: SecondOrder
-    ) -> tuple[Gradients, Gradients]:
+    ) -> tuple[Gradients, Gradients, tuple[Tensor, Tensor] | None]:
         passes = kernels() if takes_derivatives(call) else Sdpa()
         return passes.second(call, saved, asked)
 

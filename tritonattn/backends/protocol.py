@@ -21,6 +21,7 @@ class SecondOrder(NamedTuple):
     d_out, d_lse     gradients of the tangents of out, in its dtype, and of lse, or None; any strides
     needs            the tensors whose gradients are asked for
     needs_tangents   the tangents, likewise; one that is None may have a gradient
+    is_along         the tangents of out and lse are asked for too
     """
 
     tangents: Gradients
@@ -28,6 +29,7 @@ class SecondOrder(NamedTuple):
     d_lse: Tensor | None
     needs: Needs
     needs_tangents: Needs
+    is_along: bool = False
 
 
 class Backend:
@@ -109,8 +111,8 @@ class Backend:
         call: AttentionCall,
         saved: tuple[Tensor, Tensor, Tensor | None],
         asked: SecondOrder,
-    ) -> tuple[Gradients, Gradients]:
-        """Compute the gradients of `tangent` towards the call's tensors, and towards their tangents.
+    ) -> tuple[Gradients, Gradients, tuple[Tensor, Tensor] | None]:
+        """Compute the gradients of `tangent` towards the call's tensors, and towards their tangents; and its results.
 
         All dependence on the call's tensors counts, that of out and lse too.
         """

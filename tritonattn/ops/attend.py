@@ -38,6 +38,7 @@ from .passes import (
     forward,
     forward_kept,
     forward_operator,
+    second_and_tangent_pass,
     second_pass,
     tangent_pass,
 )
@@ -240,10 +241,15 @@ class _Backward(_Pass):
         tangents = _by_field(ctx.asked.of_tensors, iter(cotangents))
         needs = Needs(*rest.fields(ctx.needs_input_grad, False))
         d_tensors, d_d_out, d_d_lse = Gradients(), None, None
-        if any(needs):
-            d_tensors, _ = _second(rest, tensors, results, tangents, d_out, d_lse, (needs, Needs()))
-        if any(ctx.needs_input_grad[len(tensors) :]):
-            d_d_out, d_d_lse = _tangents(rest, tensors, results, tangents)
+        is_along = any(ctx.needs_input_grad[len(tensors) :])
+        if any(needs) and is_along and not differentiates_again():
+            call = rest.call(tensors)
+            d_tensors, (d_d_out, d_d_lse) = second_and_tangent_pass(call, results, tangents, d_out, d_lse, needs)
+        else:
+            if any(needs):
+                d_tensors, _ = _second(rest, tensors, results, tangents, d_out, d_lse, (needs, Needs()))
+            if is_along:
+                d_d_out, d_d_lse = _tangents(rest, tensors, results, tangents)
         d_d_lse = None if d_lse is None else d_d_lse
         return *rest.by_slot(d_tensors), None, None, None, None if d_out is None else d_d_out, d_d_lse, None
 

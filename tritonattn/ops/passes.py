@@ -58,11 +58,28 @@ def second_pass(
 ) -> tuple[Gradients, Gradients]:
     """The gradients of `tangent_pass` towards the call's tensors and towards their tangents, likewise."""
     if runs_eagerly(*call.tensors(), *tangents, d_out, d_lse):
-        return _second(call, results, tangents, d_out, d_lse, needs)
+        return _second(call, results, tangents, d_out, d_lse, needs)[:2]
     wanted = [*needs[0], *needs[1]]
     filled = second_operator(*flat(call), *results, *tangents, d_out, d_lse, wanted)
     found = [x if need else None for x, need in zip(filled, wanted, strict=True)]
     return Gradients(*found[:GRADIENTS]), Gradients(*found[GRADIENTS:])
+
+
+def second_and_tangent_pass(
+    call: AttentionCall,
+    results: Saved,
+    tangents: Gradients,
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+    needs: Needs,
+) -> tuple[Gradients, tuple[Tensor, Tensor]]:
+    """The gradients of `tangent_pass` towards the call's tensors, and its results, at once where that runs eagerly."""
+    if runs_eagerly(*call.tensors(), *tangents, d_out, d_lse):
+        found, _, along = _second(call, results, tangents, d_out, d_lse, (needs, Needs()), is_along=True)
+        assert along is not None
+        return found, along
+    found, _ = second_pass(call, results, tangents, d_out, d_lse, (needs, Needs()))
+    return found, tangent_pass(call, results, tangents)
 
 
 def forward(call: AttentionCall, rounding: Tensor | None = None, *, has_graph: bool) -> ForwardResult:
@@ -124,13 +141,15 @@ def _second(
     d_out: Tensor | None,
     d_lse: Tensor | None,
     needs: tuple[Needs, Needs],
-) -> tuple[Gradients, Gradients]:
+    is_along: bool = False,
+) -> tuple[Gradients, Gradients, tuple[Tensor, Tensor] | None]:
     _refuse(call)
     if call.q.numel() == 0 or call.k.numel() == 0:
-        return _zeros(call, needs[0]), _zeros(call, needs[1])
+        along = _tangent(call, results, tangents) if is_along else None
+        return _zeros(call, needs[0]), _zeros(call, needs[1]), along
     tangents = Gradients(*(None if x is None else x.resolve_neg() for x in tangents))
     d_out, d_lse = _cotangents(results, d_out, d_lse)
-    return BACKENDS[call.backend].second(call, results, SecondOrder(tangents, d_out, d_lse, *needs))
+    return BACKENDS[call.backend].second(call, results, SecondOrder(tangents, d_out, d_lse, *needs, is_along))
 
 
 # The terms that tangents and their gradients have.
@@ -235,7 +254,7 @@ def second_operator(*arguments):
     *arguments, d_out, d_lse, needs = arguments
     call, results, tangents = _parts_of(arguments)
     both = Needs(*needs[:GRADIENTS]), Needs(*needs[GRADIENTS:])
-    of_tensors, of_tangents = _second(call, results, tangents, d_out, d_lse, both)
+    of_tensors, of_tangents, _ = _second(call, results, tangents, d_out, d_lse, both)
     return tuple(call.q.new_empty(0) if x is None else x.contiguous() for x in (*of_tensors, *of_tangents))
 
 

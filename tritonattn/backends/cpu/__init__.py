@@ -79,10 +79,11 @@ class Sdpa(Backend):
 
     def second(
         self, call: AttentionCall, saved: tuple[Tensor, Tensor, Tensor | None], asked: SecondOrder
-    ) -> tuple[Gradients, Gradients]:
+    ) -> tuple[Gradients, Gradients, tuple[Tensor, Tensor] | None]:
         _, lse, _ = saved
+        along = self.tangent(call, saved, asked.tangents) if asked.is_along else None
         with without_autocast(call.q):
-            return second_pass.second(call, lse, asked)
+            return *second_pass.second(call, lse, asked), along
 
 
 def _backward(

@@ -42,7 +42,7 @@ def second(call: AttentionCall, lse: Tensor, asked: SecondOrder) -> tuple[Gradie
 
     lse [B, Hq, Sq] is that of `forward`.
     """
-    tangents, d_out, d_lse, needs, needs_tangents = asked
+    tangents, d_out, d_lse, needs, needs_tangents, _ = asked
     tiles = tiles_of(call)
     found = allocated(tiles, needs), allocated(tiles, needs_tangents)
     wants = _Wants.of(tangents, *found)
