@@ -79,9 +79,8 @@ def test_every_mask(mask, form, dtype, softcap, scales, heads, device):
     check(with_biases(tensors, dtype, *shapes[form]), mask, device, scale=0.3, **options)
 
 
-@pytest.mark.parametrize("relative", [(1, 2, 1, 1), (2, 1, 21, 3), (1, 2, 21, 16), (1, 1, 1, 60)], ids=str)
-@pytest.mark.parametrize("right", [0, 2, 40])
-def test_extents_shorter_and_longer_than_the_keys(relative, right, device):
+@in_turn(right=[2, 0, 2, 40], relative=[(1, 2, 1, 1), (2, 1, 21, 3), (1, 2, 21, 16), (1, 1, 1, 60)])
+def test_extents_shorter_and_longer_than_the_keys(right, relative, device):
     tensors = with_biases(harness.inputs(SINGLE, device), SINGLE, None, relative)
     check(tensors, "full", device, relative_right=min(right, relative[3] - 1))
 
@@ -109,8 +108,7 @@ def test_biases_of_a_call_and_of_its_mode(scaling, mask, softcap, device):
     check(tensors, mask, device, partial(tritonattn.attention, scaling=scaling), relative_right=3, **softcap)
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("mask", ["causal", "ranges", "mask of heads"])
+@in_turn(mask=["causal", "ranges", "mask of heads"], after=[False, True])
 def test_what_hidden_pairs_hold_is_not_read(mask, after, device):
     """NaN instead of any number there leaves all bits of results and gradients."""
     pairs = visible_pairs(SIZES, **MASKS[mask](*SIZES)).to(device)
@@ -139,8 +137,7 @@ def test_nan_and_infinity_are_in_the_rows_that_attend_to_them(name, value, softc
         assert torch.equal(result.isnan().cpu(), nan[..., None].expand(result.shape) if result.dim() > 3 else nan)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("softcap", SOFTCAPS, ids=str)
+@in_turn(value=[torch.nan, torch.inf, -torch.inf, torch.inf], softcap=SOFTCAPS)
 def test_values_that_are_no_numbers_act_as_in_key_bias(value, softcap, device):
     """In results and gradients; -inf stands at all keys of a head, whose rows then have none."""
     tensors = harness.inputs(SINGLE, device, scales=("query_scale",))
@@ -158,8 +155,7 @@ def test_values_that_are_no_numbers_act_as_in_key_bias(value, softcap, device):
         torch.testing.assert_close(result, of_keys[name], equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, HALF])
-@pytest.mark.parametrize("softcap", SOFTCAPS, ids=str)
+@in_turn(softcap=SOFTCAPS, dtype=[SINGLE, HALF])
 def test_a_table_of_distances_acts_as_the_bias_of_its_pairs(softcap, dtype, device):
     """To the bits, gradients included, with NaN, inf and a row without keys; each entry belongs to one pair."""
     tensors = harness.inputs(SINGLE, device, scales=("query_scale", "key_scale"))
@@ -211,8 +207,7 @@ def test_biases_of_16_bits_are_read_as_such(dtype):
         assert getattr(terms, name).ptr is tensors[name]
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("mask", ["full", "causal"])
+@in_turn(mask=["full", "causal"], after=[False, True])
 def test_packed_sequences(mask, after, device):
     """A row's distances are those of its sequence; tables of rows are in the packed axis."""
     packed = Packed((3, 18, 5, 1, 0), (20, 18, 2, 6, 3), q_tail=2, k_tail=3)
