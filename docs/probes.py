@@ -101,13 +101,17 @@ def ragged(backend: str) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def decode(paged: bool, backend: str) -> None:
+def decode(paged: bool, eight_bit: bool, backend: str) -> None:
     q, k, v = (x.detach() for x in operands(length=32))
+    if eight_bit:
+        k, v = ((x / 0.02).to(torch.float8_e4m3fn) for x in (k, v))
     pages = {"block_table": torch.tensor([[0, 1]], dtype=torch.int32)} if paged else {}
     caches = [x[0].unflatten(1, (2, 16)).permute(1, 2, 0, 3) if paged else x for x in (k, v)]
+    pages |= dict.fromkeys(("k_descale", "v_descale"), 0.02) if eight_bit else {}
     found = attention_decode(
         q[:, :, -1:], *caches, key_lengths=torch.tensor([32]), scaling="key_norm_mean", backend=backend, **pages
     )
+    k, v = (x.float() * 0.02 if eight_bit else x for x in (k, v))
     expected = attention(q, k, v, scaling="key_norm_mean", causal=True, backend="reference")[:, :, -1:]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -188,7 +192,7 @@ ROWS: dict[str, list[Probe]] = {
         agrees(scaling=torch.ones(2, 1, requires_grad=True), gain=torch.ones(2, 1, requires_grad=True)),
     ],
     "`attention_varlen`": [varlen],
-    "`attention_decode`; pages": [ragged, partial(decode, False), partial(decode, True)],
+    "`attention_decode`; pages; 8-bit caches": [ragged, *(partial(decode, paged, paged) for paged in (False, True))],
     "autocast": [autocast],
     "`torch.compile(fullgraph=True)`, `torch.func.grad`, `vmap`": [transformed, compiled],
     "`batch_invariant` (`sdpa`: on a CPU)": [invariant],

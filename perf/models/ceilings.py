@@ -57,6 +57,14 @@ PAIR_BIASES = {
     ("grad_query", "sm_100", 128, "bias"): (20.5, 0),
 }
 
+# The same over pages of 16 bits, and of 8, at head dim 128: decoding, and packed causal rows.
+EIGHT_BIT_PAGES = {
+    ("decode", "sm_80"): (64.8, 106.0),
+    ("decode", "sm_90"): (65.7, 119.8),
+    ("decode", "sm_100"): (61.7, 95.3),
+    ("forward", "sm_80"): (15.6, 20.5),
+}
+
 # The same of the forward in Gluon, sm_90, by head_dim; and the least share of the tensor rate that its replay may have.
 GLUON_NON_MMA_PER_LOGIT = {64: 6.4, 128: 7.1}
 GLUON_SHARE = {64: 0.66, 128: 0.88}

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from perf.models.ceilings import NON_MMA_PER_LOGIT, PAIR_BIASES
+from perf.models.ceilings import EIGHT_BIT_PAGES, NON_MMA_PER_LOGIT, PAIR_BIASES
 from tests.support.pairs import all_pairs, thinned
 from tests.support.versions import OLDER_TRITON
 from tritonattn.tuning import Problem, Target
@@ -120,14 +120,21 @@ def of_pages() -> list[Case]:
     return cases
 
 
+def over_pages(kernel: str, target: str, eight_bit: bool = True, extras: str = "query_scale") -> Case:
+    """Decoding, or packed rows, over pages."""
+    options = f"block_table {extras}{' right sequences' if kernel == 'forward' else ''}"
+    problem = Problem(128, 128, BFLOAT, eight_bit=eight_bit, **dict.fromkeys(options.split(), True))
+    return Case(kernel, problem, target)
+
+
 def of_eight_bits() -> list[Case]:
-    """Decoding and packed rows over pages, in turn, on every target; a contiguous cache where numbers come as bytes."""
-    forms = ("block_table query_scale", f"right sequences block_table query_scale key_scale {EVERYTHING}")
-    cases = [Case("decode", Problem(128, 128, HALF, eight_bit=True), "sm_80")]
-    for number, target in enumerate(TARGETS):
-        kernel, options = ("decode", "forward")[number % 2], dict.fromkeys(forms[number % 2].split(), True)
-        cases.append(Case(kernel, Problem(128, 128, BFLOAT, eight_bit=True, **options), target))
-    return cases
+    """Those with a ceiling, other targets, and a contiguous cache."""
+    others = [over_pages("decode", "sm_120"), over_pages("forward", "gfx942", extras=f"key_scale {EVERYTHING}")]
+    return [
+        *(over_pages(*one) for one in EIGHT_BIT_PAGES),
+        *others,
+        Case("decode", Problem(128, 128, HALF, eight_bit=True), "sm_89"),
+    ]
 
 
 def of_pair_ceilings() -> dict[Case, float]:

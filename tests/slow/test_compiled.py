@@ -4,14 +4,23 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from perf.models.ceilings import EIGHT_BIT_PAGES
 from perf.models.static import ranking
 from perf.models.static.gate import examine
 from perf.models.static.machine_code import read_machine_code
 from perf.models.static.ranking import ranked_table
 from tests.autotune.test_gate import DIVIDED
 from tests.compiled import test_hopper as hopper
-from tests.compiled.table import CASES, KINDS, QUICK, problem_of
-from tests.compiled.test_compiled import SLOW, check, check_cost_of_scales, check_direct_loads, check_loads, pytestmark
+from tests.compiled.table import CASES, KINDS, QUICK, over_pages, problem_of
+from tests.compiled.test_compiled import (
+    SLOW,
+    check,
+    check_cost_of_scales,
+    check_direct_loads,
+    check_loads,
+    per_logit,
+    pytestmark,
+)
 from tests.perf.test_static import ENTRIES, check_shipped_entry
 from tests.support.versions import OLDER_TRITON
 from tritonattn.autotune.gate import Compiler
@@ -50,6 +59,13 @@ def test_row_terms_of_a_tangent(target):
 )
 def test_scales_cost_few_instructions(kernel, target):
     check_cost_of_scales(kernel, target)
+
+
+@of_this_compiler
+@pytest.mark.parametrize(("kernel", "target"), EIGHT_BIT_PAGES)
+def test_pages_of_8_bits_beside_those_of_16(kernel, target):
+    for eight_bit, ceiling in enumerate(EIGHT_BIT_PAGES[kernel, target]):
+        assert per_logit(over_pages(kernel, target, eight_bit == 1)) <= ceiling
 
 
 @of_this_compiler
