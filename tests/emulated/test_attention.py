@@ -22,7 +22,7 @@ HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
 SMALL = TileConfig(16, 16, 1, 2)  # short sequences have inner blocks, edges and tails
 WARPGROUP = TileConfig(64, 16, 4, 2)  # the smallest that wgmma takes
 QUERY, BOTH, BIAS = ("query_scale",), ("query_scale", "key_scale"), ("query_scale", "key_bias")
-ALL, PAIRS = (*BOTH, "key_bias"), ("query_scale", "bias", "relative_bias")
+ALL, PAIRS = (*BOTH, "key_bias"), ("query_scale", "bias", "relative_bias", "relative_scale")
 
 # A fast selection, of small tiles; the slow test has default ones.
 FAST = (

@@ -67,6 +67,20 @@ def test_padding_and_steps_change_nothing(mode, cache, llama):
     close(steps[mask.bool()], whole[mask.bool()])
 
 
+@pytest.mark.parametrize("holes", [False, True])
+def test_distances_over_a_static_cache_are_refused(holes, llama):
+    """Its rows do not stand at its last keys, from which kernels would count."""
+    ids, mask = LLAMA.inputs("left").values()
+    mask[:, 3] = mask[:, 3] * (not holes)
+    given = {"input_ids": ids, "attention_mask": mask, "past_key_values": static_cache(llama, 20), "use_cache": True}
+    with (
+        patch(llama, scaling="scale_invariant"),
+        torch.no_grad(),
+        pytest.raises(NotImplementedError, match=r"^scaling: "),
+    ):
+        llama(**given)
+
+
 @in_turn(name=["mistral", "gemma3", "llama4"] * 2, mode=STATISTICS)
 def test_greedy_text_is_that_of_full_passes(name, mode):
     """Sliding and chunked layers forget keys; dynamic and static caches alike, in steps and in longer pieces."""

@@ -16,10 +16,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..calls.attention import attention
 from ..calls.results import AttentionAux
 from ..calls.varlen import attention_varlen
+from ..core.autograd import values_are_read
 from ..core.invariance import refuse_over_ranks
 from ..core.torch_distributed import context_parallel
-from ..scaling import SqrtDim
-from ..scaling.base import relative_gain
+from ..scaling import Scaling, SqrtDim
+from ..scaling.base import reads_distances, relative_gain
 from .architecture import query_heads
 from .masks import is_packed, key_range_mask, packed_arguments, visible_arguments
 from .settings import Settings, layer_scaling
@@ -160,6 +161,8 @@ def call_arguments(
             " model.set_attn_implementation('sdpa') after patching"
         )
     arguments = {**options, **visible_arguments(module, query, key, attention_mask, kwargs)}
+    if query.shape[2] != key.shape[2]:
+        _refuse_distances(module, query, key, arguments)
     if position_bias is not None:
         bias = position_bias[..., : key.shape[2]]
         arguments["bias"] = bias if arguments.get("bias") is None else arguments["bias"] + bias
@@ -196,6 +199,17 @@ def _options(
         "backend": settings.backend,
         "batch_invariant": settings.batch_invariant,
     }
+
+
+def _refuse_distances(module: nn.Module, query: Tensor, key: Tensor, arguments: dict[str, Any]) -> None:
+    """Raise where a scaling of distances would count them from other keys than the rows': those of a static cache."""
+    shown = arguments.get("key_ranges", arguments.get("mask"))
+    scaling = arguments["scaling"]
+    if shown is None or not isinstance(scaling, Scaling) or not reads_distances(scaling, query):
+        return
+    at_the_end = shown[..., -1, 1] == key.shape[2] if "key_ranges" in arguments else shown[..., -1, -1]
+    if not values_are_read(shown, waits=True) or not bool(at_the_end.any()):
+        _refuse("scaling", f"one of distances, as {type(scaling).__name__}, over a static or compiled cache,", module)
 
 
 def _sinks_of_tokens(module: nn.Module, query: Tensor, s_aux: Tensor | None, sinks: Tensor) -> Tensor:

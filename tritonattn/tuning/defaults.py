@@ -160,7 +160,7 @@ def _lighter(kernel: str, problem: Problem, width: int, config: TileConfig) -> T
     held, streamed = ("block_n", "block_m") if kernel == "grad_key_value" else ("block_m", "block_n")
     rows = getattr(config, held)
     if config.num_warps == 4 and rows == 128:
-        shortest = 64 if problem.relative_bias else 128  # 128 keys spill 552 bytes on sm_90
+        shortest = 64 if problem.relative_bias or problem.relative_scale else 128  # 128 keys spill 552 bytes on sm_90
         return replace(config, num_warps=8, block_n=min(config.block_n, shortest))
     halved = {held} if width >= 256 and 16 < rows < 128 else {streamed}
     if problem.mask and problem.dropout and width > (64 if kernel == "grad_key_value" else 128):
