@@ -192,7 +192,7 @@ OF_ONE: dict[str, list[Case]] = {
         ({"q": ones(2, 4, 0, 8)}, "ValueError: q: expected Sq of 1 to 16, got 0"),
         ({"q": ones(2, 4, 1, 7)}, "ValueError: k_cache: ~ with q's D = 7, got [2, 2, 24, 8]"),
         ({"q": ones(3, 4, 1, 8)}, "ValueError: k_cache: expected [B, Hkv, capacity, D] with q's B = 3, got [2, "),
-        ({"q": ones(2, 4, 1, 8).half()}, "TypeError: q, k_cache, v_cache: expected one dtype, got torch.float16"),
+        ({"q": ones(2, 4, 1, 8).half()}, "TypeError: q, k_cache, v_cache: expected one dtype, ~ got torch.float16"),
         (
             {"k_cache": ones(2, 2, 24, 8, device=META)},
             "ValueError: q, k_cache, v_cache: expected one device, got cpu, meta, cpu",
