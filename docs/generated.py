@@ -128,40 +128,71 @@ def costs() -> str:
 
 FORM_COLUMNS = {
     **{f"{length:,}": {"length": length} for length in (256, 1024, 4096)},
+    "1,024, batch 4": {"length": 1024, "batch": 4},
     "1,024, `key_norm_mean`": {"length": 1024, "scaling": "key_norm_mean"},
-    "1,024, bf16": {"length": 1024, "dtype": "bf16"},
+    **{f"{length:,}, bf16": {"length": length, "dtype": "bf16"} for length in (1024, 4096)},
 }
+FORM_KINDS = {
+    "steps over a cache": "decode",
+    "`return_aux`": "return_aux",
+    "dropout": "dropout",
+    "windows of 49 tokens": "Swin",
+    "the others": "",
+}
+PASSES = ("forward", "forward+backward")
 
 
-def forms() -> str:
-    """Time of ours over that of the fastest peer on a CPU, by form, from perf/results/forms.jsonl."""
+def _ratios_of_forms() -> tuple[list[tuple[dict, float]], str]:
+    """Axes of each case of perf/results/forms.jsonl, with ours over the peer of the least median; their source.
+
+    A ratio is the median over rounds.
+    """
     records = [json.loads(line) for line in (RESULTS / "forms.jsonl").read_text(encoding="utf-8").splitlines()]
-
-    def cell(form: str, **axes) -> str:
-        """Forward, and with backward: the median over rounds of ours over the peer of the least median."""
-        found = []
-        for passes in ("forward", "forward+backward"):
-            wanted = {"form": form, "passes": passes, "batch": 1, "dtype": "fp32", "scaling": "sqrt_dim", **axes}
-            peers = [
-                record
-                for record in records
-                if wanted.items() <= record["axes"].items()
-                and record["status"] == "measured"
-                and not record["contestant"].startswith("tritonattn")
-            ]
-            if peers:
-                found.append(f"{1 / min(peers, key=lambda record: record['median_ms'])['ratio']:.2f}")
-        return "/".join(found) or "-"
-
-    names = dict.fromkeys(record["axes"]["form"] for record in records)
-    rows = [[form, *(cell(form, **axes) for axes in FORM_COLUMNS.values())] for form in names]
+    peers: dict[str, dict] = {}
+    for record in records:
+        if record["status"] == "measured" and not record["contestant"].startswith("tritonattn"):
+            best = peers.setdefault(str(record["axes"]), record)
+            peers[str(record["axes"])] = min(best, record, key=lambda one: one["median_ms"])
     run = records[0]["environment"]
     commits = ", ".join(dict.fromkeys(record["environment"]["commit"] for record in records))
     source = (
         f"\nMeasured: {run['device']}, one thread ([conditions](../perf/results/cpu_notes.md#forms)), "
         f"torch {run['torch']}, commits {commits}, `python -m perf sweep --suite forms --threads 1`; -: not measured.\n"
     )
+    return [(peer["axes"], 1 / peer["ratio"]) for peer in peers.values()], source
+
+
+def forms() -> str:
+    """Time of ours over that of the fastest peer on a CPU, by form: forward, and with backward."""
+    ratios, source = _ratios_of_forms()
+
+    def cell(form: str, **axes) -> str:
+        wanted = {"form": form, "batch": 1, "dtype": "fp32", "scaling": "sqrt_dim", **axes}
+        found = [ratio for its, ratio in ratios if wanted.items() <= its.items()]
+        return "/".join(f"{ratio:.2f}" for ratio in found) or "-"
+
+    names = dict.fromkeys(axes["form"] for axes, _ in ratios)
+    rows = [[form, *(cell(form, **axes) for axes in FORM_COLUMNS.values())] for form in names]
     return table(["form", *FORM_COLUMNS], rows) + source
+
+
+def kinds_of_forms() -> str:
+    """The least and the largest time over that of the fastest peer, by kind of form and all axes."""
+    ratios, _ = _ratios_of_forms()
+    groups: dict[tuple, dict[tuple[str, str], list[float]]] = {}
+    for axes, ratio in ratios:
+        group = groups.setdefault(tuple(axes[name] for name in ("dtype", "length", "batch", "scaling")), {})
+        kind = next(kind for kind, word in FORM_KINDS.items() if word in axes["form"])
+        group.setdefault((kind, axes["passes"]), []).append(ratio)
+
+    def cell(found: list[float]) -> str:
+        return f"{min(found):.2f} to {max(found):.2f} ({len(found)})" if len(found) > 1 else f"{found[0]:.2f}"
+
+    rows = []
+    for (dtype, length, batch, scaling), group in sorted(groups.items(), reverse=True):
+        cells = (" / ".join(cell(group[kind, one]) for one in PASSES if (kind, one) in group) for kind in FORM_KINDS)
+        rows.append([f"{length:,}", str(batch), dtype, f"`{scaling}`", *(text or "-" for text in cells)])
+    return table(["tokens", "batch", "dtype", "scaling", *FORM_KINDS], rows)
 
 
 def biases() -> str:
@@ -323,6 +354,7 @@ PARTS: dict[str, Callable[[], str]] = {
     **{"modes": modes, "advice": advice, "playground": playground, "names": names, "types": types},
     **{"learned_names": learned_names, "learned": learned},
     **{"floors": floors, "support": support, "costs": costs, "forms": forms, "memory": memory},
+    **{"kinds_of_forms": kinds_of_forms},
     **{"biases": biases, "recall": recall, "nats": nats},
     **{"language_model": language_model, "language_model_text": language_model_text},
 }

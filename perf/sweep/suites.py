@@ -119,16 +119,18 @@ def _against_plain(axes: Axes, machine: Machine) -> Iterator[Contest]:
 
 
 def _forms(axes: Axes, machine: Machine) -> Iterator[Contest]:
-    """List the forms of attention of a CPU; bf16 forward alone, batches of 4 up to 1,024 tokens."""
+    """List the forms of attention of a CPU; bf16 forward alone, beyond 1,024 tokens batches of 4 in steps alone."""
     if machine.name != "cpu":
         return
     for dtype, length, scaling in product(axes.dtypes, axes.lengths, axes.scalings):
-        for head_dim, batch in product(axes.head_dims, (1, 4) if length <= _LONGEST_OF_FOUR else (1,)):
+        for head_dim, batch in product(axes.head_dims, (1, 4)):
             size = Size(batch, 8, length, head_dim, DTYPES[dtype], scaling)
             small = Size(1, 1, 32, head_dim, DTYPES[dtype], scaling)
             for form in forms(small):
                 if form.name.startswith(_OF_PAIRS) and length * batch > _LONGEST_OF_FOUR:
                     continue
+                if batch > 1 and length > _LONGEST_OF_FOUR and not form.name.startswith("decode"):
+                    continue  # 2 GB of logits, of a peer or of the check
                 for passes in ("forward", "forward+backward") if form.backward and dtype == "fp32" else ("forward",):
                     yield FormCase(form.name, size, dtype, passes).contest()
 
