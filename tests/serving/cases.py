@@ -27,7 +27,10 @@ _CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**_SIZES),
     "mistral": lambda: transformers.MistralConfig(**_SIZES, sliding_window=24),
     # Every other layer has the window. The factor besides the mode is 1 / sqrt(100), not 1 / sqrt(64).
-    "gemma2": lambda: transformers.Gemma2Config(**_GEMMA, attn_logit_softcapping=5.0, query_pre_attn_scalar=100),
+    # SGLang 0.5.23 reads hidden_act.
+    "gemma2": lambda: transformers.Gemma2Config(
+        **_GEMMA, attn_logit_softcapping=5.0, query_pre_attn_scalar=100, hidden_act="gelu_pytorch_tanh"
+    ),
     # Head dims 64 in the first layer, which has the window, and 512 in the others.
     "gemma4": lambda: transformers.Gemma4TextConfig(
         **_GEMMA,

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from sglang.srt.entrypoints.engine import Engine
 
 import tritonattn.huggingface
 from tests.serving.cases import STEPS, Case, gains, learned, prompts
@@ -38,24 +37,18 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_are_those_of_patched_transformers(case, tmp_path):
-    patched, plain = CASES[case].save(tmp_path)
-    engine = Engine(model_path=str(tmp_path), **ENGINE, **CASES[case].options)
-    try:
-        runs = [generate(engine, tokens) for tokens in (prompts(), [prompts()[i] for i in (5, 3)])]
-    finally:
-        engine.shutdown()
-    assert max(x["meta_info"]["cached_tokens"] for x in runs[0]) >= 64  # of a prompt that begins alike
-    assert min(x["meta_info"]["cached_tokens"] for x in runs[1]) >= 64
-    made = [x["output_ids"] for run in runs for x in run]
-    tokens = [*prompts(), prompts()[5], prompts()[3]]
+    patched, plain = CASES[case].save(tmp_path / "model")
+    runs = [prompts(), [prompts()[i] for i in (5, 3)]]
+    engine = {"model_path": str(tmp_path / "model"), **ENGINE, **CASES[case].options}
+    (tmp_path / "given.json").write_text(json.dumps({"engine": engine, "runs": runs, "steps": STEPS}))
+    command = [sys.executable, "-m", "tests.serving.sglang.once", tmp_path / "given.json", tmp_path / "out.json"]
+    subprocess.run(command, check=True, timeout=900)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert max(x["cached"] for x in found[0]) >= 64  # of a prompt that begins alike
+    assert min(x["cached"] for x in found[1]) >= 64
+    made, tokens = [x["made"] for run in found for x in run], [x for run in runs for x in run]
     assert unlike(patched, tokens, made) == 0
     assert unlike(plain, tokens, made) > STEPS
-
-
-def generate(engine: Engine, tokens: list[list[int]]) -> list[dict]:
-    return engine.generate(
-        input_ids=tokens, sampling_params={"temperature": 0, "max_new_tokens": STEPS, "ignore_eos": True}
-    )
 
 
 @torch.no_grad()
