@@ -53,9 +53,8 @@ class ScaleInvariant(Scaling):
         distance = torch.arange(-later, max(keys, 1), device=q.device).abs()
         logarithm = torch.log1p(distance.double() / self.tau)
         of_distance, bias = (1 + 2 * logarithm).sqrt(), -2 * logarithm
-        tables = {"relative": of_distance, "relative_bias": bias}
-        wide = {name: x.to(dtype).view(1, 1, 1, -1) for name, x in tables.items()}
-        return Scales(q.shape[-1] ** -0.5, relative_right=later, **wide)
+        relative, relative_bias = (x.to(dtype).view(1, 1, 1, -1) for x in (of_distance, bias))
+        return Scales(q.shape[-1] ** -0.5, relative=relative, relative_bias=relative_bias, relative_right=later)
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         return torch.tensor(k.shape[-1] ** -0.5, dtype=torch.float64, device=k.device)
