@@ -91,6 +91,18 @@ def test_packed_rows_over_dequantised_pages(mode, backend, kind, recorded, invar
     torch.testing.assert_close(rows_found.lse, aux.lse, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sequence_without_keys_needs_no_descale(backend):
+    q, k, v = (x.float() for x in sequences())
+    (k8, _), (v8, _) = quantised(k, 0.03), quantised(v, 0.02)
+    descale = torch.tensor([[torch.nan, torch.inf], [0.03, 0.02]])
+    found = attention_decode(
+        q[:, :, :1], k8, v8, key_lengths=torch.tensor([0, 20]), k_descale=descale, v_descale=descale, backend=backend
+    )
+    assert not found[0].any()
+    assert found[1].isfinite().all()
+
+
 def test_a_decode_step_compiles():
     q, k, v = (x.float() for x in sequences())
     (k8, _), (v8, _) = quantised(k, 0.03), quantised(v, 0.02)

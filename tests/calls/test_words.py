@@ -35,6 +35,7 @@ Q = torch.ones(1, 2, 3, 4)
         ("attention", {"attn_bias": Q}, "attention: expected bias= (a number a pair"),
         ("attention", {"alibi_slopes": Q}, "attention: expected key_bias= (tritonattn.nn.ALiBi(heads)(Sk)"),
         ("attention", {"score_mod": Q}, "attention: expected scaling= (a Scaling, or factors; what it adds: key_bias="),
+        ("attention", {"relative_scale": Q}, "attention: expected scaling= (a Scaling with Scales(relative=); `sca"),
         ("attention_varlen", {"bias": Q}, "attention_varlen: expected relative_bias= (a number a distance; key_bias="),
         (
             partial(context_parallel_attention, Q, Q, Q, mesh=0),

@@ -81,7 +81,7 @@ def kept(k_len=7, inference=False, device="cpu", **mask):
 
 def test_counts_on_a_gpu_belong_to_a_stream_and_to_no_captured_graph(monkeypatch):
     stream, captured = [0], [False]
-    monkeypatch.setattr(Visibility, "counts", lambda self: object())
+    monkeypatch.setattr(Visibility, "counts", lambda self: torch.ones(1))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream[0])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured[0])
     first = kept(causal=True, device="cuda:0")
@@ -91,6 +91,15 @@ def test_counts_on_a_gpu_belong_to_a_stream_and_to_no_captured_graph(monkeypatch
     assert kept(causal=True, device="cuda:0") is first
     stream[0] = 1
     assert kept(causal=True, device="cuda:0") is not first
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_counts_that_a_scaling_wrote_to_are_made_again(inference):
+    with torch.inference_mode(inference):
+        kept(causal=True, inference=inference).zero_()
+    for later in (inference, not inference):
+        assert kept(causal=True, inference=later).flatten().tolist() == [3, 4, 5, 6, 7]
+    assert kept(causal=True) is kept(causal=True, inference=True)
 
 
 # ---- Presets

@@ -96,8 +96,11 @@ def _product(gain: Any, other: Any) -> Any:
 
 def finished(out: Tensor, request: Request) -> Tensor:
     """The output of a call over 8-bit values as that over what they stand for, rounded once to q's dtype."""
-    descale = request.v_descale
-    return times(out, None if descale is None else of_rows(descale, request.visibility)).to(request.q.dtype)
+    visible, descale = request.visibility, request.v_descale
+    descale = descale if descale is None else of_rows(descale, visible)
+    if isinstance(descale, Tensor) and not visible.every_row_attends:
+        descale = _where_attending(visible, descale)
+    return times(out, descale).to(request.q.dtype)
 
 
 def with_terms(request: Request, backend: Backend, terms: Terms, dropout: Dropout | None = None) -> AttentionCall:
@@ -263,9 +266,12 @@ def _expanded(scale: Tensor, q: Tensor, shape: tuple[int, ...]) -> Tensor:
     return scale if is_whole else scale.expand(shape)
 
 
-def _where_attending(visibility: Visibility, query: Tensor) -> Tensor:
-    """A query scale with 0 for rows without keys, where a mode may have divided by 0 or met NaN in q."""
-    return torch.where(visibility.attending_rows(), query, 0)
+def _where_attending(visibility: Visibility, factor: Tensor) -> Tensor:
+    """A factor of rows with 0 for those without keys, where a mode may have divided by 0 or met NaN in q.
+
+    Nor does a sequence without keys need a descale.
+    """
+    return torch.where(visibility.attending_rows(), factor, 0)
 
 
 def refuse_gradients(call: str, /, **tensors: Any) -> None:

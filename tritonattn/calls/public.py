@@ -103,6 +103,7 @@ _HINTS = {
     "block_mask": ("key_ranges", "[lo, hi) of every row; or mask"),
     "score_mod": ("query_scale", f"and key_scale=, its factors; {_ADDED}"),
     "v": ("", "q and k are enough"),
+    "relative_scale": ("scaling", "a Scaling with Scales(relative=); `scaled_attention` has relative_scale="),
     "query_scale": ("scaling", f"a Scaling, or factors; {_ADDED}"),
 }
 

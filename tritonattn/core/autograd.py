@@ -47,19 +47,26 @@ def values_are_read(*tensors: Tensor | None, waits: bool = False) -> bool:
 def kept(make: Callable[..., Tensor], device: torch.device, *numbers: Any) -> Tensor:
     """make(device, *numbers), read-only; outside of compilers and transforms it is kept for later calls.
 
-    Memory of a captured graph is the graph's, so that a capture neither keeps a tensor nor uses a kept one.
+    One that was written to, as by a user's scaling, is made again. Memory of a captured graph is the graph's, so that a
+    capture neither keeps a tensor nor uses a kept one.
     """
     is_on_gpu = device.type == "cuda"
     if not runs_eagerly() or (is_on_gpu and torch.cuda.is_current_stream_capturing()):
         return make(device, *numbers)
     stream = torch.cuda.current_stream(device) if is_on_gpu else None
-    return _kept(make, device, numbers, stream, torch.is_inference_mode_enabled())
+    found, version = _kept(make, device, numbers, stream)
+    if found._version != version:
+        _kept.cache_clear()
+        found, _ = _kept(make, device, numbers, stream)
+    return found
 
 
 @functools.lru_cache(maxsize=32)
-def _kept(make: Callable[..., Tensor], device: torch.device, numbers: tuple, stream: Any, is_inference: bool) -> Tensor:
-    """A tensor that belongs to one stream, which orders its writes and reads, and to training or inference."""
-    return make(device, *numbers)
+def _kept(make: Callable[..., Tensor], device: torch.device, numbers: tuple, stream: Any) -> tuple[Tensor, int]:
+    """A tensor that belongs to one stream, which orders its writes and reads, and its version, for inference too."""
+    with torch.inference_mode(False):  # its tensors have no version, and no graph may save them
+        made = make(device, *numbers)
+    return made, made._version
 
 
 def is_transformed() -> bool:
