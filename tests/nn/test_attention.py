@@ -304,5 +304,5 @@ def test_a_scaling_with_a_relative_bias_over_a_cache():
     cache, whole = made.cache(2, 30), made(x)
     steps = [made(part, cache=cache) for part in x.split([16, 1, 3], 1)]
     torch.testing.assert_close(torch.cat(steps, 1), whole)
-    message = "NotImplementedError: scaling: expected one without a relative bias for a prompt"
+    message = "NotImplementedError: scaling: expected one without a factor or bias of distances for a prompt"
     refuses(message, made, x, cache=made.cache(2, 30))

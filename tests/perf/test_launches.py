@@ -4,7 +4,7 @@ from perf.cpu.launches import calls, measured
 from tests.support.shells import leave_bodies_out
 from tests.support.versions import skip_without_stub
 
-LAUNCHES_AND_OPERATORS = [(1, 0), (1, 2), (3, 3), (4, 0), (4, 2), (8, 11), (2, 0), (2, 5), (2, 11), (1, 7)]
+LAUNCHES_AND_OPERATORS = [(1, 0), (1, 1), (3, 3), (4, 0), (4, 1), (8, 11), (2, 0), (2, 5), (2, 11), (1, 7)]
 
 
 def test_work_of_each_call(monkeypatch, tmp_path):

@@ -35,6 +35,7 @@ class ScaledOptions(Batched, total=False):
     """Options of `scaled_attention`."""
 
     scale: float | None
+    relative_scale: Tensor | None
 
 
 class Factors(TypedDict, total=False):

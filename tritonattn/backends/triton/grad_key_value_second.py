@@ -217,7 +217,7 @@ def attention_grad_key_value_second(
                     if HAS_PAIRS:  # see `attention_forward`
                         biases = biases + pair_terms(terms, extent, batch, head, rows, keys, shift, is_read)[0]
                     if OF_PAIRS:
-                        t_pairs, _ = pair_terms(tangents, extent, batch, head, rows, keys, shift, is_read)
+                        t_pairs = pair_terms(tangents, extent, batch, head, rows, keys, shift, is_read)[0]
                         t_biases = t_biases + t_pairs * LN_2  # [BLOCK_N, M]
                     q_ptrs = q_head.ptr + first_m * q_head.s + tile_offsets(step, BLOCK_D, q_head.s, q_head.d, WIDE)
                     q_tile = load_tile(q_ptrs, live, HEAD_DIM)  # [M, BLOCK_D]

@@ -191,7 +191,7 @@ def attention_tangent(
                         load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
                     is_read = visible(offs_m, offs_n, lo, hi, batch, head, view, masks.mask)  # [BLOCK_M, N]
                 if HAS_PAIRS:  # loaded before the product, lest the softmax take the layout of the loads
-                    biases, _ = pair_terms(terms, extent, batch, head, rows, keys, shift, is_read)  # [BLOCK_M, N]
+                    biases = pair_terms(terms, extent, batch, head, rows, keys, shift, is_read)[0]  # [BLOCK_M, N]
                 if OF_PAIRS:
                     t_biases = pair_terms(tangents, extent, batch, head, rows, keys, shift, is_read)[0] * LN_2
                 k_ptrs = k.ptr + first_n * k.s + tile_offsets(step, BLOCK_D, k.s, k.d, WIDE)
