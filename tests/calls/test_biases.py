@@ -301,8 +301,9 @@ def test_a_scaling_may_return_a_bias(mode, wrong, given):
     ours, theirs = (attention(**tensors, scaling=scaling, **given, backend=backend) for backend in BACKENDS)
     torch.testing.assert_close(ours, theirs)
     assert not torch.allclose(ours, attention(**tensors, scaling=scaling))
-    with pytest.raises(ValueError, match="mode_b: expected modes without a bias"):
-        attention(**tensors, scaling=tritonattn.nn.Scheduled("sqrt_dim", mode, steps=3))
+    for backend in BACKENDS:
+        with pytest.raises(ValueError, match="mode_b: expected modes without a bias"):
+            attention(**tensors, scaling=tritonattn.nn.Scheduled("sqrt_dim", mode, steps=3), backend=backend)
 
 
 class OfWrongShape(Distant):

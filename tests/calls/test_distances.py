@@ -189,6 +189,6 @@ def test_errors():
         **wrong,
     )
     mixed = nn.Scheduled("sqrt_dim", Near(), steps=3)
-    refuses(
-        "ValueError: mode_a, mode_b: expected modes without a factor of distances", attention, **tensors, scaling=mixed
-    )
+    for backend in BACKENDS:
+        message = "ValueError: mode_a, mode_b: expected modes without a factor of distances"
+        refuses(message, attention, **tensors, scaling=mixed, backend=backend)

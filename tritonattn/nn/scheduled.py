@@ -90,12 +90,8 @@ class Scheduled(ScalingModule):
         t = self.progress().to(q.device)
         given = q, k, visibility, statistics
         parts = [scales_of(mode, None, *given, exact=True) for mode in (self.mode_a, self.mode_b)]
-        if any(part.relative is not None for part in parts):
-            raise ValueError("mode_a, mode_b: expected modes without a factor of distances")
-        if not all(part.key_bias is None and part.relative_bias is None for part in parts):
-            raise ValueError(
-                "mode_a, mode_b: expected modes without a bias; pass it as key_bias= or relative_bias=, times a weight"
-            )
+        _refuse(_FACTOR, *[part.relative for part in parts])
+        _refuse(_BIAS, *[x for part in parts for x in (part.key_bias, part.relative_bias)])
         a, b = (x.constant if x.query is None else x.constant * x.query.double() for x in parts)
         key_a, key_b = (part.key for part in parts)
         if self.blend == "geometric":
@@ -112,6 +108,25 @@ class Scheduled(ScalingModule):
         t = self.progress().to(q.device)
         a, b = (mode.multiplier(q, k, visible) for mode in (self.mode_a, self.mode_b))
         return (1 - t) * a + t * b if self.blend == "linear" else _geometric(a, b, t)
+
+    def addend(self, q: Tensor, k: Tensor, visible: Tensor) -> None:
+        _refuse(_BIAS, *[mode.addend(q, k, visible) for mode in (self.mode_a, self.mode_b)])
+
+    def relative_multiplier(self, q: Tensor, k: Tensor, distance: Tensor) -> None:
+        _refuse(_FACTOR, *[mode.relative_multiplier(q, k, distance) for mode in (self.mode_a, self.mode_b)])
+
+    def relative_addend(self, q: Tensor, k: Tensor, distance: Tensor) -> None:
+        _refuse(_BIAS, *[mode.relative_addend(q, k, distance) for mode in (self.mode_a, self.mode_b)])
+
+
+_FACTOR = "a factor of distances"
+_BIAS = "a bias; pass it as key_bias= or relative_bias=, times a weight"
+
+
+def _refuse(what: str, *found: Tensor | None) -> None:
+    """Raise where a mode has a part that is not blended."""
+    if any(x is not None for x in found):
+        raise ValueError(f"mode_a, mode_b: expected modes without {what}")
 
 
 def _geometric(a: Tensor | float, b: Tensor | float, t: Tensor) -> Tensor:
