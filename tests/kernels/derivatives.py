@@ -17,7 +17,7 @@ from tritonattn.core.terms import PAIRS, Gradients, Needs
 from tritonattn.tuning.calls import Size
 from tritonattn.tuning.config import Problem
 
-NAMES = Gradients._fields
+NAMES = [name for name in Gradients._fields if name != "relative_scale"]  # which tiles in torch compute
 SCALES = "right query_scale key_scale"
 BIASES = "query_scale key_bias bias relative_bias softcap"
 FORMS = {
