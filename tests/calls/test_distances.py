@@ -60,7 +60,7 @@ def test_scale_invariant_attention_is_that_of_its_paper(mask, backend, lengths, 
 
 
 def test_weight_and_sparsity_are_of_one_scale():
-    """Of normal logits: E[exp(z)] = exp(m + a^2 / 2) falls like 1 / t, and E[z exp(z)] / E[exp(z)] = m + a^2 stays."""
+    """Normal logits: E[exp(z)] = exp(m + a^2 / 2) falls like 1 / t, and E[z exp(z)] / E[exp(z)] = m + a^2 stays."""
     q, k = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1000, 1)
     scales = ScaleInvariant().scales(q, k, Visibility.of(q, k), Statistics(k, Visibility.of(q, k)))
     a, m, t = scales.relative[0, 0, 0].double(), scales.relative_bias[0, 0, 0].double(), torch.arange(1000).double()

@@ -128,7 +128,7 @@ def over_pages(kernel: str, target: str, eight_bit: bool = True, extras: str = "
 
 
 def of_eight_bits() -> list[Case]:
-    """Those with a ceiling, other targets, and a contiguous cache."""
+    """Cases with a ceiling, other targets, and a contiguous cache."""
     others = [over_pages("decode", "sm_120"), over_pages("forward", "gfx942", extras=f"key_scale {EVERYTHING}")]
     return [
         *(over_pages(*one) for one in EIGHT_BIT_PAGES),

@@ -1,4 +1,4 @@
-"""What docs/flexattention.md says of PyTorch as "tried": a torch that does more makes the page stale."""
+"""Claims of docs/flexattention.md that say "tried": a torch that does more makes the page stale."""
 
 import pytest
 import torch

@@ -93,5 +93,5 @@ def take_learned(iterate: Any) -> Any:
 
 
 def learned_values(model_config: Any) -> dict[str, dict[str, Tensor]]:
-    """What `take_learned` kept, by the saved module's name."""
+    """The values that `take_learned` kept, by the saved module's name."""
     return vars(model_config).get(_LEARNED, {})

@@ -23,7 +23,7 @@ def cell_bytes(widths: int, itemsize: int) -> int:
 
 
 def descale_of(scale: Tensor, number: float) -> Descale:
-    """What 8-bit keys or values are multiplied by: vLLM's scale of them, one in all, on the host too, or one a head."""
+    """The factor of 8-bit keys or values: vLLM's scale of them, one in all, on the host too, or one a head."""
     return number if scale.numel() == 1 else scale.view(1, -1)
 
 
