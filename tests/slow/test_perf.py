@@ -12,6 +12,7 @@ from perf.gpu import preflight
 from perf.sweep.plot import CHARTS
 from perf.sweep.suites import SUITES
 from tests.perf.commands import sweep
+from tests.perf.conftest import _no_search_for_garbage, _threads_as_before  # noqa: F401  fixtures of sweeps
 from tests.perf.test_gpu import check_phase
 from tests.support.tiles import quick_config
 from tests.support.versions import skip_without_stub
