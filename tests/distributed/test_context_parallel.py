@@ -257,7 +257,8 @@ def test_every_rank_refuses(rank: int) -> None:
         lambda: context_parallel_attention(q, k, v, mesh=mesh, scaling=Near()),
         lambda: decoded(q[:, :, :1], k, scaling=Near()),
     ):
-        refuses("NotImplementedError: scaling: expected one without a relative bias over ranks, got Near", call)
+        message = "scaling: expected one without a factor or bias of distances over ranks, got Near"
+        refuses(f"NotImplementedError: {message}", call)
     refuses("TypeError: q: expected a tensor [B, Hq, Sq, D], got NoneType", decoded, None, k)
     with forward_ad.dual_level():
         refuses("NotImplementedError: forward mode (jvp): ~ over ranks", context_parallel_attention, q, k, v, mesh=mesh)
