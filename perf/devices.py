@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
+from tritonattn.autotune.timing import card_state
 from tritonattn.backends.triton import launch
+from tritonattn.core.provenance import commit
 
 
 def obstacle(name: str) -> str | None:
@@ -20,6 +22,15 @@ def obstacle(name: str) -> str | None:
     if launch.interpreting:
         return "device emulate: TRITON_INTERPRET=1 leaves nothing to compile"
     return "device emulate: NVIDIA's driver itself is loaded" if torch.cuda.is_available() else None
+
+
+def origin(device: torch.device) -> str:
+    """Say where times of `kernels_on`'s device come from: the card and its state, and versions."""
+    found = "emulated: times mean nothing"
+    if device.type == "cuda":
+        state = ", ".join(f"{name} {value}" for name, value in card_state(device).items())
+        found = f"measured on {torch.cuda.get_device_name()}, {state}"
+    return f"{found}; torch {torch.__version__}, commit {commit()}"
 
 
 @contextmanager

@@ -15,17 +15,16 @@ from itertools import product
 
 import torch
 
-from tritonattn.autotune.timing import Timing, card_state, median_ratio, take_turns
+from tritonattn.autotune.timing import Timing, median_ratio, take_turns
 from tritonattn.autotune.workload import Workload
 from tritonattn.backends.triton import launch
-from tritonattn.core.provenance import commit
 from tritonattn.core.tables import table
 from tritonattn.tuning.calls import Size
 from tritonattn.tuning.config import SECOND_KERNELS, TileConfig
 from tritonattn.tuning.table import Key, keys
 
 from ..cpu import cpu
-from ..devices import kernels_on, obstacle
+from ..devices import kernels_on, obstacle, origin
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS, LENGTHS = (64, 128), (1024, 4096)
@@ -81,9 +80,8 @@ def run(options: argparse.Namespace) -> None:
         errors = list(wrong(device, tiny))
         cases = [(16, 16)] if tiny else list(product(HEAD_DIMS, LENGTHS))
         rows = [row for case in cases for row in times(device, *case, 1 if tiny else 20)]
-        state = ", ".join(f"{name} {value}" for name, value in card_state(device).items())
-    card = "emulated: times mean nothing" if tiny else f"measured on {torch.cuda.get_device_name()}, {state}"
+        card = origin(device)
     headers = ["case", "attention", "D", "length", "ms", "ratio to the first"]
-    print(f"\n{card}; torch {torch.__version__}, commit {commit()}\n\n{table(rows, headers, left=None)}")
+    print(f"\n{card}\n\n{table(rows, headers, left=None)}")
     if errors:
         sys.exit("\n".join([f"derivatives: {len(errors)} kernels are wrong", *errors]))

@@ -13,17 +13,16 @@ from itertools import product
 
 import torch
 
-from tritonattn.autotune.timing import Timing, card_state, take_turns
+from tritonattn.autotune.timing import Timing, take_turns
 from tritonattn.autotune.workload import Workload
 from tritonattn.backends.triton import launch
-from tritonattn.core.provenance import commit
 from tritonattn.core.tables import table
 from tritonattn.tuning import Problem, Target, compile_kernel
 from tritonattn.tuning.calls import Size
 from tritonattn.tuning.config import TileConfig, legal_reasons
 from tritonattn.tuning.lookup import config_for
 
-from ..devices import kernels_on, obstacle
+from ..devices import kernels_on, obstacle, origin
 from ..models.replay import replay
 from ..models.static.machine_code import flops_per_logit
 from ..models.static.model import RATES
@@ -117,6 +116,5 @@ def run(options: argparse.Namespace) -> None:
     with kernels_on(options.device) as device:
         cases = product(KERNELS[:1], (16,)) if tiny else product(KERNELS, HEAD_DIMS)
         rows = [row for case in cases for row in measure(*case, size, device, 1 if tiny else 20)]
-        state = ", ".join(f"{name} {value}" for name, value in card_state(device).items())
-    card = "emulated: times mean nothing" if tiny else f"measured on {torch.cuda.get_device_name()}, {state}"
-    print(f"{card}; torch {torch.__version__}, commit {commit()}\n\n{report(rows)}")
+        card = origin(device)
+    print(f"{card}\n\n{report(rows)}")

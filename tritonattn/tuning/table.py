@@ -37,7 +37,7 @@ HEAD_DIMS = (40, 64, 72, 80, 88, 96, 128, 192, 256)
 # Head dims that a model ranks. Other common ones, no multiples of 16 (Stable Diffusion's 40, SigLIP's and DiT's
 # 72, ViT-g's 88) have the code of the width they pad to but for a mask's bound, so only a card may tell them apart.
 RANKED_HEAD_DIMS = tuple(dim for dim in HEAD_DIMS if dim % 16 == 0)
-# Those of passes with derivatives beyond the first, one a padded width.
+# Passes with derivatives beyond the first have one of each padded width.
 _PADDED_HEAD_DIMS = (64, 128, 256)
 # Scales of a call by kernel; "gradient" is the query scale's gradient, which grad_query sums. Beside 5 to 10 products a
 # query scale hardly counts.

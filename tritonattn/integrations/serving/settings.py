@@ -25,6 +25,12 @@ from ...scaling import Scaling
 _CHILD = f".{ATTRIBUTE}."
 
 
+def saved_settings(model_config: Any) -> Any | None:
+    """The entry `tritonattn` of the config of a server's model, None where that is empty."""
+    configs = (model_config.hf_config, model_config.hf_text_config)
+    return next((saved for one in configs if (saved := getattr(one, ATTRIBUTE, None))), None)
+
+
 def layer_settings(saved: Any, layer: str, layers: tuple[str, ...], heads: int) -> tuple[str | None, Settings]:
     """The settings of one of a server's attention layers, and the saved module's name; None where they are for all.
 

@@ -21,9 +21,9 @@ from ...huggingface.settings import Settings
 from ...scaling import Grok2
 from ...tuning.config import WIDEST
 from ..serving.layers import ServedLayer, Step, key_ends
-from ..serving.settings import LayerFactor, Loaded, check_all_taken, invariant
+from ..serving.settings import LayerFactor, Loaded, check_all_taken, invariant, saved_settings
 from . import OWNER
-from .settings import are_asked_for, learned_values, refuse, saved_settings
+from .settings import are_asked_for, learned_values, refuse
 
 _MODES = (ForwardMode.DECODE, ForwardMode.EXTEND, ForwardMode.MIXED)
 

@@ -9,9 +9,10 @@ from typing import Any
 from ...calls.layouts import SMALLEST_PAGE
 from ...core.extension import extend
 from ...huggingface.settings import forget_mark
+from ..serving.settings import saved_settings
 from ..serving.versions import Versions
 from . import NAME
-from .settings import NORMS, check_server, reads_norms, saved_settings, take_learned
+from .settings import NORMS, check_server, reads_norms, take_learned
 
 VERSIONS = Versions("sglang", "0.5.23", "0.6")  # those that the tests ran
 _BACKENDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...calls.layouts import SMALLEST_PAGE
 from ...huggingface.settings import ATTRIBUTE, Settings, saved_layers
-from ..serving.settings import LayerFactor, without_learned
+from ..serving.settings import LayerFactor, saved_settings, without_learned
 from . import OWNER
 
 _LEARNED = "learned_by_tritonattn"
@@ -38,12 +38,6 @@ _SERVED_WITH_NORMS: dict[str, tuple[Any, ...]] = {
     "enable_lmcache": (False,),
 }
 NORMS = 24  # bytes of a record of key norms, for each key and key head
-
-
-def saved_settings(model_config: Any) -> Any | None:
-    """The entry `tritonattn` of a model's config, None where that is empty."""
-    configs = (model_config.hf_config, model_config.hf_text_config)
-    return next((saved for one in configs if (saved := getattr(one, ATTRIBUTE, None))), None)
 
 
 def are_asked_for(server_args: Any) -> bool:

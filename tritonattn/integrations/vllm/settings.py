@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...core.extension import extend
 from ...huggingface.settings import ATTRIBUTE
+from ..serving.settings import saved_settings as of_checkpoint
 from ..serving.settings import without_learned
 
 
@@ -29,8 +30,7 @@ def saved_settings(config: Any) -> Any | None:
     """The settings asked for, or else the entry `tritonattn` of the checkpoint's config; None where that is empty."""
     if (asked := asked_settings(config)) is not None or config.model_config is None:
         return asked
-    configs = (config.model_config.hf_config, config.model_config.hf_text_config)
-    return next((saved for one in configs if (saved := getattr(one, ATTRIBUTE, None))), None)
+    return of_checkpoint(config.model_config)
 
 
 def take_learned(loader: Any) -> None:
