@@ -47,7 +47,7 @@ class FormCase:
         return Contest("forms", axes, self.enter, baseline, torch.device("cpu"), calls=calls)
 
     def enter(self) -> list[Entrant]:
-        (form,) = (one for one in forms(self.size) if one.name == self.name)
+        form = next(one for one in forms(self.size) if one.name == self.name)
         d_out = torch.randn(form.leaves[0].shape[:-1] + form.leaves[2].shape[-1:]).to(form.leaves[0].dtype)
         check = _checker(form, self.size.scaling, d_out if self.backward else None)
         entrants = []

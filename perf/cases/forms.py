@@ -268,9 +268,7 @@ def _with_terms(size: Size) -> Iterator[Form]:
 
 
 def _of_pairs(size: Size) -> Iterator[Form]:
-    """Biases of pairs, with and without their gradient, to 1,024 tokens."""
-    if size.length > 1024:
-        return
+    """Biases of pairs, with and without their gradient."""
     leaves, (batch, heads, length) = _operands(size), (size.batch, size.heads, size.length)
     row = torch.arange(length)
     whole = Visible(torch.zeros_like(row), torch.full_like(row, length), None)

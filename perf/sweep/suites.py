@@ -119,7 +119,7 @@ def _against_plain(axes: Axes, machine: Machine) -> Iterator[Contest]:
 
 
 def _forms(axes: Axes, machine: Machine) -> Iterator[Contest]:
-    """List the forms of attention of a CPU; bf16 forward alone, beyond 1,024 tokens batches of 4 in steps alone."""
+    """List the forms of attention of a CPU; bf16 forward alone, biases of pairs in batches of 4 to 1,024 tokens."""
     if machine.name != "cpu":
         return
     for dtype, length, scaling in product(axes.dtypes, axes.lengths, axes.scalings):
@@ -127,10 +127,8 @@ def _forms(axes: Axes, machine: Machine) -> Iterator[Contest]:
             size = Size(batch, 8, length, head_dim, DTYPES[dtype], scaling)
             small = Size(1, 1, 32, head_dim, DTYPES[dtype], scaling)
             for form in forms(small):
-                if form.name.startswith(_OF_PAIRS) and length * batch > _LONGEST_OF_FOUR:
-                    continue
-                if batch > 1 and length > _LONGEST_OF_FOUR and not form.name.startswith("decode"):
-                    continue  # 2 GB of logits, of a peer or of the check
+                if form.name.startswith(_OF_PAIRS) and batch * length**2 > _MOST_PAIRS:
+                    continue  # with its gradient and those of a peer's logits, 15 GB
                 for passes in ("forward", "forward+backward") if form.backward and dtype == "fp32" else ("forward",):
                     yield FormCase(form.name, size, dtype, passes).contest()
 
@@ -188,7 +186,7 @@ def _axes(
     }
 
 
-_LONGEST_OF_FOUR = 1024
+_MOST_PAIRS = 2**24  # of a head: 4,096 tokens
 _OF_PAIRS = ("bias of pairs", "relative_bias")
 _KEY_COUNTS = (1, 16, 256, 4096, 65536)
 _DECODING = ("sdpa", "flash-attn-2")
