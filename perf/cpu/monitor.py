@@ -20,6 +20,7 @@ from tritonattn.core.provenance import Environment
 from tritonattn.core.records import write_json
 from tritonattn.core.tables import table
 from tritonattn.huggingface import patch
+from tritonattn.nn.registry import scaling_of_layer
 
 from ..options import command_line
 
@@ -46,10 +47,7 @@ def contestant(options: argparse.Namespace, every: int | None, folder: str, cont
     """Make a training step of a new model; `every` is its Monitor's, None for no Monitor."""
     model = model_of(options)
     if options.scaling is not None:
-        try:
-            patch(model, options.scaling)
-        except ValueError as error:
-            raise CommandError(f"--scaling: {error}") from error
+        patch(model, options.scaling)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     shape = options.batch, options.length
     tokens = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(1)).to(options.device)
@@ -101,6 +99,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measure, print the table and write the file."""
     check_file("--json", options.json)
+    if options.scaling is not None:
+        try:
+            scaling_of_layer(options.scaling, 1)
+        except ValueError as error:
+            raise CommandError(f"--scaling: {error}") from error
     torch.set_num_threads(options.threads)
     environment = Environment.of(options.device, command_line("monitor", options))
     found = measure(options)

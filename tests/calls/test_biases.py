@@ -302,15 +302,28 @@ def test_a_scaling_may_return_a_bias(mode, wrong, given):
     torch.testing.assert_close(ours, theirs)
     assert not torch.allclose(ours, attention(**tensors, scaling=scaling))
     for backend in BACKENDS:
-        with pytest.raises(ValueError, match="mode_b: expected modes without a bias"):
+        with pytest.raises(ValueError, match=f"mode_b: expected a mode without a bias .*, got {mode.name}"):
             attention(**tensors, scaling=tritonattn.nn.Scheduled("sqrt_dim", mode, steps=3), backend=backend)
 
 
-class OfWrongShape(Distant):
+class Wrong(Scaling):
+    name = "wrong"
+
+    def __init__(self, **fields):
+        self.fields = fields
+
     def scales(self, q, k, visibility, statistics):
-        return Scales(1.0, relative_bias=torch.zeros(1, 3, 1, 4))
+        return Scales(1.0, **self.fields)
 
 
-def test_a_relative_bias_of_a_scaling_is_checked():
-    with pytest.raises(ValueError, match=r"distant.scales\(\).relative_bias: expected a shape broadcastable"):
-        attention(**operands(), scaling=OfWrongShape())
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"relative_bias": torch.zeros(1, 3, 1, 4)}, "relative_bias: expected a shape broadcastable"),
+        ({"relative_right": 2}, "relative_right: expected 0 without relative and relative_bias, got int 2"),
+        ({"relative_right": torch.ones(2)}, "relative_right: expected 0 without relative and .*, got a torch.float32"),
+    ],
+)
+def test_tables_of_a_scaling_are_checked(fields, message):
+    with pytest.raises(ValueError, match=r"wrong.scales\(\)." + message):
+        attention(**operands(), scaling=Wrong(**fields))

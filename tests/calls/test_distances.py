@@ -190,5 +190,5 @@ def test_errors():
     )
     mixed = nn.Scheduled("sqrt_dim", Near(), steps=3)
     for backend in BACKENDS:
-        message = "ValueError: mode_a, mode_b: expected modes without a factor of distances"
+        message = "ValueError: mode_b: expected a mode without a factor of distances, got Near()"
         refuses(message, attention, **tensors, scaling=mixed, backend=backend)

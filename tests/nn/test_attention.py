@@ -288,6 +288,7 @@ def test_a_bias_of_distances_is_the_same_in_every_form():
         torch.testing.assert_close(torch.cat(steps, 1)[b], whole[b, count : count + 2])
     for refused in ({"cache": cache}, {"cu_seqlens": ends, "max_seqlen": 22}):
         refuses("ValueError: bias: expected None with", made, x, bias=pairs, **refused)
+    refuses("TypeError: relative_right: expected an int", made, x, relative_right=torch.ones(2))
 
 
 class Near(LogKeyCount):

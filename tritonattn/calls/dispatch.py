@@ -15,6 +15,7 @@ from ..core.cached_norms import StatisticsOfCache
 from ..core.call import AttentionCall, ForwardResult, Request
 from ..core.dropout import Dropout
 from ..core.eight_bit import EIGHT_BIT, of_rows, times
+from ..core.hints import type_of
 from ..core.observation import ObservedCall, ObservedRows, notify_observers, observers
 from ..core.pair_biases import Table, of_one_extent
 from ..core.row_terms import sinks_beside
@@ -224,8 +225,11 @@ def scales_of(
         raise TypeError(f"{name}: expected Scales, got {type(scales).__name__}")
     constant, query, key = scales.constant, scales.query, scales.key
     check_number(name + ".constant", constant)
-    has_others = scales.key_bias is not None or scales.relative_bias is not None or scales.relative is not None
-    if query is None and key is None and gain is None and not has_others:
+    has_tables = scales.relative_bias is not None or scales.relative is not None
+    if not has_tables and (type(scales.relative_right) is not int or scales.relative_right):
+        got = type_of(scales.relative_right)
+        raise ValueError(f"{name}.relative_right: expected 0 without relative and relative_bias, got {got}")
+    if query is None and key is None and gain is None and scales.key_bias is None and not has_tables:
         return scales
     tables, right = {"relative_bias": scales.relative_bias, "relative": scales.relative}, scales.relative_right
     rows, kv_heads = (visibility.batch, visibility.q_heads, visibility.q_len), visibility.kv_heads

@@ -233,7 +233,7 @@ class ScaledAttention(SharesSequence, nn.Module):
             _refuse_with("rotary", {"context": context})
         others = {"context": context, **masks, "bias": bias}
         biases: dict[str, Any] = {"key_bias": key_bias}
-        if not (relative_bias is None and relative_right == 0):
+        if not (relative_bias is None and type(relative_right) is int and relative_right == 0):
             biases |= {"relative_bias": relative_bias, "relative_right": relative_right}
         if self.sequence_part is not None:
             _refuse_with(

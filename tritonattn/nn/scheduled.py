@@ -11,7 +11,7 @@ from ..core.hints import hinted
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling
-from .learned import ScalingModule, as_mode, listed
+from .learned import ScalingModule, as_mode, describe, listed
 
 _BLENDS = ("linear", "geometric")
 
@@ -90,8 +90,9 @@ class Scheduled(ScalingModule):
         t = self.progress().to(q.device)
         given = q, k, visibility, statistics
         parts = [scales_of(mode, None, *given, exact=True) for mode in (self.mode_a, self.mode_b)]
-        _refuse(_FACTOR, *[part.relative for part in parts])
-        _refuse(_BIAS, *[x for part in parts for x in (part.key_bias, part.relative_bias)])
+        self._refuse(_FACTOR, [part.relative for part in parts])
+        biases = [part.relative_bias if part.key_bias is None else part.key_bias for part in parts]
+        self._refuse(_BIAS, biases)
         a, b = (x.constant if x.query is None else x.constant * x.query.double() for x in parts)
         key_a, key_b = (part.key for part in parts)
         if self.blend == "geometric":
@@ -100,7 +101,7 @@ class Scheduled(ScalingModule):
             return Scales(1.0, query=_geometric(a, b, t), key=key)
         if key_a is not None or key_b is not None:
             raise ValueError(
-                "blend: expected 'geometric' with a mode that has a factor a key, as cosine has, got 'linear'"
+                "blend: expected 'geometric' with a mode that has a factor per key, as cosine has, got 'linear'"
             )
         return Scales(1.0, query=(1 - t) * a + t * b)
 
@@ -110,23 +111,23 @@ class Scheduled(ScalingModule):
         return (1 - t) * a + t * b if self.blend == "linear" else _geometric(a, b, t)
 
     def addend(self, q: Tensor, k: Tensor, visible: Tensor) -> None:
-        _refuse(_BIAS, *[mode.addend(q, k, visible) for mode in (self.mode_a, self.mode_b)])
+        self._refuse(_BIAS, [mode.addend(q, k, visible) for mode in (self.mode_a, self.mode_b)])
 
     def relative_multiplier(self, q: Tensor, k: Tensor, distance: Tensor) -> None:
-        _refuse(_FACTOR, *[mode.relative_multiplier(q, k, distance) for mode in (self.mode_a, self.mode_b)])
+        self._refuse(_FACTOR, [mode.relative_multiplier(q, k, distance) for mode in (self.mode_a, self.mode_b)])
 
     def relative_addend(self, q: Tensor, k: Tensor, distance: Tensor) -> None:
-        _refuse(_BIAS, *[mode.relative_addend(q, k, distance) for mode in (self.mode_a, self.mode_b)])
+        self._refuse(_BIAS, [mode.relative_addend(q, k, distance) for mode in (self.mode_a, self.mode_b)])
+
+    def _refuse(self, what: str, found: list[Tensor | None]) -> None:
+        """Raise where mode_a or mode_b has a part that is not blended."""
+        for name, x in zip(("mode_a", "mode_b"), found, strict=True):
+            if x is not None:
+                raise ValueError(f"{name}: expected a mode without {what}, got {describe(getattr(self, name))}")
 
 
 _FACTOR = "a factor of distances"
-_BIAS = "a bias; pass it as key_bias= or relative_bias=, times a weight"
-
-
-def _refuse(what: str, *found: Tensor | None) -> None:
-    """Raise where a mode has a part that is not blended."""
-    if any(x is not None for x in found):
-        raise ValueError(f"mode_a, mode_b: expected modes without {what}")
+_BIAS = "a bias (pass it as key_bias= or relative_bias=, times a weight)"
 
 
 def _geometric(a: Tensor | float, b: Tensor | float, t: Tensor) -> Tensor:
