@@ -8,7 +8,7 @@ import torch
 import tritonattn
 from tests.support.bound import assert_within_bound
 from tests.support.caches import GrowingCache, sequences
-from tests.support.eight_bit import along, descale_of, quantised
+from tests.support.eight_bit import along, descale_of, in_pages, quantised
 from tests.support.learned import small
 from tests.support.packed import one_by_one
 from tests.support.pages import PagedBatch
@@ -66,25 +66,14 @@ def test_decode_is_attention_over_the_dequantised_cache(mode, backend, kind, pag
 def test_packed_rows_over_dequantised_pages(mode, backend, kind, recorded, invariant):
     rows, keys = (5, 1, 0, 7), (21, 40, 7, 7)
     batch, scaling = PagedBatch(rows, keys, 16, tails=(1, 0)), MODES[mode]()
-    counts, numbers = torch.tensor(keys), batch.table
-    k_descale, v_descale = (descale_of(kind, 4, 2, seed) for seed in (0, 1))
-    (k8, k), (v8, v) = (
-        quantised(x, along(descale, counts)) for x, descale in ((batch.k, k_descale), (batch.v, v_descale))
-    )
+    arguments, k, v = in_pages(batch, *(descale_of(kind, 4, 2, seed) for seed in (0, 1)))
     masks = {"causal": True, "window": (30, None)}
     expected, aux = one_by_one(batch.packed, batch.q, k, v, scaling=scaling, **masks)
-    arguments = batch.arguments()
-    for name, new in (("k", k8), ("v", v8)):
-        pages = arguments[name].to(EIGHT_BIT)
-        for n, (_, own) in enumerate(batch.packed.sequences()):
-            j = torch.arange(own.stop - own.start)
-            pages[numbers[n, j // 16].long(), j % 16] = new[own]
-        arguments[name] = pages
     if recorded:
         record = arguments["statistics"] = PagedKeyStatistics(len(batch.pages), 16, 2, dtype=torch.float64)
         ends = arguments["cu_seqlens_k"]
         record.append(k, ends, key_lengths=batch.key_lengths, block_table=batch.table)
-    options = {"k_descale": k_descale, "v_descale": v_descale, "backend": backend, "return_aux": True}
+    options = {"backend": backend, "return_aux": True}
     options["batch_invariant"] = invariant and backend == "sdpa"
     found, rows_found = attention_varlen(**arguments, scaling=scaling, **masks, **options)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)  # descales are of fp32

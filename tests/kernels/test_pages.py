@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from tests.support.packed import Packed
+from tests.support.eight_bit import descale_of, in_pages
+from tests.support.packed import Packed, one_by_one
 from tests.support.pages import PagedBatch, check_appends, paged_call
+from tests.support.pairs import in_turn
 from tritonattn import attention_varlen
 from tritonattn.backends import triton as triton_backend
 
@@ -40,6 +42,20 @@ def test_the_public_call(device):
     options = {"scaling": "key_norm_mean", "causal": True}
     found = attention_varlen(**paged, **options, backend="triton")
     torch.testing.assert_close(found, attention_varlen(**contiguous, **options, backend="reference"))
+
+
+@in_turn(kind=["tensor", "head", "sequence"], scaling=["inkling2", "log_key_count", "key_norm_mean"])
+@torch.no_grad()
+def test_packed_rows_over_8_bit_pages(kind, scaling, device):
+    """Against float64 of the dequantised keys and values, with more rows than one, and without any."""
+    batch = PagedBatch(ROWS.q_lengths, ROWS.k_lengths, 21, dtype=torch.float32, dims=(17, 24))
+    arguments, *held = in_pages(batch, *(descale_of(kind, 4, 2, seed) for seed in (0, 1)))
+    given = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    options = {"scaling": scaling, "window": (18, None)}
+    found, aux = attention_varlen(**given, causal=True, backend="triton", return_aux=True, **options)
+    exact, rows = one_by_one(batch.packed, batch.q.double(), *held, causal=True, **options)
+    torch.testing.assert_close(found.double().cpu(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(aux.lse.double().cpu(), rows.lse, rtol=1e-5, atol=1e-5)
 
 
 def test_offsets_past_int32(device):

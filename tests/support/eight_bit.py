@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tests.support.pages import PagedBatch
 from tritonattn.core.eight_bit import EIGHT_BIT
 
 LARGEST = torch.finfo(EIGHT_BIT).max
@@ -30,3 +31,17 @@ def quantised(x: Tensor, factor: float | Tensor) -> tuple[Tensor, Tensor]:
     """x / factor in 8 bits, and in float64 what they stand for."""
     found = (x / factor).clamp(-LARGEST, LARGEST).to(EIGHT_BIT)
     return found, found.double() * factor
+
+
+def in_pages(batch: PagedBatch, *descales: float | Tensor | None) -> tuple[dict, Tensor, Tensor]:
+    """The arguments of `attention_varlen` over 8-bit pages of a batch's k and v, and the packed k and v of those."""
+    arguments, held = batch.arguments(), []
+    for name, x, descale in zip("kv", (batch.k, batch.v), descales, strict=True):
+        new, wide = quantised(x, along(descale, batch.key_lengths))
+        pages = arguments[name].to(EIGHT_BIT)
+        for numbers, (_, own) in zip(batch.table, batch.packed.sequences(), strict=True):
+            j = torch.arange(own.stop - own.start)
+            pages[numbers[j // batch.page].long(), j % batch.page] = new[own]
+        arguments |= {name: pages, f"{name}_descale": descale}
+        held.append(wide)
+    return arguments, *held
