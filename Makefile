@@ -14,6 +14,8 @@ SAMPLED = tests/core tests/scaling tests/backends tests/emulated/test_attention.
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 # Python compiles what it imports: bytecode of all 17,000 files would take a CPU minute.
 INSTALL = $(PIP) install --quiet --no-compile
+# Without bytecode each process that imports torch and transformers would compile them again, for 10 CPU seconds.
+unexport PYTHONDONTWRITEBYTECODE
 # One thread a worker: more would take the cores from one another. Neighbours share fixtures: they stay on one worker.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 # Tests that start processes.
