@@ -1,12 +1,6 @@
 """Candidates, the gate that they pass before they are timed, and the tables that are shipped."""
 
-import os
 import re
-import signal
-import time
-from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,7 +12,7 @@ from perf.models.static.ranking import static_candidates
 from tests.support.versions import OLDER_TRITON
 from tritonattn.autotune import gate
 from tritonattn.autotune.candidates import candidates
-from tritonattn.autotune.gate import Code, Compiler, examine, memory_reasons
+from tritonattn.autotune.gate import Code, examine, memory_reasons
 from tritonattn.backends.triton import launch
 from tritonattn.tuning import cache_dir, compile_kernel
 from tritonattn.tuning.config import FIRST_KERNELS, OPTIONS, TILED_KERNELS, Problem, Target, TileConfig, legal_reasons
@@ -33,22 +27,6 @@ PROBLEM = Problem(64, 64, torch.bfloat16, right=True, query_scale=True)
 CONFIG = TileConfig(128, 64, 4, 2)
 DIVIDED = TileConfig(128, 128, 8, 2, descriptors=True, warp_specialize=True)
 compiled = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
-
-
-def test_an_interruption_ends_processes_silently_while_they_start(capfd, monkeypatch):
-    """A terminal sends Ctrl-C to all processes; imports would end with a traceback in each."""
-
-    def interrupted(tasks):
-        time.sleep(1)  # they import by now
-        for process in compiler._pool._processes.values():
-            with suppress(ProcessLookupError):  # the pool ends them all when one has ended
-                os.kill(process.pid, signal.SIGINT)
-        return as_completed(tasks)
-
-    monkeypatch.setattr(gate, "as_completed", interrupted)
-    with Compiler(SM_80, 1) as compiler, pytest.raises(BrokenProcessPool):
-        compiler.examine([("forward", PROBLEM, CONFIG)])
-    assert capfd.readouterr().err == ""
 
 
 @compiled

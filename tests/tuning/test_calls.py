@@ -80,6 +80,7 @@ FAULTS = [
     ([], "nothing was recorded"),
     ([ONE | {"file": "/etc/passwd"}], "expected call, count and size"),
     ([ONE | {"call": "forward/64/64/float32/plain"}], "expected kernel/head_dim/value_dim/dtype/options"),
+    ([ONE | {"call": "forward/64/64/float16/right+right"}], "expected kernel/head_dim/value_dim/dtype/options, got"),
     ([ONE | {"count": 0}], "count: expected an integer from 1"),
     ([ONE | {"size": {"batch": 1}}], "size: expected some of batch, heads"),
     ([ONE | {"size": ONE["size"] | {"batch": 10**300}}], "batch: expected an integer from 1 to"),
@@ -107,17 +108,6 @@ def test_every_field_of_a_problem_is_in_its_name():
             value = 64 if field.name == "packed_rows" else not field.default
             one = Exact("forward", Problem(64, 32, HALF, **{field.name: value}))
             assert Exact.parse(str(one)) == one != Exact("forward", Problem(64, 32, HALF))
-
-
-def test_names_of_earlier_releases_are_read():
-    """Their options stood in another order, and some had other names."""
-    of_gradients = Problem(64, 32, HALF, fp32_grad_q=True, fp32_grad_k=True)
-    assert Exact.parse("grad_query/64/32/float16/wide_q+wide_k") == Exact("grad_query", of_gradients)
-    named = ("right", "query_scale", "bias", "query_scale_grad", "softcap", "bias_after_softcap", "sinks", "dropout")
-    one = Exact("grad_query", Problem(64, 32, HALF, **dict.fromkeys(named, True)))
-    assert Exact.parse(f"grad_query/64/32/float16/{'+'.join(named)}") == one
-    with pytest.raises(ValueError, match="expected kernel"):
-        Exact.parse("grad_query/64/32/float16/right+right")
 
 
 def test_an_entry_of_a_problem_serves_it_alone_and_first(tmp_path, monkeypatch):

@@ -6,9 +6,8 @@ import re
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -174,8 +173,7 @@ class Compiler:
     ) -> list[Candidate]:
         wanted = [(kernel, replace(problem, short=False), config) for kernel, problem, config in wanted]
         new = [one for one in dict.fromkeys(wanted) if one not in self.examined]
-        with _without_interrupts():
-            tasks = {self._pool.submit(self._examine, *one, self.target): one for one in new}
+        tasks = {self._pool.submit(self._examine, *one, self.target): one for one in new}
         for task in as_completed(tasks):
             self.examined[tasks[task]] = task.result()
             if progress:
@@ -183,16 +181,5 @@ class Compiler:
         return [self.examined[one] for one in wanted]
 
 
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Hold Ctrl-C back, also from processes that start inside: each would print a traceback of its imports."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
 def _quiet() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal sends Ctrl-C to all processes; this one ends silently
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

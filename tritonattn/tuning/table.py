@@ -143,13 +143,12 @@ class Exact(NamedTuple):
     def parse(cls, text: Any) -> Exact:
         """The one that prints as this; raises ValueError."""
         try:
-            read = text.replace("wide_q", "fp32_grad_q").replace("wide_k", "fp32_grad_k")  # their former names
-            kernel, head_dim, value_dim, dtype, named = read.split("/")
+            kernel, head_dim, value_dim, dtype, named = text.split("/")
             given: dict[str, Any] = {} if named == "plain" else dict(map(_option, named.split("+")))
             problem = Problem(int(head_dim), int(value_dim), _DTYPES[dtype], **given)
             found = cls(kernel, problem)
             dims = (problem.head_dim, problem.value_dim, problem.packed_rows)
-            is_sound = kernel in TILED_KERNELS and is_searched(problem) and _parts(str(found)) == _parts(read)
+            is_sound = kernel in TILED_KERNELS and is_searched(problem) and str(found) == text
             if is_sound and all(1 <= x <= most for x, most in zip(dims, _MOST_DIMS, strict=True)):
                 return found
         except (AttributeError, KeyError, TypeError, ValueError):
@@ -162,11 +161,6 @@ _MOST_DIMS = (WIDEST_KEYS, WIDEST, 2**16)  # head and value dims, packed rows
 
 
 EntryKey = Key | Exact
-
-
-def _parts(text: str) -> list[str]:
-    """The parts of an `Exact` as it prints; options have stood in other orders."""
-    return sorted(text.replace("+", "/").split("/"))
 
 
 def _option(text: str) -> tuple[str, bool | int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,15 +15,7 @@ from .measurement import Measurement
 
 AGREEMENT = 1e-4
 
-_HEADERS = (
-    "mode",
-    "loss/\ntoken",
-    "perplexity",
-    "entropy\n/ ln n",
-    "largest\nlogit",
-    "loss\nmoved",
-    "logit\nmoved",
-)
+_HEADERS = ("mode", "loss/\ntoken", "perplexity", "entropy\n/ ln n", "largest\nlogit", "loss\nmoved", "logit\nmoved")
 
 
 @dataclass(frozen=True)
@@ -47,15 +38,8 @@ class Report:
         return abs(self.difference) <= AGREEMENT
 
     def table(self) -> str:
-        """Tabulate the measures, a row per mode, or where that is wider than the terminal, a block per mode."""
-        rows = [self._row(one) for one in self.measurements]
-        text = table(rows, _HEADERS, "simple")
-        if max(map(len, text.splitlines())) <= shutil.get_terminal_size().columns:
-            return text
-        names = [header.replace("/\n", "/").replace("\n", " ") for header in _HEADERS]
-        width = max(map(len, names))
-        blocks = ["\n".join(f"{name:{width}}  {x}" for name, x in zip(names, row, strict=True)) for row in rows]
-        return "\n\n".join(blocks)
+        """Tabulate the measures, a row per mode."""
+        return table([self._row(one) for one in self.measurements], _HEADERS, "simple")
 
     def layers(self) -> str:
         """Tabulate the entropy of each layer and of its heads, and logits: a table per mode, a row per layer."""
