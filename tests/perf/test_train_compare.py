@@ -10,7 +10,7 @@ from scipy import stats
 from perf.__main__ import main
 from perf.studies import train_compare
 from perf.studies.train_compare import trainer
-from perf.studies.train_compare.modes import MODES
+from perf.studies.train_compare.modes import MODES, build
 from perf.studies.train_compare.records import Recipe, Run, read
 from perf.studies.train_compare.report import Interval, other_metrics
 from perf.studies.train_compare.tasks import TASKS
@@ -58,6 +58,13 @@ def test_every_default_mode_trains(mode):
     assert run.status == "trained"
     assert run.train_loss[-1] < run.train_loss[0]
     assert run.steps == [3, 6]
+
+
+@pytest.mark.parametrize(("name", "gain"), [("key_norm_sum+gain", 9), ("cosine+gain", 1), ("dim*4", 4)])
+def test_a_gain_is_learned_from_its_start_or_constant(name, gain):
+    scaling = build(name, 4, 8, keys=9)
+    torch.testing.assert_close(scaling.theta.exp(), torch.full((4,), float(gain)))
+    assert scaling.theta.requires_grad == ("+" in name)
 
 
 def test_parameters_of_scalings_are_not_decayed():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .ranges import prefix_sum
 from .sequences import PageTable
-from .statistics import Statistics
+from .statistics import Statistics, counted_keys
 
 TOTALS = ("norm_sums", "norm_square_sums", "norm_maxima")
 
@@ -107,7 +107,7 @@ class StatisticsOfCache(Statistics):
 
     def _norms(self) -> Tensor:
         norms = self._cached.along_keys(self.visibility.k_len, self._table)
-        counted = self.visibility.counted_keys(lambda: norms)
+        counted = counted_keys(self.visibility, lambda: norms)
         return norms if counted is None else torch.where(counted, norms, 0)
 
     def _norm_sum(self) -> Tensor:

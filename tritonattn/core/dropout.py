@@ -96,7 +96,7 @@ class Dropout:
 
 
 def _philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """The four words of Philox4x32-10, in int64. Of the counter's last two words and of the key only low halves count.
+    """The four words of Philox4x32-10, in int64; of the counter's last two words and of the key only low halves count.
 
     A word that depends on few axes, as all do in the first rounds, is computed on these alone. Before it is multiplied
     a word is cut to 32 bits; c1 and c3, the low halves of products, stay products until then.

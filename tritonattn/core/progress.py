@@ -12,8 +12,3 @@ class Progress(tqdm):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, disable=None, **options)
-
-
-def replace_bars(module: Any) -> None:
-    """Let a module of another library, which has tqdm among its names, draw its bars as `Progress`."""
-    module.tqdm = Progress

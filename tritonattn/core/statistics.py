@@ -102,7 +102,7 @@ class Statistics:
 
     def _norms(self) -> Tensor:
         visible = self.visibility
-        counted = visible.counted_keys(lambda: key_norms_of(self.k.detach(), None, visible.invariant))
+        counted = counted_keys(visible, lambda: key_norms_of(self.k.detach(), None, visible.invariant))
         return self._norms_of(self.k, counted)
 
     def _norm_sum(self) -> Tensor:
@@ -137,6 +137,26 @@ class DoubleStatistics(Statistics):
 
     def _norm_max(self) -> Tensor:
         return self._given.norm_max.double()
+
+
+def counted_keys(visible: Visibility, norms: Callable[[], Tensor]) -> Tensor | None:
+    """Keys whose norms are taken, as `Visibility.seen_keys`; None for all.
+
+    Where `invariant`, those that have left every window too: sums over a window are differences. Only norms that do not
+    swallow the others are among them: such a key may hold anything. norms computes them all, [B, Hkv, Sk].
+    """
+    if visible.attends_to_every_key:
+        return None
+    seen = visible.seen_keys()
+    has_windows = visible.left is not None and visible.mask is None and visible.q_len > 0
+    if not (visible.invariant and has_windows):
+        return seen
+    key = torch.arange(visible.k_len, device=visible.device)
+    if visible.sequences is not None:
+        is_key = (key < visible.sequences.k_starts[-1])[None, None]
+    else:
+        is_key = (key < visible.ranges()[1].amax(-1, keepdim=True))[:, None]
+    return seen | (is_key & (norms() < 1e15))  # next to a longer one, fp64 keeps no digit of 1
 
 
 def sum_over_keys(

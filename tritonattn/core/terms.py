@@ -88,7 +88,7 @@ class GivenTerms(TypedDict, total=False):
 
 
 class GivenPairs(GivenTerms, total=False):
-    """Those that they also give to functions of batches, in which each pair has a place."""
+    """`GivenTerms` of functions of batches, in which each pair has a place."""
 
     bias: Tensor | None
 

@@ -369,26 +369,6 @@ class Visibility:
             seen = seen.unflatten(1, (self.kv_heads, -1)).any(2)
         return seen.expand(-1, -1, self.k_len)
 
-    def counted_keys(self, norms: Callable[[], Tensor]) -> Tensor | None:
-        """Keys whose norms are taken, as `seen_keys`; None for all.
-
-        Where `invariant`, those that have left every window too: sums over a window are differences. Only
-        norms that do not swallow the others are among them: such a key may hold anything. norms computes them all,
-        [B, Hkv, Sk].
-        """
-        if self.attends_to_every_key:
-            return None
-        seen = self.seen_keys()
-        has_windows = self.left is not None and self.mask is None and self.q_len > 0
-        if not (self.invariant and has_windows):
-            return seen
-        key = torch.arange(self.k_len, device=self.device)
-        if self.sequences is not None:
-            is_key = (key < self.sequences.k_starts[-1])[None, None]
-        else:
-            is_key = (key < self.ranges()[1].amax(-1, keepdim=True))[:, None]
-        return seen | (is_key & (norms() < 1e15))  # next to a longer one, fp64 keeps no digit of 1
-
     def repeated(self, x: Tensor) -> Tensor:
         """x [..., Hkv, Sq] for every query head, [..., Hq, Sq]; where `invariant`, heads' gradients add up in order."""
         group = self.q_heads // x.shape[-2]

@@ -34,8 +34,8 @@ def require_agreement(split: Split, function: str, **arguments: Any) -> None:
     arguments   one of them a tensor
 
     A tensor's signature is its dtype, its shape, and if it carries a gradient, for which a backward sends messages. A
-    scaling's is its class, its settings, and which of its parameters carry one. Of anything else it is the value, where
-    1 and 1.0 are equal.
+    scaling's is its class, its settings, and which of its parameters carry one. Anything else is its own, where 1 and
+    1.0 are equal.
 
     Each rank remembers the signatures of a group's calls, and communicates only for a new one. As long as ranks agree,
     it is new on all of them. If it is new on some only, their comparison meets another collective of the others, at

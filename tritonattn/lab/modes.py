@@ -1,77 +1,43 @@
-"""The scalings of --modes, which a model is trained or patched with."""
+"""The scalings of --modes, which a model is patched with, or trained with in the studies of perf."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
-
 from ..core.errors import CommandError
 from ..core.hints import nearest
-from ..nn import LEARNED, PerHead, QueryAdaptiveSSMax
+from ..nn import LEARNED, QueryAdaptiveSSMax
 from ..nn.registry import scaling_of_layer
 from ..scaling import SCALINGS, Scaling
 
 BASELINE = "sqrt_dim"
-GAIN = "+gain"
-_TRAINED = re.compile(r"(?P<mode>\w+)(?P<gain>\+gain|\*(\d*[1-9]\d*(\.\d+)?|0\.\d*[1-9]\d*))?")
-_PATCHED = re.compile(r"(?P<mode>[\w+]+)(:(?P<base>\d+|CONTEXT))?(\*(?P<gain>[\d.]+))?")
+_WRITTEN = re.compile(r"(?P<mode>\w+)(:(?P<base>\d+|CONTEXT))?(\*(?P<gain>[\d.]+))?")
 _ADVISED = re.compile(r"(log_key_count|qwen_logn)\((\w+)\)")  # NAME(BASE), as `Advice.mode` writes it
 _LEARNED = (*LEARNED, QueryAdaptiveSSMax.name)
 # Modes with a base: a row of that many keys starts as sqrt_dim's.
 _BASED = tuple(name for name, mode in {**SCALINGS, **LEARNED}.items() if mode.trained_length)
 
 
-def build(name: str, heads: int, head_dim: int, keys: int) -> str | Scaling:
-    """Make a scaling for one attention layer.
+def build(mode: str, heads: int, head_dim: int, keys: int) -> str | Scaling:
+    """Make the scaling of an attention layer as training begins with it.
 
-    name   one of `SCALINGS` or `LEARNED`; or one of `SCALINGS` with a learned gain per head, "key_count+gain", or with
-           a constant one, "sqrt_dim*4"
+    mode   a name that `check_mode` knows
     keys   the most keys that a row of the layer attends to in training; the base of modes that have one
-
-    A learned gain starts where a mode that divides by n or by its root does the same as sqrt_dim, and where one that
-    divides by a sum of norms divides by their mean; for other modes at 1.
     """
-    check_mode(name)
-    mode, gain = _parts(name)
     if mode == QueryAdaptiveSSMax.name:
-        scaling = QueryAdaptiveSSMax(heads, head_dim)
-    elif mode in _BASED or mode in LEARNED:
-        scaling = scaling_of_layer(f"{mode}:{keys}" if mode in _BASED else mode, heads)
-    else:
-        scaling = mode
-    if gain is None:
-        return scaling
-    starts = {
-        "key_count": keys / math.sqrt(head_dim),
-        "sqrt_key_count": math.sqrt(keys / head_dim),
-        "key_norm_sum": keys,
-        "key_norm_l2": math.sqrt(keys),
-    }
-    constant = gain != GAIN
-    scaling = PerHead(scaling, heads=heads)
-    nn.init.constant_(scaling.theta, math.log(float(gain[1:]) if constant else starts.get(mode, 1.0)))
-    return scaling.requires_grad_(not constant)
+        return QueryAdaptiveSSMax(heads, head_dim)
+    if mode in _BASED or mode in LEARNED:
+        return scaling_of_layer(f"{mode}:{keys}" if mode in _BASED else mode, heads)
+    return mode
 
 
-def check_mode(name: str) -> None:
-    """Raise CommandError for a name that `build` does not know."""
-    mode, gain = _parts(name)
-    if mode not in SCALINGS and (gain is not None or name not in _LEARNED):
-        hint = nearest(name, [*SCALINGS, *_LEARNED])
-        raise CommandError(
-            f"--modes: expected one of {', '.join(SCALINGS)}, also with {GAIN} or *4 behind it, or one of"
-            f" {', '.join(_LEARNED)}; got {name!r}{hint}"
-        )
-
-
-def _parts(name: str) -> tuple[str, str | None]:
-    """Split off "+gain", or "*4" for a constant one."""
-    found = _TRAINED.fullmatch(name)
-    return (found["mode"], found["gain"]) if found else (name, None)
+def check_mode(name: str, also: str = "") -> None:
+    """Raise CommandError for a name that neither `SCALINGS` has nor learned modes; `also` says what else there is."""
+    if name not in SCALINGS and name not in _LEARNED:
+        known = f"{', '.join(SCALINGS)}{also}, or one of {', '.join(_LEARNED)}"
+        raise CommandError(f"--modes: expected one of {known}, got {name!r}{nearest(name, [*SCALINGS, *_LEARNED])}")
 
 
 @dataclass(frozen=True)
@@ -107,12 +73,12 @@ def patch_mode(text: str, context: int | None) -> PatchMode:
 
     Raises CommandError for another text.
     """
-    parts = _PATCHED.fullmatch(_ADVISED.sub(r"\1:\2", text))
+    parts = _WRITTEN.fullmatch(_ADVISED.sub(r"\1:\2", text))
     if parts is None:
         raise CommandError(f"--modes: expected NAME[:BASE][*GAIN], BASE a number of tokens or CONTEXT, got {text!r}")
     mode, base, gain = parts.group("mode", "base", "gain")
     check_mode(mode)
-    if mode.removesuffix(GAIN) in _BASED or mode.endswith(GAIN):
+    if mode in _BASED:
         if base is None and mode in LEARNED:
             raise CommandError(
                 f"--modes: expected {mode}:CONTEXT or {mode}:BASE, got {text!r}, which starts at sqrt_dim"
@@ -124,7 +90,7 @@ def patch_mode(text: str, context: int | None) -> PatchMode:
             )
         base = context if base in (None, "CONTEXT") else base
     elif base is not None:
-        raise CommandError(f"--modes: expected a base after {', '.join(_BASED)} or {GAIN} only, got {text!r}")
+        raise CommandError(f"--modes: expected a base after {', '.join(_BASED)} only, got {text!r}")
     name = f"{mode}{f':{base}' if base else ''}{f'*{gain}' if gain else ''}"
     try:
         one = PatchMode(name, mode, int(base or 2), None if gain is None else float(gain))

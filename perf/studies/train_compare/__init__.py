@@ -19,10 +19,9 @@ from tritonattn.core.errors import CommandError
 from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import Environment, command_line
 from tritonattn.core.records import append, write
-from tritonattn.lab.modes import check_mode
 
 from ...options import add_folder
-from .modes import MODES, trained_and_tested
+from .modes import MODES, check_mode, trained_and_tested
 from .records import Recipe, Run, grouped, read
 from .report import tables
 from .tasks import TASKS

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tritonattn.lab.modes import build
 from tritonattn.nn import ScaledAttention
+
+from .modes import build
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pyto
 from transformers.utils import logging
 
 from ...core.errors import CommandError
-from ...core.progress import replace_bars
+from ...core.progress import Progress
 from ...tuning.cache_dir import user_cache
 from .measurement import Subject
 
@@ -38,7 +38,8 @@ def load(model: str | None, device: torch.device) -> Subject:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-        replace_bars(modeling_gguf_pytorch_utils)  # it does not ask `logging`
+        bars: Any = modeling_gguf_pytorch_utils  # which does not ask `logging`
+        bars.tqdm = Progress
     print(f"loading {source}", file=sys.stderr)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
