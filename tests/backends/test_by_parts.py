@@ -11,6 +11,7 @@ from tests.support.bound import BAND, PYTORCH_GRADIENT_BAND, assert_within_bound
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import pairwise
 from tritonattn.backends.cpu import by_parts, parts
+from tritonattn.core import autograd
 
 from .test_cpu import BOTH, CPU, DTYPES, SIZES, direction, of_form, run
 
@@ -33,9 +34,9 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(parts, "_PAIRS", 64)
     monkeypatch.setattr(parts, "_SHORTEST", 4)
     monkeypatch.setattr(parts, "_CALL", 0)
-    parts._parts_of_lengths.cache_clear()
+    autograd.facts_of.cache_clear()
     yield
-    parts._parts_of_lengths.cache_clear()
+    autograd.facts_of.cache_clear()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from tests.support.calls import torch_kernels
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.packed import offsets
 from tritonattn import document_ranges
+from tritonattn.core import ranges
 from tritonattn.core.norms import key_norms_of
 from tritonattn.core.ranges import prefix_sum
 from tritonattn.core.sequences import Sequences
@@ -133,11 +134,15 @@ def test_a_late_window_over_64k_keys():
         assert error.max() < 1e-6, statistic
 
 
-def test_prefix_sums_begin_again():
+@pytest.mark.parametrize("summed", [0, ranges._SUMMED], ids=["segments", "doubling"])
+def test_prefix_sums_begin_again(summed, monkeypatch):
+    monkeypatch.setattr(ranges, "_SUMMED", summed)
     x, restarts = torch.arange(1.0, 8), torch.tensor([False, False, True, False, True, True, False])
     assert prefix_sum(x, restarts).tolist() == [0, 1, 3, 3, 7, 5, 6, 13]
     for count in (0, 1):
         assert prefix_sum(torch.ones(2, count), torch.ones(count).bool()).tolist() == [[0.0, 1.0][: count + 1]] * 2
+    found = prefix_sum(torch.tensor([[torch.nan, 2.0, 3.0], [1.0, torch.inf, 4.0]]), torch.tensor([False, False, True]))
+    assert found[:, 3].tolist() == [3, 4]
 
 
 LENGTHS, TOTAL = (4, 9, 1, 7), 24  # and 3 rows and keys of no document

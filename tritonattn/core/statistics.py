@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from . import ranges
-from .autograd import Linear, apply, kept, save
+from .autograd import Linear, apply, kept, save, values_are_read
 from .call import AttentionCall
 from .norms import key_norms_of
 from .ranges import Scan, argmax_over_ranges, prefix_sum
@@ -147,16 +147,21 @@ def counted_keys(visible: Visibility, norms: Callable[[], Tensor]) -> Tensor | N
     """
     if visible.attends_to_every_key:
         return None
-    seen = visible.seen_keys()
     has_windows = visible.left is not None and visible.mask is None and visible.q_len > 0
     if not (visible.invariant and has_windows):
-        return seen
+        return visible.shared("counted keys", lambda: _seen_or_none(visible.seen_keys()))
+    seen = visible.seen_keys()
     key = torch.arange(visible.k_len, device=visible.device)
     if visible.sequences is not None:
         is_key = (key < visible.sequences.k_starts[-1])[None, None]
     else:
         is_key = (key < visible.ranges()[1].amax(-1, keepdim=True))[:, None]
     return seen | (is_key & (norms() < 1e15))  # next to a longer one, fp64 keeps no digit of 1
+
+
+def _seen_or_none(seen: Tensor) -> Tensor | None:
+    """`seen`, or None where it is read and all are."""
+    return None if values_are_read(seen) and bool(seen.all()) else seen
 
 
 def sum_over_keys(
@@ -279,7 +284,7 @@ def counts_of(visibility: Visibility, factor: Callable[[Tensor], Tensor] | None 
     if visibility.depends_on_sizes_only:
         sizes = visibility.q_len, visibility.k_len, visibility.left, visibility.right
         return kept(_counts_of_sizes, visibility.device, *sizes, factor)
-    counts = visibility.once("counts", visibility.counts)
+    counts = visibility.shared("counts", visibility.counts)
     return counts if factor is None else factor(counts)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ranges
+from .autograd import Facts, facts_of, values_are_read
 from .sequences import Sequences
 
 # No sequence is longer; a position and a window's side, both below it, add up to less than 2^63.
@@ -227,13 +228,31 @@ class Visibility:
 
     def ranges(self) -> tuple[Tensor, Tensor]:
         """lo and hi, int64, [B, Sq], or [1, Sq] where they are the same for all; 0 <= lo <= hi <= Sk. Read-only."""
-        return self.once("ranges", self._ranges)
+        return self.shared("ranges", self._ranges)
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
         """compute(), which depends on this record and the key alone; kept for all calls that share the record."""
         if key not in self._kept:
             self._kept[key] = compute()
         return self._kept[key]
+
+    def shared(self, key: str, compute: Callable[[], Any]) -> Any:
+        """compute(), which depends on sizes, sides and lengths alone, and holds no tensor of theirs: `Facts`."""
+        facts = self.once("facts", self._facts)
+        return self.once(key, compute) if facts is None else facts.of(key, compute)
+
+    def _facts(self) -> Facts | None:
+        """Those of this record's layout; None where lengths are not read, or pairs are given."""
+        packed = self.sequences
+        starts = (None, None) if packed is None else (packed.q_starts, packed.k_starts)
+        lengths = self.key_lengths, self.row_counts, *starts
+        is_given = not (self.key_ranges is None and self.mask is None and self.counted is None)
+        if is_given or self.device.type != "cpu" or not values_are_read(*lengths):
+            return None
+        longest = None if packed is None else (packed.longest_q, packed.longest_k)
+        sizes = self.batch, self.q_heads, self.kv_heads, self.q_len, self.k_len, longest
+        ways = self.left, self.right, self.at_lengths, self.invariant
+        return facts_of(sizes, ways, *[None if x is None else tuple(x.tolist()) for x in lengths])
 
     def _ranges(self) -> tuple[Tensor, Tensor]:
         lo, hi = self._lower(), self.ends()
@@ -244,17 +263,17 @@ class Visibility:
 
     def _lower(self) -> Tensor | None:
         """The first key of each row, not clamped; None is key 0."""
-        lo, _, position = self.once("rows", self._rows)
+        lo, _, position = self.shared("rows", self._rows)
         if self.left is not None:
             lo = ranges.later(lo, position - self.left)
         return lo if self.key_ranges is None else ranges.later(lo, self.once("wide", self.key_ranges.long)[..., 0])
 
     def ends(self) -> Tensor:
         """One past the last key of each row, [B or 1, Sq], where it is no empty range that begins later; kept."""
-        return self.once("ends", self._upper)
+        return self.shared("ends", self._upper)
 
     def _upper(self) -> Tensor:
-        _, hi, position = self.once("rows", self._rows)
+        _, hi, position = self.shared("rows", self._rows)
         if self.right is not None:
             hi = ranges.earlier(hi, position + (self.right + 1))
         if self.key_ranges is not None:
@@ -275,7 +294,7 @@ class Visibility:
             return self.sequences.keys_of_rows(self.q_len)
         has_sides = not (self.left is None and self.right is None)
         if self.at_lengths and self.row_counts is None and not has_sides:
-            return None, cast(Tensor, self.key_lengths).long()[:, None], None
+            return None, cast(Tensor, self.key_lengths).to(torch.int64, copy=True)[:, None], None
         if self.at_lengths:
             row = torch.arange(self.q_len, device=self.device)
             last = cast(Tensor, self.key_lengths).long().clamp(0, self.k_len)[:, None]
@@ -289,7 +308,7 @@ class Visibility:
 
     def positions(self) -> Tensor:
         """The key at which each row stands, from which left and right count, on its axis: int64 [B or 1, Sq]."""
-        _, last, position = self.once("rows", self._rows)
+        _, last, position = self.shared("rows", self._rows)
         if position is not None:
             return position
         first = self.k_len - self.q_len
@@ -299,7 +318,7 @@ class Visibility:
 
     def sequence_begins(self) -> Tensor | int:
         """The first key of each row's sequence of a packed batch, int64 [Sq], or 0."""
-        return 0 if self.sequences is None else self.once("rows", self._rows)[0][0]
+        return 0 if self.sequences is None else self.shared("rows", self._rows)[0][0]
 
     def as_ranges(self) -> Visibility:
         """The same visible keys as key_ranges [B, Sq, 2], and the mask."""
@@ -348,7 +367,7 @@ class Visibility:
 
     def attending_rows(self) -> Tensor:
         """Rows that attend to at least one key: bool [B or 1, 1 or Hq, Sq]. Read-only."""
-        return self.once("attending rows", self._attending_rows)
+        return self.shared("attending rows", self._attending_rows)
 
     def _attending_rows(self) -> Tensor:
         if self.mask is not None:
@@ -357,7 +376,10 @@ class Visibility:
         return (hi > lo)[:, None]
 
     def seen_keys(self) -> Tensor:
-        """Keys that at least one row attends to: bool [B or 1, 1 or Hkv, Sk]."""
+        """Keys that at least one row attends to: bool [B or 1, 1 or Hkv, Sk]. Read-only."""
+        return self.shared("seen keys", self._seen_keys)
+
+    def _seen_keys(self) -> Tensor:
         if self.begins_at_first and self.mask is None and self.q_len > 0:
             return (torch.arange(self.k_len, device=self.device) < self.ends().amax(-1, keepdim=True))[:, None]
         if self.mask is None:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.sequences import Sequences
 from ...core.visibility import Visibility
 from .torch_kernel import VECTOR
 
@@ -25,8 +24,7 @@ _CALL = 30_000
 _READ = 10
 # Shorter rectangles and triangles join their neighbours under one mask: a call of the kernel costs as much.
 _SHORTEST = 24
-# Layouts of tokens whose parts are kept: the layers of a model share them. And masks of few pairs, of 1 MB at most.
-_LAYOUTS = 64
+# Masks of few pairs that are kept, of 1 MB at most.
 _MASKS = 8
 _PAIRS_OF_KEPT = 1 << 18
 
@@ -174,29 +172,8 @@ class Parts:
 
 def parts_of(visible: Visibility) -> Parts:
     """The parts of a call's visible pairs, kept where lengths and a window's sides determine them."""
-    if visible.key_ranges is not None:
-        return visible.once("parts", lambda: Parts.of(visible))
-    sequences, starts = visible.sequences, (None, None)
-    if sequences is not None:
-        starts = sequences.q_starts, sequences.k_starts
-    numbers = (None if x is None else tuple(x.tolist()) for x in (visible.key_lengths, visible.row_counts, *starts))
-    sizes = visible.batch, visible.q_heads, visible.kv_heads, visible.q_len, visible.k_len
-    return _parts_of_lengths(sizes, (visible.left, visible.right), visible.at_lengths, *numbers)
-
-
-@functools.lru_cache(_LAYOUTS)
-def _parts_of_lengths(
-    sizes: tuple[int, int, int, int, int],
-    sides: tuple[int | None, int | None],
-    at_lengths: bool,
-    *numbers: tuple[int, ...] | None,
-) -> Parts:
-    tensors = (None if x is None else torch.tensor(x, device="cpu") for x in numbers)
-    key_lengths, row_counts, q_starts, k_starts = tensors
-    visible = Visibility(*sizes, torch.device("cpu"), *sides, key_lengths, at_lengths=at_lengths, row_counts=row_counts)
-    if q_starts is not None and k_starts is not None:
-        visible.sequences = Sequences(q_starts, k_starts, visible.q_len, visible.k_len)
-    return Parts.of(visible)
+    by_ranges = visible if visible.mask is None else replace(visible, mask=None)
+    return by_ranges.shared("parts", lambda: Parts.of(by_ranges))
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -43,7 +43,7 @@ def attention(call: AttentionCall, again: Attend) -> ForwardResult:
     is_grouped, is_packed = visible.q_heads != visible.kv_heads, visible.sequences is not None
     dtype, widths = call.v.dtype, library.widths((call.q.shape[3], call.v.shape[3]), card, is_grouped)
     rows = None if visible.every_row_attends else visible.attending_rows()
-    keys = None if visible.attends_to_every_key else visible.once("seen keys", visible.seen_keys)
+    keys = None if visible.attends_to_every_key else visible.seen_keys()
     q = folded(call.q, terms.query_scale, rows if has_graph else None, dtype)
     k = folded(call.k, terms.key_scale, keys, dtype)
     v = folded(call.v, None, keys, dtype)
