@@ -6,6 +6,7 @@ import torch
 import tritonattn
 from tests.kernels import harness
 from tritonattn.backends.triton import launch
+from tritonattn.backends.triton.interpreter import tensors_of
 from tritonattn.tuning.config import TileConfig
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -72,3 +73,26 @@ def test_lazily_negated_tensors(device):
     gradients = torch.autograd.grad(out, list(leaves.values()), negated["q"].detach())
     for name, result in zip(("out", *leaves), (out, *gradients), strict=True):
         torch.testing.assert_close(result, expected[name], msg=name)
+
+
+@pytest.mark.usefixtures("new_memory_holds_nan")
+@pytest.mark.parametrize("scales", [(), ("query_scale", "sinks"), ("bias",)])
+def test_no_launch_overwrites_what_another_left(scales, device, monkeypatch):
+    """A pass that corrects an earlier one's terms has an output of its own for them."""
+    run, left = launch.run, []
+
+    def bits(x):
+        return x.flatten().view(torch.uint8).clone()
+
+    def watch(kernel, grid, arguments, config):
+        tensors = list(tensors_of(arguments.values()))
+        before = [bits(x) for x in tensors]
+        run(kernel, grid, arguments, config)
+        written = [x for x, old in zip(tensors, before, strict=True) if not torch.equal(bits(x), old)]
+        assert written
+        assert not {x.data_ptr() for x in written} & {x.data_ptr() for x in left}, kernel.__name__
+        left.extend(written)
+
+    monkeypatch.setattr(launch, "run", watch)
+    harness.by_kernels(harness.inputs(torch.float32 if not scales else torch.float16, device, scales=scales))
+    assert len(left) >= 6

@@ -84,6 +84,7 @@ class RowTerms(NamedTuple):
     """The results of `backward.attention_row_terms`, which states shapes, and d_lse."""
 
     terms: Tensor
+    corrected: Tensor | None
     delta: Tensor
     d_lse: Tensor | None
     d_sinks: Tensor | None

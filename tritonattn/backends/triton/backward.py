@@ -167,34 +167,39 @@ def backward(
     )
     rounding = None if rounding is None else rounding.contiguous()
     results = Results(out.contiguous(), rounding, lse.contiguous(), None, None)
-    problem, d_sinks = ready.specialisation.problem, None
-    if ready.call.terms.sinks is not None:
-        corrects = needs.query_scale or problem.has_bias or problem.relative_scale or corrects_delta(problem)
-        d_sinks = new_results(ready.call, lse) if needs.sinks or corrects else None
-    row_terms = _row_terms(ready, results, None if d_lse is None else d_lse.contiguous(), d_sinks)
     of_pairs = needs.key_bias
     for name in PAIRS:
         of_pairs = of_pairs or getattr(needs, name)
-    d_q = d_query_scale = None
     # The pass over keys reads the terms that the one over rows corrects.
-    if needs.q or needs.query_scale or of_pairs or ((needs.k or needs.key_scale) and corrects_delta(problem)):
-        d_q, d_query_scale = grad_query(ready, needs, row_terms)
-    found = Gradients()
-    if needs.k or needs.v or needs.key_scale or of_pairs:
-        found = grad_key_value(ready, needs, row_terms)
-    d_sinks = d_sinks if needs.sinks else None
+    corrects_keys = (needs.k or needs.key_scale) and corrects_delta(ready.specialisation.problem)
+    has_rows = needs.q or needs.query_scale or of_pairs or corrects_keys
+    has_keys = needs.k or needs.v or needs.key_scale or of_pairs
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    row_terms = _row_terms(ready, results, d_lse, needs, has_rows and has_keys)
+    d_q, d_query_scale = grad_query(ready, needs, row_terms) if has_rows else (None, None)
+    found = grad_key_value(ready, needs, row_terms) if has_keys else Gradients()
+    d_sinks = row_terms.d_sinks if needs.sinks else None
     return found._replace(q=d_q if needs.q else None, query_scale=d_query_scale, sinks=d_sinks)
 
 
-def _row_terms(ready: Prepared, results: Results, d_lse: Tensor | None, d_sinks: Tensor | None) -> RowTerms:
-    """Launch the pass whose terms the two others read."""
+def _row_terms(ready: Prepared, results: Results, d_lse: Tensor | None, needs: Needs, has_both: bool) -> RowTerms:
+    """Launch the pass whose terms the two others read. has_both: both run."""
+    problem = ready.specialisation.problem
+    corrects = needs.query_scale or problem.has_bias or problem.relative_scale or corrects_delta(problem)
+    corrects = corrects and not problem.is_part
+    d_sinks = corrected = None
+    if ready.call.terms.sinks is not None and (needs.sinks or corrects):
+        d_sinks = new_results(ready.call, results.lse)
     q, terms, visible = ready.call.q, ready.arguments["terms"], ready.call.visibility
     terms_len = aligned_rows(visible.q_len)
     if visible.sequences is not None:
         terms_len += ALIGNMENT * ready.sizes.sequences
     shape = (*q.shape[:2], terms_len)
     joined = torch.float32 if terms.query_scale is None else torch.int64
-    found = RowTerms(q.new_empty((*shape, 2), dtype=joined), q.new_empty(shape, dtype=torch.float32), d_lse, d_sinks)
+    both = q.new_empty((*shape, 2), dtype=joined)
+    if corrects and has_both:
+        corrected = torch.empty_like(both)
+    found = RowTerms(both, corrected, q.new_empty(shape, dtype=torch.float32), d_lse, d_sinks)
     masks = ready.arguments["masks"]
     arguments = {
         "results": results,
@@ -202,7 +207,7 @@ def _row_terms(ready: Prepared, results: Results, d_lse: Tensor | None, d_sinks:
         "query_scale": terms.query_scale,
         "q_starts": masks.q_starts,
         "k_starts": masks.k_starts,
-        "row_terms_ptr": found.terms,
+        "row_terms_ptr": both,
         "delta_ptr": found.delta,
         "d_sinks_ptr": d_sinks,
         "terms_len": terms_len,

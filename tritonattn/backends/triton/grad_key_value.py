@@ -337,7 +337,7 @@ def grad_key_value(ready: Prepared, needs: Needs, row_terms: RowTerms) -> Gradie
         factor_size = largest(factor.unflatten(1, (visible.kv_heads, -1)).flatten(2))
     arguments = {
         "terms": ready.arguments["terms"]._replace(query_scale=None),
-        "row_terms_ptr": row_terms.terms,
+        "row_terms_ptr": row_terms.terms if row_terms.corrected is None else row_terms.corrected,
         "terms_len": row_terms.delta.shape[2],
         "gradients": TensorGradients(*found)._replace(**{name: strided(x) for name, x in pairs.items()}),
         "factor_size": factor_size,

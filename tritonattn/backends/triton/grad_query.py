@@ -18,6 +18,7 @@ from .attention import (
 )
 from .block import (
     LENGTHS,
+    ROW_TERMS_ALIGNMENT,
     from_row,
     load_term,
     load_tile,
@@ -54,6 +55,7 @@ def attention_grad_query(
     d_lse_ptr,
     d_sinks_ptr,
     row_terms_ptr,
+    corrected_ptr,
     delta_ptr,
     masks,
     gradients,
@@ -97,8 +99,9 @@ def attention_grad_query(
         d_q[i]           = scale * query_scale[i] * raw[i]
         d_query_scale[i] = scale * sum_j dX[i, j] * (q[i] . k[j]) * key_scale[j] * r[i, j]
 
-    row_terms, delta, d_lse and d_sinks: see `attention_row_terms`. `TensorGradients`: q
-    [B, Hq, Sq, D] in q's dtype and query_scale fp32 [B, Hq, Sq] or None, contiguous, every row written once.
+    row_terms, delta, d_lse and d_sinks: see `attention_row_terms`. corrected is None, or like row_terms: receives them
+    with the corrected delta. `TensorGradients`: q [B, Hq, Sq, D] in q's dtype and query_scale fp32 [B, Hq, Sq] or None,
+    contiguous, every row written once.
 
     key_size     fp32 [B, Hkv] or None: the largest |key_scale|, never 0. dX * key_scale / key_size is rounded to 16
                  bits, so that no size of the key scales pushes it out of fp16's range
@@ -274,11 +277,17 @@ def attention_grad_query(
         if not IS_PART:
             d_query_scale = tl.fma(-excess, tl.sum(mean_logit, 1), d_query_scale)
         tl.store(gradients.query_scale + row_offsets, d_query_scale * scale, mask=keep_row)
-    if SUMS:
+    if corrected_ptr is not None:
         gradient_term = -delta
         if terms.query_scale is not None and not HAS_BIAS:
             gradient_term *= factor
-        store_term(row_terms_ptr + 2 * term_offsets + 1, gradient_term, factor, keep_row)
+        terms_end = start_m + BLOCK_M
+        if terms_end >= q_len:  # the last block writes those behind it too
+            terms_end = tl.cdiv(q_len, ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
+        for start in range(start_m, terms_end, BLOCK_M):
+            at = 2 * (first_term + start + block_rows)
+            tl.store(corrected_ptr + at, tl.load(row_terms_ptr + at))
+            store_term(corrected_ptr + at + 1, tl.where(start == start_m, gradient_term, 0.0), factor, None)
     d_q_ptrs = gradients.q + row_base * HEAD_DIM + tile_offsets(block_rows, BLOCK_D, HEAD_DIM, 1, False)
     keep_q = keep_row[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
     tl.store(d_q_ptrs, dq.to(gradients.q.dtype.element_ty), mask=keep_q)
@@ -297,6 +306,7 @@ def grad_query(ready: Prepared, needs: Needs, row_terms: RowTerms) -> tuple[Tens
         key_size = largest(seen_scales(call.terms.key_scale, call.visibility))
     arguments = {
         "row_terms_ptr": row_terms.terms,
+        "corrected_ptr": row_terms.corrected,
         "delta_ptr": row_terms.delta,
         "terms_len": row_terms.delta.shape[2],
         "d_lse_ptr": row_terms.d_lse,
