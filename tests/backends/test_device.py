@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from tritonattn.backends.triton import KERNELS, device, launch
+from tritonattn.backends.triton.records import Strided
 from tritonattn.tuning.config import Problem, TileConfig
 
 pytestmark = pytest.mark.skipif(
@@ -98,7 +99,7 @@ def kernel(monkeypatch) -> Kernel:
 
 def arguments(tensor: torch.Tensor, **changed: Any) -> dict[str, Any]:
     values = dict.fromkeys(KERNELS["key_statistics"].arg_names, 5)
-    return values | {"k": launch.strided(tensor), "seen_ptr": None, "norms_ptr": torch.zeros(4), **changed}
+    return values | {"k": Strided(tensor, *tensor.stride()), "seen_ptr": None, "norms_ptr": torch.zeros(4), **changed}
 
 
 K = torch.zeros(2, 3, 16, 64, dtype=torch.float16)

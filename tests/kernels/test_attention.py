@@ -74,11 +74,10 @@ def test_lengths_whose_edge_is_that_of_a_tile(lengths, device):
 
 
 @pytest.mark.usefixtures("new_memory_holds_nan")
-def test_a_tile_of_rows_that_reaches_past_the_last_block_of_terms(device, monkeypatch):
-    """37 rows: programs that write terms have 16 of them, those that read them 32."""
-    monkeypatch.setattr(
-        launch, "config_for", lambda kernel, *_: TileConfig(16 if kernel == "row_terms" else 32, 32, 4, 1)
-    )
+@pytest.mark.parametrize("writer", ["row_terms", "grad_query"])
+def test_a_tile_of_rows_that_reaches_past_the_last_block_of_terms(writer, device, monkeypatch):
+    """37 rows: programs that write terms, or corrected ones, have 16 of them, those that read them 32."""
+    monkeypatch.setattr(launch, "config_for", lambda kernel, *_: TileConfig(16 if kernel == writer else 32, 32, 4, 1))
     harness.check(harness.inputs(torch.float32, device, q_len=37, batch=1))
 
 

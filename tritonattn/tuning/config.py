@@ -153,6 +153,11 @@ class Problem(make_dataclass("Flags", _FLAGS, frozen=True, kw_only=True)):
         return max(padded_dim(self.head_dim), padded_dim(self.value_dim))
 
 
+def aligned_rows(rows: int) -> int:
+    """Rows rounded up to a multiple of ROW_TERMS_ALIGNMENT."""
+    return -(-rows // ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
+
+
 def is_short(q_len: int, k_len: int) -> bool:
     """True for at most 1024 rows and keys: configs are chosen for short calls and for long ones."""
     return max(q_len, k_len) <= 1024

@@ -18,12 +18,7 @@ from ...core.terms import PAIRS, TABLES, Gradients, flags
 from ...core.visibility import Visibility
 from ...tuning import calls as recorded
 from ...tuning.calls import Size
-from ...tuning.config import (
-    TILED_KERNELS,
-    Problem,
-    is_short,
-    padded_dim,
-)
+from ...tuning.config import TILED_KERNELS, Problem, is_short, padded_dim
 from ...tuning.table import Exact
 from .combine import combine, parts_of
 from .device import Grid
@@ -39,13 +34,11 @@ from .launch import (
     kept_specialisation,
     pages_of,
     plan,
-    strided,
     term_arguments,
-    term_forms,
     view_of,
 )
 from .ranges import seen_bytes, seen_keys
-from .records import Arguments, Masks
+from .records import Arguments, Masks, Strided
 
 
 def are_few_rows(call: AttentionCall) -> bool:
@@ -80,28 +73,20 @@ class Prepared(NamedTuple):
     tangents: Gradients = Gradients()
 
 
-class RowTerms(NamedTuple):
-    """The results of `backward.attention_row_terms`, which states shapes, and d_lse."""
-
-    terms: Tensor
-    corrected: Tensor | None
-    delta: Tensor
-    d_lse: Tensor | None
-    d_sinks: Tensor | None
-
-
 def launch_kernel(
     kernel: str,
     prepared: Prepared,
     arguments: Arguments,
     programs: Callable[[Plan, Sizes], Programs],
-    run: Callable[[Plan, Grid, Arguments, Prepared], None] | None = None,
+    in_splits: Callable[[Plan, Grid, Arguments, Prepared], None] | None = None,
+    of_plan: Callable[[Plan, Arguments, AttentionCall], Arguments] | None = None,
 ) -> None:
     """Launch with the kernel's plan, and again with another where its config fails.
 
     arguments   besides those that all launches of the call share
     programs    the kernel's, of `grids`
-    run         launches, with more arguments or in splits; None launches once
+    in_splits   launches where several programs share a block's work, and joins the parts
+    of_plan     makes arguments that depend on the plan
     """
     call, specialisation, sizes, shared, d_out, _ = prepared
     if recorded.recorders and kernel in TILED_KERNELS:
@@ -115,20 +100,19 @@ def launch_kernel(
             available = {**shared, **arguments, **of_grid}
             if chosen.descriptors:
                 available.update(_descriptors(chosen, call, d_out))
-            if run is None:
+            if of_plan is not None:
+                available.update(of_plan(chosen, available, call))
+            if in_splits is None or available["splits"] in (None, 1):
                 chosen.launch(grid, available, specialisation)
             else:
-                run(chosen, grid, available, prepared)
+                in_splits(chosen, grid, available, prepared)
             return
         except (TritonError, RuntimeError) as error:
             drop_config(kernel, specialisation.problem, device, chosen, error)
 
 
 def launch_in_splits(chosen: Plan, grid: Grid, arguments: Arguments, ready: Prepared) -> None:
-    """Launch a pass over rows; where their keys are shared out among several splits, join the parts."""
-    if arguments["splits"] in (None, 1):
-        chosen.launch(grid, arguments, ready.specialisation)
-        return
+    """Launch a pass over rows whose keys are shared out among splits, and join their parts."""
     results, sinks = arguments["results"], arguments["sinks"]
     parts = parts_of(ready.call, results, arguments["splits"])
     arguments = arguments | {"results": parts, "sinks": None}
@@ -288,8 +272,7 @@ def specialisation_of(
         if sizes.batch * sizes.q_heads * sizes.q_len * (width + 16) >= 2**31:
             of_pairs = *shape, width  # a mask's copy, or a gradient of pairs, may have strides of 64 bits
     key = (
-        *forms_of(q, k, v, d_out, visible.mask),
-        *term_forms(call.terms),
+        *forms_of(call.terms, q, k, v, d_out, visible.mask),
         q.shape[3],
         v.shape[3],
         visible.left is None,
@@ -347,7 +330,7 @@ def call_arguments(call: AttentionCall, d_out: Tensor | None) -> Mapping[str, An
     mask = seen = None
     if visible.mask is not None:
         mask = _with_aligned_rows(visible.mask).expand(visible.batch, visible.q_heads, visible.q_len, visible.k_len)
-        mask = strided(mask.view(torch.uint8))
+        mask = Strided(mask.view(torch.uint8), *mask.stride())
     if visible.mask is not None or visible.key_ranges is not None:
         seen = seen_bytes(seen_keys(visible, view), visible.keys)
         if visible.invariant:  # loads of 8 bits before a product make Triton multiply in another order
@@ -361,7 +344,7 @@ def call_arguments(call: AttentionCall, d_out: Tensor | None) -> Mapping[str, An
         "left": view.left,
         "right": view.right,
         "k_len": visible.k_len,
-        "d_out": None if d_out is None else strided(d_out),
+        "d_out": None if d_out is None else Strided(d_out, *d_out.stride()),
         "dropout_ptr": None if dropout is None else dropout.state,
         "keep_scale": 1.0 if dropout is None else 1 / (1 - dropout.p),
         "keep_from": 0 if dropout is None else dropout.threshold - 2**31,
@@ -370,13 +353,13 @@ def call_arguments(call: AttentionCall, d_out: Tensor | None) -> Mapping[str, An
 
 def operand_arguments(call: AttentionCall) -> Arguments:
     """The arguments that all kernels of attention share."""
-    visible, table, k, v = call.visibility, call.block_table, call.k, call.v
+    visible, table, (q, k, v) = call.visibility, call.block_table, (call.q, call.k, call.v)
     if k.dtype == EIGHT_BIT and not has_eight_bit(k.device):
         k, v = k.view(torch.int8), v.view(torch.int8)
     return {
-        "q": strided(call.q),
-        "k": strided(k),
-        "v": strided(v),
+        "q": Strided(q, *q.stride()),
+        "k": Strided(k, *k.stride()),
+        "v": Strided(v, *v.stride()),
         **term_arguments(call.terms),
         "pages": None if table is None else pages_of(table, call.k.shape[0], call.k.shape[2]),
         "q_len": visible.q_len,

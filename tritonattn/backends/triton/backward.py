@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -10,15 +12,16 @@ from torch import Tensor
 from ...core.call import AttentionCall
 from ...core.terms import PAIRS, Gradients, Needs
 from ...tuning.config import ROW_TERMS_ALIGNMENT as ALIGNMENT
-from ...tuning.config import corrects_delta
+from ...tuning.config import aligned_rows, corrects_delta
 from .attention import (
     Prepared,
-    RowTerms,
     aligned_copy,
+    largest,
     launch_kernel,
     new_results,
     one_layout,
     prepared,
+    seen_scales,
 )
 from .block import (
     LENGTHS,
@@ -32,9 +35,10 @@ from .block import (
     tile_offsets,
     vector_from,
 )
-from .grad_key_value import grad_key_value
-from .grad_query import grad_query
-from .grids import aligned_rows, over_row_terms
+from .grad_key_value import attention_grad_key_value
+from .grad_query import attention_grad_query
+from .gradients import launch_in_row_splits, new_gradients, of_keys, of_rows, row_bounds, summed
+from .grids import over_keys, over_row_terms, over_rows
 from .launch import KERNELS
 from .records import Results
 from .softmax import LOG2_E, before_rounding, joint_peak
@@ -135,7 +139,21 @@ def attention_row_terms(
     store_term(row_terms_ptr + 2 * term_offsets + 1, gradient_term, factor, keep_term)
 
 
-KERNELS["row_terms"] = attention_row_terms
+KERNELS |= {
+    "row_terms": attention_row_terms,
+    "grad_query": attention_grad_query,
+    "grad_key_value": attention_grad_key_value,
+}
+
+
+class RowTerms(NamedTuple):
+    """The results of `attention_row_terms`, which states shapes, the corrected ones, and d_lse."""
+
+    terms: Tensor
+    corrected: Tensor | None
+    delta: Tensor
+    d_lse: Tensor | None
+    d_sinks: Tensor | None
 
 
 def backward(
@@ -176,10 +194,14 @@ def backward(
     has_keys = needs.k or needs.v or needs.key_scale or of_pairs
     d_lse = None if d_lse is None else d_lse.contiguous()
     row_terms = _row_terms(ready, results, d_lse, needs, has_rows and has_keys)
-    d_q, d_query_scale = grad_query(ready, needs, row_terms) if has_rows else (None, None)
-    found = grad_key_value(ready, needs, row_terms) if has_keys else Gradients()
-    d_sinks = row_terms.d_sinks if needs.sinks else None
-    return found._replace(q=d_q if needs.q else None, query_scale=d_query_scale, sinks=d_sinks)
+    found = new_gradients(ready, needs._replace(q=has_rows, k=has_keys, v=has_keys))
+    if has_rows:
+        _over_rows(ready, found, row_terms)
+    if has_keys:
+        _over_keys(ready, found, row_terms)
+    found = summed(found, ready.call) if of_pairs else found
+    asked = {name: getattr(found, name) if getattr(needs, name) else None for name in ("q", "k", "v")}
+    return found._replace(**asked, sinks=row_terms.d_sinks if needs.sinks else None)
 
 
 def _row_terms(ready: Prepared, results: Results, d_lse: Tensor | None, needs: Needs, has_both: bool) -> RowTerms:
@@ -214,3 +236,38 @@ def _row_terms(ready: Prepared, results: Results, d_lse: Tensor | None, needs: N
     }
     launch_kernel("row_terms", ready, arguments, over_row_terms)
     return found
+
+
+def _over_rows(ready: Prepared, found: Gradients, row_terms: RowTerms) -> None:
+    """Launch the pass for the gradients of q and query_scale."""
+    call, key_size = ready.call, None
+    if call.terms.key_scale is not None and call.q.dtype == torch.float16:
+        key_size = largest(seen_scales(call.terms.key_scale, call.visibility))
+    arguments = {
+        "row_terms_ptr": row_terms.terms,
+        "corrected_ptr": row_terms.corrected,
+        "delta_ptr": row_terms.delta,
+        "terms_len": row_terms.delta.shape[2],
+        "d_lse_ptr": row_terms.d_lse,
+        "d_sinks_ptr": row_terms.d_sinks,
+        "gradients": of_rows(found),
+        "key_size": key_size,
+    }
+    launch_kernel("grad_query", ready, arguments, over_rows)
+
+
+def _over_keys(ready: Prepared, found: Gradients, row_terms: RowTerms) -> None:
+    """Launch the pass for the gradients of k, v, key_scale, the three biases and the relative scale."""
+    terms, masks, factor_size = ready.call.terms, ready.arguments["masks"], None
+    if terms.query_scale is not None and ready.call.q.dtype == torch.float16:
+        factor = terms.query_scale * (terms.scale * LOG2_E.value)
+        factor_size = largest(factor.unflatten(1, (ready.sizes.kv_heads, -1)).flatten(2))
+    arguments = {
+        "terms": ready.arguments["terms"]._replace(query_scale=None),
+        "row_terms_ptr": row_terms.terms if row_terms.corrected is None else row_terms.corrected,
+        "terms_len": row_terms.delta.shape[2],
+        "gradients": of_keys(found),
+        "factor_size": factor_size,
+    }
+    of_plan = None if masks.key_ranges is None else row_bounds
+    launch_kernel("grad_key_value", ready, arguments, over_keys, launch_in_row_splits, of_plan)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...core.call import AttentionCall
-from ...core.terms import AXES, PAIRS, Gradients, Needs
-from .attention import Prepared, RowTerms, largest, launch_kernel, new_results
 from .block import (
     LENGTHS,
     from_row,
@@ -21,10 +16,6 @@ from .block import (
     tile_offsets,
     vector_from,
 )
-from .combine import add_splits, new_parts
-from .device import Grid
-from .grids import over_keys
-from .launch import KERNELS, Plan, strided
 from .pairs import (
     UNMASKED,
     dropout_keeps,
@@ -36,8 +27,7 @@ from .pairs import (
     visible_rows,
     whole_blocks,
 )
-from .ranges import rows_of_key_blocks
-from .records import Arguments, TensorGradients, View
+from .records import View
 from .softmax import LN_2, LOG2_E, exponents, gradients_of, partial_sums
 
 
@@ -310,73 +300,3 @@ def attention_grad_key_value(
     keep_v = keep_key[:, None] & (tl.arange(0, BLOCK_DV)[None, :] < VALUE_DIM)
     tl.store(d_k_ptrs, dk.to(gradients.k.dtype.element_ty), mask=keep_k)
     tl.store(d_v_ptrs, dv.to(gradients.v.dtype.element_ty), mask=keep_v)
-
-
-KERNELS["grad_key_value"] = attention_grad_key_value
-
-
-def grad_key_value(ready: Prepared, needs: Needs, row_terms: RowTerms) -> Gradients:
-    """The gradients of k, v, key_scale, the three biases and the relative scale."""
-    call, logits, visible = ready.call, ready.call.terms, ready.call.visibility
-    in_fp32 = ready.specialisation.problem.fp32_grad_k
-    of_keys = logits.key_bias
-    found = Gradients(
-        k=new_results(call, call.k, torch.float32 if in_fp32 else call.k.dtype),
-        v=new_results(call, call.v, call.v.dtype),
-        key_scale=new_results(call, call.k.select(3, 0)) if needs.key_scale else None,
-        key_bias=new_results(call, of_keys) if needs.key_bias and of_keys is not None else None,
-    )
-    pairs = {}
-    for name in PAIRS:
-        x = getattr(logits, name)
-        if x is not None and getattr(needs, name):
-            pairs[name] = of_pairs(call, visible.k_len if AXES[name][-1] == "Sk" else x.shape[3])
-    factor_size = None
-    if logits.query_scale is not None and call.q.dtype == torch.float16:
-        factor = logits.query_scale * (logits.scale * LOG2_E.value)
-        factor_size = largest(factor.unflatten(1, (visible.kv_heads, -1)).flatten(2))
-    arguments = {
-        "terms": ready.arguments["terms"]._replace(query_scale=None),
-        "row_terms_ptr": row_terms.terms if row_terms.corrected is None else row_terms.corrected,
-        "terms_len": row_terms.delta.shape[2],
-        "gradients": TensorGradients(*found)._replace(**{name: strided(x) for name, x in pairs.items()}),
-        "factor_size": factor_size,
-    }
-    launch_kernel("grad_key_value", ready, arguments, over_keys, _launch)
-    for name, x in pairs.items():  # sums, in fp32 and one order, over the axes that a bias has once
-        bias = getattr(logits, name)
-        pairs[name] = x.sum_to_size(bias.shape).to(bias.dtype)
-    return found._replace(k=found.k if needs.k else None, v=found.v if needs.v else None, **pairs)
-
-
-def of_pairs(call: AttentionCall, width: int) -> Tensor:
-    """Zeros [B, Hq, Sq, width] for the gradient of a bias of pairs: the kernel writes the visible ones."""
-    padded = -(-width // 16) * 16  # rows begin where wide stores can
-    return call.q.new_zeros((*call.q.shape[:3], padded), dtype=torch.float32)[..., :width]
-
-
-def _launch(chosen: Plan, grid: Grid, arguments: Arguments, ready: Prepared) -> None:
-    """Launch; where the rows of each key are shared out among splits, add their parts up."""
-    call, specialisation = ready.call, ready.specialisation
-    arguments = with_row_bounds(chosen, arguments, call)
-    if arguments["splits"] is None:
-        chosen.launch(grid, arguments, specialisation)
-        return
-    results, splits = arguments["gradients"], arguments["splits"]
-    shared = {name: getattr(results, name) for name in ("k", "v", "key_scale", "key_bias")}
-    parts = {name: new_parts(call, x, splits) for name, x in shared.items() if x is not None}
-    if "key_bias" in parts:
-        parts["key_bias"].zero_()  # a split writes the heads that it has rows of
-    chosen.launch(grid, arguments | {"gradients": results._replace(**parts)}, specialisation.in_splits)
-    for name, part in parts.items():
-        add_splits(specialisation, part, shared[name])
-
-
-def with_row_bounds(chosen: Plan, arguments: Arguments, call: AttentionCall) -> Arguments:
-    """The arguments with the rows of each block of keys, where key_ranges narrow them."""
-    masks = arguments["masks"]
-    if masks.key_ranges is None:
-        return arguments
-    view = View(*(arguments[name] for name in ("q_len", "k_len", "left", "right")), *masks[:2])
-    bounds = rows_of_key_blocks(call.visibility, view, chosen.config.block_n)
-    return arguments | {"masks": masks._replace(row_bounds=bounds)}

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
-from ...core.terms import AXES, PAIRS, Gradients, Needs
-from .attention import Prepared, largest, launch_kernel, new_results
 from .block import (
     LENGTHS,
     from_row,
@@ -19,10 +14,6 @@ from .block import (
     tile_offsets,
     vector_from,
 )
-from .device import Grid
-from .grad_key_value import of_pairs, with_row_bounds
-from .grids import over_keys
-from .launch import KERNELS, Plan, strided
 from .pairs import (
     UNMASKED,
     dropout_keeps,
@@ -33,7 +24,7 @@ from .pairs import (
     store_pair_gradients,
     visible_rows,
 )
-from .records import Arguments, SecondTerms, TensorGradients, View
+from .records import View
 from .softmax import LN_2, LOG2_E, exponents, gradients_of_tangent, partial_sums
 
 
@@ -338,59 +329,3 @@ def attention_grad_key_value_second(
     if t_gradients.v is not None:
         d_t_v *= keep_scale
         tl.store(t_gradients.v + v_offsets, d_t_v.to(t_gradients.v.dtype.element_ty), mask=keep_v)
-
-
-KERNELS["grad_key_value_second"] = attention_grad_key_value_second
-
-
-def grad_key_value_second(
-    ready: Prepared, needs: Needs, needs_tangents: Needs, row_terms: SecondTerms
-) -> tuple[Gradients, Gradients]:
-    """The gradients of a tangent towards k, v, key_scale and the three biases, and towards their tangents."""
-    factors = [x for x in (ready.call.terms.query_scale, ready.tangents.query_scale) if x is not None]
-    found = [_results(ready, asked) for asked in (needs, needs_tangents)]
-    factor_size = None
-    if factors and ready.call.q.dtype == torch.float16:
-        factor_size = largest(torch.cat(factors, -1).unflatten(1, (ready.sizes.kv_heads, -1)).flatten(2))
-    arguments = {
-        "row_terms": row_terms,
-        "gradients": _record(found[0]),
-        "t_gradients": _record(found[1]),
-        "factor_size": factor_size,
-    }
-    launch_kernel("grad_key_value_second", ready, arguments, over_keys, _launch)
-    return _summed(found[0], ready), _summed(found[1], ready)
-
-
-def _results(ready: Prepared, needs: Needs) -> Gradients:
-    call, logits, in_fp32 = ready.call, ready.call.terms, ready.specialisation.problem.fp32_grad_k
-    pairs, k_len = {}, call.visibility.k_len
-    for name in PAIRS:
-        x = getattr(logits, name)
-        if x is not None and getattr(needs, name):
-            pairs[name] = of_pairs(call, k_len if AXES[name][-1] == "Sk" else x.shape[3])
-    return Gradients(
-        k=new_results(call, call.k, torch.float32 if in_fp32 else call.k.dtype) if needs.k else None,
-        v=new_results(call, call.v, call.v.dtype) if needs.v else None,
-        key_scale=new_results(call, call.k.select(3, 0)) if needs.key_scale else None,
-        key_bias=new_results(call, logits.key_bias) if needs.key_bias and logits.key_bias is not None else None,
-        **pairs,
-    )
-
-
-def _record(found: Gradients) -> Any:
-    pairs = {name: strided(x) for name in PAIRS if (x := getattr(found, name)) is not None}
-    return TensorGradients(*found)._replace(**pairs)
-
-
-def _summed(found: Gradients, ready: Prepared) -> Gradients:
-    """The gradients with those of pairs summed, in fp32 and one order, over the axes that a bias has once."""
-    pairs = {name: x for name in PAIRS if (x := getattr(found, name)) is not None}
-    for name, x in pairs.items():
-        bias = getattr(ready.call.terms, name)
-        pairs[name] = x.sum_to_size(bias.shape).to(bias.dtype)
-    return found._replace(**pairs)
-
-
-def _launch(chosen: Plan, grid: Grid, arguments: Arguments, ready: Prepared) -> None:
-    chosen.launch(grid, with_row_bounds(chosen, arguments, ready.call), ready.specialisation)

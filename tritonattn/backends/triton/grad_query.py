@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...core.terms import Needs
-from .attention import (
-    Prepared,
-    RowTerms,
-    largest,
-    launch_kernel,
-    new_results,
-    seen_scales,
-)
 from .block import (
     LENGTHS,
     ROW_TERMS_ALIGNMENT,
@@ -29,10 +18,8 @@ from .block import (
     tile_offsets,
     vector_from,
 )
-from .grids import over_rows
-from .launch import KERNELS
 from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_terms, pass_bounds, visible
-from .records import TensorGradients, View
+from .records import View
 from .softmax import LOG2_E, exponents, partial_sums, soft_cap_slope
 
 # A block of rows loops over so few keys twice. Among more, some row's exact gradient is far larger than an error.
@@ -291,28 +278,3 @@ def attention_grad_query(
     d_q_ptrs = gradients.q + row_base * HEAD_DIM + tile_offsets(block_rows, BLOCK_D, HEAD_DIM, 1, False)
     keep_q = keep_row[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
     tl.store(d_q_ptrs, dq.to(gradients.q.dtype.element_ty), mask=keep_q)
-
-
-KERNELS["grad_query"] = attention_grad_query
-
-
-def grad_query(ready: Prepared, needs: Needs, row_terms: RowTerms) -> tuple[Tensor, Tensor | None]:
-    """The gradients of q and query_scale."""
-    call, in_fp32 = ready.call, ready.specialisation.problem.fp32_grad_q
-    d_q = new_results(call, call.q, torch.float32 if in_fp32 else call.q.dtype)
-    d_query_scale = new_results(call, call.q.select(3, 0)) if needs.query_scale else None
-    key_size = None
-    if call.terms.key_scale is not None and call.q.dtype == torch.float16:
-        key_size = largest(seen_scales(call.terms.key_scale, call.visibility))
-    arguments = {
-        "row_terms_ptr": row_terms.terms,
-        "corrected_ptr": row_terms.corrected,
-        "delta_ptr": row_terms.delta,
-        "terms_len": row_terms.delta.shape[2],
-        "d_lse_ptr": row_terms.d_lse,
-        "d_sinks_ptr": row_terms.d_sinks,
-        "gradients": TensorGradients(q=d_q, query_scale=d_query_scale),
-        "key_size": key_size,
-    }
-    launch_kernel("grad_query", ready, arguments, over_rows)
-    return d_q, d_query_scale

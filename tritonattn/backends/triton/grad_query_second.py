@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from ...core.terms import Gradients, Needs
-from .attention import Prepared, largest, launch_kernel, new_results, seen_scales
 from .block import (
     LENGTHS,
     from_row,
@@ -17,10 +14,8 @@ from .block import (
     tile_offsets,
     vector_from,
 )
-from .grids import over_rows
-from .launch import KERNELS
 from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_terms, pass_bounds, visible
-from .records import SecondTerms, TensorGradients, View
+from .records import View
 from .softmax import LN_2, LOG2_E, exponents, gradients_of_tangent, partial_sums
 
 
@@ -280,34 +275,3 @@ def attention_grad_query_second(
         tl.store(gradients.query_scale + row_offsets, tl.sum(d_factor, 1) * scale, mask=keep_row)
     if t_gradients.query_scale is not None:
         tl.store(t_gradients.query_scale + row_offsets, tl.sum(d_t_factor, 1) * scale, mask=keep_row)
-
-
-KERNELS["grad_query_second"] = attention_grad_query_second
-
-
-def grad_query_second(
-    ready: Prepared, needs: Needs, needs_tangents: Needs, row_terms: SecondTerms
-) -> tuple[Gradients, Gradients]:
-    """The gradients of a tangent towards q and query_scale, and towards their tangents."""
-    call, key_scale = ready.call, ready.call.terms.key_scale
-    found = [_results(ready, asked) for asked in (needs, needs_tangents)]
-    key_size = None
-    if key_scale is not None and call.q.dtype == torch.float16:
-        sizes = [key_scale, ready.tangents.key_scale]
-        key_size = largest(torch.cat([seen_scales(x, call.visibility) for x in sizes if x is not None], -1))
-    arguments = {
-        "row_terms": row_terms,
-        "gradients": TensorGradients(*found[0]),
-        "t_gradients": TensorGradients(*found[1]),
-        "key_size": key_size,
-    }
-    launch_kernel("grad_query_second", ready, arguments, over_rows)
-    return found[0], found[1]
-
-
-def _results(ready: Prepared, needs: Needs) -> Gradients:
-    call, in_fp32 = ready.call, ready.specialisation.problem.fp32_grad_q
-    return Gradients(
-        q=new_results(call, call.q, torch.float32 if in_fp32 else call.q.dtype) if needs.q else None,
-        query_scale=new_results(call, call.q.select(3, 0)) if needs.query_scale else None,
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ...tuning.config import ROW_TERMS_ALIGNMENT, TileConfig
+from ...tuning.config import TileConfig, aligned_rows
 from ...tuning.order import sections
 from ...tuning.splits import splits_of_keys, splits_of_rows
 from .device import Grid
@@ -98,10 +98,6 @@ def _in_sections(chosen: Plan, blocks: int, heads: int, head_bytes: int, splits:
 def over_row_terms(chosen: Plan, sizes: Sizes) -> Programs:
     """For each block of rows: (blocks, heads, sequences)."""
     return Programs((-(-aligned_rows(sizes.rows) // chosen.config.block_m), sizes.q_heads, sizes.sequences), {})
-
-
-def aligned_rows(rows: int) -> int:
-    return -(-rows // ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
 
 
 def over_groups(chosen: Plan, sizes: Sizes) -> Programs:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ...tuning.config import Problem
 from .block import LENGTHS, from_row, load_tile, program_position, tile_offsets
-from .launch import KERNELS, forms_of, is_aligned, is_wide, kept_specialisation, plan, strided
+from .launch import KERNELS, forms_of, is_aligned, is_wide, kept_specialisation, plan
 from .ranges import NO_HEADS, seen_bytes
-from .records import Arguments
+from .records import Arguments, Strided
 
 # Below fp32's smallest normal number a norm counts as 0.
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
@@ -213,7 +213,7 @@ def with_usual_strides(k: Tensor) -> Tensor:
 
 def launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
     batch, heads, k_len, _ = k.shape
-    key: list[Any] = [*forms_of(k), k.shape[3]]
+    key: list[Any] = [*forms_of(None, k), k.shape[3]]
     for value in available.values():  # no comprehension: each is one more call before Python 3.12
         key.append(getattr(value, "dtype", value is None))
     specialisation = kept_specialisation(tuple(key), lambda: (_problem(k), is_wide(k)))
@@ -228,4 +228,4 @@ def _problem(k: Tensor) -> Problem:
 
 def key_arguments(k: Tensor, seen: Tensor | None) -> Arguments:
     seen = None if seen is None else seen_bytes(seen, k.shape[:3])
-    return {"k": strided(k), "seen_ptr": seen, "k_len": k.shape[2], "kv_heads": k.shape[1]}
+    return {"k": Strided(k, *k.stride()), "seen_ptr": seen, "k_len": k.shape[2], "kv_heads": k.shape[1]}

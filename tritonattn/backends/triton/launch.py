@@ -286,21 +286,21 @@ def kept_specialisation(key: tuple[Any, ...], found: Callable[[], tuple[Problem,
     return specialisation
 
 
-def forms_of(*tensors: Tensor | None) -> list[Any]:
-    """All of tensors [B, H, S, D] that selects code: `_form`, and True where they stand at multiples of 16 bytes."""
+def forms_of(terms: Terms | None, *tensors: Tensor | None) -> list[Any]:
+    """All of terms, and of tensors [B, H, S, D], that selects code.
+
+    Of a tensor its `_form`, and of one that is no term True where it stands at multiples of 16 bytes; of other terms
+    whether they are there.
+    """
     found: list[Any] = []
     for x in tensors:  # no comprehension: each is a call before Python 3.12
         found.append(None if x is None else (_form(x.shape, x.stride(), x.dtype), x.data_ptr() % 16 == 0))
-    return found
-
-
-def term_forms(terms: Terms) -> list[Any]:
-    """All of the terms that selects code: of tensors all but addresses, of others whether they are there."""
-    found, values = [], (*terms,)
+    if terms is None:
+        return found
     for number, form, default in _FORMS_OF_TERMS:
-        x: Any = values[number]
-        is_there = x is not default
-        found.append(form(x.shape, x.stride(), x.dtype) if is_there and form is not None else is_there)
+        value: Any = terms[number]
+        is_there = value is not default
+        found.append(form(value.shape, value.stride(), value.dtype) if is_there and form is not None else is_there)
     return found
 
 
@@ -344,10 +344,6 @@ def is_aligned(tensor: Tensor | None) -> bool:
         if shape[axis] > 1 and (step <= 0 or step % 16):
             return False
     return True
-
-
-def strided(tensor: Tensor) -> Strided:
-    return Strided(tensor, *tensor.stride())
 
 
 def stretched(tensor: Tensor) -> Strided:

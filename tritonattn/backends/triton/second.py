@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...core.call import AttentionCall
 from ...core.terms import Gradients
 from ..protocol import SecondOrder
-from .attention import aligned_copy, new_results
-from .grad_key_value_second import grad_key_value_second
-from .grad_query_second import grad_query_second
+from .attention import Prepared, aligned_copy, largest, launch_kernel, new_results, seen_scales
+from .grad_key_value_second import attention_grad_key_value_second
+from .grad_query_second import attention_grad_query_second
+from .gradients import new_gradients, of_keys, of_rows, row_bounds, summed
+from .grids import over_keys, over_rows
+from .launch import KERNELS
 from .records import SecondTerms
 from .tangent import Saved, launch_tangent, with_tangents
 
+KERNELS |= {
+    "grad_query_second": attention_grad_query_second,
+    "grad_key_value_second": attention_grad_key_value_second,
+}
 _OF_ROWS, _OF_SINKS = {"q", "query_scale"}, {"sinks"}
 
 
@@ -44,17 +52,42 @@ def second(
         arguments |= dict(zip(("out_tangent_ptr", "lse_tangent_ptr"), along, strict=True))
     launch_tangent(ready, saved, arguments)
 
-    found, of_tangents = Gradients(sinks=sinks[0]), Gradients(sinks=sinks[1])
+    found = [new_gradients(ready, asked) for asked in (needs, needs_tangents)]
     names = {name for one in (needs, needs_tangents) for name, is_asked in one._asdict().items() if is_asked}
-    for launch, is_asked in (
-        (grad_query_second, names & _OF_ROWS),
-        (grad_key_value_second, names - _OF_ROWS - _OF_SINKS),
-    ):
-        if is_asked:
-            more, more_of_tangents = launch(ready, needs, needs_tangents, terms)
-            found, of_tangents = _joined(found, more), _joined(of_tangents, more_of_tangents)
-    return found, of_tangents, along
+    if names & _OF_ROWS:
+        _over_rows(ready, found, terms)
+    if names - _OF_ROWS - _OF_SINKS:
+        _over_keys(ready, found, terms)
+    one, other = (summed(x, call)._replace(sinks=d_sinks) for x, d_sinks in zip(found, sinks, strict=True))
+    return one, other, along
 
 
-def _joined(some: Gradients, others: Gradients) -> Gradients:
-    return Gradients(*(x if y is None else y for x, y in zip(some, others, strict=True)))
+def _over_rows(ready: Prepared, found: list[Gradients], row_terms: SecondTerms) -> None:
+    """Launch the pass for the gradients towards q and query_scale, and towards their tangents."""
+    call, key_scale, key_size = ready.call, ready.call.terms.key_scale, None
+    if key_scale is not None and call.q.dtype == torch.float16:
+        sizes = [key_scale, ready.tangents.key_scale]
+        key_size = largest(torch.cat([seen_scales(x, call.visibility) for x in sizes if x is not None], -1))
+    arguments = {
+        "row_terms": row_terms,
+        "gradients": of_rows(found[0]),
+        "t_gradients": of_rows(found[1]),
+        "key_size": key_size,
+    }
+    launch_kernel("grad_query_second", ready, arguments, over_rows)
+
+
+def _over_keys(ready: Prepared, found: list[Gradients], row_terms: SecondTerms) -> None:
+    """Launch the pass for the gradients towards k, v, key_scale, biases and relative scale, and their tangents."""
+    factors = [x for x in (ready.call.terms.query_scale, ready.tangents.query_scale) if x is not None]
+    factor_size = None
+    if factors and ready.call.q.dtype == torch.float16:
+        factor_size = largest(torch.cat(factors, -1).unflatten(1, (ready.sizes.kv_heads, -1)).flatten(2))
+    arguments = {
+        "row_terms": row_terms,
+        "gradients": of_keys(found[0]),
+        "t_gradients": of_keys(found[1]),
+        "factor_size": factor_size,
+    }
+    of_plan = None if ready.arguments["masks"].key_ranges is None else row_bounds
+    launch_kernel("grad_key_value_second", ready, arguments, over_keys, of_plan=of_plan)

@@ -23,9 +23,9 @@ from .block import (
     vector_from,
 )
 from .grids import over_rows
-from .launch import KERNELS, forms_of, is_aligned, is_wide, scale_of, strided, term_arguments, term_forms
+from .launch import KERNELS, forms_of, is_aligned, is_wide, scale_of, term_arguments
 from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_terms, pass_bounds, visible
-from .records import Arguments, Results, SecondTerms, Tangents, View
+from .records import Arguments, Results, SecondTerms, Strided, Tangents, View
 from .softmax import LN_2, LOG2_E, before_rounding, exponents, joint_peak, partial_sums, soft_cap_slope
 
 Saved = tuple[Tensor, Tensor, Tensor | None]  # out, lse and rounding of a forward
@@ -321,8 +321,8 @@ def with_tangents(
     """The call as `prepared`, with `Tangents` among its arguments. selects: what else selects code."""
     q, k, v = (None if x is None else _aligned(x.to(call.v.dtype)) for x in tangents[:3])
     terms = Terms(1.0, *tangents[3:])
-    ready = prepared(call, d_out, (selects, *forms_of(q, k, v), *term_forms(terms)), **asked)
-    operands = (None if x is None else strided(x) for x in (q, k, v))
+    ready = prepared(call, d_out, (selects, *forms_of(terms, q, k, v)), **asked)
+    operands = (None if x is None else Strided(x, *x.stride()) for x in (q, k, v))
     of_logits = {name: x for name, x in term_arguments(terms)["terms"]._asdict().items() if name in AXES}
     sinks = None if terms.sinks is None else scale_of(terms.sinks)
     record = Tangents(*operands, sinks=sinks, **of_logits)
