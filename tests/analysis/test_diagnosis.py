@@ -11,7 +11,7 @@ from tritonattn import SCALINGS
 from tritonattn.analysis import Diagnosis, advise, diagnose
 from tritonattn.analysis.gaps import described, layer_power, power_of
 
-BY_GAPS = ("count_power", "count_power_error")  # tests/analysis/test_diagnosis.py
+BY_GAPS = ("count_power", "count_power_error")
 
 
 def expected(q, k, scaling="sqrt_dim", gain=None, **masks):

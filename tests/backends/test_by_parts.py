@@ -8,12 +8,12 @@ import torch
 import tritonattn
 from tests.kernels import harness
 from tests.support.bound import BAND, PYTORCH_GRADIENT_BAND, assert_within_bound
-from tests.support.masks import MASKS, visible_pairs
+from tests.support.masks import MASKS
 from tests.support.pairs import pairwise
 from tritonattn.backends.cpu import by_parts, parts
 from tritonattn.core import autograd
 
-from .test_cpu import BOTH, CPU, DTYPES, SIZES, direction, of_form, run
+from .test_cpu import BOTH, CPU, DTYPES, SIZES, assert_hidden_values_reach_nothing, direction, of_form, run
 
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -125,15 +125,7 @@ def test_a_row_of_one_key_gives_its_query_no_gradient(taken):
     poison=[torch.nan, torch.inf, -torch.inf],
 )
 def test_keys_hidden_from_every_row_reach_nothing(mask, poison, taken):
-    tensors, arguments = of_form("plain", mask=mask, scales=BOTH)
-    visible = visible_pairs((2, 4, *SIZES.values()), **MASKS[mask](2, 4, *SIZES.values()))
-    unseen, blind = ~visible.unflatten(1, (2, 2)).any(3).any(2), ~visible.any(-1)
-    d_out = direction(tensors)
-    clean = run(tensors, d_out, **arguments)
-    for name, hidden in (("k", unseen), ("v", unseen), ("key_scale", unseen), ("q", blind), ("query_scale", blind)):
-        tensors[name][hidden] = poison
-    d_out[blind] = poison
-    harness.assert_same(run(tensors, d_out, **arguments), clean)
+    assert_hidden_values_reach_nothing(mask, poison, "plain")
     assert None not in taken
 
 

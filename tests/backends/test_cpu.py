@@ -141,6 +141,10 @@ def test_heads_and_batch_entries_in_any_parts(kv_heads, pairs, monkeypatch):
 )
 @pytest.mark.usefixtures("small_tiles")
 def test_keys_hidden_from_every_row_reach_nothing(mask, poison, form):
+    assert_hidden_values_reach_nothing(mask, poison, form)
+
+
+def assert_hidden_values_reach_nothing(mask, poison, form):
     tensors, arguments = of_form(form, mask=mask, scales=BOTH)
     visible = visible_pairs((2, 4, *SIZES.values()), **MASKS[mask](2, 4, *SIZES.values()))
     unseen = ~visible.unflatten(1, (2, 2)).any(3).any(2)  # [B, Hkv, Sk]

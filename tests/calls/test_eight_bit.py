@@ -14,22 +14,14 @@ from tests.support.packed import one_by_one
 from tests.support.pages import PagedBatch
 from tests.support.pairs import pairwise
 from tests.support.refusals import refuses
-from tritonattn import PagedKeyStatistics, Scales, Scaling, attention, attention_decode, attention_varlen
+from tritonattn import PagedKeyStatistics, attention, attention_decode, attention_varlen
+
+from .test_pages import FirstOfKeys
 
 BACKENDS = ("sdpa", "reference")
 KINDS = ("none", "number", "tensor", "head", "sequence")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 EIGHT_BIT = torch.float8_e4m3fn
-
-
-class FirstOfKeys(Scaling):
-    """A user's mode that reads k."""
-
-    def scales(self, q, k, visibility, statistics):
-        return Scales(1.0, key=1 / (1 + k[..., 0].abs()))
-
-    def multiplier(self, q, k, visible):
-        return 1 / (1 + k[..., 0].abs())[..., None, :]
 
 
 MODES = {**{name: partial(small, name) for name in ("log_key_count", "key_norm_mean", "inkling2")}, "own": FirstOfKeys}

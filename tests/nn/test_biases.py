@@ -91,12 +91,16 @@ def test_forget_gates_their_gradients_packed_sequences_and_decoding():
     torch.testing.assert_close(step, wanted[:, :, -1:])
 
 
-def test_a_layer_takes_biases_in_every_form():
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_layer_takes_biases_in_every_form(sinks):
     torch.manual_seed(0)
-    layer = nn.ScaledAttention(16, heads=4, kv_heads=2, causal=True).double()
+    layer = nn.ScaledAttention(16, heads=4, kv_heads=2, causal=True, sinks=sinks).double()
+    if sinks:
+        torch.nn.init.normal_(layer.sinks)
     x, alibi = torch.randn(2, 6, 16).double(), nn.ALiBi(4)
     whole = layer(x, key_bias=alibi(6))
     assert not torch.allclose(whole, layer(x))
+    torch.testing.assert_close(layer(x[:, :4], key_bias=alibi(4)), whole[:, :4])
     ends = torch.tensor([0, 6, 12], dtype=torch.int32)
     packed = layer(x.flatten(0, 1), cu_seqlens=ends, max_seqlen=6, key_bias=alibi(12))
     torch.testing.assert_close(packed.unflatten(0, (2, 6)), whole)
@@ -148,22 +152,6 @@ def test_sinks_with_alibi_do_not_depend_on_what_follows():
         tokens = [torch.cat([x[:, :, 64 - before :], x[:, :, : 64 - before]], 2)[0].transpose(0, 1) for x in (q, k, v)]
         packed = attention_varlen(*tokens, starts, starts, 64, 64, key_bias=alibi(64), **options)
         torch.testing.assert_close(packed[before : before + 4].transpose(0, 1)[None], wanted)
-
-
-def test_a_layer_with_sinks_takes_them_in_every_form():
-    torch.manual_seed(0)
-    layer = nn.ScaledAttention(16, heads=4, kv_heads=2, causal=True, sinks=True).double()
-    torch.nn.init.normal_(layer.sinks)
-    x, alibi = torch.randn(2, 6, 16).double(), nn.ALiBi(4)
-    whole = layer(x, key_bias=alibi(6))
-    torch.testing.assert_close(layer(x[:, :4], key_bias=alibi(4)), whole[:, :4])
-    ends = torch.tensor([0, 6, 12], dtype=torch.int32)
-    packed = layer(x.flatten(0, 1), cu_seqlens=ends, max_seqlen=6, key_bias=alibi(12))
-    torch.testing.assert_close(packed.unflatten(0, (2, 6)), whole)
-    with torch.no_grad():
-        cache = layer.cache(2, 8)
-        parts = [layer(part, cache=cache, key_bias=alibi(8)) for part in (x[:, :5], x[:, 5:])]
-    torch.testing.assert_close(torch.cat(parts, 1), whole)
 
 
 class Decaying(Scaling):

@@ -107,9 +107,7 @@ def _on_gpu(device: torch.device) -> Callable[[Contestant, int], float]:
             end.record()
             has_waited = start.query()  # if so, the card came to the call before all of it was launched
             end.synchronize()
-            if (
-                not has_waited or flushes == _MOST_FLUSHES
-            ):  # a contestant that itself waits for the card never gets there
+            if not has_waited or flushes == _MOST_FLUSHES:  # the latter of a contestant that itself waits for the card
                 return start.elapsed_time(end)
             flushes *= 2
 

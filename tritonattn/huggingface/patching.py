@@ -157,9 +157,9 @@ def patch(
         scaling: A name in `tritonattn.SCALINGS` or `tritonattn.nn.LEARNED`, a `Scaling`, a class of them, or a float.
             A learned name or a class of modules is made for every layer with its number of query heads; those of
             nn.LEARNED start at sqrt_dim, where the model is (learned_cosine cannot). "log_key_count:8192" and
-            "ssmax:8192" have that base. An nn.Module is copied for every
-            layer with its start. The names of models' factors, such as llama4, take their settings from the
-            model's config, where it has them. None keeps the model's.
+            "ssmax:8192" have that base. An nn.Module is copied for every layer with its start. The names of models'
+            factors, such as llama4, take their settings from the model's config, where it has them. None keeps the
+            model's.
         layers: The modules to patch. None is all; a layer's number, from 0, or from the end, -1 being the last (in
             encoder-decoders both layers of that number); a name, the name of a module above, or a pattern of names as
             in the shell; "global", the layers over all keys, without a window, or "without positions", those that turn
