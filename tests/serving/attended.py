@@ -44,9 +44,22 @@ class Attended(NamedTuple):
         return float((self.out.double() - exact(*self[1:], **arguments)).abs().max())
 
 
-def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, **arguments: Any):
-    """The reference's last rows of a sequence: q [rows, Hq, D], k and v [S, Hkv, D], window keys at most."""
+def exact(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None = None,
+    chunk: int | None = None,
+    **arguments: Any,
+):
+    """The reference's last rows of a sequence: q [rows, Hq, D], k and v [S, Hkv, D], window keys at most.
+
+    chunk   each row attends within its chunk of so many keys
+    """
     q, k, v = (x.double().transpose(0, 1)[None] for x in (q, k, v))
+    if chunk is not None:
+        row = torch.arange(k.shape[2] - q.shape[2], k.shape[2])
+        arguments["key_ranges"] = torch.stack([row - row % chunk, row + 1], dim=-1)[None]
     arguments |= {"causal": True, "window": None if window is None else (window - 1, None), "backend": "reference"}
     return attention(q, k, v, **arguments)[0].transpose(0, 1)
 

@@ -24,7 +24,8 @@ class Layer:
     page       keys of a page
     swa        True: the layer's keys lie in a pool of layers with windows, which has other cells
     runner     further attributes of SGLang's runner
-    given      further arguments of SGLang's RadixAttention; attributes of it where it has no such argument
+    given      further arguments of SGLang's RadixAttention; attributes of it, or of the model's config, where it has no
+               such argument
     """
 
     def __init__(
@@ -37,7 +38,8 @@ class Layer:
         **given: Any,
     ) -> None:
         attributes = {"xai_temperature_len": given.pop("xai_temperature_len", -1)}
-        attributes |= {name: given.pop(name) for name in ("logit_capping_method", "use_irope") if name in given}
+        attributes |= {name: given.pop(name) for name in ("logit_capping_method",) if name in given}
+        chunk = given.pop("attention_chunk_size", None)
         self.page, self.dtype, self.sinks = page, dtype, given.pop("sinks", None)
         self.layer = RadixAttention(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, layer_id=0, **given)
         vars(self.layer).update(attributes)
@@ -50,7 +52,7 @@ class Layer:
             req_to_token_pool=self.requests,
             page_size=page,
             model=model,
-            model_config=SimpleNamespace(hf_config=config, hf_text_config=config),
+            model_config=SimpleNamespace(hf_config=config, hf_text_config=config, attention_chunk_size=chunk),
             server_args=SimpleNamespace(
                 json_model_override_args="{}", load_format="auto", enable_deterministic_inference=False
             ),

@@ -22,6 +22,7 @@ TOLERANCE = 1e-5
 STEPS = [([33, 40], [33, 40]), ([1, 57], [34, 97]), ([1, 1], [35, 98])]
 SINKS = torch.linspace(-1, 2.5, 8)
 WINDOW = {"sliding_window_size": 23}
+CHUNK = {"use_irope": True, "attention_chunk_size": 32}
 CASES = {  # config.tritonattn, what SGLang gives to the layer, and arguments of `exact` besides the settings
     "sqrt_dim": ({"scaling": "sqrt_dim"}, {}, {}),
     "log_key_count": ({"scaling": "log_key_count"}, {}, {}),
@@ -29,6 +30,10 @@ CASES = {  # config.tritonattn, what SGLang gives to the layer, and arguments of
     "cosine": ({"scaling": "cosine"}, {}, {}),
     "window": ({"scaling": "key_norm_mean"}, WINDOW, {"window": 24}),
     "cells of windows": ({"scaling": "key_norm_mean"}, WINDOW | {"swa": True}, {"window": 24}),
+    "chunks": ({"scaling": "log_key_count"}, CHUNK, {"chunk": 32}),
+    "norms in chunks": ({"scaling": "key_norm_mean"}, CHUNK, {"chunk": 32}),
+    "chunks in cells of windows": ({"scaling": "key_norm_max"}, CHUNK | {"swa": True}, {"chunk": 32}),
+    "positions without chunks": ({"scaling": "log_key_count"}, {"use_irope": True}, {}),
     "softcap": ({"scaling": "log_key_count"}, {"logit_cap": 2.0}, {"softcap": 2.0}),
     "sinks": ({"scaling": "log_key_count"}, {"sinks": SINKS}, {"sinks": SINKS.double()}),
     "pages of 32": ({"scaling": "key_norm_mean"}, {"page": 32}, {}),
@@ -46,7 +51,7 @@ def test_steps_compute_the_formula(case):
     assert max(x.error(window=3) for x in found) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("given", [{}, WINDOW, WINDOW | {"swa": True}])
+@pytest.mark.parametrize("given", [{}, WINDOW, WINDOW | {"swa": True}, CHUNK | {"swa": True}])
 @pytest.mark.parametrize("mode", ["sqrt_dim", "log_key_count", "key_norm_mean", "cosine"])
 @torch.no_grad()
 def test_a_step_reads_no_value_and_its_pages_once(mode, given, monkeypatch):
@@ -89,7 +94,7 @@ def test_layers_are_refused_by_name():
         ({}, {"attn_type": AttentionType.ENCODER_ONLY}, NotImplementedError, "attn_type AttentionType.DECODER, got"),
         ({}, {"is_cross_attention": True}, NotImplementedError, "is_cross_attention False, got True at model.0.attn"),
         ({}, {"logit_capping_method": "x"}, NotImplementedError, "logit_capping_method tanh, got x"),
-        ({}, {"use_irope": True}, NotImplementedError, "use_irope False, got True"),
+        ({}, {"attention_chunk_size": 24}, NotImplementedError, "attention_chunk_size a multiple of page_size 16, got 24"),
         ({}, {"runner": {"dtype": torch.float16}}, NotImplementedError, "torch.float16, got torch.bfloat16"),
         ({}, {"xai_temperature_len": 9, "logit_cap": 30.0}, NotImplementedError, "logit_cap 0 with a temperature"),
         ({"scaling": "dim"}, {"xai_temperature_len": 9}, ValueError, "expected None at .* Grok 2's temperature"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import ops
@@ -58,10 +59,37 @@ class Step:
             self._kept[key] = compute()
         return self._kept[key]
 
+    def in_chunks(self, size: int, page: int) -> Step:
+        """The step of layers whose rows attend within chunks of `size` keys, a multiple of `page`: row i of a sequence
+        to the keys from i - i % size on.
+
+        Chunks that hold new tokens are its sequences, and behind them empty ones: shapes alone decide how many.
+        """
+        return self.once(("chunks", size), lambda: self._in_chunks(size, page))
+
+    def _in_chunks(self, size: int, page: int) -> Step:
+        lengths, ends = self.lengths.long(), self.new_ends.long()
+        count, width = self.lengths.shape[0], self.block_table.shape[1]
+        most = count if self.chunks is None else 2 * count - self.decodes + self.tokens // size
+        begun = (lengths - ends.diff()).clamp(min=0) // size
+        held = (-(-lengths // size) - begun).clamp(min=1).cumsum(0)  # one at least, for each of the decodes
+        chunk = torch.arange(most, device=lengths.device)
+        owner = torch.searchsorted(held, chunk, right=True).clamp(max=count - 1)
+        first = (chunk + (begun - F.pad(held, (1, 0))[:-1])[owner]) * size
+        stop = torch.minimum(first + size, lengths[owner])
+        pages = first[:, None] // page + torch.arange(min(size // page, width), device=lengths.device)
+        table = self.block_table[owner[:, None], pages.clamp(max=width - 1)]
+        new_ends = F.pad(ends[1:][owner] - lengths[owner] + stop, (1, 0)).int()
+        keys, packing, decodes = (stop - first).clamp(min=0).int(), self.chunks, self.decodes
+        if packing is not None:
+            longest = min(packing.max_seqlen_q, size), min(packing.max_seqlen_k, size)
+            packing = Packing(new_ends[decodes:] - decodes, key_ends(keys[decodes:]), *longest, table[decodes:])
+        return Step(self.tokens, self.slots, new_ends, keys, table, self.passes, decodes, packing)
+
 
 def key_ends(lengths: Tensor) -> Tensor:
     """int32 [sequences + 1]: 0 and the running sums of the sequences' keys."""
-    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 @dataclass(eq=False)

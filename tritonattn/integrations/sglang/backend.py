@@ -40,6 +40,9 @@ class TritonattnAttnBackend(AttentionBackend):
             _check_layer(module, name)
         self._check_pools(runner)
         config, arguments = runner.model_config, runner.server_args
+        self._chunk = config.attention_chunk_size  # keys of layers with use_irope
+        if self._chunk is not None and self._chunk % self._page:
+            refuse("attention_chunk_size", f"a multiple of page_size {self._page}", self._chunk)
         parallel, saved, learned = get_parallel(), saved_settings(config), learned_values(config)
         if not are_asked_for(arguments):
             check_all_taken(saved, learned)
@@ -161,6 +164,8 @@ class TritonattnAttnBackend(AttentionBackend):
         if save_kv_cache:
             where = KVWriteLoc(forward_batch.out_cache_loc, step.slots if in_window else None)
             self._pool.set_kv_buffer(layer, where, k, v)
+        if layer.use_irope and self._chunk is not None:
+            step = step.in_chunks(self._chunk, self._page)
         if (record := self._records.get(layer.layer_id)) is not None:
             record.enter(k[: step.tokens], step.new_ends, step.lengths, step.block_table, step.passes)
         if served.sinks is None and sinks is not None:
@@ -184,7 +189,6 @@ def _check_layer(layer: Any, name: str) -> None:
         ("is_cross_attention", False),
         ("logit_capping_method", "tanh"),
         ("pos_encoding_mode", "NONE"),
-        ("use_irope", False),
     ):
         if (found := getattr(layer, attribute)) != expected:
             refuse(attribute, expected, f"{found} at {name}")
