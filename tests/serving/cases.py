@@ -52,8 +52,9 @@ _CONFIGS = {
         },
     ),
     # Three layers attend in chunks of 32 keys; the last has no positions, and multiplies q by
-    # 1 + ln(1 + floor((position + 1) / 16)) / 2. No layer has experts, nor norms of q and k: SGLang on a CPU raises
-    # NotImplementedError for experts whose input has their weight, and computes the norms in bf16.
+    # 1 + ln(1 + floor((position + 1) / 16)) / 2. What SGLang's file of the model lacks on a CPU is left out: experts
+    # whose input has their weight (NotImplementedError), norms of q and k (bf16 alone), and rotary positions, which it
+    # drops there; a factor of 1e6 makes them next to nothing.
     "llama4": lambda: transformers.Llama4TextConfig(
         **{**_SIZES, "num_hidden_layers": 4},
         intermediate_size_mlp=512,
@@ -62,6 +63,14 @@ _CONFIGS = {
         attn_scale=0.5,
         use_qk_norm=False,
         interleave_moe_layer_step=8,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 1e6,
+            "low_freq_factor": 4.0,
+            "high_freq_factor": 8.0,
+            "original_max_position_embeddings": 16,
+        },
         pad_token_id=0,
     ),
 }

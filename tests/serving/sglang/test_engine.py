@@ -20,7 +20,7 @@ ENGINE = {
     "chunked_prefill_size": 64,
     "max_running_requests": 8,
     "max_total_tokens": 1536,
-    "mem_fraction_static": 0.2,
+    "mem_fraction_static": 0.6,
     "log_level": "error",
 }
 COMMAND = {
