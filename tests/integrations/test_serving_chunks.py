@@ -45,4 +45,5 @@ def test_chunks_of_new_tokens_are_the_sequences(new, keys, decodes):
     assert packing.cu_seqlens_k.diff().tolist() == found.lengths[decodes:].tolist()
     assert packing.max_seqlen_q >= max(rows)
     assert packing.max_seqlen_k == SIZE
+    assert packing.block_table is not None
     assert torch.equal(packing.block_table, found.block_table[decodes:])

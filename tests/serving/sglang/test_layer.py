@@ -94,7 +94,12 @@ def test_layers_are_refused_by_name():
         ({}, {"attn_type": AttentionType.ENCODER_ONLY}, NotImplementedError, "attn_type AttentionType.DECODER, got"),
         ({}, {"is_cross_attention": True}, NotImplementedError, "is_cross_attention False, got True at model.0.attn"),
         ({}, {"logit_capping_method": "x"}, NotImplementedError, "logit_capping_method tanh, got x"),
-        ({}, {"attention_chunk_size": 24}, NotImplementedError, "attention_chunk_size a multiple of page_size 16, got 24"),
+        (
+            {},
+            {"attention_chunk_size": 24},
+            NotImplementedError,
+            "attention_chunk_size a multiple of page_size 16, got 24",
+        ),
         ({}, {"runner": {"dtype": torch.float16}}, NotImplementedError, "torch.float16, got torch.bfloat16"),
         ({}, {"xai_temperature_len": 9, "logit_cap": 30.0}, NotImplementedError, "logit_cap 0 with a temperature"),
         ({"scaling": "dim"}, {"xai_temperature_len": 9}, ValueError, "expected None at .* Grok 2's temperature"),
