@@ -113,14 +113,15 @@ def test_what_hidden_pairs_hold_is_not_read(mask, after, device):
     """NaN instead of any number there leaves all bits of results and gradients."""
     pairs = visible_pairs(SIZES, **MASKS[mask](*SIZES)).to(device)
     tensors = with_biases(harness.inputs(SINGLE, device), SINGLE, SIZES, (2, 2, 21, 55))
+    tensors["relative_scale"] = tensors["relative_bias"].clamp(min=-1.0)
     entry = (POSITION[:, None] - torch.arange(35) + 20).to(device).expand(SIZES)  # all inside
     of_pairs = torch.zeros(2, 2, 21, 55, dtype=torch.bool, device=device).scatter(3, entry, pairs)
     options = {"softcap": 1.5, "bias_after_softcap": after, "relative_right": 20, "return_aux": True}
     found = []
     for hidden in (0.0, torch.nan):
-        biases = {"bias": ~pairs, "relative_bias": ~of_pairs}
-        biases = {name: tensors[name].masked_fill(where, hidden) for name, where in biases.items()}
-        found.append(harness.by_kernels(tensors | biases, **options, **harness.mask(mask, device)))
+        of_terms = {"bias": ~pairs, "relative_bias": ~of_pairs, "relative_scale": ~of_pairs}
+        terms = {name: tensors[name].masked_fill(where, hidden) for name, where in of_terms.items()}
+        found.append(harness.by_kernels(tensors | terms, **options, **harness.mask(mask, device)))
     harness.assert_same(*found)
 
 
