@@ -49,6 +49,14 @@ def test_keys_and_values_with_means_in_float16(device):
     replace(case, call=changed(case.call, k=case.call.k + 3, v=case.call.v + 3)).check()
 
 
+def test_a_row_of_one_key_has_the_tangent_of_its_value_in_float16(device):
+    """A logit's tangent of any size cancels there, and what it loses when it is rounded does too."""
+    case = case_of("query_scale", device, torch.float16, (32, 32), (8, 1))
+    case.tangents = case.tangents._replace(q=4 * case.tangents.q)
+    exact = case.tangents.v.expand_as(case.d_out)
+    assert_within_bound(case.found(Needs(), Needs())["out"], exact, exact, torch.float16)
+
+
 @pytest.mark.parametrize("size", [1e-3, 3000.0])
 def test_scales_of_any_size_in_float16(size, device):
     """Factors whose product is that of 1, neither of whose sizes may push what is rounded out of 16 bits' range."""

@@ -89,6 +89,9 @@ def attention_tangent(
     row terms as many, two for d_out . v and d_out . t_v in place of those that make out's tangent. With 16 bits of
     that, eta's error would pass the gradients' where keys have means, as delta's in `attention_row_terms`.
 
+    w * t_z is rounded to v's dtype before the product. In tiles with a mask, which alone have rows of few keys, the
+    mean of t_out is that of the rounded values, so that a tangent that all keys share cancels.
+
     tangents      `Tangents`; a tangent that is None costs nothing
     results       `Results` of the forward: out, rounding (or None) and lse
     out_tangent   [B, Hq, Sq, Dv] in out's dtype, lse_tangent fp32 [B, Hq, Sq]; contiguous, or None
@@ -159,6 +162,7 @@ def attention_tangent(
     OF_PAIRS: tl.constexpr = tangents.bias is not None or tangents.relative_bias is not None
     OF_BIASES: tl.constexpr = OF_PAIRS or tangents.key_bias is not None
     MOVES: tl.constexpr = OF_PRODUCT or OF_BIASES or tangents.query_scale is not None  # logits have a tangent
+    ROUNDS: tl.constexpr = out_tangent_ptr is not None and v.ptr.dtype.element_ty.primitive_bitwidth == 16
     AFTER: tl.constexpr = terms.bias_after_softcap is not None
     HAS_PAIRS: tl.constexpr = terms.bias is not None or terms.relative_bias is not None
     shift = k_len - q_len + first_key - first_row  # of `pair_terms`
@@ -168,6 +172,7 @@ def attention_tangent(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)  # [BLOCK_M, BLOCK_DV]
     moved = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)  # [BLOCK_M, SUM_COLUMNS]
     of_out, of_t_out = moved, moved
+    lost = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M]
     MASKED_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 else BLOCK_N  # see `attention_forward`
     for PASS in tl.static_range(0, 2):
         if PASS != UNMASKED or masks.mask is None:
@@ -239,6 +244,9 @@ def attention_tangent(
                     t_z = tl.where(is_read, t_z, 0.0)
                 if MOVES:
                     moved += partial_sums(w * t_z, SUM_COLUMNS)
+                    if ROUNDS and PASS != UNMASKED:
+                        rounded = (w * t_z).to(v.ptr.dtype.element_ty).to(tl.float32)  # [BLOCK_M, N]
+                        lost += tl.sum(rounded - w * t_z, 1)
                 if dropout_ptr is not None:
                     batch_head, first = batch * q_heads + head, first_key + start_n
                     w = tl.where(dropout_keeps(dropout_ptr, keep_from, batch_head, rows, first, step.shape[0]), w, 0.0)
@@ -281,7 +289,8 @@ def attention_tangent(
         out = load_tile(results.out + offsets, live, VALUE_DIM)  # [BLOCK_M, BLOCK_DV]
         if results.rounding is not None:
             out = before_rounding(out, load_tile(results.rounding + offsets, live, VALUE_DIM))
-        t_out = acc * (none + share * keep_scale)[:, None] - mean[:, None] * out.to(tl.float32)
+        centre = tl.fma(lost, share, mean)  # [BLOCK_M]
+        t_out = acc * (none + share * keep_scale)[:, None] - centre[:, None] * out.to(tl.float32)
         keep_out = keep_row[:, None] & (tl.arange(0, BLOCK_DV)[None, :] < VALUE_DIM)
         tl.store(out_tangent_ptr + offsets, t_out.to(out_tangent_ptr.dtype.element_ty), mask=keep_out)
     if row_terms.delta is not None:
