@@ -134,6 +134,8 @@ def test_an_exception_leaves_the_model_whole(error, tmp_path):
 
 def test_an_attention_implementation_whose_masks_cannot_be_read_is_refused():
     net = llama("eager")
+    with Monitor(net, every=1):
+        refuses("RuntimeError: model: expected one that no Monitor is watching", patch, net)
     net.model.layers[0].self_attn.config._attn_implementation_internal = "flex_attention"
     before = state(net)
     refuses("ValueError: ~ got 'flex_attention' in model.layers.0.self_attn", Monitor(net).__enter__)

@@ -187,7 +187,7 @@ def test_an_architecture_without_the_layers_says_what_is_missing(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     refuses("RuntimeError: ~ model.layers.1.self_attn ~ not applied", logits, again)
-    refuses("ValueError: ~ has no model.layers.1.self_attn", restore, again)
+    refuses("ValueError: model: expected ~ got a LlamaForCausalLM without model.layers.1.self_attn", restore, again)
     smaller = copy.deepcopy(patch(network, scaling="none", layers=[1]).model.config)  # applied to another model
     smaller.num_hidden_layers = 1
     with pytest.raises(RuntimeError, match=r"model\.layers\.1\.self_attn.*not applied"):

@@ -77,7 +77,8 @@ def restore(model: PreTrainedModel) -> Patched:
     chosen = _of_saved_names(model, found, saved)
     missing = [name for name in saved if name not in chosen]
     if missing:
-        raise ValueError(f"model: {type(model).__name__} has no {', '.join(missing)}, which config.{ATTRIBUTE} names")
+        got = f"a {type(model).__name__} without {', '.join(missing)}"
+        raise ValueError(f"model: expected the modules that config.{ATTRIBUTE} names, got {got}")
     return _apply(model, found, chosen, saved)
 
 

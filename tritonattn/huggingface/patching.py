@@ -284,7 +284,7 @@ def _patchable_modules(model: Any) -> list[AttentionModule]:
     found = attention_modules(model)
     remove_abandoned(one.module for one in found)
     if any(getattr(layer_scaling(one.module), "watched", False) for one in found):
-        raise RuntimeError("model: a Monitor is watching its present attention: call patch() before `with monitor:`")
+        raise RuntimeError("model: expected one that no Monitor is watching: call patch() before `with monitor:`")
     if any(layer_scaling(one.module) is not None for one in found):
         raise ValueError(
             f"model: expected one that is not patched, got a patched {type(model).__name__}: undo() that first, or give"
@@ -292,8 +292,8 @@ def _patchable_modules(model: Any) -> list[AttentionModule]:
         )
     if not found:
         raise ValueError(
-            f"model: tritonattn cannot patch {type(model).__name__}: no attention module was found in it; transformers'"
-            " and nn.ScaledAttention's are found, other libraries' have tritonattn.integrations"
+            f"model: expected a transformers model, got {type(model).__name__}: no attention module was found in it;"
+            " for other libraries' there is tritonattn.integrations"
         )
     refuse_unsupported(model, found)
     return found
