@@ -204,3 +204,32 @@ def test_keys_and_values_with_means(dtype, scale, masks, means, check):
 def test_gradients_summed_over_many_rows(check):
     """By PyTorch's kernel, in 16 bits, they are 1.5 times the bound off."""
     check(inputs(torch.float16, 550, batch=1, kv_heads=1, value_dim=16), scale=0.25, causal=True)
+
+
+@pytest.mark.parametrize("scaling", ["sqrt_dim", "cosine", "key_norm_mean"])
+@pytest.mark.parametrize(
+    ("dtype", "kv_heads", "lengths", "is_plain"),
+    [
+        (torch.float32, 4, [20, 20], True),
+        (torch.float32, 2, [3, 3], True),
+        (torch.float32, 4, [20, 9], False),
+        (torch.bfloat16, 2, [20, 20], True),
+        (torch.bfloat16, 4, [20, 20], False),
+        (torch.float16, 2, [20, 20], False),
+    ],
+    ids=str,
+)
+def test_a_step_over_caches_of_one_length_is_a_plain_call(dtype, kv_heads, lengths, is_plain, scaling, verdicts):
+    """But for lone 16-bit rows. NaN behind the last key of a cache reaches nothing."""
+    tensors = harness.inputs(dtype, CPU, kv_heads=kv_heads, group=4 // kv_heads, q_len=1, k_len=33, value_dim=24)
+    q, k, v = (tensors[name] for name in "qkv")
+    found, wanted = [], []
+    for out, x, backend in ((found, dtype, "sdpa"), (wanted, torch.float64, "reference")):
+        caches = (one.to(x).index_fill(2, torch.arange(max(lengths), 33), torch.nan) for one in (k, v))
+        options = {"key_lengths": torch.tensor(lengths), "scaling": scaling, "backend": backend}
+        out.append(tritonattn.attention_decode(q.to(x), *caches, **options))
+    assert verdicts[-1] is is_plain
+    assert found[0].dtype == dtype
+    torch.testing.assert_close(
+        found[0].double(), wanted[0], rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps
+    )

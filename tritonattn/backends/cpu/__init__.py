@@ -2,7 +2,8 @@
 
     way                      calls                                      reason
     torch_kernel.attention   all keys, or a square's lower triangle,    PyTorch's kernel with PyTorch's gradient
-                             and no other term
+                             and no other term; steps over caches of
+                             one length
     by_parts                 the others without softcap, dropout and    PyTorch's kernel, on parts that hide nothing or
                              batch_invariant; sequences with lse <= 64   under a mask
     forward_pass,            all; gradients of biases and of lse        tiles in plain torch: the kernel gives neither

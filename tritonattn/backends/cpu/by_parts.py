@@ -25,7 +25,7 @@ from ...core.terms import Gradients, Needs, addends, others_than
 from ...core.visibility import Visibility
 from .parts import Part, Parts, additive, by_entry, cut_rows, unstacked
 from .tiles import sliced
-from .torch_kernel import FEW_ROWS, SHARES_KEY_HEADS, folds_rows, for_kernel, stays_finite
+from .torch_kernel import SHARES_KEY_HEADS, folds_rows, for_kernel, is_widened, stays_finite
 
 _forward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -237,8 +237,7 @@ class _Operands:
         self.factor = terms.scale / self.scale
         if self.factor != 1:
             q = q * self.factor
-        # For each block of 16-bit keys the kernel calls oneDNN, which for few rows takes longer than to widen them.
-        self.widens = q.dtype != self.dtype and q.shape[2] <= FEW_ROWS
+        self.widens = is_widened(q, 1 if self.has_mask else q.shape[1] // max(k.shape[1], 1))
         width = max(q.shape[-1], v.shape[-1])
         self.q, self.k, self.v = for_kernel(q, width), for_kernel(k, width), for_kernel(v, width)
 

@@ -87,6 +87,8 @@ def attention(call: AttentionCall, again: Attend) -> ForwardResult | None:
     k * key_scale are rounded to bf16 once before they meet.
     """
     # torch maps its attention in a loop under vmap; our operators fold the mapped axis into the batch.
+    if call.visibility.at_lengths:
+        call = _over_written_keys(call)
     is_full = call.visibility.is_full
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or not supports(call, is_full):
         return None
@@ -124,6 +126,29 @@ def attention(call: AttentionCall, again: Attend) -> ForwardResult | None:
     out = out if value_width == width else out[..., :value_width]
     out = out if out.dtype == dtype else out.to(dtype)
     return ForwardResult(out, None)  # pyright: ignore[reportArgumentType]
+
+
+def _over_written_keys(call: AttentionCall) -> AttentionCall:
+    """A step over caches of one length as a call over the keys written there; other calls as they are."""
+    visible = call.visibility
+    if visible.invariant or call.block_table is not None:
+        return call
+    length = visible.shared("one length", lambda: _one_length(visible))
+    if length == 0 or call.k.dtype == EIGHT_BIT or is_widened(call.q, call.q.shape[1] // max(call.k.shape[1], 1)):
+        return call
+    k, v, terms = call.k[:, :, :length], call.v[:, :, :length], call.terms
+    if terms.key_scale is not None:
+        terms = terms.changed(key_scale=terms.key_scale[:, :, :length])
+    return call.changed(k=k, v=v, terms=terms, visibility=Visibility.of(call.q, k))
+
+
+def _one_length(visible: Visibility) -> int:
+    """The keys of each cache, for a lone row that attends to all of them; 0 where they differ or are not read."""
+    is_lone = visible.q_len == 1 and visible.left is None and visible.row_counts is None
+    if not (is_lone and visible.key_lengths is not None and values_are_read(visible.key_lengths)):
+        return 0
+    least, most = map(int, visible.key_lengths.aminmax())
+    return least if least == most else 0
 
 
 def _differentiate_twice(out: Tensor, is_full: bool, scale: float, again: Attend) -> None:
@@ -166,6 +191,15 @@ def _saved_operands(node: Any) -> list[Tensor]:
 def folds_rows(q: Tensor, group: int) -> bool:
     """True where the query heads of a key head go to the kernel as rows, so that keys are read once: few rows."""
     return group > 1 and not torch.compiler.is_compiling() and q.shape[2] <= FEW_ROWS
+
+
+def is_widened(q: Tensor, group: int) -> bool:
+    """True where few rows, of which those of `group` heads share keys, meet 16-bit keys in fp32.
+
+    For each block of keys the kernel calls oneDNN, which takes longer than to widen them: for a lone row, and in fp16.
+    """
+    is_few = q.shape[2] <= FEW_ROWS if q.dtype == torch.float16 else q.shape[2] * group == 1
+    return q.dtype.itemsize == 2 and is_few
 
 
 def _needs_fp32(call: AttentionCall) -> bool:
