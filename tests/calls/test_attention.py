@@ -23,6 +23,26 @@ from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS, Scales, Scaling
 
 
+class _ReadsBoth(Scaling):
+    """scale[i, j] = mean(q[i]^2) mean(k[j]^2), from q and k themselves."""
+
+    def scales(self, q, k, visibility, statistics):
+        return Scales(1.0, query=q.float().square().mean(-1), key=k.float().square().mean(-1))
+
+
+def test_gradients_of_a_scaling_that_reads_q_and_k_itself_are_rounded_once():
+    """Added in fp32 to those of the logits, and then rounded to 16 bits."""
+    given = torch.randn(4, 1, 2, 21, 16).bfloat16()
+
+    def gradients(dtype):
+        *leaves, d_out = (x.to(dtype).requires_grad_() for x in given)
+        out = tritonattn.attention(*leaves, scaling=_ReadsBoth(), causal=True)
+        return torch.autograd.grad(out, leaves[:2], d_out)
+
+    for ours, wanted in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
+        assert torch.equal(ours, wanted.bfloat16())
+
+
 @pairwise(
     scaling=SCALINGS,
     mask=MASKS,

@@ -114,7 +114,7 @@ def check(request: Request, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or Hk
     )
     if aux is not False:
         check_bool("return_aux", aux)
-    if not (backend == "auto" and type(dropout_p) is float and dropout_p == 0):
+    if not (isinstance(backend, str) and backend in BACKENDS and type(dropout_p) is float and dropout_p == 0):
         check_settings(backend, dropout_p)
     if not isinstance(dropout_p, float):
         dropout_p = as_float(dropout_p)

@@ -36,7 +36,6 @@ from .passes import (
     Saved,
     backward_pass,
     forward,
-    forward_kept,
     forward_operator,
     second_and_tangent_pass,
     second_pass,
@@ -52,7 +51,8 @@ def attention(call: AttentionCall) -> ForwardResult:
     given = call.q, call.k, call.v, *call.terms.tensors()
     has_graph, is_eager = needs_graph(*given), runs_eagerly(*given, call.visibility.key_lengths)
     if is_eager and not has_graph:
-        return forward(call, has_graph=False)
+        results = forward(call, keep_rounding=False, has_graph=False)
+        return ForwardResult(*results[: 4 if call.aux else 2])  # pyright: ignore[reportArgumentType]
     keep_rounding = call.v.dtype.itemsize == 2 and (has_graph or is_transformed())
     values = flat(call if is_eager else without_repeats(call))
     if not (is_eager or is_transformed() or in_forward_mode()):
@@ -137,7 +137,7 @@ class _Attention(Function):
         *tensors, rest, call = inputs
         if call is None:
             return forward_operator(*rest.whole(tensors), rest.keep_rounding)
-        return forward_kept(call, rest.keep_rounding)
+        return forward(call, rest.keep_rounding)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..backends.protocol import SecondOrder
 from ..core.autograd import runs_eagerly, without_autocast
-from ..core.call import AttentionCall, ForwardResult
+from ..core.call import AttentionCall
 from ..core.eight_bit import dtype_of_sums
 from ..core.terms import Gradients, Needs, Terms, others_than
 from .operators import GRADIENTS, NAMES, SCHEMA, call_of, flat, operator, vmap_of_call
@@ -23,7 +23,7 @@ Saved = tuple[Tensor, Tensor, "Tensor | None"]  # out, lse, and rounding where i
 def forward_pass(call: AttentionCall, keep_rounding: bool) -> tuple[Tensor, ...]:
     """out, lse, max_logit, entropy and rounding, without a graph: tensors of size 0 for those not asked for."""
     if runs_eagerly(*call.tensors()):
-        return _filled(forward_kept(call, keep_rounding))
+        return _filled(forward(call, keep_rounding))
     return forward_operator(*flat(call), keep_rounding)
 
 
@@ -82,8 +82,11 @@ def second_and_tangent_pass(
     return found, tangent_pass(call, results, tangents)
 
 
-def forward(call: AttentionCall, rounding: Tensor | None = None, *, has_graph: bool) -> ForwardResult:
-    """Run a call on its backend. With a graph, forward and backward must multiply in the same tiles."""
+def forward(call: AttentionCall, keep_rounding: bool, has_graph: bool | None = None) -> tuple[Tensor | None, ...]:
+    """Run a call on its backend: out, lse, max_logit, entropy and rounding, None for those not asked for.
+
+    has_graph   forward and backward must multiply in the same tiles; None: where wider dtypes do not tell
+    """
     visible, backend = call.visibility, BACKENDS[call.backend]
     is_cache = call.cached and visible.sequences is None
     if call.block_table is not None and not (backend.reads_pages and (is_cache or call.k.shape[0] > 0)):
@@ -92,20 +95,16 @@ def forward(call: AttentionCall, rounding: Tensor | None = None, *, has_graph: b
         if visible.invariant:
             call = call.by_ranges()
     elif call.q.numel() == 0 or call.k.numel() == 0:
-        out, lse, max_logit, entropy, _ = _allocate_forward(call, keep_rounding=False)
-        rows = (out.zero_(), lse.fill_(-torch.inf), max_logit.fill_(-torch.inf), entropy.zero_())
-        return ForwardResult(*rows[: 4 if call.aux else 2])
+        out, lse, max_logit, entropy, rounding = _allocate_forward(call, keep_rounding)
+        aux = (max_logit.fill_(-torch.inf), entropy.zero_()) if call.aux else (None, None)
+        return out.zero_(), lse.fill_(-torch.inf), *aux, rounding if keep_rounding else None
     elif visible.invariant and (first := visible.first_keys()) is not None:
         call = call.from_keys(first)
-    return backend.forward(call, rounding, has_graph)
-
-
-def forward_kept(call: AttentionCall, keep_rounding: bool) -> tuple[Tensor | None, ...]:
-    """The results of `_forward`, and rounding: None for those not asked for."""
     q, v = call.q, call.v
     rounding = v.new_empty((*q.shape[:3], v.shape[3]), dtype=torch.int8) if keep_rounding else None
-    has_graph = keep_rounding or v.dtype.itemsize > 2  # nothing here tells which wider ones have one
-    return (*forward(call, rounding, has_graph=has_graph), rounding)
+    if has_graph is None:
+        has_graph = keep_rounding or v.dtype.itemsize > 2
+    return *backend.forward(call, rounding, has_graph), rounding
 
 
 def _backward(
@@ -202,7 +201,7 @@ def _filled(results: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
 def forward_operator(*arguments):
     *arguments, keep_rounding = arguments
     with without_autocast(arguments[0]):
-        return _filled(forward_kept(call_of(arguments), keep_rounding))
+        return _filled(forward(call_of(arguments), keep_rounding))
 
 
 @forward_operator.register_fake

@@ -236,17 +236,13 @@ def decode(call: AttentionCall, aux: bool) -> ForwardResult:
     asked = {"aux": aux, "packed_rows": rows, "sequences": visible.row_counts is not None}
     asked |= {"right": False, "key_lengths": False}  # no code depends on how the end of a cache is given
     ready = Prepared(call, specialisation_of(call, sizes, asked), sizes, _arguments(call))
-    results = _allocate(call, (sizes.batch, sizes.q_heads, sizes.q_len), aux)
-    launch_kernel("decode", ready, {"results": results}, over_groups, launch_in_splits)
-    return ForwardResult(results.out, results.lse, results.max_logit, results.entropy)
-
-
-def _allocate(call: AttentionCall, shape: tuple[int, ...], aux: bool) -> Results:
-    """Uninitialised results of rows."""
-    out = call.q.new_empty((*shape, call.v.shape[3]), dtype=torch.float32 if call.k.dtype == EIGHT_BIT else None)
+    shape, dtype = call.q.shape[:3], torch.float32 if call.k.dtype == EIGHT_BIT else call.q.dtype
+    out = call.q.new_empty((*shape, call.v.shape[3]), dtype=dtype)
     lse = call.q.new_empty(shape, dtype=torch.float32)
     max_logit, entropy = (torch.empty_like(lse), torch.empty_like(lse)) if aux else (None, None)
-    return Results(out, None, lse, max_logit, entropy)
+    results = Results(out, None, lse, max_logit, entropy)
+    launch_kernel("decode", ready, {"results": results}, over_groups, launch_in_splits)
+    return ForwardResult(out, lse, max_logit, entropy)
 
 
 def _arguments(call: AttentionCall) -> Arguments:
