@@ -18,7 +18,7 @@ import torch
 import triton
 
 from tritonattn.backends.triton import KERNELS
-from tritonattn.cli.options import check_file, numbers, whole_number
+from tritonattn.cli.options import add_chosen, check_file, numbers, whole_number
 from tritonattn.cli.threads import usable_cores
 from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import commit
@@ -95,21 +95,26 @@ class Reading:
     compile_seconds: float
 
 
-def cases(targets: Sequence[str], head_dims: Sequence[int], dtype: torch.dtype) -> list[Case]:
+def cases(
+    targets: Sequence[str], head_dims: Sequence[int], dtype: torch.dtype, kernels: Sequence[str] = READ
+) -> list[Case]:
     """Every kernel without scales, with query_scale, and that with key_scale, each bias and batch_invariant.
 
-    Kernels that no batch_invariant call launches are read in causal calls alone.
+    Kernels that no batch_invariant call launches are read in causal calls alone, those of derivatives beyond the first
+    in the forms that tables have: with query_scale, and that with key_scale.
     """
     found = []
-    for target, head_dim, kernel in product(targets, head_dims, READ):
+    for target, head_dim, kernel in product(targets, head_dims, kernels):
         if kernel not in KERNELS or (kernel in SECOND_KERNELS and head_dim > 256):
             continue
         if kernel in STREAMING_KERNELS:
             found.append(Case(kernel, target, Problem(head_dim, head_dim, dtype)))
             continue
         forms = [*product((False, True), FORMS), *product((True,), CAUSAL_FORMS)]
-        if kernel == "decode" or kernel in SECOND_KERNELS:  # batch_invariant calls do not launch them
+        if kernel == "decode":  # batch_invariant calls do not launch it
             forms = [(causal, form) for causal, form in forms if causal and "invariant" not in form]
+        if kernel in SECOND_KERNELS:
+            forms = [(True, form) for form in FORMS[1:]]
         for causal, form in forms:
             problem = Problem(head_dim, head_dim, dtype, right=causal, **dict.fromkeys(form, True))
             found.append(Case(kernel, target, problem))
@@ -276,6 +281,7 @@ def _text(figure: float | None) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", type=_targets, default=TARGETS, help="sm_80,gfx942,...: those to compile for")
     parser.add_argument("--head-dims", type=numbers(1, WIDEST), default=(64, 128), help="64,128,...")
+    add_chosen(parser, "--kernels", READ, "forward,...: some of them")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument(
         "--biases", action="store_true", help="causal calls with query_scale, and with each bias, alone"
@@ -299,7 +305,7 @@ def _targets(text: str) -> list[str]:
 def run(arguments: argparse.Namespace) -> None:
     """Compile, print the tables and write the files."""
     check_file("--json", arguments.json)
-    found = cases(arguments.targets, arguments.head_dims, DTYPES[arguments.dtype])
+    found = cases(arguments.targets, arguments.head_dims, DTYPES[arguments.dtype], arguments.kernels)
     if arguments.biases:
         forms = {"query_scale", *(f"query_scale + {bias}" for bias in BIASES)}
         found = [case for case in found if case.problem.right and _form(case.problem) in forms]

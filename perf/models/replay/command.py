@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from tritonattn.cli.options import whole_number, whole_numbers
+from tritonattn.cli.options import add_chosen, whole_number, whole_numbers
 from tritonattn.cli.threads import usable_cores
 from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import commit
@@ -71,10 +71,12 @@ def _problem(head_dim: int) -> Problem:
     return Problem(head_dim, head_dim, torch.bfloat16, query_scale=True)
 
 
-def cases(targets: list[str], head_dims: tuple[int, ...], stages: tuple[int, ...]) -> list[Case]:
+def cases(
+    targets: list[str], head_dims: tuple[int, ...], stages: tuple[int, ...], kernels: tuple[str, ...] = KERNELS
+) -> list[Case]:
     """List every kernel's shipped config, the same with other stages where that is legal, and Gluon's forward."""
     found = []
-    for name, head_dim, kernel in product(targets, head_dims, KERNELS):
+    for name, head_dim, kernel in product(targets, head_dims, kernels):
         target, problem = Target.parse(name), _problem(head_dim)
         shipped = config_for(kernel, problem, target)
         configs = dict.fromkeys([shipped, *(with_fields(shipped, num_stages=count) for count in stages)])
@@ -156,6 +158,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     targets = [f"sm_{arch}" for arch in PARAMETERS]
     parser.add_argument("--targets", type=_targets, default=targets, help="sm_90,...: those to compile for")
     parser.add_argument("--head-dims", type=whole_numbers, default=(64, 128), help="64,128,...")
+    add_chosen(parser, "--kernels", KERNELS, "forward,...: some of them")
     parser.add_argument("--stages", type=whole_numbers, default=(2, 3), help="also the configs with these: 2,3,...")
     parser.add_argument("--workers", type=whole_number, default=usable_cores(), help="processes that compile")
     parser.add_argument("--cubin", type=Path, help="replay the loops of this sm_90 binary instead")
@@ -178,17 +181,18 @@ def run(arguments: argparse.Namespace) -> None:
         rows = [[count, f"{timeline.clocks:.1f}", waits_text(timeline.waits)] for count, timeline in found]
         print(table(rows, ["instructions", "clocks", "waits for"], left=0))
         return
-    wanted = cases(arguments.targets, arguments.head_dims, arguments.stages)
+    wanted = cases(arguments.targets, arguments.head_dims, arguments.stages, arguments.kernels)
     with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
         tasks = [pool.submit(examine, case) for case in wanted]
         results = [(case, task.result()) for case, task in zip(wanted, Progress(tasks, unit="kernel"), strict=True)]
     names, dims, stages = (",".join(map(str, x)) for x in (arguments.targets, arguments.head_dims, arguments.stages))
+    of_kernels = "" if arguments.kernels == KERNELS else f" --kernels {','.join(arguments.kernels)}"
     clocks = clocks_of_triton_tutorial()
     print(
         HEADING.format(
             triton=triton.__version__,
             commit=commit(),
-            command=f"python -m perf replay --targets {names} --head-dims {dims} --stages {stages}",
+            command=f"python -m perf replay --targets {names} --head-dims {dims}{of_kernels} --stages {stages}",
             late=f"{error_of_flash_attention_3(2048):.1%}",
             all=f"{error_of_flash_attention_3():.1%}",
             low=min(clocks) / 1000,
