@@ -295,7 +295,7 @@ def specialisation_of(
 
 def aligned_copy(tensor: Tensor) -> Tensor:
     """The tensor, or a contiguous copy where that alone is aligned, as of an expanded gradient."""
-    if not _has_whole_vectors(tensor) or is_aligned(tensor):
+    if is_aligned(tensor) or not _has_whole_vectors(tensor):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)  # `contiguous` keeps a view at an odd offset
 

@@ -168,7 +168,7 @@ def key_norms(k: Tensor, seen: Tensor | None) -> Tensor:
     """
     k = with_usual_strides(k)
     norms = torch.empty(k.shape[:3], dtype=torch.float32, device=k.device)
-    launch_keys("key_statistics", key_arguments(k, seen) | {"norms_ptr": norms}, k)
+    launch_keys("key_statistics", k, seen, {"norms_ptr": norms})
     return norms
 
 
@@ -182,7 +182,7 @@ def key_norms_backward(
     d_k = torch.empty_like(k, memory_format=torch.contiguous_format)
     gradients: Arguments = {"norms_ptr": norms.contiguous(), "d_norms_ptr": d_norms.contiguous()}
     gradients |= {"added_ptr": None if added is None else added.contiguous(), "d_k_ptr": d_k}
-    launch_keys("key_statistics_grad", key_arguments(k, seen) | gradients, k)
+    launch_keys("key_statistics_grad", k, seen, gradients)
     return d_k
 
 
@@ -211,8 +211,11 @@ def with_usual_strides(k: Tensor) -> Tensor:
     return k if usual else k.clone(memory_format=torch.contiguous_format)
 
 
-def launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
+def launch_keys(kernel: str, k: Tensor, seen: Tensor | None, arguments: Arguments) -> None:
+    """Launch a pass over keys. seen: of `key_norms`; arguments: others than those of all such passes."""
     batch, heads, k_len, _ = k.shape
+    seen = None if seen is None else seen_bytes(seen, k.shape[:3])
+    available = {"k": Strided(k, *k.stride()), "seen_ptr": seen, "k_len": k_len, "kv_heads": heads, **arguments}
     key: list[Any] = [*forms_of(None, k), k.shape[3]]
     for value in available.values():  # no comprehension: each is one more call before Python 3.12
         key.append(getattr(value, "dtype", value is None))
@@ -224,8 +227,3 @@ def launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
 
 def _problem(k: Tensor) -> Problem:
     return Problem(k.shape[3], k.shape[3], k.dtype, aligned=is_aligned(k), invariant=True)
-
-
-def key_arguments(k: Tensor, seen: Tensor | None) -> Arguments:
-    seen = None if seen is None else seen_bytes(seen, k.shape[:3])
-    return {"k": Strided(k, *k.stride()), "seen_ptr": seen, "k_len": k.shape[2], "kv_heads": k.shape[1]}

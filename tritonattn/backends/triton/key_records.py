@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .block import LENGTHS, from_row, load_tile, page_slots, program_position, tile_offsets
-from .key_norms import key_arguments, key_norms, launch_keys, norms_of, with_usual_strides
+from .key_norms import key_norms, launch_keys, norms_of, with_usual_strides
 from .launch import KERNELS, kept_specialisation, pages_of, plan, scale_of, vector_form
 from .ranges import NO_HEADS
 from .records import Arguments, KeyBuffers
@@ -188,13 +188,13 @@ def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...
     k = with_usual_strides(k)
     counts, norms, norm_sums, norm_square_sums, norm_maxima = buffers
     counts_after = torch.empty_like(counts)
-    arguments = key_arguments(k, None) | {
+    arguments: Arguments = {
         "new_norms_ptr": key_norms(k, None) if k.shape[2] > _FEW_KEYS else None,
         "new_counts_ptr": None if new_counts is None else new_counts.long().contiguous(),
         "buffers": KeyBuffers(counts, counts_after, norms, norm_sums, norm_square_sums, norm_maxima),
         "capacity": norms.shape[2] - 1,
     }
-    launch_keys("append_keys", arguments, k)
+    launch_keys("append_keys", k, None, arguments)
     counts.copy_(counts_after)
 
 
