@@ -18,6 +18,7 @@ INSTALL = $(PIP) install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 # One thread a worker: more would take the cores from one another. Neighbours share fixtures: they stay on one worker.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
+WITHOUT_KERNELS = --ignore tests/kernels --ignore tests/distributed
 # Tests that start processes.
 ALONE = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 INTERPRETED = TRITON_INTERPRET=$$($(VENV)/bin/python -c 'import torch; print(int(not torch.cuda.is_available()))')
@@ -40,12 +41,13 @@ endef
 export DEMO
 
 test: $(VENV)/.test  ## every test that needs no download; the kernels' on the GPU, or in Triton's interpreter
-	$(PYTEST) --ignore tests/kernels --ignore tests/slow --ignore tests/distributed $(ARGS)
-	$(INTERPRETED) $(PYTEST) tests/kernels $(ARGS)
+	$(PYTEST) -m "not slow" $(WITHOUT_KERNELS) --ignore tests/slow $(ARGS)
+	$(INTERPRETED) $(PYTEST) -m "not slow" tests/kernels $(ARGS)
 	$(ALONE) tests/distributed $(ARGS)
 
-test-slow: $(VENV)/.test $(VENV)/.real  ## the long tests, and those on real weights
-	$(PYTEST) tests/slow $(ARGS)
+test-slow: $(VENV)/.test $(VENV)/.real  ## the tests that are marked slow, and those on real weights
+	$(PYTEST) -m slow $(WITHOUT_KERNELS) $(ARGS)
+	$(INTERPRETED) $(PYTEST) -m slow tests/kernels $(ARGS)
 
 test-peers: $(VENV)/.test  ## the model tests of transformers against ours, and that they find a wrong scale; a peer's test of tangents; downloads sdists
 	$(INSTALL) parameterized

@@ -3,12 +3,22 @@
 import gc
 from importlib.util import find_spec
 
+import pytest
+
 if find_spec("triton") is None:
     collect_ignore = ["compiled", "emulated", "kernels", "perf", "stub_tests", "autotune", "tuning", "slow/emulated"]
 
 
 def pytest_collectstart() -> None:
     gc.disable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what lies in tests/slow, before -m chooses by marks."""
+    for item in items:
+        if item.nodeid.startswith("tests/slow/"):
+            item.add_marker("slow")
 
 
 def pytest_collection_finish() -> None:

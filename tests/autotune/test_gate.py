@@ -39,6 +39,7 @@ def test_code_that_passes():
     assert details["shared_bytes"] > 8192
 
 
+@pytest.mark.slow
 @compiled
 def test_code_that_spills_much_is_refused():
     """64 rows and keys of one warp."""
@@ -80,6 +81,7 @@ def test_waves_per_eu_reach_the_compiler():
     assert '"amdgpu-waves-per-eu"="3,3"' in compile_kernel("decode", PROBLEM, config, GFX950).asm["llir"]
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.skipif(OLDER_TRITON, reason="divides other loops")
 def test_a_specialised_loop_is_divided_among_warps():

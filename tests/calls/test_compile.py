@@ -77,6 +77,7 @@ def test_a_sum_of_key_norms_without_a_graph():
     torch.testing.assert_close(compiled(*given), function(*given))
 
 
+@pytest.mark.slow
 def test_under_autocast_with_dropout():
     def function(q, k, v, gain):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -86,6 +87,7 @@ def test_under_autocast_with_dropout():
     assert_compiles(function, (operands()[:4], {}))
 
 
+@pytest.mark.slow
 def test_causal_calls_of_any_length_and_number():
     def function(q, k, v, gain, factor):
         return tritonattn.attention(q, k, v, scaling="key_count", gain=gain * factor, causal=True).square().sum()
@@ -94,6 +96,7 @@ def test_causal_calls_of_any_length_and_number():
     assert_compiles(function, *calls, dynamic=True)
 
 
+@pytest.mark.slow
 def test_packed_sequences_of_any_lengths():
     check_packed_sequences_of_any_lengths("key_count")
 

@@ -58,6 +58,7 @@ def check(head_dim: int, causal: bool) -> None:
     assert not found.is_serialised
 
 
+@pytest.mark.slow
 def test_unmasked_loop():
     check(64, causal=False)
 

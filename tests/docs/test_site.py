@@ -15,6 +15,7 @@ pytest.importorskip("mkdocs", reason="pip install 'tritonattn[docs]'")
 pytest.importorskip("material", reason="pip install 'tritonattn[docs]'")
 
 
+@pytest.mark.slow
 def test_it_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}

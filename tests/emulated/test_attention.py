@@ -59,7 +59,7 @@ EVERYTHING = [
 ]
 
 
-@pytest.mark.parametrize(("gpu", "case"), FAST, ids=str)
+@pytest.mark.parametrize(("gpu", "case"), [pytest.param(*FAST[0], marks=pytest.mark.slow), *FAST[1:]], ids=str)
 def test_attention(gpu, case, emulate):
     executor = emulate(gpu, case.tiles)
     case.check()
@@ -69,6 +69,7 @@ def test_attention(gpu, case, emulate):
     assert len(executor.launched) == 4 + of_ranges + of_keys  # forward, row terms, both backward kernels
 
 
+@pytest.mark.slow
 def test_parts_of_splits_are_joined(emulate, monkeypatch):
     """Scales of either sign, whose rows go through the memory of parts; a dead split, and one that begins in a head."""
     for name in ("splits_of_keys", "splits_of_rows"):
@@ -97,6 +98,7 @@ def test_nan_of_a_visible_pair_is_in_its_row(name, softcap, emulate):
         assert torch.equal(statistic.isnan(), nan.expand_as(statistic))
 
 
+@pytest.mark.slow
 def test_bits_of_batch_invariant_rows(emulate, monkeypatch):
     """Causal rows among all rows, told their keys by ranges, and in decoding; tests/invariance has more batches.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.support.caches import check_cuts
@@ -88,6 +89,7 @@ def test_append_keys(emulate):
             torch.testing.assert_close(one[:, :end], other[:, :end], rtol=1e-6, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_sums_of_appended_keys_do_not_depend_on_how_they_are_cut(emulate):
     """Blocks of 64 sums: keys so wide are measured 16 at a time."""
     executor = emulate(GPU(80))

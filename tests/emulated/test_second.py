@@ -26,6 +26,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 def test_derivatives(emulate):
     check(emulate, *FAST)
 

@@ -90,6 +90,7 @@ FREE = [*combinations(("dims", "mask", "form", "scaling", "gain", "heads"), 2), 
 EVERYTHING = cases_of(Case, all_pairs(CHOICES), FREE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gpu", "case"), FAST, ids=str)
 def test_varlen(gpu, case, emulate):
     executor = emulate(gpu, case.tiles)

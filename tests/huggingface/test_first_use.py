@@ -34,6 +34,7 @@ print(json.dumps([names, [layer.scaling.name for layer in layers], refuses]))
 """
 
 
+@pytest.mark.slow
 def test_an_import_changes_no_class_and_a_saved_patch_loads_after_it(tmp_path):
     pytest.importorskip("peft")
     network = LLAMA.build()

@@ -156,6 +156,7 @@ class _Other(torch.Tensor):
     """A tensor for which operators of torch.library are called."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v", "d_out"])
 def test_gradients_where_an_operator_takes_over_after_norms_were_measured(name, device):
     random = torch.Generator().manual_seed(0)

@@ -69,5 +69,6 @@ def test_offsets_past_int32(device):
     assert torch.equal(found.out, expected.out)
 
 
+@pytest.mark.slow
 def test_appended_norms(device):
     check_appends(torch.float32, 24, device)

@@ -156,6 +156,7 @@ def test_values_that_are_no_numbers_act_as_in_key_bias(value, softcap, device):
         torch.testing.assert_close(result, of_keys[name], equal_nan=True)
 
 
+@pytest.mark.slow
 @in_turn(softcap=SOFTCAPS, dtype=[SINGLE, HALF])
 def test_a_table_of_distances_acts_as_the_bias_of_its_pairs(softcap, dtype, device):
     """To the bits, gradients included, with NaN, inf and a row without keys; each entry belongs to one pair."""
@@ -298,11 +299,13 @@ def test_batch_invariant_rows(mask, after, device):
     check(tensors, mask, device, **options)
 
 
+@pytest.mark.slow
 def test_biases_with_dropout(device):
     tensors, arguments = harness.of_form("everything", HALF, device, scales=("query_scale", "bias", "relative_bias"))
     harness.check(tensors, relative_right=3, **arguments, **harness.mask("mask of heads", device))
 
 
+@pytest.mark.slow
 def test_mapped_biases_are_those_of_each_call(device):
     """By torch.func, gradients of a shared bias among them."""
     tensors = harness.inputs(SINGLE, device, scales=("bias", "relative_bias"))

@@ -75,6 +75,7 @@ def size_of(q_len: int, k_len: int, problem: Problem) -> Size:
     return replace(size, **totals, left=9 * problem.left, right=3 * problem.right)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", list(recorded()), ids=lambda call: str(call.of))
 def test_a_recorded_call_is_made_again_and_agrees_with_the_reference(call, device):
     """With the same problem and size, so that an entry serves the calls that it was found for."""

@@ -12,6 +12,7 @@ from tests.kernels.derivatives import BIASES, FORMS, NAMES, SCALES, Case, case_o
 from tests.support.bound import assert_within_bound
 from tests.support.calls import changed
 from tests.support.derivatives import tensors_of
+from tests.support.slow import slow_but
 from tritonattn.core.terms import Gradients, Needs
 
 pytestmark = [
@@ -20,12 +21,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but(["capped"], FORMS))
 def test_every_term(form, device):
     case_of(FORMS[form], device).check()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(["q", "query_scale"], NAMES))
 def test_one_tensor_has_a_tangent(name, device):
     """All gradients, those towards the tangents of others too; each alone has the bits that it has among all."""
     case = case_of(f"{BIASES} key_scale sinks", device, lengths=(17, 18))

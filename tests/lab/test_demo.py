@@ -31,6 +31,7 @@ def test_the_screen_has_the_control_and_the_study(capsys):
     assert printed.err.count(": 4 steps, ") == 3
 
 
+@pytest.mark.slow
 def test_it_needs_no_extra():
     code = "import sys; sys.modules |= dict.fromkeys({'tqdm', 'transformers', 'matplotlib', 'scipy', 'sklearn'})\n"
     code += "from tritonattn.cli import main\nfrom tritonattn.lab import demo\n"

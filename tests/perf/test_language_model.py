@@ -120,6 +120,7 @@ def test_losses_on_text_stand_beside_those_of_sqrt_dim_with_the_same_seed():
     )
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_where_its_record_stops(tmp_path, capsys):
     file = tmp_path / "runs.jsonl"
     words = ["language-model", "--quick", "--out", str(file), "--only", "ledger wn qk_norm=plain adamw window=4 seed=0"]

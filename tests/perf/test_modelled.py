@@ -47,6 +47,7 @@ def test_blocks_that_a_tile_meets(q_len, k_len, mask):
         assert list(found.values()) == counts.tolist()
 
 
+@pytest.mark.slow
 def test_a_sweep_prints_them(tmp_path, capsys):
     """A forward is replayed, decoding is bounded by the card's memory, fp32 by its FFMA."""
     skip_without_stub()

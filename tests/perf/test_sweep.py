@@ -14,6 +14,7 @@ from .commands import TINY, sweep
 FEW = ("--scalings", "sqrt_dim,key_norm_mean", "--peers", "sdpa,eager,flash-attn-2")
 
 
+@pytest.mark.slow
 def test_every_suite(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_suites, "_free", lambda device: None)  # a third of a second a case, of 250
     records = sweep(tmp_path / "a.jsonl", "--suite", ",".join(SUITES), *FEW)

@@ -26,7 +26,7 @@ def test_no_synchronisation_can_be_left_out(gpu, emulate):
 
 
 def test_no_synchronisation_of_hopper_can_be_left_out(emulate):
-    found, implied = hopper.missed(hopper.check(hopper.CALL, emulate).launches[0], each=True)
+    found, implied = hopper.missed(hopper.check(hopper.CALL, emulate).launches[0])
     assert implied == {instruction: count for instruction, (count, _) in hopper.IMPLIED.items()}
     assert found["mbarrier.try_wait"] >= 10
     assert found["mbarrier.arrive"] >= 15
