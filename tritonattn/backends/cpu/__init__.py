@@ -6,9 +6,8 @@
                              one length
     by_parts                 the others without softcap, dropout and    PyTorch's kernel, on parts that hide nothing or
                              batch_invariant; sequences with lse <= 64   under a mask
-    forward_pass,            all; gradients of biases and of lse        tiles in plain torch: the kernel gives neither
-    backward_pass                                                       dP nor P
-    statistics_of_rows       return_aux, after either                   the kernel gives lse alone
+    forward_pass,            all; return_aux; gradients of biases       tiles in plain torch: the kernel gives neither
+    backward_pass            and of lse                                 dP nor P
     tangent_pass,            derivatives beyond the first, after any    the kernel has none
     second_pass
 
@@ -54,11 +53,8 @@ class Sdpa(Backend):
         return f"backend 'sdpa' on {device}, whose products follow the lengths" if device.type == "cuda" else None
 
     def forward(self, call: AttentionCall, rounding: Tensor | None = None, has_graph: bool = True) -> ForwardResult:
-        found = _by_parts(call, rounding) if by_parts.takes(call) else forward_pass.forward(call, rounding)
-        if not call.aux:
-            return found
-        lse = found.lse.contiguous()  # for those who view the bits of a user's result
-        return ForwardResult(found.out, lse, *forward_pass.statistics_of_rows(call, lse))
+        takes = by_parts.takes(call) and not call.aux
+        return _by_parts(call, rounding) if takes else forward_pass.forward(call, rounding)
 
     def backward(
         self,

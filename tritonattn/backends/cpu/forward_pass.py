@@ -1,4 +1,4 @@
-"""Output and lse, by a softmax that grows with every tile of keys; statistics of rows, from the logits again."""
+"""Output, lse and statistics of rows, by a softmax that grows with every tile of keys."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ...core.call import AttentionCall, ForwardResult
 from ...core.eight_bit import dtype_of_sums
 from ...core.rounding import lost_in_rounding
 from .fixed_tiles import tiles_of
-from .tiles import Block, Tiles, bounded_, exp_, logits_of, without_smallest_
+from .tiles import Block, Tiles, bounded_, logits_of, without_smallest_
 
 
 def forward(call: AttentionCall, rounding: Tensor | None = None) -> ForwardResult:
-    """Compute the output and lse of a call.
+    """Compute the output and lse of a call, and where it is asked for the largest logit and the entropy of each row.
 
     rounding, int8 and shaped like the output, receives what the output lost when it was rounded: `core.rounding`.
     """
@@ -21,6 +21,7 @@ def forward(call: AttentionCall, rounding: Tensor | None = None) -> ForwardResul
     rows = call.q.shape[:3]
     out = call.v.new_empty(*rows, call.v.shape[3], dtype=dtype_of_sums(call.q, call.v))
     lse = call.q.new_empty(rows, dtype=tiles.dtype)
+    statistics = (torch.empty_like(lse), torch.empty_like(lse)) if call.aux else ()
     for heads in tiles.heads():
         for block in tiles.blocks(heads):
             softmax = _Softmax(_Rows(tiles, block))
@@ -32,34 +33,10 @@ def forward(call: AttentionCall, rounding: Tensor | None = None) -> ForwardResul
             if rounding is not None:
                 tiles.store(rounding, lost_in_rounding(exact, rounded), block)
             tiles.store(lse, softmax.lse(), block)
-    return ForwardResult(out, lse)
-
-
-def statistics_of_rows(call: AttentionCall, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the largest logit and the entropy of each row, [B, Hq, Sq], from lse.
-
-    With t_j = z_j - lse and w = sum_j exp(t_j), which is 1 but for rounding, entropy = ln w - sum_j exp(t_j) t_j / w.
-    """
-    tiles = tiles_of(call)
-    max_logit, entropy = torch.empty_like(lse), torch.empty_like(lse)
-    for heads in tiles.heads():
-        for block in tiles.blocks(heads):
-            rows = _Rows(tiles, block)
-            base = tiles.of_each_row(lse, block)
-            base = base.masked_fill(base == -torch.inf, 0)
-            largest = torch.full_like(base, -torch.inf)
-            total, spread = torch.zeros_like(base), torch.zeros_like(base)
-            for keys, hidden in tiles.keys_of(block, tiles.spans_of(block)):
-                logit, peak = rows.logits(keys, hidden)
-                largest = torch.maximum(largest, peak)
-                above = bounded_(logit.sub_(base))
-                weight = without_smallest_(torch.exp(above))
-                total, spread = total + tiles.sum(weight), spread + tiles.sum(above.mul_(weight))
-            tiles.store(max_logit, largest, block)
-            is_blind = largest == -torch.inf
-            total = total.masked_fill(is_blind, 1)
-            tiles.store(entropy, (total.log() - spread / total).clamp_(min=0).masked_fill_(is_blind, 0), block)
-    return max_logit, entropy
+            if call.aux:
+                for whole, part in zip(statistics, (softmax.largest, softmax.entropy()), strict=True):
+                    tiles.store(whole, part, block)
+    return ForwardResult(out, lse, *statistics)
 
 
 class _Rows:
@@ -95,28 +72,38 @@ class _Softmax:
     """The softmax of a block's rows over the keys so far, and the values that it weighs.
 
     peak       largest logit z, after the softcap
+    largest    largest logit of `_Rows.logits`
     total      sum of exp(z - peak)
+    spread     sum of exp(z - peak) * (z - peak), where statistics are asked for
     weighted   sum of exp(z - peak) * v, over the pairs that dropout keeps
 
-    Each is [N, G * rows, 1] or [N, G * rows, Dv].
+    Each is [N, G * rows, 1] or [N, G * rows, Dv]. entropy = ln(total) - spread / total, of which both are positive.
     """
 
     def __init__(self, rows: _Rows) -> None:
         self.rows, self.tiles, self.block, self.call = rows, rows.tiles, rows.block, rows.call
         query = rows.query
         self.peak = query.new_full((*query.shape[:2], 1), -torch.inf)
-        self.total = torch.zeros_like(self.peak)
+        self.largest, self.total = self.peak, torch.zeros_like(self.peak)
+        self.spread = torch.zeros_like(self.peak)
         self.weighted = query.new_zeros(*query.shape[:2], self.call.v.shape[3])
 
     def add(self, keys: slice, hidden: Tensor | None) -> None:
         """Add a span of keys."""
         logit, largest = self.rows.logits(keys, hidden)
+        self.largest = torch.maximum(self.largest, largest)
         if self.call.terms.softcap is not None:
             largest = logit.amax(-1, keepdim=True)
         peak = torch.maximum(self.peak, largest)
         base = peak.masked_fill(peak == -torch.inf, 0)
-        weight = exp_(logit.sub_(base))
-        decay = torch.exp(self.peak - base)
+        above, moved = bounded_(logit.sub_(base)), self.peak - base
+        decay = torch.exp(moved)
+        if self.call.aux:
+            weight = without_smallest_(torch.exp(above))
+            moved.clamp_min_(torch.finfo(moved.dtype).min)  # of no key so far, whose total is 0
+            self.spread.addcmul_(moved, self.total).mul_(decay).add_(self.tiles.sum(above.mul_(weight)))
+        else:
+            weight = without_smallest_(above.exp_())
         self.peak = peak
         self.total = self.total.mul_(decay).add_(self.tiles.sum(weight))
         value = self.tiles.of_keys(self.call.v, self.block.heads, keys)
@@ -132,6 +119,10 @@ class _Softmax:
         if self.call.dropout is not None:
             total = total * (1 - self.call.dropout.p)
         return self.weighted / total.masked_fill(blind, 1)
+
+    def entropy(self) -> Tensor:
+        total = self.total.masked_fill(self.total == 0, 1)
+        return (total.log() - self.spread / total).clamp_(min=0)
 
     def lse(self) -> Tensor:
         return self.peak + self.total.log()
