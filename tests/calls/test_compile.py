@@ -88,6 +88,12 @@ def test_under_autocast_with_dropout():
 
 
 @pytest.mark.slow
+def test_the_reference():
+    function = partial(objective, backend="reference", scaling="cosine", causal=True)
+    assert_compiles(function, (operands()[:4], {}))
+
+
+@pytest.mark.slow
 def test_causal_calls_of_any_length_and_number():
     def function(q, k, v, gain, factor):
         return tritonattn.attention(q, k, v, scaling="key_count", gain=gain * factor, causal=True).square().sum()

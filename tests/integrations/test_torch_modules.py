@@ -7,6 +7,7 @@ from torch import nn
 from tests.support.layers import assert_same
 from tests.support.pairs import in_turn
 from tests.support.refusals import refuses
+from tests.support.watch import Watch
 from tritonattn import SCALINGS, attention
 from tritonattn import nn as learned
 from tritonattn.integrations.torch_modules import MultiheadAttention, replace_multihead_attention
@@ -148,6 +149,20 @@ def test_replacing_shares_parameters_and_takes_functions():
     assert set(after) - set(before) == {"layers.0.self_attn.scaling.s", "layers.0.self_attn.scaling.b"}
     replaced.undo()
     assert {name: id(x) for name, x in model.named_parameters()} == before
+
+
+def test_padding_and_a_causal_hint_take_no_memory_of_pairs_and_out_proj_is_called():
+    theirs, ours = pair(batch_first=True)
+    x, hidden, called = tokens(N, 256, E), torch.ones(256, 256).bool().triu(1), []
+    padding = torch.arange(256) >= torch.tensor([256, 2, 4])[:, None]
+    ours.out_proj.register_forward_hook(lambda *_: called.append(True))  # as adapters are
+    largest = []
+    for layer in (ours, theirs):
+        with torch.no_grad(), Watch() as watch:
+            layer(x, x, x, padding, False, hidden, is_causal=True)
+        largest.append(watch.largest)
+    assert largest == [x.nbytes, 8 * N * H * 256**2]
+    assert called == [True]
 
 
 def test_refusals():

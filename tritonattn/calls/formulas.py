@@ -18,8 +18,8 @@ def by_formulas(request: Request, dropout: Dropout | None = None) -> ForwardResu
     request = request.gathered()
     multiplier, addend = dense(request)
     q, k, v, visible = request.q, request.k, request.v, request.visibility
-    result = reference.attention(q, k, v, multiplier, visible, addend, request.terms, dropout)
-    return result._replace(out=result.out.to(dtype))
+    out, *rows = reference.attention(q, k, v, multiplier, visible, addend, request.terms, dropout)
+    return ForwardResult(out.to(dtype), *rows)  # torch 2.8 traces no _replace
 
 
 def dense(request: Request, k: Tensor | None = None) -> tuple[Tensor | float, Tensor | None]:

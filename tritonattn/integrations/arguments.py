@@ -17,8 +17,10 @@ from ..scaling import Scaling
 from ..scaling.base import relative_gain
 from ..scaling.names import LayerMode
 
+LayerScaling = LayerMode | Scaling  # the scaling that `replace_sdpa` takes
 
-def scaling_for(scaling: LayerMode | Scaling, heads: int, device: torch.device | None = None) -> Scaling:
+
+def scaling_for(scaling: LayerScaling, heads: int, device: torch.device | None = None) -> Scaling:
     """`scaling_of_layer` on a device."""
     made = scaling_of_layer(scaling, heads)
     return made.to(device) if isinstance(made, nn.Module) else made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,9 +27,7 @@ def register(name: str = NAME, scaling: ModeName | str | Scaling = "sqrt_dim", b
 
     Args:
         name: For `model.set_attention_backend(name)` and `with attention_backend(name)`, in lower case.
-        scaling: A name in `tritonattn.SCALINGS` or a `Scaling`; a learned one is shared by all layers, and its
-            parameters are yours to train and keep.
-        backend: As in `tritonattn.attention`.
+        scaling, backend: As in `scaled_sdpa`; the parameters of a learned one are yours to train and keep.
 
     Masks are bool, True for visible, or additive: entries of at most -1e4 hide, and others are a bias. Context
     parallelism raises NotImplementedError. diffusers has no public registry: this adds an entry to its enumeration of
@@ -41,24 +39,21 @@ def register(name: str = NAME, scaling: ModeName | str | Scaling = "sqrt_dim", b
     mode = as_mode(scaling)
     if name != name.lower():
         raise ValueError(f"name: expected lower case, the only case that diffusers looks for, got {name!r}")
-    entry = AttentionBackendName._value2member_map_.get(name)
+    entry: Any = AttentionBackendName._value2member_map_.get(name)
     if entry is not None and entry not in _OURS:
         raise ValueError(f"name: expected one that diffusers does not have, got {name!r}")
     entry = _new_entry(name) if entry is None else entry
     _OURS.add(entry)
-    _AttentionBackendRegistry.register(cast(Any, entry))(_function(mode, backend))
+    _AttentionBackendRegistry.register(entry)(_function(mode, backend))
 
 
 def unregister(name: str = NAME) -> None:
     """Undo `register`. Models that still use the name fail at their next call. Raises ValueError for other names."""
     entry = _registered(name)
     _OURS.discard(entry)
-    for table in (
-        _AttentionBackendRegistry._backends,
-        _AttentionBackendRegistry._constraints,
-        _AttentionBackendRegistry._supported_arg_names,
-    ):
-        table.pop(cast(Any, entry))
+    tables = _AttentionBackendRegistry
+    for table in (tables._backends, tables._constraints, tables._supported_arg_names):
+        table.pop(entry)
     AttentionBackendName._value2member_map_.pop(name)
     AttentionBackendName._member_map_.pop(name.upper())
     AttentionBackendName._member_names_.remove(name.upper())

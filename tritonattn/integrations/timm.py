@@ -6,9 +6,7 @@ from torch import Tensor, nn
 
 from ..calls.checks import Backend
 from ..core.errors import install
-from ..scaling import Scaling
-from ..scaling.names import LayerMode
-from .arguments import scaling_for
+from .arguments import LayerScaling, scaling_for
 from .replacement import Change, Replacement
 from .sdpa import ScaledSDPA, sdpa_changes
 
@@ -18,16 +16,11 @@ except ImportError as error:
     raise ImportError(f"tritonattn.integrations.timm needs timm: {install('integrations')}") from error
 
 
-def attention_layer(scaling: LayerMode | Scaling = "sqrt_dim", backend: Backend = "auto") -> type[Attention]:
-    """A subclass of timm.layers.Attention whose logits are scaled by a mode: its arguments, state_dict and results.
+def attention_layer(scaling: LayerScaling = "sqrt_dim", backend: Backend = "auto") -> type[Attention]:
+    """A subclass of timm.layers.Attention with a scaling, as in `replace_sdpa`: its arguments, state_dict and results.
 
-    Args:
-        scaling: A name in `tritonattn.SCALINGS`; one in `tritonattn.nn.LEARNED`, of which every layer makes a module
-            that starts at sqrt_dim, as pretrained weights want; or a `Scaling`, which all layers share.
-        backend: As in `tritonattn.attention`.
-
-    Pretrained weights load as into timm's layer. attn_mask is bool, True for visible, or additive. Models that do
-    not take `attn_layer` say so themselves, by a TypeError: `replace_attention` reaches their layers.
+    Pretrained weights load as into timm's layer. Models that do not take `attn_layer` say so themselves, by a
+    TypeError: `replace_attention` reaches their layers.
 
     Raises:
         TypeError, ValueError: An invalid scaling.
@@ -54,17 +47,10 @@ def attention_layer(scaling: LayerMode | Scaling = "sqrt_dim", backend: Backend 
     return ScaledAttention
 
 
-def replace_attention(
-    model: nn.Module, scaling: LayerMode | Scaling = "sqrt_dim", backend: Backend = "auto"
-) -> Replacement:
-    """Give every attention layer of a timm model a scaling: BEiT, Swin, MaxViT, relative positions, EVA, ...
+def replace_attention(model: nn.Module, scaling: LayerScaling = "sqrt_dim", backend: Backend = "auto") -> Replacement:
+    """`replace_sdpa` for a model of timm (BEiT, Swin, MaxViT, EVA, ...) without an example: it turns on `fused_attn`.
 
-    Args:
-        model: One whose layers call `F.scaled_dot_product_attention`; other calls of theirs stay. Biases of pairs
-            (relative positions, the masks of shifted windows) are added to the scaled logits, with gradient.
-        scaling: As in `attention_layer`; a learned name makes each layer a module `logit_scaling`: give its parameters
-            to the optimiser.
-        backend: As in `tritonattn.attention`.
+    Biases of pairs (relative positions, the masks of shifted windows) are added to the scaled logits, with gradient.
 
     Raises:
         ValueError: A model without such a layer, or an invalid scaling.

@@ -1,4 +1,8 @@
-"""torch.nn.MultiheadAttention with a scaling, and its replacement inside models."""
+"""torch.nn.MultiheadAttention with a scaling, and its replacement inside models.
+
+The layer has a forward of its own: torch's inside `ScaledSDPA` would copy q, k and v, merge padding with a causal mask
+as floats [B, H, L, S], and read the weights of out_proj, which skips an adapter around it.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,7 @@ from ..calls.checks import Backend
 from ..core.pair_biases import mask_arguments
 from ..nn.learned import describe
 from ..scaling import Scaling
-from ..scaling.names import LayerMode
-from .arguments import scaling_for
+from .arguments import LayerScaling, scaling_for
 from .replacement import Change, Replacement
 
 
@@ -24,8 +27,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Args:
         embed_dim, num_heads, dropout, bias, kdim, vdim, batch_first, device, dtype: As in torch.
-        scaling: A name in `tritonattn.SCALINGS` or in `tritonattn.nn.LEARNED` (then a new module), or a `Scaling`.
-        backend: As in `tritonattn.attention`.
+        scaling, backend: As in `replace_sdpa`.
 
     With "sqrt_dim" it is torch's layer, except that rows that attend to no key give o_proj of 0 instead of NaN.
     With need_weights=True, torch's default, the weights are formed, [B, H, L, S]: give need_weights=False, as
@@ -46,23 +48,14 @@ class MultiheadAttention(nn.MultiheadAttention):
     """
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        *arguments: Any,
-        scaling: LayerMode | Scaling = "sqrt_dim",
-        backend: Backend = "auto",
-        **keywords: Any,
+        self, *arguments: Any, scaling: LayerScaling = "sqrt_dim", backend: Backend = "auto", **keywords: Any
     ) -> None:
-        super().__init__(embed_dim, num_heads, *arguments, **keywords)
+        super().__init__(*arguments, **keywords)
         self._set_scaling(scaling, backend)
 
     @classmethod
     def of(
-        cls,
-        layer: nn.MultiheadAttention,
-        scaling: LayerMode | Scaling = "sqrt_dim",
-        backend: Backend = "auto",
+        cls, layer: nn.MultiheadAttention, scaling: LayerScaling = "sqrt_dim", backend: Backend = "auto"
     ) -> MultiheadAttention:
         """The layer with a scaling: it holds the same parameters, hooks and mode; the layer itself stays as it is.
 
@@ -75,7 +68,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         made._set_scaling(scaling, backend)
         return made
 
-    def _set_scaling(self, scaling: LayerMode | Scaling, backend: Backend) -> None:
+    def _set_scaling(self, scaling: LayerScaling, backend: Backend) -> None:
         for name, given in (("add_bias_kv", self.bias_k is not None), ("add_zero_attn", self.add_zero_attn)):
             if given:
                 raise NotImplementedError(f"{name}: keys that the layer adds are not supported, got True")
@@ -107,15 +100,20 @@ class MultiheadAttention(nn.MultiheadAttention):
             query, key, value = query[None], key[None], value[None]
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        q, k, v = self._heads(query, key, value)
-        masks = self._masks(q, k, key_padding_mask, attn_mask, is_causal)
+        separate = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        projections = separate if self.in_proj_weight is None else self.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        projected = map(linear, (query, key, value), projections, biases)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
+        options = self._masks(q, k, key_padding_mask, attn_mask, is_causal)
+        options |= {"scaling": self.scaling, "dropout_p": self.dropout if self.training else 0.0}
         weights = None
         if need_weights:
             unit = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
-            weights = self._attend(q, k, unit, "reference", masks)  # [B, H, L, S], after dropout
+            weights = attention(q, k, unit, backend="reference", **options)  # [B, H, L, S], after dropout
             out = weights @ v
         else:
-            out = self._attend(q, k, v, self.backend, masks)
+            out = attention(q, k, v, backend=self.backend, **options)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
@@ -123,38 +121,22 @@ class MultiheadAttention(nn.MultiheadAttention):
             return out[0], None if weights is None else weights[0]
         return out if self.batch_first else out.transpose(0, 1), weights
 
-    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The projections of [B, S, E], as [B, H, S, D]."""
-        if self.in_proj_weight is not None:
-            projections = self.in_proj_weight.chunk(3)
-        else:
-            projections = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        q, k, v = (
-            linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for x, weight, bias in zip((query, key, value), projections, biases, strict=True)
-        )
-        return q, k, v
-
     def _masks(
         self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
     ) -> dict[str, Any]:
         """torch's masks, True for hidden or added to the logits, as arguments of `attention`."""
-        is_causal = is_causal and q.shape[2] == k.shape[2]
-        masks: dict[str, Any] = {"causal": True} if is_causal else {}
-        if attn_mask is not None and not is_causal:
-            pairs = attn_mask.unflatten(0, (-1, self.num_heads)) if attn_mask.dim() == 3 else attn_mask  # [B, H, L, S]
-            masks |= _mask_arguments("attn_mask", pairs)
-        if key_padding_mask is not None:
-            keys = key_padding_mask if key_padding_mask.dim() == 1 else key_padding_mask[:, None, None]  # [B, 1, 1, S]
-            for name, x in _mask_arguments("key_padding_mask", keys).items():
-                before = masks.get(name)
-                masks[name] = x if before is None else before & x if name == "mask" else before + x
+        masks: dict[str, Any] = {}
+        if is_causal and q.shape[2] == k.shape[2]:
+            masks, attn_mask = {"causal": True}, None
+        elif attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))  # [B, H, L, S]
+        keys = None if key_padding_mask is None else key_padding_mask[..., None, None, :]
+        for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", keys)):
+            visible = ~mask if mask is not None and mask.dtype == torch.bool else mask
+            for argument, x in mask_arguments(name, visible).items():
+                before = masks.get(argument)
+                masks[argument] = x if before is None else before & x if argument == "mask" else before + x
         return masks
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, backend: Backend, masks: dict[str, Any]) -> Tensor:
-        dropout_p = self.dropout if self.training else 0.0
-        return attention(q, k, v, scaling=self.scaling, dropout_p=dropout_p, backend=backend, **masks)
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -168,11 +150,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """
 
     def __init__(
-        self,
-        *arguments: Any,
-        scaling: LayerMode | Scaling = "sqrt_dim",
-        backend: Backend = "auto",
-        **keywords: Any,
+        self, *arguments: Any, scaling: LayerScaling = "sqrt_dim", backend: Backend = "auto", **keywords: Any
     ) -> None:
         super().__init__(*arguments, **keywords)
         self.self_attn = MultiheadAttention.of(self.self_attn, scaling, backend)
@@ -180,7 +158,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 def replace_multihead_attention(
     model: nn.Module,
-    scaling: LayerMode | Scaling | Callable[[str, nn.MultiheadAttention], LayerMode | Scaling | None] = "sqrt_dim",
+    scaling: LayerScaling | Callable[[str, nn.MultiheadAttention], LayerScaling | None] = "sqrt_dim",
     backend: Backend = "auto",
 ) -> Replacement:
     """Give every torch.nn.MultiheadAttention inside a model a scaling; parameters stay the same objects.
@@ -188,8 +166,7 @@ def replace_multihead_attention(
     Args:
         model: TransformerEncoder, Transformer, torchvision's ViT, or anything else that holds such layers.
         scaling: As in `MultiheadAttention`, or a function of a layer's name and itself that returns one, or None to
-            leave that layer alone. A learned name makes a module per layer that starts at sqrt_dim, as the model was:
-            give its parameters to the optimiser.
+            leave that layer alone.
         backend: As in `tritonattn.attention`.
 
     Raises:
@@ -219,21 +196,11 @@ def multihead_changes(
     changes: list[Change] = []
     for parent_name, parent in model.named_modules():
         for name, layer in parent.named_children():
-            if not isinstance(layer, nn.MultiheadAttention):
-                continue
             full = f"{parent_name}.{name}".removeprefix(".")
-            chosen = choose(full, layer)
-            if chosen is None:
-                continue
-            if layer not in made:
-                made[layer] = MultiheadAttention.of(layer, chosen, backend)
-            changes.append((full, parent, name, made[layer]))
+            if isinstance(layer, nn.MultiheadAttention) and (chosen := choose(full, layer)) is not None:
+                made[layer] = made.get(layer) or MultiheadAttention.of(layer, chosen, backend)
+                changes.append((full, parent, name, made[layer]))
         # An encoder would turn padded batches into nested tensors for the fused path, in inference only.
         if isinstance(parent, nn.TransformerEncoder) and parent.use_nested_tensor:
             changes.append((None, parent, "use_nested_tensor", False))
     return changes if made else []
-
-
-def _mask_arguments(name: str, mask: Tensor) -> dict[str, Tensor]:
-    """`mask_arguments` of torch's mask, bool with True for hidden, or additive."""
-    return mask_arguments(name, ~mask if mask.dtype == torch.bool else mask)

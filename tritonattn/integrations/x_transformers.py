@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from ..calls.checks import Backend
 from ..core.errors import install
-from ..scaling import Scaling
-from ..scaling.names import LayerMode
-from .arguments import attend, scaling_for
+from .arguments import LayerScaling, attend, scaling_for
 from .replacement import Replacement
 
 try:
@@ -52,18 +50,14 @@ class ScaledAttend(nn.Module):
     Args:
         attend: The module whose options hold.
         heads: Hq.
-        scaling, backend: As in `replace_attend`.
+        scaling, backend: As in `replace_sdpa`.
 
     Raises:
         NotImplementedError: An option of attend that is not supported, by its name.
     """
 
     def __init__(
-        self,
-        attend: Attend,
-        heads: int,
-        scaling: LayerMode | Scaling = "sqrt_dim",
-        backend: Backend = "auto",
+        self, attend: Attend, heads: int, scaling: LayerScaling = "sqrt_dim", backend: Backend = "auto"
     ) -> None:
         super().__init__()
         _refuse(attend)
@@ -99,17 +93,8 @@ class ScaledAttend(nn.Module):
         return attend(*call, scale=self.scale, enable_gqa=True, options=options), Intermediates()
 
 
-def replace_attend(
-    model: nn.Module, scaling: LayerMode | Scaling = "sqrt_dim", backend: Backend = "auto"
-) -> Replacement:
-    """Give every attention layer inside a model of x-transformers a scaling.
-
-    Args:
-        model: A TransformerWrapper, Encoder, Decoder, ViTransformerWrapper, ...
-        scaling: A name in `tritonattn.SCALINGS`; one in `tritonattn.nn.LEARNED`, of which every layer makes a
-            module that starts at sqrt_dim, as the model was (give its parameters to the optimiser); or a `Scaling`,
-            which all layers share.
-        backend: As in `tritonattn.attention`.
+def replace_attend(model: nn.Module, scaling: LayerScaling = "sqrt_dim", backend: Backend = "auto") -> Replacement:
+    """Give every attention layer inside a model of x-transformers a scaling, as in `replace_sdpa`.
 
     Raises:
         ValueError: A model without such a layer, or an invalid scaling.
