@@ -152,6 +152,7 @@ def test_export(options, learns, strict):
         assert torch.ops.tritonattn.forward.default in {node.target for node in program.graph.nodes}
 
 
+@pytest.mark.slow
 def test_export_of_packed_sequences():
     class Layer(torch.nn.Module):
         def forward(self, *tensors):

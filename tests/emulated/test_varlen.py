@@ -13,6 +13,7 @@ from tests.kernels import harness
 from tests.support.packed import Packed
 from tests.support.pages import check_appends, paged_call
 from tests.support.pairs import all_pairs
+from tests.support.slow import slow_but
 from tritonattn import attention_varlen
 from tritonattn.backends import triton as triton_backend
 from tritonattn.tuning import TileConfig
@@ -108,7 +109,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(["a window, a lost page"], CASES))
 def test_pages(name, emulate):
     """The contiguous keys are loaded by descriptors on sm_90."""
     capability, dtype, page, form = CASES[name]

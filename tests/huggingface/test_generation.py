@@ -122,6 +122,7 @@ def test_searches_are_those_without_a_cache(search, mode, llama):
     assert_the_cache_changes_nothing(llama, mode, LLAMA.inputs("left"), **SEARCHES[search])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_static_step():
     assert_a_compiled_static_step("llama", "key_count", layers=1)

@@ -188,6 +188,7 @@ def test_a_softcap_over_a_bias_that_counts_from_rows_is_refused():
     refuses("TypeError: key_bias: expected a tensor, got list", nn.counted_from_rows, [0.0])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tracing_keeps_and_guards_the_mark():
     (q, k, v), alibi = sequences(torch.float32, heads=(H, H), length=S), nn.ALiBi(H)
