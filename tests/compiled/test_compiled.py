@@ -142,6 +142,7 @@ def test_no_loop_writes_to_its_variable():
                 assert ast.unparse(loop.target) not in written, f"{path.name}:{loop.lineno}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "products"), [("forward", 2), ("grad_query", 3), ("grad_key_value", 4)])
 def test_kernels_of_the_lesson_compile(name, products, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # the file asks for the interpreter where there is no GPU

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
+import pytest
 import torch
 
 from tests.support.caches import check_newest, sequences
@@ -98,6 +99,7 @@ def test_decode(case, capability, emulate):
     assert ("combine_splits" in executor.launched) == (case.window != (30, 0))
 
 
+@pytest.mark.slow
 @in_turn(dtype=[BFLOAT, HALF], capability=[80, 90])
 def test_every_number_of_8_bits(dtype, capability, emulate):
     """The output of a row that attends to one key is its value: NaN for two of them."""
@@ -125,6 +127,7 @@ def test_nan_of_a_visible_pair_is_in_its_row(name, length, emulate):
         assert result[1].isfinite().all()
 
 
+@pytest.mark.slow
 @in_turn(page=[None, 16], capability=[80, 90])
 def test_biases_by_distance(page, capability, emulate):
     """Behind a softcap, read as bf16, with rows and splits whose distances pass the extent."""

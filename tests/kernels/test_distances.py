@@ -26,6 +26,7 @@ def with_factors(tensors, dtype, *shape):
     return tensors | {"relative_scale": factors.to(tensors["q"].device, dtype)}
 
 
+@pytest.mark.slow
 @in_turn(
     mask=MASKS,
     table=[(2, 2, 21, 50), (1, 1, 1, 13), (1, 2, 1, 20)],

@@ -28,6 +28,7 @@ WIDE_MASKS = {"wide window": lambda *_: {"window": (25, 20)}, "wide ranges": _wi
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
+@pytest.mark.slow
 @in_turn(
     mask=[*WIDE_MASKS, *MASKS],
     form=["softcap aux", "aux", "sinks", "plain", "softcap"],

@@ -39,6 +39,7 @@ def in_splits(monkeypatch, small_tiles, launched):
     return launched
 
 
+@pytest.mark.slow
 @in_turn(
     mask=[*MASKS, "full"],
     form=["softcap aux", "sinks dropout", "everything", "plain", "sinks"],

@@ -28,6 +28,7 @@ def attend(packed: Packed, device: torch.device):
     return partial(tritonattn.attention_varlen, **packed.arguments(device))
 
 
+@pytest.mark.slow
 @pairwise(
     free=[("scaling", "mask"), ("scaling", "form"), ("scaling", "heads")],
     scaling=["sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_max", "cosine"],

@@ -241,6 +241,7 @@ def test_a_printed_layer_names_its_scaling():
         assert f"\n  {sizes}{said}\n" in repr(layer(scaling))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:.torch.jit.script")
 def test_a_compiled_layer_trains_in_one_graph():
     torch._dynamo.reset()

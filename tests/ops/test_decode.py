@@ -48,6 +48,7 @@ def test_opcheck(options, page, aux):
     opcheck(torch.ops.tritonattn.forward.default, (*flat(_call(page, **OPTIONS[options], aux=aux)), False))
 
 
+@pytest.mark.slow
 def test_a_compiled_step_appends_and_decodes_without_recompiling():
     q, k, v = sequences(torch.float32)
     cache = GrowingCache(k, v, 24)

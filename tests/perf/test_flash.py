@@ -30,6 +30,7 @@ def stand_in(monkeypatch, tmp_path):
     lookup.clear_cache()
 
 
+@pytest.mark.slow
 def test_calls_of_a_library_are_held_to_float64(stand_in, monkeypatch):
     few = ("causal, fewer keys", "a factor a key", "sinks", "head dim 192, values of 128")
     monkeypatch.setattr(flash_checks, "DENSE", {name: flash_checks.DENSE[name] for name in few})

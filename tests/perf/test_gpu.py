@@ -17,6 +17,7 @@ def phase(name, share=1.0, **options):
     return gpu.Phase(name, ("-c", PYTHON[name]), share, **options)
 
 
+@pytest.mark.slow
 def test_the_first_phase(tmp_path, monkeypatch, capsys):
     check_phase("environment", tmp_path, monkeypatch, capsys)
 

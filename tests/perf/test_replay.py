@@ -17,6 +17,7 @@ def test_times_of_flash_attention_3():
     assert times.error_of_flash_attention_3() <= 0.048
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 @pytest.mark.skipif(OLDER_TRITON, reason="figures of the code of triton 3.9")
 def test_forward_on_an_h100(tmp_path, monkeypatch, capsys):
