@@ -10,8 +10,9 @@ from torch import Tensor
 from ..core.autograd import values_are_read
 from ..core.call import LONGEST_QUERY, Request
 from ..core.hints import type_of
+from ..core.ranges import window_sides
 from ..core.terms import Terms
-from ..core.visibility import Visibility, window_sides
+from ..core.visibility import Visibility
 from ..scaling import Scaling
 from ..scaling.names import ModeName
 from .checks import (

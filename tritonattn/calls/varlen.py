@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..core.autograd import values_are_read
 from ..core.call import Request
+from ..core.ranges import window_sides
 from ..core.sequences import Sequences
 from ..core.terms import Terms
-from ..core.visibility import Visibility, window_sides
+from ..core.visibility import Visibility
 from ..scaling import Scaling
 from ..scaling.names import ModeName
 from . import dtensors, layouts

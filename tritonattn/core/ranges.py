@@ -27,6 +27,9 @@ _SUMMED = 256
 
 _LEVELS = 31  # of doubling: no axis is longer than 2^31
 
+# No sequence is longer; a position and a window's side, both below it, add up to less than 2^63.
+_UNREACHED = 2**62
+
 Scan = Callable[[Tensor, "Tensor | None"], Tensor]  # `prefix_sum`, or another that computes it
 
 
@@ -43,6 +46,14 @@ class Order(NamedTuple):
 
 
 IN_ORDER = Order(is_sorted=True, restarts=False)
+
+
+def window_sides(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+    """left and right of a window as users write it; None is no limit, as is sys.maxsize."""
+    if window is None:
+        return None, None
+    left, right = (None if side in (None, -1) or side >= _UNREACHED else side for side in window)
+    return left, right
 
 
 def later(bound: Tensor | None, other: Tensor) -> Tensor:

@@ -18,17 +18,6 @@ from . import ranges
 from .autograd import Facts, facts_of, values_are_read
 from .sequences import Sequences
 
-# No sequence is longer; a position and a window's side, both below it, add up to less than 2^63.
-_UNREACHED = 2**62
-
-
-def window_sides(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
-    """left and right of a window as users write it; None is no limit, as is sys.maxsize."""
-    if window is None:
-        return None, None
-    left, right = (None if side in (None, -1) or side >= _UNREACHED else side for side in window)
-    return left, right
-
 
 @dataclass(eq=False)  # every call makes one, and frozen it takes three times as long
 class Visibility:
@@ -88,7 +77,7 @@ class Visibility:
         invariant: bool = False,
     ) -> Visibility:
         """The record for q of [B, Hq, Sq, D] and k of [B, Hkv, Sk, D] from checked arguments of a public call."""
-        left, right = (None, None) if window is None else window_sides(window)
+        left, right = ranges.window_sides(window)
         if causal:
             right = 0 if right is None else min(right, 0)
         if key_ranges is not None and key_ranges.dim() == 4:
@@ -242,13 +231,13 @@ class Visibility:
         return self.once(key, compute) if facts is None else facts.of(key, compute)
 
     def _facts(self) -> Facts | None:
-        """Those of this record's layout; None where lengths are not read, or pairs are given."""
-        packed = self.sequences
-        starts = (None, None) if packed is None else (packed.q_starts, packed.k_starts)
-        lengths = self.key_lengths, self.row_counts, *starts
-        is_given = not (self.key_ranges is None and self.mask is None and self.counted is None)
+        """The facts of this record's layout; None where lengths are not read, or pairs are given."""
+        key_lengths, key_ranges, mask, *starts = self.tensors
+        lengths = key_lengths, self.row_counts, *starts
+        is_given = not (key_ranges is None and mask is None and self.counted is None)
         if is_given or self.device.type != "cpu" or not values_are_read(*lengths):
             return None
+        packed = self.sequences
         longest = None if packed is None else (packed.longest_q, packed.longest_k)
         sizes = self.batch, self.q_heads, self.kv_heads, self.q_len, self.k_len, longest
         ways = self.left, self.right, self.at_lengths, self.invariant

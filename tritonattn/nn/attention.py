@@ -30,8 +30,8 @@ from ..core.autograd import autocast_is_on, needs_graph
 from ..core.call import LONGEST_QUERY
 from ..core.hints import type_of
 from ..core.pair_biases import reflected
+from ..core.ranges import window_sides
 from ..core.torch_distributed import SharesSequence
-from ..core.visibility import window_sides
 from ..scaling import Scaling
 from ..scaling.base import check_positive, reads_distances
 from ..scaling.names import LayerMode, refuse_scaling

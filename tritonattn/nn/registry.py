@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..core.hints import warn
-from ..core.visibility import window_sides
+from ..core.ranges import window_sides
 from ..scaling import LogKeyCount, LogPower, Scaling
 from ..scaling.names import parsed
 from .learned import LearnedCosine, PerHead, SSMax, as_mode

@@ -19,8 +19,9 @@ from ...calls.varlen import Packing
 from ...core.call import Request
 from ...core.eight_bit import EIGHT_BIT, Descale
 from ...core.invariance import is_invariant
+from ...core.ranges import window_sides
 from ...core.terms import Terms
-from ...core.visibility import Visibility, window_sides
+from ...core.visibility import Visibility
 from .settings import LayerFactor
 
 
