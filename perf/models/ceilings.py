@@ -22,13 +22,22 @@ NON_MMA_PER_LOGIT = {
     ("grad_query", "sm_90", 128): 8.9,
     ("grad_query", "sm_100", 64): 8.2,
     ("grad_query", "sm_100", 128): 9.0,
-    # Of all tangents, and towards all tensors and tangents: 5, 8 and 10 products.
+    # Of all tangents, and towards all tensors and tangents: 5, 8 and 10 products. sm_89's code is sm_86's.
     ("tangent", "sm_80", 128): 16.0,
+    ("tangent", "sm_86", 128): 34.0,
     ("tangent", "sm_90", 128): 20.4,
+    ("tangent", "sm_100", 128): 20.2,
+    ("tangent", "sm_120", 128): 33.7,
     ("grad_query_second", "sm_80", 128): 53.5,
+    ("grad_query_second", "sm_86", 128): 53.5,
     ("grad_query_second", "sm_90", 128): 53.5,
+    ("grad_query_second", "sm_100", 128): 46.7,
+    ("grad_query_second", "sm_120", 128): 54.5,
     ("grad_key_value_second", "sm_80", 128): 76.0,
+    ("grad_key_value_second", "sm_86", 128): 76.0,
     ("grad_key_value_second", "sm_90", 128): 78.0,
+    ("grad_key_value_second", "sm_100", 128): 74.0,
+    ("grad_key_value_second", "sm_120", 128): 67.0,
     # Tiles are small so that the fp32 sums fit registers. Where a product of the tile has fewer columns than its warps
     # could take, 8 each on sm_80 and in sm_90's mma.sync, or a program's two warpgroups share 64 rows, warps repeat
     # exponentials.
