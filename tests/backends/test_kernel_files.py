@@ -61,9 +61,9 @@ def behind(function: Function) -> set[Function]:
 
 
 @pytest.mark.parametrize("kernel", PRODUCTS, ids=lambda kernel: kernel[1])
-def test_a_kernel_has_at_most_23_functions_in_its_file_and_those_that_kernels_share(kernel):
+def test_a_kernel_has_at_most_24_functions_in_its_file_and_those_that_kernels_share(kernel):
     functions = behind(kernel)
-    assert len(functions) <= 23, sorted(functions)
+    assert len(functions) <= 24, sorted(functions)
     assert {file for file, _ in functions} <= {kernel[0], *SHARED}
 
 

@@ -169,10 +169,10 @@ def diagnose(
     request = check(Request(q, k, k, visibility, Terms(softcap=softcap), scaling, gain))
     rows = row_statistics(request)
     with torch.autocast(q.device.type, enabled=False):
-        key_scale = logits(request, Statistics(k, visibility)).key_scale
-    power, error = count_power(q, k, key_scale, rows.factor.sign(), visibility)
-    bound = logit_bound(q, k, key_scale, rows.factor, visibility, softcap)
-    gap = gaps_of(rows, softcap)
+        terms = logits(request, Statistics(k, visibility))
+    power, error = count_power(q, k, terms.key_scale, rows.factor.sign(), visibility)
+    bound = logit_bound(q, k, terms.key_scale, rows.factor, visibility, terms.softcap_of_rows())
+    gap = gaps_of(rows, terms.softcap_of_rows())
     return Diagnosis(
         **_of_rows(rows),
         **_of_keys(k, visibility),

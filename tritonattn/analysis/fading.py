@@ -27,7 +27,7 @@ from .row_statistics import RowStatistics
 _SMALLEST = 2.0**-53  # of 1 - p, in fp64
 
 
-def gaps_of(rows: RowStatistics, softcap: float | None) -> Tensor:
+def gaps_of(rows: RowStatistics, softcap: float | Tensor | None) -> Tensor:
     """g of every row, fp64 [B, Hq, Sq], at most 2 softcap; 0 where n < 2."""
     others = (1 - rows.max_probability).clamp(min=_SMALLEST)
     several = rows.key_count > 1
@@ -47,7 +47,7 @@ def half_at(gap: float | Tensor) -> Tensor:
 
 
 def logit_bound(
-    q: Tensor, k: Tensor, key_scale: Tensor | None, factor: Tensor, seen: Visibility, softcap: float | None
+    q: Tensor, k: Tensor, key_scale: Tensor | None, factor: Tensor, seen: Visibility, softcap: float | Tensor | None
 ) -> Tensor:
     """The largest logit of every row for keys of the norms of those that some row attends to, fp64 [B, Hq, Sq].
 

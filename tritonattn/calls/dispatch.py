@@ -25,7 +25,7 @@ from ..core.terms import ADDENDS, AXES, DEFAULTS, PAIRS, TENSORS, Terms, per_gro
 from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling
 from .checks import check_factor, check_key_bias, check_number, scale_dtype, table_of
-from .formulas import by_formulas
+from .formulas import by_formulas, softcap_behind
 from .results import AttentionAux, aux_of
 
 
@@ -158,6 +158,9 @@ def logits(request: Request, statistics: Statistics, k: Tensor | None = None, po
             has_others, has_pairs = True, has_pairs or is_pairs
     if has_pairs:
         terms = terms.changed(**_pairs(given, scales, visible))
+    if request.scaling.after_softcap and terms.softcap is not None:
+        softcap = softcap_behind(request, scales.constant, scales.query)
+        terms, has_others = terms.changed(softcap=softcap, query_scale_after_softcap=True), True
     return terms.settled() if has_others else terms
 
 
@@ -305,8 +308,9 @@ def observed_rows(request: Request) -> ObservedRows:
     call = resolve(request, choose(request))
     found, terms = aux_of(ops.attention(call)), call.terms
     largest = capped = found.max_logit
-    if terms.softcap is not None and not terms.bias_after_softcap:
-        capped = terms.softcap * torch.tanh(largest / terms.softcap)
+    softcap = terms.softcap_of_rows()
+    if softcap is not None and not terms.bias_after_softcap:
+        capped = softcap * torch.tanh(largest / softcap)
     biases = {name: getattr(terms, name) for name in ADDENDS}
     hiding = {name: torch.where(x == -torch.inf, x, 0) for name, x in biases.items() if x is not None}
     if hiding:

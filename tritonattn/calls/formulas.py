@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from ..backends import reference
 from ..core.call import ForwardResult, Request
 from ..core.dropout import Dropout
 from ..scaling import Scaling
-from .checks import FLOATS, broadcasts, check_number, shape_of
+from .checks import FLOATS, broadcasts, check_number, scale_dtype, shape_of
 
 
 def by_formulas(request: Request, dropout: Dropout | None = None) -> ForwardResult:
@@ -18,8 +20,29 @@ def by_formulas(request: Request, dropout: Dropout | None = None) -> ForwardResu
     request = request.gathered()
     multiplier, addend = dense(request)
     q, k, v, visible = request.q, request.k, request.v, request.visibility
-    out, *rows = reference.attention(q, k, v, multiplier, visible, addend, request.terms, dropout)
+    terms = request.terms
+    if request.scaling.after_softcap and terms.softcap is not None:
+        cap = softcap_behind(request, multiplier)
+        terms = terms.changed(softcap=cap.to(scale_dtype(q)) if isinstance(cap, Tensor) else cap)
+    out, *rows = reference.attention(q, k, v, multiplier, visible, addend, terms, dropout)
     return ForwardResult(out.to(dtype), *rows)  # torch 2.8 traces no _replace
+
+
+def softcap_behind(request: Request, factor: Any, query: Tensor | None = None) -> Any:
+    """The softcap of a request times factor * sqrt(D) without the gain, where its scaling is `after_softcap`.
+
+    query   of its `Scales`
+
+    Raises NotImplementedError for a gain that is a tensor, and a query that needs a gradient.
+    """
+    scaling, gain = request.scaling, request.gain
+    name = getattr(scaling, "name", type(scaling).__name__)
+    if isinstance(gain, Tensor):
+        raise NotImplementedError(f"gain: expected a number beside softcap and {name}, got a tensor")
+    if query is not None and query.requires_grad:
+        raise NotImplementedError(f"scaling: expected a {name} whose query needs no gradient beside softcap, got one")
+    softcap, gain = request.terms.softcap, 1.0 if gain is None else gain
+    return softcap * factor * (request.q.shape[3] ** 0.5 / gain) if gain else softcap
 
 
 def dense(request: Request, k: Tensor | None = None) -> tuple[Tensor | float, Tensor | None]:

@@ -31,6 +31,8 @@ class Terms(NamedTuple):
     softcap       c: logit -> c * tanh(logit / c), or None
     relative_right    entries that belong to keys after the row's position
     bias_after_softcap    the three biases are added to the capped logit
+    query_scale_after_softcap   query_scale, above 0, multiplies the cap too, c[i] = softcap * query_scale[i]: without
+                  biases it multiplies the capped logit. It has no gradient
 
     In a user's call the scaling gives the four scales, and may add to the biases. `TERMS` has a row for each field.
     """
@@ -46,11 +48,18 @@ class Terms(NamedTuple):
     softcap: float | None = None
     relative_right: int = 0
     bias_after_softcap: bool = False
+    query_scale_after_softcap: bool = False
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The terms that may have a gradient, in the order of `Gradients`."""
         _, *found = self  # torch 2.8 traces no slice of a NamedTuple
         return tuple(found[: TENSORS.stop - 1])  # pyright: ignore[reportReturnType]
+
+    def softcap_of_rows(self) -> float | Tensor | None:
+        """The cap of each row: a number, or [B, Hq, Sq]."""
+        if self.softcap is None or self.query_scale is None or not self.query_scale_after_softcap:
+            return self.softcap
+        return self.softcap * self.query_scale
 
     def by_name(self) -> dict[str, Tensor | None]:
         """The `tensors` by name."""
@@ -131,12 +140,13 @@ TERMS = (
     Term("softcap", "number", enters="cap", typical=20.0),
     Term("relative_right", "number", flag=False, beside=(("relative_bias", "relative_scale"),)),
     Term("bias_after_softcap", "flag", beside=(("softcap",), _BIASES)),
+    Term("query_scale_after_softcap", "flag", beside=(("softcap",), ("query_scale",))),
 )
 
 assert tuple(term.name for term in TERMS) == Terms._fields
 TENSORS = slice(1, 1 + sum(term.gradient for term in TERMS))  # of the fields, in the order of `Gradients`
 DEFAULTS = tuple(Terms._field_defaults.values())
-OF_SCALING = ("scale", "query_scale", "key_scale")  # the first: users give the others, too
+OF_SCALING = ("scale", "query_scale", "key_scale", "query_scale_after_softcap")  # the first: users give the others, too
 _SETTINGS = [(i, DEFAULTS[i], term.beside) for i, term in enumerate(TERMS) if term.beside]
 ADDENDS = tuple(term.name for term in TERMS if term.enters == "addend")
 SINKS = tuple(term.name for term in TERMS if term.enters == "sink")

@@ -135,6 +135,8 @@ def check_over_ranks(request: Request, rows: str = "[B, Hq, Sq]") -> Request:
         raise NotImplementedError(f"scaling: expected one without a factor or bias of distances over ranks, got {name}")
     if (other := next((name for name in given(request.terms) if name not in _OVER_RANKS), None)) is not None:
         raise NotImplementedError(f"{other}: not supported over ranks")
+    if request.scaling.after_softcap and request.terms.softcap is not None:
+        raise NotImplementedError("softcap: not supported over ranks with a scaling that acts behind it")
     backend = choose(request).name
     if backend in ("flash", "reference"):
         raise NotImplementedError(f"backend: expected 'auto', 'triton' or 'sdpa' over ranks, got {backend!r}")

@@ -65,6 +65,8 @@ class Scaling:
     takes_fp64         True: `scales` gets statistics in fp64 where its factor enters another. Not inherited either.
     trained_length     the argument that "NAME:LENGTH" gives, the n at which the factor is that of sqrt_dim; "" where a
                        mode has none
+    after_softcap      True: under a softcap c the logit is t c tanh(q . k / (sqrt(D) c)), t = factor sqrt(D) of a row,
+                       above 0; `Scales.query` has no gradient there
     normalises_query   True: the factor divides by ||q||. Logits are then the same whatever q was multiplied by, and a
                        patched model's factor does not apply.
 
@@ -84,6 +86,7 @@ class Scaling:
     reads_keys: bool = True
     takes_fp64: bool = False
     trained_length: ClassVar[str] = ""
+    after_softcap: ClassVar[bool] = False
     normalises_query: bool = False
 
     def __init_subclass__(cls, **keywords: Any) -> None:

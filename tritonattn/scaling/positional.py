@@ -73,7 +73,8 @@ class Grok2(QwenLogn):
 
     train_length   `attn_temperature_len` of the model's configuration, 1024
 
-    The model caps its logits at 30 before the temperature; a softcap of `attention` acts after the factor.
+    The model caps its logits at 30 before the temperature, and so does a softcap c of `attention`:
+    logit = max(1, ...) * c tanh(q . k / sqrt(D) / c).
 
     Source: SGLang 0.5.23, srt/layers/attention/triton_ops/decode_attention.py, xai_temperature_len: log2(position) /
     log2(length) where the position exceeds the length, else 1.
@@ -81,6 +82,8 @@ class Grok2(QwenLogn):
     """
 
     train_length: float = 1024
+
+    after_softcap = True
 
     def _of_count(self, n: Tensor) -> Tensor:
         return super()._of_count(n - 1)

@@ -38,6 +38,7 @@ CASES = {  # config.tritonattn, what SGLang gives to the layer, and arguments of
     "sinks": ({"scaling": "log_key_count"}, {"sinks": SINKS}, {"sinks": SINKS.double()}),
     "pages of 32": ({"scaling": "key_norm_mean"}, {"page": 32}, {}),
     "Grok's temperature": ({}, {"xai_temperature_len": 20}, {"scaling": "grok2:20"}),
+    "behind a softcap": ({}, {"xai_temperature_len": 20, "logit_cap": 1.0}, {"scaling": "grok2:20", "softcap": 1.0}),
 }
 
 
@@ -101,7 +102,6 @@ def test_layers_are_refused_by_name():
             "attention_chunk_size a multiple of page_size 16, got 24",
         ),
         ({}, {"runner": {"dtype": torch.float16}}, NotImplementedError, "torch.float16, got torch.bfloat16"),
-        ({}, {"xai_temperature_len": 9, "logit_cap": 30.0}, NotImplementedError, "logit_cap 0 with a temperature"),
         ({"scaling": "dim"}, {"xai_temperature_len": 9}, ValueError, "expected None at .* Grok 2's temperature"),
         ({"scaling": "ssmax"}, {}, ValueError, "'ssmax': use tritonattn.huggingface.patch"),
         (

@@ -54,7 +54,7 @@ class _Rows:
 
         With biases after the softcap it is the largest of the logits.
         """
-        tiles, block, softcap = self.tiles, self.block, self.call.terms.softcap
+        tiles, block, softcap = self.tiles, self.block, self.tiles.softcap_of(self.block)
         logit = logits_of(self.query, self.factor, tiles.scaled_keys(block.heads, keys))
         tiles.scale_pairs(logit, tiles.of_distance(block, keys, None, self.call.terms.relative_scale), block)
         if softcap is not None and self.call.terms.bias_after_softcap:

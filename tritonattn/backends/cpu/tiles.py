@@ -136,6 +136,11 @@ class Tiles:
         """The block of x [B, Hq, Sq], widened: [N, G * rows, 1]."""
         return self.of_rows(x[..., None], block)
 
+    def softcap_of(self, block: Block) -> float | Tensor | None:
+        """The cap of a block's rows: a number, or [N, G * rows, 1]."""
+        softcap = self.call.terms.softcap_of_rows()
+        return self.of_each_row(softcap, block) if isinstance(softcap, Tensor) else softcap
+
     def of_keys(self, x: Tensor, heads: Heads, keys: slice | None = None) -> Tensor:
         """Some or all keys of x [B, Hkv, Sk, C], widened, zero where no row attends to them: [N, keys, C]."""
         keys = slice(0, x.shape[2]) if keys is None else keys

@@ -55,7 +55,7 @@ def weights(
     rows are (q, factor, lse), of which lse is inf for rows without keys; key is k * key_scale. of_distance multiplies
     their product, `Tiles.of_distance`.
     """
-    softcap, capped, is_after = tiles.call.terms.softcap, None, tiles.call.terms.bias_after_softcap
+    softcap, capped, is_after = tiles.softcap_of(block), None, tiles.call.terms.bias_after_softcap
     query, factor, lse = rows
     logit = logits_of(query, factor, key)
     tiles.scale_pairs(logit, of_distance, block)

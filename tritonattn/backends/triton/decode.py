@@ -16,7 +16,7 @@ from .grids import over_groups
 from .launch import KERNELS, bounded
 from .pairs import pair_terms
 from .records import Arguments, Results
-from .softmax import LOG2_E, TINY, finish_softmax, moved_sums, probabilities, soft_cap
+from .softmax import LOG2_E, TINY, finish_softmax, moved_sums, probabilities, soft_cap, softcap_of_rows
 
 SHORTEST_SPLIT = tl.constexpr(config.SHORTEST_SPLIT)
 _SIZES = ["group", "length_words"]
@@ -144,6 +144,8 @@ def attention_decode(
         factor *= tl.load(vector_from(terms.query_scale, batch, head, 0, row), mask=keep_row, other=0.0)
     q_tile = tl.where((factor < 0)[:, None], -q_tile, q_tile)
     factor = tl.abs(factor)
+    if terms.query_scale_after_softcap is not None:
+        softcap = softcap_of_rows(softcap, factor, scale)  # [BLOCK_M]
     if not HAS_BIAS:
         factor = tl.where(factor == 0.0, TINY, factor)
 
@@ -198,7 +200,8 @@ def attention_decode(
         if left is not None:
             keep = keep & (offs_n[None, :] >= lo[:, None])
         if terms.bias_after_softcap is not None:
-            s, of_product = soft_cap(s * factor[:, None], softcap), tl.full([BLOCK_M], 1.0, tl.float32)
+            cap = softcap if terms.query_scale_after_softcap is None else softcap[:, None]
+            s, of_product = soft_cap(s * factor[:, None], cap), tl.full([BLOCK_M], 1.0, tl.float32)
         p, weighted, alpha, moved, m_i = probabilities(
             s, biases, keep, of_product, softcap, terms, m_i, True, results.entropy is not None
         )

@@ -24,7 +24,16 @@ from .grids import over_rows
 from .launch import KERNELS
 from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_terms, pass_bounds, visible, whole_blocks
 from .records import Results, View
-from .softmax import LOG2_E, TINY, finish_softmax, lost_in_rounding, moved_sums, probabilities, soft_cap
+from .softmax import (
+    LOG2_E,
+    TINY,
+    finish_softmax,
+    lost_in_rounding,
+    moved_sums,
+    probabilities,
+    soft_cap,
+    softcap_of_rows,
+)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "group"])
@@ -154,6 +163,8 @@ def attention_forward(
         q_tile = load_tile(q_ptrs, keep_row, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
         q_tile = tl.where((factor < 0)[:, None], -q_tile, q_tile)
     factor = tl.abs(factor)
+    if terms.query_scale_after_softcap is not None:
+        softcap = softcap_of_rows(softcap, factor, scale)  # [BLOCK_M]
     if not HAS_BIAS:
         factor = tl.where(factor == 0.0, TINY, factor)
 
@@ -247,7 +258,8 @@ def attention_forward(
                 if HAS_PAIRS:
                     biases = of_pairs if terms.key_bias is None else biases + of_pairs  # [BLOCK_M, N]
                 if terms.bias_after_softcap is not None:
-                    s, of_product = soft_cap(s * factor[:, None], softcap), tl.full([BLOCK_M], 1.0, tl.float32)
+                    cap = softcap if terms.query_scale_after_softcap is None else softcap[:, None]
+                    s, of_product = soft_cap(s * factor[:, None], cap), tl.full([BLOCK_M], 1.0, tl.float32)
                 if PASS != UNMASKED:
                     keep = visible(offs_m, offs_n, lo, hi, batch, head, view, masks.mask)  # [BLOCK_M, N]
                 p, weighted, alpha, moved, m_i = probabilities(

@@ -28,7 +28,7 @@ from .pairs import (
     whole_blocks,
 )
 from .records import View
-from .softmax import LN_2, LOG2_E, exponents, gradients_of, partial_sums
+from .softmax import LN_2, LOG2_E, exponents, gradients_of, partial_sums, softcap_of_rows
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=["group"])
@@ -231,7 +231,10 @@ def attention_grad_key_value(
                     product = s
                     if terms.relative_scale is not None:
                         s *= of_distance
-                    exponent, capped = exponents(s, factor[None, :], biases, exponent_term, softcap, terms, 0)
+                    cap = softcap
+                    if terms.query_scale_after_softcap is not None:
+                        cap = softcap_of_rows(softcap, factor, scale)  # [M]
+                    exponent, capped = exponents(s, factor[None, :], biases, exponent_term, cap, terms, 0)
                     p = tl.exp2(exponent)  # [BLOCK_N, M]
                     if PASS != UNMASKED:
                         keep = visible_rows(offs_m, live, offs_n, row_lo, row_hi, batch, head, view, masks.mask)
@@ -252,7 +255,7 @@ def attention_grad_key_value(
                         ds = p * tl.fma(dp, gradient_factor[None, :], gradient_term[None, :])  # [BLOCK_N, M]
                     else:  # the gradient of a logit is that of its biases before it meets the factor
                         ds = p * tl.fma(dp, one[None, :], gradient_term[None, :])  # + would join the product's sum
-                    ds, d_biases = gradients_of(ds, capped, softcap, terms)
+                    ds, d_biases = gradients_of(ds, capped, cap, terms, 0)
                     if gradients.key_bias is not None:
                         d_key_bias += partial_sums(d_biases, KEY_SUM_COLUMNS)
                     if HAS_PAIRS:

@@ -20,7 +20,7 @@ from .block import (
 )
 from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_terms, pass_bounds, visible
 from .records import View
-from .softmax import LOG2_E, exponents, partial_sums, soft_cap_slope
+from .softmax import LOG2_E, exponents, partial_sums, soft_cap_slope, softcap_of_rows
 
 # A block of rows loops over so few keys twice. Among more, some row's exact gradient is far larger than an error.
 FEW_KEYS = tl.constexpr(64)
@@ -124,6 +124,8 @@ def attention_grad_query(
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)  # [BLOCK_M]
     exponent_term, factor = load_term(row_terms_ptr + 2 * term_offsets, factor, False)  # [BLOCK_M]
     delta = tl.load(delta_ptr + term_offsets)  # [BLOCK_M]
+    if terms.query_scale_after_softcap is not None:
+        softcap = softcap_of_rows(softcap, factor, scale)  # [BLOCK_M]
     live = exponent_term != float("-inf")
     q = from_row(q, batch, head, memory_row, ALIGNED)
     q_tile = load_tile(q.ptr + tile_offsets(block_rows, BLOCK_D, q.s, q.d, WIDE), live, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
@@ -239,7 +241,8 @@ def attention_grad_query(
                 if SUMS >= 1 and PASS != AGAIN:
                     ds_sum += partial_sums(ds, SUM_COLUMNS)
                 if softcap is not None:
-                    slope = soft_cap_slope(capped, softcap)
+                    cap = softcap if terms.query_scale_after_softcap is None else softcap[:, None]
+                    slope = soft_cap_slope(capped, cap)
                     ds *= slope
                     p *= slope
                 if SUMS == 2 and PASS != AGAIN:

@@ -29,7 +29,7 @@ def partial_sums(x, COLUMNS: tl.constexpr):
 
 @triton.jit
 def soft_cap(x, softcap):
-    """softcap * tanh(x / softcap) for x in base 2 and softcap in natural units.
+    """softcap * tanh(x / softcap) for x in base 2 and softcap in natural units, which broadcasts to x.
 
     tanh is exact to 2 ulp: below 0.6 an odd polynomial (tanh(x) / x by least squares on Chebyshev nodes), else by exp.
     """
@@ -53,12 +53,24 @@ def soft_cap_slope(capped, softcap):
 
 
 @triton.jit
+def softcap_of_rows(softcap, factor, scale):
+    """softcap * query_scale of rows whose factor is scale * query_scale in base 2, of either sign: `soft_cap` is even.
+
+    Where it would be 0, as are the logits, the softcap.
+    """
+    caps = factor * tl.where(scale == 0.0, 0.0, softcap / (scale * LOG2_E))
+    return tl.where(caps == 0.0, softcap, caps)
+
+
+@triton.jit
 def exponents(s, factor, biases, of_row, softcap, terms, AXIS: tl.constexpr):
     """(exponent, capped) of pairs in base 2: a logit with of_row added, and its part that passes the softcap.
 
     factor and biases, or None, broadcast to s; of_row is a vector of rows, which lacks the axis AXIS of s.
     """
     capped = s
+    if terms.query_scale_after_softcap is not None:
+        softcap = tl.expand_dims(softcap, AXIS)
     if softcap is None:
         if biases is None:
             exponent = tl.fma(s, factor, tl.expand_dims(of_row, AXIS))
@@ -77,9 +89,11 @@ def exponents(s, factor, biases, of_row, softcap, terms, AXIS: tl.constexpr):
 
 
 @triton.jit
-def gradients_of(ds, capped, softcap, terms):
+def gradients_of(ds, capped, softcap, terms, AXIS: tl.constexpr):
     """The gradients of a logit's product and of its biases, from that of the logit: see `exponents`."""
     d_biases = ds
+    if terms.query_scale_after_softcap is not None:
+        softcap = tl.expand_dims(softcap, AXIS)
     if softcap is not None:
         ds *= soft_cap_slope(capped, softcap)
         if terms.bias_after_softcap is None:
@@ -168,6 +182,8 @@ def probabilities(s, bias, keep, factor, softcap, terms, m_i, MASKED: tl.constex
             exponent = s - shift[:, None]
     else:
         previous, shift = soft_cap(m_i, cap), soft_cap(m_new, cap)
+        if terms.query_scale_after_softcap is not None:
+            cap = cap[:, None]
         if bias is None:
             s *= factor[:, None]
         exponent = soft_cap(s, cap) - shift[:, None]

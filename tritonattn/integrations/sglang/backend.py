@@ -216,6 +216,4 @@ def _with_temperature(layer: Any, settings: Settings, name: str) -> Settings:
         return settings
     if settings.scaling is not None:
         raise ValueError(f"scaling: expected None at {name}, which has Grok 2's temperature, got {settings.scaling}")
-    if layer.logit_cap:
-        refuse("logit_cap", "0 with a temperature after the cap", f"{layer.logit_cap} at {name}")
     return replace(settings, scaling=Grok2(layer.xai_temperature_len))
