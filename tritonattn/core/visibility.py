@@ -77,7 +77,7 @@ class Visibility:
         invariant: bool = False,
     ) -> Visibility:
         """The record for q of [B, Hq, Sq, D] and k of [B, Hkv, Sk, D] from checked arguments of a public call."""
-        left, right = ranges.window_sides(window)
+        left, right = (None, None) if window is None else ranges.window_sides(window)
         if causal:
             right = 0 if right is None else min(right, 0)
         if key_ranges is not None and key_ranges.dim() == 4:
@@ -232,12 +232,12 @@ class Visibility:
 
     def _facts(self) -> Facts | None:
         """The facts of this record's layout; None where lengths are not read, or pairs are given."""
-        key_lengths, key_ranges, mask, *starts = self.tensors
-        lengths = key_lengths, self.row_counts, *starts
-        is_given = not (key_ranges is None and mask is None and self.counted is None)
+        packed = self.sequences
+        starts = (None, None) if packed is None else (packed.q_starts, packed.k_starts)
+        lengths = self.key_lengths, self.row_counts, *starts
+        is_given = not (self.key_ranges is None and self.mask is None and self.counted is None)
         if is_given or self.device.type != "cpu" or not values_are_read(*lengths):
             return None
-        packed = self.sequences
         longest = None if packed is None else (packed.longest_q, packed.longest_k)
         sizes = self.batch, self.q_heads, self.kv_heads, self.q_len, self.k_len, longest
         ways = self.left, self.right, self.at_lengths, self.invariant

@@ -253,8 +253,9 @@ class _Operands:
         # The kernel adds its mask to what a triangle hides, so that NaN and infinity would stay there.
         with_triangle = terms.key_bias is not None and not tensors and bool(terms.key_bias.amax() < torch.inf)
         has_bias_alone = len(tensors) == 1 and tensors[0] is terms.bias and terms.key_bias is None
-        # The kernel wants the keys of its mask side by side: else a copy of all pairs.
-        with_rectangle = not tensors or (has_bias_alone and tensors[0].shape[-1] > 1 and tensors[0].stride(-1) == 1)
+        # The kernel wants the keys of its mask side by side, and q's dtype: else a copy of all pairs.
+        is_taken = has_bias_alone and tensors[0].dtype == self.q.dtype
+        with_rectangle = not tensors or (is_taken and tensors[0].shape[-1] > 1 and tensors[0].stride(-1) == 1)
         taken = {"causal": with_triangle, "full": with_rectangle, "ranges": False}
         masks = max([x.shape[0] * x.shape[1] for x in tensors], default=1)
         single = [one for part in every for one in unstacked(part)]

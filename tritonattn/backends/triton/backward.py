@@ -200,8 +200,12 @@ def backward(
     if has_keys:
         _over_keys(ready, found, row_terms)
     found = summed(found, ready.call) if of_pairs else found
-    asked = {name: getattr(found, name) if getattr(needs, name) else None for name in ("q", "k", "v")}
-    return found._replace(**asked, sinks=row_terms.d_sinks if needs.sinks else None)
+    return found._replace(
+        q=found.q if needs.q else None,
+        k=found.k if needs.k else None,
+        v=found.v if needs.v else None,
+        sinks=row_terms.d_sinks if needs.sinks else None,
+    )
 
 
 def _row_terms(ready: Prepared, results: Results, d_lse: Tensor | None, needs: Needs, has_both: bool) -> RowTerms:
