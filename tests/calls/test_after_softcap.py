@@ -15,7 +15,7 @@ from tritonattn.distributed.sequence import check_over_ranks
 from tritonattn.scaling import Grok2
 
 LENGTH, CAP, SK = 5, 2.0, 24
-OPTIONS: dict[str, Any] = {"scaling": f"grok2:{LENGTH}", "softcap": CAP}
+OPTIONS: dict[str, Any] = {"scaling": Grok2(LENGTH, after_softcap=True), "softcap": CAP}
 
 
 def operands(requires_grad: bool = True) -> tuple[torch.Tensor, ...]:
@@ -114,7 +114,7 @@ def test_what_it_lacks_is_refused_by_name(backend):
     options: dict[str, Any] = {**OPTIONS, "causal": True, "backend": backend}
     with pytest.raises(NotImplementedError, match="gain: expected a number beside softcap and grok2, got a tensor"):
         attention(q, k, v, **options, gain=torch.ones(4, 1))
-    request = Request(q, k, v, Visibility.of(q, k, causal=True), Terms(softcap=CAP), Grok2(LENGTH))
+    request = Request(q, k, v, Visibility.of(q, k, causal=True), Terms(softcap=CAP), OPTIONS["scaling"])
     with pytest.raises(NotImplementedError, match="softcap: not supported over ranks with a scaling that acts behind"):
         check_over_ranks(request)
     learned: dict[str, Any] = {**options, "scaling": Learned(torch.ones(4, 1, requires_grad=True))}

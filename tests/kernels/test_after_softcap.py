@@ -8,8 +8,9 @@ import torch
 import tritonattn
 from tests.kernels import harness
 from tests.support.packed import Packed
+from tritonattn.scaling import Grok2
 
-SCALING = {"scaling": "grok2:4", "softcap": 1.5}
+SCALING = {"scaling": Grok2(4, after_softcap=True), "softcap": 1.5}
 RAGGED = Packed((3, 17, 40), (20, 17, 40))
 
 

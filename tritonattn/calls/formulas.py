@@ -24,8 +24,8 @@ def by_formulas(request: Request, dropout: Dropout | None = None) -> ForwardResu
     if request.scaling.after_softcap and terms.softcap is not None:
         cap = softcap_behind(request, multiplier)
         terms = terms.changed(softcap=cap.to(scale_dtype(q)) if isinstance(cap, Tensor) else cap)
-    out, *rows = reference.attention(q, k, v, multiplier, visible, addend, terms, dropout)
-    return ForwardResult(out.to(dtype), *rows)  # torch 2.8 traces no _replace
+    out, lse, max_logit, entropy = reference.attention(q, k, v, multiplier, visible, addend, terms, dropout)
+    return ForwardResult(out.to(dtype), lse, max_logit, entropy)  # torch 2.8 traces no _replace
 
 
 def softcap_behind(request: Request, factor: Any, query: Tensor | None = None) -> Any:

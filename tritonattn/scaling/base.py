@@ -86,7 +86,7 @@ class Scaling:
     reads_keys: bool = True
     takes_fp64: bool = False
     trained_length: ClassVar[str] = ""
-    after_softcap: ClassVar[bool] = False
+    after_softcap: bool = False
     normalises_query: bool = False
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -210,7 +210,7 @@ class OfCount(Scaling):
     """
 
     def __post_init__(self) -> None:
-        for name in type(self).__match_args__:  # pyright: ignore[reportAttributeAccessIssue]  of a dataclass, its fields
+        for name in type(self).__match_args__:  # pyright: ignore[reportAttributeAccessIssue]  of a dataclass, fields by position
             value = getattr(self, name)
             check_positive(name, value, above=float(name == self.trained_length))
             warn_without_base(self.name, value)

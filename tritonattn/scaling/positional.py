@@ -12,7 +12,7 @@ and is never rounded to the dtype of q.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -71,10 +71,9 @@ class Grok2(QwenLogn):
 
     Like `QwenLogn` but for the offset: it counts from the position, n - 1.
 
-    train_length   `attn_temperature_len` of the model's configuration, 1024
-
-    The model caps its logits at 30 before the temperature, and so does a softcap c of `attention`:
-    logit = max(1, ...) * c tanh(q . k / sqrt(D) / c).
+    train_length    `attn_temperature_len` of the model's configuration, 1024
+    after_softcap   False: a softcap c of `attention` acts after the factor, as with every mode. True: before it, as the
+                    model caps its logits at 30: logit = max(1, ...) * c tanh(q . k / sqrt(D) / c)
 
     Source: SGLang 0.5.23, srt/layers/attention/triton_ops/decode_attention.py, xai_temperature_len: log2(position) /
     log2(length) where the position exceeds the length, else 1.
@@ -82,8 +81,7 @@ class Grok2(QwenLogn):
     """
 
     train_length: float = 1024
-
-    after_softcap = True
+    after_softcap: bool = field(default=False, kw_only=True)
 
     def _of_count(self, n: Tensor) -> Tensor:
         return super()._of_count(n - 1)

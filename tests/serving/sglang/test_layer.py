@@ -12,6 +12,7 @@ from tests.serving.attended import NoHostRead
 from tests.stub import installed
 from tests.support.device_work import values_unread
 from tritonattn.integrations.sglang import plugin
+from tritonattn.scaling import Grok2
 
 from .layer import Layer
 
@@ -22,6 +23,7 @@ TOLERANCE = 1e-5
 STEPS = [([33, 40], [33, 40]), ([1, 57], [34, 97]), ([1, 1], [35, 98])]
 SINKS = torch.linspace(-1, 2.5, 8)
 WINDOW = {"sliding_window_size": 23}
+CAPPED = Grok2(20, after_softcap=True)
 CHUNK = {"use_irope": True, "attention_chunk_size": 32}
 CASES = {  # config.tritonattn, what SGLang gives to the layer, and arguments of `exact` besides the settings
     "sqrt_dim": ({"scaling": "sqrt_dim"}, {}, {}),
@@ -38,7 +40,11 @@ CASES = {  # config.tritonattn, what SGLang gives to the layer, and arguments of
     "sinks": ({"scaling": "log_key_count"}, {"sinks": SINKS}, {"sinks": SINKS.double()}),
     "pages of 32": ({"scaling": "key_norm_mean"}, {"page": 32}, {}),
     "Grok's temperature": ({}, {"xai_temperature_len": 20}, {"scaling": "grok2:20"}),
-    "behind a softcap": ({}, {"xai_temperature_len": 20, "logit_cap": 1.0}, {"scaling": "grok2:20", "softcap": 1.0}),
+    "behind a softcap": (
+        {},
+        {"xai_temperature_len": 20, "logit_cap": 1.0},
+        {"scaling": Grok2(20, after_softcap=True), "softcap": 1.0},
+    ),
 }
 
 

@@ -216,4 +216,4 @@ def _with_temperature(layer: Any, settings: Settings, name: str) -> Settings:
         return settings
     if settings.scaling is not None:
         raise ValueError(f"scaling: expected None at {name}, which has Grok 2's temperature, got {settings.scaling}")
-    return replace(settings, scaling=Grok2(layer.xai_temperature_len))
+    return replace(settings, scaling=Grok2(layer.xai_temperature_len, after_softcap=True))
