@@ -113,6 +113,17 @@ def test_large_scales_of_small_keys_do_not_overflow_in_fp16():
     assert_within_bound(*results, torch.float16)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("scales", [("query_scale",), ("key_scale",)], ids=str)
+def test_scaled_operands_of_large_logits_are_not_rounded_in_bf16(scales):
+    tensors = inputs(torch.bfloat16, 300, scales=scales)
+    tensors |= {"q": tensors["q"] * 4, "k": tensors["k"] * 4}
+    runs = ((tensors, "sdpa"), (harness.as_double(tensors), "reference"), (tensors, "reference"))
+    options = {"scale": 0.3, "causal": True}
+    results = (tritonattn.scaled_attention(**given, backend=backend, **options) for given, backend in runs)
+    assert_within_bound(*results, torch.bfloat16)
+
+
 CAUSAL = {"causal": True}
 HIDDEN_BY_SHAPES = [((9, 12), CAUSAL), ((12, 9), CAUSAL), ((9, 9), {**CAUSAL, "window": (8, None)})]
 HIDDEN_BY_SHAPES += [((1, 12), {"window": (10, 0)}), ((9, 12), {"window": (11, 7)}), ((9, 9), {"window": (0, 8)})]

@@ -38,6 +38,10 @@ _OTHERS = others_than("query_scale", "key_scale")
 # Logits must stay below it in PyTorch's kernel: fp32 ends at 3.4e38.
 _LARGEST_LOGIT = 1e38
 
+# The largest norm of a scaled query times that of a key, over sqrt(D), for which a q that was rounded to bf16 leaves
+# the output within two thirds of its error bound; from 12 on it does not.
+_LARGEST_ROUNDED = 8.0
+
 
 def supports(call: AttentionCall, is_full: bool) -> bool:
     """True where `attention` computes this call: all keys or a square's lower triangle visible, and no extras."""
@@ -84,7 +88,7 @@ def attention(call: AttentionCall, again: Attend) -> ForwardResult | None:
     PyTorch's kernel has neither a tangent nor gradients of gradients: None in forward mode, and `again` for the latter.
 
     The scales are folded in q's dtype: exact to rounding in fp32 and fp64, while in bf16 q * query_scale and
-    k * key_scale are rounded to bf16 once before they meet.
+    k * key_scale are rounded to bf16 once before they meet, where logits are small enough for it.
     """
     # torch maps its attention in a loop under vmap; our operators fold the mapped axis into the batch.
     if call.visibility.at_lengths:
@@ -213,7 +217,21 @@ def _needs_fp32(call: AttentionCall) -> bool:
     is_scaled = logits.query_scale is not None or logits.key_scale is not None
     if call.narrowed() is not call or (dtype == torch.float16 and is_scaled):
         return True
-    return (is_scaled or call.q.device.type == "cpu") and needs_graph(*call.tensors())
+    is_on_cpu = call.q.device.type == "cpu"
+    if (is_scaled or is_on_cpu) and needs_graph(*call.tensors()):
+        return True
+    return is_scaled and is_on_cpu and not _may_round(call)
+
+
+def _may_round(call: AttentionCall) -> bool:
+    """True where logits are known to be so small that rounding scaled operands moves them little: see above."""
+    terms, bound = call.terms, abs(call.terms.scale)
+    if not values_are_read(call.q, call.k, terms.query_scale, terms.key_scale):
+        return False
+    for x, scale in ((call.q, terms.query_scale), (call.k, terms.key_scale)):
+        norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+        bound *= (norms if scale is None else norms * scale).abs().amax().item()
+    return bound <= _LARGEST_ROUNDED * call.q.shape[-1] ** 0.5
 
 
 def _without_lone_keys(query_scale: Tensor | None, call: AttentionCall) -> Tensor:
