@@ -283,7 +283,8 @@ class Visibility:
             return self.sequences.keys_of_rows(self.q_len)
         has_sides = not (self.left is None and self.right is None)
         if self.at_lengths and self.row_counts is None and not has_sides:
-            return None, cast(Tensor, self.key_lengths).to(torch.int64, copy=True)[:, None], None
+            is_shared = self.once("facts", self._facts) is not None  # then not the user's tensor
+            return None, cast(Tensor, self.key_lengths).to(torch.int64, copy=is_shared)[:, None], None
         if self.at_lengths:
             row = torch.arange(self.q_len, device=self.device)
             last = cast(Tensor, self.key_lengths).long().clamp(0, self.k_len)[:, None]

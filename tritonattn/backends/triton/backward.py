@@ -193,7 +193,7 @@ def backward(
     has_rows = needs.q or needs.query_scale or of_pairs or corrects_keys
     has_keys = needs.k or needs.v or needs.key_scale or of_pairs
     d_lse = None if d_lse is None else d_lse.contiguous()
-    row_terms = _row_terms(ready, results, d_lse, needs, has_rows and has_keys)
+    row_terms = _row_terms(ready, results, d_lse, needs, has_rows)
     found = new_gradients(ready, needs._replace(q=has_rows, k=has_keys, v=has_keys))
     if has_rows:
         _over_rows(ready, found, row_terms)
@@ -208,8 +208,8 @@ def backward(
     )
 
 
-def _row_terms(ready: Prepared, results: Results, d_lse: Tensor | None, needs: Needs, has_both: bool) -> RowTerms:
-    """Launch the pass whose terms the two others read. has_both: both run."""
+def _row_terms(ready: Prepared, results: Results, d_lse: Tensor | None, needs: Needs, has_rows: bool) -> RowTerms:
+    """Launch the pass whose terms the two others read. has_rows: that over rows runs, and corrects them."""
     problem = ready.specialisation.problem
     corrects = needs.query_scale or problem.has_bias or problem.relative_scale or corrects_delta(problem)
     corrects = corrects and not problem.is_part
@@ -223,7 +223,7 @@ def _row_terms(ready: Prepared, results: Results, d_lse: Tensor | None, needs: N
     shape = (*q.shape[:2], terms_len)
     joined = torch.float32 if terms.query_scale is None else torch.int64
     both = q.new_empty((*shape, 2), dtype=joined)
-    if corrects and has_both:
+    if corrects and has_rows:
         corrected = torch.empty_like(both)
     found = RowTerms(both, corrected, q.new_empty(shape, dtype=torch.float32), d_lse, d_sinks)
     masks = ready.arguments["masks"]
