@@ -271,13 +271,16 @@ def attention_grad_query(
         gradient_term = -delta
         if terms.query_scale is not None and not HAS_BIAS:
             gradient_term *= factor
-        terms_end = start_m + BLOCK_M
-        if terms_end >= q_len:  # the last block writes those behind it too
-            terms_end = tl.cdiv(q_len, ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
-        for start in range(start_m, terms_end, BLOCK_M):
-            at = 2 * (first_term + start + block_rows)
-            tl.store(corrected_ptr + at, tl.load(row_terms_ptr + at))
-            store_term(corrected_ptr + at + 1, tl.where(start == start_m, gradient_term, 0.0), factor, None)
+        at = 2 * (first_term + start_m + block_rows)
+        tl.store(corrected_ptr + at, tl.load(row_terms_ptr + at))
+        store_term(corrected_ptr + at + 1, gradient_term, factor, None)
+        if BLOCK_M < ROW_TERMS_ALIGNMENT:
+            if start_m + BLOCK_M >= q_len:  # the last block writes those behind it too
+                terms_end = tl.cdiv(q_len, ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
+                for start in range(start_m + BLOCK_M, terms_end, BLOCK_M):
+                    at = 2 * (first_term + start + block_rows)
+                    tl.store(corrected_ptr + at, tl.load(row_terms_ptr + at))
+                    tl.store(corrected_ptr + at + 1, tl.load(row_terms_ptr + at + 1))
     d_q_ptrs = gradients.q + row_base * HEAD_DIM + tile_offsets(block_rows, BLOCK_D, HEAD_DIM, 1, False)
     keep_q = keep_row[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
     tl.store(d_q_ptrs, dq.to(gradients.q.dtype.element_ty), mask=keep_q)
