@@ -172,7 +172,7 @@ class Parts:
 
 def parts_of(visible: Visibility) -> Parts:
     """The parts of a call's visible pairs, kept where lengths and a window's sides determine them."""
-    by_ranges = visible if visible.mask is None else replace(visible, mask=None)
+    by_ranges = visible if visible.mask is None else visible.once("by ranges", lambda: replace(visible, mask=None))
     return by_ranges.shared("parts", lambda: Parts.of(by_ranges))
 
 

@@ -19,6 +19,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from ...core.autograd import kept, needs_graph, values_are_read
 from ...core.call import AttentionCall, ForwardResult
 from ...core.eight_bit import EIGHT_BIT
+from ...core.norms import key_norms_of
 from ...core.terms import Terms, others_than
 from ...core.visibility import Visibility
 from ..protocol import Attend
@@ -229,7 +230,7 @@ def _may_round(call: AttentionCall) -> bool:
     if not values_are_read(call.q, call.k, terms.query_scale, terms.key_scale):
         return False
     for x, scale in ((call.q, terms.query_scale), (call.k, terms.key_scale)):
-        norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+        norms = key_norms_of(x.detach())
         bound *= (norms if scale is None else norms * scale).abs().amax().item()
     return bound <= _LARGEST_ROUNDED * call.q.shape[-1] ** 0.5
 
