@@ -22,7 +22,6 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd.function import Function
 
 from tests.kernels import harness
 from tests.support.bound import allowed_error
@@ -98,12 +97,11 @@ class StandIn(ModuleType):
             out, lse = torch.stack(out), torch.stack(lse)
         else:
             out, lse = self._packed(q, k, v, q_starts, k_starts, given)
-        if out.requires_grad:
-            out = _Aligned.apply(out)
+        out = _with_hook(out, _assert_aligned).view_as(out)  # behind the hook of whoever gets it
         if self.package == "flash-attn-4":
             wanted = given["return_lse"] or any(x.requires_grad for x in (q, k, v))
             return out, (lse if given["return_lse"] else lse.detach()) if wanted else None
-        lse = _Dropped.apply(lse)
+        _with_hook(lse, torch.zeros_like)  # FlashAttention 2 and 3 drop its gradient without a word
         if not given.get("return_attn_probs"):
             return out
         return (out, lse, None) if self.package == "flash-attn-2" else (out, lse)
@@ -113,8 +111,7 @@ class StandIn(ModuleType):
         for x in (q, k, v):
             assert x.dtype in (torch.float16, torch.bfloat16)
             assert x.dtype == q.dtype
-            assert x.stride(-1) == 1
-            assert not any(n % 8 for n in (x.storage_offset(), *x.stride()[:-1]))
+            _assert_aligned(x)
         dims = q.shape[-1], v.shape[-1]
         assert all(dim % 8 == 0 and 8 <= dim <= 256 for dim in dims)
         unequal = (192, 128) if self.package != "flash-attn-2" else None
@@ -176,11 +173,7 @@ class StandIn(ModuleType):
 
     def _packed(self, q: Tensor, k: Tensor, v: Tensor, q_starts: list, k_starts: list, given: Any) -> Any:
         """As the libraries, with NaN for what they leave unwritten: results and gradients of no sequence."""
-        q, k, v = (
-            _Unwritten.apply(q, q_starts[-1]),
-            _Unwritten.apply(k, k_starts[-1]),
-            _Unwritten.apply(v, k_starts[-1]),
-        )
+        q, k, v = (_unwritten(x, starts[-1]) for x, starts in ((q, q_starts), (k, k_starts), (v, k_starts)))
         outs, lses = [], []
         for rows, end, keys, k_end in zip(q_starts, q_starts[1:], k_starts, k_starts[1:], strict=False):
             loaded = slice(keys, k_end if self.package == "flash-attn-2" else k_end + 8)  # 3 and 4 load whole tiles
@@ -225,45 +218,26 @@ class StandIn(ModuleType):
         return out, torch.where(empty, nothing, lse)
 
 
-class _Unwritten(Function):
+def _unwritten(x: Tensor, end: int) -> Tensor:
     """x, whose gradient is NaN from row `end` on."""
 
-    @staticmethod
-    def forward(ctx, x, end):
-        ctx.end = end
-        return x.view_as(x)
+    def spoiled(d: Tensor) -> Tensor:
+        return torch.cat([d[:end], torch.full_like(d[end:], torch.nan)])
 
-    @staticmethod
-    def backward(ctx, d):
-        d = d.clone()
-        d[ctx.end :] = torch.nan
-        return d, None
+    return _with_hook(x.view_as(x), spoiled)
 
 
-class _Aligned(Function):
-    """out, whose gradient lies in rows of 16 aligned bytes, which the libraries trust in."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, d):
-        assert d.stride(-1) == 1
-        assert not any(n % 8 for n in (d.storage_offset(), *d.stride()[:-1]))
-        return d
+def _assert_aligned(d: Tensor) -> None:
+    """Rows lie in 16 aligned bytes, which the libraries trust in."""
+    assert d.stride(-1) == 1
+    assert not any(n % 8 for n in (d.storage_offset(), *d.stride()[:-1]))
 
 
-class _Dropped(Function):
-    """lse, whose gradient is dropped without a word, as by FlashAttention 2 and 3."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, d):
-        return torch.zeros_like(d)
+def _with_hook(x: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Tensor:
+    """x, whose gradient goes through a hook where it has one."""
+    if x.requires_grad:
+        x.register_hook(hook)
+    return x
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *versions: str, card: int | None = None) -> list[StandIn]:
