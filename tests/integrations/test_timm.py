@@ -37,26 +37,6 @@ def test_sqrt_dim_is_timms_model():
     torch.testing.assert_close(*(with_gradients(x, images()) for x in (made, theirs)), rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"qkv_bias": True, "qk_norm": True}, {"scale_norm": True, "gated": True}, {"attn_head_dim": 5, "dim_out": 7}],
-    ids=str,
-)
-def test_every_option_of_the_layer(options, fused):
-    torch.manual_seed(0)
-    theirs = Attention(16, 4, norm_layer=torch.nn.LayerNorm, **options, dtype=torch.float64)
-    layer = ours.attention_layer()(16, 4, norm_layer=torch.nn.LayerNorm, **options, dtype=torch.float64)
-    layer.load_state_dict(theirs.state_dict(), strict=True)
-    theirs.fused_attn = fused
-    x = 4 * torch.randn(2, 6, 16, dtype=torch.float64)
-    hidden = torch.ones(6, 6).bool().triu(1)
-    floats = torch.zeros(6, 6, dtype=torch.float64).masked_fill(hidden, -torch.inf)
-    bias = floats + torch.randn(4, 6, 6, dtype=torch.float64)
-    for masks in ({}, {"attn_mask": ~hidden}, {"attn_mask": floats}, {"attn_mask": bias}, {"is_causal": True}):
-        torch.testing.assert_close(layer(x, **masks), theirs(x, **masks))
-
-
 def test_layers_and_a_replacement_agree():
     plain, made = model(), model(attn_layer=ours.attention_layer("log_key_count:4"))
     for layer in plain.modules():
