@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import tritonattn
+from tests.calls.test_distances import Near
 from tests.distributed.pool import on_every_rank
 from tests.support.pairs import in_turn, pairwise
 from tests.support.refusals import refuses
@@ -216,13 +217,6 @@ def test_shard_and_unshard_are_inverse_and_say_what_cannot_be_divided(rank: int)
         " (tritonattn.distributed.pad), or end it with a document of padding"
     )
     refuses(message, shard, x[..., :12], mesh=mesh, layout="zigzag")
-
-
-class Near(Scaling):
-    """A user's mode with a bias of distances."""
-
-    def relative_addend(self, q, k, distance):
-        return 1 / (1 + distance.abs())
 
 
 @on_every_rank

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 import tritonattn
+from tests.calls.test_distances import Near
 from tests.kernels import harness
 from tests.kernels.harness import Tensors
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.packed import Packed
 from tests.support.pages import paged_call
 from tests.support.pairs import in_turn
-from tritonattn import Scales, Scaling
 from tritonattn.backends import triton as backend
 from tritonattn.backends.triton import attention, grids, launch
 from tritonattn.core.call import AttentionCall
@@ -83,23 +83,6 @@ def test_every_mask(mask, form, dtype, softcap, scales, heads, device):
 def test_extents_shorter_and_longer_than_the_keys(right, relative, device):
     tensors = with_biases(harness.inputs(SINGLE, device), SINGLE, None, relative)
     check(tensors, "full", device, relative_right=min(right, relative[3] - 1))
-
-
-@dataclass(frozen=True)
-class Near(Scaling):
-    """A mode of a user, with a bias of distances and a factor of the query."""
-
-    name = "near"
-
-    def scales(self, q, k, visibility, statistics):
-        table = torch.arange(4.0, device=q.device)[None, None, None]
-        return Scales(0.3, query=1 / (1 + statistics.query_norms(q)), relative_bias=table, relative_right=1)
-
-    def multiplier(self, q, k, visible):
-        return 0.3 / (1 + q.norm(dim=-1, keepdim=True))
-
-    def relative_addend(self, q, k, distance):
-        return torch.where((distance >= -1) & (distance < 3), distance + 1.0, 0)
 
 
 @in_turn(scaling=["key_norm_mean", Near()], mask=["causal", "window"], softcap=SOFTCAPS[::2])

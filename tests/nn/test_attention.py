@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.nn.functional import linear, rms_norm
 
+from tests.calls.test_distances import Near
 from tests.support.layers import assert_same
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import in_turn, pairwise
 from tests.support.refusals import refuses
-from tritonattn import Scales, attention, nn
+from tritonattn import attention, nn
 from tritonattn.nn.rotary import rotated
 from tritonattn.scaling import LogKeyCount
 
@@ -290,14 +291,6 @@ def test_a_bias_of_distances_is_the_same_in_every_form():
     for refused in ({"cache": cache}, {"cu_seqlens": ends, "max_seqlen": 22}):
         refuses("ValueError: bias: expected None with", made, x, bias=pairs, **refused)
     refuses("TypeError: relative_right: expected an int", made, x, relative_right=torch.ones(2))
-
-
-class Near(LogKeyCount):
-    def scales(self, q, k, visibility, statistics):
-        return Scales(0.4, relative_bias=torch.ones(1, 1, 1, 2, dtype=q.dtype))
-
-    def relative_addend(self, q, k, distance):
-        return torch.where((distance >= 0) & (distance < 2), 1.0, 0.0)
 
 
 @torch.no_grad()
