@@ -1,4 +1,4 @@
-"""Imports inside the package point down only, and optional packages stay where they are wanted."""
+"""Imports of the package, and between rooms of perf, point down; optional packages stay where they are wanted."""
 
 import ast
 import functools
@@ -6,7 +6,9 @@ import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import perf
 import tritonattn
+from perf.__main__ import ROOMS
 
 PACKAGE = Path(tritonattn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -41,6 +43,9 @@ OPTIONAL_IN = {
     "cli": {"transformers"},
 }
 TRITON_IN = ("tuning", "autotune", "backends/triton")
+
+PERF = Path(perf.__file__).parent
+ROOMS_FROM_BELOW = ("models", "cases", "sweep", "soak", "cpu", "gpu", "studies")
 
 
 def module_of(path: Path) -> tuple[str, ...]:
@@ -119,3 +124,20 @@ def test_nothing_needs_the_checkout():
 
 def test_pieces_of_kernels_know_no_torch():
     assert outside(PACKAGE / "backends" / "triton" / "block.py") <= {"triton", "typing", "__future__"}
+
+
+def test_imports_between_rooms_of_perf_point_down():
+    for number, room in enumerate(ROOMS_FROM_BELOW):
+        for path in (PERF / room).rglob("*.py"):
+            inside = ("perf", *path.relative_to(PERF).parts)
+            for level, name in imports(path):
+                dotted = [*inside[: len(inside) - level], *name.split(".")] if level else name.split(".")
+                assert dotted[0] != "perf" or dotted[1] not in ROOMS_FROM_BELOW[number + 1 :], path
+
+
+def test_every_file_of_perf_has_a_room_and_every_command_its_module():
+    assert {path.stem for path in PERF.glob("*.py")} == {"__init__", "__main__", "devices", "options"}
+    for room, commands in ROOMS.items():
+        for command in commands:
+            stem = PERF / room / command.replace("-", "_")
+            assert stem.with_suffix(".py").is_file() or (stem / "__init__.py").is_file(), command

@@ -1,17 +1,15 @@
 """The study of language models: its attention is the library's, its ledger can be answered, its command goes on."""
 
-from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 import torch
 
 import tritonattn
-from perf.__main__ import main
-from perf.studies.language_model.cells import LOG, SQRT, TEXT, study, swaps_of
+from perf.studies.language_model.cells import LOG, SQRT, TEXT
 from perf.studies.language_model.model import GPT, Factor, Shape, Swap, rotated, swapped
-from perf.studies.language_model.records import Run, read
-from perf.studies.language_model.report import ledger_rows, text_rows
+from perf.studies.language_model.records import Run
+from perf.studies.language_model.report import text_rows
 from perf.studies.language_model.training import Cell, Outcome
 from tritonattn.lab.ledger import FILLERS, NAMES, VALUES, ledger
 
@@ -88,13 +86,6 @@ def test_a_ledger_repeats_the_values_of_names_that_come_again():
     assert 0.1 < min(shares) < 0.2 < max(shares) < 0.45
 
 
-def test_the_study_has_every_cell_once_and_tells_them_apart():
-    cells = study()
-    assert len({cell.name for cell in cells}) == len(set(cells)) == len(cells)
-    named = {swap.name for cell in cells for swap in swaps_of(cell)}
-    assert {"", "log n at test", "twice at test", "four times at test", "base stretched"} <= named
-
-
 def test_losses_on_text_stand_beside_those_of_sqrt_dim_with_the_same_seed():
     def run(factor, seed, *swaps):
         cell = Cell("code", Shape("wnwn", factor), TEXT, seed)
@@ -118,25 +109,3 @@ def test_losses_on_text_stand_beside_those_of_sqrt_dim_with_the_same_seed():
             ["", "**`log_key_count`**", "2", "-0.500", "+0.375 (+0.250 to +0.500)"],
         ],
     )
-
-
-@pytest.mark.slow
-def test_the_command_goes_on_where_its_record_stops(tmp_path, capsys):
-    file = tmp_path / "runs.jsonl"
-    words = ["language-model", "--quick", "--out", str(file), "--only", "ledger wn qk_norm=plain adamw window=4 seed=0"]
-    main([*words[:-1], f"{words[-1]} sqrt_dim x2"])
-    first = read(file)
-    main([*words[:-1], f"{words[-1]} sqrt_dim"])
-    runs = read(file)
-    assert runs[0] == first[0]
-    assert [run.cell.shape.factor for run in runs] == [Factor(gain=2.0), Factor(), Factor(gain=4.0)]
-    assert all(set(run.found.results[""]) == {"1", "2", "4", "8", "16", "32"} for run in runs)
-    assert set(runs[1].found.results) == {"", "log n at test", "twice at test", "four times at test"}
-    assert replace(runs[1].cell, recipe=study()[0].recipe) == study()[0]
-    assert [row[:3] for row in ledger_rows(runs)][:3] == [
-        ["wn, QK-norm", "**`sqrt_dim`, 2 times**", "1"],
-        ["", "**`sqrt_dim`**", "1"],
-        ["", "twice at test", "1"],
-    ]
-    main([*words, "--list"])
-    assert "+ ledger wn qk_norm=plain sqrt_dim window=4 adamw seed=0" in capsys.readouterr().out
