@@ -81,35 +81,6 @@ def test_is_the_textbook(name, softcap, with_sinks, p):
     torch.testing.assert_close(gradients(*ours[:2]), gradients(*theirs[:2]), rtol=1e-10, atol=1e-11)
 
 
-HIDING = {
-    "lengths": {"key_lengths": torch.tensor([4, 7])},
-    "ranges": {"key_ranges": torch.tensor([[[2, 9]] * SQ, [[4, 9]] * SQ], dtype=torch.int32)},
-    "mask": {"mask": torch.arange(SK) < 4},
-    "window": {"window": (1, -2)},
-    "causal": {"causal": True},
-}
-
-
-@pairwise(junk=[math.nan, math.inf], hiding=HIDING, mode=["sqrt_dim", "key_norm_sum", "key_norm_max", "cosine"])
-def test_keys_hidden_from_every_row_reach_nothing(junk, hiding, mode):
-    q_len, arguments = 12 if hiding == "causal" else SQ, HIDING[hiding]  # 12: rows before the first key
-    visible = visible_pairs((B, HQ, q_len, SK), **arguments)
-    unseen, blind = ~visible[:, :HKV].any(-2), ~visible.any(-1)
-    clean = tensors(q_len=q_len)
-    dirty = [torch.where(blind[..., None], junk, clean[0])]
-    dirty += [torch.where(unseen[..., None], junk, x) for x in clean[1:]]
-
-    def run(q, k, v):
-        inputs = [x.requires_grad_() for x in (q, k, v)]
-        visibility = Visibility.of(q, k, **arguments)
-        multiplier = SCALINGS[mode]().multiplier(q, k.repeat_interleave(HQ // HKV, 1), visibility.dense())
-        result = attention(q, k, v, multiplier, visibility)
-        loss = result.out.square().sum() + torch.where(blind, 0, result.lse).square().sum()
-        return [*result, *torch.autograd.grad(loss, inputs)]
-
-    assert all(map(torch.equal, run(*dirty), run(*clean)))
-
-
 def test_probabilities_are_rounded_to_the_dtype_of_v():
     q, k = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 3, 4)
     v = torch.full((1, 1, 3, 1), 1.0, dtype=torch.bfloat16)

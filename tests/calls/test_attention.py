@@ -133,12 +133,17 @@ def test_scaled_attention(backend):
 
 
 def gradients_next_to_nan(leaves: dict[str, Tensor], fill: float, call) -> list[Tensor]:
-    """out and gradients of `call` where what rows without keys hold, d_out too, is `fill`: one batch, one row more."""
+    """out and gradients of `call` where rows without keys, d_out too, and keys of no row hold `fill`.
+
+    They are one batch entry, and a row and two keys of the other.
+    """
     blind = torch.zeros(2, 1, 5, dtype=torch.bool)
     blind[0], blind[1, :, 2] = True, True
     leaves = {name: x.detach().clone() for name, x in leaves.items()}
     for name in leaves.keys() - {"k", "v", "key_scale"}:
         leaves[name][blind.expand(2, 4, 5)] = fill
+    for name in leaves.keys() & {"k", "v", "key_scale"}:
+        leaves[name][0], leaves[name][1, :, [0, 6]] = fill, fill
     inputs = {name: x.requires_grad_() for name, x in leaves.items()}
     ranges = torch.where(blind[:, 0, :, None], 3, torch.tensor([1, 6])).int()
     out = call(**inputs, key_ranges=ranges)
@@ -147,8 +152,13 @@ def gradients_next_to_nan(leaves: dict[str, Tensor], fill: float, call) -> list[
     return [out, *torch.autograd.grad(out, list(inputs.values()), d_out.to(out.dtype))]
 
 
-@pairwise(scaling=[*TYPICAL, "given"], backend=["sdpa", "reference"], dtype=[torch.float64, torch.bfloat16])
-def test_a_row_without_keys_may_hold_nan(scaling, backend, dtype):
+@pairwise(
+    scaling=[*TYPICAL, "given"],
+    backend=["sdpa", "reference"],
+    dtype=[torch.float64, torch.bfloat16],
+    fill=[torch.nan, torch.inf],
+)
+def test_rows_without_keys_and_keys_of_no_row_may_hold_anything(scaling, backend, dtype, fill):
     leaves = {name: x.to(dtype) for name, x in operands().items()}
     rows = torch.rand(2, 4, 5, dtype=torch.promote_types(dtype, torch.float32))
     if scaling == "given":
@@ -157,7 +167,7 @@ def test_a_row_without_keys_may_hold_nan(scaling, backend, dtype):
     else:
         call = functools.partial(tritonattn.attention, scaling=scaling, backend=backend)
         leaves["gain"] = rows
-    clean, dirty = (gradients_next_to_nan(leaves, fill, call) for fill in (1.0, torch.nan))
+    clean, dirty = (gradients_next_to_nan(leaves, value, call) for value in (1.0, fill))
     for name, expected, found in zip(("out", *leaves), clean, dirty, strict=True):
         assert torch.equal(expected, found), name
 
