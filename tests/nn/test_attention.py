@@ -20,9 +20,9 @@ WIDTH, HEADS, KV, D = 24, 4, 2, 6
 SCALED = ["sqrt_dim", "key_norm_mean", "log_key_count", "cosine", "ssmax", "power_law", "learned_log_power", 0.4]
 
 
-def layer(scaling="sqrt_dim", seed=0, kv_heads=KV, **arguments):
+def layer(scaling="sqrt_dim", seed=0, kv_heads=KV, layer_type=nn.ScaledAttention, **arguments):
     torch.manual_seed(seed)
-    made = nn.ScaledAttention(WIDTH, HEADS, kv_heads=kv_heads, scaling=scaling, dtype=torch.float64, **arguments)
+    made = layer_type(WIDTH, HEADS, kv_heads=kv_heads, scaling=scaling, dtype=torch.float64, **arguments)
     with torch.no_grad():
         for parameter in made.parameters():  # weights of a size that makes the softmax matter
             parameter += 0.3 * torch.randn_like(parameter)
@@ -117,33 +117,6 @@ def test_packed_sequences_are_as_separate_ones(scaling):
     assert not ours[11:].any()
 
 
-@pairwise(
-    scaling=[*SCALED, "key_norm_max", "per_head", "learned_cosine"], window=[None, (4, 0)], counts=[[20, 20], [17, 3]]
-)
-@torch.no_grad()
-def test_prefill_and_steps_are_one_pass(scaling, window, counts):
-    made = layer(scaling, causal=True, window=window, qk_norm=True, softcap=5.0, sinks=True)
-    x = tokens(length=26)
-    whole = made(x)
-    cache = made.cache(batch=2, capacity=30)
-    cache.k.fill_(torch.nan)
-    cache.v.fill_(torch.nan)
-    prompt = x[:, :20].clone()
-    for b, count in enumerate(counts):
-        prompt[b, count:] = torch.nan
-    given = None if counts == [20, 20] else torch.tensor(counts)
-    found = made(prompt, cache=cache, counts=given)
-    for b, count in enumerate(counts):
-        torch.testing.assert_close(found[b, :count], whole[b, :count])
-        assert not found[b, count:].any()
-    for size in (1, 3, 1):
-        rows = cache.lengths[:, None] + torch.arange(size)
-        step = x.gather(1, rows[..., None].expand(-1, -1, WIDTH))
-        expected = whole.gather(1, rows[..., None].expand(-1, -1, WIDTH))
-        torch.testing.assert_close(made(step, cache=cache), expected)
-    assert cache.lengths.tolist() == [count + 5 for count in counts]
-
-
 class Rotated(nn.ScaledAttention):
     """With rotary positions on the first two components of every head, and lengths that say the absolute position."""
 
@@ -191,23 +164,31 @@ def test_rotary_positions_turn_complex_pairs():
     assert torch.equal(made.operands(x)[2], v)
 
 
-@pytest.mark.parametrize("window", [None, (4, 0)])
+@pairwise(
+    scaling=[*SCALED, "key_norm_max", "per_head", "learned_cosine"],
+    window=[None, (4, 0)],
+    pieces=[([20, 20], [1, 1], [3, 3], [1, 1]), ([17, 3], [0, 3], [4, 1], [1, 1], [0, 14])],  # next to a full sequence
+    layer_type=[nn.ScaledAttention, Rotated],
+)
 @torch.no_grad()
-def test_short_pieces_of_different_lengths(window):
+def test_a_prompt_and_pieces_are_one_pass(scaling, window, pieces, layer_type):
     """As where one sequence takes more guessed tokens than the other; positions are those of each sequence."""
-    torch.manual_seed(0)
-    made = Rotated(WIDTH, HEADS, kv_heads=KV, scaling="key_norm_mean", causal=True, window=window, dtype=torch.float64)
-    x = 2 * tokens(length=16)
-    whole, cache = made(x), made.cache(batch=2, capacity=12)
-    for counts in ([6, 2], [0, 3], [4, 1], [1, 1], None, [0, 4]):  # the last one next to a full sequence
-        taken = [1, 1] if counts is None else counts
-        rows = cache.lengths[:, None] + torch.arange(max(taken))
+    options = {"window": window, "qk_norm": True, "softcap": 5.0, "sinks": True}
+    made = layer(scaling, layer_type=layer_type, causal=True, **options)
+    x = 2 * tokens(length=40)
+    whole, cache = made(x), made.cache(batch=2, capacity=22 if pieces[0] == [17, 3] else 30)
+    cache.k.fill_(torch.nan)
+    cache.v.fill_(torch.nan)
+    for counts in pieces:
+        rows = cache.lengths[:, None] + torch.arange(max(counts))
         piece, expected = (z.gather(1, rows[..., None].expand(-1, -1, WIDTH)) for z in (x, whole))
-        found = made(piece, cache=cache, counts=None if counts is None else torch.tensor(counts))
-        for b, count in enumerate(taken):
+        for b, count in enumerate(counts):
+            piece[b, count:] = torch.nan
+        found = made(piece, cache=cache, counts=None if counts[0] == counts[1] else torch.tensor(counts))
+        for b, count in enumerate(counts):
             torch.testing.assert_close(found[b, :count], expected[b, :count])
             assert not found[b, count:].any()
-    assert cache.lengths.tolist() == [12, 12]
+    assert cache.lengths.tolist() == [sum(taken) for taken in zip(*pieces, strict=True)]
 
 
 @torch.no_grad()
