@@ -28,7 +28,7 @@ READS_CONFIG = (
 SCALING, LEARNED = tritonattn.scaling, tritonattn.nn
 _per_head = partial(LEARNED.PerHead, heads=4)
 CASES = {
-    "arguments": {"scaling": SCALING.QwenLogn(train_length=4), "gain": 2.0, "backend": "sdpa"},
+    "arguments": {"scaling": SCALING.QwenLogn(train_length=4), "gain": 2.0, "backend": "sdpa", "batch_invariant": True},
     "part": {"scaling": "key_count", "layers": [1]},
     "dict": {"layers": {0: 0.7, 1: {"scaling": SCALING.Cosine(tau=3.0), "gain": 0.5}}},
     "gain": {"scaling": "key_norm_rms", "gain": torch.tensor([[1.0], [2.0], [3.0], [4.0]])},
@@ -68,6 +68,8 @@ def test_a_patched_model_comes_back(case, tmp_path):
     again = type(network).from_pretrained(tmp_path).eval()
     assert torch.equal(logits(again, architecture), wanted)
     assert patched(again).report() == one.report()
+    kept, wanted_kept = ([x.batch_invariant for x in p.layers.values()] for p in (patched(again), one))
+    assert kept == wanted_kept
     if architecture is LLAMA:
         base = transformers.AutoModel.from_pretrained(tmp_path).eval()
         with torch.no_grad():

@@ -93,23 +93,6 @@ def test_gradients_of_one_key_head_that_many_query_heads_share(scaling):
         assert all(map(torch.equal, found[0], other))
 
 
-def test_layers_and_patches_hand_it_on():
-    layer = tritonattn.nn.ScaledAttention(32, heads=2, backend="reference", batch_invariant=True)
-    refuses("NotImplementedError: ~ batch_invariant", layer, torch.randn(1, 3, 32))
-    transformers = pytest.importorskip("transformers")
-    from tests.support.llama import llama
-    from tritonattn.huggingface import patch
-
-    model = llama()
-    ids = torch.ones(1, 5, dtype=torch.int64)
-    with patch(model, backend="reference", batch_invariant=True), pytest.raises(NotImplementedError, match="invariant"):
-        model(ids)
-    with patch(model, batch_invariant=True) as patched:
-        saved = next(iter(patched.layers.values())).to_config()
-        assert saved["batch_invariant"] is True
-        assert isinstance(model(ids), transformers.utils.ModelOutput)
-
-
 @pytest.mark.parametrize("mask", [name for name in MASKS if name != "everything"])
 def test_results_and_gradients_are_those_of_the_definition(mask):
     torch.manual_seed(0)
