@@ -180,17 +180,20 @@ def test_keys_without_a_page_leave_page_0_as_it_is():
 def test_pages_that_left_the_window_need_not_exist():
     batch = PagedBatch((2, 1), (40, 21))
     q = torch.stack([batch.q[:2], batch.q[1:3]]).transpose(1, 2)
-    cache = {name + "_cache": batch.arguments()[name] for name in ("k", "v")} | {"key_lengths": batch.key_lengths}
+    cache = {name + "_cache": batch.arguments()[name] for name in ("k", "v")}
     tables = [batch.table, batch.table.clone()]
     tables[1][0, :2], tables[1][1, 0] = -1, 1 << 30  # rows attend from key 32 and from key 16 on
 
-    def outcome(table: torch.Tensor, left: int) -> torch.Tensor | str:
+    def outcome(table: torch.Tensor, left: int, lengths: torch.Tensor = batch.key_lengths) -> torch.Tensor | str:
         try:
-            return attention_decode(q, **cache, block_table=table, window=(left, 0))
+            return attention_decode(q, **cache, key_lengths=lengths, block_table=table, window=(left, 0))
         except ValueError as error:
             return str(error).split(":")[0]
 
     expected, found = (outcome(table, 3) for table in tables)
     assert not isinstance(found, str)
     assert torch.equal(found, expected)
-    assert outcome(tables[1], 7) == "block_table"
+    for dtype in (torch.int64, torch.uint8):  # of which a length less rows and window may be no number
+        lengths = batch.key_lengths.to(dtype)
+        assert outcome(tables[1], 7, lengths) == "block_table"
+        assert outcome(torch.full_like(tables[1], -1), 7, torch.full_like(lengths, 3)) == "block_table"

@@ -115,22 +115,3 @@ def test_lengths_and_pages_that_are_not_read_are_clamped():
     found = ops.attention(cached_call(query, keys, values, lengths, left=6)).out
     expected = attention_decode(query, keys, values, key_lengths=torch.tensor([0, 24]), scaling=0.25, window=(6, None))
     torch.testing.assert_close(found, expected)
-
-
-def test_pages_that_no_row_looks_into_may_be_given_away():
-    """Row 0 of 2, with 40 keys, attends to those from 38 - left on; page 1 holds the keys 16 to 31."""
-    q, k, v = sequences(length=50)
-    cache = GrowingCache(k, v, 64, page=16)
-    cache.write([40, 50])
-    arguments = cache.arguments() | {"window": (6, None)}
-    expected = attention_decode(q[:, :, :2], **arguments)
-    table = arguments["block_table"].clone()
-    table[:, :2] = -1
-    assert torch.equal(attention_decode(q[:, :, :2], **arguments | {"block_table": table}), expected)
-    for dtype in (torch.int64, torch.uint8):  # of which a length less rows and window may be no number
-        lengths = arguments["key_lengths"].to(dtype)
-        needed = {"block_table": table, "key_lengths": lengths, "window": (7, None)}
-        short = {"block_table": torch.full_like(table, -1), "key_lengths": torch.full_like(lengths, 3)}
-        for changes in (needed, short):  # of the second the window begins before key 0
-            with pytest.raises(ValueError, match="block_table: expected pages in"):
-                attention_decode(q[:, :, :2], **arguments | changes)
