@@ -71,6 +71,24 @@ def test_descriptors_have_legal_strides_along_axes_of_one_entry():
     assert all(stride > 0 and stride % 8 == 0 for one in described for stride in one.strides[:3])
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v", "d_out"])
+def test_offsets_of_rows_that_pass_int32(name):
+    """Kernels are told so, whose products are then of 64 bits (tests/compiled/test_addresses.py)."""
+    kernels = {"d_out": (), "q": ("forward",), "k": ("forward",), "v": ("forward",)}[name]
+    for stride, is_wide in ((2**22, True), (64, False)):
+        strides = {one: stride if one == name else 64 for one in ("q", "k", "v", "d_out")}
+        q, k, v, d_out = (
+            torch.empty_strided((1, 2, 64, 64), (2**30, 2**29, one, 1), dtype=torch.bfloat16, device="meta")
+            for one in strides.values()
+        )
+        with launch.recording(SM_90) as launches:
+            out = tritonattn.attention(*(x.requires_grad_() for x in (q, k, v)), backend="triton")
+            out.backward(d_out)
+        wide = {one.kernel.__name__ for one in launches if one.arguments.get("WIDE")}
+        expected = {f"attention_{one}" for one in (*kernels, "grad_query", "grad_key_value")}
+        assert wide >= expected if is_wide else not wide
+
+
 def test_offsets_in_a_page_pass_int32():
     """2,048 keys 2^20 elements apart, of which no tile has so many."""
     q, lengths, table = torch.randn(1, 2, 1, 64).bfloat16(), torch.tensor([5]), torch.zeros(1, 1, dtype=torch.int32)

@@ -159,22 +159,6 @@ def test_new_tokens_of_each_sequence(page, window, capacity, device):
         assert (found.lse[b, :, count:] == -torch.inf).all()
 
 
-def test_offsets_past_int32(device, monkeypatch):
-    """Keys 2^27 elements apart, 20 of them in one tile, in pages and not."""
-    default, stride = launch.config_for, 2**27
-    monkeypatch.setattr(launch, "config_for", lambda *asked: replace(default(*asked), block_n=32))
-    storage = torch.empty(20 * stride, dtype=torch.float16, device=device)
-    q, k, v = sequences(torch.float16, batch=1, heads=(1, 1), length=20, dims=(16, 16), device=device)
-    lengths = torch.tensor([20], device=device)
-    expected = attention_decode(q[:, :, -1:], k, v, key_lengths=lengths, backend="triton")
-    wide = storage.as_strided((1, 1, 20, 16), (20 * stride, 20 * stride, stride, 1)).copy_(k)
-    assert torch.equal(attention_decode(q[:, :, -1:], wide, v, key_lengths=lengths, backend="triton"), expected)
-    table = torch.zeros(1, 1, dtype=torch.int32, device=device)
-    pages = wide.transpose(1, 2), v.transpose(1, 2)
-    found = attention_decode(q[:, :, -1:], *pages, key_lengths=lengths, block_table=table, backend="triton")
-    assert torch.equal(found, expected)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_mean", "key_norm_max", "cosine"])
 @pytest.mark.parametrize("page", [None, 16])

@@ -7,7 +7,6 @@ import tritonattn
 from tests.kernels import harness
 from tritonattn.backends.triton import launch
 from tritonattn.backends.triton.interpreter import tensors_of
-from tritonattn.tuning.config import TileConfig
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -32,34 +31,6 @@ def test_strides(device):
     for layout, d_out in _variants(torch.ones_like(tensors["q"])).items():
         views = {name: _variants(tensor)[layout] for name, tensor in tensors.items()}
         harness.assert_same(harness.by_kernels(views, d_out=d_out), expected)
-
-
-def test_offsets_past_int32(device, monkeypatch):
-    """Rows 2^27 elements apart, 20 of them in one tile: offsets inside it pass 2^31, though few elements are used."""
-    monkeypatch.setattr(launch, "config_for", lambda *_: TileConfig(32, 32, 4, 1))
-    stride = 2**27
-    storage = torch.empty(20 * stride, dtype=torch.float16, device=device)
-    tensors = harness.inputs(torch.float16, device, batch=1, group=1, q_len=20, k_len=20)
-    k = storage.as_strided((1, 1, 20, 16), (20 * stride, 20 * stride, stride, 1)).copy_(tensors["k"])
-    found = tritonattn.scaled_attention(tensors["q"], k, tensors["v"], backend="triton")
-    expected = tritonattn.scaled_attention(**tensors, backend="triton")
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize(("name", "axis"), [("q", 0), ("k", 1), ("d_out", 1)])
-def test_entries_and_heads_past_int32(name, axis, device):
-    """2^30 elements apart, three of them."""
-    sizes = {"batch": 1, "kv_heads": 1, ("batch", "kv_heads")[axis]: 3}
-    tensors = harness.inputs(torch.float16, device, group=1, q_len=20, k_len=20, **sizes)
-    d_out = torch.ones_like(tensors["q"])
-    expected = harness.by_kernels(tensors)
-    far = d_out if name == "d_out" else tensors[name]
-    strides = [2**12, 2**9, 16, 1]
-    strides[axis] = 2**30
-    storage = torch.empty(2**31 + 2**14, dtype=torch.float16, device=device)
-    far = storage.as_strided(far.shape, strides).copy_(far)
-    tensors, d_out = (tensors, far) if name == "d_out" else (tensors | {name: far}, d_out)
-    harness.assert_same(harness.by_kernels(tensors, d_out=d_out), expected)
 
 
 def test_lazily_negated_tensors(device):

@@ -32,18 +32,6 @@ def test_bits_of_the_contiguous_form(name, device, launched):
     assert [kernel for kernel, _ in launched] == ["attention_forward"] * 2
 
 
-@torch.no_grad()
-def test_the_public_call(device):
-    batch = PagedBatch(ROWS.q_lengths, ROWS.k_lengths, 21, dtype=torch.float32)
-    paged, contiguous = (
-        {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
-        for arguments in (batch.arguments(), batch.contiguous())
-    )
-    options = {"scaling": "key_norm_mean", "causal": True}
-    found = attention_varlen(**paged, **options, backend="triton")
-    torch.testing.assert_close(found, attention_varlen(**contiguous, **options, backend="reference"))
-
-
 @in_turn(kind=["tensor", "head", "sequence"], scaling=["inkling2", "log_key_count", "key_norm_mean"])
 @torch.no_grad()
 def test_packed_rows_over_8_bit_pages(kind, scaling, device):
@@ -56,17 +44,6 @@ def test_packed_rows_over_8_bit_pages(kind, scaling, device):
     exact, rows = one_by_one(batch.packed, batch.q.double(), *held, causal=True, **options)
     torch.testing.assert_close(found.double().cpu(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(aux.lse.double().cpu(), rows.lse, rtol=1e-5, atol=1e-5)
-
-
-def test_offsets_past_int32(device):
-    """Pages 2^29 elements apart, the fifth of which is in use."""
-    paged, _ = paged_call(Packed((3,), (33,)), torch.float16, 16, device=device)
-    assert 4 in paged.block_table
-    count, *_, width = paged.k.shape
-    storage = torch.empty(count * 2**29, dtype=torch.float16, device=device)
-    apart = storage.as_strided(paged.k.shape, (2**29, width, width, 1)).copy_(paged.k)
-    found, expected = (triton_backend.forward(call, aux=False) for call in (paged.changed(k=apart), paged))
-    assert torch.equal(found.out, expected.out)
 
 
 @pytest.mark.slow
