@@ -8,7 +8,7 @@ tangent, each pass of a backend is a derivative of H, and so is the derivative o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,64 +58,49 @@ def attention(call: AttentionCall) -> ForwardResult:
     if not (is_eager or is_transformed() or in_forward_mode()):
         results = forward_operator(*values, keep_rounding)
     else:
-        slots = [slot for slot, x in enumerate(values[:TENSORS]) if x is not None]
-        tensors = [*map(values.__getitem__, slots)]
-        visible = call.visibility if is_eager and slots[-1] < GRADIENTS else None
-        rest = _Rest([None] * TENSORS + values[TENSORS:], slots, keep_rounding, visible)
+        visible = call.visibility if is_eager and call.visibility.depends_on_sizes_only else None
+        rest = _Rest(values[TENSORS:], keep_rounding, visible)
         if is_eager:
-            results = apply_with_graph(_Attention, *tensors, rest, call)
+            results = apply_with_graph(_Attention, *values[:TENSORS], rest, call)
         else:
-            results = (with_jvp(_Attention) if in_forward_mode() else _Attention).apply(*tensors, rest, None)
+            results = (with_jvp(_Attention) if in_forward_mode() else _Attention).apply(*values[:TENSORS], rest, None)
     return ForwardResult(*results[: 4 if call.aux else 2])
+
+
+# Of a function's inputs the tensors of a call come first, in the order of `ARGUMENTS`, None for those that are not there:
+# GRADIENTS that may have a gradient, then others, whose gradients are these.
+_OF_OTHERS = [None] * (TENSORS - GRADIENTS)
 
 
 @dataclass(eq=False, slots=True)  # not a tuple, which torch.func would take apart
 class _Rest:
     """The parts of a call besides its tensors.
 
-    values    the arguments of the operator, with None for tensors
-    slots     the numbers of the tensors among them
+    values    the arguments of the operator behind the tensors
     visible   the call's, where it holds no tensor: what it has kept serves the backward too
     """
 
     values: list[Any]
-    slots: Sequence[int]
     keep_rounding: bool
     visible: Visibility | None = None
 
-    def whole(self, tensors: Iterable[Tensor | None]) -> list[Any]:
-        """All arguments."""
-        values = [*self.values]
-        for slot, x in zip(self.slots, tensors, strict=True):
-            values[slot] = x
-        return values
+    def call(self, tensors: Sequence[Tensor | None]) -> AttentionCall:
+        return call_of([*tensors, *self.values], self.visible)
 
-    def call(self, tensors: Iterable[Tensor | None]) -> AttentionCall:
-        return call_of(self.whole(tensors), self.visible)
 
-    def fields(self, by_slot: Sequence[Any], default: Any) -> list[Any]:
-        """The entries, of one for each of the tensors, that belong to the fields of `Gradients`."""
-        found = [default] * GRADIENTS
-        for slot, x in zip(self.slots, by_slot, strict=False):
-            if slot < GRADIENTS:
-                found[slot] = x
-        return found
+def _primals(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors of a call without their tangents."""
+    return [*map(primal_of, tensors[:GRADIENTS]), *tensors[GRADIENTS:]]
 
-    def by_slot(self, fields: Sequence[Any]) -> list[Any]:
-        """The inverse of `fields`: None for a tensor that has no gradient."""
-        return [fields[slot] if slot < GRADIENTS else None for slot in self.slots]
 
-    def primals(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The tensors without their tangents."""
-        return [primal_of(x) if slot < GRADIENTS else x for slot, x in zip(self.slots, tensors, strict=True)]
+def _halves(given: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The parts of the inputs of a function of tangents: for the tensors of a call, and for their tangents."""
+    return given[:TENSORS], given[TENSORS : TENSORS + GRADIENTS]
 
-    def halves(self, given: Sequence[Any]) -> tuple[Sequence[Tensor | None], Gradients]:
-        """The tensors, and the tangents that come behind them."""
-        count = len(self.slots)
-        return given[:count], Gradients(*self.fields(given[count:], None))
 
-    def needs_of_halves(self, needs: Sequence[bool]) -> tuple[Needs, Needs]:
-        return Needs(*self.fields(needs, False)), Needs(*self.fields(needs[len(self.slots) :], False))
+def _needs_of_halves(needs: Sequence[bool]) -> tuple[Needs, Needs]:
+    of_tensors, of_tangents = _halves(needs)
+    return Needs(*of_tensors[:GRADIENTS]), Needs(*of_tangents)
 
 
 @dataclass(eq=False, slots=True)
@@ -136,7 +121,7 @@ class _Attention(Function):
     def forward(*inputs):
         *tensors, rest, call = inputs
         if call is None:
-            return forward_operator(*rest.whole(tensors), rest.keep_rounding)
+            return forward_operator(*tensors, *rest.values, rest.keep_rounding)
         return forward(call, rest.keep_rounding)
 
     @staticmethod
@@ -151,19 +136,19 @@ class _Attention(Function):
     def backward(ctx, d_out, d_lse, *none):
         (out, lse, rounding, *tensors), rest = ctx.saved_tensors, ctx.rest
         results = out, lse, rounding if rest.keep_rounding else None
-        needs = Needs(*rest.fields(ctx.needs_input_grad, False))
+        needs = Needs(*ctx.needs_input_grad[:GRADIENTS])
         if differentiates_again():
             found = _gradients(rest, tensors, results, d_out, d_lse, needs)
         else:
             found = backward_pass(rest.call(tensors), results, d_out, d_lse, needs)
-        return *rest.by_slot(found), None, None
+        return *found, *_OF_OTHERS, None, None
 
     @staticmethod
     def tangent(ctx, *tangents):
         (out, lse, rounding, *tensors), rest = ctx.saved_tensors, ctx.rest
         results = out.detach(), lse.detach(), rounding if rest.keep_rounding else None  # they get tangents after this
-        along = Gradients(*rest.fields(tangents, None))
-        return *_tangents(rest, rest.primals(tensors), results, along), None, None, None
+        along = Gradients(*tangents[:GRADIENTS])
+        return *_tangents(rest, _primals(tensors), results, along), None, None, None
 
 
 def _gradients(
@@ -183,7 +168,7 @@ def _tangents(
     rest: _Rest, tensors: Sequence[Tensor | None], results: Saved, tangents: Gradients
 ) -> tuple[Tensor, Tensor]:
     """`tangent_pass`, likewise."""
-    return apply_in_backward(_Tangent, *tensors, *rest.by_slot(tangents), *results, _Asked(rest, Needs(), Needs()))
+    return apply_in_backward(_Tangent, *tensors, *tangents, *results, _Asked(rest, Needs(), Needs()))
 
 
 def _second(
@@ -197,10 +182,9 @@ def _second(
 ) -> tuple[Gradients, Gradients]:
     """`second_pass`, with derivatives towards the tangents; others, third ones, raise where they are asked for."""
     if differentiates_again():
-        of_tensors = rest.by_slot(rest.fields(tensors, None))
-        *marked, d_out, d_lse = refused(_NO_THIRD, (*of_tensors, d_out, d_lse))
-        tensors = [x if mark is None else mark for x, mark in zip(tensors, marked, strict=True)]
-    inputs = *tensors, *rest.by_slot(tangents), *results, d_out, d_lse, _Asked(rest, *needs)
+        *marked, d_out, d_lse = refused(_NO_THIRD, (*tensors[:GRADIENTS], d_out, d_lse))
+        tensors = *marked, *tensors[GRADIENTS:]
+    inputs = *tensors, *tangents, *results, d_out, d_lse, _Asked(rest, *needs)
     found = iter(apply_in_backward(_Second, *inputs))
     return _by_field(needs[0], found), _by_field(needs[1], found)
 
@@ -239,9 +223,9 @@ class _Backward(_Pass):
         *tensors, out, lse, rounding, d_out, d_lse = ctx.saved_tensors
         rest, results = ctx.asked.rest, (out, lse, rounding)
         tangents = _by_field(ctx.asked.of_tensors, iter(cotangents))
-        needs = Needs(*rest.fields(ctx.needs_input_grad, False))
+        needs = Needs(*ctx.needs_input_grad[:GRADIENTS])
         d_tensors, d_d_out, d_d_lse = Gradients(), None, None
-        is_along = any(ctx.needs_input_grad[len(tensors) :])
+        is_along = any(ctx.needs_input_grad[TENSORS:])
         if any(needs) and is_along and not differentiates_again():
             call = rest.call(tensors)
             d_tensors, (d_d_out, d_d_lse) = second_and_tangent_pass(call, results, tangents, d_out, d_lse, needs)
@@ -251,14 +235,14 @@ class _Backward(_Pass):
             if is_along:
                 d_d_out, d_d_lse = _tangents(rest, tensors, results, tangents)
         d_d_lse = None if d_lse is None else d_d_lse
-        return *rest.by_slot(d_tensors), None, None, None, None if d_out is None else d_d_out, d_d_lse, None
+        return *d_tensors, *_OF_OTHERS, None, None, None, None if d_out is None else d_d_out, d_d_lse, None
 
     @staticmethod
     def tangent(ctx, *tangents):
         *tensors, out, lse, rounding, d_out, d_lse = ctx.saved_tensors
         rest, needs, results = ctx.asked.rest, ctx.asked.of_tensors, (out, lse, rounding)
-        tensors, d_out, d_lse = rest.primals(tensors), primal_of(d_out), primal_of(d_lse)
-        along, of_d_out, of_d_lse = Gradients(*rest.fields(tangents, None)), *tangents[len(tensors) + 3 : -1]
+        tensors, d_out, d_lse = _primals(tensors), primal_of(d_out), primal_of(d_lse)
+        along, of_d_out, of_d_lse = Gradients(*tangents[:GRADIENTS]), *tangents[TENSORS + 3 : -1]
         found = []
         if any(x is not None for x in along):  # by symmetry: the second derivatives times a vector
             found.append(_second(rest, tensors, results, along, d_out, d_lse, (needs, Needs()))[0])
@@ -274,31 +258,31 @@ class _Tangent(_Pass):
     @staticmethod
     def forward(*inputs):
         *given, out, lse, rounding, asked = inputs
-        tensors, tangents = asked.rest.halves(given)
-        return tangent_pass(asked.rest.call(tensors), (out, lse, rounding), tangents)
+        tensors, tangents = _halves(given)
+        return tangent_pass(asked.rest.call(tensors), (out, lse, rounding), Gradients(*tangents))
 
     @staticmethod
     def backward(ctx, d_out, d_lse):
         *given, out, lse, rounding = ctx.saved_tensors
         rest, results = ctx.asked.rest, (out, lse, rounding)
-        (tensors, tangents), needs = rest.halves(given), rest.needs_of_halves(ctx.needs_input_grad)
+        (tensors, tangents), needs = _halves(given), _needs_of_halves(ctx.needs_input_grad)
         if any(needs[0]):
-            found = _second(rest, tensors, results, tangents, d_out, d_lse, needs)
+            found = _second(rest, tensors, results, Gradients(*tangents), d_out, d_lse, needs)
         else:
             found = Gradients(), _gradients(rest, tensors, results, d_out, d_lse, needs[1])
-        return *rest.by_slot(found[0]), *rest.by_slot(found[1]), None, None, None, None
+        return *found[0], *_OF_OTHERS, *found[1], None, None, None, None
 
     @staticmethod
     def tangent(ctx, *tangents):
         *given, out, lse, rounding = ctx.saved_tensors
         rest = ctx.asked.rest
-        (tensors, _), (of_tensors, along) = rest.halves(given), rest.halves(tangents)
+        (tensors, _), (of_tensors, along) = _halves(given), _halves(tangents)
         if any(x is not None for x in of_tensors):
             raise NotImplementedError(
                 'tritonattn: forward mode over forward mode is not supported; backend="reference" has it, and forward'
                 " mode over reverse mode, as of torch.func.hessian, has the same numbers"
             )
-        return _tangents(rest, rest.primals(tensors), (out, lse, rounding), along)
+        return _tangents(rest, _primals(tensors), (out, lse, rounding), Gradients(*along))
 
 
 _NO_THIRD = 'third derivatives are not supported; backend="reference" has them'
@@ -310,9 +294,9 @@ class _Second(_Pass):
     @staticmethod
     def forward(*inputs):
         *given, out, lse, rounding, d_out, d_lse, asked = inputs
-        tensors, tangents = asked.rest.halves(given)
-        needs = asked.of_tensors, asked.of_tangents
-        found = second_pass(asked.rest.call(tensors), (out, lse, rounding), tangents, d_out, d_lse, needs)
+        tensors, tangents = _halves(given)
+        results, needs = (out, lse, rounding), (asked.of_tensors, asked.of_tangents)
+        found = second_pass(asked.rest.call(tensors), results, Gradients(*tangents), d_out, d_lse, needs)
         return tuple([x for some in found for x in some if x is not None])
 
     @staticmethod
@@ -321,28 +305,28 @@ class _Second(_Pass):
         *given, out, lse, rounding, d_out, d_lse = ctx.saved_tensors
         rest, results = ctx.asked.rest, (out, lse, rounding)
         along = _by_field(ctx.asked.of_tensors, iter(cotangents))
-        _, needs = rest.needs_of_halves(ctx.needs_input_grad)
-        tensors, _ = rest.halves(given)
+        _, needs = _needs_of_halves(ctx.needs_input_grad)
+        tensors, _ = _halves(given)
         found = Gradients()
         if any(x is not None for x in along):
             found, _ = _second(rest, tensors, results, along, d_out, d_lse, (needs, Needs()))
-        zeros = [None if x is None else x.new_zeros(()).expand_as(x) for x in (*tensors, d_out, d_lse)]  # raise
-        of_tensors = rest.by_slot(rest.fields(zeros, None))
-        return *of_tensors, *rest.by_slot(found), None, None, None, *zeros[-2:], None
+        raising = *tensors[:GRADIENTS], d_out, d_lse
+        *zeros, of_d_out, of_d_lse = [None if x is None else x.new_zeros(()).expand_as(x) for x in raising]
+        return *zeros, *_OF_OTHERS, *found, None, None, None, of_d_out, of_d_lse, None
 
     @staticmethod
     def tangent(ctx, *tangents):
         *given, out, lse, rounding, d_out, d_lse = ctx.saved_tensors
         asked, rest = ctx.asked, ctx.asked.rest
-        (tensors, _), (_, along) = rest.halves(given), rest.halves(tangents)
-        of_results = (out, lse, rounding), along, primal_of(d_out), primal_of(d_lse)
-        found, _ = _second(rest, rest.primals(tensors), *of_results, (asked.of_tensors, Needs()))
+        (tensors, _), (_, along) = _halves(given), _halves(tangents)
+        of_results = (out, lse, rounding), Gradients(*along), primal_of(d_out), primal_of(d_lse)
+        found, _ = _second(rest, _primals(tensors), *of_results, (asked.of_tensors, Needs()))
         return *[x for x in found if x is not None], *[None] * sum(asked.of_tangents)
 
 
 def _keep_arguments(ctx, inputs, output) -> None:
     *values, keep_rounding = inputs
-    rest = _Rest([None] * TENSORS + values[TENSORS:], range(TENSORS), keep_rounding)
+    rest = _Rest(values[TENSORS:], keep_rounding)
     _Attention.setup_context(ctx, (*values[:TENSORS], rest, None), output)
 
 
