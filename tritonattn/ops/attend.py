@@ -67,7 +67,7 @@ def attention(call: AttentionCall) -> ForwardResult:
     return ForwardResult(*results[: 4 if call.aux else 2])
 
 
-# Of a function's inputs the tensors of a call come first, in the order of `ARGUMENTS`, None for those that are not there:
+# The first inputs of a function are the tensors of a call in the order of `ARGUMENTS`, None for those that are not there:
 # GRADIENTS that may have a gradient, then others, whose gradients are these.
 _OF_OTHERS = [None] * (TENSORS - GRADIENTS)
 
