@@ -11,7 +11,7 @@ from torch import Tensor
 import tritonattn
 from tritonattn.core.statistics import Statistics
 from tritonattn.core.visibility import Visibility
-from tritonattn.scaling.base import OfCount
+from tritonattn.scaling.counts import OfCount
 
 from .contest import Unavailable
 

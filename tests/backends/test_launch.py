@@ -8,7 +8,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tritonattn.backends.triton import KERNELS, device, launch
+from tritonattn.backends.triton import KERNELS, device, launch, problem_of
+from tritonattn.core.call import AttentionCall
+from tritonattn.core.terms import Terms
+from tritonattn.core.visibility import Visibility
 from tritonattn.tuning.config import Problem, Target, TileConfig
 
 CPU = torch.device("cpu")
@@ -68,6 +71,12 @@ def test_a_config_is_for_its_kernel_and_for_calls_that_it_is_legal_for(monkeypat
         found = [launch.plan(*one, CPU).config for one in asked]
     assert found == [meant, TILES, TILES], "in fp32 it takes more shared memory than there is"
     assert launch.plan("forward", half, CPU).config == TILES
+
+
+@pytest.mark.parametrize("lengths", [(1024, 1024), (1, 1024), (1025, 1), (1, 1025)])
+def test_short_calls_have_at_most_1024_rows_and_keys(lengths):
+    q, k = (torch.empty((1, 1, length, 16), device="meta") for length in lengths)
+    assert problem_of(AttentionCall(q, k, k, Visibility.of(q, k), Terms())).short == (max(lengths) <= 1024)
 
 
 @pytest.mark.parametrize(

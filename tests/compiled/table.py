@@ -1,5 +1,6 @@
 """The cases: every kernel for every target, each kernel with each of its other choices; some are quick."""
 
+from dataclasses import asdict
 from itertools import combinations, product
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         problem = self.problem
         sizes = f"{problem.head_dim}+{problem.value_dim}-{str(problem.dtype).removeprefix('torch.')}"
-        options = [name for name, value in vars(problem).items() if value is True and name != "aligned"]
+        options = [name for name, value in asdict(problem).items() if value is True and name != "aligned"]
         return "-".join([self.kernel, self.target, sizes, str(problem.packed_rows), *options])
 
     def check(self) -> None:

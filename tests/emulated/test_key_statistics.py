@@ -9,7 +9,7 @@ from tests.support.caches import check_cuts
 from tests.support.masks import assert_rows_of_key_blocks, largest_keys, visible_pairs
 from tritonattn import KeyStatistics
 from tritonattn.backends import triton as triton_backend
-from tritonattn.backends.triton import launch, ranges
+from tritonattn.backends.triton import ranges, records
 from tritonattn.core.norms import key_norms_of
 from tritonattn.core.ranges import prefix_sum
 from tritonattn.core.visibility import Visibility
@@ -111,7 +111,7 @@ def test_passes_over_ranges(emulate):
     key_lengths = torch.tensor([50, 20])
     q, k = torch.empty(2, 1, 33, 16), torch.empty(2, 1, 50, 16)
     visibility = Visibility.of(q, k, causal=True, key_lengths=key_lengths, key_ranges=key_ranges)
-    bounds = ranges.rows_of_key_blocks(visibility, launch.view_of(visibility), 16)
+    bounds = ranges.rows_of_key_blocks(visibility, records.view_of(visibility), 16)
     x = torch.randint(0, 9, (2, 3, 50), generator=torch.Generator().manual_seed(1)) / 4
     x[1, 1, 8::20], x[1, 2, 7::30], x[:, 0] = torch.inf, torch.nan, torch.arange(50)
     lo, hi = visibility.ranges()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.support.masks import assert_rows_of_key_blocks, largest_keys, visible_pairs
-from tritonattn.backends.triton import launch, ranges
+from tritonattn.backends.triton import ranges, records
 from tritonattn.core.sequences import Sequences
 from tritonattn.core.visibility import Visibility
 
@@ -39,7 +39,7 @@ def example(extra: dict, with_ranges: bool, device: torch.device) -> tuple[Visib
 @pytest.mark.parametrize("extra", CASES, ids=str)
 def test_rows_of_key_blocks(extra, device):
     visibility, pairs = example(extra, True, device)
-    bounds = ranges.rows_of_key_blocks(visibility, launch.view_of(visibility), 16)
+    bounds = ranges.rows_of_key_blocks(visibility, records.view_of(visibility), 16)
     assert_rows_of_key_blocks(bounds, pairs, 16)
 
 

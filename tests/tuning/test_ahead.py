@@ -22,7 +22,7 @@ from tests.support.caches import cached_call
 from tests.support.packed import Packed
 from tests.support.pages import paged_call
 from tritonattn.backends import triton as triton_backend
-from tritonattn.backends.triton import KERNELS, device, launch
+from tritonattn.backends.triton import KERNELS, device, launch, records
 from tritonattn.backends.triton import compile as ahead
 from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel, default_config
 
@@ -235,7 +235,7 @@ def test_pages_of_any_number_and_size_have_one_code():
     asked = ahead.launch_of("forward", problem("sequences block_table"), config, Target("cuda", "90"))
     for pages in (1, 32, 33), (16, 17, 2048), (10, 48, 1), (3, 2**17, 5), (3, 2**16, 5):
         table = torch.empty(3, pages[2], dtype=torch.int32, device="meta")
-        arguments = {**asked.arguments, "pages": launch.pages_of(table, *pages[:2])}
+        arguments = {**asked.arguments, "pages": records.pages_of(table, *pages[:2])}
         options = device.compile_options(config)
         sources.add(ahead.specialised(asked.kernel, arguments, options, GPUTarget("cuda", 90, 32)).hash())
     assert len(sources) == 1

@@ -10,7 +10,7 @@ import torch
 from tritonattn.backends.triton import KERNELS
 from tritonattn.tuning import compile_kernel, config
 from tritonattn.tuning.architectures import ARCHITECTURES
-from tritonattn.tuning.config import TILED_KERNELS, Problem, Target, TileConfig, is_short, legal_reasons
+from tritonattn.tuning.config import TILED_KERNELS, Problem, Target, TileConfig, legal_reasons
 from tritonattn.tuning.defaults import default_config, obstacle
 
 HALF, FULL = torch.float16, torch.float32
@@ -34,11 +34,6 @@ def test_a_target_is_that_of_the_device_meant(monkeypatch):
     config._target_of.cache_clear()
     second = Target("cuda", "90", "Card B", 132)
     assert found == [Target("cuda", "86", "Card A", 84), second, second, SM_80]
-
-
-def test_short_calls_have_at_most_1024_rows_and_keys():
-    lengths = ((1024, 1024), (1, 1024), (1025, 1), (1, 1025))
-    assert [is_short(*each) for each in lengths] == [True, True, False, False]
 
 
 ILLEGAL = (

@@ -46,12 +46,10 @@ def check_block_table(table: Any, sequences: int, like: Tensor, owner: str = "q"
 
 
 def check_page_numbers(table: Tensor, page: int, pages: int, first: Tensor, end: Tensor, bound: str) -> None:
-    """Check on a CPU the pages of the keys first <= j < end, int64 [B]: others may have new owners by now.
+    """Check the pages of the keys first <= j < end, int64 [B], which are read: others may have new owners by now.
 
     bound   the argument that `end` comes from
     """
-    if not values_are_read(table, first, end):
-        return
     lowest, highest = map(int, table.aminmax())
     if lowest >= 0 and highest < pages:  # behind `end` too
         return

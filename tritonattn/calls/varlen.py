@@ -287,6 +287,8 @@ def _check_pages(packing: Packing, table: Tensor, k: Tensor, window: tuple[int |
             f"cu_seqlens_k: expected at most block_table's max_pages * page = {capacity} keys a sequence,"
             f" got {int(keys.max())}"
         )
+    if not values_are_read(table):
+        return
     left, _ = window_sides(window)
     first = torch.zeros_like(keys) if left is None else keys - rows - left
     check_page_numbers(table, page, k.shape[0], first, torch.where(rows > 0, keys, 0), "cu_seqlens_k")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,20 @@ SMALLEST_STATISTIC = torch.finfo(torch.float32).tiny
 _LARGEST_ZERO = math.nextafter(SMALLEST_STATISTIC, 0)
 _LARGEST_ZERO_SQUARE = math.nextafter(SMALLEST_STATISTIC**2, 0)
 _LARGEST_ZERO_OF_FLOAT32 = SMALLEST_STATISTIC - 2.0**-149
+
+
+def at_first_use(name: str) -> Any:
+    """A property of `Statistics`, which its method `_name` computes at the first use, and which is then kept.
+
+    Not functools.cached_property: torch.compile cannot trace its lock (Python < 3.12).
+    """
+
+    def known(statistics: Statistics) -> Tensor:
+        if name not in statistics._known:
+            statistics._known[name] = getattr(statistics, f"_{name}")()
+        return statistics._known[name]
+
+    return property(known)
 
 
 @dataclass(eq=False)
@@ -60,25 +75,14 @@ class Statistics:
     # Tensors whose norms have a gradient, and copies that take theirs: `widened`.
     in_fp32: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
 
+    norms, norm_sum = at_first_use("norms"), at_first_use("norm_sum")
+    norm_square_sum, norm_max = at_first_use("norm_square_sum"), at_first_use("norm_max")
+
     @property
     def k(self) -> Tensor:
-        return self._source if isinstance(self._source, Tensor) else self._once("k", self._source)
-
-    @property
-    def norms(self) -> Tensor:
-        return self._once("norms", self._norms)
-
-    @property
-    def norm_sum(self) -> Tensor:
-        return self._once("norm_sum", self._norm_sum)
-
-    @property
-    def norm_square_sum(self) -> Tensor:
-        return self._once("norm_square_sum", self._norm_square_sum)
-
-    @property
-    def norm_max(self) -> Tensor:
-        return self._once("norm_max", self._norm_max)
+        if not isinstance(self._source, Tensor):
+            self._source = self._source()
+        return self._source
 
     def query_norms(self, q: Tensor) -> Tensor:
         """Euclidean norms of the queries q [B, Hq, Sq, D]: [B, Hq, Sq], fp32 (fp64 for fp64 q), differentiable.
@@ -93,12 +97,6 @@ class Statistics:
     def widened(self, call: AttentionCall) -> AttentionCall:
         """The call with gradients in fp32 for q and k, where gradients of their norms are added to them."""
         return call
-
-    def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        # Not functools.cached_property: torch.compile cannot trace its lock (Python < 3.12).
-        if name not in self._known:
-            self._known[name] = compute()
-        return self._known[name]
 
     def _norms(self) -> Tensor:
         visible = self.visibility

@@ -56,6 +56,11 @@ class Visibility:
     counted: Visibility | None = None
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        """depends_on_sizes_only: sizes, causal and window alone decide which keys are visible. Calls ask often."""
+        only_sizes = self.key_lengths is None and self.key_ranges is None
+        self.depends_on_sizes_only = only_sizes and self.mask is None and self.sequences is None
+
     @classmethod
     def of(cls, q: Tensor, k: Tensor, **masks: Any) -> Visibility:
         """`of_shapes` for q [B, Hq, Sq, D] and k [B, Hkv, Sk, D]."""
@@ -145,12 +150,6 @@ class Visibility:
         if packed is not None:
             packed = Sequences(q_starts, k_starts, packed.longest_q, packed.longest_k)
         return replace(self, key_lengths=key_lengths, key_ranges=key_ranges, mask=mask, sequences=packed)
-
-    @property
-    def depends_on_sizes_only(self) -> bool:
-        """True where sizes, causal and window alone decide which keys are visible."""
-        only_sizes = self.key_lengths is None and self.key_ranges is None
-        return only_sizes and self.mask is None and self.sequences is None
 
     @property
     def is_full(self) -> bool:

@@ -22,7 +22,7 @@ from ..core.call import Request
 from ..core.norms import key_norms_of
 from ..core.ranges import argmax_of_prefixes, prefix_sum
 from ..core.sequences import Sequences
-from ..core.statistics import Statistics
+from ..core.statistics import Statistics, at_first_use
 from ..core.terms import Terms, given
 from ..core.visibility import Visibility
 from ..scaling.base import reads_distances
@@ -159,10 +159,11 @@ class SharedStatistics(Statistics):
         self._split = split
         self._by_totals = by_totals
 
-    @property
-    def _local(self) -> Tensor:
+    _local = at_first_use("norms_of_rank")
+
+    def _norms_of_rank(self) -> Tensor:
         """Norms of this rank's keys: [B, Hkv, S / P]. The row of a key attends to it at least."""
-        return self._once("local", lambda: key_norms_of(self.k))
+        return key_norms_of(self.k)
 
     def _norms(self) -> Tensor:
         return collectives.gather(self._local, self._split, 2)

@@ -67,7 +67,7 @@ def attention(call: AttentionCall) -> ForwardResult:
     return ForwardResult(*results[: 4 if call.aux else 2])
 
 
-# The first inputs of a function are the tensors of a call in the order of `ARGUMENTS`, None for those that are not there:
+# The first inputs of a function are the tensors of a call in the order of `ARGUMENTS`, or None where it has none: first
 # GRADIENTS that may have a gradient, then others, whose gradients are these.
 _OF_OTHERS = [None] * (TENSORS - GRADIENTS)
 

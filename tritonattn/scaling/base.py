@@ -11,9 +11,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..core.autograd import values_are_read
 from ..core.hints import warn_once
-from ..core.statistics import Statistics, counts_of
+from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 
 
@@ -203,29 +202,6 @@ def warn_without_base(name: str, base: float) -> None:
         )
 
 
-class OfCount(Scaling):
-    """A mode of parameters whose factor is a constant times a function of n, the keys that a row attends to.
-
-    Raises ValueError unless each parameter is finite and above 0, and a trained length above 1.
-    """
-
-    def __post_init__(self) -> None:
-        for name in type(self).__match_args__:  # pyright: ignore[reportAttributeAccessIssue]  of a dataclass, fields by position
-            value = getattr(self, name)
-            check_positive(name, value, above=float(name == self.trained_length))
-            warn_without_base(self.name, value)
-
-    def _constant(self, head_dim: int) -> float:
-        return head_dim**-0.5
-
-    def _of_count(self, n: Tensor) -> Tensor:
-        """The factor for fp64 counts n, of any shape; finite at 0."""
-        raise NotImplementedError
-
-    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        return scales_of_count(visibility, self._constant(q.shape[-1]), self._of_count)
-
-
 def reads_distances(scaling: Scaling, q: Tensor) -> bool:
     """True where a scaling of q [B, Hq, Sq, D] has a factor or a bias of distances."""
     row, distance = q[:, :, :1], torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=q.device)
@@ -244,20 +220,6 @@ def relative_gain(scaling: Any, factor: float | Tensor | None, head_dim: int, ga
     if not isinstance(relative, Tensor) and math.isclose(relative, 1.0, rel_tol=1e-9):
         return gain
     return relative if gain is None else gain * relative
-
-
-def scales_of_count(visibility: Visibility, constant: float, factor: Callable[[Tensor], Tensor]) -> Scales:
-    """constant * factor(n), of fp64 counts n of any shape; one number where all rows are known to attend to all keys.
-
-    factor(0) is finite, and the same for the same counts.
-
-    Where `visibility.invariant`, always a vector: one number would be rounded elsewhere.
-    """
-    is_number = visibility.is_full and isinstance(visibility.k_len, int) and values_are_read()
-    if is_number and not visibility.invariant:
-        n = torch.tensor(visibility.k_len, dtype=torch.float64, device="cpu")
-        return Scales(constant * factor(n).item())
-    return Scales(constant, query=counts_of(visibility, factor), is_finite=True)
 
 
 def dense_norms(x: Tensor, counted: Tensor) -> Tensor:

@@ -3,16 +3,55 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..core.autograd import values_are_read
 from ..core.hints import hinted
 from ..core.invariance import power
-from ..core.statistics import Statistics, reciprocal, reciprocal_root
+from ..core.statistics import Statistics, counts_of, reciprocal, reciprocal_root
 from ..core.visibility import Visibility
-from .base import NO_BASE, OfCount, Scales, Scaling, mode, scales_of_count
+from .base import NO_BASE, Scales, Scaling, check_positive, mode, warn_without_base
+
+
+def scales_of_count(visibility: Visibility, constant: float, factor: Callable[[Tensor], Tensor]) -> Scales:
+    """constant * factor(n), of fp64 counts n of any shape; one number where all rows are known to attend to all keys.
+
+    factor(0) is finite, and the same for the same counts.
+
+    Where `visibility.invariant`, always a vector: one number would be rounded elsewhere.
+    """
+    is_number = visibility.is_full and isinstance(visibility.k_len, int) and values_are_read()
+    if is_number and not visibility.invariant:
+        n = torch.tensor(visibility.k_len, dtype=torch.float64, device="cpu")
+        return Scales(constant * factor(n).item())
+    return Scales(constant, query=counts_of(visibility, factor), is_finite=True)
+
+
+class OfCount(Scaling):
+    """A mode of parameters whose factor is a constant times a function of n, the keys that a row attends to.
+
+    Raises ValueError unless each parameter is finite and above 0, and a trained length above 1.
+    """
+
+    def __post_init__(self) -> None:
+        for name in type(self).__match_args__:  # pyright: ignore[reportAttributeAccessIssue]  of a dataclass, fields by position
+            value = getattr(self, name)
+            check_positive(name, value, above=float(name == self.trained_length))
+            warn_without_base(self.name, value)
+
+    def _constant(self, head_dim: int) -> float:
+        return head_dim**-0.5
+
+    def _of_count(self, n: Tensor) -> Tensor:
+        """The factor for fp64 counts n, of any shape; finite at 0."""
+        raise NotImplementedError
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        return scales_of_count(visibility, self._constant(q.shape[-1]), self._of_count)
 
 
 @mode("key_count", "1/n", advice="pushes attention to uniform as n grows: use a `gain`")

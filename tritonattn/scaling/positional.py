@@ -21,7 +21,8 @@ from ..core.hints import hinted
 from ..core.invariance import power
 from ..core.statistics import Statistics, reciprocal
 from ..core.visibility import Visibility
-from .base import OfCount, Scales, dense_norms, mode
+from .base import Scales, dense_norms, mode
+from .counts import OfCount
 
 
 @mode(

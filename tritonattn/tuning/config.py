@@ -34,6 +34,8 @@ STREAMING_KERNELS = (
 
 # Row terms of a backward are padded to a multiple of this, so that every block of rows up to it divides them.
 ROW_TERMS_ALIGNMENT = 128
+# Rows, and keys, of a short call at most: configs are chosen for short calls and for long ones.
+SHORT = 1024
 # Blocks of keys in a split of decode: shorter ones would move more of their results than of the cache.
 SHORTEST_SPLIT = 4
 
@@ -114,7 +116,7 @@ class Problem(make_dataclass("Flags", _FLAGS, frozen=True, kw_only=True)):
     fp32_grad_q  a 16-bit backward returns q's gradient in fp32, for what is added to it
     fp32_grad_k  likewise k's
     is_part      a backward of some of the visible keys of its rows
-    short        few rows and keys, so that a GPU may have more processors than programs: `is_short`
+    short        few rows and keys, so that a GPU may have more processors than programs: at most SHORT
     invariant    a row's bits, and so its tiles, do not depend on the rest of the batch: `defaults.default_config`
     """
 
@@ -142,25 +144,20 @@ class Problem(make_dataclass("Flags", _FLAGS, frozen=True, kw_only=True)):
     invariant: bool = False
     eight_bit: bool = False
 
-    @property
+    @functools.cached_property
     def has_bias(self) -> bool:
         """True where something is added to logits."""
         return any(getattr(self, name) for name in ADDENDS)
+
+    @functools.cached_property
+    def corrects_delta(self) -> bool:
+        """True where `grad_query` corrects delta, the largest error where nothing is rounded to 16 bits."""
+        return self.dtype == torch.float32 and not self.is_part
 
     @property
     def width(self) -> int:
         """The wider of the padded head and value dims."""
         return max(padded_dim(self.head_dim), padded_dim(self.value_dim))
-
-
-def aligned_rows(rows: int) -> int:
-    """Rows rounded up to a multiple of ROW_TERMS_ALIGNMENT."""
-    return -(-rows // ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
-
-
-def is_short(q_len: int, k_len: int) -> bool:
-    """True for at most 1024 rows and keys: configs are chosen for short calls and for long ones."""
-    return max(q_len, k_len) <= 1024
 
 
 def sum_columns(problem: Problem, target: Target) -> int:
@@ -179,11 +176,6 @@ def key_sum_columns(problem: Problem, config: TileConfig, target: Target) -> int
     if columns == 1 or target.architecture.has_wgmma or config.block_m <= config.block_n:
         return columns
     return min(columns * config.num_warps, config.block_m // 2)
-
-
-def corrects_delta(problem: Problem) -> bool:
-    """True where `grad_query` corrects delta, the largest error where nothing is rounded to 16 bits."""
-    return problem.dtype == torch.float32 and not problem.is_part
 
 
 # The fields of a config that select no code, with their defaults: how a kernel's programs share out the work.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 
-from .config import Target, TileConfig, is_short
+from .config import SHORT, Target, TileConfig
 from .gpus import nearest
 
 _MOST = 64
@@ -33,7 +33,7 @@ def splits_of_keys(rows: int, keys: int, config: TileConfig, target: Target) -> 
 
     rows, keys   of the longest sequence; of a window, the keys that a block attends to
     """
-    if rows > _FEW_ROWS or is_short(rows, keys):
+    if rows > _FEW_ROWS or max(rows, keys) <= SHORT:
         return 1
     programs = _HEADS * -(-rows // config.block_m)
     return _soonest(programs, keys, config.block_n, keys // _SHORTEST, resident(config, target))

@@ -14,11 +14,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.call import LONGEST_QUERY, AttentionCall
 from ...core.eight_bit import EIGHT_BIT
-from ...core.terms import PAIRS, TABLES, Gradients, flags
+from ...core.terms import PAIRS, TABLES, TERMS, Gradients, flags
 from ...core.visibility import Visibility
 from ...tuning import calls as recorded
 from ...tuning.calls import Size
-from ...tuning.config import TILED_KERNELS, Problem, is_short, padded_dim
+from ...tuning.config import SHORT, TILED_KERNELS, Problem, padded_dim
 from ...tuning.table import Exact
 from .combine import combine, parts_of
 from .device import Grid
@@ -32,13 +32,10 @@ from .launch import (
     is_aligned,
     is_wide,
     kept_specialisation,
-    pages_of,
     plan,
-    term_arguments,
-    view_of,
 )
 from .ranges import seen_bytes, seen_keys
-from .records import Arguments, Masks, Strided
+from .records import RECORDS, Arguments, LogitTerms, Masks, Strided, pages_of, scale_of, view_of
 
 
 def are_few_rows(call: AttentionCall) -> bool:
@@ -161,7 +158,8 @@ def sizes_of(call: AttentionCall) -> Sizes:
     if sequences is not None:
         number, rows, keys = len(sequences.q_starts) - 1, sequences.longest_q, sequences.longest_k
     heads, window = (visible.q_heads, visible.kv_heads), (visible.left, visible.right)
-    return Sizes(batch, *heads, q_len, k_len, number, rows, keys, *window, visible.invariant)
+    is_short = max(rows, keys) <= SHORT
+    return Sizes(batch, *heads, q_len, k_len, number, rows, keys, *window, visible.invariant, is_short)
 
 
 def size_of(call: AttentionCall) -> Size:
@@ -221,7 +219,7 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: Any) -
         block_table=call.block_table is not None,
         eight_bit=call.k.dtype == EIGHT_BIT,
         aligned=_has_whole_vectors(call.q, call.v) if visible.invariant else all(map(is_aligned, operands)),
-        short=is_short(sizes.rows, sizes.keys),
+        short=sizes.is_short,
         invariant=visible.invariant,
     )
     return replace(found, **asked)
@@ -283,7 +281,7 @@ def specialisation_of(
         visible.invariant,
         call.dropout is None,
         sizes.q_heads == sizes.kv_heads,
-        is_short(sizes.rows, sizes.keys),
+        sizes.is_short,
         page > 0,
         page > 1024 and is_wide(k, v, page=page),
         of_pairs,
@@ -352,20 +350,34 @@ def call_arguments(call: AttentionCall, d_out: Tensor | None) -> Mapping[str, An
 
 
 def operand_arguments(call: AttentionCall) -> Arguments:
-    """The arguments that all kernels of attention share."""
-    visible, table, (q, k, v) = call.visibility, call.block_table, (call.q, call.k, call.v)
+    """The arguments that all kernels of attention share: None for terms that are not there."""
+    visible, table, (q, k, v), terms = call.visibility, call.block_table, (call.q, call.k, call.v), call.terms
     if k.dtype == EIGHT_BIT and not has_eight_bit(k.device):
         k, v = k.view(torch.int8), v.view(torch.int8)
+    of_logits: list[Any] = []
+    for number, form in _OF_LOGITS:  # no comprehension: each is a call before Python 3.12
+        value = terms[number]
+        of_logits.append(None if value is None or value is False else RECORDS[form](value))
+    sinks, softcap = terms.sinks, terms.softcap
+    distances = terms.relative_scale if terms.relative_bias is None else terms.relative_bias
     return {
         "q": Strided(q, *q.stride()),
         "k": Strided(k, *k.stride()),
         "v": Strided(v, *v.stride()),
-        **term_arguments(call.terms),
+        "terms": LogitTerms(*of_logits),
+        "scale": float(terms.scale),
+        "softcap": None if softcap is None else float(softcap),
+        "sinks": None if sinks is None else scale_of(sinks),
+        "extent": None if distances is None else distances.shape[3],
+        "relative_right": None if distances is None else terms.relative_right,
         "pages": None if table is None else pages_of(table, call.k.shape[0], call.k.shape[2]),
         "q_len": visible.q_len,
         "q_heads": visible.q_heads,
         "group": visible.q_heads // visible.kv_heads,
     }
+
+
+_OF_LOGITS = [(number, term.form) for number, term in enumerate(TERMS) if term.name in LogitTerms._fields]
 
 
 def _with_aligned_rows(mask: Tensor) -> Tensor:

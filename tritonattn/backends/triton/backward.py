@@ -12,7 +12,6 @@ from torch import Tensor
 from ...core.call import AttentionCall
 from ...core.terms import PAIRS, Gradients, Needs
 from ...tuning.config import ROW_TERMS_ALIGNMENT as ALIGNMENT
-from ...tuning.config import aligned_rows, corrects_delta
 from .attention import (
     Prepared,
     aligned_copy,
@@ -189,7 +188,7 @@ def backward(
     for name in PAIRS:
         of_pairs = of_pairs or getattr(needs, name)
     # The pass over keys reads the terms that the one over rows corrects.
-    corrects_keys = (needs.k or needs.key_scale) and corrects_delta(ready.specialisation.problem)
+    corrects_keys = (needs.k or needs.key_scale) and ready.specialisation.problem.corrects_delta
     has_rows = needs.q or needs.query_scale or of_pairs or corrects_keys
     has_keys = needs.k or needs.v or needs.key_scale or of_pairs
     d_lse = None if d_lse is None else d_lse.contiguous()
@@ -211,13 +210,13 @@ def backward(
 def _row_terms(ready: Prepared, results: Results, d_lse: Tensor | None, needs: Needs, has_rows: bool) -> RowTerms:
     """Launch the pass whose terms the two others read. has_rows: that over rows runs, and corrects them."""
     problem = ready.specialisation.problem
-    corrects = needs.query_scale or problem.has_bias or problem.relative_scale or corrects_delta(problem)
+    corrects = needs.query_scale or problem.has_bias or problem.relative_scale or problem.corrects_delta
     corrects = corrects and not problem.is_part
     d_sinks = corrected = None
     if ready.call.terms.sinks is not None and (needs.sinks or corrects):
         d_sinks = new_results(ready.call, results.lse)
     q, terms, visible = ready.call.q, ready.arguments["terms"], ready.call.visibility
-    terms_len = aligned_rows(visible.q_len)
+    terms_len = -(-visible.q_len // ALIGNMENT) * ALIGNMENT
     if visible.sequences is not None:
         terms_len += ALIGNMENT * ready.sizes.sequences
     shape = (*q.shape[:2], terms_len)

@@ -26,9 +26,10 @@ from .device import Specialisation, binder, compile_options
 from .forward import forward
 from .key_norms import key_norms, key_norms_backward, prefix_sums
 from .key_records import append_keys, append_to_pages
-from .launch import KERNELS, Launch, Plan, overriding, recording, view_of
+from .launch import KERNELS, Launch, Plan, overriding, recording
 from .operands import Operands
 from .ranges import argmax_over_ranges, rows_of_key_blocks, seen_keys
+from .records import view_of
 from .second import second
 from .tangent import tangent
 

@@ -13,9 +13,9 @@ from ...tuning.config import padded_dim
 from .attention import Prepared, launch_in_splits, launch_kernel, operand_arguments, sizes_of, specialisation_of
 from .block import LENGTHS, from_row, load_tile, page_slots, program_position, tile_offsets, vector_from
 from .grids import over_groups
-from .launch import KERNELS, bounded
+from .launch import KERNELS
 from .pairs import pair_terms
-from .records import Arguments, Results
+from .records import Arguments, Results, bounded
 from .softmax import LOG2_E, TINY, finish_softmax, moved_sums, probabilities, soft_cap, softcap_of_rows
 
 SHORTEST_SPLIT = tl.constexpr(config.SHORTEST_SPLIT)

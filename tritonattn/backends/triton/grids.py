@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ...tuning.config import TileConfig, aligned_rows
+from ...tuning.config import ROW_TERMS_ALIGNMENT, TileConfig
 from ...tuning.order import sections
 from ...tuning.splits import splits_of_keys, splits_of_rows
 from .device import Grid
@@ -20,6 +20,7 @@ class Sizes(NamedTuple):
     batch, q_len, k_len     of its tensors
     sequences, rows, keys   of its packed sequences, and of the longest one; else as above
     left, right             of its window, or None
+    is_short                it has at most `tuning.config.SHORT` rows and keys
     """
 
     batch: int
@@ -33,6 +34,7 @@ class Sizes(NamedTuple):
     left: int | None
     right: int | None
     invariant: bool
+    is_short: bool
 
     @property
     def group(self) -> int:
@@ -97,7 +99,8 @@ def _in_sections(chosen: Plan, blocks: int, heads: int, head_bytes: int, splits:
 
 def over_row_terms(chosen: Plan, sizes: Sizes) -> Programs:
     """For each block of rows: (blocks, heads, sequences)."""
-    return Programs((-(-aligned_rows(sizes.rows) // chosen.config.block_m), sizes.q_heads, sizes.sequences), {})
+    padded = -(-sizes.rows // ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
+    return Programs((-(-padded // chosen.config.block_m), sizes.q_heads, sizes.sequences), {})
 
 
 def over_groups(chosen: Plan, sizes: Sizes) -> Programs:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .block import LENGTHS, from_row, load_tile, page_slots, program_position, tile_offsets
 from .key_norms import key_norms, launch_keys, norms_of, with_usual_strides
-from .launch import KERNELS, kept_specialisation, pages_of, plan, scale_of, vector_form
+from .launch import KERNELS, kept_specialisation, plan, vector_form
 from .ranges import NO_HEADS
-from .records import Arguments, KeyBuffers
+from .records import Arguments, KeyBuffers, pages_of, scale_of
 
 
 @triton.jit

@@ -17,13 +17,11 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from ...core.terms import DEFAULTS, TERMS, Terms
-from ...core.visibility import Visibility
 from ...tuning import lookup
 from ...tuning.config import (
     Problem,
     Target,
     TileConfig,
-    corrects_delta,
     key_sum_columns,
     legal_reasons,
     padded_dim,
@@ -33,7 +31,7 @@ from ...tuning.defaults import default_config
 from ...tuning.order import LONGEST_AXIS
 from .device import MOST_PROGRAMS, Grid, KernelArguments, NotCompiledError, Specialisation, grids_of, launch_on
 from .interpreter import run_interpreted, tensors_of
-from .records import Arguments, LogitTerms, Pages, Scale, Strided, View
+from .records import Arguments
 
 KERNELS: dict[str, Any] = {}  # by name: each file enters its kernels
 
@@ -261,7 +259,7 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
         "STAGES": config.num_stages,
         "SUM_COLUMNS": sum_columns(problem, target),
         "KEY_SUM_COLUMNS": key_sum_columns(problem, config, target),
-        "CORRECT_DELTA": corrects_delta(problem),
+        "CORRECT_DELTA": problem.corrects_delta,
         "HAS_BIAS": problem.has_bias,
         "IS_PART": problem.is_part,
         "SPLIT_TERMS": target.architecture.has_tensor_memory,
@@ -344,62 +342,3 @@ def is_aligned(tensor: Tensor | None) -> bool:
         if shape[axis] > 1 and (step <= 0 or step % 16):
             return False
     return True
-
-
-def stretched(tensor: Tensor) -> Strided:
-    """The record of a tensor whose axes of length 1 stand for any length."""
-    steps = [0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
-    return Strided(tensor, *steps)
-
-
-def scale_of(tensor: Tensor) -> Scale:
-    """The record of a factor [B, H, S], or of a bias [B, Hkv, group, Sk]."""
-    b, h, *g, s = tensor.stride()
-    return Scale(tensor, 16 * b, 16 * h, 16 * g[0] if g else 0, s)
-
-
-def term_arguments(terms: Terms) -> Arguments:
-    """The arguments that say what a logit is, and the softmax's other terms: None for those that are not there."""
-    of_logits: list[Any] = []
-    for number, form in _OF_LOGITS:  # no comprehension: each is a call before Python 3.12
-        value = terms[number]
-        of_logits.append(None if value is None or value is False else _RECORDS[form](value))
-    sinks, softcap = terms.sinks, terms.softcap
-    table = terms.relative_scale if terms.relative_bias is None else terms.relative_bias
-    return {
-        "terms": LogitTerms(*of_logits),
-        "scale": float(terms.scale),
-        "softcap": None if softcap is None else float(softcap),
-        "sinks": None if sinks is None else scale_of(sinks),
-        "extent": None if table is None else table.shape[3],
-        "relative_right": None if table is None else terms.relative_right,
-    }
-
-
-_RECORDS: dict[str, Callable[[Any], Any]] = {"vector": scale_of, "pairs": stretched, "flag": int}
-_OF_LOGITS = [(number, term.form) for number, term in enumerate(TERMS) if term.name in LogitTerms._fields]
-
-
-def pages_of(block_table: Tensor, count: int, size: int) -> Pages:
-    """The record of a block table, int32 [sequences, max_pages], of `count` pages of `size` keys."""
-    bits = (size - 1).bit_length()
-    magic = 16 * (2 ** (31 + bits) // size + 1)
-    return Pages(block_table.contiguous(), 16 * size, 16 * count, 16 * block_table.shape[1], magic, 16 * (bits - 1))
-
-
-def view_of(visible: Visibility) -> View:
-    """The arguments of kernels that use `pairs.key_range`."""
-    lengths, ranges, reach = visible.key_lengths, visible.key_ranges, visible.q_len + visible.k_len
-    return View(
-        visible.q_len,
-        visible.k_len,
-        None if visible.left is None else min(visible.left, reach),
-        None if visible.right is None else min(visible.right, reach),
-        None if lengths is None else bounded(lengths, visible.k_len).contiguous(),
-        None if ranges is None else bounded(ranges, visible.k_len).contiguous(),
-    )
-
-
-def bounded(x: Tensor, highest: int) -> Tensor:
-    """Integers clamped to [0, highest], int32; a dtype of fewer bits is widened first, as it may not hold `highest`."""
-    return (x.int() if x.dtype.itemsize < 4 else x).clamp(0, highest).int()

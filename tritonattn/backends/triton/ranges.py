@@ -10,9 +10,9 @@ from torch import Tensor
 from ...core.visibility import Visibility
 from ...tuning.config import Problem
 from .block import LENGTHS, program_position
-from .launch import KERNELS, Plan, Specialisation, plan, view_of
+from .launch import KERNELS, Plan, Specialisation, plan
 from .pairs import key_range, pass_bounds, whole_blocks
-from .records import View
+from .records import View, view_of
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -1,4 +1,4 @@
-"""The records that kernels take.
+"""The records that kernels take, and those of tensors.
 
 Records are NamedTuples, which Triton takes apart; of a subclass of one it knows no fields. An optional tensor is a flag
 too: None where a call has no such tensor. Three rules suit all compilers since triton 3.4. A record's None field is a
@@ -10,9 +10,13 @@ records that kernels take, where Triton ignores `do_not_specialize`.
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ...core.terms import AXES, TERMS
+from ...core.visibility import Visibility
 
 Arguments = dict[str, Any]  # of a kernel, by name
 
@@ -140,3 +144,44 @@ class KeyBuffers(NamedTuple):
     norm_sums: Any
     norm_square_sums: Any
     norm_maxima: Any
+
+
+def stretched(tensor: Tensor) -> Strided:
+    """The record of a tensor whose axes of length 1 stand for any length."""
+    steps = [0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
+    return Strided(tensor, *steps)
+
+
+def scale_of(tensor: Tensor) -> Scale:
+    """The record of a factor [B, H, S], or of a bias [B, Hkv, group, Sk]."""
+    b, h, *g, s = tensor.stride()
+    return Scale(tensor, 16 * b, 16 * h, 16 * g[0] if g else 0, s)
+
+
+# By `Term.form`, the record of a term's value.
+RECORDS: dict[str, Callable[[Any], Any]] = {"vector": scale_of, "pairs": stretched, "flag": int}
+
+
+def pages_of(block_table: Tensor, count: int, size: int) -> Pages:
+    """The record of a block table, int32 [sequences, max_pages], of `count` pages of `size` keys."""
+    bits = (size - 1).bit_length()
+    magic = 16 * (2 ** (31 + bits) // size + 1)
+    return Pages(block_table.contiguous(), 16 * size, 16 * count, 16 * block_table.shape[1], magic, 16 * (bits - 1))
+
+
+def view_of(visible: Visibility) -> View:
+    """The arguments of kernels that use `pairs.key_range`."""
+    lengths, ranges, reach = visible.key_lengths, visible.key_ranges, visible.q_len + visible.k_len
+    return View(
+        visible.q_len,
+        visible.k_len,
+        None if visible.left is None else min(visible.left, reach),
+        None if visible.right is None else min(visible.right, reach),
+        None if lengths is None else bounded(lengths, visible.k_len).contiguous(),
+        None if ranges is None else bounded(ranges, visible.k_len).contiguous(),
+    )
+
+
+def bounded(x: Tensor, highest: int) -> Tensor:
+    """Integers clamped to [0, highest], int32; a dtype of fewer bits is widened first, as it may not hold `highest`."""
+    return (x.int() if x.dtype.itemsize < 4 else x).clamp(0, highest).int()

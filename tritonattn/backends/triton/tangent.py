@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.call import AttentionCall
-from ...core.terms import AXES, Gradients, Terms
+from ...core.terms import TERMS, Gradients, Terms
 from .attention import Prepared, launch_kernel, new_results, prepared
 from .block import (
     LENGTHS,
@@ -23,9 +23,9 @@ from .block import (
     vector_from,
 )
 from .grids import over_rows
-from .launch import KERNELS, forms_of, is_aligned, is_wide, scale_of, term_arguments
+from .launch import KERNELS, forms_of, is_aligned, is_wide
 from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_terms, pass_bounds, visible
-from .records import Arguments, Results, SecondTerms, Strided, Tangents, View
+from .records import RECORDS, Arguments, Results, SecondTerms, Strided, Tangents, View
 from .softmax import LN_2, LOG2_E, before_rounding, exponents, joint_peak, partial_sums, soft_cap_slope
 
 Saved = tuple[Tensor, Tensor, Tensor | None]  # out, lse and rounding of a forward
@@ -332,9 +332,8 @@ def with_tangents(
     terms = Terms(1.0, *tangents[3:])
     ready = prepared(call, d_out, (selects, *forms_of(terms, q, k, v)), **asked)
     operands = (None if x is None else Strided(x, *x.stride()) for x in (q, k, v))
-    of_logits = {name: x for name, x in term_arguments(terms)["terms"]._asdict().items() if name in AXES}
-    sinks = None if terms.sinks is None else scale_of(terms.sinks)
-    record = Tangents(*operands, sinks=sinks, **of_logits)
+    there = ((term, x) for term, x in zip(TERMS, terms, strict=True) if term.gradient and x is not None)
+    record = Tangents(*operands, **{term.name: RECORDS[term.form](x) for term, x in there})
     return ready._replace(arguments={**ready.arguments, "tangents": record}, tangents=tangents)
 
 
