@@ -23,7 +23,6 @@ from .checks import (
     check_masks,
     check_number,
     check_tensor,
-    check_values,
     operands,
     scale_dtype,
     shape_of,
@@ -32,6 +31,7 @@ from .dispatch import run
 from .dtensors import BATCHED
 from .public import public
 from .results import AttentionAux
+from .sequence_checks import check_values
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..core.autograd import autocast_is_on, values_are_read
+from ..core.autograd import autocast_is_on
 from ..core.call import Request
 from ..core.eight_bit import EIGHT_BIT
 from ..core.hints import nearest, type_of
@@ -36,7 +36,6 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_FEW = 64  # numbers that Python compares sooner than an operator of torch
 _WORDS = {
     FLOATS: "float16, bfloat16, float32 or float64",
     INTEGERS: "an integer dtype",
@@ -293,11 +292,6 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a finite number, got {value!r} (the largest is {_LARGEST:.4g})")
 
 
-def refuse_backend(backend: Any) -> None:
-    """Raise the ValueError for a value that is not a name in BACKENDS."""
-    raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}{nearest(backend, BACKENDS)}")
-
-
 def check_softcap(name: str, softcap: Any) -> None:
     check_number(name, softcap)
     if softcap < _SMALLEST:
@@ -305,10 +299,10 @@ def check_softcap(name: str, softcap: Any) -> None:
         raise ValueError(f"{name}: expected a number above 0, got {softcap!r} {least}")
 
 
-def check_settings(backend: Any, dropout_p: Any) -> None:
+def check_settings(backend: Any, dropout_p: Any = 0.0) -> None:
     """Raise unless these are options of a call of any operands."""
     if not isinstance(backend, str) or backend not in BACKENDS:
-        refuse_backend(backend)
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}{nearest(backend, BACKENDS)}")
     if not (type(dropout_p) is float and dropout_p == 0):
         check_number("dropout_p", dropout_p)
         if not 0 <= dropout_p < 1:
@@ -370,19 +364,6 @@ def check_tensor(
         known = [letter if size is None else str(size) for letter, size in zip(names_of(axes), sizes, strict=True)]
         equal = "" if known == names_of(axes) else f" = [{', '.join(known)}]"
         raise ValueError(f"{name}: expected shape {axes}{equal}, got {shape_of(x)}")
-
-
-def check_values(name: str, x: Tensor, highest: int, meaning: str = "Sk = ") -> None:
-    """Raise where a value of a CPU tensor is outside [0, highest]."""
-    if not values_are_read(x):
-        return
-    if x.numel() <= _FEW:  # one read
-        numbers = x.flatten().tolist()
-        low, high = min(numbers), max(numbers)
-    else:
-        low, high = map(int, x.aminmax())
-    if low < 0 or high > highest:
-        raise ValueError(f"{name}: expected values in [0, {meaning}{highest}], got {low if low < 0 else high}")
 
 
 def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:

@@ -21,7 +21,6 @@ from .checks import (
     check,
     check_masks,
     check_tensor,
-    check_values,
     operands,
 )
 from .dispatch import refuse_gradients, run
@@ -31,7 +30,7 @@ from .layouts import CACHE, CACHE_PAGES, Layout
 from .paged_statistics import PagedKeyStatistics, check_paged_statistics
 from .public import public
 from .results import AttentionAux
-from .sequence_checks import check_block_table, check_page_numbers, check_record, descale_of
+from .sequence_checks import check_block_table, check_page_numbers, check_record, check_values, descale_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

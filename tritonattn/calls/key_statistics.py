@@ -19,9 +19,8 @@ from .checks import (
     INTEGERS,
     check_count,
     check_tensor,
-    check_values,
 )
-from .sequence_checks import check_new_keys
+from .sequence_checks import check_new_keys, check_values
 
 _OWNER = "this KeyStatistics"
 

@@ -13,6 +13,21 @@ from ..core.hints import type_of
 from ..core.visibility import Visibility
 from .checks import FLOATS, as_float, broadcasts, check_number, check_tensor, scale_dtype, shape_of
 
+_FEW = 64  # numbers that Python compares sooner than an operator of torch
+
+
+def check_values(name: str, x: Tensor, highest: int, meaning: str = "Sk = ") -> None:
+    """Raise where a value of a CPU tensor is outside [0, highest]."""
+    if not values_are_read(x):
+        return
+    if x.numel() <= _FEW:  # one read
+        numbers = x.flatten().tolist()
+        low, high = min(numbers), max(numbers)
+    else:
+        low, high = map(int, x.aminmax())
+    if low < 0 or high > highest:
+        raise ValueError(f"{name}: expected values in [0, {meaning}{highest}], got {low if low < 0 else high}")
+
 
 def check_offsets(name: str, offsets: Any, like: Tensor, owner: str = "q") -> None:
     """Raise unless these are int32 [N + 1] on the device of `like`, which belongs to `owner`."""

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import ops
 from ..backends import BACKENDS
-from ..calls.checks import INTEGERS, Backend, check_tensor, check_values
+from ..calls.checks import INTEGERS, Backend, check_tensor
 from ..calls.decode import cache_operands, cache_visibility, check_statistics
 from ..calls.dispatch import logits, refuse_gradients, statistics_of, with_terms
 from ..calls.dtensors import head_parts
@@ -18,6 +18,7 @@ from ..calls.key_statistics import KeyStatistics
 from ..calls.layouts import CACHE_OF_RANKS
 from ..calls.public import public
 from ..calls.results import AttentionAux
+from ..calls.sequence_checks import check_values
 from ..core.autograd import without_autocast
 from ..core.cached_norms import StatisticsOfCache
 from ..core.call import ForwardResult, Request

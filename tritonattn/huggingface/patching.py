@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..calls.checks import BACKENDS, Backend, check_bool, refuse_backend
+from ..calls.checks import Backend, check_bool, check_settings
 from ..calls.public import public
 from ..core.hints import shortened
 from ..core.optimizers import expect_steps
@@ -301,8 +301,7 @@ def _patchable_modules(model: Any) -> list[AttentionModule]:
 
 def _settings(module: Any, batch_invariant: bool | None, scaling: Any, gain: Any, backend: Any) -> Settings:
     """The settings of one module, with copies of what is learned."""
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        refuse_backend(backend)
+    check_settings(backend)
     heads = query_heads(module)
     if isinstance(gain, Tensor):
         if not gain.is_floating_point():

@@ -11,9 +11,9 @@ from ...core.call import AttentionCall
 from ...core.terms import Gradients
 from ..protocol import SecondOrder
 from .attention import Prepared, aligned_copy, largest, launch_kernel, new_results, seen_scales
+from .backward import new_gradients, of_keys, of_rows, row_bounds, summed
 from .grad_key_value_second import attention_grad_key_value_second
 from .grad_query_second import attention_grad_query_second
-from .gradients import new_gradients, of_keys, of_rows, row_bounds, summed
 from .grids import over_keys, over_rows
 from .launch import KERNELS
 from .records import SecondTerms
