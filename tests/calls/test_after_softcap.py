@@ -80,13 +80,6 @@ def test_rows_that_attend_to_all_keys_have_one_cap(backend):
 
 
 @torch.no_grad()
-def test_rows_of_a_batch_alone_have_their_bits():
-    q, k, v = operands(False)
-    options: dict[str, Any] = {**OPTIONS, "causal": True, "batch_invariant": True, "backend": "sdpa"}
-    assert torch.equal(attention(q, k, v, **options)[1:], attention(q[1:], k[1:], v[1:], **options))
-
-
-@torch.no_grad()
 def test_bounds_of_the_logits_grow_with_the_factor():
     q, k, _ = operands(False)
     found = diagnose(1e3 * q, k, **OPTIONS, causal=True)
@@ -106,6 +99,13 @@ class Learned(Scaling):
 
     def multiplier(self, q, k, visible):
         return self.t * q.shape[-1] ** -0.5
+
+
+def test_a_factor_of_zero_gives_means_of_values_and_no_nan():
+    q, k, v = operands()
+    out = attention(q, k, v, softcap=CAP, scaling=Learned(torch.zeros(4, 1)), causal=True, backend="sdpa")
+    torch.testing.assert_close(out, (v.cumsum(2) / torch.arange(1, SK + 1)[:, None]).repeat_interleave(2, 1))
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.square().sum(), (q, k, v)))
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])

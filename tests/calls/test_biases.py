@@ -10,6 +10,7 @@ from tests.support.calls import operands
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import pairwise
 from tritonattn import Scales, Scaling, attention, check_scaling
+from tritonattn.scaling import Grok2
 
 BACKENDS = ("sdpa", "reference")
 B, HQ, HKV, SQ, SK = 2, 4, 2, 5, 7
@@ -266,12 +267,15 @@ class WrongDistant(Distant):
         return super().relative_addend(q, k, distance + 1)
 
 
+CAPPED = {"causal": True, "scaling": Grok2(3, after_softcap=True), "softcap": 2.0}
+
+
 def test_a_batch_invariant_row_is_as_alone():
     """Tiles of one shape, with a bias that they pad, and keys that are rolled to the first one of an entry."""
     tensors = {name: x.detach() for name, x in operands(torch.float32, lengths=(SK, SK)).items()}
     ranges = torch.tensor([[2, SK], [0, 5]])[:, None].expand(B, SK, 2)
     bias = random(1, HQ, SK, SK, dtype=torch.bfloat16).requires_grad_()
-    for options in ({"key_ranges": ranges}, {"causal": True}):
+    for options in ({"key_ranges": ranges}, {"causal": True}, {"causal": True, "scaling": "scale_invariant"}, CAPPED):
         leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
         out = attention(**leaves, bias=bias, batch_invariant=True, **options)
         exact = attention(**leaves, bias=bias, backend="reference", **options)

@@ -161,22 +161,6 @@ def test_packed_sequences_and_caches_count_from_their_own_ends():
         torch.testing.assert_close(steps[1:], alone)
 
 
-def test_a_batch_invariant_row_is_as_alone():
-    tensors = {name: x.detach() for name, x in operands(torch.float32, lengths=(SK, SK)).items()}
-    options = {"scaling": Near(), "causal": True, "batch_invariant": True}
-    alone = attention(**{name: x[1:] for name, x in tensors.items()}, **options)
-    assert torch.equal(attention(**tensors, **options)[1:], alone)
-    ranges = torch.tensor([0, 3]).expand(B, SK, 2)
-    refuses(
-        "NotImplementedError: relative_bias: not supported with key_ranges under batch_invariant",
-        attention,
-        **tensors,
-        scaling=ScaleInvariant(),
-        batch_invariant=True,
-        key_ranges=ranges,
-    )
-
-
 def test_errors():
     tensors, given = operands(), {"relative_scale": table(1, 1, 1, 3)}
     refuses("ValueError: tau: expected a finite number above 0, got 0", ScaleInvariant, 0)

@@ -137,9 +137,12 @@ class Tiles:
         return self.of_rows(x[..., None], block)
 
     def softcap_of(self, block: Block) -> float | Tensor | None:
-        """The cap of a block's rows: a number, or [N, G * rows, 1]."""
+        """The cap of a block's rows: a number, or [N, G * rows, 1]; 1 for 0, as of padding, whose logits are 0."""
         softcap = self.call.terms.softcap_of_rows()
-        return self.of_each_row(softcap, block) if isinstance(softcap, Tensor) else softcap
+        if not isinstance(softcap, Tensor):
+            return softcap
+        of_rows = self.of_each_row(softcap, block)
+        return of_rows.masked_fill(of_rows == 0, 1.0)
 
     def of_keys(self, x: Tensor, heads: Heads, keys: slice | None = None) -> Tensor:
         """Some or all keys of x [B, Hkv, Sk, C], widened, zero where no row attends to them: [N, keys, C]."""
