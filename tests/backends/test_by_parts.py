@@ -228,13 +228,16 @@ def test_large_logits(mask, largest, scales, scale):
     check(tensors, **arguments | {"scale": scale})
 
 
-def test_the_kernel_multiplies_by_powers_of_two(monkeypatch):
+def test_the_kernel_multiplies_by_powers_of_two_where_a_backward_comes(monkeypatch):
     scales, kernel = [], by_parts._forward
     monkeypatch.setattr(by_parts, "_forward", lambda *a, **b: scales.append(b["scale"]) or kernel(*a, **b))
     for scale in (0.3, -0.3, 0.125, 3.0, 0.0):
         tensors, arguments = of_form("plain", torch.float32, "window", scales=())
-        check(tensors, gradients=False, **arguments | {"scale": scale})
+        run(tensors, direction(tensors), **arguments | {"scale": scale})
     assert {math.frexp(scale)[0] for scale in scales} == {0.5}
+    scales.clear()
+    check(tensors, gradients=False, **arguments | {"scale": 0.3})
+    assert set(scales) == {0.3}
 
 
 @pytest.mark.parametrize("layout", ["of rows", "transposed"])

@@ -26,10 +26,12 @@ NOT_COMPILED = "a tangent of attention is not compiled|Observed exception"  # to
 ROWS = {"query_scale": torch.linspace(-1, 2, 20, dtype=torch.float64).view(1, 4, 5)}
 KEYS = {"key_scale": torch.linspace(-2, 1, 14, dtype=torch.float64).view(1, 2, 7)}
 TABLE = {"relative_scale": torch.linspace(2, -1, 12, dtype=torch.float64).view(1, 4, 1, 3)}
+FEW_KEYS = {"bias": torch.linspace(-1, 2, 70, dtype=torch.float64).view(1, 2, 5, 7)}
 OF_SCALED = ("key_scale", "relative_scale")  # terms of "scaled" that "every term" lacks
 SQUARE = {"lengths": (6, 6), "dims": (4, 4)}
 CALLS = {
     "full": lambda: Example(),
+    "bias": lambda: Example(tensors=FEW_KEYS, scaling="key_norm_mean", shapes={"heads": (2, 2)}),
     "square causal": lambda: Example(causal=True, scaling="key_norm_sum", shapes=SQUARE),
     "cosine": lambda: Example(causal=True, scaling="cosine", return_aux=True),
     "window": lambda: Example(window=(2, 1), scaling="key_norm_max", softcap=1.5),
@@ -171,7 +173,7 @@ def test_a_lost_derivative_of_a_given_scale_is_noticed(which, name, monkeypatch)
 # ---- Identities
 
 
-@pytest.mark.parametrize("call", ["square causal", "window"])
+@pytest.mark.parametrize("call", ["bias", "square causal", "window"])
 def test_finite_differences(call):
     example = CALLS[call]()
     leaves = [x.clone().requires_grad_() for x in example.x]
@@ -248,7 +250,7 @@ def test_a_compiled_tangent_is_refused():
 # ---- Where tensors are kept
 
 
-@pytest.mark.parametrize("call", ["full", "square causal", "cosine"])
+@pytest.mark.parametrize("call", ["full", "bias", "square causal", "cosine"])
 def test_under_saved_tensor_hooks_and_checkpoints(call):
     example = CALLS[call]()
     wanted = FORMS["gradient of a gradient"](example.on("sdpa"), example.x, example.u)

@@ -1,6 +1,8 @@
 """Attention on a CPU for every mask and option; memory O(S D), backward included. A call takes the first way that fits:
 
     way                      calls                                      reason
+    few_keys.attention       a bias of pairs with a gradient, all of    the kernel gives it none; tiles multiply once
+                             few keys                                   more than where the softmax is kept
     torch_kernel.attention   all keys, or a square's lower triangle,    PyTorch's kernel with PyTorch's gradient
                              and no other term; steps over caches of
                              one length
@@ -38,8 +40,8 @@ from torch import Tensor
 from ...core.autograd import without_autocast
 from ...core.call import AttentionCall, ForwardResult
 from ...core.terms import ADDENDS, Gradients, Needs
-from ..protocol import Backend, SecondOrder
-from . import backward_pass, by_parts, forward_pass, second_pass, tangent_pass, torch_kernel
+from ..protocol import Attend, Backend, SecondOrder
+from . import backward_pass, by_parts, few_keys, forward_pass, second_pass, tangent_pass, torch_kernel
 from .parts import parts_of
 
 
@@ -47,14 +49,17 @@ class Sdpa(Backend):
     """PyTorch's kernel with its gradient for plain calls, and tiles of ours for the others."""
 
     name = "sdpa"
-    attention = staticmethod(torch_kernel.attention)
+
+    @staticmethod
+    def attention(call: AttentionCall, again: Attend) -> ForwardResult | None:
+        return few_keys.attention(call, again) if few_keys.takes(call) else torch_kernel.attention(call, again)
 
     def follows_lengths(self, device: torch.device) -> str | None:
         return f"backend 'sdpa' on {device}, whose products follow the lengths" if device.type == "cuda" else None
 
     def forward(self, call: AttentionCall, rounding: Tensor | None = None, has_graph: bool = True) -> ForwardResult:
         takes = by_parts.takes(call) and not call.aux
-        return _by_parts(call, rounding) if takes else forward_pass.forward(call, rounding)
+        return _by_parts(call, rounding, has_graph) if takes else forward_pass.forward(call, rounding)
 
     def backward(
         self,
@@ -109,17 +114,17 @@ def _backward(
     return Gradients(*(None if x is None or y is None else x + y for x, y in pairs))
 
 
-def _by_parts(call: AttentionCall, rounding: Tensor | None) -> ForwardResult:
+def _by_parts(call: AttentionCall, rounding: Tensor | None, has_graph: bool) -> ForwardResult:
     """The result by parts where it is sound, with rows by tiles where it is not."""
     parts = parts_of(call.visibility)
-    found = by_parts.forward(call, parts, rounding)
+    found = by_parts.forward(call, parts, rounding, has_graph)
     if by_parts.is_sound(call, parts, found):
         return found
     prepared = by_parts.prepared(call, parts)
     if prepared is None:
         return forward_pass.forward(call, rounding)
     if prepared.call is not call:
-        found = by_parts.forward(prepared.call, parts, rounding)
+        found = by_parts.forward(prepared.call, parts, rounding, has_graph)
     rows = by_parts.rows_of_tiles(found.lse, call.visibility, prepared.spoiled)
     return found if rows is None else _with_rows_of_tiles(call, found, rounding, rows)
 

@@ -60,9 +60,9 @@ def is_sound(call: AttentionCall, parts: Parts, found: ForwardResult) -> bool:
     It adds -inf to hidden logits, which leaves NaN, and its maximum skips NaN among few keys, whose lse is then 0.
     """
     sizes, has_mask = found.lse.abs(), _has_mask(call)
-    if has_mask or not parts.has_all_rows:
-        sizes.masked_fill_(found.lse == -torch.inf, 1)  # rows without keys
     least, most = map(float, sizes.aminmax())
+    if most == math.inf and (has_mask or not parts.has_all_rows):
+        least, most = map(float, sizes.masked_fill_(found.lse == -torch.inf, 1).aminmax())  # rows without keys
     if not (least > 0 and most <= _LARGEST_LSE):
         return False
     return not (has_mask or parts.meets_hidden) or math.isfinite(found.out.sum(dtype=found.lse.dtype))
@@ -147,12 +147,12 @@ def rows_of_tiles(lse: Tensor, visible: Visibility, spoiled: Tensor | None) -> T
     return rows[:, None].expand_as(steep)
 
 
-def forward(call: AttentionCall, parts: Parts, rounding: Tensor | None = None) -> ForwardResult:
-    """Compute the output and lse of a call that it `takes`; rounding as in `forward_pass.forward`.
+def forward(call: AttentionCall, parts: Parts, rounding: Tensor | None, has_graph: bool) -> ForwardResult:
+    """Compute the output and lse of a call that it `takes`; rounding and has_graph as `Backend.forward` has them.
 
     They hold for operands as of `prepared`.
     """
-    operands = _Operands(call, parts, is_wide=rounding is not None)
+    operands = _Operands(call, parts, rounding is not None, has_graph)
     every = operands.parts()
     if parts.has_all_rows and len(every) == 1:
         out, lse = (every[0].joined(x) for x in operands.attend(every[0]))
@@ -187,7 +187,7 @@ def backward(
     call    as of `prepared`
     saved   out, lse and rounding
     """
-    operands, terms, (out, lse, rounding) = _Operands(call, parts, is_wide=True), call.terms, saved
+    operands, terms, (out, lse, rounding) = _Operands(call, parts, is_wide=True, has_graph=True), call.terms, saved
     out = out.to(operands.dtype) if rounding is None else before_rounding(out, rounding)
     gap = None if terms.sinks is None else _above_sinks(lse, terms.sinks)
     d_out, blind = d_out.to(operands.dtype), lse == -torch.inf
@@ -215,28 +215,28 @@ def _above_sinks(lse: Tensor, sinks: Tensor) -> Tensor:
 class _Operands:
     """The operands of the kernel: one head dim for all, with scales folded into q and k, in one dtype.
 
-    scale    a power of two where q is in `dtype`. By another the kernel multiplies logits in its forward and operands
-             in its backward, whose exp(logit - lse) then errs ten times as much
+    scale    a power of two where q is in `dtype` and a backward comes. By another the kernel multiplies logits in its
+             forward and operands in its backward, whose exp(logit - lse) then errs ten times as much
     factor   the rest of the call's scale, in q, with its sign: the kernel hides keys by -inf before it multiplies
     dtype    of lse and masks: fp32, or fp64 for fp64 q
     """
 
-    def __init__(self, call: AttentionCall, parts: Parts, is_wide: bool) -> None:
+    def __init__(self, call: AttentionCall, parts: Parts, is_wide: bool, has_graph: bool) -> None:
         terms, q, k, v = call.terms, call.q, call.k, call.v
         self.call, self.of_call, self.has_mask = call, parts, _has_mask(call)
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         is_scaled = terms.query_scale is not None or terms.key_scale is not None
         if v.dtype != self.dtype and (is_wide or is_scaled or not q.dtype == k.dtype == v.dtype):
             q, k, v = (x.to(self.dtype) for x in (q, k, v))
-        if terms.query_scale is not None:
-            q = q * terms.query_scale[..., None]
-        if terms.key_scale is not None:
-            k = k * terms.key_scale[..., None]
-        is_exact = q.dtype == self.dtype
+        is_exact = has_graph and q.dtype == self.dtype
         self.scale = math.ldexp(1.0, math.frexp(terms.scale)[1] - 1) if is_exact else abs(terms.scale) or 1.0
         self.factor = terms.scale / self.scale
-        if self.factor != 1:
+        if terms.query_scale is not None:
+            q = q * (terms.query_scale if self.factor == 1 else terms.query_scale * self.factor)[..., None]
+        elif self.factor != 1:
             q = q * self.factor
+        if terms.key_scale is not None:
+            k = k * terms.key_scale[..., None]
         self.widens = is_widened(q, 1 if self.has_mask else q.shape[1] // max(k.shape[1], 1))
         width = max(q.shape[-1], v.shape[-1])
         self.q, self.k, self.v = for_kernel(q, width), for_kernel(k, width), for_kernel(v, width)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -175,13 +176,23 @@ def _gradients_again(
     """The gradients of PyTorch's kernel as a function of its operands, where their graph is asked for, else None."""
     if not torch.is_grad_enabled():
         return None
+    operands, needs = _saved_operands(torch._C._current_autograd_node()), [result is not None for result in results]
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return again(AttentionCall(q, k, v, Visibility.of(q, k, causal=not is_full), Terms(scale))).out
+
+    return gradients_again(plain, operands, needs, gradients[0])
+
+
+def gradients_again(
+    attend: Callable[..., Tensor], operands: Sequence[Tensor], needs: Sequence[bool], d_out: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a function of operands that are asked for, with derivatives of their own."""
     # Each as a node of its own: q may be a function of k.
-    operands = q, k, v = [x.view_as(x) for x in _saved_operands(torch._C._current_autograd_node())]
-    visible = Visibility.of(q, k, causal=not is_full)
-    out = again(AttentionCall(q, k, v, visible, Terms(scale))).out
-    asked = [x for x, result in zip(operands, results, strict=False) if result is not None]
-    found = iter(torch.autograd.grad(out, asked, gradients[0], create_graph=True))
-    return tuple([None if result is None else next(found) for result in results])
+    operands = [x.view_as(x) for x in operands]
+    asked = [x for x, need in zip(operands, needs, strict=False) if need]
+    found = iter(torch.autograd.grad(attend(*operands), asked, d_out, create_graph=True))
+    return tuple([next(found) if need else None for need in needs])
 
 
 def _saved_operands(node: Any) -> list[Tensor]:
