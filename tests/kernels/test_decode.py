@@ -10,8 +10,10 @@ from tests.support.pairs import in_turn, pairwise
 from tritonattn import attention, attention_decode
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import launch
+from tritonattn.scaling import Grok2
 
 MODES = ("sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_rms", "key_norm_max", "cosine")
+MODES += ("scale_invariant", "behind a softcap")
 # With 16 keys per block and 4 blocks in the shortest split: up to 3 splits.
 LENGTH, CAPACITY = 150, 171
 
@@ -27,9 +29,13 @@ def test_dtypes_layouts_and_new_tokens(dtype, page, count, invariant, device):
     _check(dtype, device, page=page, count=count, invariant=invariant, scaling="cosine")
 
 
-@in_turn(mode=[*MODES, "key_norm_max", "cosine"], statistics=[True, True, True, True, True, True, False, False])
+BEHIND = {"behind a softcap": {"scaling": Grok2(4, after_softcap=True), "softcap": 1.5}}
+
+
+@in_turn(mode=[*MODES, "key_norm_max", "cosine"], statistics=[True] * len(MODES) + [False] * 2)
 def test_modes(mode, statistics, device):
-    _check(torch.float32, device, scaling=mode, statistics=statistics, page=19, count=2, window=(80, None))
+    options = BEHIND.get(mode, {"scaling": mode})
+    _check(torch.float32, device, statistics=statistics, page=19, count=2, window=(80, None), **options)
 
 
 @in_turn(count=[1, 3], window=[(1000, None), (20, None), (90, 5), (0, 0)])

@@ -1,4 +1,4 @@
-"""Factors of distances, alone and beside biases, against the reference in float64."""
+"""Factors of distances, alone and beside biases, and one behind the softcap, against the reference in float64."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tests.kernels import harness
 from tests.support.masks import MASKS
 from tests.support.packed import RAGGED
 from tests.support.pairs import in_turn
+from tritonattn.scaling import Grok2
 
 HALF, SINGLE = torch.float16, torch.float32
 SIZES = (2, 2, 21, 35)
@@ -57,14 +58,29 @@ def test_packed_sequences(device):
     harness.check(tensors, attend, summands=1.0, **RAGGED.arguments(device), causal=True)
 
 
-@pytest.mark.parametrize("pages", [False, True])
-def test_steps_over_a_cache(pages, device):
-    q, k, v = harness.inputs(SINGLE, device, q_len=3, k_len=64).values()
-    lengths = torch.tensor([20, 64], device=device)
-    options = {"scaling": "scale_invariant", "key_lengths": lengths, "window": (15, None)}
-    exact = tritonattn.attention_decode(q.double(), k.double(), v.double(), backend="reference", **options)
-    if pages:  # of 16 keys
-        k, v = (x.unflatten(2, (4, 16)).permute(0, 2, 3, 1, 4).flatten(0, 1) for x in (k, v))
-        options["block_table"] = torch.arange(8, dtype=torch.int32, device=device).view(2, 4)
-    found = tritonattn.attention_decode(q, k, v, backend="triton", **options)
-    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+BEHIND = {"scaling": Grok2(4, after_softcap=True), "softcap": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("mask", "more"),
+    [
+        ("causal", {}),
+        ("window", {"dropout_p": 0.3, "sinks": True}),
+        ("ranges", {"key_bias": True}),
+        ("lengths", {"key_bias": True, "bias": True, "bias_after_softcap": True}),
+        ("causal", {"batch_invariant": True}),
+    ],
+)
+def test_a_factor_behind_the_softcap(mask, more, device):
+    terms = ("sinks", "key_bias", "bias")
+    tensors = harness.inputs(SINGLE, device, scales=tuple(name for name in terms if name in more))
+    options = {name: x for name, x in more.items() if name not in terms}
+    tensors["q"] *= 4
+    harness.check(
+        tensors, partial(tritonattn.attention, **BEHIND), return_aux=True, **harness.mask(mask, device), **options
+    )
+
+
+def test_packed_sequences_behind_the_softcap(device):
+    tensors = harness.packed_inputs(RAGGED, SINGLE, device)
+    harness.check(tensors, partial(tritonattn.attention_varlen, **BEHIND), **RAGGED.arguments(device), causal=True)
