@@ -71,6 +71,12 @@ def test_scales_of_any_size_in_float16(size, device):
     case.check()
 
 
+def test_sharp_softmaxes(device):
+    """What a tangent has of all keys cancels, though a rounded lse of 15 leaves weights that do not sum to 1."""
+    case = case_of("query_scale", device, lengths=(8, 16))
+    replace(case, call=changed(case.call, q=8 * case.call.q)).check()
+
+
 @pytest.mark.usefixtures("new_memory_holds_nan")
 def test_hidden_keys_and_rows_without_keys_reach_nothing(device):
     """NaN in them and in their tangents."""

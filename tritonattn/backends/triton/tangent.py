@@ -90,7 +90,8 @@ def attention_tangent(
     that, eta's error would pass the gradients' where keys have means, as delta's in `attention_row_terms`.
 
     w * t_z is rounded to v's dtype before the product. In tiles with a mask, which alone have rows of few keys, the
-    mean of t_out is that of the rounded values, so that a tangent that all keys share cancels.
+    mean of t_out is that of the rounded values, so that a tangent that all keys share cancels. In fp32 sums are divided
+    by that of w, which is not 1 where lse is rounded.
 
     tangents      `Tangents`; a tangent that is None costs nothing
     results       `Results` of the forward: out, rounding (or None) and lse
@@ -162,7 +163,8 @@ def attention_tangent(
     OF_PAIRS: tl.constexpr = tangents.bias is not None or tangents.relative_bias is not None
     OF_BIASES: tl.constexpr = OF_PAIRS or tangents.key_bias is not None
     MOVES: tl.constexpr = OF_PRODUCT or OF_BIASES or tangents.query_scale is not None  # logits have a tangent
-    ROUNDS: tl.constexpr = out_tangent_ptr is not None and v.ptr.dtype.element_ty.primitive_bitwidth == 16
+    IS_FP32: tl.constexpr = v.ptr.dtype.element_ty.primitive_bitwidth == 32
+    ROUNDS: tl.constexpr = out_tangent_ptr is not None and not IS_FP32
     AFTER: tl.constexpr = terms.bias_after_softcap is not None
     HAS_PAIRS: tl.constexpr = terms.bias is not None or terms.relative_bias is not None
     shift = k_len - q_len + first_key - first_row  # of `pair_terms`
@@ -171,7 +173,7 @@ def attention_tangent(
     rows = (first_row + offs_m)[:, None]  # [BLOCK_M, 1], in the packed axis
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)  # [BLOCK_M, BLOCK_DV]
     moved = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)  # [BLOCK_M, SUM_COLUMNS]
-    of_out, of_t_out = moved, moved
+    of_out, of_t_out, weights = moved, moved, moved
     lost = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M]
     MASKED_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 else BLOCK_N  # see `attention_forward`
     for PASS in tl.static_range(0, 2):
@@ -231,6 +233,8 @@ def attention_tangent(
                 w = tl.exp2(exponent)  # [BLOCK_M, N]
                 if PASS != UNMASKED:
                     w = tl.where(is_read, w, 0.0)
+                if IS_FP32:
+                    weights += partial_sums(w, SUM_COLUMNS)
                 t_z = t_s * (factor * LN_2)[:, None]  # [BLOCK_M, N]
                 if tangents.query_scale is not None:
                     t_z = tl.fma(s, t_factor[:, None], t_z)
@@ -269,6 +273,10 @@ def attention_tangent(
                     acc = tl.dot(w.to(t_v_tile.dtype), t_v_tile, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
 
     t_lse = tl.sum(moved, 1)
+    kept = keep_scale if dropout_ptr is not None else 1.0
+    if IS_FP32:
+        total = tl.where(live, tl.sum(weights, 1), 1.0)  # [BLOCK_M]
+        t_lse, kept = t_lse / total, kept / total
     total2, share, of_sink, t_sink = lse2, 1.0, 0.0, 0.0
     if sinks is not None:
         sink = tl.load(vector_from(sinks, batch, head, 0, memory_row + block_rows), mask=live, other=0.0)
@@ -280,8 +288,6 @@ def attention_tangent(
             t_sink = tl.load(sink_ptrs, mask=live, other=0.0)
     none = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M]
     mean = tl.fma(t_lse, share, none + of_sink * t_sink)  # [BLOCK_M]
-    if dropout_ptr is None:
-        keep_scale = 1.0
     if lse_tangent_ptr is not None:
         tl.store(lse_tangent_ptr + row_offsets, t_lse, mask=keep_row)
     if out_tangent_ptr is not None:
@@ -290,11 +296,11 @@ def attention_tangent(
         if results.rounding is not None:
             out = before_rounding(out, load_tile(results.rounding + offsets, live, VALUE_DIM))
         centre = tl.fma(lost, share, mean)  # [BLOCK_M]
-        t_out = acc * (none + share * keep_scale)[:, None] - centre[:, None] * out.to(tl.float32)
+        t_out = acc * (none + share * kept)[:, None] - centre[:, None] * out.to(tl.float32)
         keep_out = keep_row[:, None] & (tl.arange(0, BLOCK_DV)[None, :] < VALUE_DIM)
         tl.store(out_tangent_ptr + offsets, t_out.to(out_tangent_ptr.dtype.element_ty), mask=keep_out)
     if row_terms.delta is not None:
-        delta, eta = tl.sum(of_out, 1) * (share * keep_scale), tl.sum(of_t_out, 1) * (share * keep_scale)  # [BLOCK_M]
+        delta, eta = tl.sum(of_out, 1) * (share * kept), tl.sum(of_t_out, 1) * (share * kept)  # [BLOCK_M]
         eta = tl.fma(-mean, delta, eta)
         if row_terms.d_sinks is not None:
             d_sinks = -of_sink * tl.fma(t_sink - mean, delta, eta)
