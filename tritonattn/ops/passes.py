@@ -159,11 +159,12 @@ _LACKED = others_than(*_TERMS, "relative_bias", "relative_scale", "relative_righ
 def _refuse(call: AttentionCall) -> None:
     """Raise for what has no forward-mode derivatives and no gradients of gradients."""
     lacked = [Terms._fields[number] for number, default in _LACKED if call.terms[number] is not default]
-    for name in [*lacked, *["batch_invariant"] * call.visibility.invariant]:
-        raise NotImplementedError(
-            f"{name}: not supported with forward-mode derivatives (jvp) and gradients of gradients; they have them"
-            " without it"
-        )
+    of_derivatives = "not supported with forward-mode derivatives (jvp) and gradients of gradients"
+    for name in lacked:
+        name = "softcap under a scaling that acts behind it" if name == "query_scale_after_softcap" else name
+        raise NotImplementedError(f'{name}: {of_derivatives}; backend="reference" has them')
+    if call.visibility.invariant:
+        raise NotImplementedError(f"batch_invariant: {of_derivatives}; they have them without it")
 
 
 def _zeros(call: AttentionCall, needs: Needs) -> Gradients:
