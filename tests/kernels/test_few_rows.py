@@ -57,7 +57,7 @@ def test_few_rows_of_attention(form, device, launched):
 
 def test_ranges_of_few_rows_that_nobody_read_are_clamped(device, monkeypatch):
     """The largest number as the first key of a row without any; several splits."""
-    monkeypatch.setattr("tritonattn.calls.checks.values_are_read", lambda *x: False)
+    monkeypatch.setattr("tritonattn.calls.sequence_checks.values_are_read", lambda *x: False)
     q, k, v = sequences(torch.float32, heads=(2, 1), length=150, dims=(16, 16), device=device)
     wild = torch.tensor([[[2**31 - 1, 150]], [[-5, 2**31 - 1]]], dtype=torch.int32, device=device)
     found = attention(q[:, :, -1:], k, v, key_ranges=wild, backend="triton")

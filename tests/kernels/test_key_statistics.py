@@ -115,7 +115,7 @@ def _held(statistics: KeyStatistics) -> list[torch.Tensor]:
 def test_keys_are_appended_as_by_torch(dtype, head_dim, device, monkeypatch):
     """One and many blocks of keys, none, keys that do not count, and keys past the capacity, which go unread."""
     random = torch.Generator().manual_seed(0)
-    for module in ("key_statistics", "checks"):
+    for module in ("key_statistics", "sequence_checks"):
         monkeypatch.setattr(f"tritonattn.calls.{module}.values_are_read", lambda *x: False)
     ours, theirs = (KeyStatistics(3, 2, 170, device=device) for _ in range(2))
     for new, counts in ((1, None), (130, [130, 0, 67]), (1, [0, 1, 1]), (3, None), (60, [60, -5, 99]), (2, None)):
