@@ -7,8 +7,7 @@ import tritonattn
 from tests.support.pairs import pairwise
 from tritonattn.backends.cpu import few_keys
 
-from .test_by_parts import check
-from .test_cpu import BOTH, DTYPES, direction, of_form, run
+from .test_cpu import BOTH, DTYPES, check, direction, of_form, run
 
 SHAPES = {"every pair": (2, 4, 21, 29), "windows": (1, 4, 21, 29), "keys": (2, 1, 1, 29), "pairs": (21, 29)}
 

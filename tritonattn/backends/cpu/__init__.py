@@ -3,6 +3,8 @@
     way                      calls                                      reason
     few_keys.attention       a bias of pairs with a gradient, all of    the kernel gives it none; tiles multiply once
                              few keys                                   more than where the softmax is kept
+    few_rows.attention       bf16 rows that would widen their keys,     a lone row reads keys once: to widen them takes
+                             as of steps over caches of one length      longer than its products
     torch_kernel.attention   all keys, or a square's lower triangle,    PyTorch's kernel with PyTorch's gradient
                              and no other term; steps over caches of
                              one length
@@ -41,7 +43,7 @@ from ...core.autograd import without_autocast
 from ...core.call import AttentionCall, ForwardResult
 from ...core.terms import ADDENDS, Gradients, Needs
 from ..protocol import Attend, Backend, SecondOrder
-from . import backward_pass, by_parts, few_keys, forward_pass, second_pass, tangent_pass, torch_kernel
+from . import backward_pass, by_parts, few_keys, few_rows, forward_pass, second_pass, tangent_pass, torch_kernel
 from .parts import parts_of
 
 
@@ -52,7 +54,10 @@ class Sdpa(Backend):
 
     @staticmethod
     def attention(call: AttentionCall, again: Attend) -> ForwardResult | None:
-        return few_keys.attention(call, again) if few_keys.takes(call) else torch_kernel.attention(call, again)
+        if few_keys.takes(call):
+            return few_keys.attention(call, again)
+        found = few_rows.attention(call) if few_rows.takes(call) else None
+        return torch_kernel.attention(call, again) if found is None else found
 
     def follows_lengths(self, device: torch.device) -> str | None:
         return f"backend 'sdpa' on {device}, whose products follow the lengths" if device.type == "cuda" else None

@@ -139,7 +139,7 @@ def _over_written_keys(call: AttentionCall) -> AttentionCall:
     visible = call.visibility
     if visible.invariant or call.block_table is not None:
         return call
-    length = visible.shared("one length", lambda: _one_length(visible))
+    length = visible.shared("one length", lambda: one_length(visible))
     if length == 0 or call.k.dtype == EIGHT_BIT or is_widened(call.q, call.q.shape[1] // max(call.k.shape[1], 1)):
         return call
     k, v, terms = call.k[:, :, :length], call.v[:, :, :length], call.terms
@@ -148,7 +148,7 @@ def _over_written_keys(call: AttentionCall) -> AttentionCall:
     return call.changed(k=k, v=v, terms=terms, visibility=Visibility.of(call.q, k))
 
 
-def _one_length(visible: Visibility) -> int:
+def one_length(visible: Visibility) -> int:
     """The keys of each cache, for a lone row that attends to all of them; 0 where they differ or are not read."""
     is_lone = visible.q_len == 1 and visible.left is None and visible.row_counts is None
     if not (is_lone and visible.key_lengths is not None and values_are_read(visible.key_lengths)):
