@@ -49,11 +49,12 @@ test-slow: $(VENV)/.test $(VENV)/.real  ## the tests that are marked slow, and t
 	$(PYTEST) -m slow $(WITHOUT_KERNELS) $(ARGS)
 	$(INTERPRETED) $(PYTEST) -m slow tests/kernels $(ARGS)
 
-test-peers: $(VENV)/.test  ## the model tests of transformers against ours, and that they find a wrong scale; a peer's test of tangents; downloads sdists
+test-peers: $(VENV)/.test  ## the model tests of transformers against ours, and that they find a wrong scale; a peer's test of tangents; torchtune's layers; downloads sdists and a wheel
 	$(INSTALL) parameterized
 	$(VENV)/bin/python -m tests.peers.transformers_tests $(ARGS)
 	$(VENV)/bin/python -m tests.peers.transformers_tests --fault --tb=no --no-summary $(ARGS)
 	$(VENV)/bin/python -W ignore -m tests.peers.jvp_flash_attention
+	$(VENV)/bin/python -m tests.peers.torchtune_blocks
 
 test-oldest:  ## a sample of the tests with the oldest torch and triton that pyproject.toml allows, in another venv
 	$(MAKE) test-sample VENV=$(VENV)-oldest VERSIONS="$(OLDEST)"
