@@ -1,4 +1,4 @@
-"""PyTorch's kernel on parts of the visible pairs: results and gradients, and what is private in torch."""
+"""PyTorch's kernel on parts of the visible pairs: results and gradients."""
 
 import math
 
@@ -15,8 +15,6 @@ from tritonattn.core import autograd
 
 from .test_cpu import BOTH, CPU, DTYPES, SIZES, assert_hidden_values_reach_nothing, direction, of_form, run
 
-FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 BIASES = {
     "none": {},
     "of keys": {"key_bias": (2, 4, 29)},
@@ -273,47 +271,3 @@ def test_a_spoiled_sequence_changes_no_bit_of_its_neighbours(mask, operand, pois
     others = torch.cat([torch.arange(30), torch.arange(52, 90)])
     for found, expected in zip(results(**tensors), clean, strict=True):
         assert torch.equal(found[others], expected[others])
-
-
-# ---- What is private in torch
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_kernel_takes_a_mask_and_a_triangle(dtype):
-    """It adds a mask of any axis of size 1; lse is of the natural logarithm and in fp32 for 16 bits."""
-    random = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 33, 16, generator=random).to(dtype) for _ in range(3))
-    wide = torch.promote_types(dtype, torch.float32)
-    masks = [torch.randn(shape, generator=random).to(wide) for shape in [(2, 3, 33, 33), (1, 3, 1, 33), (2, 1, 33, 33)]]
-    for mask in [None, *masks]:
-        for is_causal in (False, True):
-            logits = 0.3 * q.double() @ k.double().mT + (0 if mask is None else mask.double())
-            if is_causal:
-                logits = logits.masked_fill(torch.ones(33, 33, dtype=torch.bool).triu(1), -torch.inf)
-            given_mask = None if mask is None else mask.expand(-1, -1, 33, 33)
-            out, lse = FORWARD(q, k, v, 0.0, is_causal, attn_mask=given_mask, scale=0.3)
-            tolerance = {"rtol": 0, "atol": 0.03 if dtype == torch.bfloat16 else 1e-5}
-            assert lse.dtype == wide
-            assert lse.shape == (2, 3, 33)
-            torch.testing.assert_close(lse.double(), logits.logsumexp(-1), **tolerance)
-            torch.testing.assert_close(out.double(), logits.softmax(-1) @ v.double(), **tolerance)
-
-
-def test_the_kernels_backward_takes_a_mask_and_foreign_out_and_lse():
-    """Given out and lse of all keys, the gradients of parts add up."""
-    random = torch.Generator().manual_seed(0)
-    q, k, v, d_out = (torch.randn(2, 3, 33, 16, generator=random, dtype=torch.float64) for _ in range(4))
-    mask = torch.randn(2, 3, 33, 33, generator=random, dtype=torch.float64)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    logits = 0.3 * leaves[0] @ leaves[1].mT + mask
-    out, lse = logits.softmax(-1) @ leaves[2], logits.logsumexp(-1)
-    expected = torch.autograd.grad(out, leaves, d_out)
-    found = [torch.zeros_like(x) for x in (q, k, v)]
-    for keys in (slice(0, 20), slice(20, 33)):
-        of_rows = d_out, q, k[:, :, keys], v[:, :, keys], out.detach(), lse.detach()
-        settings = {"attn_mask": mask[..., keys], "scale": 0.3}
-        parts_of_it = BACKWARD(*of_rows, 0.0, False, **settings)
-        found[0] += parts_of_it[0]
-        for at in (1, 2):
-            found[at][:, :, keys] += parts_of_it[at]
-    torch.testing.assert_close(tuple(found), expected)

@@ -139,29 +139,6 @@ def test_values_that_are_no_numbers_act_as_in_key_bias(value, softcap, device):
         torch.testing.assert_close(result, of_keys[name], equal_nan=True)
 
 
-@pytest.mark.slow
-@in_turn(softcap=SOFTCAPS, dtype=[SINGLE, HALF])
-def test_a_table_of_distances_acts_as_the_bias_of_its_pairs(softcap, dtype, device):
-    """To the bits, gradients included, with NaN, inf and a row without keys; each entry belongs to one pair."""
-    tensors = harness.inputs(SINGLE, device, scales=("query_scale", "key_scale"))
-    bias = torch.randn(SIZES, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    bias[1, 0, 7, 9], bias[1, 1, 3, 2], bias[0, 1, 4] = torch.nan, torch.inf, -torch.inf
-    entry = (POSITION[:, None] - torch.arange(35) + 20).to(device).expand(SIZES)  # all inside
-    table = torch.zeros(2, 2, 21, 55, device=device, dtype=dtype).scatter(3, entry, bias)
-    options = {"causal": True, "return_aux": True, **softcap}
-    of_table = harness.by_kernels(tensors | {"relative_bias": table}, relative_right=20, **options)
-    of_pairs = harness.by_kernels(tensors | {"bias": bias}, **options)
-    assert of_table["lse"][0, 1, 4] == -torch.inf
-    assert of_table["out"][1, 0, 7].isnan().all()
-    assert of_table["relative_bias"].dtype == dtype
-    of_table["bias"] = of_table.pop("relative_bias").gather(3, entry)
-    for name, result in of_table.items():
-        assert torch.equal(result.nan_to_num(7), of_pairs[name].nan_to_num(7)), name
-    pairs = visible_pairs(SIZES, causal=True).to(device)
-    assert not of_pairs["bias"][0, 1, 4].any()
-    assert not of_pairs["bias"][~pairs].any()
-
-
 def test_gradients_of_shared_entries_have_the_same_bits_each_time(device):
     """Sums over rows, heads and batch entries, in one order."""
     tensors = with_biases(harness.inputs(HALF, device), HALF, (1, 1, 21, 1), (1, 1, 1, 20))
@@ -286,23 +263,6 @@ def test_batch_invariant_rows(mask, after, device):
 def test_biases_with_dropout(device):
     tensors, arguments = harness.of_form("everything", HALF, device, scales=("query_scale", "bias", "relative_bias"))
     harness.check(tensors, relative_right=3, **arguments, **harness.mask("mask of heads", device))
-
-
-@pytest.mark.slow
-def test_mapped_biases_are_those_of_each_call(device):
-    """By torch.func, gradients of a shared bias among them."""
-    tensors = harness.inputs(SINGLE, device, scales=("bias", "relative_bias"))
-    q = torch.stack([tensors["q"], 2 * tensors["q"]])
-
-    def loss(q: Tensor, bias: Tensor, table: Tensor) -> Tensor:
-        options = {"relative_bias": table, "causal": True, "backend": "triton"}
-        return tritonattn.attention(q, tensors["k"], tensors["v"], bias=bias, **options).square().sum()
-
-    gradients = torch.func.grad(loss, argnums=(0, 1, 2))
-    leaves = tensors["bias"], tensors["relative_bias"]
-    mapped = torch.func.vmap(gradients, in_dims=(0, None, None))(q, *leaves)
-    for ours, theirs in zip(mapped, zip(*(gradients(one, *leaves) for one in q), strict=True), strict=True):
-        torch.testing.assert_close(ours, torch.stack(theirs))
 
 
 def test_the_kernel_in_gluon_takes_no_biases_of_pairs():
