@@ -6,6 +6,7 @@ import pytest
 import torch
 from ptx_emulator import PTXFault
 from ptx_emulator.parse import parse
+from ptx_emulator.program import Program
 
 from .ptx import execute, module
 
@@ -105,6 +106,17 @@ def test_any_instruction_can_be_left_out():
         assert outcomes[0] == outcomes[1], parts[number]
         assert execute(text, *whole).ok
         assert torch.equal(whole[0], whole[1])
+
+
+def test_a_run_without_an_instruction_translates_its_block_alone(monkeypatch):
+    """The others are those of the whole kernel."""
+    body = ISSUE + "bar.sync 0;" + WAIT + STORE
+    assert execute(body, *tensors()).ok
+    translated, translate = [], Program._compile
+    monkeypatch.setattr(Program, "_compile", lambda self, *of: translated.append(of) or translate(self, *of))
+    copy = next(one.index for one in parse(module(body, 2)).instructions if one.base == "cp")
+    execute(body, *tensors(), without=[copy])
+    assert translated == [(0, False)]
 
 
 def _outcome(body: str, given: tuple[torch.Tensor, torch.Tensor], **options) -> tuple:

@@ -129,9 +129,9 @@ def _three_axes(grid) -> tuple[int, int, int]:
 
 
 @functools.lru_cache(maxsize=16)
-def _program(ptx: str, without: frozenset[int] = frozenset()) -> Program:
+def _program(ptx: str, without: frozenset[int]) -> Program:
     if without:
-        return _program(ptx).without(without)
+        return _program(ptx, frozenset()).without(without)
     kernel = parse(ptx)
     constants = {name: slot_address(slot) for slot, name in enumerate(kernel.constants)}
     parameters = {parameter.name: MAP_BYTES * i for i, parameter in enumerate(kernel.parameters)}
