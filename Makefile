@@ -8,9 +8,9 @@ VERSIONS ?=
 OLDEST = torch==2.8.0 triton==3.4.0 'numpy<2.4'
 # A sample of every layer, for other versions: in Triton's interpreter, and without.
 SAMPLED_KERNELS = tests/kernels/test_ranges.py tests/kernels/test_key_statistics.py tests/kernels/test_few_rows.py
-SAMPLED = tests/core tests/scaling tests/backends tests/emulated/test_attention.py tests/emulated/test_decode.py \
-	tests/stub_tests/test_refusals.py tests/nn/test_formulas.py tests/huggingface/test_masks.py \
-	tests/calls/test_compile.py tests/ops/test_decode.py
+SAMPLED = tests/core tests/scaling tests/backends tests/emulated/test_attention.py::test_attention \
+	tests/emulated/test_decode.py::test_decode tests/stub_tests/test_refusals.py tests/nn/test_formulas.py \
+	tests/huggingface/test_masks.py tests/calls/test_compile.py tests/ops/test_decode.py
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 # Python compiles what it imports: bytecode of all 17,000 files would take a CPU minute.
 INSTALL = $(PIP) install --quiet --no-compile
@@ -24,7 +24,7 @@ ALONE = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 INTERPRETED = TRITON_INTERPRET=$$($(VENV)/bin/python -c 'import torch; print(int(not torch.cuda.is_available()))')
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-peers test-oldest test-sample test-vllm test-sglang wheel mutants docs lint clean
+.PHONY: demo test test-most test-kernels test-ranks test-slow test-slow-most test-slow-kernels test-peers test-oldest test-sample test-vllm test-sglang wheel mutants docs lint clean
 
 demo:  ## small GPTs that read 32 times their trained length, with a factor that grows with n and without
 	@test -e $(VENV)/.demo || echo "$$DEMO"
@@ -40,13 +40,23 @@ length: with 1/sqrt(D), which is the control, and with factors that grow with th
 endef
 export DEMO
 
-test: $(VENV)/.test  ## every test that needs no download; the kernels' on the GPU, or in Triton's interpreter
+test: test-most test-kernels test-ranks  ## every test that needs no download; the kernels' on the GPU, or in Triton's interpreter
+
+test-most: $(VENV)/.test
 	$(PYTEST) -m "not slow" $(WITHOUT_KERNELS) --ignore tests/slow $(ARGS)
+
+test-kernels: $(VENV)/.test
 	$(INTERPRETED) $(PYTEST) -m "not slow" tests/kernels $(ARGS)
+
+test-ranks: $(VENV)/.test
 	$(ALONE) tests/distributed $(ARGS)
 
-test-slow: $(VENV)/.test $(VENV)/.real  ## the tests that are marked slow, and those on real weights
+test-slow: test-slow-most test-slow-kernels  ## the tests that are marked slow, and those on real weights
+
+test-slow-most: $(VENV)/.test $(VENV)/.real
 	$(PYTEST) -m slow $(WITHOUT_KERNELS) $(ARGS)
+
+test-slow-kernels: $(VENV)/.test
 	$(INTERPRETED) $(PYTEST) -m slow tests/kernels $(ARGS)
 
 test-peers: $(VENV)/.test  ## the model tests of transformers against ours, and that they find a wrong scale; a peer's test of tangents; torchtune's layers; downloads sdists and a wheel
