@@ -37,9 +37,6 @@ class GPU:
         return config_for
 
 
-GPUS = (GPU(80), GPU(90), GPU(90, descriptors=True))
-
-
 class Executor:
     """Runs launches in the emulator; `reports`: what it found at each."""
 

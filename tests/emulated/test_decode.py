@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
 
 from tests.support.caches import check_newest, sequences
-from tests.support.pairs import all_pairs, in_turn
+from tests.support.pairs import in_turn
 from tritonattn import attention_decode
 from tritonattn.tuning import TileConfig
 
 from .cases import CPU, described
 from .executor import GPU, padded
-from .test_attention import DIMS, cases_of
 
 HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
 SMALL = TileConfig(16, 16, 1, 3)  # a split has 64 keys
@@ -68,28 +65,24 @@ FAST = (
     Case(HALF, (40, 24), SMALL, (17, 160), count=3, page=23, scaling="cosine", form="aux"),
     Case(BFLOAT, (16, 32), SMALL, (5, 150), count=5, heads=(8, 2), window=(70, 0), form="every form"),
     Case(SINGLE, (16, 16), SMALL, page=16, scaling="key_norm_max", window=(30, 0)),
-    Case(BFLOAT, (576, 512), None, (30, 70), 80, heads=(4, 1)),
     Case(HALF, (16, 16), SMALL, (5, 150), page=23, scaling="key_norm_mean", eight_bit="head"),
 )
 
-# Every head dim on every GPU and most pairs of the other choices, all in the default config.
-ON = [(GPU(capability), dtype) for capability in (80, 90) for dtype in (HALF, BFLOAT, SINGLE)]
-CHOICES = {
-    "on": ON,
-    "dims": DIMS,
-    "page": [None, 16, 23],
-    "form": ["plain", "aux", "every form"],
-    "heads": [(1, 1), (8, 2)],
-    "count": [1, 2, 16],
-    "window": [None, (90, 0), (400, 0)],
-    "scaling": ["cosine", "key_norm_max", "key_norm_mean"],
-    "written": [(17, 290), (130, 256)],
-}
-EVERYTHING = cases_of(
-    partial(Case, capacity=300),
-    all_pairs(CHOICES, [{"on": on, "dims": dims} for on in ON for dims in DIMS]),
-    [pair for pair in combinations(("dtype", *CHOICES), 2) if "dims" in pair or "scaling" in pair],
-)
+# Every head dim on every GPU in the default config, with dtypes, pages, windows and forms in turn.
+SM_80, SM_90 = GPU(80), GPU(90)
+EVERYTHING = [
+    (SM_80, Case(HALF, (64, 64), None, (130, 256), 300, 16, 16, (1, 1), (90, 0), "key_norm_mean")),
+    (SM_80, Case(BFLOAT, (128, 128), None, (17, 290), 300, 2, 16, (1, 1), (400, 0), "key_norm_max", "aux")),
+    (SM_80, Case(SINGLE, (192, 128), None, (130, 256), 300, 2, None, (8, 2), (90, 0), "cosine", "aux")),
+    (SM_80, Case(HALF, (256, 256), None, (17, 290), 300, 1, None, (8, 2), None, "key_norm_mean", "aux")),
+    (SM_80, Case(BFLOAT, (72, 136), None, (130, 256), 300, 2, 23, (8, 2), (400, 0), "cosine")),
+    (SM_80, Case(BFLOAT, (576, 512), None, (30, 70), 80, 1, None, (4, 1))),
+    (SM_90, Case(BFLOAT, (64, 64), None, (17, 290), 300, 16, 23, (1, 1), None, "key_norm_mean", "aux")),
+    (SM_90, Case(SINGLE, (128, 128), None, (17, 290), 300, 16, None, (8, 2), (400, 0), "key_norm_mean", "every form")),
+    (SM_90, Case(HALF, (192, 128), None, (17, 290), 300, 2, None, (8, 2), (90, 0), "key_norm_mean", "aux")),
+    (SM_90, Case(BFLOAT, (256, 256), None, (17, 290), 300, 1, None, (1, 1), None, "key_norm_max")),
+    (SM_90, Case(SINGLE, (72, 136), None, (130, 256), 300, 2, 23, (8, 2), None, "key_norm_max", "every form")),
+]
 
 
 @in_turn(case=FAST, capability=[80, 90])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import linecache
 from collections import Counter
 from dataclasses import dataclass
-from itertools import combinations
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from ptx_emulator.synchronisation import left_out, operation_of
 
 import tritonattn
 from tests.stub import Launched
-from tests.support.pairs import all_pairs, thinned
 from tests.support.slow import slow_but
 from tests.support.versions import TRITON
 from tritonattn.backends.triton import VARIANTS, launch
@@ -47,35 +45,19 @@ FAST: tuple[Case | Varlen, ...] = (
     Varlen(BFLOAT, (64, 64), heads=(1, 1), gain=False),
 )
 
-CHOICES = {
-    "dims": [(64, 64), (128, 128)],
-    "dtype": [BFLOAT, HALF],
-    "mask": [
-        *("full", "causal", "wide causal window", "causal lengths", "ranges", "an entry without keys"),
-        "wide sides, lengths and ranges",
-    ],
-    "form": ["plain", "sinks", "softcap aux"],
-    "scales": [(), QUERY, TERMS[:3]],
-    "heads": [(1, 2), (2, 1)],
-    "lengths": [(130, 300), (200, 140), (70, 420)],
-    "batch": [1],
-}
-MEET = {("mask", "batch"), ("dims", "form")}
-FREE = [pair for pair in combinations(CHOICES, 2) if pair not in MEET]
-PADDED = {  # other dims, each with another form
-    (80, 80): {"mask": "causal", "scales": QUERY},
-    (96, 112): {"mask": "wide causal window", "form": "aux"},
-    (192, 192): {"mask": "full", "scales": ("query_scale", "key_scale")},
-    (256, 256): {"mask": "causal ranges", "form": "softcap", "dtype": HALF},
-}
+# Masks, forms, head dims and their paddings in turn; FAST and CALL have the other masks.
 EVERYTHING = [
-    *(Case(**row) for row in thinned(all_pairs(CHOICES), FREE)),
-    *(Case(dims=dims, lengths=(130, 300), batch=1, heads=(1, 1), **form) for dims, form in PADDED.items()),
+    Case(HALF, (64, 64), None, "ranges", QUERY, "plain", (1, 2), (200, 140), 1),
+    Case(HALF, (64, 64), None, "full", TERMS[:3], "softcap aux", (2, 1), (70, 420), 1),
+    Case(BFLOAT, (128, 128), None, "an entry without keys", QUERY, "sinks", (2, 1), (130, 300), 1),
+    Case(BFLOAT, (128, 128), None, "causal lengths", QUERY, "softcap aux", (2, 1), (130, 300), 1),
+    Case(BFLOAT, (96, 112), None, "wide causal window", (), "aux", (1, 1), (130, 300), 1),
+    Case(BFLOAT, (192, 192), None, "full", TERMS[:2], "plain", (1, 1), (130, 300), 1),
+    Case(HALF, (256, 256), None, "causal ranges", (), "softcap", (1, 1), (130, 300), 1),
 ]
 OF_PACKED = [
-    Varlen(dtype, dims, packed=packed, mask=mask, form=form, heads=(1, 1) if packed == "many" else (1, 2))
-    for dims, dtype in (((64, 64), BFLOAT), ((128, 128), HALF))
-    for packed, mask, form in (("many", "full", "aux"), ("long", "window", "sinks"))
+    Varlen(BFLOAT, (64, 64), packed="many", form="aux", heads=(1, 1)),
+    Varlen(HALF, (128, 128), packed="long", mask="window", form="sinks"),
 ]
 assert {one.mask for one in OF_PACKED} < MASKS.keys()
 assert {one.packed for one in OF_PACKED} < PACKED.keys()
@@ -136,7 +118,7 @@ def check(case: Case | Varlen, emulate, gradients: bool = False) -> InOrders:
     return executor
 
 
-@pytest.mark.parametrize("case", slow_but(FAST[:1], FAST), ids=str)
+@pytest.mark.parametrize("case", slow_but(FAST[1:2], FAST), ids=str)
 def test_forward(case, emulate):
     check(case, emulate)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ import torch
 from tests.kernels import harness
 from tests.support.packed import Packed
 from tests.support.pages import check_appends, paged_call
-from tests.support.pairs import all_pairs
 from tests.support.slow import slow_but
 from tritonattn import attention_varlen
 from tritonattn.backends import triton as triton_backend
@@ -20,7 +18,8 @@ from tritonattn.tuning import TileConfig
 
 from .cases import CPU, described, with_padded_gradient
 from .executor import GPU, padded_operands
-from .test_attention import ON, cases_of
+
+HALF, BFLOAT = torch.float16, torch.bfloat16
 
 # Sequences without rows, without keys, with more rows than keys; rows and keys of no sequence behind the last one.
 PACKED = {
@@ -76,19 +75,16 @@ class Case:
         harness.check(padded_operands(tensors), attend, **arguments)
 
 
-FAST = ((GPU(90), Case(torch.bfloat16, (16, 32), TileConfig(64, 16, 4, 2), mask="causal", form="aux")),)
-CHOICES = {
-    "on": ON,
-    "dims": [(64, 64), (192, 128)],
-    "packed": ["long", "many"],
-    "mask": list(MASKS),
-    "form": ["plain", "dropout", "everything"],
-    "scaling": ["sqrt_dim", "key_norm_sum", "cosine"],
-    "gain": [False, True],
-    "heads": [(1, 2), (2, 1)],
-}
-FREE = [*combinations(("dims", "mask", "form", "scaling", "gain", "heads"), 2), *(("dtype", "form"), ("gpu", "form"))]
-EVERYTHING = cases_of(Case, all_pairs(CHOICES), FREE)
+FAST = ((GPU(90), Case(BFLOAT, (16, 32), TileConfig(64, 16, 4, 2), mask="causal", form="aux")),)
+# Loops of the default configs with masks, forms and scalings in turn, of which tests/kernels has all pairs.
+EVERYTHING = [
+    (GPU(80), Case(HALF, (64, 64), None, "long", "causal window", "everything")),
+    (GPU(80), Case(BFLOAT, (192, 128), None, "many", "causal", "everything", "cosine", False, (2, 1))),
+    (GPU(90), Case(BFLOAT, (64, 64), None, "long", "causal", "dropout", "key_norm_sum", True, (2, 1))),
+    (GPU(90), Case(torch.float32, (64, 64), None, "many", "causal window", "dropout", "cosine", False, (2, 1))),
+    (GPU(90, True), Case(HALF, (64, 64), None, "long", "window", "everything", "cosine", False, (2, 1))),
+    (GPU(90, True), Case(BFLOAT, (192, 128), None, "many", "full", "plain", "cosine", True, (2, 1))),
+]
 
 
 @pytest.mark.slow
@@ -104,8 +100,8 @@ ROWS = Packed((1, 18, 0, 5), (40, 18, 3, 33), q_tail=2, k_tail=3)
 TILES = {80: TileConfig(16, 16, 1, 3), 90: TileConfig(64, 16, 4, 2)}
 TERMS = ("key_scale", "key_bias", "sinks")
 CASES = {
-    "key heads shared, terms": (80, torch.bfloat16, 21, {"dims": (40, 24), "heads": (4, 2), "terms": TERMS}),
-    "a window, a lost page": (90, torch.float16, 64, {"dims": (32, 32), "lost": (3, 0), "window": (17, None)}),
+    "key heads shared, terms": (80, BFLOAT, 21, {"dims": (40, 24), "heads": (4, 2), "terms": TERMS}),
+    "a window, a lost page": (90, HALF, 64, {"dims": (32, 32), "lost": (3, 0), "window": (17, None)}),
 }
 
 
@@ -123,5 +119,5 @@ def test_pages(name, emulate):
 
 def test_appended_norms(emulate):
     executor = emulate(GPU(90))
-    check_appends(torch.bfloat16, 24)
+    check_appends(BFLOAT, 24)
     assert executor.launched == ["key_statistics_kernel", "append_to_pages_kernel"] * 5

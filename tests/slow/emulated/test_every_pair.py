@@ -16,10 +16,13 @@ from tests.support.pairs import in_turn
 # The longest come first: they are not left for the end, when one worker has nothing to do.
 @pytest.mark.parametrize("gpu", [GPU(80), GPU(90, descriptors=True)], ids=str)
 def test_no_synchronisation_can_be_left_out(gpu, emulate):
+    """Every one of sm_80's kernels and of the forward of sm_90; one of each operation of its other kernels."""
     recorder = emulate(gpu, executor=synchronisation.Recorder)
     for kernel, launches in synchronisation.launches_of(recorder).items():
-        missed = synchronisation.check(launches)
-        for operation, count in synchronisation.least(gpu).items():
+        each = gpu.capability == 80 or kernel == "attention_forward"
+        missed = synchronisation.check(launches, each)
+        for operation, least in synchronisation.least(gpu).items():
+            count = least if each else 1
             assert missed[operation] >= count, (
                 f"{kernel}, {operation}: expected at least {count} to be missed, got {missed[operation]}"
             )
@@ -36,7 +39,7 @@ def test_no_synchronisation_of_hopper_can_be_left_out(emulate):
 def test_attention(gpu, case, emulate):
     executor = emulate(gpu)
     case.check()
-    if gpu.descriptors and case.mask == "full" and case.lengths[1] >= 130 and case.dims != (17, 40):
+    if gpu.descriptors and case.mask == "full" and case.lengths[1] >= 130:
         assert executor.executed("tma") > 0
 
 
