@@ -62,7 +62,6 @@ test-slow-kernels: $(VENV)/.test
 test-peers: $(VENV)/.test  ## the model tests of transformers against ours, and that they find a wrong scale; a peer's test of tangents; torchtune's layers; downloads sdists and a wheel
 	$(INSTALL) parameterized
 	$(VENV)/bin/python -m tests.peers.transformers_tests $(ARGS)
-	$(VENV)/bin/python -m tests.peers.transformers_tests --fault --tb=no --no-summary $(ARGS)
 	$(VENV)/bin/python -W ignore -m tests.peers.jvp_flash_attention
 	$(VENV)/bin/python -m tests.peers.torchtune_blocks
 
