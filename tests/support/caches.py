@@ -89,23 +89,6 @@ class GrowingCache:
             self.record.append(new, counts)
         self.lengths = self.lengths + counts
 
-    def truncate(self, lengths: list[int]) -> None:
-        """Take back the last tokens."""
-        self.lengths = torch.tensor(lengths, device=self.lengths.device)
-        if self.record is not None:
-            self.record.truncate(self.lengths)
-
-    def reorder(self, index: Tensor) -> None:
-        """Let sequence b go on from what sequence index[b] holds, in other memory."""
-        for x in (self.k, self.v):
-            if self.numbers is None:
-                x.copy_(x[index])
-            else:
-                x[self.numbers] = x[self.numbers[index]]
-        self.lengths = self.lengths[index]
-        if self.record is not None:
-            self.record.reorder(index)
-
     def newest(self, x: Tensor, count: int) -> Tensor:
         """The rows of x [B, H, S, ...] that belong to the last `count` tokens of every sequence."""
         rows = [x[b, :, length - count : length] for b, length in enumerate(self.lengths.tolist())]
