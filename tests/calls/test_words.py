@@ -1,4 +1,4 @@
-"""Keyword arguments of other libraries: the error names ours, and the functions look as they did."""
+"""Keyword arguments: those of other libraries, whose error names ours, and our own in every overload."""
 
 import inspect
 import re
@@ -7,13 +7,14 @@ from functools import partial
 
 import pytest
 import torch
+from typing_extensions import get_type_hints
 
 import tritonattn
 from tritonattn.backends import BACKENDS
-from tritonattn.calls import dispatch
+from tritonattn.calls import dispatch, options
 from tritonattn.calls.public import _HINTS
 from tritonattn.core.hints import warn_once
-from tritonattn.distributed import context_parallel_attention, context_parallel_decode
+from tritonattn.distributed import context_parallel, context_parallel_attention, context_parallel_decode, decode
 
 FUNCTIONS = (
     tritonattn.attention,
@@ -125,3 +126,22 @@ def test_a_warning_names_the_line_that_calls(monkeypatch):
         warnings.simplefilter("always")
         tritonattn.attention(Q, Q, Q)
     assert [one.filename for one in found] == [__file__]
+
+
+OPTIONS_OF = {
+    tritonattn.attention: options.Options,
+    tritonattn.scaled_attention: options.ScaledOptions,
+    tritonattn.attention_varlen: options.VarlenOptions,
+    tritonattn.attention_decode: options.DecodeOptions,
+    context_parallel_attention: context_parallel.ParallelOptions,
+    context_parallel_decode: decode.ParallelDecodeOptions,
+}
+
+
+@pytest.mark.parametrize("function", OPTIONS_OF, ids=lambda function: function.__name__)
+def test_options_are_the_arguments_by_name(function):
+    """So that every overload has all of them, of the same type, whatever return_aux is."""
+    hints, options = get_type_hints(function), get_type_hints(OPTIONS_OF[function])
+    named = {name: one for name, one in inspect.signature(function).parameters.items() if one.kind is one.KEYWORD_ONLY}
+    assert options == {name: hints[name] for name in named if name in options}
+    assert {name for name, one in named.items() if one.default is not one.empty} <= {*options, "return_aux"}
