@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -204,6 +204,17 @@ def apply_in_backward(function: type[Function], *arguments: Any) -> Any:
 def differentiates_again() -> bool:
     """True where the result of a backward may be differentiated."""
     return (torch.is_grad_enabled() or forward_ad._current_level >= 0) and not torch.compiler.is_compiling()
+
+
+def gradients_again(
+    attend: Callable[..., Tensor], operands: Sequence[Tensor], needs: Sequence[bool], d_out: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a function of operands that are asked for, with derivatives of their own."""
+    # Each as a node of its own: q may be a function of k.
+    operands = [x.view_as(x) for x in operands]
+    asked = [x for x, need in zip(operands, needs, strict=False) if need]
+    found = iter(torch.autograd.grad(attend(*operands), asked, d_out, create_graph=True))
+    return tuple([next(found) if need else None for need in needs])
 
 
 class Linear:

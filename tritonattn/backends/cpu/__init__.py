@@ -42,8 +42,8 @@ from torch import Tensor
 from ...core.autograd import without_autocast
 from ...core.call import AttentionCall, ForwardResult
 from ...core.terms import ADDENDS, Gradients, Needs
-from ..protocol import Attend, Backend, SecondOrder
-from . import backward_pass, by_parts, few_keys, few_rows, forward_pass, second_pass, tangent_pass, torch_kernel
+from ..protocol import Backend, SecondOrder
+from . import backward_pass, by_parts, forward_pass, second_pass, tangent_pass, torch_kernel
 from .parts import parts_of
 
 
@@ -51,13 +51,7 @@ class Sdpa(Backend):
     """PyTorch's kernel with its gradient for plain calls, and tiles of ours for the others."""
 
     name = "sdpa"
-
-    @staticmethod
-    def attention(call: AttentionCall, again: Attend) -> ForwardResult | None:
-        if few_keys.takes(call):
-            return few_keys.attention(call, again)
-        found = few_rows.attention(call) if few_rows.takes(call) else None
-        return torch_kernel.attention(call, again) if found is None else found
+    attention = staticmethod(torch_kernel.attention)
 
     def follows_lengths(self, device: torch.device) -> str | None:
         return f"backend 'sdpa' on {device}, whose products follow the lengths" if device.type == "cuda" else None

@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from ...core.autograd import apply_with_graph, needs_graph, values_are_read, without_autocast
+from ...core.autograd import apply_with_graph, gradients_again, needs_graph, values_are_read, without_autocast
 from ...core.call import AttentionCall, ForwardResult
 from ...core.terms import Terms, others_than
 from ...core.visibility import Visibility
 from ..protocol import Attend
-from .torch_kernel import gradients_again
 
 # Keys over the head dim, at most: one for each of q, k, v and the output.
 _KEYS = 4

@@ -14,7 +14,10 @@ import torch
 from ...core.autograd import needs_graph, values_are_read
 from ...core.call import AttentionCall, ForwardResult
 from ...core.terms import others_than
-from .torch_kernel import FEW_ROWS, one_length
+from ...core.visibility import Visibility
+
+# Rows of a call that are few: the query heads of a key head are then handed over as rows.
+FEW_ROWS = 16
 
 # The largest logit: each is off by 2^-17 of the product of its norms, and its probability by as much.
 _LARGEST_LOGIT = 64.0
@@ -68,6 +71,15 @@ def attention(call: AttentionCall) -> ForwardResult | None:
         return None
     out = torch.bmm(logit.softmax(-1).to(call.v.dtype), call.v[:, :, :length].flatten(0, 1))
     return ForwardResult(out.view(*call.q.shape[:3], call.v.shape[3]), None)  # pyright: ignore[reportArgumentType]
+
+
+def one_length(visible: Visibility) -> int:
+    """The keys of each cache, for a lone row that attends to all of them; 0 where they differ or are not read."""
+    is_lone = visible.q_len == 1 and visible.left is None and visible.row_counts is None
+    if not (is_lone and visible.key_lengths is not None and values_are_read(visible.key_lengths)):
+        return 0
+    least, most = map(int, visible.key_lengths.aminmax())
+    return least if least == most else 0
 
 
 @functools.cache

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,19 +16,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ...core.autograd import kept, needs_graph, values_are_read
+from ...core.autograd import gradients_again, kept, needs_graph, values_are_read
 from ...core.call import AttentionCall, ForwardResult
 from ...core.eight_bit import EIGHT_BIT
 from ...core.norms import key_norms_of
 from ...core.terms import Terms, others_than
 from ...core.visibility import Visibility
 from ..protocol import Attend
+from . import few_keys, few_rows
 
 # Keys that PyTorch's kernel for CPUs compares at a time, at most.
 VECTOR = 16
-
-# Rows of a call whose groups of heads are handed over as rows.
-FEW_ROWS = 16
 
 # From torch 2.9 on PyTorch's kernel for CPUs serves several query heads with one key head.
 SHARES_KEY_HEADS = torch.__version__ >= "2.9"
@@ -85,19 +82,22 @@ def _norm(x: Tensor) -> float:
 
 
 def attention(call: AttentionCall, again: Attend) -> ForwardResult | None:
-    """The output [B, Hq, Sq, Dv], without an lse, differentiable by autograd; None unless `supports` accepts the call.
+    """The output [B, Hq, Sq, Dv], without an lse, differentiable by autograd; None for calls of tiles.
 
+    By PyTorch's kernel what it `supports`; before it `few_rows`, behind it `few_keys`.
     PyTorch's kernel has neither a tangent nor gradients of gradients: None in forward mode, and `again` for the latter.
 
     The scales are folded in q's dtype: exact to rounding in fp32 and fp64, while in bf16 q * query_scale and
     k * key_scale are rounded to bf16 once before they meet, where logits are small enough for it.
     """
+    if call.v.dtype == torch.bfloat16 and few_rows.takes(call) and (found := few_rows.attention(call)) is not None:
+        return found
     # torch maps its attention in a loop under vmap; our operators fold the mapped axis into the batch.
     if call.visibility.at_lengths:
         call = _over_written_keys(call)
     is_full = call.visibility.is_full
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or not supports(call, is_full):
-        return None
+        return few_keys.attention(call, again) if call.terms.bias is not None and few_keys.takes(call) else None
     dtype = call.v.dtype
     if dtype.itemsize == 2 and _needs_fp32(call):
         call = call.changed(q=call.q.float(), k=call.k.float(), v=call.v.float())
@@ -139,22 +139,13 @@ def _over_written_keys(call: AttentionCall) -> AttentionCall:
     visible = call.visibility
     if visible.invariant or call.block_table is not None:
         return call
-    length = visible.shared("one length", lambda: one_length(visible))
+    length = visible.shared("one length", lambda: few_rows.one_length(visible))
     if length == 0 or call.k.dtype == EIGHT_BIT or is_widened(call.q, call.q.shape[1] // max(call.k.shape[1], 1)):
         return call
     k, v, terms = call.k[:, :, :length], call.v[:, :, :length], call.terms
     if terms.key_scale is not None:
         terms = terms.changed(key_scale=terms.key_scale[:, :, :length])
     return call.changed(k=k, v=v, terms=terms, visibility=Visibility.of(call.q, k))
-
-
-def one_length(visible: Visibility) -> int:
-    """The keys of each cache, for a lone row that attends to all of them; 0 where they differ or are not read."""
-    is_lone = visible.q_len == 1 and visible.left is None and visible.row_counts is None
-    if not (is_lone and visible.key_lengths is not None and values_are_read(visible.key_lengths)):
-        return 0
-    least, most = map(int, visible.key_lengths.aminmax())
-    return least if least == most else 0
 
 
 def _differentiate_twice(out: Tensor, is_full: bool, scale: float, again: Attend) -> None:
@@ -184,17 +175,6 @@ def _gradients_again(
     return gradients_again(plain, operands, needs, gradients[0])
 
 
-def gradients_again(
-    attend: Callable[..., Tensor], operands: Sequence[Tensor], needs: Sequence[bool], d_out: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The gradients of a function of operands that are asked for, with derivatives of their own."""
-    # Each as a node of its own: q may be a function of k.
-    operands = [x.view_as(x) for x in operands]
-    asked = [x for x, need in zip(operands, needs, strict=False) if need]
-    found = iter(torch.autograd.grad(attend(*operands), asked, d_out, create_graph=True))
-    return tuple([next(found) if need else None for need in needs])
-
-
 def _saved_operands(node: Any) -> list[Tensor]:
     """q, k and v of a node of PyTorch's kernel, read in a backward of their own: a checkpoint hands each out once."""
     found: list[Tensor] = []
@@ -206,7 +186,7 @@ def _saved_operands(node: Any) -> list[Tensor]:
 
 def folds_rows(q: Tensor, group: int) -> bool:
     """True where the query heads of a key head go to the kernel as rows, so that keys are read once: few rows."""
-    return group > 1 and not torch.compiler.is_compiling() and q.shape[2] <= FEW_ROWS
+    return group > 1 and not torch.compiler.is_compiling() and q.shape[2] <= few_rows.FEW_ROWS
 
 
 def is_widened(q: Tensor, group: int) -> bool:
@@ -214,7 +194,7 @@ def is_widened(q: Tensor, group: int) -> bool:
 
     For each block of keys the kernel calls oneDNN, which takes longer than to widen them: for a lone row, and in fp16.
     """
-    is_few = q.shape[2] <= FEW_ROWS if q.dtype == torch.float16 else q.shape[2] * group == 1
+    is_few = q.shape[2] <= few_rows.FEW_ROWS if q.dtype == torch.float16 else q.shape[2] * group == 1
     return q.dtype.itemsize == 2 and is_few
 
 
