@@ -5,33 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.derivatives import FORMS, SCALES, case_of
+from tests.kernels.derivatives import SCALES, case_of
 from tritonattn.core.terms import Gradients
 from tritonattn.tuning import TileConfig
 
 from .cases import CPU
 from .executor import GPU, padded
 
-HALF, BFLOAT = torch.float16, torch.bfloat16
-SMALL = TileConfig(16, 16, 1, 2)
-WARPGROUP = TileConfig(64, 16, 4, 2)
-
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script")  # of the first torch.func.jvp
 
 
-FAST = (GPU(80), SMALL, BFLOAT, f"{SCALES} sinks softcap", (16, 16), (17, 18))
-OTHERS = {
-    "pairs": (GPU(80), SMALL, HALF, FORMS["pairs"], (16, 16), (19, 35)),
-    "warpgroup": (GPU(90), WARPGROUP, HALF, SCALES, (32, 32), (70, 90)),
+CASES = {
+    "sm_80": (GPU(80), TileConfig(16, 16, 1, 2), torch.bfloat16, f"{SCALES} sinks softcap", (16, 16), (17, 18)),
+    "warpgroup": (GPU(90), TileConfig(64, 16, 4, 2), torch.float16, SCALES, (32, 32), (70, 90)),
 }
 
 
 @pytest.mark.slow
-def test_derivatives(emulate):
-    check(emulate, *FAST)
-
-
-def check(emulate, gpu, tiles, dtype, form, dims, lengths) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_derivatives(name, emulate):
+    """Biases of pairs are the preflight's (tests/slow/test_perf.py)."""
+    gpu, tiles, dtype, form, dims, lengths = CASES[name]
     executor = emulate(gpu, tiles)
     case = case_of(form, CPU, dtype, dims, lengths)
     q, k, v = (padded(x) for x in case.call.tensors()[:3])
