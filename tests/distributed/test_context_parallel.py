@@ -259,6 +259,20 @@ def test_every_rank_refuses(rank: int) -> None:
     refuses("ValueError: k_cache: expected 4 axes [B, Hkv, capacity, D], got 3", decoded, q[:, :, :1], k[0])
 
 
+@on_every_rank
+def test_gradients_of_gradients_are_refused(rank: int) -> None:
+    mesh = mesh_of(dist.get_world_size())
+    tensors = leaves(*(shard(x, mesh=mesh) for x in operands(torch.float32)[:3]))
+    key_bias = torch.zeros(KV_HEADS, tensors[1].shape[2], requires_grad=True)
+    out = context_parallel_attention(*tensors, mesh=mesh, key_bias=key_bias)
+    found = torch.autograd.grad(out.square().sum(), (*tensors, key_bias), create_graph=True)
+    whole = unshard(tensors[0], mesh=mesh).square().sum()
+    found += torch.autograd.grad(whole, tensors[0], create_graph=True)
+    message = "NotImplementedError: ~ several ranks has no gradients of gradients; backends ~ 'reference' have them"
+    for x in found:
+        refuses(message, torch.autograd.grad, x.sum(), tensors)
+
+
 def decode(rank: int, scaling: str, q_len: int, window: Any, has_statistics: bool, dtype: torch.dtype) -> float:
     """Largest error of outputs and statistics of rows: sequences of 0 to all keys, the rest of the cache NaN."""
     ranks, capacity = dist.get_world_size(), 8

@@ -89,7 +89,8 @@ class _Gather(Function):
         return gathered(x, split, dim)
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    @first_order("attention over several ranks")
+    def backward(ctx, saved, g: Tensor):
         split, dim, reduce_dtype, dtype = ctx.settings
         return scattered(g.to(reduce_dtype), split, dim).to(dtype), None, None, None
 
