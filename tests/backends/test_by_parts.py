@@ -31,6 +31,7 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(parts, "_LEAST_ROWS", 4)
     monkeypatch.setattr(parts, "_PAIRS", 64)
     monkeypatch.setattr(parts, "_SHORTEST", 4)
+    monkeypatch.setattr(parts, "_SPLIT", 4)
     monkeypatch.setattr(parts, "_CALL", 0)
     autograd.facts_of.cache_clear()
     yield
@@ -102,6 +103,53 @@ def test_few_rows_of_a_group(kv_heads, dtype, biases):
     for lengths in ([17, 130], [130, 130]):
         for gradients in (False, True):
             check(tensors, gradients, key_lengths=torch.tensor(lengths), **biases)
+
+
+PREFIX = {"q_len": 24, "k_len": 60}
+
+
+@pairwise(
+    dtype=DTYPES,
+    kv_heads=[1, 2, 4],
+    scales=[(), BOTH],
+    sinks=[False, True],
+    gradients=[False, True],
+    lengths=[(60, 60), (60, 45)],
+)
+def test_rows_behind_a_prefix_of_keys(dtype, kv_heads, scales, sinks, gradients, lengths, taken, monkeypatch):
+    """A rectangle and a triangle, but for results of 16 bits, which are rounded before they could be joined."""
+    forms, attend = [], by_parts._Operands.attend
+    monkeypatch.setattr(by_parts._Operands, "attend", lambda self, one: forms.append(one.form) or attend(self, one))
+    sizes = {"kv_heads": kv_heads, "group": 4 // kv_heads, **PREFIX}
+    tensors = harness.inputs(dtype, CPU, scales=(*scales, "sinks") if sinks else scales, **sizes)
+    check(tensors, gradients, causal=True, scale=0.3, key_lengths=torch.tensor(lengths))
+    assert taken[-1] is not None
+    is_exact = gradients or dtype.itemsize > 2
+    assert (forms[:2] == ["full", "causal"]) == is_exact
+
+
+def test_a_document_behind_one_with_a_prefix():
+    """Whose triangle and square are of one size and lie side by side."""
+    starts = [torch.tensor(x, dtype=torch.int32) for x in ((0, 24, 48), (0, 60, 84))]
+    random = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(n, 2, 8, generator=random, requires_grad=True) for n in (48, 84, 84)]
+    found = []
+    for backend in ("sdpa", "reference"):
+        out = tritonattn.attention_varlen(*leaves, *starts, 24, 60, causal=True, backend=backend)
+        found.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("key", [20, 50])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_behind_a_prefix_reaches_the_rows_that_attend_to_it(value, key):
+    tensors = harness.inputs(torch.float32, CPU, kv_heads=2, **PREFIX)
+    clean = run(tensors, direction(tensors), gradients=False, causal=True)["out"]
+    tensors["k"][0, :, key] = value
+    found = run(tensors, direction(tensors), gradients=False, causal=True)["out"]
+    reached = (torch.arange(24) + 36 >= key) & (torch.arange(2) == 0)[:, None]
+    torch.testing.assert_close(*(x.masked_fill(reached[:, None, :, None], 0) for x in (found, clean)))
+    assert not found[0, :, -1].isfinite().all()
 
 
 def test_a_row_of_one_key_gives_its_query_no_gradient(taken):

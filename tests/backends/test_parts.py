@@ -55,15 +55,15 @@ def ranges(draw):
     return bounds.clamp(0, keys), keys
 
 
-@given(ranges())
+@given(ranges(), st.booleans())
 @tried(max_examples=150, deadline=None)
-def test_parts_hold_every_visible_pair_once(drawn):
+def test_parts_hold_every_visible_pair_once(drawn, may_join):
     bounds, keys = drawn
     batch, rows, _ = bounds.shape
     visible = Visibility(batch, 1, 1, rows, keys, CPU, key_ranges=bounds)
     lo, hi = (x[:, :, None] for x in visible.ranges())
     key = torch.arange(keys)
-    assert torch.equal(pairs_of(parts.parts_of(visible).every, visible), ((key >= lo) & (key < hi)).int())
+    assert torch.equal(pairs_of(parts.parts_of(visible, may_join).every, visible), ((key >= lo) & (key < hi)).int())
 
 
 @pytest.mark.parametrize("rows", [9, 17, 48])

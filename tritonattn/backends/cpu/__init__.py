@@ -98,7 +98,7 @@ def _backward(
     needs_tiles = d_lse is not None or any(getattr(needs, name) for name in ADDENDS)
     if needs_tiles or not by_parts.takes(call):
         return backward_pass.backward(call, out, lse, d_out, d_lse, needs, rounding)
-    parts = parts_of(call.visibility)
+    parts = parts_of(call.visibility, by_parts.may_join(call, is_wide=True))
     prepared = by_parts.prepared(call, parts, needs)
     if prepared is None:
         return backward_pass.backward(call, out, lse, d_out, d_lse, needs, rounding)
@@ -115,7 +115,7 @@ def _backward(
 
 def _by_parts(call: AttentionCall, rounding: Tensor | None, has_graph: bool) -> ForwardResult:
     """The result by parts where it is sound, with rows by tiles where it is not."""
-    parts = parts_of(call.visibility)
+    parts = parts_of(call.visibility, by_parts.may_join(call, rounding is not None))
     found = by_parts.forward(call, parts, rounding, has_graph)
     if by_parts.is_sound(call, parts, found):
         return found

@@ -117,6 +117,11 @@ def _spoiled(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return torch.isin(rows, bad)[None], torch.isin(keys, bad)[None]
 
 
+def may_join(call: AttentionCall, is_wide: bool) -> bool:
+    """True where parts of a row can be joined, as `parts_of` has it; is_wide as `_Operands` has it."""
+    return not _has_mask(call) and (is_wide or call.v.dtype.itemsize > 2)
+
+
 def _has_mask(call: AttentionCall) -> bool:
     return call.visibility.mask is not None or _has_bias(call)
 
@@ -164,9 +169,7 @@ def forward(call: AttentionCall, parts: Parts, rounding: Tensor | None, has_grap
             out.zero_()
             lse.fill_(-torch.inf)
         for part in every:
-            found = operands.attend(part)
-            part.of_rows(out).copy_(found[0])
-            part.of_rows(lse).copy_(found[1])
+            _put(part.of_rows(out), part.of_rows(lse), *operands.attend(part), part.joins)
     if call.terms.sinks is not None:
         out = out * torch.sigmoid(_above_sinks(lse, call.terms.sinks))[..., None].to(out.dtype)
     exact, out = out, out.to(call.v.dtype)
@@ -205,6 +208,16 @@ def backward(
             scaled.mul_(scale[..., None])
     pairs = zip(Gradients._fields, call.tensors(), needs, strict=True)
     return Gradients(*(found[name].to(x.dtype) if need and x is not None else None for name, x, need in pairs))
+
+
+def _put(out: Tensor, lse: Tensor, found: Tensor, found_lse: Tensor, joins: bool) -> None:
+    """Write what a part has found for its rows, or join it with what a part before it has."""
+    if joins:
+        out.lerp_(found, torch.sigmoid(found_lse - lse)[..., None])
+        torch.logaddexp(lse, found_lse, out=lse)
+    else:
+        out.copy_(found)
+        lse.copy_(found_lse)
 
 
 def _above_sinks(lse: Tensor, sinks: Tensor) -> Tensor:
@@ -307,7 +320,8 @@ class _Operands:
             d_k, d_v = ((torch.empty_like if splits_keys else torch.zeros_like)(x) for x in (self.k, self.v))
             for part in every:
                 of_query, *of_keys = self._gradients(part, *of_rows)
-                part.of_rows(d_q).copy_(of_query)
+                rows = part.of_rows(d_q)
+                rows.add_(of_query) if part.joins else rows.copy_(of_query)
                 for whole, found in zip((d_k, d_v), of_keys, strict=True):
                     if splits_keys:
                         part.of_keys(whole).copy_(found)

@@ -24,6 +24,8 @@ _CALL = 30_000
 _READ = 10
 # Shorter rectangles and triangles join their neighbours under one mask: a call of the kernel costs as much.
 _SHORTEST = 24
+# Rows from which on a rectangle and a triangle behind it cost less than their masks.
+_SPLIT = 128
 # Masks of few pairs that are kept, of 1 MB at most.
 _MASKS = 8
 _PAIRS_OF_KEPT = 1 << 18
@@ -36,6 +38,7 @@ class Part:
     form     "full": each row attends to all the keys. "causal": row i of the part to its first i + 1 keys, and there
              are as many as rows. "ranges": a mask has to tell which, the same for all of `count`.
     count    parts of one shape and form, of one entry, the next one `step` rows and `key_step` keys further
+    joins    its rows attend to the keys of a part before it too
     """
 
     batch: slice
@@ -45,6 +48,7 @@ class Part:
     count: int = 1
     step: int = 0
     key_step: int = 0
+    joins: bool = False
 
     @property
     def height(self) -> int:
@@ -132,7 +136,7 @@ class Parts:
     every          the parts
     has_all_rows   each row is in one
     splits_keys    each key is in just one
-    meets_hidden   in one the kernel compares hidden keys, or too few to see all NaN
+    meets_hidden   in one the kernel compares hidden keys, or too few to see all NaN, or NaN is joined
     lone           rows of one key by ranges, bool [B or 1, 1, Sq], or None where there is none
     """
 
@@ -145,16 +149,17 @@ class Parts:
     lone: Tensor | None
 
     @classmethod
-    def of(cls, visible: Visibility) -> Parts:
-        """The parts of a call; reads the ranges' values."""
+    def of(cls, visible: Visibility, may_join: bool) -> Parts:
+        """The parts of a call, of which some may join others; reads the ranges' values."""
         lo, hi = visible.ranges()
-        every = tuple(_parts_of(visible, lo, hi))
+        every = tuple(_parts_of(visible, lo, hi, may_join))
         uses = torch.zeros(visible.batch, 1, visible.k_len, dtype=torch.int32, device="cpu")
         for part in every:
             part.add_to_keys(uses, torch.ones_like(part.of_keys(uses)))
-        has_all_rows = sum(part.entries * part.height for part in every) == visible.batch * visible.q_len
+        heights = [part.entries * part.height for part in every if not part.joins]
+        has_all_rows = sum(heights) == visible.batch * visible.q_len
         splits_keys, lone = bool((uses == 1).all()), (hi - lo == 1)[:, None]
-        meets_hidden = any(part.form == "ranges" or part.width < VECTOR for part in every)
+        meets_hidden = any(part.form == "ranges" or part.width < VECTOR or part.joins for part in every)
         facts = has_all_rows, splits_keys, meets_hidden
         return cls(lo, hi, every, *facts, lone if bool(lone.any()) else None)
 
@@ -170,10 +175,13 @@ class Parts:
         return (_kept_mask if part.pairs <= _PAIRS_OF_KEPT else _mask)(self, part, dtype)
 
 
-def parts_of(visible: Visibility) -> Parts:
-    """The parts of a call's visible pairs, kept where lengths and a window's sides determine them."""
+def parts_of(visible: Visibility, may_join: bool = False) -> Parts:
+    """The parts of a call's visible pairs, kept where lengths and a window's sides determine them.
+
+    may_join   results of two parts of a row can be joined: exact ones, of rows whose keys no bias or mask hides
+    """
     by_ranges = visible if visible.mask is None else visible.once("by ranges", lambda: replace(visible, mask=None))
-    return by_ranges.shared("parts", lambda: Parts.of(by_ranges))
+    return by_ranges.shared("joined parts" if may_join else "parts", lambda: Parts.of(by_ranges, may_join))
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -188,7 +196,7 @@ def _mask(parts: Parts, part: Part, dtype: torch.dtype) -> Tensor:
 _kept_mask = functools.lru_cache(_MASKS)(_mask)
 
 
-def _parts_of(visible: Visibility, lo: Tensor, hi: Tensor) -> list[Part]:
+def _parts_of(visible: Visibility, lo: Tensor, hi: Tensor, may_join: bool) -> list[Part]:
     everything = slice(0, visible.batch), slice(0, visible.q_len), slice(0, visible.k_len)
     if visible.is_full or visible.is_square_causal:
         return [Part(*everything, "full" if visible.is_full else "causal")]
@@ -196,7 +204,8 @@ def _parts_of(visible: Visibility, lo: Tensor, hi: Tensor) -> list[Part]:
     for batch in _equal_entries(lo, hi, visible.batch):
         entry = min(batch.start, lo.shape[0] - 1), min(batch.start, hi.shape[0] - 1)
         stacks = batch.stop - batch.start == 1
-        found = [part for run in _joined(_runs(lo[entry[0]], hi[entry[1]]), stacks) for part in _cut(run, batch)]
+        runs = _joined(_runs(lo[entry[0]], hi[entry[1]]), stacks)
+        found = [part for run in runs for part in _cut(run, batch, may_join)]
         found = [part for part in found if part.width > 0]  # the kernel divides by the number of keys
         parts += _stacked(found, ("full", "causal")) if stacks else found
     masked = cut_rows(Part(*everything, "ranges"), visible.batch)
@@ -279,13 +288,18 @@ def _joined(runs: list[_Run], stacks: bool) -> list[list[_Run]]:
     return [[runs[place] for place in places] for _, places in groupby(range(len(runs)), alone.__getitem__)]
 
 
-def _cut(runs: list[_Run], batch: slice) -> list[Part]:
-    """One part of a rectangle or a triangle, or parts of a few rows each."""
+def _cut(runs: list[_Run], batch: slice, may_join: bool) -> list[Part]:
+    """One part of a rectangle or a triangle, both for rows behind a prefix of keys, or parts of a few rows each."""
     run, form = runs[0], runs[0].form
     if len(runs) == 1 and form != "ranges":
         size = run.stop - run.start
         end = run.end if form == "full" else run.first + size
         return [Part(batch, slice(run.start, run.stop), slice(run.first, end), form)]
+    rows, middle = slice(run.start, run.stop), run.end - 1
+    is_long = len(runs) == 1 and rows.stop - rows.start >= _SPLIT and middle - run.first >= VECTOR
+    if may_join and is_long and run.steps == (0, 1):
+        triangle = Part(batch, rows, slice(middle, middle + rows.stop - rows.start), "causal", joins=True)
+        return [Part(batch, rows, slice(run.first, middle), "full"), triangle]
     parts = []
     for run in runs:
         start = run.start
@@ -333,7 +347,7 @@ def _stacked(parts: list[Part], forms: tuple[str, ...] = ("ranges",)) -> list[Pa
 
 
 def _follows(last: Part, part: Part) -> bool:
-    if last.form != part.form:
+    if last.form != part.form or last.joins or part.joins:
         return False
     sizes = [(one.rows.stop - one.rows.start, one.keys.stop - one.keys.start) for one in (last, part)]
     if sizes[0] != sizes[1]:
