@@ -103,25 +103,23 @@ def test_tiny_scales_keep_their_digits_in_fp16():
 
 
 @torch.no_grad()
-def test_large_scales_of_small_keys_do_not_overflow_in_fp16():
-    """q * query_scale would be infinite although no logit is large."""
-    tensors = inputs(torch.float16, 64, scales=("query_scale",))
-    tensors |= {"k": tensors["k"] * 1e-4, "query_scale": tensors["query_scale"] * 1e5}
+@pytest.mark.parametrize(
+    ("dtype", "length", "scale", "sizes"),
+    [
+        (torch.float16, 64, 0.1, {"k": 1e-6, "query_scale": 1e5}),  # q * query_scale would be infinite
+        (torch.bfloat16, 300, 0.3, {"q": 4, "k": 4, "query_scale": 1}),
+        (torch.bfloat16, 300, 0.3, {"q": 4, "k": 4, "key_scale": 1}),
+    ],
+    ids=str,
+)
+def test_scaled_operands_neither_overflow_nor_are_rounded(dtype, length, scale, sizes):
+    """Large scales of small keys in fp16, and large logits in bf16."""
+    tensors = inputs(dtype, length, scales=tuple(name for name in BOTH if name in sizes))
+    tensors |= {name: tensors[name] * size for name, size in sizes.items()}
     runs = ((tensors, "sdpa"), (harness.as_double(tensors), "reference"), (tensors, "reference"))
-    options = {"scale": 0.1, "causal": True}
+    options = {"scale": scale, "causal": True}
     results = (tritonattn.scaled_attention(**given, backend=backend, **options) for given, backend in runs)
-    assert_within_bound(*results, torch.float16)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("scales", [("query_scale",), ("key_scale",)], ids=str)
-def test_scaled_operands_of_large_logits_are_not_rounded_in_bf16(scales):
-    tensors = inputs(torch.bfloat16, 300, scales=scales)
-    tensors |= {"q": tensors["q"] * 4, "k": tensors["k"] * 4}
-    runs = ((tensors, "sdpa"), (harness.as_double(tensors), "reference"), (tensors, "reference"))
-    options = {"scale": 0.3, "causal": True}
-    results = (tritonattn.scaled_attention(**given, backend=backend, **options) for given, backend in runs)
-    assert_within_bound(*results, torch.bfloat16)
+    assert_within_bound(*results, dtype)
 
 
 CAUSAL = {"causal": True}

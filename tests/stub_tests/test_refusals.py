@@ -81,18 +81,14 @@ def test_a_kernel_of_another_device(stub, x):
             assert refused(stub, lambda: launch_again(kernel, x)) == "copy: loaded on device 3, launched on 4"
 
 
-def test_shared_memory_that_was_not_opted_in(stub, x, monkeypatch):
+@pytest.mark.parametrize(
+    ("warps", "shared", "message"),
+    [(4, 60_000, "60000 bytes of shared memory of 49152 that were opted in"), (8, 0, "256 threads of 128")],
+)
+def test_more_memory_or_warps_than_a_kernel_has(warps, shared, message, stub, x, monkeypatch):
     with stub.active(90):
-        kernel = changed(monkeypatch, launched(x), warps=4, shared=60_000)
-        message = refused(stub, lambda: launch_again(kernel, x))
-        assert message == "copy: 60000 bytes of shared memory of 49152 that were opted in"
-
-
-def test_more_warps_than_a_kernel_was_compiled_for(stub, x, monkeypatch):
-    with stub.active(90):
-        kernel = changed(monkeypatch, launched(x), warps=8, shared=0)
-        message = refused(stub, lambda: launch_again(kernel, x))
-        assert message == "copy: 256 threads of 128"
+        kernel = changed(monkeypatch, launched(x), warps=warps, shared=shared)
+        assert refused(stub, lambda: launch_again(kernel, x)) == f"copy: {message}"
 
 
 def test_a_stream_of_another_device(stub, x, monkeypatch):
