@@ -42,6 +42,7 @@ def check(dtype: torch.dtype, head_dim: int, k_len: int, some_unseen: bool) -> N
     torch.testing.assert_close(both.double(), leaf.grad + added.double(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_key_statistics(emulate):
     executor = emulate(GPU(90))
     check(torch.float16, head_dim=17, k_len=1100, some_unseen=True)

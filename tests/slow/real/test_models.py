@@ -41,6 +41,14 @@ def folder(module: str) -> Path:
     return Path(import_module(module).__path__[0])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _files_are_read_once():
+    """transformers reads a GGUF file for its tokenizer, config and weights each."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
+        yield
+
+
 @pytest.fixture(scope="module")
 def smollm():
     return load(None, torch.device("cpu"))
@@ -54,9 +62,7 @@ def gemma(tmp_path):
     with whole.open("wb") as out:
         for part in parts:
             out.write(part.read_bytes())
-    with pytest.MonkeyPatch.context() as patched:  # config and weights are read one after the other
-        patched.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
-        network = transformers.AutoModelForCausalLM.from_pretrained(whole.parent, gguf_file=whole.name)
+    network = transformers.AutoModelForCausalLM.from_pretrained(whole.parent, gguf_file=whole.name)
 
     def tokenizer(text: str, return_tensors: str) -> dict[str, torch.Tensor]:
         return {"input_ids": torch.tensor([GEMMA_TOKENS])}
