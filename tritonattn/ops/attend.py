@@ -49,7 +49,8 @@ def attention(call: AttentionCall) -> ForwardResult:
     max_logit and entropy are None without aux.
     """
     given = call.q, call.k, call.v, *call.terms.tensors()
-    has_graph, is_eager = needs_graph(*given), runs_eagerly(*given, call.visibility.key_lengths)
+    has_graph = not call.cached and needs_graph(*given)
+    is_eager = runs_eagerly(*given, call.visibility.key_lengths)
     if is_eager and not has_graph:
         results = forward(call, keep_rounding=False, has_graph=False)
         return ForwardResult(*results[: 4 if call.aux else 2])  # pyright: ignore[reportArgumentType]

@@ -158,7 +158,7 @@ def sizes_of(call: AttentionCall) -> Sizes:
     if sequences is not None:
         number, rows, keys = len(sequences.q_starts) - 1, sequences.longest_q, sequences.longest_k
     heads, window = (visible.q_heads, visible.kv_heads), (visible.left, visible.right)
-    is_short = max(rows, keys) <= SHORT
+    is_short = rows <= SHORT and keys <= SHORT
     return Sizes(batch, *heads, q_len, k_len, number, rows, keys, *window, visible.invariant, is_short)
 
 
