@@ -8,7 +8,7 @@ from tests.support.bound import assert_within_bound
 from tests.support.pairs import pairwise
 from tritonattn.backends.cpu import few_rows
 
-pytestmark = pytest.mark.skipif(not few_rows._adds_in_fp32(), reason="oneDNN has no products of bf16 here")
+pytestmark = pytest.mark.skipif(not few_rows._adds_in_fp32(), reason="products of bf16 do not add up in fp32 here")
 
 
 @pytest.fixture
