@@ -68,6 +68,17 @@ def test_biases_of_pairs(dense, table, mask, form, dtype, values, monkeypatch):
     check(tensors, **arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [0.5, 30.0, 256.0, 1e4])
+def test_softcaps_of_16_bits(softcap, dtype):
+    """By exp, which errs by the softcap's eps, up to 256."""
+    tensors, arguments = of_form("plain", dtype, "causal window", scales=())
+    check(tensors, **arguments | {"softcap": softcap})
+    with torch.no_grad():
+        far = {**tensors, "q": 1e4 * tensors["q"].sign()}
+        assert run(far, direction(far), gradients=False, **arguments, softcap=softcap)["out"].isfinite().all()
+
+
 def direction(tensors):
     """A random gradient of out."""
     q, v = tensors["q"], tensors["v"]
