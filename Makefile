@@ -24,7 +24,7 @@ ALONE = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 INTERPRETED = TRITON_INTERPRET=$$($(VENV)/bin/python -c 'import torch; print(int(not torch.cuda.is_available()))')
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-most test-kernels test-ranks test-slow test-slow-most test-slow-kernels test-peers test-oldest test-sample test-vllm test-sglang wheel mutants docs lint clean
+.PHONY: demo test test-slow test-slow-most test-slow-kernels test-peers test-oldest test-sample test-vllm test-sglang wheel mutants docs lint clean
 
 demo:  ## small GPTs that read 32 times their trained length, with a factor that grows with n and without
 	@test -e $(VENV)/.demo || echo "$$DEMO"
@@ -40,15 +40,9 @@ length: with 1/sqrt(D), which is the control, and with factors that grow with th
 endef
 export DEMO
 
-test: test-most test-kernels test-ranks  ## every test that needs no download; the kernels' on the GPU, or in Triton's interpreter
-
-test-most: $(VENV)/.test
+test: $(VENV)/.test  ## every test that needs no download; the kernels' on the GPU, or in Triton's interpreter
 	$(PYTEST) -m "not slow" $(WITHOUT_KERNELS) --ignore tests/slow $(ARGS)
-
-test-kernels: $(VENV)/.test
 	$(INTERPRETED) $(PYTEST) -m "not slow" tests/kernels $(ARGS)
-
-test-ranks: $(VENV)/.test
 	$(ALONE) tests/distributed $(ARGS)
 
 test-slow: test-slow-most test-slow-kernels  ## the tests that are marked slow, and those on real weights
