@@ -1,13 +1,13 @@
 """Attention on a CPU for every mask and option; memory O(S D), backward included. A call takes the first way that fits:
 
     way                      calls                                      reason
-    few_keys.attention       a bias of pairs with a gradient, all of    the kernel gives it none; tiles multiply once
-                             few keys                                   more than where the softmax is kept
     few_rows.attention       bf16 rows that would widen their keys,     a lone row reads keys once: to widen them takes
                              as of steps over caches of one length      longer than its products
     torch_kernel.attention   all keys, or a square's lower triangle,    PyTorch's kernel with PyTorch's gradient
                              and no other term; steps over caches of
                              one length
+    few_keys.attention       a bias of pairs with a gradient, all of    the kernel gives it none; tiles multiply once
+                             few keys                                   more than where the softmax is kept
     by_parts                 the others without softcap, dropout and    PyTorch's kernel, on parts that hide nothing or
                              batch_invariant; sequences with lse <= 64   under a mask
     forward_pass,            all; return_aux; gradients of biases       tiles in plain torch: the kernel gives neither
