@@ -118,7 +118,7 @@ def test_the_model_of_perf_has_the_order_of_the_kernels(gpu, heads, length, devi
 
 
 def test_launches_of_a_grid_past_the_limit_of_its_axes_cover_all_of_it(device, monkeypatch):
-    monkeypatch.setattr(launch, "LONGEST_AXIS", 2)
+    monkeypatch.setattr("tritonattn.backends.triton.device.LONGEST_AXIS", 2)
     parts = grids_of(2, 5, 9)
     found = [one for part, y, z in parts for one in started(device, part, 17, -1, first=(y, z))]
     assert sorted(filter(None, found)) == list(product(range(5), range(17), range(1)))
