@@ -129,7 +129,7 @@ def test_rows_behind_a_prefix_of_keys(dtype, kv_heads, scales, sinks, gradients,
 
 
 def test_a_document_behind_one_with_a_prefix():
-    """Whose triangle and square are of one size and lie side by side."""
+    """The triangle of the first and the square of the second are of one size and lie side by side."""
     starts = [torch.tensor(x, dtype=torch.int32) for x in ((0, 24, 48), (0, 60, 84))]
     random = torch.Generator().manual_seed(0)
     leaves = [torch.randn(n, 2, 8, generator=random, requires_grad=True) for n in (48, 84, 84)]

@@ -72,7 +72,7 @@ def test_scales_of_any_size_in_float16(size, device):
 
 
 def test_sharp_softmaxes(device):
-    """What a tangent has of all keys cancels, though a rounded lse of 15 leaves weights that do not sum to 1."""
+    """A shift of all keys' tangents cancels, though a rounded lse of 15 leaves weights that do not sum to 1."""
     case = case_of("query_scale", device, lengths=(8, 16))
     replace(case, call=changed(case.call, q=8 * case.call.q)).check()
 

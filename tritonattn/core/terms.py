@@ -177,6 +177,14 @@ def others_than(*names: str) -> list[tuple[int, Any]]:
     return [(i, DEFAULTS[i]) for i, term in enumerate(TERMS) if term.name not in ("scale", *names)]
 
 
+def has_any(terms: Terms, others: list[tuple[int, Any]]) -> bool:
+    """True where terms have one of those that `others_than` gave."""
+    for number, default in others:  # no generator: each masked call on a CPU asks
+        if terms[number] is not default:
+            return True
+    return False
+
+
 def addends(record: Any) -> list[Tensor]:
     """The biases that `Terms`, or their `Gradients`, have."""
     return [x for name in ADDENDS if (x := getattr(record, name)) is not None]

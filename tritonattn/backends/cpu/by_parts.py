@@ -21,7 +21,7 @@ from ...core.call import AttentionCall, ForwardResult
 from ...core.eight_bit import EIGHT_BIT
 from ...core.pair_biases import reflected
 from ...core.rounding import before_rounding, lost_in_rounding
-from ...core.terms import Gradients, Needs, addends, others_than
+from ...core.terms import Gradients, Needs, addends, has_any, others_than
 from ...core.visibility import Visibility
 from .parts import Part, Parts, additive, by_entry, cut_rows, unstacked
 from .tiles import sliced
@@ -47,9 +47,8 @@ class Prepared(NamedTuple):
 
 def takes(call: AttentionCall) -> bool:
     """True where the kernel has all terms and dtypes of the call."""
-    for number, default in _OTHERS:
-        if call.terms[number] is not default:
-            return False
+    if has_any(call.terms, _OTHERS):
+        return False
     is_other = call.visibility.invariant or call.dropout is not None or call.k.dtype == EIGHT_BIT
     return not is_other and call.k.is_cpu
 

@@ -14,7 +14,7 @@ from torch.autograd.function import Function
 
 from ...core.autograd import apply_with_graph, gradients_again, needs_graph, values_are_read, without_autocast
 from ...core.call import AttentionCall, ForwardResult
-from ...core.terms import Terms, others_than
+from ...core.terms import Terms, has_any, others_than
 from ...core.visibility import Visibility
 from ..protocol import Attend
 
@@ -30,10 +30,9 @@ def takes(call: AttentionCall) -> bool:
     terms, visible = call.terms, call.visibility
     if terms.bias is None or not needs_graph(terms.bias) or forward_ad._current_level >= 0:
         return False
-    for number, default in _OTHERS:
-        if terms[number] is not default:
-            return False
-    if call.dropout is not None or call.aux or visible.invariant or not values_are_read(*call.tensors()):
+    if has_any(terms, _OTHERS) or call.dropout is not None:
+        return False
+    if call.aux or visible.invariant or not values_are_read(*call.tensors()):
         return False
     is_small = visible.k_len <= _KEYS * min(call.q.shape[3], call.v.shape[3])
     is_plain = visible.is_full and visible.q_heads == visible.kv_heads

@@ -13,7 +13,7 @@ import torch
 
 from ...core.autograd import needs_graph, values_are_read
 from ...core.call import AttentionCall, ForwardResult
-from ...core.terms import others_than
+from ...core.terms import has_any, others_than
 from ...core.visibility import Visibility
 
 # Rows of a call that are few: the query heads of a key head are then handed over as rows.
@@ -33,9 +33,8 @@ def takes(call: AttentionCall) -> bool:
     terms, visible = call.terms, call.visibility
     if call.v.dtype != torch.bfloat16 or call.dropout is not None or call.aux or visible.invariant:
         return False
-    for number, default in _OTHERS:
-        if terms[number] is not default:
-            return False
+    if has_any(terms, _OTHERS):
+        return False
     rows = visible.q_len * visible.q_heads // max(visible.kv_heads, 1)
     is_scaled = terms.query_scale is not None or terms.key_scale is not None
     if rows > (FEW_ROWS if is_scaled else 1) or visible.k_len < _LEAST_KEYS or call.block_table is not None:
@@ -54,7 +53,7 @@ def attention(call: AttentionCall) -> ForwardResult | None:
     terms, visible = call.terms, call.visibility
     length = visible.k_len if visible.is_full else 0
     if visible.at_lengths:
-        length = visible.shared("one length", lambda: one_length(visible))
+        length = one_length(visible)
     if 4 * length < 3 * visible.k_len:  # q meets the others too
         return None
     shape = visible.batch * visible.kv_heads, -1
@@ -75,6 +74,10 @@ def attention(call: AttentionCall) -> ForwardResult | None:
 
 def one_length(visible: Visibility) -> int:
     """The keys of each cache, for a lone row that attends to all of them; 0 where they differ or are not read."""
+    return visible.shared("one length", lambda: _one_length(visible))
+
+
+def _one_length(visible: Visibility) -> int:
     is_lone = visible.q_len == 1 and visible.left is None and visible.row_counts is None
     if not (is_lone and visible.key_lengths is not None and values_are_read(visible.key_lengths)):
         return 0

@@ -47,7 +47,7 @@ def supports(call: AttentionCall, is_full: bool) -> bool:
     terms, visible = call.terms, call.visibility
     if call.dropout is not None or call.k.dtype == EIGHT_BIT:
         return False
-    for number, default in _OTHERS:
+    for number, default in _OTHERS:  # not `has_any`: plain calls are counted in microseconds
         if terms[number] is not default:
             return False
     if call.aux or visible.invariant or 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape:
@@ -139,7 +139,7 @@ def _over_written_keys(call: AttentionCall) -> AttentionCall:
     visible = call.visibility
     if visible.invariant or call.block_table is not None:
         return call
-    length = visible.shared("one length", lambda: few_rows.one_length(visible))
+    length = few_rows.one_length(visible)
     if length == 0 or call.k.dtype == EIGHT_BIT or is_widened(call.q, call.q.shape[1] // max(call.k.shape[1], 1)):
         return call
     k, v, terms = call.k[:, :, :length], call.v[:, :, :length], call.terms
