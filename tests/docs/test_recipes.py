@@ -92,8 +92,7 @@ def test_differential_attention():
 @pytest.mark.parametrize(("factor", "mscale"), [(4.0, 1.0), (40.0, 0.707), (1.0, 1.0), (0.5, 1.0)])
 def test_yarn_s_attention_factor(factor, mscale):
     q, k, v = inputs()
-    deepseek = pytest.importorskip("transformers.models.mistral_large4.modeling_mistral_large4")
-    m = deepseek.yarn_get_mscale(factor, mscale)
+    m = 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0  # DeepSeek's yarn_get_mscale
     ours = recipe("qk_norm_attention")(
         q, k, v, scaling="sqrt_dim", gain=recipe("yarn_gain")(factor, mscale), causal=True
     )

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _EXPERIMENTAL = "torch.distributed.tensor.experimental"
-_READABLE = range(8, 14)  # of torch 2: the versions whose private names `context_parallel` reads
 
 
 class TorchContext(NamedTuple):
@@ -38,16 +37,17 @@ def context_parallel() -> TorchContext | None:
     home = getattr(replacement, "__module__", None) or ""
     if not home.startswith(_EXPERIMENTAL):
         return None
-    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    if major != 2 or minor not in _READABLE:
+    try:
+        cells = (cell.cell_contents for cell in replacement.__closure__)
+        mesh = dict(zip(replacement.__code__.co_freevars, cells, strict=True))["device_mesh"]
+        balanced = sys.modules[home]._cp_options.enable_load_balance
+    except (AttributeError, KeyError, TypeError) as error:
         raise NotImplementedError(
-            f"context_parallel: tritonattn reads that of torch 2.{_READABLE[0]} to 2.{_READABLE[-1]}, got torch"
-            f" {torch.__version__}; call tritonattn.distributed.context_parallel_attention, outside of it"
-        )
-    cells = (cell.cell_contents for cell in replacement.__closure__)
-    variables = dict(zip(replacement.__code__.co_freevars, cells, strict=True))
-    balanced = sys.modules[home]._cp_options.enable_load_balance
-    return TorchContext(variables["device_mesh"], "zigzag" if balanced else "contiguous")
+            f"context_parallel: expected torch's replacement of F.scaled_dot_product_attention to hold `device_mesh`, and"
+            f" {home} `_cp_options.enable_load_balance`, got neither or one of them in torch {torch.__version__}; call"
+            " tritonattn.distributed.context_parallel_attention, outside of the context"
+        ) from error
+    return TorchContext(mesh, "zigzag" if balanced else "contiguous")
 
 
 def refuse_context_parallel(name: str) -> None:
