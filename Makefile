@@ -81,13 +81,15 @@ test-sample: $(VENV)/.oldest
 	$(PYTEST) $(SAMPLED) $(ARGS)
 	$(INTERPRETED) $(PYTEST) $(SAMPLED_KERNELS) $(ARGS)
 
+# Private names of the server that the plugin reads.
+NAMES = tests/core/test_private_names.py::test_the_installed_library_has_the_name
 test-vllm:  ## the vLLM plugin in vLLM's engine on a CPU, in another venv, of 3.4 GB
 	$(MAKE) $(VENV)-vllm/.vllm VENV=$(VENV)-vllm
-	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/serving -o filterwarnings= -W ignore $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/serving $(NAMES) -o filterwarnings= -W ignore $(ARGS)
 
 test-sglang:  ## the SGLang plugin in SGLang's engine on a CPU, in another venv, of 2.6 GB
 	$(MAKE) $(VENV)-sglang/.sglang VENV=$(VENV)-sglang
-	OMP_NUM_THREADS=1 $(VENV)-sglang/bin/python -m pytest tests/serving/sglang -o filterwarnings= -W ignore $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-sglang/bin/python -m pytest tests/serving/sglang $(NAMES) -o filterwarnings= -W ignore $(ARGS)
 
 wheel: $(VENV)/.dev $(VENV)/.weights  ## sdist and wheel in dist/; README's Python and some commands run from the wheel in a new venv
 	rm -rf dist

@@ -4,7 +4,6 @@ FOLDER is the virtual environment to be made; "c" asks for a compiler and Python
 something is missing. Runs on any Python from 2.7 on, so that an old one gets an answer and no SyntaxError.
 """
 
-from __future__ import print_function
 
 import os
 import shutil
@@ -65,7 +64,7 @@ def no_disk(folder, gigabytes):
     free = shutil.disk_usage(place).free / 1e9
     if free >= gigabytes:
         return None
-    text = "%s needs %.1f GB, and 5 more with PyPI's CUDA libraries; %.1f GB are free there. Write make VENV=/another/disk"
+    text = "%s needs %.1f GB, and 5 more with PyPI's CUDA libraries; %.1f GB are free there: make VENV=/another/disk"
     return text % (folder, gigabytes, free)
 
 

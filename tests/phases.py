@@ -22,17 +22,17 @@ NO_TESTS = 5  # pytest's exit status
 
 
 class Phase(NamedTuple):
-    """Arguments of pytest, and variables of its environment."""
+    """Arguments of pytest, and whether Triton's interpreter runs the kernels."""
 
     arguments: tuple[str, ...]
-    environment: dict[str, str] = {}
+    is_interpreted: bool = False
     is_parallel: bool = True
 
 
 # Tests in tests/distributed start processes of their own, and run alone.
 PHASES = {
     "all but kernels": Phase(("--ignore=tests/kernels", "--ignore=tests/distributed", "--ignore=tests/slow")),
-    "kernels": Phase(("tests/kernels",), {"TRITON_INTERPRET": str(int(not torch.cuda.is_available()))}),
+    "kernels": Phase(("tests/kernels",), is_interpreted=not torch.cuda.is_available()),
     "distributed": Phase(("tests/distributed",), is_parallel=False),
 }
 
@@ -42,9 +42,9 @@ class Outcome(NamedTuple):
 
     status: int
     seconds: float
-    passed: int = 0
-    failed: int = 0
-    skips: Counter[str] = Counter()
+    passed: int
+    failed: int
+    skips: Counter[str]
 
 
 def main() -> int:
@@ -59,7 +59,7 @@ def main() -> int:
 def run(phase: Phase, workers: str, arguments: list[str]) -> Outcome:
     """Run a phase to its end, with pytest's output on this terminal."""
     # One thread a worker: more would take the cores from one another. Neighbours share fixtures: they stay on a worker.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | phase.environment
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": str(int(phase.is_interpreted))}
     parallel = ["-n", workers, "--dist", "worksteal"] if phase.is_parallel else []
     with tempfile.TemporaryDirectory(prefix="tritonattn-tests-") as folder:
         report, start = Path(folder, "report.xml"), time.perf_counter()
@@ -71,7 +71,7 @@ def run(phase: Phase, workers: str, arguments: list[str]) -> Outcome:
 def read(report: Path, status: int, seconds: float) -> Outcome:
     """Count the tests of a report in JUnit's form; a run that was cut short leaves none."""
     if not report.exists():
-        return Outcome(status, seconds)
+        return Outcome(status, seconds, 0, 0, Counter())
     cases = list(ElementTree.parse(report).iter("testcase"))
     failed = sum(case.find("failure") is not None or case.find("error") is not None for case in cases)
     skips = Counter(skip.get("message", "") for case in cases if (skip := case.find("skipped")) is not None)

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.observation import ObservedCall, Observer
+from ..core.private_names import private
 from ..core.torch_distributed import head_part
 from .tally import Tally
+
+_current_graph_task_id = private("torch._C._current_graph_task_id", lambda: -1)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -170,4 +173,4 @@ def _contexts_of(model: nn.Module) -> list[Any]:
 
 
 def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+    return _current_graph_task_id() != -1

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..backends import BACKENDS, choose, kernels_take
 from ..backends.protocol import Backend
-from ..core.autograd import autocast_is_on, in_forward_mode, is_transformed, kept, needs_graph
+from ..core.autograd import autocast_is_on, in_forward_mode, is_transformed, kept, needs_graph, transforms_are_active
 from ..core.cached_norms import StatisticsOfCache
 from ..core.call import AttentionCall, ForwardResult, Request
 from ..core.dropout import Dropout
@@ -35,9 +35,9 @@ def run(request: Request) -> Tensor | tuple[Tensor, AttentionAux]:
     if autocast_is_on(q):
         with torch.autocast(q.device.type, enabled=False):
             return run(request)
-    is_compiled, has_transform = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
+    is_compiled, has_transform = torch.compiler.is_compiling(), transforms_are_active()
     if is_compiled and request.backend != "auto" and not BACKENDS[request.backend].is_traced:
-        uncompiled: Any = torch._dynamo.disable(run)
+        uncompiled: Any = torch.compiler.disable(run)
         return uncompiled(request)
     if is_compiled and (has_transform or in_forward_mode()):
         # Dynamo's rules for autograd functions in torch.func.grad gave wrong gradients, and it takes none with a jvp.

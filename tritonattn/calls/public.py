@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.hints import hint_for_keyword
-from ..core.torch_distributed import refuse_context_parallel
+from ..core.torch_distributed import TORCHS_ATTENTION, refuse_context_parallel
 from ..scaling.names import hint_for_argument
 from .dtensors import Axes, call_of_parts
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_TORCHS = torch._C._nn.scaled_dot_product_attention  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def public(
@@ -41,7 +40,7 @@ def public(
         def call(*arguments: P.args, **keywords: P.kwargs) -> R:
             try:
                 if axes is not None:
-                    if F.scaled_dot_product_attention is not _TORCHS:
+                    if F.scaled_dot_product_attention is not TORCHS_ATTENTION:
                         refuse_context_parallel(function.__name__)
                     tensors: Any = sys.modules.get("torch.distributed.tensor")
                     if tensors is not None:

@@ -9,9 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
+
+from .private_names import private
+
+is_legacy_batchedtensor = private("torch._C._functorch.is_legacy_batchedtensor")
+transforms_are_active = private("torch._C._are_functorch_transforms_active")
+_len_torch_dispatch_stack = private("torch._C._len_torch_dispatch_stack")
+_set_fwd_grad_enabled = private("torch.autograd.forward_ad._set_fwd_grad_enabled")
+private("torch.autograd.forward_ad._current_level")  # a number that torch assigns anew: read where it stands
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -23,9 +30,9 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     through an operator that torch can see. A tensor whose memory holds the negatives of its values is not real either,
     nor is a batch of torch.autograd.grad.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or transforms_are_active():
         return False
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if _len_torch_dispatch_stack() > 0:
         return False
     for tensor in tensors:  # no generator: a tiny call asks a dozen times
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg() or is_legacy_batchedtensor(tensor)):
@@ -101,7 +108,7 @@ def facts_of(*layout: Any) -> Facts:
 
 def is_transformed() -> bool:
     """True where a call runs under torch.func (vmap, grad ...), not counting what a compiler traces."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return not torch.compiler.is_compiling() and transforms_are_active()
 
 
 def needs_graph(*tensors: Tensor | None) -> bool:
@@ -122,9 +129,9 @@ def in_forward_mode() -> bool:
 
 def primal_of(x: Tensor | None) -> Tensor | None:
     """x without its tangent, with its graph, in a jvp. Under torch.func, x has none there."""
-    if x is None or torch._C._are_functorch_transforms_active():
+    if x is None or transforms_are_active():
         return x
-    with forward_ad._set_fwd_grad_enabled(True):  # torch switches it off for a jvp
+    with _set_fwd_grad_enabled(True):  # torch switches it off for a jvp
         return forward_ad.unpack_dual(x).primal
 
 

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .private_names import attribute, private
+
 _EXPERIMENTAL = "torch.distributed.tensor.experimental"
+TORCHS_ATTENTION = private("torch._C._nn.scaled_dot_product_attention", F.scaled_dot_product_attention)
 
 
 class TorchContext(NamedTuple):
@@ -32,7 +35,7 @@ def context_parallel() -> TorchContext | None:
     NotImplementedError under a torch whose private names are not known.
     """
     replacement: Any = F.scaled_dot_product_attention
-    if replacement is torch._C._nn.scaled_dot_product_attention:  # pyright: ignore[reportAttributeAccessIssue]
+    if replacement is TORCHS_ATTENTION:
         return None
     home = getattr(replacement, "__module__", None) or ""
     if not home.startswith(_EXPERIMENTAL):
@@ -40,12 +43,12 @@ def context_parallel() -> TorchContext | None:
     try:
         cells = (cell.cell_contents for cell in replacement.__closure__)
         mesh = dict(zip(replacement.__code__.co_freevars, cells, strict=True))["device_mesh"]
-        balanced = sys.modules[home]._cp_options.enable_load_balance
-    except (AttributeError, KeyError, TypeError) as error:
+        balanced = attribute(sys.modules[home], f"{_EXPERIMENTAL}._attention._cp_options").enable_load_balance
+    except (AttributeError, ImportError, KeyError, TypeError) as error:
         raise NotImplementedError(
-            f"context_parallel: expected torch's replacement of F.scaled_dot_product_attention to hold `device_mesh`, and"
-            f" {home} `_cp_options.enable_load_balance`, got neither or one of them in torch {torch.__version__}; call"
-            " tritonattn.distributed.context_parallel_attention, outside of the context"
+            "context_parallel: expected torch's replacement of F.scaled_dot_product_attention to hold `device_mesh`,"
+            f" and {home} to hold `_cp_options.enable_load_balance`, and torch {torch.__version__} lacks one;"
+            " call tritonattn.distributed.context_parallel_attention, outside of the context"
         ) from error
     return TorchContext(mesh, "zigzag" if balanced else "contiguous")
 

@@ -15,13 +15,15 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.distributed import DebugLevel, get_debug_level  # pyright: ignore[reportPrivateImportUsage]
 
 from ..core.autograd import needs_graph
 from ..core.hints import type_of
+from ..core.private_names import private
 from ..scaling import Scaling
 from .layout import Split
+
+FakeTensor = private("torch._subclasses.FakeTensor", ())
 
 _SHOWN = 8  # ranks by number in an error
 

@@ -18,6 +18,7 @@ from ..calls.results import AttentionAux
 from ..calls.varlen import attention_varlen
 from ..core.autograd import values_are_read
 from ..core.invariance import refuse_over_ranks
+from ..core.private_names import attribute
 from ..core.torch_distributed import context_parallel
 from ..scaling import Scaling, SqrtDim
 from ..scaling.base import reads_distances, relative_gain
@@ -255,7 +256,7 @@ def register(
 def unregister(name: str = NAME) -> None:
     """Undo `register`, by name. Models that still use the name fail at their next call."""
     for interface in (AttentionInterface, AttentionMaskInterface):
-        interface._global_mapping.pop(name, None)
+        attribute(interface, "transformers.AttentionInterface._global_mapping").pop(name, None)
 
 
 def scaling_arguments(settings: Settings, model_scaling: float | Tensor | None, head_dim: int) -> dict[str, Any]:

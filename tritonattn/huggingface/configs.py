@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..core.private_names import attribute
 from .attention import NAME
 from .masks import STATED
 from .settings import ATTRIBUTE, LayerScaling
@@ -76,6 +77,6 @@ def state_masks(model: nn.Module) -> None:
     The layers of such a model never needed their is_causal flags, which may be wrong.
     """
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and not module._supports_sdpa:
+        if isinstance(module, PreTrainedModel) and not attribute(module, "transformers.PreTrainedModel._supports_sdpa"):
             if module.config._attn_implementation == NAME:
                 setattr(module.config, STATED, True)

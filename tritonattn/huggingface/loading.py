@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..core.extension import extend
+from ..core.private_names import attribute
 from .architecture import AttentionModule, attention_modules, query_heads, refuse_unsupported
 from .attention import NAME
 from .configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, state_masks
@@ -243,7 +244,8 @@ def _forget_settings(model: Any) -> None:
     for name in (ATTRIBUTE, SAVED_IMPLEMENTATION, STATED):
         vars(config).pop(name, None)
     if config._attn_implementation == NAME:
-        default = model._check_and_adjust_attn_implementation(None if asked == NAME else asked)
+        choose = attribute(model, "transformers.PreTrainedModel._check_and_adjust_attn_implementation")
+        default = choose(None if asked == NAME else asked)
         config._attn_implementation = default  # also of sub-configs
 
 

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from transformers import masking_utils
 
 from ..core.pair_biases import mask_arguments
+from ..core.private_names import deferred
 from ..core.visibility import Visibility
 from .first_use import is_waiting
 from .settings import layer_scaling
+
+_assert_async = deferred("torch._assert_async")
 
 _FAR = 2**40  # beyond any key
 _VISIBLE = {"causal", "window", "key_ranges", "mask"}
@@ -114,7 +117,7 @@ def _padding_state(mask: Tensor | None, kv_length: int, key_offset: int | Tensor
     bounds = Bounds(*((side + key_offset)[:, None] for side in (first, end)))
     whole, ranges = (count == kv_length).all(), (count == end - first).all()
     if torch.compiler.is_compiling():
-        torch._assert_async(ranges, _COMPILED_HOLES)  # pyright: ignore[reportPrivateImportUsage]
+        _assert_async(ranges, _COMPILED_HOLES)
         return "range", bounds
     whole, ranges = torch.stack([whole, ranges]).tolist()
     return ("none" if whole else "range" if ranges else "holes"), bounds

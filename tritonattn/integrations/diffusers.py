@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..calls.checks import Backend
 from ..core.errors import install
+from ..core.private_names import attribute, private
 from ..nn.learned import as_mode
 from ..scaling import Scaling
 from ..scaling.names import ModeName
@@ -15,11 +16,13 @@ from .arguments import attend
 from .replacement import Replacement
 
 try:
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+    from diffusers.models.attention_dispatch import AttentionBackendName
 except ImportError as error:
     raise ImportError(f"tritonattn.integrations.diffusers needs diffusers: {install('integrations')}") from error
 
 NAME = "tritonattn"
+_REGISTRY = "diffusers.models.attention_dispatch._AttentionBackendRegistry"
+_registry = private(_REGISTRY)
 
 
 def register(name: str = NAME, scaling: ModeName | str | Scaling = "sqrt_dim", backend: Backend = "auto") -> None:
@@ -44,16 +47,15 @@ def register(name: str = NAME, scaling: ModeName | str | Scaling = "sqrt_dim", b
         raise ValueError(f"name: expected one that diffusers does not have, got {name!r}")
     entry = _new_entry(name) if entry is None else entry
     _OURS.add(entry)
-    _AttentionBackendRegistry.register(entry)(_function(mode, backend))
+    _registry.register(entry)(_function(mode, backend))
 
 
 def unregister(name: str = NAME) -> None:
     """Undo `register`. Models that still use the name fail at their next call. Raises ValueError for other names."""
     entry = _registered(name)
     _OURS.discard(entry)
-    tables = _AttentionBackendRegistry
-    for table in (tables._backends, tables._constraints, tables._supported_arg_names):
-        table.pop(entry)
+    for table in ("_backends", "_constraints", "_supported_arg_names"):
+        attribute(_registry, f"{_REGISTRY}.{table}").pop(entry)
     AttentionBackendName._value2member_map_.pop(name)
     AttentionBackendName._member_map_.pop(name.upper())
     AttentionBackendName._member_names_.remove(name.upper())

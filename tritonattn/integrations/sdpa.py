@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..calls.checks import Backend
 from ..core.hints import shortened, type_of
+from ..core.private_names import DisableTorchFunction
 from ..core.tables import table
 from ..nn.learned import as_mode, describe
 from ..scaling import Scaling
@@ -47,7 +48,7 @@ class ScaledSDPA(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         keywords = kwargs or {}
         if func is scaled_dot_product_attention:
-            with torch._C.DisableTorchFunction():  # modes around this one, too
+            with DisableTorchFunction():  # modes around this one, too
                 return self.take(args, keywords)
         if func is multi_head_attention_forward:
             if self.scaling is not None and keywords.get("need_weights", True):

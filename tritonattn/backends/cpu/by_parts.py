@@ -20,6 +20,7 @@ from torch import Tensor
 from ...core.call import AttentionCall, ForwardResult
 from ...core.eight_bit import EIGHT_BIT
 from ...core.pair_biases import reflected
+from ...core.private_names import private
 from ...core.rounding import before_rounding, lost_in_rounding
 from ...core.terms import Gradients, Needs, addends, has_any, others_than
 from ...core.visibility import Visibility
@@ -27,8 +28,8 @@ from .parts import Part, Parts, additive, by_entry, cut_rows, unstacked
 from .tiles import sliced
 from .torch_kernel import SHARES_KEY_HEADS, folds_rows, for_kernel, is_widened, stays_finite
 
-_forward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_forward: Any = private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu", None)
+_backward: Any = private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 # Sequences with a larger lse, or one below its negative, take tiles. A probability exp(logit - lse) of a backward,
 # which computes the logits again, is off by eps times their size; the kernel also rounds scales into q and k.
@@ -46,8 +47,8 @@ class Prepared(NamedTuple):
 
 
 def takes(call: AttentionCall) -> bool:
-    """True where the kernel has all terms and dtypes of the call."""
-    if has_any(call.terms, _OTHERS):
+    """True where the kernel exists, and has all terms and dtypes of the call."""
+    if _forward is None or _backward is None or has_any(call.terms, _OTHERS):
         return False
     is_other = call.visibility.invariant or call.dropout is not None or call.k.dtype == EIGHT_BIT
     return not is_other and call.k.is_cpu

@@ -14,9 +14,17 @@ from torch.autograd.function import Function
 
 from ...core.autograd import apply_with_graph, gradients_again, needs_graph, values_are_read, without_autocast
 from ...core.call import AttentionCall, ForwardResult
+from ...core.private_names import private
 from ...core.terms import Terms, has_any, others_than
 from ...core.visibility import Visibility
 from ..protocol import Attend
+
+
+def _slow_softmax_backward(d_weight: Tensor, weight: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    return weight * (d_weight - (weight * d_weight).sum(dim, keepdim=True))
+
+
+_softmax_backward_data = private("torch.ops.aten._softmax_backward_data", _slow_softmax_backward)
 
 # Keys over the head dim, at most: one for each of q, k, v and the output.
 _KEYS = 4
@@ -76,7 +84,7 @@ class _Attention(Function):
             return *gradients_again(plain, (q, k, v, bias), needs, d_out), None, None
         with without_autocast(d_out):
             d_weight = d_out @ v.mT
-            d_logit = torch.ops.aten._softmax_backward_data(d_weight, weight, -1, weight.dtype)
+            d_logit = _softmax_backward_data(d_weight, weight, -1, weight.dtype)
             d_q = (d_logit @ k).mul_(ctx.scale) if needs[0] else None
             d_k = (d_logit.mT @ q).mul_(ctx.scale) if needs[1] else None
             d_v = weight.mT @ d_out if needs[2] else None

@@ -16,14 +16,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ...core.autograd import gradients_again, kept, needs_graph, values_are_read
+from ...core.autograd import gradients_again, kept, needs_graph, transforms_are_active, values_are_read
 from ...core.call import AttentionCall, ForwardResult
 from ...core.eight_bit import EIGHT_BIT
 from ...core.norms import key_norms_of
+from ...core.private_names import DisableTorchFunction, attribute, deferred
 from ...core.terms import Terms, others_than
 from ...core.visibility import Visibility
 from ..protocol import Attend
 from . import few_keys, few_rows
+
+_current_autograd_node = deferred("torch._C._current_autograd_node")
+_SAVED = tuple(f"torch.autograd.graph.Node._saved_{name}" for name in ("query", "key", "value"))
 
 # Keys that PyTorch's kernel for CPUs compares at a time, at most.
 VECTOR = 16
@@ -96,7 +100,7 @@ def attention(call: AttentionCall, again: Attend) -> ForwardResult | None:
     if call.visibility.at_lengths:
         call = _over_written_keys(call)
     is_full = call.visibility.is_full
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or not supports(call, is_full):
+    if transforms_are_active() or forward_ad._current_level >= 0 or not supports(call, is_full):
         return few_keys.attention(call, again) if call.terms.bias is not None and few_keys.takes(call) else None
     dtype = call.v.dtype
     if dtype.itemsize == 2 and _needs_fp32(call):
@@ -117,7 +121,7 @@ def attention(call: AttentionCall, again: Attend) -> ForwardResult | None:
     if folds:
         q = q.unflatten(1, (-1, group)).flatten(2, 3)
     q, k, v = for_kernel(q, width), for_kernel(k, width), for_kernel(v, width)
-    with torch._C.DisableTorchFunction():  # a mode such as `integrations.sdpa`'s takes the models' calls, not this one
+    with DisableTorchFunction():  # a mode such as `integrations.sdpa`'s takes the models' calls, not this one
         out = scaled_dot_product_attention(
             q,
             k,
@@ -167,7 +171,7 @@ def _gradients_again(
     """The gradients of PyTorch's kernel as a function of its operands, where their graph is asked for, else None."""
     if not torch.is_grad_enabled():
         return None
-    operands, needs = _saved_operands(torch._C._current_autograd_node()), [result is not None for result in results]
+    operands, needs = _saved_operands(_current_autograd_node()), [result is not None for result in results]
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return again(AttentionCall(q, k, v, Visibility.of(q, k, causal=not is_full), Terms(scale))).out
@@ -179,7 +183,7 @@ def _saved_operands(node: Any) -> list[Tensor]:
     """q, k and v of a node of PyTorch's kernel, read in a backward of their own: a checkpoint hands each out once."""
     found: list[Tensor] = []
     probe = torch.zeros((), requires_grad=True)
-    probe.register_hook(lambda _: found.extend((node._saved_query, node._saved_key, node._saved_value)))
+    probe.register_hook(lambda _: found.extend(attribute(node, path) for path in _SAVED))
     torch.autograd.grad(probe + 0, probe)
     return found
 

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...core.call import AttentionCall
+from ...core.private_names import DisableTorchFunction
 from ...core.visibility import Visibility
 
 WIDEST = 256
@@ -108,7 +109,7 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: boo
     """cuDNN's attention through PyTorch, q [B, S, H, D]; causal is top-left."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     is_grouped = q.shape[1] != k.shape[1]
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), torch._C.DisableTorchFunction():
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), DisableTorchFunction():
         out = scaled_dot_product_attention(q, k, v, scale=softmax_scale, is_causal=causal, enable_gqa=is_grouped)
     return out.transpose(1, 2)
 

@@ -14,6 +14,7 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, find_paths_if, get_iterable_path
 
 from ...core.call import AttentionCall
+from ...core.private_names import private
 from ...core.terms import Gradients, Needs
 from ...tuning.calls import Size
 from ...tuning.config import WIDEST, WIDEST_KEYS, Problem, Target, TileConfig, legal_reasons
@@ -106,7 +107,7 @@ def specialised(
         attributes = {path: backend.parse_attr(get_iterable_path(notes, path)) for path in paths}
     source = ASTSource
     if getattr(function, "is_gluon", bool)():
-        from triton.experimental.gluon._runtime import GluonASTSource as source
+        source = private("triton.experimental.gluon._runtime.GluonASTSource")
     return source(function, types, constants, attributes)
 
 

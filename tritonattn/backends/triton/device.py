@@ -15,10 +15,12 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel, make_backend
 from triton.runtime import driver
-from triton.runtime.jit import create_function_from_signature
 
+from ...core.private_names import private
 from ...tuning.config import REGISTERS, Problem, TileConfig
 from ...tuning.order import LONGEST_AXIS
+
+_create_function_from_signature = private("triton.runtime.jit.create_function_from_signature")
 
 Grid = tuple[int, int, int]
 # Programs of a grid: the launcher of Triton multiplies its axes in 32 bits, and skips a launch with a negative product.
@@ -231,7 +233,7 @@ def _driver() -> Any:
 
 def binder(kernel: Any, backend: Any) -> Callable:
     """Triton's function from a kernel's arguments to (arguments by name, their specialisation, other options)."""
-    return create_function_from_signature(kernel.signature, kernel.params, backend)
+    return _create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
 def _switches() -> tuple[Any, ...]:

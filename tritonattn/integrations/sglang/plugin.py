@@ -8,6 +8,7 @@ from typing import Any
 
 from ...calls.layouts import SMALLEST_PAGE
 from ...core.extension import extend
+from ...core.private_names import private
 from ...huggingface.settings import forget_mark
 from ..serving.settings import saved_settings
 from ..serving.versions import Versions
@@ -28,9 +29,11 @@ def register() -> None:
         from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
         from sglang.srt.configs.model_config import ModelConfig
         from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
-    except ImportError:
-        message = "tritonattn: cannot register its attention backend, and serves no patched model: %s"
-        logging.getLogger("sglang.tritonattn").warning(message, VERSIONS.expected())
+
+        private("sglang.srt.configs.model_config.ModelConfig._parse_quant_hf_config")
+    except ImportError as error:
+        message = "tritonattn: cannot register its attention backend, and serves no patched model: %s; %s"
+        logging.getLogger("sglang.tritonattn").warning(message, VERSIONS.expected(), error)
         return
     if NAME in ATTENTION_BACKENDS:
         return

@@ -26,6 +26,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from ...calls.layouts import SMALLEST_PAGE
 from ...calls.varlen import Packing
 from ...core.eight_bit import EIGHT_BIT, times
+from ...core.private_names import attribute
 from ...tuning.config import WIDEST
 from ..serving.layers import ServedLayer, Step, key_ends
 from ..serving.settings import LayerFactor, Loaded, check_all_taken, invariant
@@ -33,6 +34,8 @@ from . import NAME
 from .pages import cell_bytes, descale_of, key_statistics, keys_and_values, quantised
 from .settings import asked_settings, saved_settings
 
+_LAYER = "vllm.model_executor.layers.attention.Attention"
+_BUILDER = "vllm.v1.attention.backend.AttentionMetadataBuilder"
 _OWNER = f"attention_backend {NAME}"
 _EIGHT_BIT = ("fp8", "fp8_e4m3")  # vLLM's words for its cache of e4m3
 
@@ -96,7 +99,7 @@ class TritonattnMetadataBuilder(AttentionMetadataBuilder[TritonattnMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1)  # sequences of one new token come first
+        attribute(self, f"{_BUILDER}._init_reorder_batch_threshold")(1)  # sequences of one new token come first
         self._shares_pages = vllm_config.cache_config.enable_prefix_caching
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> TritonattnMetadata:
@@ -229,8 +232,8 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         new = key[: m.tokens], value[: m.tokens]
         if self.kv_cache_dtype in _EIGHT_BIT:
             descales = (
-                descale_of(layer._k_scale, layer._k_scale_float),
-                descale_of(layer._v_scale, layer._v_scale_float),
+                descale_of(*(attribute(layer, f"{_LAYER}._{name}") for name in ("k_scale", "k_scale_float"))),
+                descale_of(*(attribute(layer, f"{_LAYER}._{name}") for name in ("v_scale", "v_scale_float"))),
             )
             new = quantised(new[0], descales[0]), quantised(new[1], descales[1])
             pages = pages[0].view(EIGHT_BIT), pages[1].view(EIGHT_BIT)

@@ -7,10 +7,15 @@ import logging
 from typing import Any
 
 from ...core.extension import extend
+from ...core.private_names import private
 from ..serving.versions import Versions
 from . import NAME
 
 VERSIONS = Versions("vllm", "0.33.0", "0.34")  # those that the tests ran
+_EXTENDED = (
+    "vllm.v1.attention.selector._cached_get_attn_backend",
+    "vllm.transformers_utils.model_arch_config_convertor.ModelArchConfigConvertorBase._normalize_quantization_config",
+)
 _BACKEND = f"{__package__}.backend.TritonattnBackend"
 
 
@@ -24,10 +29,11 @@ def register() -> None:
         from vllm.v1.attention import selector
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-        _ = selector._cached_get_attn_backend
-    except (ImportError, AttributeError):
-        message = "tritonattn: cannot tell which models are patched, and serves none of them: %s"
-        logging.getLogger("vllm.tritonattn").warning(message, VERSIONS.expected())
+        for path in _EXTENDED:
+            private(path)
+    except ImportError as error:
+        message = "tritonattn: cannot tell which models are patched, and serves none of them: %s; %s"
+        logging.getLogger("vllm.tritonattn").warning(message, VERSIONS.expected(), error)
         return
     if NAME not in AttentionBackendEnum.__members__:
         register_backend(NAME, _BACKEND)
