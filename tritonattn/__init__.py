@@ -12,6 +12,7 @@ from .calls.attention import attention, scaled_attention
 from .calls.check_scaling import check_scaling
 from .calls.decode import attention_decode
 from .calls.documents import document_ranges
+from .calls.key_counts import key_counts, key_counts_decode, key_counts_varlen
 from .calls.key_statistics import KeyStatistics
 from .calls.paged_statistics import PagedKeyStatistics
 from .calls.results import AttentionAux
@@ -36,6 +37,9 @@ __all__ = [
     "batch_invariant",
     "check_scaling",
     "document_ranges",
+    "key_counts",
+    "key_counts_decode",
+    "key_counts_varlen",
     "nn",
     "scaled_attention",
     "warmup",

@@ -12,6 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+import tritonattn
 from tests.distributed.pool import on_every_rank
 from tests.support.refusals import refuses
 from tritonattn.core.torch_distributed import whole
@@ -145,5 +146,10 @@ def test_a_layer_over_ranks_refuses_by_name(rank: int) -> None:
     refuses(message, parallelize_module, nn.Linear(1, 1), mesh, ContextParallel())
     refuses("ValueError: layout: expected one of", parallelize_module, plain, mesh, ContextParallel(layout="striped"))
     with context_parallel(mesh, buffers=[torch.randn(1, 8, 1)], buffer_seq_dims=[1]):
-        for name, call in (("ForgetGate", lambda: ForgetGate(WIDTH, HEADS)(x)), ("ALiBi", lambda: alibi(8))):
+        calls = {"ForgetGate": lambda: ForgetGate(WIDTH, HEADS)(x), "ALiBi": lambda: alibi(8)}
+        shape, lengths = (1, 1, 8, 1), torch.tensor([0, 8]).int()
+        calls |= {"key_counts": lambda: tritonattn.key_counts(shape, shape, causal=True)}
+        calls |= {"key_counts_varlen": lambda: tritonattn.key_counts_varlen(lengths)}
+        calls |= {"key_counts_decode": lambda: tritonattn.key_counts_decode(shape, key_lengths=lengths[1:])}
+        for name, call in calls.items():
             refuses(f"NotImplementedError: {name}: torch's context_parallel is active", call)

@@ -29,8 +29,8 @@ def check_values(name: str, x: Tensor, highest: int, meaning: str = "Sk = ") -> 
         raise ValueError(f"{name}: expected values in [0, {meaning}{highest}], got {low if low < 0 else high}")
 
 
-def check_offsets(name: str, offsets: Any, like: Tensor, owner: str = "q") -> None:
-    """Raise unless these are int32 [N + 1] on the device of `like`, which belongs to `owner`."""
+def check_offsets(name: str, offsets: Any, like: Tensor | None = None, owner: str = "q") -> None:
+    """Raise unless these are int32 [N + 1], on the device of `like`, which belongs to `owner`."""
     check_tensor(name, offsets, "[N + 1]", (torch.int32,), like, owner, (None,))
     if offsets.shape[0] == 0:
         raise ValueError(f"{name}: expected shape [N + 1] for N sequences, got {shape_of(offsets)}")
