@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -95,13 +96,13 @@ REFUSED = [
     ("compare --text /no/such/file", ["--text", "/no/such/file"]),
     ("compare --json /dev/null/a.json", ["--json: expected a folder", "'/dev/null'"]),
     ("compare --plot a.xyz", ["--plot", "a.xyz", "png"]),
-    (f"compare --model {__file__}", ["--model", ".gguf"]),
+    (f"compare --model {shlex.quote(__file__)}", ["--model", ".gguf"]),
     ("simulate --modes sqrt_dim,nope", ["--modes", "'nope'", "key_norm_sum"]),
     ("simulate --parts papers", ["--parts", "'papers'", "paper, sweep, verdict"]),
     ("simulate --seed -1", ["--seed", "-1"]),
     ("simulate --dims 0", ["--dims", "from 1", "'0'"]),
     ("simulate --keys gauss", ["--keys", "'gauss'", "few giants"]),
-    (f"simulate --plot {__file__}", ["--plot", Path(__file__).name]),
+    (f"simulate --plot {shlex.quote(__file__)}", ["--plot", Path(__file__).name]),
     ("advise --context 0", ["--context: expected a whole number from 2 up"]),
     ("advise --model /nowhere/model", ["--model: cannot load"]),
 ]
@@ -109,7 +110,7 @@ REFUSED = [
 
 def assert_refused(capsys: pytest.CaptureFixture[str], command: str, parts: list[str]) -> None:
     """`tritonattn COMMAND` exits with 2, prints nothing, and says all parts on stderr."""
-    assert cli.main(command.split()) == 2
+    assert cli.main(shlex.split(command)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     for part in (f"tritonattn {command.split()[0]}: ", *parts):

@@ -51,7 +51,7 @@ def test_refusals(arguments, message, tmp_path, capsys, monkeypatch):
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(SystemExit) as ended:
-        main(arguments.format(folder=tmp_path, file=file, records=RECORDS).split())
+        main([word.format(folder=tmp_path, file=file, records=RECORDS) for word in arguments.split()])
     assert ended.value.code != 0
     said = f"{ended.value.code} {capsys.readouterr().err}"
     assert re.search(message, said), said
