@@ -65,7 +65,7 @@ def effort_of(options: Namespace) -> Effort:
 
 
 def planned(options: Namespace, machine: Machine) -> list[Contest | AccuracyCase]:
-    """List the ceilings, then the suites' cases. SystemExit for an unknown name.
+    """List the ceilings, then the suites' cases, or those that --only names. SystemExit for an unknown name.
 
     Options that are set replace the axes of the suites.
     """
@@ -80,6 +80,10 @@ def planned(options: Namespace, machine: Machine) -> list[Contest | AccuracyCase
     cases: list[Contest | AccuracyCase] = list(roofline.contests(dtypes, machine.device, options.quick))
     for name in names:
         cases += SUITES[name].contests(axes[name], machine)
+    if options.only is not None:
+        cases = [case for case in cases if any(options.only in str(value) for value in case.axes.values())]
+    if not cases:
+        sys.exit(f"sweep: --only: expected text of an axis of a case, got {options.only!r}")
     return cases
 
 

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--suite", type=names, metavar="A,B", help=suites)
     parser.add_argument("--device", choices=("cuda", "cpu", "interpret", "emulate"), help=_DEVICES)
+    parser.add_argument("--only", metavar="TEXT", help="of the suites' cases those of whose axes one holds this text")
     parser.add_argument("--peers", type=names, help="sdpa,flex,...: implementations to run next to ours, or none")
     parser.add_argument("--quick", action="store_true", help="run few small cases and rounds, to see that it works")
     parser.add_argument("--lengths", type=whole_numbers, help="1024,2048,...: queries and keys, keys of a cache, ...")

@@ -79,6 +79,15 @@ def test_softcaps_of_16_bits(softcap, dtype):
         assert run(far, direction(far), gradients=False, **arguments, softcap=softcap)["out"].isfinite().all()
 
 
+def test_small_logits_keep_their_digits_under_a_softcap():
+    """Values are the signs of keys: out is the tanh of logits up to 0.08, of which 50 * eps is the fourth digit."""
+    q = torch.randn(1, 1, 64, 8, generator=torch.Generator().manual_seed(0)) / 100
+    sign = torch.tensor([1.0, -1.0])[:, None].expand(1, 1, 2, 8)
+    out = tritonattn.attention(q, sign, sign, scaling="none", softcap=50.0, backend="sdpa")
+    expected = q.double().sum(-1, keepdim=True).tanh().expand(out.shape)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=5e-7)
+
+
 def direction(tensors):
     """A random gradient of out."""
     q, v = tensors["q"], tensors["v"]

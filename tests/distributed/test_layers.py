@@ -99,6 +99,16 @@ def test_a_layer_its_gates_and_its_positions_are_those_of_one_process(pool, form
 
 
 @on_every_rank
+def test_alibi_of_a_rank_is_its_part_of_the_whole_sequences(rank: int) -> None:
+    """The last key of the sequence has the bias 0, on whichever rank it lies."""
+    mesh, tokens = meshes()["cp"], 24
+    for layout in ("contiguous", "zigzag"):
+        alibi = parallelize_module(ALiBi(HEADS), mesh, ContextParallel(layout=layout))
+        expected = shard(ALiBi(HEADS)(tokens), mesh=mesh, layout=layout, dim=-1)
+        torch.testing.assert_close(alibi(tokens // 2), expected, rtol=0, atol=0)
+
+
+@on_every_rank
 def test_what_head_parallel_has_sharded_goes_with_plain_operands(rank: int) -> None:
     """Gain and sinks as DTensors with plain q are those of this rank's heads, gradients included."""
     torch.manual_seed(0)

@@ -4,25 +4,15 @@ import pytest
 import torch
 
 from tests.support.device_work import values_unread
-from tritonattn.calls.varlen import Packing
-from tritonattn.integrations.serving.layers import Step, key_ends
+from tests.support.served import step_of
 
 PAGE, SIZE = 16, 32
 NEW = [([1, 1, 1], [1, 33, 64], 3), ([40, 3, 64, 1], [40, 66, 128, 33], 0), ([1, 1, 33, 2, 0], [32, 65, 65, 33, 40], 2)]
 
 
-def step_of(new: list[int], keys: list[int], decodes: int) -> Step:
-    table = torch.randperm(len(new) * 9).int().view(len(new), 9)
-    ends, held = key_ends(torch.tensor(new)), key_ends(torch.tensor(keys[decodes:]))
-    chunks = Packing(ends[decodes:] - decodes, held, max(new), max(keys), table[decodes:])
-    alone = decodes == len(new)
-    slots = torch.zeros(sum(new), dtype=torch.int64)
-    return Step(sum(new), slots, ends, torch.tensor(keys).int(), table, 1, decodes, None if alone else chunks)
-
-
 @pytest.mark.parametrize(("new", "keys", "decodes"), NEW)
 def test_chunks_of_new_tokens_are_the_sequences(new, keys, decodes):
-    step = step_of(new, keys, decodes)
+    step = step_of(new, keys, decodes, torch.randperm(len(new) * 9).int().view(len(new), 9), PAGE)
     with values_unread():
         found = step.in_chunks(SIZE, PAGE)
     wanted = []  # rows, keys, pages

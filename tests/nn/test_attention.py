@@ -1,5 +1,6 @@
 """ScaledAttention: its arithmetic in plain PyTorch, gradients, masks, packing and caches."""
 
+import contextlib
 import copy
 import pickle
 
@@ -13,6 +14,7 @@ from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import in_turn, pairwise
 from tests.support.refusals import refuses
 from tritonattn import attention, nn
+from tritonattn.calls.checks import FLOATS
 from tritonattn.nn.rotary import rotated
 from tritonattn.scaling import LogKeyCount
 
@@ -200,6 +202,18 @@ def test_a_full_cache_refuses_more_keys():
     refuses("ValueError: ~ expected at most capacity = 5 keys, got 6", made, x[:, :2], cache=cache)
     assert torch.equal(cache.k, held)
     assert cache.lengths.tolist() == [4, 4]
+
+
+def test_norms_of_16_bit_keys_are_not_rounded_to_16_bits():
+    k_new, held = tokens().unflatten(-1, (HEADS, D)).transpose(1, 2), {}
+    for dtype in FLOATS:
+        with contextlib.suppress(TypeError):  # of statistics in 16 bits
+            cache = nn.KeyValueCache(2, HEADS, 7, D, dtype=dtype)
+            cache.append(k_new.to(dtype), k_new.to(dtype))
+            held[dtype] = cache.statistics.norms
+    assert [x.dtype for x in held.values()] == [torch.promote_types(dtype, torch.float32) for dtype in FLOATS]
+    for dtype, norms in held.items():
+        torch.testing.assert_close(norms.double(), k_new.to(dtype).double().norm(dim=-1), rtol=1e-6, atol=0)
 
 
 @torch.no_grad()

@@ -62,3 +62,11 @@ def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):
     assert len(calls) == 7
     sweep(file, *options, "--dtypes", "bf16")  # another command
     assert len(calls) == 13
+
+
+def test_only_the_named_cases_run(tmp_path):
+    options = ("--suite", "forms", "--scalings", "sqrt_dim", "--only")
+    records = sweep(tmp_path / "a.jsonl", *options, "causal, return_aux")
+    assert {record.axes["form"] for record in records} == {"causal, return_aux"}
+    with pytest.raises(SystemExit, match="--only: expected text of an axis of a case, got 'tanh'"):
+        main(["sweep", *TINY, *options, "tanh"])
