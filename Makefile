@@ -11,7 +11,8 @@ VERSIONS ?=
 SAMPLED_KERNELS = tests/kernels/test_ranges.py tests/kernels/test_key_statistics.py tests/kernels/test_few_rows.py
 SAMPLED = tests/core tests/scaling tests/backends tests/emulated/test_attention.py::test_attention \
 	tests/emulated/test_decode.py::test_decode tests/stub_tests/test_refusals.py tests/nn/test_formulas.py \
-	tests/huggingface/test_masks.py tests/calls/test_compile.py tests/ops/test_decode.py
+	tests/huggingface/test_masks.py tests/calls/test_compile.py tests/ops/test_decode.py \
+	tests/analysis/test_diagnosis.py::test_where_it_cannot_know_it_says_so
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 CONSTRAINED = $(addprefix --constraint ,$(LOCK))
 # Python compiles what it imports: bytecode of all 17,000 files would take a CPU minute.
@@ -37,8 +38,8 @@ demo:  ## small GPTs that read 32 times their trained length, with a factor that
 	$(VENV)/bin/tritonattn demo $(ARGS)
 
 define DEMO
-make demo installs the library, PyTorch, Triton and numpy into $(VENV): 1.9 GB with PyTorch's build for CPUs, and
-several GB more with the CUDA libraries that PyPI's build has on Linux. To leave them out:
+make demo installs the library, PyTorch, Triton, numpy and tabulate into $(VENV): 1.9 GB with PyTorch's build for CPUs,
+and several GB more with the CUDA libraries that PyPI's build has on Linux. To leave them out:
     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 It then trains three small GPTs, about a minute on one free core, and prints what they recall beyond their trained
 length: with 1/sqrt(D), which is the control, and with factors that grow with the number of keys.

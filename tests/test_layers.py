@@ -3,6 +3,7 @@
 import ast
 import functools
 import graphlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,6 +121,12 @@ def test_nothing_needs_the_checkout():
     """A wheel has none of these folders."""
     for path in FILES:
         assert not {"docs", "perf", "tests"} & outside(path), path
+
+
+def test_tables_are_laid_out_by_tabulate_alone():
+    for path in (*FILES, *PERF.rglob("*.py")):
+        found = re.search(r"\b[lr]just\b|" + r"\{[^{}\n]*:[^{}\n]?[<>^]\d", path.read_text(encoding="utf-8"))
+        assert found is None, f"{path}: expected tabulate, got {found[0]}"
 
 
 def test_pieces_of_kernels_know_no_torch():

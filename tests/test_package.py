@@ -15,6 +15,8 @@ import tritonattn
 from tritonattn.cli.main import COMMANDS
 from tritonattn.tuning import cache_dir
 
+from .test_layers import FILES, outside
+
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"transformers", "matplotlib", "sklearn", "scipy", "tqdm"}
 
@@ -63,6 +65,17 @@ def test_the_page_of_an_index(wheel):
     assert all(one.startswith(urls["Repository"]) for name, one in urls.items() if name != "Documentation")
     owner, project = urls["Repository"].split("/")[-2:]
     assert urls["Documentation"] == f"https://{owner}.github.io/{project}/"
+
+
+def test_what_a_wheel_requires_is_imported(wheel):
+    """Besides numpy, which torch wants."""
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = (name for name in archive.namelist() if name.endswith("dist-info/METADATA"))
+        metadata = message_from_bytes(archive.read(name))
+    lines = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    required = {re.match(r"[\w-]+", line)[0] for line in lines}
+    assert required == {"numpy", "tabulate", "torch", "triton"}
+    assert required - {"numpy"} <= {name for path in FILES for name in outside(path)}
 
 
 def test_pictures_and_links_of_an_index():

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
@@ -17,7 +18,7 @@ import tritonattn
 from tritonattn.backends.triton import append_keys, launch
 from tritonattn.backends.triton.device import binder, compile_options
 from tritonattn.core.provenance import Environment
-from tritonattn.core.tables import table
+from tritonattn.core.records import FIGURES
 from tritonattn.tuning import Target
 from tritonattn.tuning.lookup import config_for
 
@@ -185,4 +186,4 @@ def run(options: argparse.Namespace) -> None:
         kernels = ", ".join(f"{kernel} {count}" for kernel, count in sorted(found.items()))
         rows.append((name, sum(found.values()), kernels))
     print(f"Static: {Environment.of(torch.device('cpu'), command_line('compilations', options))}.\n")
-    print(table(rows, ("list", "distinct kernels", "of each")))
+    print(tabulate(rows, ("list", "distinct kernels", "of each"), "github", **FIGURES))

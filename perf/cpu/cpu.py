@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tabulate import tabulate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -19,8 +20,7 @@ import tritonattn
 from tritonattn.autotune.timing import Contestant, median_ratio, take_turns
 from tritonattn.cli.options import check_file, whole_number
 from tritonattn.core.provenance import Environment
-from tritonattn.core.records import write_json
-from tritonattn.core.tables import table
+from tritonattn.core.records import FIGURES, write_json
 from tritonattn.core.visibility import Visibility
 
 from ..cases.recipes import scaled_by_mode
@@ -187,6 +187,6 @@ def run(options: argparse.Namespace) -> None:
     headers = ["case", "attention", "ms", "time ratio", "peak MiB", "memory ratio"]
     digits = ("", "", ".0f", ".3f", ".0f", ".2f")
     rows = [[format(x, one) for x, one in zip(record.values(), digits, strict=True)] for record in records]
-    print(table(rows, headers, "simple", left=2))
+    print(tabulate(rows, headers, "simple", **FIGURES | {"colalign": ("left",) * 2}))
     if options.json:
         write_json(options.json, {"environment": asdict(environment), "results": records})

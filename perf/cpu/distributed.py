@@ -16,10 +16,11 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
+from tabulate import tabulate
 
 from tritonattn.cli.options import whole_number
 from tritonattn.core.provenance import Environment
-from tritonattn.core.tables import table
+from tritonattn.core.records import FIGURES
 
 from ..options import command_line
 from .memory import reset_peak, resident, saved_storages
@@ -268,10 +269,10 @@ def run(options: argparse.Namespace) -> None:
     print(f"Measured, gloo processes of one thread each: {where}.\n")
     print(f"[1, {sizes.q_heads} over {sizes.kv_heads}, {sizes.length}, {sizes.head_dim}] in bf16, causal, on `sdpa`.")
     print("One process: the same call of one rank, while as many processes run.\n")
-    print(table(measured_rows(sizes, options.rounds), MEASURED))
+    print(tabulate(measured_rows(sizes, options.rounds), MEASURED, "github", **FIGURES))
     print("\nMeasured, peak of resident memory in a forward and a backward of a rank, zig-zag, without q, k and v:\n")
-    print(table(peak_rows(sizes), PEAKS))
+    print(tabulate(peak_rows(sizes), PEAKS, "github", **FIGURES))
     assumed = Assumptions()
     print(f"\nModelled, causal, zig-zag, bf16, one layer: {assumed}. Nothing overlaps.")
     print("GiB: the peak of a rank's memory in the backward, without q, k and v, by the formula of the table before.\n")
-    print(table(modelled_rows((65536, 524288, 8388608), assumed), MODELLED))
+    print(tabulate(modelled_rows((65536, 524288, 8388608), assumed), MODELLED, "github", **FIGURES))

@@ -15,11 +15,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from tabulate import tabulate
 
 import tritonattn
 from tritonattn.cli.options import whole_number
 from tritonattn.core.provenance import Environment
-from tritonattn.core.tables import table
+from tritonattn.core.records import FIGURES
 
 from ..options import command_line
 
@@ -107,4 +108,4 @@ def run(options: argparse.Namespace) -> None:
     rows = measured(options.rounds, options.capability)
     where = Environment.of(torch.device("cpu"), command_line("launches", options))
     print(f"Simulated on a stub of NVIDIA's driver: {where}.\n")
-    print(table(rows, ("call", "us, least", "us, median", "launches", "torch operators")))
+    print(tabulate(rows, ("call", "us, least", "us, median", "launches", "torch operators"), "github", **FIGURES))

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tabulate import tabulate
 from torch import Tensor
 
 import tritonattn
-from tritonattn.core.tables import table
+from tritonattn.core.records import FIGURES
 
 HEADS, LENGTH = 2, 64
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -106,4 +107,4 @@ def rows(head_dim: int) -> list[list[str]]:
 
 
 def report(head_dim: int) -> str:
-    return table(rows(head_dim), ("form", "`triton`, bf16", "`sdpa`, fp32", "`sdpa`, bf16"))
+    return tabulate(rows(head_dim), ("form", "`triton`, bf16", "`sdpa`, fp32", "`sdpa`, bf16"), "github", **FIGURES)

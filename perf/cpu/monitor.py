@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from tabulate import tabulate
 
 from tritonattn.analysis import Monitor, Thresholds
 from tritonattn.autotune.timing import Contestant, median_ratio, take_turns
 from tritonattn.cli.options import check_file, device, whole_number
 from tritonattn.core.errors import CommandError
 from tritonattn.core.provenance import Environment
-from tritonattn.core.records import write_json
-from tritonattn.core.tables import table
+from tritonattn.core.records import FIGURES, write_json
 from tritonattn.huggingface import patch
 from tritonattn.nn.registry import scaling_of_layer
 
@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> None:
         f"{options.scaling or 'sdpa, not patched'}; forward, backward and AdamW\n"
     )
     rows = [(name, f"{one['median_ms']:.1f}", f"{one['time_ratio']:.3f}") for name, one in found.items()]
-    print(table(rows, ["", "ms per step", "time ratio"], "simple"))
+    print(tabulate(rows, ["", "ms per step", "time ratio"], "simple", **FIGURES))
     print(f"\nevery = {EVERY}: {overall:+.1%}, of which {(watched - idle) / EVERY:+.1%} in the watched steps")
     if options.json:
         shape = {name: getattr(options, name) for name in ("batch", "length", "width", "scaling", "repeats")}

@@ -12,10 +12,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from tabulate import tabulate
 
 from tritonattn.cli.options import whole_number
 from tritonattn.core.provenance import Environment
-from tritonattn.core.tables import table
+from tritonattn.core.records import FIGURES
 
 from ..options import command_line
 from .launches import in_turn, launches_of
@@ -83,4 +84,5 @@ def run(options: argparse.Namespace) -> None:
     rows = measured(options.rounds, options.capability)
     where = Environment.of(torch.device("cpu"), command_line("serving", options))
     print(f"Simulated on a stub of NVIDIA's driver: {where}.\n")
-    print(table(rows, ("step", "backend", "us, once", "us, least", "us, median", "launches", "torch operators")))
+    headers = ("step", "backend", "us, once", "us, least", "us, median", "launches", "torch operators")
+    print(tabulate(rows, headers, "github", **FIGURES))

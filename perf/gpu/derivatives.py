@@ -14,11 +14,11 @@ from dataclasses import replace
 from itertools import product
 
 import torch
+from tabulate import tabulate
 
 from tritonattn.autotune.timing import Timing, median_ratio, take_turns
 from tritonattn.autotune.workload import Workload
 from tritonattn.backends.triton import launch
-from tritonattn.core.tables import table
 from tritonattn.tuning.calls import Size
 from tritonattn.tuning.config import SECOND_KERNELS, TileConfig
 from tritonattn.tuning.table import Key, keys
@@ -82,6 +82,6 @@ def run(options: argparse.Namespace) -> None:
         rows = [row for case in cases for row in times(device, *case, 1 if tiny else 20)]
         card = origin(device)
     headers = ["case", "attention", "D", "length", "ms", "ratio to the first"]
-    print(f"\n{card}\n\n{table(rows, headers, left=None)}")
+    print(f"\n{card}\n\n{tabulate(rows, headers, 'github', disable_numparse=True)}")
     if errors:
         sys.exit("\n".join([f"derivatives: {len(errors)} kernels are wrong", *errors]))

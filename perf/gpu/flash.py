@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tabulate import tabulate
 
 import tritonattn
 from tests.kernels import harness
@@ -25,7 +26,6 @@ from tests.support import flash as stand_in
 from tritonattn.autotune.timing import card_state, median_ratio, take_turns
 from tritonattn.backends.flash.libraries import card_of, libraries
 from tritonattn.core.provenance import commit
-from tritonattn.core.tables import table as layout
 from tritonattn.tuning import lookup
 from tritonattn.tuning.config import Target
 from tritonattn.tuning.gpus import table_name
@@ -134,7 +134,7 @@ def run(options: argparse.Namespace) -> None:
             f" tokens, causal, bf16. Measured on a CPU, torch {torch.__version__}, commit {commit()},"
             " `python -m perf flash --errors`.\n"
         )
-        print(layout(rows, ["scaling", "D", "result", "folded into q", "in fp32"], left=None))
+        print(tabulate(rows, ["scaling", "D", "result", "folded into q", "in fp32"], "github", disable_numparse=True))
         return
     if reason := obstacle(options.device):
         sys.exit(f"flash: {reason}")
@@ -145,14 +145,14 @@ def compare(device: torch.device, seconds: float, writes: bool) -> None:
     """Check and time; name the library in the table of this card if asked to, and exit where a call is wrong."""
     found = libraries(card_of(device))
     checked = [row for one in found for row in flash_checks.check(one, device, seconds / 2 / len(found))]
-    print(layout(checked, ["library", "call", "gradients and results"], left=3), end="\n\n")
+    print(tabulate(checked, ["library", "call", "gradients and results"], "github", disable_numparse=True), end="\n\n")
     wrong = flash_checks.wrong(checked)
     library = found[0].name
     ratios = gains("triton", HEAD_DIMS, _TOKENS, device, _ROUNDS)
     state = ", ".join(f"{name} {value}" for name, value in card_state(device).items())
     print(f"measured on {torch.cuda.get_device_name()}, {state}; torch {torch.__version__}, commit {commit()}\n")
     rows = [[head_dim, f"{gain:.3f}"] for head_dim, gain in ratios.items()]
-    print(layout(rows, ["D", f"time of triton over {library}"], left=None))
+    print(tabulate(rows, ["D", f"time of triton over {library}"], "github", disable_numparse=True))
     if writes:
         chosen = library if min(ratios.values()) >= LEAST_GAIN and library not in wrong else ""
         print(f'\n{write(chosen, Target.of(device))}: "auto" takes {chosen or "the kernels"}')

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
+from tabulate import tabulate
 
 from tritonattn.autotune.timing import Timing, take_turns
 from tritonattn.autotune.workload import Workload
 from tritonattn.backends.triton import launch
-from tritonattn.core.tables import table
 from tritonattn.tuning import Problem, Target, compile_kernel
 from tritonattn.tuning.calls import Size
 from tritonattn.tuning.config import TileConfig, legal_reasons
@@ -100,7 +100,7 @@ def report(rows: list[Row]) -> str:
             ]
         )
     headers = ["kernel", "D", "tile", "stages", "ms", "TFLOPS", "share, modelled", "gain, measured", "gain, modelled"]
-    return table(lines, headers, left=0)
+    return tabulate(lines, headers, "github", disable_numparse=True, stralign="right")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

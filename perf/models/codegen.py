@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 import triton
+from tabulate import tabulate
 
 from tritonattn.backends.triton import KERNELS
 from tritonattn.cli.options import add_chosen, check_file, numbers, whole_number
 from tritonattn.cli.threads import usable_cores
 from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import commit
-from tritonattn.core.tables import table as layout
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config
 from tritonattn.tuning.config import SECOND_KERNELS, STREAMING_KERNELS, TILED_KERNELS, WIDEST, TileConfig
 
@@ -240,7 +240,7 @@ def code_table(readings: list[Reading]) -> str:
                 f"{reading.compile_seconds:.1f}",
             ]
         )
-    return layout(rows, headers, left=None)
+    return tabulate(rows, headers, "github", disable_numparse=True)
 
 
 def model_table(readings: list[Reading]) -> str:
@@ -254,7 +254,7 @@ def model_table(readings: list[Reading]) -> str:
         clocks = [f"{1024 * bounds[unit]:.0f}" for unit in UNITS]
         slowest = max(UNITS, key=lambda unit: bounds[unit])
         rows.append([*_identity(reading), *clocks, f"{reading.modelled_utilisation:.2f}", slowest])
-    return layout(rows, headers, left=None)
+    return tabulate(rows, headers, "github", disable_numparse=True)
 
 
 def _identity(reading: Reading) -> list:
@@ -330,4 +330,4 @@ def compile_times(readings: list[Reading]) -> str:
         seconds = [reading.compile_seconds for reading in readings if reading.kernel == kernel]
         lines.append([kernel, len(seconds), f"{statistics.median(seconds):.1f}", f"{max(seconds):.1f}"])
     headers = ["compile time (measured, CPU)", "kernels", "median s", "longest s"]
-    return layout(lines, headers, left=None)
+    return tabulate(lines, headers, "github", disable_numparse=True)

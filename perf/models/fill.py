@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from tabulate import tabulate
 
 from tritonattn.cli.options import whole_numbers
 from tritonattn.core.provenance import commit
-from tritonattn.core.tables import table
+from tritonattn.core.records import FIGURES
 from tritonattn.tuning import splits
 from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.gpus import GPUS
@@ -118,7 +119,7 @@ def _cell(before: Fill, after: Fill) -> str:
 def report(found: Sequence[list[str]], keys: Sequence[int]) -> str:
     columns = ["card", "head dim", "call", *(f"{count:,} keys" for count in keys)]
     cells = [[*row, *[""] * (len(columns) - len(row))] for row in found]
-    return f"{HEADING.format(commit=commit())}\n{table(cells, columns)}\n"
+    return f"{HEADING.format(commit=commit())}\n{tabulate(cells, columns, 'github', **FIGURES)}\n"
 
 
 def run(options: argparse.Namespace) -> None:

@@ -21,13 +21,14 @@ from types import SimpleNamespace
 
 import torch
 import triton
+from tabulate import tabulate
 
 from tritonattn.backends.triton import KERNELS
 from tritonattn.cli.options import check_file, numbers, whole_number
 from tritonattn.cli.threads import usable_cores
 from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import commit
-from tritonattn.core.tables import table as layout
+from tritonattn.core.records import FIGURES
 from tritonattn.tuning import Problem, compile_kernel
 from tritonattn.tuning.config import WIDEST
 from tritonattn.tuning.ptxas import suspicion
@@ -111,7 +112,7 @@ def table(rows: list[list[Assembled]]) -> str:
     """Kernels on which releases differ, in columns by release, and how many they agree on."""
     different = [row for row in rows if len({str(one) for one in row}) > 1]
     headers = ["kernel", *(one.release for one in rows[0])]
-    body = layout([[row[0].kernel, *map(str, row)] for row in different], headers)
+    body = tabulate([[row[0].kernel, *map(str, row)] for row in different], headers, "github", disable_numparse=True)
     return f"{body}\n\nAll releases agree on {len(rows) - len(different)} of {len(rows)} kernels."
 
 
@@ -127,7 +128,7 @@ def totals(rows: list[list[Assembled]]) -> str:
         sums = sum(one.registers for one in column), sum(one.instructions for one in column)
         lines.append([release, *sums, worst.registers, spilling, failed, known])
     headers = ["ptxas", "registers, sum", "instructions, sum", "most registers", "spill in loops", "failed", ""]
-    return layout(lines, headers)
+    return tabulate(lines, headers, "github", **FIGURES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

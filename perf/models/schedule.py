@@ -13,9 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from tabulate import tabulate
+
 from tritonattn.cli.options import whole_numbers
 from tritonattn.core.provenance import commit
-from tritonattn.core.tables import table as layout
+from tritonattn.core.records import FIGURES
 from tritonattn.tuning.config import Target
 from tritonattn.tuning.gpus import GPUS
 from tritonattn.tuning.order import Sections, sections
@@ -138,7 +140,8 @@ def report(found: Sequence[Row]) -> str:
         cells[one.heads] = f"{one.by_head:.2f} / {one.in_sections:.2f}"
     columns = ["card", "head dim", "length", *(f"{count} heads" for count in heads)]
     heading = HEADING.format(commit=commit(), block_m=_BLOCK_M, block_n=_BLOCK_N, fixed=FIXED)
-    return f"{heading}\n\n{layout([[*key, *cells.values()] for key, cells in lines.items()], columns)}\n"
+    body = [[*key, *cells.values()] for key, cells in lines.items()]
+    return f"{heading}\n\n{tabulate(body, columns, 'github', **FIGURES)}\n"
 
 
 def run(options: argparse.Namespace) -> None:

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from tabulate import tabulate
 from torch import Tensor
 
 from tritonattn.cli.models import WRITTEN_MODE, add_model
 from tritonattn.cli.options import add_number, make_folder, names
-from tritonattn.core import records, tables
+from tritonattn.core import records
 from tritonattn.core.errors import CommandError
 from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import Environment, command_line
@@ -196,13 +197,13 @@ def _by_variant(found: dict[str, Tensor], alone: Tensor, start: int, context: in
         moved = _difference(values, base[first - 1 :])
         rows.append([without, *[""] * (2 * len(parts) - 2), f"{values.double().mean():.4f}", moved])
     titles = [(f"loss, tokens {lo} to {hi - 1}", "moved") for lo, hi in parts]
-    return tables.table(rows, ["scaling", *(title for pair in titles for title in pair)])
+    return tabulate(rows, ["scaling", *(title for pair in titles for title in pair)], "github", **records.FIGURES)
 
 
 def _by_position(found: dict[str, Tensor], bins: list[tuple[int, int]]) -> str:
     """Tabulate the mean loss of every variant, a row a range of tokens."""
     rows = [(f"{lo} to {hi - 1}", *(f"{_mean(values, lo, hi):.3f}" for values in found.values())) for lo, hi in bins]
-    return tables.table(rows, ["tokens", *found])
+    return tabulate(rows, ["tokens", *found], "github", **records.FIGURES)
 
 
 def _difference(values: Tensor, base: Tensor) -> str:

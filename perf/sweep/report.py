@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
 
+from tabulate import tabulate
+
 from tritonattn.cli.options import check_file
-from tritonattn.core.tables import table as layout
 
 from ..cases.records import Record, read_all
 
@@ -71,7 +72,7 @@ def _times_table(records: list[Record]) -> str:
         figures = [column(record) for column in columns.values()]
         rows.append([*values, record.contestant, *figures, "" if record.status == "measured" else record.status])
     headers = [*shown, "contestant", *columns, ""]
-    return layout(rows, headers, left=None) + _baselines(records)
+    return tabulate(rows, headers, "github", disable_numparse=True) + _baselines(records)
 
 
 def _baselines(records: list[Record]) -> str:
@@ -96,7 +97,7 @@ def _accuracy_table(records: list[Record]) -> str:
             alike = [r for r in records if (r.axes["dtype"], r.axes.get(axis, r.scaling)) == (dtype, value)]
             errors = [[_size(r.error) for r in alike if implementation(r) == who] for who in contestants]
             rows.append([dtype, value, *(f"{statistics.median(e):.1e}, {max(e):.1e}" if e else "" for e in errors)])
-        parts.append(layout(rows, ["dtype", name, *contestants], left=None))
+        parts.append(tabulate(rows, ["dtype", name, *contestants], "github", disable_numparse=True))
     return "\n\n".join(parts)
 
 

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..calls.attention import batch_visibility
 from ..calls.checks import check_count, operands
 from ..core.hints import shortened
 from ..core.records import for_json
-from ..core.tables import table
 from ..scaling import Scaling
 from ..scaling.names import ModeName
 from .fading import half_at
@@ -107,7 +107,7 @@ class Advice:
         figures = ("one-hot", "uniform", "entropy/ln n", "max logit", "Jacobian", "gradient", "half at n")
         headers = ("layer", *figures, "rule", "try")
         rows = [(one.layer, *_figures(one), _rules(one), _tried(one.mode, one.after)) for one in self.findings]
-        return table(rows, headers, "simple", left=None)
+        return tabulate(rows, headers, "simple", disable_numparse=True)
 
     def report(self) -> str:
         """The table and the reasons as text."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from tabulate import tabulate
 from torch import Tensor
 
 from ..calls.attention import batch_visibility
@@ -13,8 +14,8 @@ from ..calls.dispatch import logits
 from ..calls.public import public
 from ..core.call import Request
 from ..core.norms import key_norms_of
+from ..core.records import FIGURES
 from ..core.statistics import Statistics
-from ..core.tables import table
 from ..core.terms import Terms
 from ..core.visibility import Visibility
 from ..scaling import Scaling
@@ -88,7 +89,7 @@ class Diagnosis:
         )
         columns["mass half\nat n"] = [f"{n:.3g}" for n in self.half_at.tolist()]
         rows = [[head, *values] for head, values in enumerate(zip(*columns.values(), strict=True))]
-        return table(rows, ["head", *columns], "simple")
+        return tabulate(rows, ["head", *columns], "simple", **FIGURES)
 
 
 _HEADERS = {

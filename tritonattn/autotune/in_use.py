@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 import triton
+from tabulate import tabulate
 
 from ..backends.triton import launch
 from ..core.errors import CommandError
-from ..core.tables import table
 from ..tuning import cache_dir, lookup
 from ..tuning.config import OPTIONS, SHARES, Target, TileConfig
 from ..tuning.fingerprint import kernels_fingerprint
@@ -95,7 +95,7 @@ def configs(gpu: str | None) -> int:
     for key in (*keys(), *lookup.problems(target)):
         found = lookup.find(key.kernel, key.problem, target)
         rows.append([key, shown(found.config), _origin(found)])
-    print(table(rows, ["key", "config", "from"], left=None))
+    print(tabulate(rows, ["key", "config", "from"], "github", disable_numparse=True))
     return 0
 
 

@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tabulate import tabulate
 
 from ..backends.triton import launch
 from ..core.errors import INTERRUPTED, CommandError
 from ..core.progress import Progress as Bar
-from ..core.tables import table as layout
 from ..tuning import cache_dir, lookup
 from ..tuning.calls import Size, read_calls
 from ..tuning.config import Problem, Target, TileConfig
@@ -192,7 +192,7 @@ def _static_summary(table: Table, before: dict[EntryKey, Entry], wanted: list[Ke
         known = entry.details.get("registers", "")
         changed = "" if old is None or old.config == entry.config else f"was {shown(old.config)}"
         rows.append([key, shown(entry.config), known, changed or entry.source])
-    return layout(rows, ["key", "config", "registers", "source"], left=None)
+    return tabulate(rows, ["key", "config", "registers", "source"], "github", disable_numparse=True)
 
 
 def _gpu_here() -> tuple[torch.device, Target]:
@@ -265,4 +265,4 @@ def _measured_summary(results: list[Result]) -> str:
         milliseconds = "" if result.timing is None else f"{result.timing.median:.4f}"
         gain = "" if result.gain is None else f"{result.gain:.3f}x"
         rows.append([result.key, shown(result.before), now, milliseconds, gain])
-    return layout(rows, ["key", "before", "now", "ms", "gain"], left=None)
+    return tabulate(rows, ["key", "before", "now", "ms", "gain"], "github", disable_numparse=True)

@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 
 Record = TypeVar("Record")
 
+# Options of tabulate for rows of a name and figures: text as it is, figures on the right.
+FIGURES: dict[str, Any] = {"disable_numparse": True, "stralign": "right", "colalign": ("left",)}
+
 
 def for_json(x: Any, digits: int | None = None) -> Any:
     """Replace floats that are not finite by None, in dicts and lists too; round the others to significant digits."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any
 
+from tabulate import tabulate
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,7 +17,6 @@ from ..calls.checks import Backend, check_bool, check_settings
 from ..calls.public import public
 from ..core.hints import shortened
 from ..core.optimizers import expect_steps
-from ..core.tables import table
 from ..core.torch_distributed import refuse_wrapped
 from ..nn.registry import largest_base
 from ..scaling import Scaling, SqrtDim
@@ -95,7 +95,8 @@ class Patched:
                 asked = "undone" if one.name in self._chosen else "not among the layers asked for"
                 scaling = f"left alone: {one.obstacle or asked}"
             rows.append((one.name, *_shape(one), self._before[one.name] or "built in", scaling))
-        return table(rows, ("module", "layer type", "heads", "head_dim", "before", "scaling"), "simple", left=None)
+        headers = ("module", "layer type", "heads", "head_dim", "before", "scaling")
+        return tabulate(rows, headers, "simple", disable_numparse=True)
 
     @contextmanager
     def watch(self, observer: Callable[[nn.Module, Tensor, Tensor, dict[str, Any], Any], None]):

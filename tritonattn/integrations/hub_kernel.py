@@ -17,7 +17,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 # Files that need more than torch and triton, and those of commands.
 _LEFT_OUT = ("analysis", "cli", "huggingface", "integrations", "lab", "autotune", "__main__.py")
-_LEFT_OUT += ("core/progress.py", "core/provenance.py", "core/tables.py")
+_LEFT_OUT += ("core/progress.py", "core/provenance.py")
 
 # transformers' attention interface: imported when transformers calls it, without what registers and patches.
 _INTERFACE = ("architecture", "attention", "context_parallel", "first_use", "masks", "scalings", "settings")

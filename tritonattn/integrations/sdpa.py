@@ -12,6 +12,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention, softmax
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -20,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 from ..calls.checks import Backend
 from ..core.hints import shortened, type_of
 from ..core.private_names import DisableTorchFunction
-from ..core.tables import table
 from ..nn.learned import as_mode, describe
 from ..scaling import Scaling
 from ..scaling.names import LayerMode, ModeName
@@ -209,7 +209,8 @@ class ReplacedSDPA(Replacement):
             scaling = f"left alone: {layer.left}" if layer.scaling is None else describe(layer.scaling)
             arguments = ", ".join(sorted(layer.arguments))
             rows.append((name, type(layer.module).__name__, layer.heads, layer.calls, arguments, scaling))
-        return table(rows, ("module", "class", "heads", "calls", "arguments", "scaling"), "simple", left=None)
+        headers = ("module", "class", "heads", "calls", "arguments", "scaling")
+        return tabulate(rows, headers, "simple", disable_numparse=True)
 
 
 def sdpa_changes(name: str, layer: Any, scaling: Any, backend: Backend) -> list[Change]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tabulate import tabulate
 from torch import Tensor, nn
 
-from ..core.tables import table
+from ..core.records import FIGURES
 from ..nn import ScaledAttention, scaling_parameters
 from ..scaling import SCALINGS
 from .ledger import NAMES, VALUES, VOCABULARY, ledger
@@ -105,7 +106,7 @@ def report(device: torch.device, steps: int) -> str:
     control, log, _, swapped = (found[name][-1] for name in STUDY)
     told = {"length": LENGTH, "mode": SWAPPED, "steps": steps}
     conclusion = _CONCLUSION.format(control=control, log=log, swapped=swapped, **told)
-    return f"{table(rows, headers, 'simple')}\n\n{conclusion}"
+    return f"{tabulate(rows, headers, 'simple', **FIGURES)}\n\n{conclusion}"
 
 
 def trained(scaling: str, device: torch.device, steps: int) -> GPT:

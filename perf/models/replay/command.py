@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 import triton
+from tabulate import tabulate
 
 from tritonattn.cli.options import add_chosen, whole_number, whole_numbers
 from tritonattn.cli.threads import usable_cores
 from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import commit
-from tritonattn.core.tables import table
 from tritonattn.tuning import Problem, Target, compile_kernel
 from tritonattn.tuning.config import TILED_KERNELS, TileConfig, legal_reasons
 from tritonattn.tuning.defaults import gluon_config
@@ -117,7 +117,7 @@ def replay_table(results: list[tuple[Case, Replay]]) -> str:
                 ", ".join(_remarks(config, found)),
             ]
         )
-    return table(rows, headers, left=None)
+    return tabulate(rows, headers, "github", disable_numparse=True)
 
 
 def waits_text(waits: dict[str, float]) -> str:
@@ -179,7 +179,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.cubin:
         found = loops_of_binary(arguments.cubin, arguments.function, arguments.warps)
         rows = [[count, f"{timeline.clocks:.1f}", waits_text(timeline.waits)] for count, timeline in found]
-        print(table(rows, ["instructions", "clocks", "waits for"], left=0))
+        headers = ["instructions", "clocks", "waits for"]
+        print(tabulate(rows, headers, "github", disable_numparse=True, stralign="right"))
         return
     wanted = cases(arguments.targets, arguments.head_dims, arguments.stages, arguments.kernels)
     with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from tritonattn.core.tables import table
+from tabulate import tabulate
+
+from tritonattn.core.records import FIGURES
 from tritonattn.lab.modes import BASELINE
 from tritonattn.nn.power_law import POINTS
 
@@ -92,7 +94,7 @@ def _comparison(runs: Sequence[Run]) -> str:
             "diverged": f"{lost} of {len(group)}" if lost else _MISSING,
         }
         rows.append(row)
-    return table([[*row.values()] for row in rows], list(rows[0]))
+    return tabulate([[*row.values()] for row in rows], list(rows[0]), "github", **FIGURES)
 
 
 def other_metrics(runs: Sequence[Run]) -> str:
@@ -105,7 +107,7 @@ def other_metrics(runs: Sequence[Run]) -> str:
     for mode, group in by_mode(runs).items():
         good = _trained(group)
         rows.append((mode, *(_mean(good, lambda run, name=name: run.metrics[name]) for name in names)))
-    return table(rows, ("mode", *names))
+    return tabulate(rows, ("mode", *names), "github", **FIGURES)
 
 
 def _exponents(runs: Iterable[Run]) -> str:
@@ -119,7 +121,7 @@ def _exponents(runs: Iterable[Run]) -> str:
             nearest, distance = _nearest_point(fmean(n), fmean(norm))
             rows.append((task, layer, _spread(n), _spread(norm), _spread(theta), nearest, f"{distance:.2f}"))
     headers = ("task", "layer", "exponent of n", "of mean norm", "theta", "nearest mode", "distance")
-    return table(rows, headers) if rows else ""
+    return tabulate(rows, headers, "github", **FIGURES) if rows else ""
 
 
 def _nearest_point(count_exponent: float, norm_exponent: float) -> tuple[str, float]:
@@ -154,7 +156,8 @@ def _grid(runs: Sequence[Run]) -> tuple[str, str]:
             best = (max if task.higher_is_better else min)(means, key=means.__getitem__)
             sentences.append(f"{mode} is best with {best}: {task.metric} {means[best]:.3f}.")
     rows = [(one.optimizer, f"{one.learning_rate:g}", f"{one.weight_decay:g}", *row) for one, row in cells.items()]
-    return table(rows, ("optimizer", "learning rate", "weight decay", *modes)), "\n".join(sentences)
+    headers = ("optimizer", "learning rate", "weight decay", *modes)
+    return tabulate(rows, headers, "github", **FIGURES), "\n".join(sentences)
 
 
 def _trained(runs: Iterable[Run]) -> list[Run]:

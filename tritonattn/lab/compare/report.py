@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 import transformers
+from tabulate import tabulate
 
-from ...core.records import write_json
-from ...core.tables import table
+from ...core.records import FIGURES, write_json
 from .measurement import Measurement
 
 AGREEMENT = 1e-4
@@ -39,7 +39,7 @@ class Report:
 
     def table(self) -> str:
         """Tabulate the measures, a row per mode."""
-        return table([self._row(one) for one in self.measurements], _HEADERS, "simple")
+        return tabulate([self._row(one) for one in self.measurements], _HEADERS, "simple", **FIGURES)
 
     def layers(self) -> str:
         """Tabulate the entropy of each layer and of its heads, and logits: a table per mode, a row per layer."""
@@ -56,7 +56,7 @@ class Report:
                 )
                 for layer in one.layers
             ]
-            tables.append(table(rows, headers, "simple"))
+            tables.append(tabulate(rows, headers, "simple", **FIGURES))
         return "\n\n".join(tables)
 
     def check(self) -> str:

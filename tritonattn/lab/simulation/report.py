@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 
 from ...core.provenance import Environment
-from ...core.records import for_json, write
-from ...core.tables import table
+from ...core.records import FIGURES, for_json, write
 from .measures import MEASURES, Measures, Point
 from .paper import Component
 from .verdict import Condition, Reach
@@ -153,4 +153,5 @@ class Findings:
 
 def _table(title: str, headers: list[Any], rows: Iterable[Iterable[Any]], left: int = 1) -> str:
     cells = [[f"{x:.3g}" if isinstance(x, float) else x for x in row] for row in rows]
-    return f"{title}\n\n{table(cells, headers, 'simple', left)}"
+    sides = FIGURES | {"colalign": ("left",) * left}
+    return f"{title}\n\n{tabulate(cells, headers, 'simple', **sides)}"
