@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed import HashStore, destroy_process_group, init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -149,6 +151,10 @@ def test_copies_pickles_compiled_and_distributed_models_agree():
         wrapped = DistributedDataParallel(build())
         patch(wrapped, scaling="ssmax", parameters=NAMES)  # no parameter is added
         torch.testing.assert_close(wrapped(IDS).logits, expected[0])
+        for layer in (*pickled.model.layers, pickled):
+            fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        found = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in gradients(pickled)]
+        torch.testing.assert_close(found, expected)
     finally:
         destroy_process_group()
 

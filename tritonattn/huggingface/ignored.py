@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from ..core.hints import shortened, warn
 from .architecture import AttentionModule, outermost_models
@@ -19,15 +19,13 @@ _NAMED = "ssmax"  # ssmax_scale of OLMo 3.5's hybrids, ssmax_s of Step-5
 def warn_of_ignored(model: nn.Module, found: list[AttentionModule]) -> None:
     """Warn of a checkpoint's learned scalings of attention layers that loading leaves out as unexpected weights."""
     for root in outermost_models(model).values():
-        layers = {_bare(root, one.saved_name) for one in found if one.saved_name is not None}
-        held = {_bare(root, name) for name in root.state_dict()}
-        ignored = [
-            name
-            for name in _saved_names(root)
-            if _NAMED in name.rpartition(".")[2]
-            and (bare := _bare(root, name)) not in held
-            and bare.rpartition(".")[0] in layers
-        ]
+        scalings = [name for name in _saved_names(root) if _NAMED in name.rpartition(".")[2]]
+        if not scalings:
+            continue
+        layers = {_bare(root, layer.saved_name) for layer in found if layer.saved_name is not None}
+        held = {_bare(root, name) for name, _ in (*root.named_parameters(), *root.named_buffers())}
+        bare_names = {name: _bare(root, name) for name in scalings}
+        ignored = [x for x, bare in bare_names.items() if bare not in held and bare.rpartition(".")[0] in layers]
         if ignored:
             warn(
                 f"model: expected one that has the learned scalings of its checkpoint, got a {type(root).__name__}"
