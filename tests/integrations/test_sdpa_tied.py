@@ -67,10 +67,10 @@ def test_the_tensor_stays_the_model_s_and_is_the_scaling_s():
     ("scaling", "parameters", "error"),
     [
         ("ssmax", "s", "TypeError: parameters: expected a dict from names or patterns ~ got str 's'"),
-        ("ssmax", {"*.scal": "s"}, "ValueError: parameters['*.scal']: ~ out of 0.scale, 2.scale, got no match"),
+        ("ssmax", {"*.scal": "s"}, "ValueError: parameters['*.scal']: ~ [4], 0.scale, 2.scale, got no match"),
         ("ssmax", {"0.scale": "s"}, "ValueError: expected a tensor for 's' in every ~ got none in 2: name the layers"),
-        ("ssmax", {"*.proj.bias": "s"}, "ValueError: expected a floating tensor of shape [4], got ~ [16]"),
-        ("dim", {"*.scale": "s"}, "ValueError: parameters['*.scale']: expected a learned scaling, such as 'ssmax'"),
+        ("ssmax", {"*.proj.bias": "s"}, "ValueError: a tensor of shape [4], ~ got a torch.float64 ~ [16] at 0.proj.b"),
+        ("dim", {"*.scale": "s"}, "ValueError: parameters['*.scale']: expected a learned scaling, 'ssmax', got 's'"),
         (SSMax(H, base=9.0), {"*.scale": "s"}, "TypeError: scaling: expected a name, such as 'ssmax', with parameters"),
     ],
 )

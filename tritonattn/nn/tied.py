@@ -19,11 +19,14 @@ _lock = threading.Lock()
 
 def check_parameters(parameters: Any) -> None:
     """Raise TypeError unless `parameters` is a dict from names in the model to names in the scaling."""
-    if not isinstance(parameters, Mapping) or not all(isinstance(x, str) for item in parameters.items() for x in item):
-        raise TypeError(
-            "parameters: expected a dict from names or patterns of the model's parameters to the scaling's, such as"
-            f" {{'layers.*.self_attn.ssmax_scale': 's'}}, got {type_of(parameters)}"
-        )
+    items = parameters.items() if isinstance(parameters, Mapping) else [(parameters, None)]
+    for name, target in items:
+        if not isinstance(name, str) or not isinstance(target, str):
+            got = f"{name!r}: {type_of(target)}" if isinstance(parameters, Mapping) else type_of(parameters)
+            raise TypeError(
+                "parameters: expected a dict from names or patterns of the model's parameters to the scaling's, such"
+                f" as {{'layers.*.self_attn.ssmax_scale': 's'}}, got {got}"
+            )
 
 
 def tied_names(parameters: Mapping[str, str], layers: Mapping[str, tuple[Any, Any]]) -> dict[str, dict[str, str]]:
@@ -36,38 +39,35 @@ def tied_names(parameters: Mapping[str, str], layers: Mapping[str, tuple[Any, An
     A layer whose scaling has a named parameter must hold one tensor of that name and shape; others are left alone.
     Raises ValueError for other names, with the candidates, and TypeError for a scaling that cannot be tied.
     """
-    known = {name: _parameters_of(scaling) for name, (_, scaling) in layers.items()}
-    all_known = list(dict.fromkeys(name for names in known.values() for name in names))
+    known = {layer: _parameters_of(scaling) for layer, (_, scaling) in layers.items()}
     held = {layer: dict(module.named_parameters()) for layer, (module, _) in layers.items()}
-    tied: dict[str, dict[str, str]] = {layer: {} for layer in layers}
+    tied: dict[str, dict[str, str]] = {}
     for pattern, target in parameters.items():
         entry = f"parameters[{pattern!r}]"
-        if target not in all_known:
-            expected = f"one of {', '.join(all_known)}" if all_known else "a learned scaling, such as 'ssmax'"
-            raise ValueError(f"{entry}: expected {expected}, which has the values of the model, got {target!r}")
-        matches = 0
-        for layer, wanted in known.items():
-            for inner, tensor in held[layer].items():
-                if target not in wanted or not _matches(pattern, f"{layer}.{inner}"):
-                    continue
-                if target in tied[layer]:
-                    got = f"{layer}.{tied[layer][target]} and {layer}.{inner}"
-                    raise ValueError(f"{entry}: expected one tensor a layer for {target!r}, got {got}")
-                if not _fits(tensor, wanted[target]):
-                    shape = f"a floating tensor of shape {list(wanted[target].shape)}"
-                    raise ValueError(f"{entry}: expected {shape}, got {type_of(tensor)} at {layer}.{inner}")
-                tied[layer][target] = inner
-                matches += 1
+        able = {layer: wanted[target] for layer, wanted in known.items() if target in wanted}
+        if not able:
+            names = dict.fromkeys(name for wanted in known.values() for name in wanted)
+            expected = f"one of the scaling's parameters {', '.join(names)}" if names else "a learned scaling, 'ssmax'"
+            raise ValueError(f"{entry}: expected {expected}, got {target!r}" + " of one without" * (not names))
+        expected = _candidates(able, held)
+        matches = [(layer, inner) for layer in able for inner in held[layer] if _matches(pattern, f"{layer}.{inner}")]
         if not matches:
-            raise ValueError(f"{entry}: expected the name of {_candidates(held, known, target)}, got no match")
+            raise ValueError(f"{entry}: expected {expected}, got no match")
+        for layer, inner in matches:
+            before = tied.setdefault(layer, {}).setdefault(target, inner)
+            if before != inner:
+                raise ValueError(f"{entry}: expected {expected}, one a layer, got {before} and {inner} of {layer}")
+            if not _fits(held[layer][inner], able[layer]):
+                got = f"{type_of(held[layer][inner])} at {layer}.{inner}"
+                raise ValueError(f"{entry}: expected {expected}, got {got}")
     for target in dict.fromkeys(parameters.values()):
-        lacking = [layer for layer, wanted in known.items() if target in wanted and target not in tied[layer]]
+        lacking = [layer for layer in known if target in known[layer] and target not in tied.get(layer, {})]
         if lacking:
             raise ValueError(
                 f"parameters: expected a tensor for {target!r} in every layer with that scaling, got none in"
                 f" {shortened(lacking)}: name the layers that have one by layers="
             )
-    return {layer: names for layer, names in tied.items() if names}
+    return tied
 
 
 def tie_parameters(scaling: Any, layer: nn.Module, names: Mapping[str, str], entry: str = "parameters") -> None:
@@ -181,12 +181,8 @@ def _fits(x: Tensor, wanted: Tensor) -> bool:
     return x.is_floating_point() and (x.shape == wanted.shape or one_axis)
 
 
-def _candidates(held: dict[str, dict[str, Tensor]], known: dict[str, dict[str, Tensor]], target: str) -> str:
-    """The tensors of layers that a parameter of their scaling can be."""
-    able = [layer for layer in known if target in known[layer]]
-    names = [f"{layer}.{inner}" for layer in able for inner, x in held[layer].items() if _fits(x, known[layer][target])]
-    if names:
-        return f"a tensor out of {shortened(names)}"
-    layer = able[0]
-    shape = list(known[layer][target].shape)
-    return f"a tensor of shape {shape} in {shortened(able)}, which have {shortened(list(held[layer]))}"
+def _candidates(able: Mapping[str, Tensor], held: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """The tensors of layers that a parameter of their scalings can be."""
+    names = [f"{layer}.{inner}" for layer in able for inner, x in held[layer].items() if _fits(x, able[layer])]
+    shape = list(next(iter(able.values())).shape)
+    return f"a tensor of shape {shape}, {shortened(names)}" if names else f"a tensor of shape {shape}, which none has"
