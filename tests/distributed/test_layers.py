@@ -40,7 +40,8 @@ class Block(nn.Module):
     def __init__(self, tensor: bool) -> None:
         super().__init__()
         options = {"kv_heads": 2, "scaling": "ssmax" if tensor else "key_norm_mean", "sinks": True, "causal": True}
-        self.attention = ScaledAttention(WIDTH, HEADS, **options, qk_norm=not tensor, rotary=1e4, dtype=torch.float64)
+        options |= {"gate": "headwise" if tensor else "elementwise", "qk_norm": not tensor}
+        self.attention = ScaledAttention(WIDTH, HEADS, **options, rotary=1e4, dtype=torch.float64)
         self.gate = ForgetGate(WIDTH, HEADS, dtype=torch.float64)
         self.alibi = None if tensor else ALiBi(HEADS)
 
@@ -60,7 +61,7 @@ def layers(rank: int, form: str, layout: str, method: str, tensor: bool = False)
     shared, x = copy.deepcopy(one), torch.randn(WHOLE[form], dtype=torch.float64, requires_grad=True)
     packing = {"cu_seqlens": ENDS, "max_seqlen": 14} if form == "packed" else {}
     if tensor:
-        plan = {f"attention.{name}_proj": ColwiseParallel() for name in "qkv"}
+        plan = {f"attention.{name}_proj": ColwiseParallel() for name in "qkvg"}
         plan |= {"attention.o_proj": RowwiseParallel(), "attention.scaling": HeadParallel()}
         plan |= {"attention": HeadParallel("sinks"), "gate.proj": ColwiseParallel()}
         parallelize_module(shared, mesh["tp"], plan)

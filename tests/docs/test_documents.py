@@ -148,8 +148,9 @@ MODULES = [file for file in sorted((ROOT / "tritonattn").rglob("*.py")) if ">>> 
 @pytest.mark.filterwarnings("ignore")
 def test_program_runs(program, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(program)])
-    if "transformers" in program.read_text(encoding="utf-8"):
-        pytest.importorskip("transformers")
+    if "transformers" in (text := program.read_text(encoding="utf-8")):
+        oldest = re.search(r"transformers (\d+\.\d+) or newer", text)
+        pytest.importorskip("transformers", minversion=oldest and oldest[1])
     runpy.run_path(str(program), run_name="__main__")
     assert capsys.readouterr().out.strip()
 

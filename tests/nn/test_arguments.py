@@ -52,6 +52,8 @@ def cache(**changed):
         (lambda: made(scaling=None), TypeError, "scaling: expected a name, a Scaling or a float, got NoneType"),
         (lambda: layer()(tokens().half()), TypeError, "x: expected the layer's torch.float64, got torch.float16; cast"),
         (lambda: called(context=tokens(width=16).half()), TypeError, "context: expected the layer's .*64, got .*16; c"),
+        (lambda: made(gate="headwse"), ValueError, "gate: expected 'elementwise', .* got 'headwse' .did you mean"),
+        (lambda: made(gate=True), TypeError, "gate: expected 'elementwise', 'headwise' or None, got bool"),
         (lambda: made(rotary=1e4, head_dim=5), ValueError, "head_dim: expected an even number with rotary, got 5"),
         (lambda: made(rotary=1e4)(tokens(), tokens()), ValueError, "context: expected None with rotary, got a tensor"),
         (lambda: called(x=tokens()[0]), ValueError, r"x: expected \[B, Sq, width = 24\], got \[7, 24\]"),

@@ -9,6 +9,8 @@ from tests.support.masks import MASKS
 from tests.support.pairs import pairwise
 from tests.support.refusals import refuses
 from tritonattn import SCALINGS, Scaling, attention, nn
+from tritonattn.core.torch_distributed import twin
+from tritonattn.nn.tied import tie_parameters
 from tritonattn.scaling.base import relative_gain
 
 every_case = pytest.mark.parametrize("case", LEARNED)
@@ -174,3 +176,11 @@ def test_a_temperature_divides_by_the_query_where_its_mode_does():
     """A cosine then keeps a model's factor out of the gain."""
     gains = [relative_gain(nn.PerHead(mode, heads=4), 0.5, 64, gain=2.0) for mode in ("cosine", "key_count")]
     assert gains == [2.0, 8.0]
+
+
+def test_a_copy_for_a_rank_has_its_part_of_a_model_s_tensor():
+    model, scaling = torch.nn.Linear(1, 4), nn.SSMax(heads=4, base=9.0)
+    tie_parameters(scaling, model, {"s": "bias"})
+    assert scaling.s is model.bias
+    assert torch.equal(twin(scaling, lambda x: x[:2]).s, model.bias[:2])
+    assert scaling.s is model.bias

@@ -146,8 +146,10 @@ def rows_of_rank(x: Any, values: Tensor) -> Tensor:
 def twin(module: nn.Module, parameter: Callable[[Tensor], Tensor]) -> Any:
     """A shallow copy of a module, with what `parameter` makes of its parameters."""
     copied = copy.copy(module)
-    parameters, children = module._parameters.items(), module._modules.items()
+    tied = {name: getattr(module, name) for name in vars(module).get("ties", ())}  # of `nn.Learned`
+    parameters, children = {**module._parameters, **tied}.items(), module._modules.items()
     copied.__dict__["_parameters"] = {name: None if x is None else parameter(x) for name, x in parameters}
+    copied.__dict__.pop("ties", None)
     copied.__dict__["_modules"] = {name: None if x is None else twin(x, parameter) for name, x in children}
     return copied
 

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from ..core.extension import extend
 from ..core.private_names import attribute
+from ..nn.tied import tie_parameters
 from .architecture import AttentionModule, attention_modules, query_heads, refuse_unsupported
 from .attention import NAME
 from .configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, state_masks
@@ -263,7 +264,9 @@ def _shard_by_head(model: PreTrainedModel, patch: Patched) -> None:
 
 def _layer_scaling(saved: dict[str, Any], name: str, module: nn.Module) -> LayerScaling:
     entry = f"config.{ATTRIBUTE}.{LAYERS}[{name!r}]"
-    return LayerScaling(Settings.from_config(saved[name], query_heads(module), entry))
+    layer = LayerScaling(Settings.from_config(saved[name], query_heads(module), entry))
+    tie_parameters(layer.scaling, module, layer.tied, f"{entry}.tied")
+    return layer
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from ..core.hints import shortened
 from ..core.optimizers import expect_steps
 from ..core.torch_distributed import refuse_wrapped
 from ..nn.registry import largest_base
+from ..nn.tied import Hidden, check_parameters, tie_parameters, tied_names
 from ..scaling import Scaling, SqrtDim
 from ..scaling.names import LayerMode
 from .architecture import (
@@ -33,6 +34,7 @@ from .architecture import (
 )
 from .attention import NAME, note_wanted_weights
 from .configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, PatchedConfigs, install, state_masks
+from .ignored import warn_of_ignored
 from .kinds import window_size
 from .scalings import make_scaling, to_config
 from .selection import Selector, wishes_of
@@ -143,6 +145,7 @@ def patch(
     gain: float | Tensor | None = None,
     backend: Backend = "auto",
     batch_invariant: bool | None = None,
+    parameters: Mapping[str, str] | None = None,
 ) -> Patched:
     """Compute attention layers of a transformers model by `tritonattn.attention`, with another scaling.
 
@@ -169,6 +172,12 @@ def patch(
         gain: A float, or a tensor broadcastable to [Hq, 1], such as torch.ones(heads, 1), of which every layer gets a
             learned copy as parameter.
         backend, batch_invariant: As in `tritonattn.attention`.
+        parameters: Tensors of the model that are parameters of the scaling: a dict from their names, or patterns of
+            them, to the scaling's, {"layers.*.self_attn.ssmax_scale": "s"}; one a layer, [Hq] or with further axes of
+            1. They stay the model's: the same objects under the same names, trained, saved and loaded as before. The
+            model's own code reads None in their place until `undo`, and so has to multiply q only where they are not
+            None. "ssmax" then is s ln(n) / sqrt(D), with b where that is named too. A checkpoint with tensors of that
+            kind, "ssmax" in their names, which the model does not have, is warned of.
 
     Learned values become parameters of the attention modules, in `Patched.layers[name].scaling`, so make the optimizer,
     and wrap the model in PEFT, DDP or FSDP or shard it, afterwards. The settings become part of model.config, which is
@@ -201,10 +210,19 @@ def patch(
     found = _patchable_modules(model)
     if batch_invariant is not None:
         check_bool("batch_invariant", batch_invariant)
+    if parameters is not None:
+        check_parameters(parameters)
+    warn_of_ignored(model, found)
     wishes = wishes_of(found, layers, {"scaling": scaling, "gain": gain, "backend": backend})
     asked = [one for one in found if one.name in wishes]
-    settings = {one.name: _settings(one.module, batch_invariant, **wishes[one.name]) for one in asked}
+    targets = set((parameters or {}).values())
+    settings = {one.name: _settings(one.module, batch_invariant, targets, **wishes[one.name]) for one in asked}
     plans = {name: LayerScaling(one) for name, one in _within_windows(asked, settings).items()}
+    modules = {one.name: one.module for one in asked}
+    tied = tied_names(parameters or {}, {name: (modules[name], plan.scaling) for name, plan in plans.items()})
+    for name, names in tied.items():
+        tie_parameters(plans[name].scaling, modules[name], names)
+        plans[name].tied = names
     return apply(model, found, plans, copied=True)
 
 
@@ -250,6 +268,7 @@ def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, Layer
         if layer is not None:
             result._former.append((one.module, one.module.config))
             install(one.module, layer, NAME)
+            result._hooks += Hidden(layer.scaling).hooks(one.module)
             if one.keeps_output_attentions:
                 result._hooks.append(one.module.register_forward_pre_hook(note_wanted_weights, with_kwargs=True))
     for root in outermost_models(model).values():
@@ -300,7 +319,9 @@ def _patchable_modules(model: Any) -> list[AttentionModule]:
     return found
 
 
-def _settings(module: Any, batch_invariant: bool | None, scaling: Any, gain: Any, backend: Any) -> Settings:
+def _settings(
+    module: Any, batch_invariant: bool | None, tied: set[str], scaling: Any, gain: Any, backend: Any
+) -> Settings:
     """The settings of one module, with copies of what is learned."""
     check_settings(backend)
     heads = query_heads(module)
@@ -316,7 +337,7 @@ def _settings(module: Any, batch_invariant: bool | None, scaling: Any, gain: Any
         if isinstance(gain, bool) or not isinstance(gain, Real):
             raise TypeError(f"gain: expected a float or a tensor, got {type(gain).__name__}")
         gain = float(gain)
-    scaling = make_scaling(scaling, heads, module.config)
+    scaling = make_scaling(scaling, heads, module.config, tied)
     to_config(scaling)  # refuse now, not at save_pretrained
     return Settings(scaling, gain, backend, batch_invariant)
 
@@ -374,4 +395,4 @@ def _summary(layer: LayerScaling) -> str:
         text = f"{scaling['name']}({parameters})"
     if layer.gain is not None:
         text += ", learned gain" if isinstance(layer.gain, Tensor) else f", gain {layer.gain:g}"
-    return text
+    return text + "".join(f", {name} from {inner}" for name, inner in layer.tied.items())

@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import reprlib
+from collections.abc import Collection
 from numbers import Real
 from typing import Any
 
@@ -23,8 +24,10 @@ _STARTS = (SSMax, LearnedLogPower, PowerLaw, QueryAdaptiveSSMax)  # whose mode i
 _OF_THE_LAYER = {"heads", "device", "dtype"}  # arguments that no config gives
 
 
-def make_scaling(scaling: Any, heads: int, config: Any) -> Any:
+def make_scaling(scaling: Any, heads: int, config: Any, tied: Collection[str] = ()) -> Any:
     """The scaling of one attention module with that many query heads: a Scaling, a float or None, as `patch` says.
+
+    tied   its parameters that are going to be tied to the module's
 
     Raises TypeError or ValueError for anything else, ValueError for the name of a mode that is in the model's code.
     """
@@ -44,7 +47,7 @@ def make_scaling(scaling: Any, heads: int, config: Any) -> Any:
     if not isinstance(scaling, (str, Scaling)):
         refuse_scaling(scaling, "a name, a Scaling, a class of them, a float or None (gain= takes a tensor)")
     if not isinstance(scaling, Scaling) or not isinstance(scaling, nn.Module):
-        return scaling_of_layer(scaling, heads)
+        return scaling_of_layer(scaling, heads, tied)
     for part in scaling.modules():
         if isinstance(part, Learned) and part.heads != heads:
             raise ValueError(f"scaling: expected {type(part).__name__} of {heads} heads, got one of {part.heads}")
@@ -87,8 +90,8 @@ def to_config(scaling: Any, depth: int = 1) -> Any:
     else:  # those that it keeps
         taken = inspect.signature(type(scaling)).parameters
         kept = {one: getattr(scaling, one) for one in taken if one not in _OF_THE_LAYER and hasattr(scaling, one)}
-        if isinstance(scaling, _STARTS):
-            kept = {one: x for one, x in kept.items() if x != taken[one].default}
+        if isinstance(scaling, _STARTS):  # by identity: a base of e that was asked for is not the one of no base
+            kept = {one: x for one, x in kept.items() if x is not taken[one].default}
         arguments = {one: to_config(x, depth + 1) for one, x in kept.items() if not isinstance(x, Tensor)}
     return {"name": name, **arguments} if arguments else name
 

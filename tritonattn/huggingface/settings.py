@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -33,12 +33,14 @@ class Settings:
     scaling   as in `tritonattn.attention`; None keeps the model's
     gain      a float, or a tensor broadcastable to [Hq, 1], that multiplies the scaling
     backend, batch_invariant   as in `tritonattn.attention`
+    tied      by the name of a parameter of the scaling that of the module's tensor which it is
     """
 
     scaling: Scaling | float | None = None
     gain: float | Tensor | None = None
     backend: str = "auto"
     batch_invariant: bool | None = None
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: nn.Module) -> Settings:
@@ -76,7 +78,13 @@ class Settings:
         gain, invariant = _gain(saved.get("gain"), heads, f"{entry}.gain"), saved.get("batch_invariant")
         if not (invariant is None or isinstance(invariant, bool)):
             raise ValueError(f"{entry}.batch_invariant: expected a bool or None, got {reprlib.repr(invariant)}")
-        return cls(from_config(saved.get("scaling"), heads, f"{entry}.scaling"), gain, backend, invariant)
+        tied = saved.get("tied", {})
+        if not isinstance(tied, dict) or not all(isinstance(name, str) for name in tied.values()):
+            wanted = "expected a dict from parameters of the scaling to names in the module"
+            raise ValueError(f"{entry}.tied: {wanted}, got {reprlib.repr(tied)}")
+        if tied and heads is None:
+            raise ValueError(f"{entry}.tied: expected none in settings of all layers, got {reprlib.repr(tied)}")
+        return cls(from_config(saved.get("scaling"), heads, f"{entry}.scaling"), gain, backend, invariant, tied)
 
 
 _ENTRIES = {field.name for field in fields(Settings)}  # here, since torch.compile cannot trace `fields`
@@ -99,6 +107,7 @@ class LayerScaling(nn.Module):
         self.gain = settings.gain
         self.backend = settings.backend
         self.batch_invariant = settings.batch_invariant
+        self.tied = dict(settings.tied)
         self.shared: Any = None
         self.weights_wanted = False
         self.temporary = self.watched = temporary
@@ -126,8 +135,10 @@ class LayerScaling(nn.Module):
         gain = self.gain
         if isinstance(gain, Tensor):
             gain = {"learned": list(gain.shape)}
-        saved = {"scaling": to_config(self.scaling), "gain": gain, "backend": self.backend}
-        return saved if self.batch_invariant is None else {**saved, "batch_invariant": self.batch_invariant}
+        saved: dict[str, Any] = {"scaling": to_config(self.scaling), "gain": gain, "backend": self.backend}
+        if self.batch_invariant is not None:
+            saved["batch_invariant"] = self.batch_invariant
+        return {**saved, "tied": self.tied} if self.tied else saved
 
     def extra_repr(self) -> str:
         scaling = "" if isinstance(self.scaling, nn.Module) else f"scaling={self.scaling!r}, "

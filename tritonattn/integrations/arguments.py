@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +19,11 @@ from ..scaling.names import LayerMode
 LayerScaling = LayerMode | Scaling  # the scaling that `replace_sdpa` takes
 
 
-def scaling_for(scaling: LayerScaling, heads: int, device: torch.device | None = None) -> Scaling:
+def scaling_for(
+    scaling: LayerScaling, heads: int, device: torch.device | None = None, tied: Collection[str] = ()
+) -> Scaling:
     """`scaling_of_layer` on a device."""
-    made = scaling_of_layer(scaling, heads)
+    made = scaling_of_layer(scaling, heads, tied)
     return made.to(device) if isinstance(made, nn.Module) else made
 
 
@@ -52,7 +53,7 @@ def attend(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    options: Mapping[str, Any] = MappingProxyType({}),
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
     """`attention` with a scaling, for the arguments of F.scaled_dot_product_attention: [..., H, S, D] each.
 
@@ -78,5 +79,5 @@ def attend(
     k, v, masks = keys_and_masks(query, key, value, attn_mask, is_causal)
     gain = relative_gain(scaling, scale, query.shape[-1])
     scaled = {"scaling": scaling, "gain": gain, "dropout_p": dropout_p, "backend": backend}
-    out: Any = attention(query, k, v, **scaled, **options, **masks)
-    return out if options.get("return_aux") else out.reshape(*leading, *out.shape[-2:])
+    out: Any = attention(query, k, v, **scaled, **(options or {}), **masks)
+    return out if options and options.get("return_aux") else out.reshape(*leading, *out.shape[-2:])

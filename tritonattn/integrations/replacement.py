@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..core.optimizers import expect_steps
 from ..core.torch_distributed import refuse_wrapped
-from ..nn.learned import scaling_parameters
+from ..scaling import Scaling
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,13 +37,13 @@ class Replacement:
 
     def change(self, model: Any, changes: list[Change]) -> None:
         values = [value for *_, value in changes if isinstance(value, nn.Module)]
-        if any(next(scaling_parameters(value), None) is not None for value in values):
+        if any(next(_added(value), None) is not None for value in values):
             refuse_wrapped(model, "their layers in modules_to_save")
         self.names = list(dict.fromkeys([*self.names, *(name for name, *_ in changes if name is not None)]))
         for _, owner, attribute, value in changes:
             self.put(owner, attribute, value)
         owners = dict.fromkeys(owner for _, owner, *_ in changes if isinstance(owner, nn.Module))
-        expect_steps(owners, scaling_parameters)
+        expect_steps(owners, _added)
 
     def put(self, owner: Any, attribute: str, value: Any) -> None:
         is_added = (attribute not in vars(owner) and hasattr(type(owner), attribute)) or not hasattr(owner, attribute)
@@ -67,6 +68,11 @@ class Replacement:
 
     def __exit__(self, *_: object) -> None:
         self.undo()
+
+
+def _added(owner: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of scalings in a module, without those that were the model's before."""
+    return (x for part in owner.modules() if isinstance(part, Scaling) for x in part.parameters())
 
 
 def _set(owner: Any, attribute: str, value: Any) -> None:

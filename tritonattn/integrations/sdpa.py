@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from types import FunctionType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..calls.checks import Backend
 from ..core.hints import shortened, type_of
 from ..core.private_names import DisableTorchFunction
 from ..nn.learned import as_mode, describe
+from ..nn.tied import Hidden, check_parameters, tie_parameters, tied_names
 from ..scaling import Scaling
 from ..scaling.names import LayerMode, ModeName
 from .arguments import attend, scaling_for
@@ -106,6 +107,7 @@ def replace_sdpa(
     layers: str | Iterable[str] | None = None,
     example: Any = None,
     backend: Backend = "auto",
+    parameters: Mapping[str, str] | None = None,
 ) -> ReplacedSDPA:
     """Give every module whose own forward calls F.scaled_dot_product_attention a scaling, in any model.
 
@@ -121,14 +123,15 @@ def replace_sdpa(
             eval mode and without gradients, finds the modules. None finds them at the model's first call, which has the
             scaling already; learned scalings and torch.compile need an example.
         backend: As in `tritonattn.attention`.
+        parameters: As in `tritonattn.huggingface.patch`, with a learned scaling by name and an example.
 
     Masks, is_causal (top-left, as torch's), scale, dropout, broadcast batches, grouped heads and gradients of an
     additive mask are kept. Rows that attend to no key give zeros. q of three axes has one head. Modules that are not
     found, as those that form their softmax themselves, stay as they are: `ReplacedSDPA.report()` lists them.
 
     Raises:
-        ValueError: A model without such a call, layers that do not exist, an invalid scaling, a learned one without an
-            example; a learned one for a module whose calls differ in heads.
+        TypeError, ValueError: A model without such a call, layers that do not exist, an invalid scaling, a learned one
+            without an example; a learned one for a module whose calls differ in heads; parameters that do not exist.
         NotImplementedError: A nested tensor, or a call of F.multi_head_attention_forward that asks for weights, with
             the module's name. After an error the model is as it was.
 
@@ -143,7 +146,13 @@ def replace_sdpa(
     ...     print(replaced.names, [name for name in model.state_dict() if "scaling" in name])
     ['0'] ['0.logit_scaling.s', '0.logit_scaling.b']
     """
-    return ReplacedSDPA(Finder(model, scaling, layers, backend), example)
+    if parameters is not None:
+        check_parameters(parameters)
+        if not isinstance(scaling, str):
+            raise TypeError(
+                f"scaling: expected a name, such as 'ssmax', with parameters, got {type_of(scaling)}, which all share"
+            )
+    return ReplacedSDPA(Finder(model, scaling, layers, backend, parameters or {}), example)
 
 
 class ReplacedSDPA(Replacement):
@@ -191,6 +200,9 @@ class ReplacedSDPA(Replacement):
                 f"model: expected one whose modules call F.scaled_dot_product_attention, got {type(model).__name__}"
                 + f", in which a softmax is formed by {shortened(own)}" * bool(own)
             )
+        tied = tied_names(finder.parameters, {name: (layer.module, layer.scaling) for name, layer in scaled.items()})
+        for name, inner in tied.items():
+            tie_parameters(found[name].scaling, found[name].module, inner)
         changes: list[Change] = []
         for name, layer in found.items():
             if layer.scaling is not None and name not in self.names:
@@ -215,7 +227,9 @@ class ReplacedSDPA(Replacement):
 
 def sdpa_changes(name: str, layer: Any, scaling: Any, backend: Backend) -> list[Change]:
     """The changes by which the calls of a module's own forward have a scaling."""
-    forward = partial(_forward, layer, layer.forward, backend)
+    hidden = Hidden(scaling)
+    former = partial(hidden.run, layer.forward) if hidden.ties else layer.forward
+    forward = partial(_forward, layer, former, backend)
     return [(name, layer, "forward", forward), (name, layer, "logit_scaling", scaling)]
 
 
@@ -280,9 +294,16 @@ class _Layer:
 class Finder(ScaledSDPA):
     """Finds the innermost module of a model in whose forward a call is made, and gives that call its scaling."""
 
-    def __init__(self, model: Any, scaling: Any, layers: str | Iterable[str] | None, backend: Backend) -> None:
+    def __init__(
+        self,
+        model: Any,
+        scaling: Any,
+        layers: str | Iterable[str] | None,
+        backend: Backend,
+        parameters: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         super().__init__(None, backend)
-        self.model, self.asked = model, scaling
+        self.model, self.asked, self.parameters = model, scaling, parameters
         self.layers = (layers,) if isinstance(layers, str) else layers
         self.found: dict[str, _Layer] = {}
 
@@ -293,7 +314,7 @@ class Finder(ScaledSDPA):
         """The scaling for one of torch's layers, which need no run to be found."""
         if not self.wants(name) or type(layer).forward is not nn.MultiheadAttention.forward:
             return None
-        scaling = scaling_for(self.asked, layer.num_heads, layer.out_proj.weight.device)
+        scaling = scaling_for(self.asked, layer.num_heads, layer.out_proj.weight.device, self.parameters.values())
         self.found[name] = _Layer(layer, scaling, heads=layer.num_heads)
         return scaling
 
@@ -343,7 +364,7 @@ class Finder(ScaledSDPA):
             if module is not None and self.wants(name):
                 if hasattr(module, "logit_scaling"):
                     raise ValueError("logit_scaling: expected no attribute of this name in the module, got one")
-                layer.scaling, layer.left = scaling_for(self.asked, heads, query.device), ""
+                layer.scaling, layer.left = scaling_for(self.asked, heads, query.device, self.parameters.values()), ""
         if heads != layer.heads and isinstance(layer.scaling, nn.Module):
             raise ValueError(f"layers: expected calls of {layer.heads} heads for a learned scaling, got {heads} heads")
         layer.calls = (layer.calls or 0) + 1

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..calls.attention import attention
 from ..calls.checks import (
-    FLOATS,
     Backend,
     check_bool,
     check_count,
@@ -18,15 +17,13 @@ from ..calls.checks import (
     check_number,
     check_settings,
     check_softcap,
-    check_tensor,
-    shape_of,
     table_of,
 )
 from ..calls.decode import attention_decode
 from ..calls.public import public
 from ..calls.sequence_checks import check_offsets
 from ..calls.varlen import attention_varlen
-from ..core.autograd import autocast_is_on, needs_graph
+from ..core.autograd import needs_graph
 from ..core.call import LONGEST_QUERY
 from ..core.hints import type_of
 from ..core.pair_biases import reflected
@@ -36,6 +33,7 @@ from ..scaling import Scaling
 from ..scaling.base import check_positive, reads_distances
 from ..scaling.names import LayerMode, refuse_scaling
 from .cache import KeyValueCache
+from .layer_checks import check_features, check_gate, check_projected, checked_head_dim
 from .learned import describe
 from .registry import scaling_of_layer, warn_of_layer
 from .rotary import rotated
@@ -44,7 +42,9 @@ from .rotary import rotated
 class ScaledAttention(SharesSequence, nn.Module):
     """Multi-head attention with its projections.
 
-        out = o_proj(attention(q_norm(q_proj(x)), k_norm(k_proj(y)), v_proj(y)))        y = context, or x without one
+        out = o_proj(sigmoid(g_proj(x)) * attention(q_norm(q_proj(x)), k_norm(k_proj(y)), v_proj(y)))
+
+    with y = context, or x without one, and the factor sigmoid(g_proj(x)) where the layer has a gate.
 
     Args:
         width: Features of x and of the result.
@@ -60,6 +60,10 @@ class ScaledAttention(SharesSequence, nn.Module):
         qk_norm: RMS-normalise q and k over D, each with a weight [D], as Qwen 3 and Gemma 3 do.
         rotary: Base of rotary positions, 10000.0 in Llama 2, for self attention; None: no positions. A subclass that
             overrides `positioned` gives others.
+        gate: Multiply the heads' outputs, before o_proj, by a sigmoid of g_proj(x), in fp32: "elementwise" has a gate
+            for every channel, g_proj being [heads * head_dim, width], "headwise" one for every head, [heads, width].
+            None has none. Qiu et al. 2025, arXiv:2505.06708; the names are those of OLMo 3.5 and Step-3.5. Qwen3-Next
+            has the elementwise gate's rows within q_proj, behind those of q in every head.
         dropout_p: Chance to drop a probability, in training.
         bias: Give the projections a bias.
         backend, batch_invariant: As in `tritonattn.attention`; the projections are torch's and take no part in it.
@@ -81,6 +85,7 @@ class ScaledAttention(SharesSequence, nn.Module):
     """
 
     rotary: float | None = None  # of a pickle that has none
+    gate: str | None = None
 
     @public()
     def __init__(
@@ -98,6 +103,7 @@ class ScaledAttention(SharesSequence, nn.Module):
         sinks: bool = False,
         qk_norm: bool = False,
         rotary: float | None = None,
+        gate: Literal["elementwise", "headwise"] | None = None,
         dropout_p: float = 0.0,
         bias: bool = False,
         backend: Backend = "auto",
@@ -112,15 +118,16 @@ class ScaledAttention(SharesSequence, nn.Module):
             check_softcap("softcap", softcap)
         for name, flag in {"sinks": sinks, "qk_norm": qk_norm, "bias": bias}.items():
             check_bool(name, flag)
+        check_gate(gate)
         check_dtype(dtype)
         kv_heads = heads if kv_heads is None else kv_heads
         context_width = width if context_width is None else context_width
-        self.head_dim = _checked_head_dim(width, heads, kv_heads, head_dim, context_width)
+        self.head_dim = checked_head_dim(width, heads, kv_heads, head_dim, context_width)
         if rotary is not None:
             check_positive("rotary", rotary, above=1.0)
             if self.head_dim % 2:
                 raise ValueError(f"head_dim: expected an even number with rotary, got {self.head_dim}")
-        self.rotary = rotary
+        self.rotary, self.gate = rotary, gate
         self.width, self.context_width = width, context_width
         self.heads, self.kv_heads = heads, kv_heads
         self.causal, self.window, self.softcap = causal, window, softcap
@@ -132,6 +139,8 @@ class ScaledAttention(SharesSequence, nn.Module):
         self.k_proj = nn.Linear(context_width, kv_heads * self.head_dim, **options)
         self.v_proj = nn.Linear(context_width, kv_heads * self.head_dim, **options)
         self.o_proj = nn.Linear(heads * self.head_dim, width, **options)
+        if gate is not None:
+            self.g_proj = nn.Linear(width, heads * (self.head_dim if gate == "elementwise" else 1), **options)
         norm = {"eps": 1e-6, "device": device, "dtype": dtype}
         self.q_norm = nn.RMSNorm(self.head_dim, **norm) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, **norm) if qk_norm else nn.Identity()
@@ -241,7 +250,11 @@ class ScaledAttention(SharesSequence, nn.Module):
             )
         if cache is not None:
             _refuse_with("cache", {**others, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen})
-            return self._joined(self._cached(x, cache, counts, biases))
+            out = self._cached(x, cache, counts, biases)
+            if self.gate is not None and counts is not None:  # the tokens past counts may be NaN
+                past = torch.arange(x.shape[1], device=x.device) >= counts[:, None]
+                x = x.masked_fill(past[..., None], 0)
+            return self._joined(out.transpose(1, 2), x)
         _refuse_with("no cache", {"counts": counts})
         if cu_seqlens is not None:
             _refuse_with("cu_seqlens", others)
@@ -252,7 +265,7 @@ class ScaledAttention(SharesSequence, nn.Module):
             out = self.sequence_part.attention(*operands, **self._masked(biases))
         else:
             out = attention(*operands, **masks, bias=bias, **self._masked(biases))
-        return self._joined(out)
+        return self._joined(out.transpose(1, 2), x)
 
     def operands(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Project and normalise the operands of a call without a cache: q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D]."""
@@ -279,27 +292,31 @@ class ScaledAttention(SharesSequence, nn.Module):
 
     def _projected(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D]."""
-        _check_features("x", x, f"[B, Sq, width = {self.width}]", self.width)
+        check_features("x", x, f"[B, Sq, width = {self.width}]", self.width)
         axes = f"[B, Sk, context_width = {self.context_width}]"
         if context is not None:
-            _check_features("context", context, axes, self.context_width)
+            check_features("context", context, axes, self.context_width)
         elif self.context_width != self.width:
             raise ValueError(f"context: expected {axes}, got None")
         y = x if context is None else context
-        _check_projected("x", x, self.q_proj)
-        _check_projected("context", y, self.k_proj)
+        check_projected("x", x, self.q_proj)
+        check_projected("context", y, self.k_proj)
         q, k, v = (
             project(z).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project, z in ((self.q_proj, x), (self.k_proj, y), (self.v_proj, y))
         )
         return self.q_norm(q), self.k_norm(k), v
 
-    def _joined(self, out: Tensor) -> Tensor:
-        """Join the heads of [B, Hq, Sq, D] by the last projection."""
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+    def _joined(self, out: Tensor, x: Tensor) -> Tensor:
+        """Join the heads of [B, Sq, Hq, D], or [T, Hq, D], times their gates of x, by the last projection."""
+        if self.gate is not None:
+            gate = self.g_proj(x)  # of this rank's heads
+            gate = gate.to(torch.promote_types(gate.dtype, torch.float32)).sigmoid().to(out.dtype)
+            out = out * gate.unflatten(-1, (out.shape[-2], -1))
+        return self.o_proj(out.flatten(-2))
 
     def _packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: Any, biases: dict[str, Any]) -> Tensor:
-        _check_features("x", x, f"[T, width = {self.width}]", self.width)
+        check_features("x", x, f"[T, width = {self.width}]", self.width)
         check_offsets("cu_seqlens", cu_seqlens, x)
         check_count("max_seqlen", max_seqlen)
         q, k, v = self._projected(x[None])
@@ -308,10 +325,11 @@ class ScaledAttention(SharesSequence, nn.Module):
         q, k = self.positioned(q, k, (row - cu_seqlens[sequence])[None])
         options = self._masked(biases)
         if self.sequence_part is not None:
-            return self._joined(self.sequence_part.attention(q, k, v, cu_seqlens=cu_seqlens, **options))[0]
+            out = self.sequence_part.attention(q, k, v, cu_seqlens=cu_seqlens, **options)
+            return self._joined(out[0].transpose(0, 1), x)
         q, k, v = (z[0].transpose(0, 1) for z in (q, k, v))  # [T, H, D]
         out = attention_varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
-        return self.o_proj(out.flatten(1))
+        return self._joined(out, x)
 
     def _cached(self, x: Tensor, cache: KeyValueCache, counts: Tensor | None, biases: dict[str, Any]) -> Tensor:
         """The result before the last projection: [B, Hq, Sq, D]."""
@@ -361,35 +379,6 @@ def _scaling_of(scaling: Any, heads: int, **options: Any) -> Scaling | float:
         refuse_scaling(scaling, "a name, a Scaling or a float")
     check_number("scaling", scaling)
     return scaling
-
-
-def _checked_head_dim(width: Any, heads: Any, kv_heads: Any, head_dim: Any, context_width: Any) -> int:
-    """D of a layer. Raises TypeError or ValueError for sizes that do not describe one."""
-    sizes = {"width": width, "heads": heads, "kv_heads": kv_heads, "context_width": context_width}
-    for name, size in (sizes if head_dim is None else sizes | {"head_dim": head_dim}).items():
-        check_count(name, size, 1)
-    if heads % kv_heads != 0:
-        raise ValueError(f"kv_heads: expected a divisor of heads = {heads}, got {kv_heads}")
-    if head_dim is None and width % heads != 0:
-        raise ValueError(f"head_dim: expected an int where heads = {heads} do not divide width = {width}, got None")
-    return width // heads if head_dim is None else head_dim
-
-
-def _check_features(name: str, x: Any, axes: str, width: int) -> None:
-    """Raise unless x is a floating tensor of these axes, of which the last is `width`."""
-    check_tensor(name, x, axes)
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
-    if x.dim() != axes.count(",") + 1 or x.shape[-1] != width:
-        raise ValueError(f"{name}: expected {axes}, got {shape_of(x)}")
-
-
-def _check_projected(name: str, x: Tensor, projection: nn.Module) -> None:
-    """Raise TypeError where a projection of torch's would meet another dtype; other projections may cast."""
-    if type(projection) is not nn.Linear or autocast_is_on(x):
-        return
-    if x.dtype != (dtype := projection.weight.dtype) and dtype in FLOATS:
-        raise TypeError(f"{name}: expected the layer's {dtype}, got {x.dtype}; cast it or the layer, or use autocast")
 
 
 def _refuse_with(what: str, others: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -30,6 +31,26 @@ class ScalingModule(nn.Module, Scaling):
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Tie:
+    """A parameter of a module that a scaling has in the place of one of its own.
+
+    axes   1 flattens it, [1, heads, 1, 1] to [heads]
+    """
+
+    owner: nn.Module
+    attribute: str
+    axes: int
+
+    @property
+    def parameter(self) -> Any:
+        return self.owner._parameters[self.attribute]
+
+    def value(self) -> Any:
+        x = self.parameter
+        return x if x is None or x.dim() == self.axes else x.flatten()
+
+
 class Learned(ScalingModule):
     """A scaling whose parameters have one value for every query head: shape [heads], in float32 unless `dtype` says so.
 
@@ -37,14 +58,16 @@ class Learned(ScalingModule):
     `multiplier`, as every `Scaling`.
 
     heads   Hq, the heads of q; another number of heads in a call raises ValueError
+    ties    the parameters that belong to a model and are registered there alone
     """
 
     _starts: Mapping[str, float] = MappingProxyType({})
+    ties: Mapping[str, Tie] = MappingProxyType({})  # of a pickle that has none
 
     def __init__(self, heads: int) -> None:
         super().__init__()
         check_count("heads", heads, 1)
-        self.heads = heads
+        self.heads, self.ties = heads, {}
 
     def _learn(self, device: torch.device | str | None, dtype: torch.dtype | None, **starts: float) -> None:
         """Make parameters of these names, [heads] where there are none yet, and start each from its value."""
@@ -55,10 +78,20 @@ class Learned(ScalingModule):
                 self.register_parameter(name, nn.Parameter(torch.empty(self.heads, device=device, dtype=dtype)))
         self.reset_parameters()
 
+    def tie(self, name: str, tie: Tie) -> None:
+        """Have a parameter of a model in the place of an own one."""
+        del self._parameters[name]
+        self.ties = {**self.ties, name: tie}
+
+    def __getattr__(self, name: str) -> Any:
+        ties = self.__dict__.get("ties")
+        return ties[name].value() if ties and name in ties else super().__getattr__(name)
+
     def reset_parameters(self) -> None:
-        """Start again, exactly from the mode or the values given."""
+        """Start again, exactly from the mode or the values given; a model's parameters stay as they are."""
         for name, start in self._starts.items():
-            nn.init.constant_(getattr(self, name), start)
+            if name not in self.ties:
+                nn.init.constant_(getattr(self, name), start)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}"
@@ -265,6 +298,8 @@ class SSMax(Learned):
 def scaling_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of every `Scaling` inside a module, each once: those to optimise without weight decay.
 
+    A model's own parameters that `parameters=` has tied to a scaling are among them.
+
     Raises:
         TypeError: A value that is not a module.
 
@@ -278,8 +313,9 @@ def scaling_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     seen: set[nn.Parameter] = set()
     for part in module.modules():
         if isinstance(part, Scaling):
-            for parameter in part.parameters():
-                if parameter not in seen:
+            ties = part.ties.values() if isinstance(part, Learned) else ()
+            for parameter in (*part.parameters(), *(tie.parameter for tie in ties)):
+                if parameter is not None and parameter not in seen:
                     seen.add(parameter)
                     yield parameter
 

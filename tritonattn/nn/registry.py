@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from typing import Any
 
 from ..core.hints import warn
@@ -61,16 +63,19 @@ def warn_of_layer(scaling: Any, causal: bool, window: tuple[int | None, int | No
             )
 
 
-def scaling_of_layer(scaling: Any, heads: int, **options: Any) -> Scaling:
+def scaling_of_layer(scaling: Any, heads: int, tied: Collection[str] = (), **options: Any) -> Scaling:
     """The Scaling of a layer: of a name in LEARNED a new module, made with the options; others as `as_mode` says.
 
-    A learned module starts as sqrt_dim, but for a cosine; with a trained length, "ssmax:64", from that base.
+    A learned module starts as sqrt_dim, but for a cosine; with a trained length, "ssmax:64", from that base. "ssmax"
+    of which parameters are tied, as a model's s is, has b where that is tied too.
     """
     if not isinstance(scaling, str):
         return as_mode(scaling)
     mode, arguments = parsed(scaling, LEARNED)
     if mode.name not in LEARNED:
         return mode(**arguments)
+    if mode is SSMax and tied:
+        return SSMax(heads, arguments.get("base", math.e), bias="b" in tied, **options)
     if not arguments and mode is not LearnedCosine:
         options["mode"] = "sqrt_dim"
     return mode(heads=heads, **arguments, **options)

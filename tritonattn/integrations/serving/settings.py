@@ -43,7 +43,14 @@ def layer_settings(saved: Any, layer: str, layers: tuple[str, ...], heads: int) 
     name = _saved_names(tuple(by_name), layers).get(layer)
     if name is None:
         return None, Settings()
-    return name, Settings.from_config(by_name[name], heads, f"{ATTRIBUTE}.layers[{name!r}]")
+    entry = f"{ATTRIBUTE}.layers[{name!r}]"
+    settings = Settings.from_config(by_name[name], heads, entry)
+    if settings.tied:
+        raise NotImplementedError(
+            f"{entry}.tied: expected a scaling with parameters of its own in a server, which would multiply q by the"
+            f" model's {', '.join(settings.tied.values())} too, got {dict(settings.tied)}"
+        )
+    return name, settings
 
 
 @functools.lru_cache(maxsize=8)
