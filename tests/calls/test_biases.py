@@ -49,7 +49,7 @@ FORMS = {  # shapes of a bias of keys, of one of pairs, and of a table with its 
     "keys of all heads": ((B, 1, SK), None, None, 0),
     "every pair": (None, (B, HQ, SQ, SK), None, 0),
     "a row": (None, (SQ, 1), None, 0),
-    "pairs of heads": (None, (HQ, 1, SK), None, 0),
+    "pairs of heads": (None, (1, HQ, 1, SK), None, 0),
     "one": (None, (1,), None, 0),
     "a head": (None, None, (1, HQ, 1, 4), 0),
     "both sides": (None, None, (1, HQ, 1, SQ + SK - 1), SK - 1),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
+from ..core.autograd import values_are_read
 from ..core.call import Request
 from ..core.terms import Terms
 from ..core.visibility import Visibility
@@ -24,6 +25,7 @@ from .checks import (
     check_number,
     check_tensor,
     operands,
+    refuse_ambiguous_axes,
     scale_dtype,
     shape_of,
 )
@@ -95,6 +97,7 @@ def attention(
         key_ranges: Integers [B, Sq, 2] or [B, 1, Sq, 2]: row i attends to lo <= j < hi of its pair (lo, hi).
             `document_ranges` makes them of document ids.
         mask: bool, broadcastable to [B, Hq, Sq, Sk], True is visible: for masks with holes; slower.
+            [N, Sq, Sk] with N above 1 is refused: it may mean sequences or heads.
         key_bias: Floating, broadcastable to [B, Hq, Sk] or [B, Hkv, Sk]: added to the logits of key j before the
             softcap; gets a gradient. A key with -inf has no weight, with softcap too, and a row of only such keys is as
             one that attends to none; but the scaling counts it, and NaN in k or v passes on: `mask` and `key_lengths`
@@ -309,6 +312,10 @@ def _check_key_ranges(key_ranges: Any, q: Tensor, k: Tensor) -> None:
         wanted = f"[B, Sq, 2] = {[batch, rows, 2]} or [B, 1, Sq, 2] = {[batch, 1, rows, 2]}"
         raise ValueError(f"key_ranges: expected shape {wanted}, got {shape_of(key_ranges)}")
     check_values("key_ranges", key_ranges, k.shape[2])
+    if values_are_read(key_ranges) and bool((is_reversed := key_ranges[..., 0] > key_ranges[..., 1]).any()):
+        entry, *_, row = is_reversed.nonzero()[0].tolist()
+        pair = key_ranges.reshape(batch, rows, 2)[entry, row].tolist()
+        raise ValueError(f"key_ranges: expected lo <= hi, got {pair} at row {row} of batch entry {entry}")
 
 
 def _check_mask(mask: Any, q: Tensor, sizes: tuple[int, ...]) -> None:
@@ -316,6 +323,7 @@ def _check_mask(mask: Any, q: Tensor, sizes: tuple[int, ...]) -> None:
     if mask.dtype != torch.bool:
         hint = "; of 0 and -inf give mask == 0, other numbers are attention's bias=" if mask.dtype in FLOATS else ""
         raise TypeError(f"mask: expected dtype torch.bool, True for visible, got {mask.dtype}{hint}")
+    refuse_ambiguous_axes("mask", mask)
     if not broadcasts(mask.shape, sizes):
         expected = f"a shape broadcastable to [B, Hq, Sq, Sk] = {list(sizes)}"
         raise ValueError(f"mask: expected {expected}, got {shape_of(mask)}; a padding mask is [B, 1, 1, Sk]")

@@ -240,9 +240,19 @@ def _of_rows(name: str, x: Any, q: Tensor, shape: tuple[int, ...], axes: str) ->
 def _pairs(name: str, x: Any, q: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Numbers of pairs as backends take them, of four axes."""
     check_tensor(name, x, "[B, Hq, Sq, Sk]")
+    refuse_ambiguous_axes(name, x)
     x = x[None] if x.dim() == 1 else x
     check_factor(name, x, q, shape, "[B, Hq, Sq, Sk]")
     return _narrowed(x[(None,) * (4 - x.dim())], q)
+
+
+def refuse_ambiguous_axes(name: str, x: Tensor) -> None:
+    """Raise ValueError for numbers of pairs [N, Sq, Sk]: N may be meant as batch entries or as heads."""
+    if x.dim() == 3 and x.shape[0] > 1:
+        raise ValueError(
+            f"{name}: expected [B, Hq, Sq, Sk] or [1, Sq, Sk], got shape {shape_of(x)}: write {name}[:, None] for"
+            f" [B, Sq, Sk], {name}[None] for [Hq, Sq, Sk]"
+        )
 
 
 def table_of(

@@ -81,6 +81,9 @@ _HINTS = {
     "alibi_slopes": ("key_bias", "tritonattn.nn.ALiBi(heads)(Sk), in causal attention; in others relative_bias="),
     "scale": ("scaling", "a float is the factor itself"),
     "softmax_scale": ("scaling", "a float is the factor itself"),
+    "sm_scale": ("scaling", "a float is the factor itself"),
+    "need_weights": ("return_aux", "lse, largest logit and entropy of each row; no kernel forms weights"),
+    "key_lengths": ("cu_seqlens_k", "where the keys of each sequence end; `attention` takes a dense mask"),
     "mode": ("scaling", "a name in SCALINGS, a Scaling or a float"),
     "scaling": ("scale", "a float"),
     "base": ("scaling", 'a mode with its base, such as "log_key_count:64"'),
@@ -106,6 +109,8 @@ _HINTS = {
     "query_scale": ("scaling", f"a Scaling, or factors; {_ADDED}"),
 }
 
+_REQUIRED = {"key_lengths": " ([B]: the number of keys in each cache, the new ones included)"}
+
 # The argument that a value without a name is for, by its type; of a tensor, by whether it is a mask.
 _BY_TYPE = {bool: "causal", str: "scaling", True: "mask", False: "bias"}
 
@@ -122,7 +127,14 @@ def _hint_for(
     if (hint := next(filter(None, of_mode), None)) is not None:
         return hint
     hints = (_hint(word, known, made) or hint_for_keyword(word, known) for word in unknown)
-    return next(filter(None, hints), None) or _hint_for_order(arguments, known)
+    return next(filter(None, hints), None) or _hint_for_order(arguments, known) or _hint_for_missing(keywords, known)
+
+
+def _hint_for_missing(keywords: Mapping[str, Any], known: Mapping[str, Parameter]) -> str | None:
+    """The hint for a keyword that a function requires and was not given, or None."""
+    required = (name for name, x in known.items() if x.kind is Parameter.KEYWORD_ONLY and x.default is Parameter.empty)
+    missing = next((name for name in required if name not in keywords), None)
+    return None if missing is None else f"expected {missing}=" + _REQUIRED.get(missing, "") + ", got none"
 
 
 def _hint(word: str, known: Any, made: Any = ()) -> str | None:
