@@ -11,23 +11,14 @@ Q = torch.randn(2, 2, 3, 4)
 VISIBLE = torch.tensor([[True, False, False], [True, True, False], [True, True, True]])
 
 
-@pytest.mark.parametrize(("name", "x"), [("mask", VISIBLE.expand(2, 3, 3)), ("bias", torch.zeros(2, 3, 3))])
-def test_pairs_of_entries_or_heads(name, x):
+def test_masks_of_entries_or_heads():
     """With B equal to Hq, [B, Sq, Sk] would be taken for [Hq, Sq, Sk] in silence."""
-    with pytest.raises(ValueError, match=re.escape(f"write {name}[:, None] for [B, Sq, Sk], {name}[None] for [Hq,")):
-        tritonattn.attention(Q, Q, Q, **{name: x})
-    wanted = tritonattn.attention(Q, Q, Q, **{name: x[:1, None]})
+    x = VISIBLE.expand(2, 3, 3)
+    with pytest.raises(ValueError, match=re.escape("write mask[:, None] for [B, Sq, Sk], mask[None] for [Hq,")):
+        tritonattn.attention(Q, Q, Q, mask=x)
+    wanted = tritonattn.attention(Q, Q, Q, mask=x[:1, None])
     for spelling in (x[:1], x[0], x[:, None], x[None]):
-        torch.testing.assert_close(tritonattn.attention(Q, Q, Q, **{name: spelling}), wanted)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 2), (2, 1, 3, 2)])
-def test_a_range_that_ends_before_it_begins(shape):
-    ranges = torch.tensor([[0, 1], [2, 2], [0, 3]]).expand(2, 3, 2).clone()
-    assert tritonattn.attention(Q, Q, Q, key_ranges=ranges.view(shape))[:, :, 1].eq(0).all()
-    ranges[1, 2] = torch.tensor([3, 1])
-    with pytest.raises(ValueError, match=r"key_ranges: expected lo <= hi, got \[3, 1\] at row 2 of batch entry 1"):
-        tritonattn.attention(Q, Q, Q, key_ranges=ranges.view(shape))
+        torch.testing.assert_close(tritonattn.attention(Q, Q, Q, mask=spelling), wanted)
 
 
 @pytest.mark.parametrize(

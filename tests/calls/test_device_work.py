@@ -39,7 +39,7 @@ def operands(requires_grad: bool = False) -> list[Tensor]:
 
 
 LENGTHS = {"key_lengths": torch.tensor([50], dtype=torch.int32)}
-RANGES = {"key_ranges": torch.stack([torch.arange(1, S + 1).clamp(max=3), torch.arange(1, S + 1)], -1)[None].int()}
+RANGES = {"key_ranges": torch.stack([torch.full((1, S), 3), torch.arange(1, S + 1)[None]], -1).int()}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..core.autograd import values_are_read
 from ..core.call import Request
 from ..core.terms import Terms
 from ..core.visibility import Visibility
@@ -312,10 +311,6 @@ def _check_key_ranges(key_ranges: Any, q: Tensor, k: Tensor) -> None:
         wanted = f"[B, Sq, 2] = {[batch, rows, 2]} or [B, 1, Sq, 2] = {[batch, 1, rows, 2]}"
         raise ValueError(f"key_ranges: expected shape {wanted}, got {shape_of(key_ranges)}")
     check_values("key_ranges", key_ranges, k.shape[2])
-    if values_are_read(key_ranges) and bool((is_reversed := key_ranges[..., 0] > key_ranges[..., 1]).any()):
-        entry, *_, row = is_reversed.nonzero()[0].tolist()
-        pair = key_ranges.reshape(batch, rows, 2)[entry, row].tolist()
-        raise ValueError(f"key_ranges: expected lo <= hi, got {pair} at row {row} of batch entry {entry}")
 
 
 def _check_mask(mask: Any, q: Tensor, sizes: tuple[int, ...]) -> None:

@@ -240,7 +240,6 @@ def _of_rows(name: str, x: Any, q: Tensor, shape: tuple[int, ...], axes: str) ->
 def _pairs(name: str, x: Any, q: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Numbers of pairs as backends take them, of four axes."""
     check_tensor(name, x, "[B, Hq, Sq, Sk]")
-    refuse_ambiguous_axes(name, x)
     x = x[None] if x.dim() == 1 else x
     check_factor(name, x, q, shape, "[B, Hq, Sq, Sk]")
     return _narrowed(x[(None,) * (4 - x.dim())], q)
