@@ -160,8 +160,8 @@ def texts(rows, length, random):
 def train(model, steps):
     """The losses of steps; the parameters of scalings have no weight decay."""
     scalings = set(tritonattn.nn.scaling_parameters(model))
-    groups = [{"params": [x for x in model.parameters() if x not in scalings]}]
-    groups.append({"params": list(scalings), "weight_decay": 0.0})
+    weights = [x for x in model.parameters() if x not in scalings]
+    groups = [{"params": weights}, {"params": list(scalings), "weight_decay": 0.0}]
     optimizer, random, losses = torch.optim.AdamW(groups, lr=3e-3), torch.Generator().manual_seed(0), []
     for _ in range(steps):
         tokens = texts(16, 48, random)

@@ -7,6 +7,7 @@ import torch
 
 from tests.support.caches import check_cuts
 from tests.support.masks import assert_rows_of_key_blocks, largest_keys, visible_pairs
+from tests.support.versions import OLDER_TRITON
 from tritonattn import KeyStatistics
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import ranges, records
@@ -91,6 +92,7 @@ def test_append_keys(emulate):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(OLDER_TRITON, reason="other compilers add in another order")
 def test_sums_of_appended_keys_do_not_depend_on_how_they_are_cut(emulate):
     """Blocks of 64 sums: keys so wide are measured 16 at a time."""
     executor = emulate(GPU(80))

@@ -35,6 +35,7 @@ ODD = [(gpu, key) for gpu in GPUS for key in keys(head_dims=tuple(dim for dim in
 of_this_compiler = pytest.mark.skipif(OLDER_TRITON, reason="ceilings and tables are of another compiler's code")
 
 
+@of_this_compiler
 @pytest.mark.parametrize("case", [case for case in CASES if case not in QUICK], ids=str)
 def test_cases(case):
     check(case)

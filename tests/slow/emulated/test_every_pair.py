@@ -11,6 +11,7 @@ from tests.emulated import test_synchronisation as synchronisation
 from tests.emulated import test_varlen as varlen
 from tests.emulated.executor import GPU
 from tests.support.pairs import in_turn
+from tests.support.versions import OLDER_TRITON
 
 
 # The longest come first: they are not left for the end, when one worker has nothing to do.
@@ -28,6 +29,7 @@ def test_no_synchronisation_can_be_left_out(gpu, emulate):
             )
 
 
+@pytest.mark.skipif(OLDER_TRITON, reason="older compilers leave out fences")
 def test_no_synchronisation_of_hopper_can_be_left_out(emulate):
     found, implied = hopper.missed(hopper.check(hopper.CALL, emulate).launches[0])
     assert implied == {instruction: count for instruction, (count, _) in hopper.IMPLIED.items()}
