@@ -24,6 +24,8 @@ from .base import Scales, Scaling, check_positive, dense_norms, mode
 class Cosine(Scaling):
     """factor = tau / (||q|| * ||k||): logit = tau * cos(q, k). A q or k of norm 0 has the factor 0.
 
+    At D = 1 every cosine is 1 or -1: the gradients of q and k are 0 but for rounding. Use D of at least 2.
+
     tau   None is sqrt(D), what unscaled RMS normalisation of q and k followed by 1 / sqrt(D) gives
 
     Source: Henry et al. 2020, "Query-key normalization for transformers", arXiv:2010.04245, equation 4; Liu
