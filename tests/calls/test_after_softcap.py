@@ -40,7 +40,7 @@ def written_out(q, k, v, gain: Any = 1.0, bias: Any = 0.0):
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_the_formula_and_its_gradients(backend, more):
     q, k, v = operands()
-    bias = torch.randn(4, SK, SK) if "bias_after_softcap" in more else None
+    bias = torch.randn(1, 4, SK, SK) if "bias_after_softcap" in more else None
     expected = written_out(q, k, v, more.get("gain", 1.0), 0.0 if bias is None else bias)
     out, aux = attention(q, k, v, **OPTIONS, **more, bias=bias, causal=True, backend=backend, return_aux=True)
     weights = torch.randn(out.shape), torch.randn(aux.lse.shape)

@@ -259,7 +259,7 @@ def test_sinks_that_are_not_finite(backend, sink):
 OF_SINKS: dict[str, dict] = {  # key heads are shared; some rows attend to no key
     "fewer keys": {"causal": True},
     "ranges": {"key_ranges": torch.tensor([[1, 4], [0, 7], [5, 5], [2, 3], [0, 1]]).expand(2, 5, 2)},
-    "mask": {"mask": (torch.arange(4 * 5 * 7) % 3 == 0).view(4, 5, 7), "softcap": 2.0, "return_aux": True},
+    "mask": {"mask": (torch.arange(4 * 5 * 7) % 3 == 0).view(1, 4, 5, 7), "softcap": 2.0, "return_aux": True},
 }
 
 

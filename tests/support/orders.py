@@ -163,7 +163,7 @@ def scaled(q: Tensor, k: Tensor, v: Tensor, query_scale: Tensor, key_scale: Tens
 def every_term() -> dict[str, Tensor]:
     """All tensors that `attention` takes besides its operands, for (B, Hq, Hkv, Sq, Sk) = (1, 4, 2, 5, 7)."""
     random = torch.Generator().manual_seed(7)
-    shapes = {"gain": (4, 5), "key_bias": (2, 7), "sinks": (4,), "bias": (4, 5, 7), "relative_bias": (1, 4, 1, 4)}
+    shapes = {"gain": (4, 5), "key_bias": (2, 7), "sinks": (4,), "bias": (1, 4, 5, 7), "relative_bias": (1, 4, 1, 4)}
     return {name: torch.randn(shape, generator=random, dtype=torch.float64) for name, shape in shapes.items()}
 
 

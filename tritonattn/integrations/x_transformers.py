@@ -87,7 +87,10 @@ class ScaledAttend(nn.Module):
             k, v = (x.repeat(1, q.shape[1] // k.shape[1], 1, 1) for x in (k, v))
         if mask is not None and mask.dim() == 2:
             mask = mask[:, None, None]
-        terms = {"bias": others.get("attn_bias"), "softcap": self.softcap, "sinks": self.head_attn_sink}
+        bias = others.get("attn_bias")
+        if bias is not None and bias.dim() == 3:
+            bias = bias[None]  # of heads
+        terms = {"bias": bias, "softcap": self.softcap, "sinks": self.head_attn_sink}
         options = {"causal": self.causal if causal is None else causal, **terms}
         call = self.scaling, self.backend, q, k, v, mask, self.dropout if self.training else 0.0
         return attend(*call, scale=self.scale, enable_gqa=True, options=options), Intermediates()
