@@ -153,5 +153,5 @@ class Findings:
 
 def _table(title: str, headers: list[Any], rows: Iterable[Iterable[Any]], left: int = 1) -> str:
     cells = [[f"{x:.3g}" if isinstance(x, float) else x for x in row] for row in rows]
-    sides = FIGURES | {"colalign": ("left",) * left}
+    sides: dict[str, Any] = FIGURES | {"colalign": ("left",) * left}
     return f"{title}\n\n{tabulate(cells, headers, 'simple', **sides)}"
