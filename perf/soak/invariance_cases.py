@@ -182,7 +182,7 @@ def _left_padded_batch(attend: Attend, one: Sequence, alone: list[Tensor], draw:
     )
     first = torch.tensor([longest - each.length for each in sequences])[:, None]
     is_row = torch.arange(longest) >= first
-    ranges = torch.stack([first.expand(is_row.shape), torch.where(is_row, longest, 0)], dim=-1)
+    ranges = torch.stack([first.expand(is_row.shape), torch.where(is_row, longest, first)], dim=-1)
     q, d_out, d_lse = (x[:, :, rows] for x in (q, d_out, d_lse))
     found = attend.batched(q, k, v, d_out, d_lse, key_ranges=ranges[:, rows])
     count = min(rows.stop - rows.start, one.length)

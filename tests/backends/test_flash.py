@@ -215,7 +215,7 @@ REFUSED = {
     "key_lengths": {"key_lengths": torch.tensor([3, 4])},
     "key_ranges": {"key_ranges": torch.zeros(2, 21, 2, dtype=torch.int32)},
     "mask": {"mask": torch.ones(21, 35, dtype=torch.bool)},
-    "key_bias": {"key_bias": torch.zeros(2, 35)},
+    "key_bias": {"key_bias": torch.zeros(1, 2, 35)},
     "bias": {"bias": torch.zeros(21, 35)},
     "relative_bias": {"relative_bias": torch.zeros(1, 2, 1, 41)},
     "dropout_p": {"dropout_p": 0.1},

@@ -45,7 +45,7 @@ def formula(q, k, v, bias, hidden, softcap=None, after=False, sinks=None):
 
 FORMS = {  # shapes of a bias of keys, of one of pairs, and of a table with its relative_right
     "every key": ((B, HQ, SK), None, None, 0),
-    "keys of key heads": ((HKV, SK), None, None, 0),
+    "keys of key heads": ((1, HKV, SK), None, None, 0),
     "keys of all heads": ((B, 1, SK), None, None, 0),
     "every pair": (None, (B, HQ, SQ, SK), None, 0),
     "a row": (None, (SQ, 1), None, 0),
@@ -331,3 +331,18 @@ class Wrong(Scaling):
 def test_tables_of_a_scaling_are_checked(fields, message):
     with pytest.raises(ValueError, match=r"wrong.scales\(\)." + message):
         attention(**operands(), scaling=Wrong(**fields))
+
+
+def test_three_axes_of_one_entry_and_both_spellings():
+    """A batch of as many entries as heads: what may be a mask a sequence or a mask a head is spelled out."""
+    q, k, v = random(HQ, HQ, SQ, 8), random(HQ, HKV, SK, 8), random(HQ, HKV, SK, 8)
+    pairs, keys = random(HQ, SQ, SK), random(HQ, SK)
+    for name, x in (("mask", pairs > 0), ("bias", pairs)):
+        for spelled, whole in ((x[:, None], x[:, None]), (x[None], x[None]), (x[:1], x[None, :1])):
+            wanted = attention(q, k, v, **{name: whole.expand(HQ, HQ, SQ, SK)})
+            torch.testing.assert_close(attention(q, k, v, **{name: spelled}), wanted)
+    for x in (keys[:, None], keys[None]):
+        wanted = attention(q, k, v, key_bias=x.expand(HQ, HQ, SK))
+        torch.testing.assert_close(attention(q, k, v, key_bias=x), wanted)
+    slopes = tritonattn.nn.ALiBi(HQ)(SK)  # of heads, as it says
+    torch.testing.assert_close(attention(q, k, v, key_bias=slopes), attention(q, k, v, key_bias=slopes[None]))

@@ -132,6 +132,18 @@ OF_DENSE: list[Case] = [
         "ValueError: key_ranges: expected shape [B, Sq, 2] = [2, 3, 2] or [B, 1, Sq, 2] = [2, 1, 3, 2], got [2, 3]",
     ),
     ({"key_ranges": torch.zeros(B, SQ, 2)}, "TypeError: key_ranges: ~ integer ~ float32"),
+    (
+        {"key_ranges": torch.tensor([[[0, 1]] * SQ, [[2, 2], [5, 3], [4, 0]]])},
+        "ValueError: key_ranges: expected lo <= hi, got (5, 3) in row 1 of batch entry 1; a row without keys is",
+    ),
+    (
+        {"key_ranges": torch.tensor([[[0, 1]] * SQ, [[2, 2], [4, 0], [5, 3]]])[:, None]},
+        "ValueError: key_ranges: expected lo <= hi, got (4, 0) in row 1 of batch entry 1",
+    ),
+    (
+        {"key_ranges": torch.tensor([1, 0], dtype=torch.uint8).expand(B, SQ, 2)},
+        "ValueError: key_ranges: expected lo <= hi, got (1, 0) in row 0 of batch entry 0",
+    ),
     ({"key_ranges": torch.full((B, SQ, 2), 9)}, "ValueError: key_ranges: ~ [0, Sk = 5] ~ 9"),
     (
         {"mask": torch.zeros(SQ, SK)},
@@ -140,9 +152,27 @@ OF_DENSE: list[Case] = [
     ({"mask": torch.zeros(SQ, SK).int()}, "TypeError: mask: ~ torch.bool, True for visible, got torch.int32"),
     ({"mask": ones(B, SK).bool()}, "ValueError: mask: ~ [2, 4, 3, 5] ~ [B, 1, 1, Sk]"),
     ({"mask": ones(B, HKV, SQ, SK).bool()}, "ValueError: mask: ~ [2, 2, 3, 5]"),
+    *(
+        (
+            {"mask": ones(n, SQ, SK).bool()},
+            f"ValueError: mask: ~ got [{n}, 3, 5]; write mask[:, None] for [B, 1, Sq, Sk], mask[None] ~ [1, H",
+        )
+        for n in (B, HQ)
+    ),
     ({"mask": ones(SQ, SK, device=META).bool()}, "ValueError: mask: ~ cpu ~ meta"),
     ({"key_bias": ones(B, 3, SK)}, "ValueError: key_bias: ~ [B, Hq or Hkv, Sk] = [2, 4, 5], got [2, 3, 5]"),
     ({"bias": ones(4, SK)}, "ValueError: bias: ~ broadcastable to [B, Hq, Sq, Sk] = [2, 4, 3, 5], got [4, 5]"),
+    *(
+        (
+            {"bias": ones(n, SQ, SK)},
+            f"ValueError: bias: ~ got [{n}, 3, 5]; write bias[:, None] for [B, 1, Sq, Sk], bias[None] ~ [1, H",
+        )
+        for n in (B, HQ)
+    ),
+    (
+        {"key_bias": ones(B, SK)},
+        "ValueError: key_bias: ~ got [2, 5]; write key_bias[:, None] for [B, 1, Sk], key_bias[None]",
+    ),
     ({"bias": ones(SQ, SK).int()}, "TypeError: bias: ~ float32 ~ torch.int32"),
     ({"relative_bias": ones(HQ, 3)}, "ValueError: relative_bias: expected [B, Hq, Sq, extent] ~ got [4, 3]"),
     ({"relative_bias": ones(1, 3, 1, 3)}, "ValueError: relative_bias: expected a shape broadcastable"),

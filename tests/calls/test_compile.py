@@ -62,7 +62,7 @@ def test_every_mask_bias_and_number_at_once():
         options = {"scaling": "key_norm_rms", "softcap": 3.0, "bias_after_softcap": True}
         return objective(q, k, v, gain, sinks, **options, **biases, **masks)
 
-    masks, shapes = MASKS["everything"](2, 4, 7, 7), ((2, 2, 7), (4, 1, 7), (1, 4, 1, 5))
+    masks, shapes = MASKS["everything"](2, 4, 7, 7), ((2, 2, 7), (1, 4, 1, 7), (1, 4, 1, 5))
     biases = (torch.randn(shape, requires_grad=True) for shape in shapes)
     assert_compiles(function, ((*operands(), *biases), {}))
 

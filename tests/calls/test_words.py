@@ -49,7 +49,24 @@ Q = torch.ones(1, 2, 3, 4)
         ("attention_decode", {"cache_seqlens": Q}, "attention_decode: expected key_lengths="),
         ("attention_decode", {"is_causal": True}, "attention_decode: expected no is_causal=: a row attends to the k"),
         ("attention_decode", {"attn_mask": Q}, "attention_decode: expected key_lengths= ([B]: the number of keys"),
-        ("attention_varlen", {"attn_mask": Q}, "attention_varlen: expected cu_seqlens_k= (where the keys"),
+        (
+            "attention_decode",
+            {},
+            "attention_decode: expected key_lengths= ([B]: keys of each sequence in the cache, the",
+        ),
+        ("attention_varlen", {"attn_mask": Q}, "attention_varlen: expected cu_seqlens_k= (rows see the keys of their"),
+        (
+            "attention_varlen",
+            {"mask": Q},
+            "attention_varlen: expected cu_seqlens_k= (rows see the keys of their sequence",
+        ),
+        (
+            "attention_varlen",
+            {"sm_scale": 0.1},
+            "attention_varlen: expected scaling= (a float is the factor itself), got",
+        ),
+        ("attention", {"sm_scale": 0.1}, "attention: expected scaling= (a float is the factor itself), got sm_scale="),
+        ("attention", {"need_weights": True}, "attention: expected return_aux= (lse, largest logit and entropy; the"),
         (
             "attention",
             {"scaling": "log_key_count", "base": 64},

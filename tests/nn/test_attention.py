@@ -269,7 +269,7 @@ def test_a_bias_of_distances_is_the_same_in_every_form():
     position = torch.arange(22)
     entry = position[:, None] - position + 1
     pairs = torch.where((entry >= 0) & (entry < 7), table[0, :, 0][:, entry.clamp(0, 6)], 0)
-    torch.testing.assert_close(made(x, bias=pairs), whole)
+    torch.testing.assert_close(made(x, bias=pairs[None]), whole)
     assert not torch.allclose(made(x), whole)
     ends = torch.tensor([0, 22, 44], dtype=torch.int32)
     packed = made(x.flatten(0, 1), cu_seqlens=ends, max_seqlen=22, relative_bias=table[0], **given)

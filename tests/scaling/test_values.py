@@ -10,7 +10,7 @@ import torch
 from tritonattn import attention
 from tritonattn.core.statistics import SMALLEST_STATISTIC, Statistics, counts_of, reciprocal, reciprocal_root
 from tritonattn.core.visibility import Visibility
-from tritonattn.nn import SSMax
+from tritonattn.nn import LearnedCosine, SSMax
 from tritonattn.scaling import (
     SCALINGS,
     Beam,
@@ -295,3 +295,12 @@ def test_norms_whose_product_is_below_fp32():
     q, k = (x.float() * size for x, size in zip(vectors(), (1e-20, 1e-25), strict=True))
     for backend in ("sdpa", "reference"):
         assert attention(q, k, torch.ones_like(k), scaling="cosine", backend=backend).isfinite().all()
+
+
+@pytest.mark.parametrize("mode", [Cosine(), LearnedCosine(2)], ids=type)
+def test_a_cosine_of_one_dimension_trains_nothing_and_says_so(mode):
+    q, k, v = (torch.randn(1, 2, 5, 1, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    out = attention(q, k, v, scaling=mode)
+    for gradient in torch.autograd.grad(out.square().sum(), (q, k)):
+        torch.testing.assert_close(gradient, torch.zeros_like(q), atol=1e-12, rtol=0)
+    assert "At D = 1 every cosine is 1 or -1" in type(mode).__doc__

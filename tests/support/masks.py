@@ -15,9 +15,10 @@ def _lengths(batch: int, q_heads: int, q_len: int, k_len: int) -> dict:
 
 
 def _ranges(batch: int, q_heads: int, q_len: int, k_len: int) -> dict:
-    """Ranges in no order along the rows, some of them empty or reversed."""
+    """Ranges in no order along the rows, some of them empty."""
     bounds = torch.randint(0, k_len + 1, (batch, q_len, 2), generator=_random(1), dtype=torch.int32)
     bounds[:, ::2] = bounds[:, ::2].sort(-1).values
+    bounds[..., 0] = bounds.amin(-1)
     return {"key_ranges": bounds}
 
 

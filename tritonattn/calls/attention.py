@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
+from ..core.autograd import values_are_read
 from ..core.call import Request
 from ..core.terms import Terms
 from ..core.visibility import Visibility
@@ -24,7 +25,7 @@ from .checks import (
     check_number,
     check_tensor,
     operands,
-    refuse_ambiguous_axes,
+    refuse_unclear,
     scale_dtype,
     shape_of,
 )
@@ -93,17 +94,19 @@ def attention(
         causal: Row i attends to the keys j <= i + Sk - Sq (bottom-right).
         window: (left, right): row i attends to i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: no limit.
         key_lengths: Integers [B]: keys at and after it are invisible.
-        key_ranges: Integers [B, Sq, 2] or [B, 1, Sq, 2]: row i attends to lo <= j < hi of its pair (lo, hi).
-            `document_ranges` makes them of document ids.
-        mask: bool, broadcastable to [B, Hq, Sq, Sk], True is visible: for masks with holes; slower.
-            [N, Sq, Sk] with N above 1 is refused: it may mean sequences or heads.
+        key_ranges: Integers [B, Sq, 2] or [B, 1, Sq, 2]: row i attends to lo <= j < hi of its pair (lo, hi), none where
+            lo = hi. `document_ranges` makes them of document ids.
+        mask: bool, broadcastable to [B, Hq, Sq, Sk], True is visible: for masks with holes; slower. [n, Sq, Sk] with n
+            above 1 is refused: mask[:, None] is one mask a sequence, mask[None] one a head.
         key_bias: Floating, broadcastable to [B, Hq, Sk] or [B, Hkv, Sk]: added to the logits of key j before the
-            softcap; gets a gradient. A key with -inf has no weight, with softcap too, and a row of only such keys is as
-            one that attends to none; but the scaling counts it, and NaN in k or v passes on: `mask` and `key_lengths`
-            hide keys. NaN, and +inf unless a softcap caps it, give NaN in the rows that attend to the key.
-        bias: Floating, broadcastable to [B, Hq, Sq, Sk]: a number for every pair, of any floating dtype, which stays;
-            its memory is O(Sq Sk), and so is that of its gradient. -inf, +inf and NaN as in key_bias; values of
-            invisible pairs are not read.
+            softcap; gets a gradient. [n, Sk] where n is B and a number of heads is refused, but for a bias that is
+            `nn.counted_from_rows`: key_bias[:, None] is one a sequence, key_bias[None] one a head. A key with -inf has
+            no weight, with softcap too, and a row of only such keys is as one that attends to none; but the scaling
+            counts it, and NaN in k or v passes on: `mask` and `key_lengths` hide keys. NaN, and +inf unless a softcap
+            caps it, give NaN in the rows that attend to the key.
+        bias: Floating, broadcastable to [B, Hq, Sq, Sk], of three axes as mask: a number for every pair, of any
+            floating dtype, which stays; its memory is O(Sq Sk), and so is that of its gradient. -inf, +inf and NaN as
+            in key_bias; values of invisible pairs are not read.
         relative_bias: Floating, [B or 1, Hq or 1, Sq or 1, extent]: a number for every distance; gets a gradient.
             relative[i, j] = relative_bias[..., i, i + Sk - Sq - j + relative_right], and 0 outside of the extent:
             entry t belongs to the key t positions before the row's position, which is that of `causal`.
@@ -311,6 +314,11 @@ def _check_key_ranges(key_ranges: Any, q: Tensor, k: Tensor) -> None:
         wanted = f"[B, Sq, 2] = {[batch, rows, 2]} or [B, 1, Sq, 2] = {[batch, 1, rows, 2]}"
         raise ValueError(f"key_ranges: expected shape {wanted}, got {shape_of(key_ranges)}")
     check_values("key_ranges", key_ranges, k.shape[2])
+    if values_are_read(key_ranges) and (falls := key_ranges[..., 0] > key_ranges[..., 1]).any():
+        place = falls.nonzero()[0]
+        entry, row, (lo, hi) = int(place[0]), int(place[-1]), key_ranges[tuple(place)].tolist()
+        got = f"({lo}, {hi}) in row {row} of batch entry {entry}"
+        raise ValueError(f"key_ranges: expected lo <= hi, got {got}; a row without keys is lo = hi")
 
 
 def _check_mask(mask: Any, q: Tensor, sizes: tuple[int, ...]) -> None:
@@ -318,7 +326,7 @@ def _check_mask(mask: Any, q: Tensor, sizes: tuple[int, ...]) -> None:
     if mask.dtype != torch.bool:
         hint = "; of 0 and -inf give mask == 0, other numbers are attention's bias=" if mask.dtype in FLOATS else ""
         raise TypeError(f"mask: expected dtype torch.bool, True for visible, got {mask.dtype}{hint}")
-    refuse_ambiguous_axes("mask", mask)
+    refuse_unclear("mask", mask, "Sq, Sk")
     if not broadcasts(mask.shape, sizes):
         expected = f"a shape broadcastable to [B, Hq, Sq, Sk] = {list(sizes)}"
         raise ValueError(f"mask: expected {expected}, got {shape_of(mask)}; a padding mask is [B, 1, 1, Sk]")

@@ -20,7 +20,7 @@ from ..core.call import Request
 from ..core.eight_bit import EIGHT_BIT
 from ..core.hints import nearest, type_of
 from ..core.invariance import switch
-from ..core.row_terms import sinks_beside
+from ..core.row_terms import is_counted_from_rows, sinks_beside
 from ..core.terms import DEFAULTS, OF_SCALING, TABLES, TERMS, Term, Terms
 from ..core.torch_distributed import unshard
 from ..core.visibility import Visibility
@@ -212,7 +212,10 @@ def _checked(term: Term, value: Any, q: Tensor, visible: Visibility, rows: str, 
     if term.form == "vector":
         if term.axes[-1] != "Sk":
             return _of_rows(name, value, q, visible.rows, rows)
-        check_key_bias(name, value, q, _last(visible.keys, keys), keys)
+        sizes = _last(visible.keys, keys)
+        check_key_bias(name, value, q, sizes, keys)
+        if len(sizes) == 3 and value.shape[0] == visible.batch and not is_counted_from_rows(value):
+            refuse_unclear(name, value, "Sk")
     elif term.form == "pairs":
         if term.axes[-1] == "Sk":
             return _pairs(name, value, q, (*visible.rows, visible.k_len))
@@ -237,21 +240,20 @@ def _of_rows(name: str, x: Any, q: Tensor, shape: tuple[int, ...], axes: str) ->
     return of_rows.to(scale_dtype(q)).expand(shape)
 
 
+def refuse_unclear(name: str, x: Tensor, axes: str) -> None:
+    """Raise for [n, *axes] with n above 1, which may be one entry a sequence or one a head."""
+    if x.dim() == axes.count(",") + 2 and x.shape[0] > 1:
+        wanted = f"{name}[:, None] for [B, 1, {axes}], {name}[None] for [1, H, {axes}]"
+        raise ValueError(f"{name}: expected an axis of sequences and one of heads, got {shape_of(x)}; write {wanted}")
+
+
 def _pairs(name: str, x: Any, q: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Numbers of pairs as backends take them, of four axes."""
     check_tensor(name, x, "[B, Hq, Sq, Sk]")
+    refuse_unclear(name, x, "Sq, Sk")
     x = x[None] if x.dim() == 1 else x
     check_factor(name, x, q, shape, "[B, Hq, Sq, Sk]")
     return _narrowed(x[(None,) * (4 - x.dim())], q)
-
-
-def refuse_ambiguous_axes(name: str, x: Tensor) -> None:
-    """Raise ValueError for numbers of pairs [N, Sq, Sk]: N may be meant as batch entries or as heads."""
-    if x.dim() == 3 and x.shape[0] > 1:
-        raise ValueError(
-            f"{name}: expected [B, Hq, Sq, Sk] or [1, Sq, Sk], got shape {shape_of(x)}: write {name}[:, None] for"
-            f" [B, Sq, Sk], {name}[None] for [Hq, Sq, Sk]"
-        )
 
 
 def table_of(

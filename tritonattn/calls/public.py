@@ -73,6 +73,10 @@ _HINTS = {
         "bool, True is visible, in nn.MultiheadAttention hidden; key_lengths and key_ranges cost less; floats: bias=",
     ),
     "mask": ("key_lengths", "[B]: the number of keys of each sequence, padding after them"),
+    "key_lengths": (
+        "cu_seqlens_k",
+        "rows see the keys of their sequence, as causal= and window= narrow them; masks with holes are for `attention`",
+    ),
     "attn_bias": ("bias", "a number a pair, broadcastable to [B, Hq, Sq, Sk]; key_bias= and relative_bias= cost less"),
     "position_bias": ("relative_bias", "a number a distance, on the last axis; `attention` has bias=, a number a pair"),
     "rel_pos": ("relative_bias", "a number a distance, on the last axis"),
@@ -80,10 +84,8 @@ _HINTS = {
     "relative_bias": ("key_bias", "a number a key, [B, H, Sk], added to logits"),
     "alibi_slopes": ("key_bias", "tritonattn.nn.ALiBi(heads)(Sk), in causal attention; in others relative_bias="),
     "scale": ("scaling", "a float is the factor itself"),
-    "softmax_scale": ("scaling", "a float is the factor itself"),
     "sm_scale": ("scaling", "a float is the factor itself"),
-    "need_weights": ("return_aux", "lse, largest logit and entropy of each row; no kernel forms weights"),
-    "key_lengths": ("cu_seqlens_k", "where the keys of each sequence end; `attention` takes a dense mask"),
+    "softmax_scale": ("scaling", "a float is the factor itself"),
     "mode": ("scaling", "a name in SCALINGS, a Scaling or a float"),
     "scaling": ("scale", "a float"),
     "base": ("scaling", 'a mode with its base, such as "log_key_count:64"'),
@@ -99,6 +101,7 @@ _HINTS = {
     "deterministic": ("", "every call is; backend='flash' under torch.use_deterministic_algorithms(True)"),
     "cache_seqlens": ("key_lengths", "the new keys included"),
     "return_attn_probs": ("return_aux", "lse, largest logit and entropy"),
+    "need_weights": ("return_aux", "lse, largest logit and entropy; the weights are never in memory"),
     "return_lse": ("return_aux", "lse, largest logit and entropy"),
     "k_descale": ("", "8-bit keys and values are for attention_decode, and attention_varlen with a block_table"),
     "v_descale": ("k_descale", ""),
@@ -109,7 +112,10 @@ _HINTS = {
     "query_scale": ("scaling", f"a Scaling, or factors; {_ADDED}"),
 }
 
-_REQUIRED = {"key_lengths": " ([B]: the number of keys in each cache, the new ones included)"}
+# What to write for a required argument that is missing.
+_REQUIRED = {
+    "key_lengths": "[B]: keys of each sequence in the cache, the new ones included; of a full one torch.full((B,), Sk)"
+}
 
 # The argument that a value without a name is for, by its type; of a tensor, by whether it is a mask.
 _BY_TYPE = {bool: "causal", str: "scaling", True: "mask", False: "bias"}
@@ -127,14 +133,12 @@ def _hint_for(
     if (hint := next(filter(None, of_mode), None)) is not None:
         return hint
     hints = (_hint(word, known, made) or hint_for_keyword(word, known) for word in unknown)
-    return next(filter(None, hints), None) or _hint_for_order(arguments, known) or _hint_for_missing(keywords, known)
-
-
-def _hint_for_missing(keywords: Mapping[str, Any], known: Mapping[str, Parameter]) -> str | None:
-    """The hint for a keyword that a function requires and was not given, or None."""
-    required = (name for name, x in known.items() if x.kind is Parameter.KEYWORD_ONLY and x.default is Parameter.empty)
-    missing = next((name for name in required if name not in keywords), None)
-    return None if missing is None else f"expected {missing}=" + _REQUIRED.get(missing, "") + ", got none"
+    if (hint := next(filter(None, hints), None)) is not None:
+        return hint
+    for name in _REQUIRED:
+        if name in known and name not in keywords and known[name].default is Parameter.empty:
+            return f"expected {name}= ({_REQUIRED[name]}), got none"
+    return _hint_for_order(arguments, known)
 
 
 def _hint(word: str, known: Any, made: Any = ()) -> str | None:

@@ -23,7 +23,6 @@ def mask_arguments(name: str, mask: Tensor | None) -> dict[str, Tensor]:
     """
     if mask is None:
         return {}
-    mask = mask[None] if mask.dim() == 3 else mask  # of PyTorch's, where axes broadcast from the right
     if mask.dtype == torch.bool:
         return {"mask": mask}
     if not mask.is_floating_point():

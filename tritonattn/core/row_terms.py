@@ -42,9 +42,13 @@ def counted_from_rows(key_bias: Tensor) -> Tensor:
     return marked
 
 
+def is_counted_from_rows(key_bias: Tensor) -> bool:
+    return getattr(key_bias, _MARK, False)
+
+
 def as_marked(key_bias: Tensor, source: Tensor) -> Tensor:
     """A part of `source`, marked if that is."""
-    return counted_from_rows(key_bias) if getattr(source, _MARK, False) else key_bias
+    return counted_from_rows(key_bias) if is_counted_from_rows(source) else key_bias
 
 
 def sinks_beside(
@@ -57,7 +61,7 @@ def sinks_beside(
 
     Raises NotImplementedError for a bias that counts from rows before a softcap.
     """
-    if not getattr(key_bias, _MARK, False):
+    if not is_counted_from_rows(key_bias):
         return terms.sinks
     if terms.softcap is not None and not terms.bias_after_softcap:
         raise NotImplementedError(

@@ -72,8 +72,8 @@ def key_range_mask(**arguments: Any) -> Tensor | None:
         return None
     bounds = bounds if padding is None else bounds.within(padding)
     shape = (arguments["batch_size"], position.shape[0])
-    sides = [(side - key_offset).clamp(0, kv_length).expand(shape) for side in bounds]
-    return torch.stack(sides, dim=-1)[:, None].to(torch.int32)
+    lo, hi = ((side - key_offset).clamp(0, kv_length).expand(shape) for side in bounds)
+    return torch.stack([torch.minimum(lo, hi), hi], dim=-1)[:, None].to(torch.int32)
 
 
 def _positions(arguments: dict[str, Any], kv_length: int, key_offset: int | Tensor) -> tuple[Tensor, bool]:

@@ -76,6 +76,8 @@ def attend(
         if attn_mask is not None and attn_mask.dim() > 3:
             attn_mask = attn_mask.expand(*query.shape[:-3], *attn_mask.shape[-3:]).flatten(0, -4)
         query, key, value = (x.reshape(-1, *(1, *x.shape)[-3:]) for x in (query, key, value))
+    if attn_mask is not None and attn_mask.dim() == 3:
+        attn_mask = attn_mask[None]  # of heads, by torch's broadcasting
     k, v, masks = keys_and_masks(query, key, value, attn_mask, is_causal)
     gain = relative_gain(scaling, scale, query.shape[-1])
     scaled = {"scaling": scaling, "gain": gain, "dropout_p": dropout_p, "backend": backend}

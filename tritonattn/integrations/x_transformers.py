@@ -88,7 +88,8 @@ class ScaledAttend(nn.Module):
         if mask is not None and mask.dim() == 2:
             mask = mask[:, None, None]
         bias = others.get("attn_bias")
-        bias = bias if bias is None or bias.dim() != 3 else bias[None]
+        if bias is not None and bias.dim() == 3:
+            bias = bias[None]  # of heads
         terms = {"bias": bias, "softcap": self.softcap, "sinks": self.head_attn_sink}
         options = {"causal": self.causal if causal is None else causal, **terms}
         call = self.scaling, self.backend, q, k, v, mask, self.dropout if self.training else 0.0

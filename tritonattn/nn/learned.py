@@ -185,6 +185,8 @@ class PerHead(Learned):
 class LearnedCosine(PerHead):
     """factor = tau_h / (||q|| * ||k||), tau_h = tau * exp(theta_h): cosine attention with a learned temperature.
 
+    At D = 1 every cosine is 1 or -1: the gradients of q and k are 0 but for rounding. Use D of at least 2.
+
     Args:
         heads: Hq.
         tau: Where every head starts; None is sqrt(D), as for the mode "cosine". Swin V2 starts at 10. With tau=1

@@ -24,7 +24,7 @@ from .base import Scales, Scaling, check_positive, dense_norms, mode
 class Cosine(Scaling):
     """factor = tau / (||q|| * ||k||): logit = tau * cos(q, k). A q or k of norm 0 has the factor 0.
 
-    At D = 1 every cosine is 1 or -1, and the gradients of q and k are 0.
+    At D = 1 every cosine is 1 or -1: the gradients of q and k are 0 but for rounding. Use D of at least 2.
 
     tau   None is sqrt(D), what unscaled RMS normalisation of q and k followed by 1 / sqrt(D) gives
 
