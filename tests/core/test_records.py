@@ -99,8 +99,8 @@ def test_writers_that_append_leave_whole_records(tmp_path):
     """Where a write takes its time, and half of the record comes first."""
     file = tmp_path / "a.jsonl"
     several(SLOW, file)
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert sorted((x["number"], x["i"]) for x in lines) == [(number, i) for number in range(4) for i in range(15)]
+    records_made = [{"number": number, "i": i} for number in range(4) for i in range(15)]
+    assert sorted(file.read_text().splitlines()) == sorted(map(json.dumps, records_made))
 
 
 KILLED = """
@@ -128,6 +128,29 @@ def test_a_wait_for_another_writer_ends_in_a_message(tmp_path, monkeypatch):
     with pytest.raises(TimeoutError, match=expected):
         records.write(file, lambda: records.write(file, "inner") or "outer")
     assert list(tmp_path.iterdir()) == []
+
+
+@takes_turns
+def test_a_lock_of_a_file_that_the_last_writer_renamed_is_none(tmp_path, monkeypatch):
+    """One writer ends between the next one's opening of the temporary file and its lock; a third then has to wait."""
+    file, is_locked, late = tmp_path / "a.json", records._is_locked, []
+
+    def after_another(descriptor):
+        if not late:
+            late.append(True)
+            records._is_locked = is_locked
+            (tmp_path / ".a.json.tmp").replace(file)
+        return is_locked(descriptor)
+
+    def third():
+        with pytest.raises(TimeoutError):
+            records.write(file, "third")
+        return "second"
+
+    monkeypatch.setattr(records, "_LONGEST_WAIT", 0.02)
+    monkeypatch.setattr(records, "_is_locked", after_another)
+    records.write(file, third)
+    assert file.read_text() == "second"
 
 
 def test_other_lines_are_named_and_skipped(tmp_path, capsys):

@@ -69,6 +69,12 @@ def test_the_layers_of_the_recipe_are_those_of_train_gpt():
     )
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_loop_of_the_recipe_moves_its_schedule_to_the_end():
+    (position,) = (i for i, code in enumerate(snippets(PAGE)) if "nn.Scheduled(" in code)
+    assert run(PAGE, position)["scaling"].progress() == 1
+
+
 def test_gated_outputs():
     x, (q, k, v), gate = normal(B, S, 6), inputs(), nn.Linear(6, H * D, dtype=torch.float64)
     ours = recipe("gated_attention")(x, q, k, v, gate, causal=True)
