@@ -16,7 +16,7 @@ from ..calls.checks import check_count
 from ..core.errors import install
 from ..core.hints import type_of
 from ..core.records import write
-from ..integrations.sdpa import evaluating
+from ..integrations.finder import evaluating
 
 
 def loss_by_position(
