@@ -174,7 +174,7 @@ def test_the_example_takes_no_random_numbers_from_a_seed_set_before():
 @pytest.mark.parametrize("example", [X, None], ids=["example", "first call"])
 def test_layers_run_on_the_backend_that_was_asked_for(example):
     """PyTorch's fused kernel serves "auto" on a CPU, and never the reference."""
-    model = Attention().eval()
+    model = Outer().eval()
     for backend in ("auto", "reference"):
         with replace_sdpa(model, "dim", example=example, backend=backend), torch.no_grad():
             model(X)

@@ -91,6 +91,7 @@ def _held(file: Path) -> Iterator[None]:
 
 
 def _is_locked(descriptor: int) -> bool:
+    assert fcntl is not None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
