@@ -38,7 +38,7 @@ OPTIONAL |= {"diffusers", "kernels", "peft", "sglang", "timm", "torchtitan", "vl
 OPTIONAL_IN = {
     "huggingface": {"transformers", "peft"},
     "core": {"tqdm"},
-    "analysis": {"transformers"},
+    "analysis": {"transformers", "matplotlib"},
     "integrations": {"diffusers", "sglang", "timm", "torchtitan", "vllm", "x_transformers"},
     "lab": {"matplotlib", "transformers"},
     "cli": {"transformers"},

@@ -103,11 +103,15 @@ def _errors(scaling: tritonattn.Scaling, tokens: int, head_dim: int, seed: int) 
 def write(library: str, target: Target) -> str:
     """Name a library in the user's table of a card, or none by ""; return the file."""
     path = lookup.user_table(target)
-    try:
-        before = lookup.usable_table(path, target)
-    except (FileNotFoundError, TableError):
-        before = Table(table_name(target), target, kernels_fingerprint(), {})
-    write_table(path, replace(before, faster=library))
+
+    def named() -> Table:
+        try:
+            before = lookup.usable_table(path, target)
+        except (FileNotFoundError, TableError):
+            before = Table(table_name(target), target, kernels_fingerprint(), {})
+        return replace(before, faster=library)
+
+    write_table(path, named)
     lookup.clear_cache()
     return str(path)
 

@@ -1,16 +1,19 @@
 """`tritonattn tune` on a GPU that a stub stands for: what is searched for, kept, printed, and stopped."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 from tritonattn.autotune import tune as commands
+from tritonattn.core import records
 from tritonattn.tuning import lookup
 from tritonattn.tuning.calls import Call, Calls, Size
-from tritonattn.tuning.config import Problem
-from tritonattn.tuning.table import Exact, read_table
+from tritonattn.tuning.config import Problem, Target
+from tritonattn.tuning.table import Exact, Key, Table, kernels_fingerprint, read_table
 
-from .stubs import BEST, H100, KEYS, MEASURED, SEARCH, run
+from .stubs import BEST, H100, KEYS, MEASURED, ONE, SEARCH, run
 
 
 @pytest.fixture
@@ -49,6 +52,26 @@ def test_a_search_that_is_stopped_goes_on(on_h100, user, instead, monkeypatch, c
     _, out, _ = run(capsys, *SEARCH)
     assert "1 of 3 keys are measured already" in out
     assert list(on_h100) == KEYS
+
+
+@pytest.mark.parametrize("words", [SEARCH, ONE], ids=["timed", "static"])
+def test_a_table_is_read_in_its_writers_turn(words, on_h100, user, monkeypatch, capsys):
+    """So that an entry stays that another process writes while this one waits."""
+    gpu = "h100" if words is SEARCH else "a100"
+    path, decode = user / f"{gpu}.json", Key("decode", 64, "none", "long")
+    target = H100 if words is SEARCH else Target("cuda", "80")
+    held, other = records._held, Table(gpu, target, kernels_fingerprint(), {decode: MEASURED})
+
+    @contextmanager
+    def waited(file):
+        with held(file):
+            if not path.exists():
+                path.write_text(other.text())
+            yield
+
+    monkeypatch.setattr(records, "_held", waited)
+    assert run(capsys, *words)[0] == 0
+    assert set(read_table(path).entries) == {*KEYS, decode}
 
 
 def put_calls(path) -> list[Exact]:

@@ -46,19 +46,6 @@ def same(ours, wanted, leaves):
     torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-9)
 
 
-def test_losses_are_told_apart_by_position():
-    """A model that is sure of a right token up to 5, and of a wrong one from there on."""
-    tokens = torch.arange(24).expand(3, -1) % 7
-
-    def model(given):
-        right = torch.where(torch.arange(given.shape[1]) < 5, (given + 1) % 7, given)
-        return 9.0 * F.one_hot(right, 7).double()
-
-    sure, wrong = math.log(1 + 6 * math.exp(-9)), math.log(1 + 6 * math.exp(-9)) + 9
-    found = recipe("loss_by_position")(model, tokens, 5)
-    assert found == pytest.approx({"0-5": sure, "5-10": wrong, "10-20": wrong, "20-23": wrong})
-
-
 def test_the_layers_of_the_recipe_are_those_of_train_gpt():
     """Window, rotary base, heads and trained length."""
     layers, program = run(PAGE, 0)["layers"], Path("docs/examples/train_gpt.py").read_text(encoding="utf-8")
@@ -67,6 +54,12 @@ def test_the_layers_of_the_recipe_are_those_of_train_gpt():
     assert (
         f"VALUES, WIDTH, HEADS, LENGTH, STEPS = 1024, 32, {near.width}, {near.heads}, {far.scaling.base:g}, " in program
     )
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_loop_of_the_recipe_moves_its_schedule_to_the_end():
+    (position,) = (i for i, code in enumerate(snippets(PAGE)) if "nn.Scheduled(" in code)
+    assert run(PAGE, position)["scaling"].progress() == 1
 
 
 def test_gated_outputs():

@@ -243,8 +243,8 @@ def test_the_innermost_module_and_the_layers_asked_for():
                 assert "0.inner" in replaced.names or layers == "[0]"
                 report = replaced.report()
         names = {key: names for key, (names, _) in found.items()}
-        both = ["0.inner", "0"]
-        assert names == {"None": both, "0.inner": ["0.inner"], "[0]": ["0"], "['*.inner', '0']": both}
+        every = ["0.inner", "0", "0.unused"]
+        assert names == {"None": every, "0.inner": ["0.inner"], "[0]": ["0"], "['*.inner', '0']": every}
         for i, one in enumerate(results := [before, *(out for _, out in found.values())]):
             assert [torch.allclose(one, other) for other in results].count(True) == 1 + (i in (1, 4))
         rows = [line.split() for line in report.splitlines()[2:]]
@@ -252,12 +252,13 @@ def test_the_innermost_module_and_the_layers_asked_for():
             ["0.inner", "Attention", "2", "1"],
             ["0.soft", "Softmax", "left", "alone:"],
             ["0", "Nested", "1", "3"],
+            ["0.unused", "Attention", "0", "none"],
         ]
         with replace_sdpa(model, "none", "0.inner", example=X) as replaced:
             assert "left alone: not among the layers asked for" in replaced.report()
             assert not torch.allclose(model(X), before)
             with replace_sdpa(model, "none", example=X) as rest:  # the one that has no scaling yet
-                assert rest.names == ["0"]
+                assert rest.names == ["0", "0.unused"]
                 torch.testing.assert_close(model(X), found["None"][1])
             torch.testing.assert_close(model(X), found["0.inner"][1])
         assert torch.equal(model(X), before)

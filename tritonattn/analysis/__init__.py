@@ -4,6 +4,7 @@ from .advise import Advice, Finding, advise
 from .alarms import Alarm, Thresholds
 from .diagnosis import Diagnosis, diagnose
 from .monitor import Monitor
+from .positions import loss_by_position, plot_loss_by_position
 from .qk_clip import QKClip, qk_clip
 from .rules import RULES, Reading, Rule
 
@@ -20,6 +21,8 @@ __all__ = [
     "Thresholds",
     "advise",
     "diagnose",
+    "loss_by_position",
+    "plot_loss_by_position",
     "qk_clip",
 ]
 

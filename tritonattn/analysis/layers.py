@@ -18,7 +18,7 @@ from ..calls.checks import INTEGERS
 from ..core.norms import key_norms_of
 from ..core.observation import ObservedCall
 from ..core.visibility import Visibility
-from ..integrations.sdpa import Finder, evaluating
+from ..integrations.finder import Finder, evaluating
 from ..nn import ScaledAttention
 from ..nn.registry import grows_with_keys, largest_base
 from ..scaling import Given, Scaling

@@ -186,7 +186,7 @@ POSITIONS_FIRST = Rule(
     " training with a factor. Give layers over all keys no positions, and rotary ones a window; or stretch the"
     " rotary base of a trained model, and then compare qwen_logn:L. Where a part of the channels is turned, such a"
     " factor helps already",
-    watch="the loss by position past the trained length: loss_by_position of docs/recipes.md",
+    watch="the loss by position past the trained length: tritonattn.analysis.loss_by_position",
     turn_back="-",
     evidence=(
         "docs/language-model.md: layers over all keys, rotary in all channels or a quarter, with and without a factor",
@@ -329,8 +329,8 @@ RULES: tuple[Rule, ...] = (
         why="these layers can read on, and attention fades in them as keys are added: their logits are bounded. L is"
         " the trained length: train with log_key_count:L or ssmax:L; in trained weights qwen_logn:L changes nothing up"
         " to L. A learned gain of QK-norm does a part of the factor's work",
-        watch="the loss by position, or recall, past the trained length, with sqrt_dim's: loss_by_position of"
-        " docs/recipes.md",
+        watch="the loss by position, or recall, past the trained length, with sqrt_dim's: "
+        "tritonattn.analysis.loss_by_position",
         turn_back="the loss past the trained length is not below sqrt_dim's",
         evidence=(
             "docs/language-model.md: a ledger's values recalled at 32 times the trained length, by factor",
@@ -344,7 +344,7 @@ RULES: tuple[Rule, ...] = (
         otherwise="keep {mode}; without QK-norm little is gained by a factor: to read on beyond {trained:,} keys,"
         " compare {longer} with it",
         why="these layers can read on; where nothing bounds the logits, training answers more keys with larger ones",
-        watch="the loss by position, or recall, past the trained length: loss_by_position of docs/recipes.md",
+        watch="the loss by position, or recall, past the trained length: tritonattn.analysis.loss_by_position",
         turn_back="the loss past the trained length is not below sqrt_dim's",
         evidence=(
             "docs/language-model.md: layers without QK-norm",
@@ -361,7 +361,7 @@ RULES: tuple[Rule, ...] = (
         " with ssmax or log_key_count({trained}), or try qwen_logn({trained}), which changes nothing up to there",
         fades=True,
         why="bounded logits cannot answer more keys with a larger gap: the odds of the largest key fall like 1 / n",
-        watch="the loss by position past the trained length: loss_by_position of docs/recipes.md",
+        watch="the loss by position past the trained length: tritonattn.analysis.loss_by_position",
         turn_back="the largest key is a sink, such as the first token; or the loss past the trained length is not below"
         " sqrt_dim's",
         evidence=(

@@ -139,12 +139,21 @@ def tune_static(
                 _check_that_it_compiles(compiler, wanted[0])
         for table in tables:
             path = _path(table.gpu, options.write)
-            before = _entries(path, table.target)
-            measured = {key: entry for key, entry in before.items() if entry.source == "measured"}
-            joined = replace(table, entries=before | table.entries | measured)
-            write_table(path, joined)
+            before, joined = _joined(path, table)
             print(f"\n{path}: {len(joined.entries)} entries\n\n{_static_summary(joined, before, wanted)}")
     return 0
+
+
+def _joined(path: Path, table: Table) -> tuple[dict[EntryKey, Entry], Table]:
+    """Add a table to its file, whose measured entries stay: the file's entries before, and its table now."""
+    before: dict[EntryKey, Entry] = {}
+
+    def join() -> Table:
+        before.update(_entries(path, table.target))
+        measured = {key: entry for key, entry in before.items() if entry.source == "measured"}
+        return replace(table, entries=before | table.entries | measured)
+
+    return before, write_table(path, join)
 
 
 def _path(gpu: str, write: bool) -> Path:
@@ -254,7 +263,8 @@ def _searched(
 def _save(results: list[Result], path: Path, target: Target) -> None:
     """Write the results into the file, with what others wrote there."""
     found = {result.key: result.entry for result in results if result.entry is not None}
-    write_table(path, Table(table_name(target), target, kernels_fingerprint(), _entries(path, target) | found))
+    name, kernels = table_name(target), kernels_fingerprint()
+    write_table(path, lambda: Table(name, target, kernels, _entries(path, target) | found))
     lookup.clear_cache()
 
 

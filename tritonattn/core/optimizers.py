@@ -1,11 +1,11 @@
-"""A warning where optimizers step layers without the parameters that were added to these layers."""
+"""Warnings at steps of optimizers, such as of layers without the parameters that were added to these layers."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,7 +14,13 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 Added = Callable[[Any], Iterable[nn.Parameter]]
 
 
-class _Awaited:
+class Awaited(Protocol):
+    """What waits for steps of optimizers: it is asked before each one, until there is nothing to wait for."""
+
+    def is_settled(self, optimizer: Optimizer) -> bool: ...
+
+
+class _AddedParameters:
     """Layers, with the parameters added to them, until an optimizer has stepped these, or one has come round twice."""
 
     def __init__(self, layers: Iterable[nn.Module], added: Added) -> None:
@@ -42,8 +48,15 @@ class _Awaited:
         return is_second
 
 
-_awaited: list[_Awaited] = []
+_awaited: list[Awaited] = []
 _hooks: list[Any] = []  # one, from the first use on
+
+
+def await_steps(awaited: Awaited) -> None:
+    """Ask `awaited` before the steps of all optimizers, until it is settled."""
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_note_step))
+    _awaited.append(awaited)
 
 
 def expect_steps(layers: Iterable[nn.Module], added: Added) -> None:
@@ -51,9 +64,7 @@ def expect_steps(layers: Iterable[nn.Module], added: Added) -> None:
 
     Parameters that want no gradient, and layers that are gone, are not waited for.
     """
-    if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(_note_step))
-    _awaited.append(_Awaited(layers, added))
+    await_steps(_AddedParameters(layers, added))
 
 
 def _note_step(optimizer: Optimizer, *_: Any) -> None:

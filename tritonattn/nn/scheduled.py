@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..calls.checks import check_count
 from ..calls.dispatch import scales_of
 from ..core.hints import hinted
+from ..core.optimizers import await_steps
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling
@@ -25,7 +31,8 @@ class Scheduled(ScalingModule):
         factor = factor_a^(1 - t) * factor_b^t            "geometric"
 
     `advance()` counts a step: call it once an optimiser step. At step 0 the factor is exactly mode_a's, from `steps` on
-    exactly mode_b's.
+    exactly mode_b's. Without a call the factor stays mode_a's; the second step of an optimizer then warns once, unless
+    the schedule is in eval mode.
 
     Args:
         mode_a, mode_b: Names in `SCALINGS` or Scalings, themselves learned or not.
@@ -60,6 +67,12 @@ class Scheduled(ScalingModule):
         self.steps, self.blend = steps, blend
         self.step: Tensor
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        await_steps(_Unadvanced(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a copy or an unpickled schedule."""
+        super().__setstate__(state)
+        await_steps(_Unadvanced(self))
 
     def reset_parameters(self) -> None:
         """Start again at step 0."""
@@ -124,6 +137,34 @@ class Scheduled(ScalingModule):
         for name, x in zip(("mode_a", "mode_b"), found, strict=True):
             if x is not None:
                 raise ValueError(f"{name}: expected a mode without {what}, got {describe(getattr(self, name))}")
+
+
+class _Unadvanced:
+    """A schedule until its step has changed between two steps of an optimizer, or has not."""
+
+    def __init__(self, scheduled: Scheduled) -> None:
+        self._scheduled, self._versions = weakref.ref(scheduled), {}
+
+    def is_settled(self, optimizer: Optimizer) -> bool:
+        scheduled = self._scheduled()
+        if scheduled is None or scheduled.step.is_inference():
+            return True
+        if not scheduled.training:
+            return False
+        version = scheduled.step._version  # which every change in place moves on, and no one has to wait for
+        if id(optimizer) not in self._versions:
+            self._versions[id(optimizer)] = version
+            return False
+        before = self._versions[id(optimizer)]
+        is_same = before == version
+        if is_same:
+            warnings.warn(
+                f"advance: expected a call of nn.Scheduled.advance() once an optimiser step, got none between two steps"
+                f" of {type(optimizer).__name__}, so that the factor stays as it is: call it after optimizer.step(), or"
+                " eval() of a schedule that is not trained",
+                stacklevel=4,
+            )
+        return True
 
 
 _FACTOR = "a factor of distances"

@@ -344,7 +344,17 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def write_table(path: Path, table: Table) -> None:
-    """Replace a file, as `records.write` does, in a folder that it makes."""
+def write_table(path: Path, table: Table | Callable[[], Table]) -> Table:
+    """Replace a file, as `records.write` does, in a folder that it makes; a function may read the file and add to it.
+
+    Returns the table.
+    """
+    written = []
+
+    def text() -> str:
+        written.append(table() if callable(table) else table)
+        return written[0].text()
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    records.write(path, table.text())
+    records.write(path, text)
+    return written[0]
