@@ -70,7 +70,7 @@ def errors(
     has_sinks_of_rows, of_rows = layout == "zigzag", {"mesh": mesh, "layout": layout}
     sinks_shape = (2, HEADS, LENGTH) if has_sinks_of_rows else (HEADS,)
     rows = torch.rand(HEADS, 1, dtype=torch.float64) + 0.5, torch.randn(sinks_shape, dtype=torch.float64)
-    bias = torch.randn(KV_HEADS, LENGTH, dtype=torch.float64)
+    bias = torch.randn(1, KV_HEADS, LENGTH, dtype=torch.float64)
     marked = nn.counted_from_rows if "softcap" not in options else torch.clone
     mode, learned = deepcopy(scaling), deepcopy(scaling)
     *one, gain, sinks, one_bias = leaves(*(x.double() for x in whole), *rows, bias)
@@ -86,7 +86,7 @@ def errors(
         *(shard(x, **of_rows) for x in whole),
         rows[0].to(wide),
         shard(rows[1].to(wide), **of_rows) if has_sinks_of_rows else rows[1].to(wide),
-        shard(bias.to(wide), **of_rows, dim=1),
+        shard(bias.to(wide), **of_rows, dim=2),
     )
     given |= {"scaling": learned, "gain": local_gain, "sinks": local_sinks, "key_bias": marked(local_bias), **options}
     got = context_parallel_attention(*parts, mesh=mesh, method=method, layout=layout, **given)
@@ -94,7 +94,7 @@ def errors(
     pairs = {"out": (got, shard(out, mesh=mesh, layout=layout))}
     for name, mine, all_of_it in zip("qkv", parts, one, strict=True):
         pairs[name] = mine.grad, shard(all_of_it.grad, mesh=mesh, layout=layout)
-    pairs["key_bias"] = local_bias.grad, shard(one_bias.grad, mesh=mesh, layout=layout, dim=1)
+    pairs["key_bias"] = local_bias.grad, shard(one_bias.grad, mesh=mesh, layout=layout, dim=2)
     parameters = [("gain", local_gain, gain)]
     if has_sinks_of_rows:
         pairs["sinks"] = local_sinks.grad, shard(sinks.grad, **of_rows)
@@ -263,7 +263,7 @@ def test_every_rank_refuses(rank: int) -> None:
 def test_gradients_of_gradients_are_refused(rank: int) -> None:
     mesh = mesh_of(dist.get_world_size())
     tensors = leaves(*(shard(x, mesh=mesh) for x in operands(torch.float32)[:3]))
-    key_bias = torch.zeros(KV_HEADS, tensors[1].shape[2], requires_grad=True)
+    key_bias = torch.zeros(1, KV_HEADS, tensors[1].shape[2], requires_grad=True)
     out = context_parallel_attention(*tensors, mesh=mesh, key_bias=key_bias)
     found = torch.autograd.grad(out.square().sum(), (*tensors, key_bias), create_graph=True)
     whole = unshard(tensors[0], mesh=mesh).square().sum()

@@ -63,7 +63,7 @@ def test_results_and_gradients_are_those_of_one_process(rank: int, placed: str, 
     named = {"q": _random(B, HQ, S, D), "k": _random(B, HKV, S, D), "v": _random(B, HKV, S, D + 4)}
     named |= {"gain": torch.rand(HQ, 1, dtype=torch.float64) + 0.5, "sinks": _random(HQ)}
     named |= {} if scaling in nn.LEARNED else {"sinks": _random(B, HQ, S)}
-    named |= {"bias": _random(HQ, 1, S), "relative_bias": _random(B, 1, S, 4)}
+    named |= {"bias": _random(1, HQ, 1, S), "relative_bias": _random(B, 1, S, 4)}
     fixed: dict[str, Any] = {"causal": True, "softcap": 20.0, "relative_right": 1, "return_aux": True}
     fixed |= {"key_lengths": torch.tensor([S, 3, 5, 7]), "mask": torch.rand(1, HQ, S, S) > 0.2}
     module = nn.LEARNED[scaling](heads=HQ).double() if scaling in nn.LEARNED else scaling

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..core.autograd import values_are_read
 from ..core.call import Request
 from ..core.terms import Terms
 from ..core.visibility import Visibility
@@ -33,7 +32,7 @@ from .dispatch import run
 from .dtensors import BATCHED
 from .public import public
 from .results import AttentionAux
-from .sequence_checks import check_values
+from .sequence_checks import check_order, check_values
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -314,11 +313,7 @@ def _check_key_ranges(key_ranges: Any, q: Tensor, k: Tensor) -> None:
         wanted = f"[B, Sq, 2] = {[batch, rows, 2]} or [B, 1, Sq, 2] = {[batch, 1, rows, 2]}"
         raise ValueError(f"key_ranges: expected shape {wanted}, got {shape_of(key_ranges)}")
     check_values("key_ranges", key_ranges, k.shape[2])
-    if values_are_read(key_ranges) and (falls := key_ranges[..., 0] > key_ranges[..., 1]).any():
-        place = falls.nonzero()[0]
-        entry, row, (lo, hi) = int(place[0]), int(place[-1]), key_ranges[tuple(place)].tolist()
-        got = f"({lo}, {hi}) in row {row} of batch entry {entry}"
-        raise ValueError(f"key_ranges: expected lo <= hi, got {got}; a row without keys is lo = hi")
+    check_order(key_ranges)
 
 
 def _check_mask(mask: Any, q: Tensor, sizes: tuple[int, ...]) -> None:

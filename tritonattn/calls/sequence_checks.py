@@ -29,6 +29,15 @@ def check_values(name: str, x: Tensor, highest: int, meaning: str = "Sk = ") -> 
         raise ValueError(f"{name}: expected values in [0, {meaning}{highest}], got {low if low < 0 else high}")
 
 
+def check_order(key_ranges: Tensor) -> None:
+    """Raise where a range [lo, hi) of a CPU tensor [B, ..., Sq, 2] ends before it begins."""
+    if values_are_read(key_ranges) and (is_reversed := key_ranges[..., 0] > key_ranges[..., 1]).any():
+        place = is_reversed.nonzero()[0].tolist()
+        lo, hi = key_ranges[tuple(place)].tolist()
+        got = f"({lo}, {hi}) in row {place[-1]} of batch entry {place[0]}"
+        raise ValueError(f"key_ranges: expected lo <= hi, got {got}; a row without keys is lo = hi")
+
+
 def check_offsets(name: str, offsets: Any, like: Tensor | None = None, owner: str = "q") -> None:
     """Raise unless these are int32 [N + 1], on the device of `like`, which belongs to `owner`."""
     check_tensor(name, offsets, "[N + 1]", (torch.int32,), like, owner, (None,))
