@@ -20,7 +20,7 @@ from .block import (
 )
 from .pairs import UNMASKED, dropout_keeps, key_bounds, key_range, pair_terms, pass_bounds, visible
 from .records import View
-from .softmax import LOG2_E, exponents, partial_sums, soft_cap_slope, softcap_of_rows
+from .softmax import LOG2_E, exponents, partial_sums, soft_cap_slope, softcap_of_rows, with_entropy
 
 # A block of rows loops over so few keys twice. Among more, some row's exact gradient is far larger than an error.
 FEW_KEYS = tl.constexpr(64)
@@ -44,6 +44,7 @@ def attention_grad_query(
     row_terms_ptr,
     corrected_ptr,
     delta_ptr,
+    of_exponents_ptr,
     masks,
     gradients,
     scale,
@@ -86,9 +87,9 @@ def attention_grad_query(
         d_q[i]           = scale * query_scale[i] * raw[i]
         d_query_scale[i] = scale * sum_j dX[i, j] * (q[i] . k[j]) * key_scale[j] * r[i, j]
 
-    row_terms, delta, d_lse and d_sinks: see `attention_row_terms`. corrected is None, or like row_terms: receives them
-    with the corrected delta. `TensorGradients`: q [B, Hq, Sq, D] in q's dtype and query_scale fp32 [B, Hq, Sq] or None,
-    contiguous, every row written once.
+    row_terms, delta, of_exponents, d_lse and d_sinks: see `attention_row_terms`. corrected is None, or like row_terms:
+    receives them with the corrected delta. `TensorGradients`: q [B, Hq, Sq, D] in q's dtype and query_scale fp32
+    [B, Hq, Sq] or None, contiguous, every row written once.
 
     key_size     fp32 [B, Hkv] or None: the largest |key_scale|, never 0. dX * key_scale / key_size is rounded to 16
                  bits, so that no size of the key scales pushes it out of fp16's range
@@ -124,6 +125,8 @@ def attention_grad_query(
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)  # [BLOCK_M]
     exponent_term, factor = load_term(row_terms_ptr + 2 * term_offsets, factor, False)  # [BLOCK_M]
     delta = tl.load(delta_ptr + term_offsets)  # [BLOCK_M]
+    if of_exponents_ptr is not None:
+        of_exponents = tl.load(of_exponents_ptr + term_offsets)  # [BLOCK_M]
     if terms.query_scale_after_softcap is not None:
         softcap = softcap_of_rows(softcap, factor, scale)  # [BLOCK_M]
     live = exponent_term != float("-inf")
@@ -236,6 +239,8 @@ def attention_grad_query(
                     batch_head, first = batch * q_heads + head, first_key + start_n
                     kept = dropout_keeps(dropout_ptr, keep_from, batch_head, rows, first, step.shape[0])
                     dp = tl.where(kept, dp * keep_scale, 0.0)
+                if of_exponents_ptr is not None:
+                    dp = with_entropy(dp, exponent, of_exponents, 1)
                 zero = tl.zeros_like(s)
                 ds = tl.fma(p, dp - delta[:, None], zero)  # [BLOCK_M, N]
                 if SUMS >= 1 and PASS != AGAIN:
