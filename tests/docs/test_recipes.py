@@ -241,3 +241,19 @@ def test_relative_positions_from_the_hidden_state(layer_type):
     leaves = [x, *layer.parameters()]
     gradients = [torch.autograd.grad(y.square().sum(), leaves) for y in (ours, wanted)]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_an_entropy_floor_holds_where_the_control_collapses():
+    trained = recipe("trained")
+    (_, collapsed), (_, held) = trained(0.0), trained(1.0)
+    assert collapsed < 0.05
+    assert held > 0.3
+
+
+def test_the_entropy_floor_is_the_formula():
+    q, k, v = inputs()
+    logits = (products(q, k) / D**0.5).masked_fill(~CAUSAL, -torch.inf)
+    p = logits.softmax(-1)
+    wanted = F.relu(0.9 * torch.arange(1, S + 1).log() + (p * torch.where(p > 0, p, 1).log()).sum(-1)).mean()
+    _, aux = attention(q, k, v, causal=True, return_aux=True)
+    same(recipe("entropy_floor")(aux, 0.9), wanted, (q, k))

@@ -118,8 +118,8 @@ def _backward(
     if call.q.numel() == 0 or call.k.numel() == 0:
         return _zeros(call, needs)
     d_out, d_lse = _cotangents(results, d_out, d_rows.lse)
-    d_max = d_rows.max_logit
-    d_rows = RowGradients(d_lse, None, *[None if x is None else x.resolve_neg() for x in d_rows[2:]])
+    _, d_max, d_entropy, entropies = d_rows
+    d_rows = RowGradients(d_lse, None, None if d_entropy is None else d_entropy.resolve_neg(), entropies)
     if d_max is not None:
         of_rest = _backward(call, results, d_out, d_rows, needs)
         return with_gradients_of_largest(call, of_rest, d_max.resolve_neg(), needs)

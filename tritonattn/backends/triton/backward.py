@@ -162,7 +162,7 @@ KERNELS |= {
 
 
 class RowTerms(NamedTuple):
-    """The results of `attention_row_terms`, which states shapes, the corrected ones, and d_lse."""
+    """The results of `attention_row_terms`, which states shapes, the corrected ones, and d_lse: a record of kernels."""
 
     terms: Tensor
     corrected: Tensor | None
@@ -199,8 +199,11 @@ def backward(
         is_part=call.is_part,
     )
     rounding = None if rounding is None else rounding.contiguous()
-    d_rows = RowGradients(*[None if x is None else x.contiguous() for x in d_rows])
-    results = Results(out.contiguous(), rounding, lse.contiguous(), None, d_rows.entropies)
+    d_lse, _, d_entropy, entropies = d_rows
+    if d_entropy is not None and entropies is not None:
+        d_entropy, entropies = d_entropy.contiguous(), entropies.contiguous()
+    d_rows = RowGradients(None if d_lse is None else d_lse.contiguous(), None, d_entropy, entropies)
+    results = Results(out.contiguous(), rounding, lse.contiguous(), None, entropies)
     of_pairs = needs.key_bias
     for name in PAIRS:
         of_pairs = of_pairs or getattr(needs, name)
@@ -267,13 +270,8 @@ def _over_rows(ready: Prepared, found: Gradients, row_terms: RowTerms) -> None:
     if call.terms.key_scale is not None and call.q.dtype == torch.float16:
         key_size = largest(seen_scales(call.terms.key_scale, call.visibility))
     arguments = {
-        "row_terms_ptr": row_terms.terms,
-        "corrected_ptr": row_terms.corrected,
-        "delta_ptr": row_terms.delta,
-        "of_exponents_ptr": row_terms.of_exponents,
+        "row_terms": row_terms,
         "terms_len": row_terms.delta.shape[2],
-        "d_lse_ptr": row_terms.d_lse,
-        "d_sinks_ptr": row_terms.d_sinks,
         "gradients": of_rows(found),
         "key_size": key_size,
     }

@@ -28,7 +28,7 @@ from .pairs import (
     whole_blocks,
 )
 from .records import View
-from .softmax import LN_2, LOG2_E, exponents, gradients_of, partial_sums, softcap_of_rows, with_entropy
+from .softmax import LN_2, LOG2_E, exponents, gradients_of, partial_sums, softcap_of_rows
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=["group"])
@@ -248,7 +248,10 @@ def attention_grad_key_value(
                         dp = tl.where(kept, dp * keep_scale, 0.0)
                     if of_exponents_ptr is not None:
                         of_exponents = tl.load(of_exponents_ptr + first_term + offs_m)  # [M]
-                        dp = with_entropy(dp, exponent, of_exponents, 0)
+                        log_p = tl.minimum(
+                            tl.maximum(exponent, -256.0), 1.0
+                        )  # [BLOCK_N, M], see `attention_grad_query`
+                        dp = tl.fma(log_p, of_exponents[None, :], dp)
                     gradient_term, gradient_factor = load_term(term_ptrs + 1, one, SPLIT_TERMS)
                     dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_DV]
                     if factor_size is not None:

@@ -89,15 +89,6 @@ def exponents(s, factor, biases, of_row, softcap, terms, AXIS: tl.constexpr):
 
 
 @triton.jit
-def with_entropy(dp, exponent, of_exponents, AXIS: tl.constexpr):
-    """dp with what the entropy adds to it: of_exponents, a vector of rows which lacks the axis AXIS, times log2(P).
-
-    P is 0 below the lower bound and for hidden pairs, and 0 * inf or 0 * NaN is NaN. P is never above 1.
-    """
-    return tl.fma(tl.minimum(tl.maximum(exponent, -256.0), 1.0), tl.expand_dims(of_exponents, AXIS), dp)
-
-
-@triton.jit
 def gradients_of(ds, capped, softcap, terms, AXIS: tl.constexpr):
     """The gradients of a logit's product and of its biases, from that of the logit: see `exponents`."""
     d_biases = ds
