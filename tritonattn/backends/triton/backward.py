@@ -164,12 +164,12 @@ KERNELS |= {
 class RowTerms(NamedTuple):
     """The results of `attention_row_terms`, which states shapes, the corrected ones, and d_lse: a record of kernels."""
 
+    d_lse: Tensor | None
+    d_sinks: Tensor | None
     terms: Tensor
     corrected: Tensor | None
     delta: Tensor
     of_exponents: Tensor | None
-    d_lse: Tensor | None
-    d_sinks: Tensor | None
 
 
 def backward(
@@ -245,7 +245,7 @@ def _row_terms(ready: Prepared, results: Results, d_rows: RowGradients, needs: N
         corrected = torch.empty_like(both)
     delta = q.new_empty(shape, dtype=torch.float32)
     of_exponents = None if d_rows.entropy is None else torch.empty_like(delta)
-    found = RowTerms(both, corrected, delta, of_exponents, d_rows.lse, d_sinks)
+    found = RowTerms(d_rows.lse, d_sinks, both, corrected, delta, of_exponents)
     masks = ready.arguments["masks"]
     arguments = {
         "results": results,
