@@ -68,9 +68,11 @@ def _of_one_key(call: AttentionCall, keys: Tensor, d_max: Tensor, needs: Needs) 
     product = (query * key).sum(-1) * terms.scale
     factor = scales["query_scale"] * scales["key_scale"] * scales["relative_scale"]
     d_product = d_max
-    if terms.softcap is not None and terms.bias_after_softcap:
-        cap = terms.softcap_of_rows()
-        cap = cap if cap is None or isinstance(cap, float) else torch.where(cap == 0, 1, seen(cap))
+    cap = terms.softcap_of_rows() if terms.bias_after_softcap else None
+    if isinstance(cap, Tensor):
+        cap = seen(cap)
+        cap = cap.masked_fill(cap == 0, 1)
+    if cap is not None:
         d_product = d_max * (1 - torch.tanh(factor * product / cap).square())
 
     def scattered(name: str, x: Tensor, d_x: Tensor) -> Tensor:
