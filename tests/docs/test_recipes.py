@@ -1,4 +1,4 @@
-"""Each recipe of docs/recipes.md against its formula in plain PyTorch, in float64, with gradients; an entropy floor too."""
+"""Recipes of docs/recipes.md, and an entropy floor, against formulas in plain PyTorch, in float64, with gradients."""
 
 import math
 from pathlib import Path
