@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from tritonattn.backends import triton as attention
 from tritonattn.backends.triton import launch
 from tritonattn.backends.triton.device import Specialisation, binder
-from tritonattn.core.call import AttentionCall
+from tritonattn.core.call import AttentionCall, RowGradients
 from tritonattn.core.dropout import Dropout
 from tritonattn.core.sequences import Sequences
 from tritonattn.core.terms import Needs, Terms
@@ -59,6 +59,9 @@ def called(**given: Any) -> AttentionCall:
     return AttentionCall(**tensors, visibility=visible, terms=logits, **rest)
 
 
+NO_ROWS = RowGradients()
+
+
 def far(rows: int) -> dict[str, Any]:
     """A call of so many rows and keys, without memory, whose bias has one entry a key."""
     tensors = {name: torch.empty(1, 1, rows, 16, dtype=torch.bfloat16, device="meta") for name in ("q", "k", "v")}
@@ -76,7 +79,7 @@ def forward(aux: bool = False, **given: Any) -> None:
 
 def backward(
     d_out: Tensor = QKV["q"],
-    d_lse: Tensor | None = None,
+    d_rows: RowGradients = NO_ROWS,
     rounding: Tensor | None = None,
     needs: Needs = ALL,
     **given: Any,
@@ -84,7 +87,7 @@ def backward(
     call = called(**given)
     present = (x is not None for x in call.tensors())
     needs = Needs(*(need and there for need, there in zip(needs, present, strict=True)))
-    attention.backward(call, QKV["q"], VECTOR, d_out, d_lse, needs, rounding)
+    attention.backward(call, QKV["q"], VECTOR, d_out, d_rows, needs, rounding)
 
 
 def decode(aux: bool = False, **given: Any) -> None:
@@ -100,7 +103,7 @@ def decode(aux: bool = False, **given: Any) -> None:
 def far_backward(rows: int) -> None:
     call = called(**far(rows))
     lse = torch.empty(1, 1, rows, device="meta")
-    attention.backward(call, call.q, lse, call.q, None, Needs(q=True, bias=True))
+    attention.backward(call, call.q, lse, call.q, RowGradients(), Needs(q=True, bias=True))
 
 
 def append(heads: int) -> None:
@@ -131,7 +134,8 @@ PROPERTIES = [
     *((backward, {}, {name: TERMS[name]}) for name in ("bias", "relative_bias", "relative_scale")),
     (backward, {"bias": PAIRS}, {"bias": PAIRS, "needs": Needs(q=True, k=True, v=True)}),
     (backward, {}, {"d_out": apart(QKV["q"], 8)}),
-    (backward, {}, {"d_lse": VECTOR}),
+    (backward, {}, {"d_rows": RowGradients(VECTOR)}),
+    (backward, {}, {"d_rows": RowGradients(entropy=VECTOR, entropies=VECTOR)}),
     (backward, {}, {"rounding": torch.zeros(2, 2, SIZE, SIZE, dtype=torch.int8)}),
     (backward, {"key_scale": VECTOR}, {"key_scale": VECTOR, "needs": Needs(q=True, k=True, v=True)}),
     (backward, {}, {"q": QKV["q"].float()}),

@@ -23,7 +23,7 @@ from tests.support.calls import TYPICAL
 from tests.support.pairs import pairwise
 from tritonattn import ops
 from tritonattn.backends.triton import backward, launch
-from tritonattn.core.call import AttentionCall
+from tritonattn.core.call import AttentionCall, RowGradients
 from tritonattn.core.terms import Needs
 from tritonattn.tuning.config import Target
 from tritonattn.tuning.defaults import default_config
@@ -114,7 +114,7 @@ def take_back(call: AttentionCall) -> None:
     present = (logits.query_scale, logits.key_scale, logits.key_bias, logits.sinks)
     out, lse = tensor(batch, heads, rows, call.v.shape[3]), tensor(batch, heads, rows, dtype=torch.float32)
     needs = Needs(True, True, True, *(x is not None for x in present))
-    backward(call, out, lse, torch.empty_like(out), None, needs, torch.empty_like(out))
+    backward(call, out, lse, torch.empty_like(out), RowGradients(), needs, torch.empty_like(out))
 
 
 @pairwise(scaling=TYPICAL, mask=["full", "causal", "window", "lengths", "ranges", "mask"], form=["plain", "everything"])

@@ -153,16 +153,42 @@ def test_statistics_of_rows_and_repeated_bits(rank: int, method: str) -> None:
     mesh = mesh_of(dist.get_world_size())
     *whole, d_out = operands(torch.float32)
     options = {"scaling": "key_norm_sum", "gain": 9.0, "causal": True, "softcap": 2.0, "return_aux": True}
-    _, wanted = tritonattn.attention(*(x.double() for x in whole), **options)
+
+    def loss(out, aux, d_out):
+        return (out * d_out + (aux.lse + 3 * aux.max_logit.cos() + 3 * aux.entropy.sin())[..., None]).sum()
+
+    one = leaves(*(x.double() for x in whole))
+    expected, wanted = tritonattn.attention(*one, **options)
+    loss(expected, wanted, d_out.double()).backward()
     bits = []
     for _ in range(2):
         parts = leaves(*(shard(x, mesh=mesh, layout="zigzag") for x in whole))
         out, aux = context_parallel_attention(*parts, mesh=mesh, method=method, layout="zigzag", **options)
-        (out * shard(d_out, mesh=mesh, layout="zigzag") + aux.lse[..., None]).sum().backward()
+        loss(out, aux, shard(d_out, mesh=mesh, layout="zigzag")).backward()
         bits.append([out, *aux, *(x.grad for x in parts)])
     for mine, x in zip(aux, wanted, strict=True):
         torch.testing.assert_close(mine.double(), shard(x, mesh=mesh, layout="zigzag"), rtol=0, atol=4e-6)
+    for mine, x in zip(parts, one, strict=True):
+        exact, size = shard(x.grad, mesh=mesh, layout="zigzag"), x.grad.abs().max().item()
+        torch.testing.assert_close(mine.grad.double(), exact, rtol=0, atol=1e-5 * size)
     assert all(torch.equal(a, b) for a, b in zip(*bits, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+@on_every_rank
+def test_the_lowest_key_of_all_ranks_takes_the_gradient_of_the_largest_logit(
+    rank: int, method: str, layout: str
+) -> None:
+    mesh = mesh_of(dist.get_world_size())
+    whole = [torch.ones_like(x) for x in operands(torch.float64)[:3]]
+    parts = leaves(*(shard(x, mesh=mesh, layout=layout) for x in whole))
+    _, aux = context_parallel_attention(*parts, mesh=mesh, method=method, layout=layout, return_aux=True)
+    aux.max_logit.sum().backward()
+    d_k = unshard(parts[1].grad, mesh=mesh, layout=layout)
+    rows = LENGTH * HEADS // KV_HEADS
+    torch.testing.assert_close(d_k[:, :, 0], torch.full_like(d_k[:, :, 0], rows * DIM**-0.5))
+    assert not d_k[:, :, 1:].any()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,4 +1,4 @@
-"""Each recipe of docs/recipes.md against its formula in plain PyTorch, in float64, with gradients."""
+"""Recipes of docs/recipes.md, and an entropy floor, against formulas in plain PyTorch, in float64, with gradients."""
 
 import math
 from pathlib import Path
@@ -17,9 +17,9 @@ B, H, HKV, S, D = 2, 4, 2, 23, 8
 CAUSAL = torch.ones(S, S).tril().bool()
 
 
-def recipe(name):
-    (position,) = (i for i, code in enumerate(snippets(PAGE)) if f"def {name}(" in code)
-    return run(PAGE, position)[name]
+def recipe(name, page=PAGE):
+    (position,) = (i for i, code in enumerate(snippets(page)) if f"def {name}(" in code)
+    return run(page, position)[name]
 
 
 def normal(*shape):
@@ -233,3 +233,19 @@ def test_relative_positions_from_the_hidden_state(layer_type):
     leaves = [x, *layer.parameters()]
     gradients = [torch.autograd.grad(y.square().sum(), leaves) for y in (ours, wanted)]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_an_entropy_floor_holds_where_the_control_collapses():
+    trained = recipe("trained", "docs/monitoring.md")
+    (_, collapsed), (_, held) = trained(0.0), trained(1.0)
+    assert collapsed < 0.05
+    assert held > 0.3
+
+
+def test_the_entropy_floor_is_the_formula():
+    q, k, v = inputs()
+    logits = (products(q, k) / D**0.5).masked_fill(~CAUSAL, -torch.inf)
+    p = logits.softmax(-1)
+    wanted = F.relu(0.9 * torch.arange(1, S + 1).log() + (p * torch.where(p > 0, p, 1).log()).sum(-1)).mean()
+    _, aux = attention(q, k, v, causal=True, return_aux=True)
+    same(recipe("entropy_floor", "docs/monitoring.md")(aux, 0.9), wanted, (q, k))

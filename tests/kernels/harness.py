@@ -156,7 +156,11 @@ def ours_exact_eager(
     batch_invariant: bool = False,
     **arguments: Any,
 ) -> tuple[Tensors, Tensors, Tensors]:
-    """`run` by a backend, and by the reference in float64 and in the dtype of the tensors."""
+    """`run` by a backend, and by the reference in float64 and in the dtype of the tensors.
+
+    max_logit takes no gradient under batch_invariant.
+    """
+    arguments["of_aux"] = ("lse", "entropy") if batch_invariant else ("lse", "max_logit", "entropy")
     shape = (*tensors["q"].shape[:-1], tensors["v"].shape[-1])
     random = torch.Generator().manual_seed(1)
     d_out = torch.randn(shape, generator=random).to(tensors["q"])
@@ -166,9 +170,17 @@ def ours_exact_eager(
 
 
 def run(
-    tensors: Tensors, d_out: Tensor, attend: Callable[..., Any], gradients: bool = True, **arguments: Any
+    tensors: Tensors,
+    d_out: Tensor,
+    attend: Callable[..., Any],
+    gradients: bool = True,
+    of_aux: tuple[str, ...] = ("lse",),
+    **arguments: Any,
 ) -> Tensors:
-    """out, aux where asked for, and the gradients of a call under gradients of out and lse; always one dropout mask."""
+    """out, aux where asked for, and the gradients of a call; always one dropout mask.
+
+    Under gradients of out, and of these results of aux.
+    """
     torch.manual_seed(4)
     leaves = {name: tensor.detach().requires_grad_(gradients) for name, tensor in tensors.items()}
     result = attend(**leaves, **arguments)
@@ -176,10 +188,13 @@ def run(
     results, directions = {"out": out}, [d_out.to(out.dtype)]
     if aux:
         results |= dict(zip(tritonattn.AttentionAux._fields, aux, strict=True))
-        directions.append(torch.linspace(-1, 1, aux[0].numel()).reshape(aux[0].shape).to(aux[0]))
+        for number in range(len(of_aux)):
+            ramp = torch.linspace(-1, 1, aux[0].numel()).reshape(aux[0].shape).to(aux[0])
+            directions.append(ramp.roll(number, -1))
     if not gradients:
         return results
-    of_leaves = torch.autograd.grad([out, *aux[:1]], list(leaves.values()), directions)
+    differentiated = [out, *[results[name] for name in of_aux if aux]]
+    of_leaves = torch.autograd.grad(differentiated, list(leaves.values()), directions)
     return {name: x.detach() for name, x in results.items()} | dict(zip(leaves, of_leaves, strict=True))
 
 

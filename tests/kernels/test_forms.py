@@ -7,7 +7,7 @@ import tritonattn
 from tests.kernels import harness
 from tests.kernels.harness import FORMS, of_form
 from tests.support.caches import sequences
-from tritonattn.core.call import AttentionCall
+from tritonattn.core.call import AttentionCall, RowGradients
 from tritonattn.core.dropout import Dropout
 from tritonattn.core.terms import Needs, Terms
 from tritonattn.core.visibility import Visibility
@@ -118,12 +118,15 @@ def test_parts_add_up_to_the_whole(backend, dtype, allowed, device):
     exact = [x.double() for x in operands]
     whole = call_of(exact, 0, KEYS, False, "sdpa")
     out, lse, *_ = forward_pass(whole, False)
-    wanted = backward_pass(whole, (out, lse, None), d_out.double(), d_lse.double(), NEEDS)
+    wanted = backward_pass(whole, (out, lse, None), d_out.double(), RowGradients(d_lse.double()), NEEDS)
 
     out, lse, _, _, rounding = forward_pass(call_of(operands, 0, KEYS, False, backend), dtype.itemsize == 2)
     results = out, lse, rounding if rounding.numel() else None
     cuts = ((0, CUT), (CUT, KEYS))
-    parts = [backward_pass(call_of(operands, *cut, True, backend), results, d_out, d_lse, NEEDS) for cut in cuts]
+    parts = [
+        backward_pass(call_of(operands, *cut, True, backend), results, d_out, RowGradients(d_lse), NEEDS)
+        for cut in cuts
+    ]
     for name in ("q", "query_scale", "k", "v", "key_scale", "key_bias", "sinks"):
         of_parts = [getattr(part, name).double() for part in parts]
         axis = {"k": 2, "v": 2, "key_scale": 2, "key_bias": 3}.get(name)

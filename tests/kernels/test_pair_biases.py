@@ -20,7 +20,7 @@ from tests.support.pages import paged_call
 from tests.support.pairs import in_turn
 from tritonattn.backends import triton as backend
 from tritonattn.backends.triton import attention, grids, launch
-from tritonattn.core.call import AttentionCall
+from tritonattn.core.call import AttentionCall, RowGradients
 from tritonattn.core.terms import Needs, Terms
 from tritonattn.core.visibility import Visibility
 from tritonattn.ops.passes import forward_pass
@@ -161,7 +161,7 @@ def test_biases_of_16_bits_are_read_as_such(dtype):
     call = call_of(tensors, Visibility.of(tensors["q"], tensors["k"], causal=True))
     with launch.recording(Target.parse("sm_90")) as launches:
         out, lse, *_ = backend.forward(call, True)
-        backend.backward(call, out, lse, out, lse, Needs(*(x is not None for x in call.tensors())))
+        backend.backward(call, out, lse, out, RowGradients(lse), Needs(*(x is not None for x in call.tensors())))
         backend.decode(call.changed(visibility=replace(call.visibility, at_lengths=True)), True)
     read = [one.arguments["terms"] for one in launches if "terms" in one.arguments]
     assert len(read) == 4

@@ -13,7 +13,7 @@ from tests.support.orders import FORMS
 from tests.support.pairs import in_turn
 from tests.support.refusals import refuses
 from tritonattn import ops
-from tritonattn.core.call import ForwardResult
+from tritonattn.core.call import ForwardResult, RowGradients
 from tritonattn.core.norms import key_norms_of
 from tritonattn.core.statistics import Statistics
 from tritonattn.core.terms import Gradients
@@ -65,8 +65,10 @@ def test_operators_pass_opcheck(case, aux, keep_rounding):
     needs = [x is not None for x in arguments[: len(FIELDS)]]
     needs[1] = case != "dense"
     rounding = torch.zeros_like(out, dtype=torch.int8) if keep_rounding else None
-    results = out, lse, rounding
-    opcheck(torch.ops.tritonattn.backward.default, (*detached, *results, torch.ones_like(out), None, needs))
+    results, d_rows = (out, lse, rounding), RowGradients()
+    if aux:
+        d_rows = RowGradients(None, *[torch.ones_like(lse) for _ in range(3)])
+    opcheck(torch.ops.tritonattn.backward.default, (*detached, *results, torch.ones_like(out), *d_rows, needs))
     tangents = [None if x is None else torch.ones_like(x) for x in detached[: len(FIELDS)]]
     tangents[0] = None
     tests = {"test_utils": ("test_schema", "test_faketensor")}

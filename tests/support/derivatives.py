@@ -6,7 +6,7 @@ from torch import Tensor
 from tests.support.calls import changed
 from tritonattn.backends import BACKENDS, reference
 from tritonattn.backends.protocol import SecondOrder
-from tritonattn.core.call import AttentionCall
+from tritonattn.core.call import AttentionCall, ForwardResult
 from tritonattn.core.terms import PAIRS, Gradients, Needs
 
 Tensors = dict[str, Tensor]
@@ -85,6 +85,11 @@ def by_autograd(
 
 def by_reference(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """out and lse of the dense reference, differentiable by torch."""
+    return results_of_reference(call)[:2]
+
+
+def results_of_reference(call: AttentionCall) -> ForwardResult:
+    """The results of the dense reference, differentiable by torch."""
     terms, visible = call.terms, call.visibility
     group = visible.q_heads // visible.kv_heads
     factor = torch.tensor(terms.scale, dtype=torch.float64)
@@ -94,5 +99,4 @@ def by_reference(call: AttentionCall) -> tuple[Tensor, Tensor]:
         factor = factor * terms.key_scale.repeat_interleave(group, dim=1)[:, :, None]
     if terms.key_bias is not None:
         terms = terms.changed(key_bias=terms.key_bias.flatten(1, 2))
-    result = reference.attention(call.q, call.k, call.v, factor, visible, terms=terms, dropout=call.dropout)
-    return result.out, result.lse
+    return reference.attention(call.q, call.k, call.v, factor, visible, terms=terms, dropout=call.dropout)

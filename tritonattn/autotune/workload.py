@@ -14,7 +14,7 @@ from ..backends import triton as triton_backend
 from ..backends.protocol import SecondOrder
 from ..backends.triton.operands import Operands
 from ..calls.formulas import by_formulas
-from ..core.call import AttentionCall, ForwardResult, Request
+from ..core.call import AttentionCall, ForwardResult, Request, RowGradients
 from ..core.terms import ADDENDS, SINKS, TENSORS, TERMS, Gradients, Needs
 from ..scaling import Given
 from ..tuning.calls import Size
@@ -131,7 +131,9 @@ class _Copy:
             asked = SecondOrder(self._tangents, self._d_out, self._d_lse, self._needs, self._needs)
             *found, _ = triton_backend.second(call, saved, asked)
             return tuple(x for gradients in found for x in gradients if x is not None)
-        gradients = triton_backend.backward(call, out, lse, self._d_out, self._d_lse, self._needs, rounding)
+        gradients = triton_backend.backward(
+            call, out, lse, self._d_out, RowGradients(self._d_lse), self._needs, rounding
+        )
         return tuple(x for x in gradients if x is not None)
 
     def reference(self, dtype: torch.dtype) -> list[Tensor]:

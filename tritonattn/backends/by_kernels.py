@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.autograd import needs_graph
-from ..core.call import AttentionCall, ForwardResult, Request
+from ..core.call import AttentionCall, ForwardResult, Request, RowGradients
 from ..core.terms import Gradients, Needs
 from .cpu import Sdpa
 from .protocol import Backend, SecondOrder
@@ -82,11 +82,11 @@ class Kernels(Backend):
         call: AttentionCall,
         saved: tuple[Tensor, Tensor, Tensor | None],
         d_out: Tensor,
-        d_lse: Tensor | None,
+        d_rows: RowGradients,
         needs: Needs,
     ) -> Gradients:
         out, lse, rounding = saved
-        return kernels().backward(call, out, lse, d_out, d_lse, needs, rounding)
+        return kernels().backward(call, out, lse, d_out, d_rows, needs, rounding)
 
     def tangent(
         self, call: AttentionCall, saved: tuple[Tensor, Tensor, Tensor | None], tangents: Gradients

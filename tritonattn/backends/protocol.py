@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.call import AttentionCall, ForwardResult, Request
+from ..core.call import AttentionCall, ForwardResult, Request, RowGradients
 from ..core.terms import Gradients, Needs
 
 Attend = Callable[[AttentionCall], ForwardResult]
@@ -88,10 +88,13 @@ class Backend:
         call: AttentionCall,
         saved: tuple[Tensor, Tensor, Tensor | None],
         d_out: Tensor,
-        d_lse: Tensor | None,
+        d_rows: RowGradients,
         needs: Needs,
     ) -> Gradients:
-        """Compute the gradients that `needs` asks for; saved: out, lse and rounding of `forward`."""
+        """Compute the gradients that `needs` asks for; saved: out, lse and rounding of `forward`.
+
+        d_rows.max_logit is None: `ops.largest` gives what comes of it.
+        """
         raise NotImplementedError
 
     def tangent(

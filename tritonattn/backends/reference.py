@@ -60,10 +60,10 @@ def attention(
     returns      out [B, Hq, Sq, Dv] in q's dtype; the others [B, Hq, Sq] in fp32 (fp64 for fp64 q)
 
     Operands keep their dtype; logits, softmax and accumulation are in fp32 (fp64 for fp64 q); p is rounded to
-    v's dtype before it meets v. out and lse are differentiable, max_logit and entropy are not. A row without
-    keys, or with a bias of -inf at all of them, gives out 0, lse = max_logit = -inf, entropy 0 and no gradient,
-    whatever d_out holds there. Keys that no row attends to, and queries without keys, are replaced by zeros first, so
-    that NaN and inf in them reach no result and no gradient.
+    v's dtype before it meets v. All results are differentiable; the lowest key that has the maximum takes the gradient
+    of max_logit. A row without keys, or with a bias of -inf at all of them, gives out 0, lse = max_logit = -inf,
+    entropy 0 and no gradient, whatever d_out holds there. Keys that no row attends to, and queries without keys, are
+    replaced by zeros first, so that NaN and inf in them reach no result and no gradient.
     """
     dtype, softcap = torch.promote_types(q.dtype, torch.float32), terms.softcap
     bias = _biases(addend, terms, visibility, dtype)
@@ -93,7 +93,7 @@ def attention(
         capped = torch.where(weighed, capped, -torch.inf)
 
         lse = _log_sum_exp(capped)
-        probability = _softmax(capped)
+        softmax = probability = _softmax(capped)
         if terms.sinks is not None:
             gap = torch.where(attends, lse[..., None] - terms.sinks.to(dtype)[..., None], 0)
             probability = probability * logsigmoid(gap).exp()  # 1 - sigmoid, in its gradient, is 0 from a gap of 17 on
@@ -104,8 +104,9 @@ def attention(
             probability = torch.where(keep, probability, 0) / (1 - dropout.p)
         out = torch.where(attends, probability.to(v.dtype).to(dtype) @ value, 0)
 
-    max_logit = _maximum(torch.where(visible, logit, -torch.inf)).squeeze(-1)
-    entropy = torch.special.entr(_softmax(capped.detach())).sum(-1)
+    entropy = torch.special.entr(torch.where(softmax == 0, 1, softmax)).sum(-1)  # at 0 its slope is infinite
+    logit = pad(torch.where(weighed, logit, -torch.inf), (0, 1), value=-torch.inf)
+    max_logit = logit.gather(-1, logit.detach().argmax(-1, keepdim=True)).squeeze(-1)
     return ForwardResult(out.to(q.dtype), lse, max_logit, entropy)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ def run(request: Request) -> Tensor | tuple[Tensor, AttentionAux]:
     # A compiler reads no state here.
     if not (is_compiled or has_transform or given.cached) and observers.get():
         _notify(given, result.out)
-    return (result.out, aux_of(result)) if aux else result.out
+    return (result.out, aux_of(result, backend.by_formulas)) if aux else result.out
 
 
 def statistics_of(request: Request, backend: Backend) -> Statistics:
@@ -306,8 +306,8 @@ def observed_rows(request: Request) -> ObservedRows:
     narrow = request.k.detach()[..., :1]  # stands for v; its values reach nothing that is read
     request = request.changed(v=narrow, aux=True, dropout_p=0.0, backend=backend)
     call = resolve(request, choose(request))
-    found, terms = aux_of(ops.attention(call)), call.terms
-    largest = capped = found.max_logit
+    found, terms = ops.attention(call), call.terms
+    largest = capped = cast(Tensor, found.max_logit)
     softcap = terms.softcap_of_rows()
     if softcap is not None and not terms.bias_after_softcap:
         capped = softcap * torch.tanh(largest / softcap)
@@ -315,5 +315,5 @@ def observed_rows(request: Request) -> ObservedRows:
     hiding = {name: torch.where(x == -torch.inf, x, 0) for name, x in biases.items() if x is not None}
     if hiding:
         plain = call.changed(terms=terms.changed(**hiding, bias_after_softcap=False))
-        largest = aux_of(ops.attention(plain)).max_logit
-    return ObservedRows(largest, torch.exp(capped - found.lse), found.entropy)
+        largest = cast(Tensor, ops.attention(plain).max_logit)
+    return ObservedRows(largest, torch.exp(capped - found.lse), cast(Tensor, found.entropy))

@@ -200,3 +200,15 @@ class ForwardResult(NamedTuple):
     lse: Tensor
     max_logit: Tensor | None = None
     entropy: Tensor | None = None
+
+
+class RowGradients(NamedTuple):
+    """Gradients of the statistics of rows, [B, Hq, Sq] with any strides; None for zero.
+
+    entropies   the entropies themselves, where `entropy`, their gradient, is there
+    """
+
+    lse: Tensor | None = None
+    max_logit: Tensor | None = None
+    entropy: Tensor | None = None
+    entropies: Tensor | None = None

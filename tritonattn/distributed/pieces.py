@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from ..core.autograd import first_order
-from ..core.call import AttentionCall, ForwardResult
+from ..core.call import AttentionCall, ForwardResult, RowGradients
 from ..core.terms import AXES, SINKS, Gradients, Needs
 from ..core.visibility import Visibility
 from ..ops.passes import backward_pass, forward_pass
@@ -110,30 +110,62 @@ def attend(call: AttentionCall, schedule: Schedule) -> ForwardResult:
     return ForwardResult(*results[: 4 if shared.aux else 2])
 
 
+@dataclass(eq=False)
+class _Largest:
+    """The largest logits of rows over the pieces so far, and the first key of the lowest piece that has each.
+
+    logit    [B, Hq, Sq]
+    first    int64 [B, Hq, Sq], `Piece.first`; -1 in rows without keys
+    """
+
+    logit: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor) -> _Largest:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        logit = q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
+        return cls(logit, torch.full_like(logit, -1, dtype=torch.int64))
+
+    def add(self, piece: Piece, logit: Tensor) -> None:
+        at = (ALL, piece.q_heads, piece.rows)
+        of_rows, first = self.logit[at], self.first[at]
+        is_next = (logit > of_rows) | ((logit == of_rows) & (first > piece.first))
+        self.logit[at] = torch.where(is_next, logit, of_rows)
+        self.first[at] = torch.where(is_next, piece.first, first)
+
+
 class _Attend(Function):
     @staticmethod
     def forward(ctx, *inputs):
         *tensors, ranges, schedule = inputs
         q, k, v, sinks = (tensors[number] for number in _FOR_ROWS)
         by_piece, keep_rounding = _by_piece(tensors, schedule), schedule.shared.keep_rounding
+        largest = _Largest.of(q) if schedule.shared.aux else None
 
         def results() -> Iterator[Result]:
             for held in schedule.held(k, v):
                 for piece in held.pieces:
                     call = schedule.call(by_piece, ranges, held, piece, sinks=not schedule.is_part)
-                    yield piece, forward_pass(call, keep_rounding or (schedule.is_part and v.dtype.itemsize == 2))
+                    found = forward_pass(call, keep_rounding or (schedule.is_part and v.dtype.itemsize == 2))
+                    if largest is not None:
+                        largest.add(piece, found[2])
+                    yield piece, found
 
         out, lse, max_logit, entropy, rounding = schedule.rows(q, v, sinks, results())
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(max_logit, entropy)
-        ctx.save_for_backward(*tensors, ranges, out, lse, rounding if keep_rounding else None)
+        of_aux = (None, None) if largest is None else (entropy, largest.first)
+        if largest is None:
+            ctx.mark_non_differentiable(max_logit, entropy)
+        ctx.save_for_backward(*tensors, ranges, out, lse, rounding if keep_rounding else None, *of_aux)
         ctx.schedule = schedule
         return out, lse, max_logit, entropy
 
     @staticmethod
     @first_order("attention over several ranks")
-    def backward(ctx, saved, d_out, d_lse, *none):
-        *tensors, ranges, out, lse, rounding = saved
+    def backward(ctx, saved, d_out, d_lse, d_max_logit, d_entropy):
+        *tensors, ranges, out, lse, rounding, entropies, first = saved
+        entropies = None if d_entropy is None else entropies
         schedule: Schedule = ctx.schedule
         needs = Needs(*ctx.needs_input_grad[: len(Needs._fields)])
         sums = Gradients(*(x.new_zeros(x.shape) if need else None for x, need in zip(tensors, needs, strict=True)))
@@ -141,10 +173,13 @@ class _Attend(Function):
         for held in schedule.held(tensors[1], tensors[2], sums):
             for piece in held.pieces:
                 indices, keys, at = piece.indices, (..., piece.keys, ALL), (ALL, piece.q_heads, piece.rows)
-                of_rows: list[Any] = [None if x is None else x[at] for x in (out, lse, rounding, d_out, d_lse)]
+                of_results = out, lse, rounding, d_out, d_lse, d_max_logit, d_entropy, entropies
+                of_rows: list[Any] = [None if x is None else x[at] for x in of_results]
                 call = schedule.call(by_piece, ranges, held, piece, sinks=True)
-                results = of_rows[0], of_rows[1], of_rows[2]
-                got = backward_pass(call, results, of_rows[3], of_rows[4], needs)
+                d_rows = RowGradients(*of_rows[4:])
+                if d_rows.max_logit is not None:
+                    d_rows = d_rows._replace(max_logit=d_rows.max_logit.masked_fill(first[at] != piece.first, 0))
+                got = backward_pass(call, (of_rows[0], of_rows[1], of_rows[2]), of_rows[3], d_rows, needs)
                 if not piece.has_sinks:
                     got = got._replace(**dict.fromkeys(SINKS))
                 totals, indices_of = (*sums, *held.gradients), (*indices, keys, keys)

@@ -37,7 +37,7 @@ class _Ring(Schedule):
         part, moving = [k.to(v.dtype), v], None
         for step in range(split.size):
             coming = collectives.pass_on(part, split) if step < split.size - 1 else None
-            pieces = pieces_of(self.shared.sequence, (split.rank - step) % split.size)
+            pieces = pieces_of(self.shared.sequence, (split.rank - step) % split.size, joins=not self.shared.aux)
             held = Held(part[0], part[1], pieces, [None if sums is None else self.zeros(x, v) for x in part])
             yield held
             if sums is not None:
@@ -77,10 +77,11 @@ class _Ring(Schedule):
         return out, lse, max_logit, entropy, rounding
 
 
-def pieces_of(sequence: SharedSequence, source: int) -> list[Piece]:
+def pieces_of(sequence: SharedSequence, source: int, joins: bool = True) -> list[Piece]:
     """The chunks of rows, and the chunks of the part of rank `source`, that sizes alone do not rule out.
 
-    Two chunks that rows attend to up to the end, or but for the last one's diagonal, are taken at once.
+    Two chunks that rows attend to up to the end, or but for the last one's diagonal, are taken at once where it joins:
+    keys of other pieces may lie between them, so that no piece then tells which key of equal logits is the lowest.
     """
     split, whole = sequence.split, sequence.whole
     length = sequence.visibility.q_len
@@ -99,7 +100,7 @@ def pieces_of(sequence: SharedSequence, source: int) -> list[Piece]:
             if whole.is_full or (is_causal and key < row):
                 window = ALL_KEYS
             of_rows.append(Piece(slice(i * n, (i + 1) * n), keys, vectors, key * n, window))
-        if len(of_rows) == 2 and of_rows[0].window == ALL_KEYS and of_rows[1].window is not None:
+        if joins and len(of_rows) == 2 and of_rows[0].window == ALL_KEYS and of_rows[1].window is not None:
             first, last = of_rows
             keys, vectors = slice(first.keys.start, last.keys.stop), slice(first.vectors.start, last.vectors.stop)
             of_rows = [last._replace(keys=keys, vectors=vectors)]

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
@@ -28,7 +29,7 @@ from ..core.autograd import (
     save,
     with_jvp,
 )
-from ..core.call import AttentionCall, ForwardResult
+from ..core.call import AttentionCall, ForwardResult, RowGradients
 from ..core.terms import Gradients, Needs
 from ..core.visibility import Visibility
 from .operators import ARGUMENTS, GRADIENTS, TENSORS, call_of, flat, without_repeats
@@ -44,9 +45,9 @@ from .passes import (
 
 
 def attention(call: AttentionCall) -> ForwardResult:
-    """Run a call on its backend, "triton" or "sdpa"; out and lse have gradients towards q, k, v, scales and sinks.
+    """Run a call on its backend, "triton" or "sdpa"; the results have gradients towards its tensors.
 
-    max_logit and entropy are None without aux.
+    max_logit and entropy are None without aux. They have no derivatives beyond the first.
     """
     given = call.q, call.k, call.v, *call.terms.tensors()
     has_graph = not call.cached and needs_graph(*given)
@@ -128,28 +129,39 @@ class _Attention(Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         *tensors, ctx.rest, _ = inputs
-        out, lse, *others = output
+        out, lse, _, entropy, rounding = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*[x for x in others if x is not None])
-        save(ctx, out, lse, others[-1], *tensors)
+        if entropy is None or entropy.dim() == 1:  # not asked for
+            ctx.mark_non_differentiable(*[x for x in output[2:] if x is not None])
+            entropy = None
+        elif rounding is not None:
+            ctx.mark_non_differentiable(rounding)
+        save(ctx, out, lse, rounding, entropy, *tensors)
 
     @staticmethod
-    def backward(ctx, d_out, d_lse, *none):
-        (out, lse, rounding, *tensors), rest = ctx.saved_tensors, ctx.rest
+    def backward(ctx, d_out, d_lse, d_max_logit, d_entropy, _):
+        (out, lse, rounding, entropy, *tensors), rest = ctx.saved_tensors, ctx.rest
         results = out, lse, rounding if rest.keep_rounding else None
         needs = Needs(*ctx.needs_input_grad[:GRADIENTS])
-        if differentiates_again():
+        d_rows = RowGradients(d_lse, d_max_logit, d_entropy, None if d_entropy is None else entropy)
+        if not differentiates_again():
+            found = backward_pass(rest.call(tensors), results, d_out, d_rows, needs)
+        elif d_max_logit is None and d_entropy is None:
             found = _gradients(rest, tensors, results, d_out, d_lse, needs)
         else:
-            found = backward_pass(rest.call(tensors), results, d_out, d_lse, needs)
+            with torch.no_grad():
+                found = backward_pass(rest.call(tensors), results, d_out, d_rows, needs)
+            found = refused(_NO_SECOND_OF_ROWS, found, (*tensors[:GRADIENTS], d_out, *d_rows[:3]))
         return *found, *_OF_OTHERS, None, None
 
     @staticmethod
     def tangent(ctx, *tangents):
-        (out, lse, rounding, *tensors), rest = ctx.saved_tensors, ctx.rest
+        (out, lse, rounding, entropy, *tensors), rest = ctx.saved_tensors, ctx.rest
         results = out.detach(), lse.detach(), rounding if rest.keep_rounding else None  # they get tangents after this
         along = Gradients(*tangents[:GRADIENTS])
-        return *_tangents(rest, _primals(tensors), results, along), None, None, None
+        # torch takes no None for a result that has a graph: `AttentionAux` refuses access to these.
+        of_aux = [None if entropy is None else torch.full_like(lse.detach(), torch.nan) for _ in range(2)]
+        return *_tangents(rest, _primals(tensors), results, along), *of_aux, None
 
 
 def _gradients(
@@ -216,7 +228,8 @@ class _Backward(_Pass):
     @staticmethod
     def forward(*inputs):
         *tensors, out, lse, rounding, d_out, d_lse, asked = inputs
-        found = backward_pass(asked.rest.call(tensors), (out, lse, rounding), d_out, d_lse, asked.of_tensors)
+        results, d_rows = (out, lse, rounding), RowGradients(d_lse)
+        found = backward_pass(asked.rest.call(tensors), results, d_out, d_rows, asked.of_tensors)
         return tuple([x for x in found if x is not None])
 
     @staticmethod
@@ -286,6 +299,7 @@ class _Tangent(_Pass):
         return _tangents(rest, _primals(tensors), (out, lse, rounding), Gradients(*along))
 
 
+_NO_SECOND_OF_ROWS = 'max_logit and entropy have no gradients of gradients; backend="reference" has them'
 _NO_THIRD = 'third derivatives are not supported; backend="reference" has them'
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..backends.protocol import SecondOrder
 from ..core.autograd import runs_eagerly, without_autocast
-from ..core.call import AttentionCall
+from ..core.call import AttentionCall, RowGradients
 from ..core.eight_bit import dtype_of_sums
 from ..core.terms import Gradients, Needs, Terms, others_than
+from .largest import with_gradients_of_largest
 from .operators import GRADIENTS, NAMES, SCHEMA, call_of, flat, operator, vmap_of_call
 
 Saved = tuple[Tensor, Tensor, "Tensor | None"]  # out, lse, and rounding where it was kept
@@ -31,13 +32,13 @@ def backward_pass(
     call: AttentionCall,
     results: Saved,
     d_out: Tensor | None,
-    d_lse: Tensor | None,
+    d_rows: RowGradients,
     needs: Needs,
 ) -> Gradients:
     """Gradients of a call whose `forward_pass` returned `results`: out, lse, and rounding where it was kept."""
-    if runs_eagerly(call.q, call.k, call.v, d_out, d_lse):
-        return _backward(call, results, d_out, d_lse, needs)
-    filled = backward_operator(*flat(call), *results, d_out, d_lse, list(needs))
+    if runs_eagerly(call.q, call.k, call.v, d_out, *d_rows):
+        return _backward(call, results, d_out, d_rows, needs)
+    filled = backward_operator(*flat(call), *results, d_out, *d_rows, list(needs))
     return Gradients(*(gradient if need else None for gradient, need in zip(filled, needs, strict=True)))
 
 
@@ -111,16 +112,21 @@ def _backward(
     call: AttentionCall,
     results: Saved,
     d_out: Tensor | None,
-    d_lse: Tensor | None,
+    d_rows: RowGradients,
     needs: Needs,
 ) -> Gradients:
     if call.q.numel() == 0 or call.k.numel() == 0:
         return _zeros(call, needs)
-    d_out, d_lse = _cotangents(results, d_out, d_lse)
+    d_out, d_lse = _cotangents(results, d_out, d_rows.lse)
+    _, d_max, d_entropy, entropies = d_rows
+    d_rows = RowGradients(d_lse, None, None if d_entropy is None else d_entropy.resolve_neg(), entropies)
+    if d_max is not None:
+        of_rest = _backward(call, results, d_out, d_rows, needs)
+        return with_gradients_of_largest(call, of_rest, d_max.resolve_neg(), needs)
     first = call.visibility.first_keys() if call.visibility.invariant else None
     if first is not None:
         call = call.from_keys(first)
-    found = BACKENDS[call.backend].backward(call, results, d_out, d_lse, needs)
+    found = BACKENDS[call.backend].backward(call, results, d_out, d_rows, needs)
     return found if first is None else found.rolled(call.visibility.k_len - first)
 
 
@@ -211,15 +217,18 @@ def _(*arguments):
     return _allocate_forward(call_of(arguments), keep_rounding)
 
 
+_D_ROWS = "Tensor? d_lse, Tensor? d_max_logit, Tensor? d_entropy, Tensor? entropies"
+
+
 @operator(
     "backward",
-    f"{SCHEMA}, Tensor out, Tensor lse, Tensor? rounding, Tensor? d_out, Tensor? d_lse, bool[] needs",
+    f"{SCHEMA}, Tensor out, Tensor lse, Tensor? rounding, Tensor? d_out, {_D_ROWS}, bool[] needs",
     f"({', '.join(f'Tensor d_{name}' for name in Gradients._fields)})",
 )
 def backward_operator(*arguments):
-    *arguments, out, lse, rounding, d_out, d_lse, needs = arguments
-    call = call_of(arguments)
-    found = _backward(call, (out, lse, rounding), d_out, d_lse, Needs(*needs))
+    *arguments, out, lse, rounding, d_out, d_lse, d_max_logit, d_entropy, entropies, needs = arguments
+    call, d_rows = call_of(arguments), RowGradients(d_lse, d_max_logit, d_entropy, entropies)
+    found = _backward(call, (out, lse, rounding), d_out, d_rows, Needs(*needs))
     return tuple(call.q.new_empty(0) if x is None else x.contiguous() for x in found)
 
 

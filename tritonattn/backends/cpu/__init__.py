@@ -11,7 +11,7 @@
     by_parts                 the others without softcap, dropout and    PyTorch's kernel, on parts that hide nothing or
                              batch_invariant; sequences with lse <= 64   under a mask
     forward_pass,            all; return_aux; gradients of biases       tiles in plain torch: the kernel gives neither
-    backward_pass            and of lse                                 dP nor P
+    backward_pass            and of the statistics of rows              dP nor P
     tangent_pass,            derivatives beyond the first, after any    the kernel has none
     second_pass
 
@@ -26,7 +26,7 @@ With x = scale * (q . k) * query_scale * key_scale + biases and z = x, or softca
     keep_ij = kept_ij / (1 - p)                             1 without dropout
     out_i   = share_i sum_j keep_ij s_ij v_j
     delta_i = out_i . d_out_i
-    dz_ij   = s_ij (share_i keep_ij (d_out_i . v_j) - share_i delta_i + d_lse_i)
+    dz_ij   = s_ij (share_i keep_ij (d_out_i . v_j) - share_i delta_i + d_lse_i - d_entropy_i (ln s_ij + entropy_i))
     dx_ij   = dz_ij (1 - (z_ij / softcap)^2)                dz_ij without softcap
     d_sinks_i = -(1 - share_i) delta_i
     d_bias_ij = dx_ij                                   dz_ij where biases are added after the softcap
@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from ...core.autograd import without_autocast
-from ...core.call import AttentionCall, ForwardResult
+from ...core.call import AttentionCall, ForwardResult, RowGradients
 from ...core.terms import ADDENDS, Gradients, Needs
 from ..protocol import Backend, SecondOrder
 from . import backward_pass, by_parts, forward_pass, second_pass, tangent_pass, torch_kernel
@@ -65,11 +65,11 @@ class Sdpa(Backend):
         call: AttentionCall,
         saved: tuple[Tensor, Tensor, Tensor | None],
         d_out: Tensor,
-        d_lse: Tensor | None,
+        d_rows: RowGradients,
         needs: Needs,
     ) -> Gradients:
         with without_autocast(call.q):
-            return _backward(call, saved, d_out, d_lse, needs)
+            return _backward(call, saved, d_out, d_rows, needs)
 
     def tangent(
         self, call: AttentionCall, saved: tuple[Tensor, Tensor, Tensor | None], tangents: Gradients
@@ -91,24 +91,25 @@ def _backward(
     call: AttentionCall,
     saved: tuple[Tensor, Tensor, Tensor | None],
     d_out: Tensor,
-    d_lse: Tensor | None,
+    d_rows: RowGradients,
     needs: Needs,
 ) -> Gradients:
     out, lse, rounding = saved
-    needs_tiles = d_lse is not None or any(getattr(needs, name) for name in ADDENDS)
+    of_rows = d_rows.lse is not None or d_rows.entropy is not None
+    needs_tiles = of_rows or any(getattr(needs, name) for name in ADDENDS)
     if needs_tiles or not by_parts.takes(call):
-        return backward_pass.backward(call, out, lse, d_out, d_lse, needs, rounding)
+        return backward_pass.backward(call, out, lse, d_out, d_rows, needs, rounding)
     parts = parts_of(call.visibility, by_parts.may_join(call, is_wide=True))
     prepared = by_parts.prepared(call, parts, needs)
     if prepared is None:
-        return backward_pass.backward(call, out, lse, d_out, d_lse, needs, rounding)
+        return backward_pass.backward(call, out, lse, d_out, d_rows, needs, rounding)
     rows = by_parts.rows_of_tiles(lse, call.visibility, prepared.spoiled)
     if rows is None:
         return by_parts.backward(prepared.call, parts, saved, d_out, needs)
     # A row with an lse of -inf has no gradient: each way leaves the other's rows out, and what they find adds up.
     of_rest = out, lse.masked_fill(rows, -torch.inf), rounding
     of_parts = by_parts.backward(prepared.call, parts, of_rest, d_out, needs)
-    of_tiles = backward_pass.backward(call, out, lse.masked_fill(~rows, -torch.inf), d_out, None, needs, rounding)
+    of_tiles = backward_pass.backward(call, out, lse.masked_fill(~rows, -torch.inf), d_out, d_rows, needs, rounding)
     pairs = zip(of_parts, of_tiles, strict=True)
     return Gradients(*(None if x is None or y is None else x + y for x, y in pairs))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...core.call import AttentionCall
+from ...core.call import AttentionCall, RowGradients
 from ...core.rounding import before_rounding
 from ...core.terms import Gradients, Needs, addends
 from .fixed_tiles import tiles_of
@@ -22,13 +22,13 @@ def backward(
     out: Tensor,
     lse: Tensor,
     d_out: Tensor,
-    d_lse: Tensor | None,
+    d_rows: RowGradients,
     needs: Needs,
     rounding: Tensor | None = None,
 ) -> Gradients:
     """Compute the gradients that `needs` asks for.
 
-    out [B, Hq, Sq, Dv], lse [B, Hq, Sq] and rounding are those of `forward`; d_out and d_lse are alike, any strides.
+    out [B, Hq, Sq, Dv], lse [B, Hq, Sq] and rounding are those of `forward`; d_out is shaped like out, any strides.
     """
     tiles = tiles_of(call)
     gradients = allocated(tiles, needs)
@@ -36,7 +36,7 @@ def backward(
     for heads in tiles.heads():
         sums = _KeySums.of(tiles, heads, gradients)
         for block in tiles.blocks(heads):
-            rows = _Rows.of(tiles, block, (out, rounding, lse, d_out, d_lse), lone)
+            rows = _Rows.of(tiles, block, (out, rounding, lse, d_out), d_rows, lone)
             d_query = _add_tiles(tiles, block, rows, sums, gradients)
             _store_of_rows(tiles, block, rows, d_query, gradients)
         _store_of_keys(tiles, heads, sums, gradients)
@@ -57,7 +57,8 @@ class _Rows:
                   key: the gradient of that logit is then d_lse, without rounding
     delta         out . d_out
     share         of the softmax that the sink leaves to the keys, or None without sinks
-    d_lse         d_lse, or None
+    d_lse         d_lse - d_entropy * entropy, or None
+    d_entropy     d_entropy, or None
     d_sink        -(1 - share) * delta, or None without sinks
     """
 
@@ -71,6 +72,7 @@ class _Rows:
     delta: Tensor
     share: Tensor | None
     d_lse: Tensor | None
+    d_entropy: Tensor | None
     d_sink: Tensor | None
 
     @classmethod
@@ -78,12 +80,13 @@ class _Rows:
         cls,
         tiles: Tiles,
         block: Block,
-        saved: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None],
+        saved: tuple[Tensor, Tensor | None, Tensor, Tensor],
+        d_rows: RowGradients,
         lone: Tensor | None,
     ) -> _Rows:
-        """The terms of rows, from (out, rounding, lse, d_out, d_lse) and the rows of one key."""
+        """The terms of rows, from (out, rounding, lse, d_out), the gradients of rows and the rows of one key."""
         call = tiles.call
-        out, rounding, lse, d_out, d_lse = saved
+        out, rounding, lse, d_out = saved
         lse, blind, seeing = rows_with_keys(tiles, block, lse)
         query, d_out = seeing(call.q), seeing(d_out)
         query_scale = None if call.terms.query_scale is None else seeing(call.terms.query_scale[..., None])
@@ -99,13 +102,18 @@ class _Rows:
             d_out = d_out * share
         if call.dropout is not None:
             d_out = d_out / (1 - call.dropout.p)
-        d_lse = None if d_lse is None else seeing(d_lse[..., None])
+        d_lse, d_entropy, entropies = (
+            None if x is None else seeing(x[..., None]) for x in (d_rows.lse, d_rows.entropy, d_rows.entropies)
+        )
+        if d_entropy is not None and entropies is not None:
+            d_lse = -d_entropy * entropies if d_lse is None else d_lse - d_entropy * entropies
         d_weight_of = d_out
         if lone is not None:
             is_lone = tiles.of_each_row(lone, block) > 0
             d_weight_of, delta = d_out.masked_fill(is_lone, 0), delta.masked_fill(is_lone, 0)
         lse = lse.masked_fill(blind, torch.inf)
-        return cls(query, query_scale, factor, query * factor, lse, d_out, d_weight_of, delta, share, d_lse, d_sink)
+        of_rows = query, query_scale, factor, query * factor, lse, d_out, d_weight_of, delta, share
+        return cls(*of_rows, d_lse, d_entropy, d_sink)
 
     def shift(self, delta: Tensor) -> Tensor:
         """d_lse - share * delta: added to the gradient of a weight it gives that of a logit, but for the weight."""
@@ -193,6 +201,8 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
         if d_logit is None:
             continue
         d_logit = d_logit.add_(rows.shift(delta)).mul_(weight)
+        if rows.d_entropy is not None:
+            d_logit.addcmul_(rows.d_entropy, torch.special.entr(weight))
         if is_after:
             add_biases(tiles, block, piece.keys, d_logit, gradients)
         if piece.slope is not None:

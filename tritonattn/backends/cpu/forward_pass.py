@@ -42,6 +42,24 @@ def forward(call: AttentionCall, rounding: Tensor | None = None) -> ForwardResul
     return ForwardResult(out, lse, *statistics)
 
 
+def largest_keys(call: AttentionCall) -> Tensor:
+    """The lowest key with the largest logit of `_Rows.before_softcap`: int64 [B, Hq, Sq]; -1 in rows without keys."""
+    tiles = tiles_of(call)
+    found = torch.empty(call.q.shape[:3], dtype=torch.int64, device=call.q.device)
+    for heads in tiles.heads():
+        for block in tiles.blocks(heads):
+            rows = _Rows(tiles, block)
+            largest = rows.query.new_full((*rows.query.shape[:2], 1), -torch.inf)
+            key = torch.full_like(largest, -1, dtype=torch.int64)
+            for keys, hidden in tiles.keys_of(block, tiles.spans_of(block)):
+                logit, _ = rows.before_softcap(keys, hidden)
+                of_span, at = logit.max(-1, keepdim=True)
+                is_larger = of_span > largest
+                largest, key = torch.where(is_larger, of_span, largest), torch.where(is_larger, at + keys.start, key)
+            tiles.store(found, key, block)
+    return found
+
+
 class _Rows:
     """The rows of a block, for their logits."""
 
@@ -52,10 +70,10 @@ class _Rows:
         if self.call.terms.query_scale is not None:
             self.factor = tiles.of_each_row(self.call.terms.query_scale, block) * self.call.terms.scale
 
-    def logits(self, keys: slice, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The logits of a span of keys, [N, G * rows, keys], and the largest of each row before the softcap.
+    def before_softcap(self, keys: slice, hidden: Tensor | None) -> tuple[Tensor, float | Tensor | None]:
+        """The logits of a span of keys before the softcap, [N, G * rows, keys], and the softcap that is still to come.
 
-        With biases after the softcap it is the largest of the logits.
+        With biases after the softcap it has come, and the softcap is None.
         """
         tiles, block, softcap = self.tiles, self.block, self.tiles.softcap_of(self.block)
         logit = logits_of(self.query, self.factor, tiles.scaled_keys(block.heads, keys))
@@ -64,10 +82,15 @@ class _Rows:
             logit, softcap = self._capped_(logit, softcap), None
         tiles.add_bias(logit, block, keys)
         tiles.hide(logit, block, hidden)
+        return logit, softcap
+
+    def logits(self, keys: slice, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The logits of a span of keys, [N, G * rows, keys], and the largest of each row of `before_softcap`."""
+        logit, softcap = self.before_softcap(keys, hidden)
         largest = logit.amax(-1, keepdim=True)
         if softcap is not None:
             logit = self._capped_(logit, softcap)
-            tiles.hide(logit, block, hidden)
+            self.tiles.hide(logit, self.block, hidden)
         return logit, largest
 
     def _capped_(self, logit: Tensor, softcap: float | Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.call import AttentionCall
+from ...core.call import AttentionCall, RowGradients
 from ...core.terms import AXES, PAIRS, Gradients, Needs
 from ...tuning.config import ROW_TERMS_ALIGNMENT as ALIGNMENT
 from .attention import (
@@ -42,7 +42,7 @@ from .grids import over_keys, over_row_terms, over_rows
 from .launch import KERNELS, Plan
 from .ranges import rows_of_key_blocks
 from .records import Arguments, Results, Strided, TensorGradients, View
-from .softmax import LOG2_E, before_rounding, joint_peak
+from .softmax import LN_2, LOG2_E, before_rounding, joint_peak
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -50,11 +50,13 @@ def attention_row_terms(
     results,
     d_out,
     d_lse_ptr,
+    d_entropy_ptr,
     query_scale,
     q_starts,
     k_starts,
     row_terms_ptr,
     delta_ptr,
+    of_exponents_ptr,
     d_sinks_ptr,
     scale,
     sinks,
@@ -76,6 +78,8 @@ def attention_row_terms(
         total[i]   = exp(lse[i]) + exp(sinks[i])               without sinks, no second term
         lse2[i]    = log2(total[i]), +inf for a row without keys, so that its probabilities come out as 0
         delta[i]   = sum_c out[i, c] * d_out[i, c] - d_lse[i] * total[i] / exp(lse[i])
+                     + d_entropy[i] * total[i] / exp(lse[i]) * (entropy[i] + ln total[i] - lse[i])
+        of_exponents[i] = -ln(2) * d_entropy[i] * total[i] / exp(lse[i])    only with d_entropy
         factor[i]  = scale * log2(e) * query_scale[i]          only with query_scale
         d_sinks[i] = -exp(sinks[i]) / total[i] * sum_c out[i, c] * d_out[i, c]
 
@@ -83,10 +87,12 @@ def attention_row_terms(
     where keys and values have means (arXiv:2510.04212 traces training that diverges to such rounding).
 
     Grid: (blocks of the longest Sq rounded up to ROW_TERMS_ALIGNMENT, Hq, sequences).
-    results     `Results` of the forward: out, rounding (int8, what out lost when it was rounded, or None) and lse
-    d_out       `Strided` [B, Hq, Sq, Dv]; d_lse and d_sinks fp32 [B, Hq, Sq], contiguous, or None
+    results     `Results` of the forward: out, rounding (int8, what out lost when it was rounded, or None), lse, and
+                with d_entropy entropy
+    d_out       `Strided` [B, Hq, Sq, Dv]; d_lse, d_entropy and d_sinks fp32 [B, Hq, Sq], contiguous, or None
     delta       fp32 [B, Hq, terms_len], contiguous; `terms_offset` says where a row stands. Rows between a
                 sequence's end and the next multiple are as rows without keys, so that no reader needs a bound
+    of_exponents    like delta, or None: what multiplies log2(P[i, j]) in dP[i, j]
     terms       [B, Hq, terms_len, 2], contiguous: what a fma adds to logits and to dP. -lse2 and -delta in fp32, or
                 with query_scale -lse2 and -delta * factor, each with factor in an int64: `load_term`. With a
                 bias (HAS_BIAS) -delta stays without factor
@@ -127,6 +133,14 @@ def attention_row_terms(
         # Past 2^126 the keys' share is not a number of fp32, and neither is what d_lse brings to them.
         gap = total2 - lse2
         delta -= tl.where(gap == float("inf"), 0.0, d_lse * tl.exp2(tl.minimum(gap, 126.0)))
+    if d_entropy_ptr is not None:
+        d_entropy = tl.load(d_entropy_ptr + row_offsets, mask=live, other=0.0)
+        entropy = tl.load(results.entropy + row_offsets, mask=live, other=0.0)
+        above = total2 - lse2
+        is_far = above == float("inf")
+        of_exponents = tl.where(is_far, 0.0, d_entropy * tl.exp2(tl.minimum(above, 126.0)) * LN_2)
+        delta += of_exponents * (entropy * LOG2_E + tl.where(is_far, 0.0, above))
+        tl.store(of_exponents_ptr + term_offsets, -of_exponents, mask=keep_term)
     factor = None
     gradient_term = -delta
     tl.store(delta_ptr + term_offsets, delta, mask=keep_term)
@@ -148,13 +162,14 @@ KERNELS |= {
 
 
 class RowTerms(NamedTuple):
-    """The results of `attention_row_terms`, which states shapes, the corrected ones, and d_lse."""
+    """The results of `attention_row_terms`, which states shapes, the corrected ones, and d_lse: a record of kernels."""
 
+    d_lse: Tensor | None
+    d_sinks: Tensor | None
     terms: Tensor
     corrected: Tensor | None
     delta: Tensor
-    d_lse: Tensor | None
-    d_sinks: Tensor | None
+    of_exponents: Tensor | None
 
 
 def backward(
@@ -162,22 +177,21 @@ def backward(
     out: Tensor,
     lse: Tensor,
     d_out: Tensor,
-    d_lse: Tensor | None,
+    d_rows: RowGradients,
     needs: Needs,
     rounding: Tensor | None = None,
 ) -> Gradients:
     """Compute the gradients of a call by the row-terms, grad_query and grad_key_value kernels.
 
-    out, lse and rounding as `forward` left them; d_out [B, Hq, Sq, Dv] in out's dtype and d_lse fp32 [B, Hq, Sq], any
-    strides.
+    out, lse and rounding as `forward` left them; d_out [B, Hq, Sq, Dv] in out's dtype and d_rows fp32, any strides.
     """
     fp32_grad_q, fp32_grad_k = call.q.dtype != call.v.dtype, call.k.dtype != call.v.dtype
     d_out = one_layout(d_out) if call.visibility.invariant else aligned_copy(d_out)
     ready = prepared(
         call,
         d_out,
-        needs,
-        aux=d_lse is not None,
+        (needs, d_rows.entropy is not None),
+        aux=d_rows.lse is not None,
         rounding=rounding is not None,
         query_scale_grad=needs.query_scale,
         fp32_grad_q=fp32_grad_q,
@@ -185,7 +199,11 @@ def backward(
         is_part=call.is_part,
     )
     rounding = None if rounding is None else rounding.contiguous()
-    results = Results(out.contiguous(), rounding, lse.contiguous(), None, None)
+    d_lse, _, d_entropy, entropies = d_rows
+    if d_entropy is not None and entropies is not None:
+        d_entropy, entropies = d_entropy.contiguous(), entropies.contiguous()
+    d_rows = RowGradients(None if d_lse is None else d_lse.contiguous(), None, d_entropy, entropies)
+    results = Results(out.contiguous(), rounding, lse.contiguous(), None, entropies)
     of_pairs = needs.key_bias
     for name in PAIRS:
         of_pairs = of_pairs or getattr(needs, name)
@@ -193,8 +211,7 @@ def backward(
     corrects_keys = (needs.k or needs.key_scale) and ready.specialisation.problem.corrects_delta
     has_rows = needs.q or needs.query_scale or of_pairs or corrects_keys
     has_keys = needs.k or needs.v or needs.key_scale or of_pairs
-    d_lse = None if d_lse is None else d_lse.contiguous()
-    row_terms = _row_terms(ready, results, d_lse, needs, has_rows)
+    row_terms = _row_terms(ready, results, d_rows, needs, has_rows)
     found = new_gradients(ready, needs._replace(q=has_rows, k=has_keys, v=has_keys))
     if has_rows:
         _over_rows(ready, found, row_terms)
@@ -209,7 +226,7 @@ def backward(
     )
 
 
-def _row_terms(ready: Prepared, results: Results, d_lse: Tensor | None, needs: Needs, has_rows: bool) -> RowTerms:
+def _row_terms(ready: Prepared, results: Results, d_rows: RowGradients, needs: Needs, has_rows: bool) -> RowTerms:
     """Launch the pass whose terms the two others read. has_rows: that over rows runs, and corrects them."""
     problem = ready.specialisation.problem
     corrects = needs.query_scale or problem.has_bias or problem.relative_scale or problem.corrects_delta
@@ -226,16 +243,20 @@ def _row_terms(ready: Prepared, results: Results, d_lse: Tensor | None, needs: N
     both = q.new_empty((*shape, 2), dtype=joined)
     if corrects and has_rows:
         corrected = torch.empty_like(both)
-    found = RowTerms(both, corrected, q.new_empty(shape, dtype=torch.float32), d_lse, d_sinks)
+    delta = q.new_empty(shape, dtype=torch.float32)
+    of_exponents = None if d_rows.entropy is None else torch.empty_like(delta)
+    found = RowTerms(d_rows.lse, d_sinks, both, corrected, delta, of_exponents)
     masks = ready.arguments["masks"]
     arguments = {
         "results": results,
-        "d_lse_ptr": d_lse,
+        "d_lse_ptr": d_rows.lse,
+        "d_entropy_ptr": d_rows.entropy,
         "query_scale": terms.query_scale,
         "q_starts": masks.q_starts,
         "k_starts": masks.k_starts,
         "row_terms_ptr": both,
         "delta_ptr": found.delta,
+        "of_exponents_ptr": of_exponents,
         "d_sinks_ptr": d_sinks,
         "terms_len": terms_len,
     }
@@ -249,12 +270,8 @@ def _over_rows(ready: Prepared, found: Gradients, row_terms: RowTerms) -> None:
     if call.terms.key_scale is not None and call.q.dtype == torch.float16:
         key_size = largest(seen_scales(call.terms.key_scale, call.visibility))
     arguments = {
-        "row_terms_ptr": row_terms.terms,
-        "corrected_ptr": row_terms.corrected,
-        "delta_ptr": row_terms.delta,
+        "row_terms": row_terms,
         "terms_len": row_terms.delta.shape[2],
-        "d_lse_ptr": row_terms.d_lse,
-        "d_sinks_ptr": row_terms.d_sinks,
         "gradients": of_rows(found),
         "key_size": key_size,
     }
@@ -270,6 +287,7 @@ def _over_keys(ready: Prepared, found: Gradients, row_terms: RowTerms) -> None:
     arguments = {
         "terms": ready.arguments["terms"]._replace(query_scale=None),
         "row_terms_ptr": row_terms.terms if row_terms.corrected is None else row_terms.corrected,
+        "of_exponents_ptr": row_terms.of_exponents,
         "terms_len": row_terms.delta.shape[2],
         "gradients": of_keys(found),
         "factor_size": factor_size,

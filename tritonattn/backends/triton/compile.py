@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, find_paths_if, get_iterable_path
 
-from ...core.call import AttentionCall
+from ...core.call import AttentionCall, RowGradients
 from ...core.private_names import private
 from ...core.terms import Gradients, Needs
 from ...tuning.calls import Size
@@ -156,7 +156,7 @@ def _backward(problem: Problem) -> None:
     terms = {name: getattr(problem, name) for name in Needs._fields[4:]}
     needs = Needs(True, True, True, problem.query_scale_grad, **terms)
     d_lse = _tensor(*lse.shape) if problem.aux else None
-    backward(call, out, lse, operands.operand(*out.shape), d_lse, needs, rounding)
+    backward(call, out, lse, operands.operand(*out.shape), RowGradients(d_lse), needs, rounding)
 
 
 def _tangent(problem: Problem) -> None:

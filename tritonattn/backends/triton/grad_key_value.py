@@ -43,6 +43,7 @@ def attention_grad_key_value(
     extent,
     relative_right,
     row_terms_ptr,
+    of_exponents_ptr,
     factor_size,
     masks,
     gradients,
@@ -96,6 +97,7 @@ def attention_grad_key_value(
     *_descriptor     tensor descriptors of q and d_out with blocks [1, 1, BLOCK_M, BLOCK_D or BLOCK_DV], or None
     row_terms        of `attention_row_terms`, which hold query_scale: with it, dS * factor is one fma, and log2(e) is
                      taken out once at the end. With a bias the factor comes later: dX itself is added up first
+    of_exponents     of `attention_row_terms`, or None
     factor_size      fp32 [B, Hkv] or None: the largest |factor| of the group, never 0. dS * factor / factor_size is
                      rounded to 16 bits, so that a small factor does not push it below fp16's range
     gradients        `TensorGradients`: k [B, Hkv, Sk, D] and v [B, Hkv, Sk, Dv] contiguous; key_scale [B, Hkv, Sk] and
@@ -175,9 +177,8 @@ def attention_grad_key_value(
         batch_head = batch * q_heads + head
         q_head = from_row(q, batch, head, first_row, ALIGNED)
         do_head = from_row(d_out, batch, head, first_row, ALIGNED)
-        term_ptr = row_terms_ptr + 2 * terms_offset(
-            batch, head, sequence, first_row, q_heads, terms_len, masks.q_starts
-        )
+        first_term = terms_offset(batch, head, sequence, first_row, q_heads, terms_len, masks.q_starts)
+        term_ptr = row_terms_ptr + 2 * first_term
         d_key_bias = tl.zeros([BLOCK_N, KEY_SUM_COLUMNS], tl.float32)  # [BLOCK_N, KEY_SUM_COLUMNS]
         if terms.key_bias is not None:
             bias_ptrs = vector_from(terms.key_bias, batch, kv_head, index, key_indices)
@@ -245,6 +246,12 @@ def attention_grad_key_value(
                         kept = dropout_keeps(dropout_ptr, keep_from, batch_head, rows, first_key + start_n, BLOCK_N)
                         weights = tl.where(kept, p, 0.0)
                         dp = tl.where(kept, dp * keep_scale, 0.0)
+                    if of_exponents_ptr is not None:
+                        of_exponents = tl.load(of_exponents_ptr + first_term + offs_m)  # [M]
+                        log_p = tl.minimum(
+                            tl.maximum(exponent, -256.0), 1.0
+                        )  # [BLOCK_N, M], see `attention_grad_query`
+                        dp = tl.fma(log_p, of_exponents[None, :], dp)
                     gradient_term, gradient_factor = load_term(term_ptrs + 1, one, SPLIT_TERMS)
                     dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_DV]
                     if factor_size is not None:

@@ -39,11 +39,7 @@ def attention_grad_query(
     extent,
     relative_right,
     key_size,
-    d_lse_ptr,
-    d_sinks_ptr,
-    row_terms_ptr,
-    corrected_ptr,
-    delta_ptr,
+    row_terms,
     masks,
     gradients,
     scale,
@@ -86,9 +82,9 @@ def attention_grad_query(
         d_q[i]           = scale * query_scale[i] * raw[i]
         d_query_scale[i] = scale * sum_j dX[i, j] * (q[i] . k[j]) * key_scale[j] * r[i, j]
 
-    row_terms, delta, d_lse and d_sinks: see `attention_row_terms`. corrected is None, or like row_terms: receives them
-    with the corrected delta. `TensorGradients`: q [B, Hq, Sq, D] in q's dtype and query_scale fp32 [B, Hq, Sq] or None,
-    contiguous, every row written once.
+    row_terms: `RowTerms`, see `attention_row_terms`. corrected is None, or like terms: receives them with the corrected
+    delta. `TensorGradients`: q [B, Hq, Sq, D] in q's dtype and query_scale fp32 [B, Hq, Sq] or None, contiguous, every
+    row written once.
 
     key_size     fp32 [B, Hkv] or None: the largest |key_scale|, never 0. dX * key_scale / key_size is rounded to 16
                  bits, so that no size of the key scales pushes it out of fp16's range
@@ -122,8 +118,10 @@ def attention_grad_query(
     first_term = terms_offset(batch, head, sequence, first_row, q_heads, terms_len, masks.q_starts)
     term_offsets = first_term + start_m + block_rows  # [BLOCK_M]
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)  # [BLOCK_M]
-    exponent_term, factor = load_term(row_terms_ptr + 2 * term_offsets, factor, False)  # [BLOCK_M]
-    delta = tl.load(delta_ptr + term_offsets)  # [BLOCK_M]
+    exponent_term, factor = load_term(row_terms.terms + 2 * term_offsets, factor, False)  # [BLOCK_M]
+    delta = tl.load(row_terms.delta + term_offsets)  # [BLOCK_M]
+    if row_terms.of_exponents is not None:
+        of_exponents = tl.load(row_terms.of_exponents + term_offsets)  # [BLOCK_M]
     if terms.query_scale_after_softcap is not None:
         softcap = softcap_of_rows(softcap, factor, scale)  # [BLOCK_M]
     live = exponent_term != float("-inf")
@@ -164,10 +162,10 @@ def attention_grad_query(
     for PASS in tl.static_range(FIRST, 4):
         if PASS == AGAIN and SUMS and not IS_PART:
             excess = tl.sum(ds_sum, 1)  # sum_j dS[i, j] - (d_lse[i] - d_sinks[i]): minus the error of delta[i]
-            if d_lse_ptr is not None:
-                excess -= tl.load(d_lse_ptr + row_offsets, mask=live, other=0.0)
-            if d_sinks_ptr is not None:
-                excess += tl.load(d_sinks_ptr + row_offsets, mask=live, other=0.0)
+            if row_terms.d_lse is not None:
+                excess -= tl.load(row_terms.d_lse + row_offsets, mask=live, other=0.0)
+            if row_terms.d_sinks is not None:
+                excess += tl.load(row_terms.d_sinks + row_offsets, mask=live, other=0.0)
             delta += excess
         if PASS == AGAIN and CORRECT_DELTA:
             if INVARIANT:  # row by row: those of more keys keep their sum, with probabilities of 0
@@ -236,6 +234,10 @@ def attention_grad_query(
                     batch_head, first = batch * q_heads + head, first_key + start_n
                     kept = dropout_keeps(dropout_ptr, keep_from, batch_head, rows, first, step.shape[0])
                     dp = tl.where(kept, dp * keep_scale, 0.0)
+                if row_terms.of_exponents is not None:
+                    # Hidden pairs may have any exponent, and P of 0 has -inf: their product is NaN.
+                    log_p = tl.minimum(tl.maximum(exponent, -256.0), 1.0)  # [BLOCK_M, N]
+                    dp = tl.fma(log_p, of_exponents[:, None], dp)
                 zero = tl.zeros_like(s)
                 ds = tl.fma(p, dp - delta[:, None], zero)  # [BLOCK_M, N]
                 if SUMS >= 1 and PASS != AGAIN:
@@ -267,20 +269,20 @@ def attention_grad_query(
         if not IS_PART:
             d_query_scale = tl.fma(-excess, tl.sum(mean_logit, 1), d_query_scale)
         tl.store(gradients.query_scale + row_offsets, d_query_scale * scale, mask=keep_row)
-    if corrected_ptr is not None:
+    if row_terms.corrected is not None:
         gradient_term = -delta
         if terms.query_scale is not None and not HAS_BIAS:
             gradient_term *= factor
         at = 2 * (first_term + start_m + block_rows)
-        tl.store(corrected_ptr + at, tl.load(row_terms_ptr + at))
-        store_term(corrected_ptr + at + 1, gradient_term, factor, None)
+        tl.store(row_terms.corrected + at, tl.load(row_terms.terms + at))
+        store_term(row_terms.corrected + at + 1, gradient_term, factor, None)
         if BLOCK_M < ROW_TERMS_ALIGNMENT:
             if start_m + BLOCK_M >= q_len:  # the last block writes those behind it too
                 terms_end = tl.cdiv(q_len, ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
                 for start in range(start_m + BLOCK_M, terms_end, BLOCK_M):
                     at = 2 * (first_term + start + block_rows)
-                    tl.store(corrected_ptr + at, tl.load(row_terms_ptr + at))
-                    tl.store(corrected_ptr + at + 1, tl.load(row_terms_ptr + at + 1))
+                    tl.store(row_terms.corrected + at, tl.load(row_terms.terms + at))
+                    tl.store(row_terms.corrected + at + 1, tl.load(row_terms.terms + at + 1))
     d_q_ptrs = gradients.q + row_base * HEAD_DIM + tile_offsets(block_rows, BLOCK_D, HEAD_DIM, 1, False)
     keep_q = keep_row[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
     tl.store(d_q_ptrs, dq.to(gradients.q.dtype.element_ty), mask=keep_q)
