@@ -89,7 +89,7 @@ def test_a_person_can_finish_the_pages():
     """Details of a measurement go into a record of perf/results."""
     words = {page: len(TEXTS[page].split()) for page in DOCUMENTS}
     assert max(words.values()) <= 3_000, max(words, key=words.__getitem__)
-    assert sum(words.values()) <= 42_700
+    assert sum(words.values()) <= 43_200
 
 
 SCALINGS_PAGE = "docs/scalings.md"
