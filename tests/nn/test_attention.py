@@ -199,7 +199,8 @@ def test_a_full_cache_refuses_more_keys():
     cache = made.cache(2, 5)
     made(x[:, :4], cache=cache)
     held = cache.k.clone()
-    refuses("ValueError: ~ expected at most capacity = 5 keys, got 6", made, x[:, :2], cache=cache)
+    refuses("ValueError: x: expected at most capacity = 5 keys, got 6", made, x[:, :2], cache=cache)
+    refuses("ValueError: x: expected the cache's 2 sequences, got shape [1, ", made, x[:1, :1], cache=cache)
     assert torch.equal(cache.k, held)
     assert cache.lengths.tolist() == [4, 4]
 

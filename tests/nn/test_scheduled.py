@@ -50,6 +50,14 @@ def test_schedules_that_are_advanced_or_not_trained_say_nothing():
     assert len(training(copy.deepcopy(standing).train(), steps=2, advances=[standing])) == 1, "of the copy"
 
 
+def test_a_schedule_beside_the_training_of_others_says_nothing():
+    """It is alive in train mode, but no call takes its factor."""
+    idle = nn.Scheduled("sqrt_dim", "key_norm_mean", steps=10)
+    moving = nn.Scheduled("sqrt_dim", "key_norm_mean", steps=10)
+    assert training(moving, steps=4, advances=[moving]) == []
+    assert idle.progress().item() == 0
+
+
 def test_an_advance_of_several_steps():
     """As where a loop counts epochs, or goes on from a step of its own."""
     scaling = nn.Scheduled("sqrt_dim", "key_norm_mean", steps=8)

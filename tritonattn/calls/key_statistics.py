@@ -113,6 +113,9 @@ class KeyStatistics(CachedNorms):
     def append(self, k_new: Tensor, counts: Tensor | None = None) -> None:
         """Append the next keys of every sequence, before the `attention_decode` that attends to them.
 
+        Append each key once. A second `append` of the same keys takes them for later ones: nothing here knows the
+        cache, and factors of later steps are wrong. `counts` tells how many keys the record holds.
+
         Args:
             k_new: [B, Hkv, n, D], as they are written to the cache.
             counts: Integers [B]: how many of the n are keys of sequence b, the first ones; None is all. The others

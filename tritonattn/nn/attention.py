@@ -337,13 +337,18 @@ class ScaledAttention(SharesSequence, nn.Module):
             raise ValueError("cache: expected a causal layer, got causal=False")
         if not isinstance(cache, KeyValueCache):
             raise TypeError(f"cache: expected a KeyValueCache, got {type_of(cache)}")
+        if x.shape[0] != len(cache.lengths):
+            raise ValueError(f"x: expected the cache's {len(cache.lengths)} sequences, got shape {list(x.shape)}")
         q, k, v = self._projected(x)
         if needs_graph(q, k, v):
             raise NotImplementedError("cache: no gradient goes through it; call under torch.no_grad()")
         positions = cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)  # [B, Sq]
         q, k = self.positioned(q, k, positions)
         cache.claim(self)
-        cache.append(k, v, counts)
+        try:
+            cache.append(k, v, counts)
+        except ValueError as error:  # of the room that is left: x has what the cache calls k_new
+            raise ValueError(str(error).replace("k_new: ", "x: ", 1)) from error
         settings = self._settings(biases)
         if counts is None and x.shape[1] <= LONGEST_QUERY:
             return attention_decode(

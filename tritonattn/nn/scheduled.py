@@ -67,6 +67,7 @@ class Scheduled(ScalingModule):
         self.steps, self.blend = steps, blend
         self.step: Tensor
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.is_used = False
         await_steps(_Unadvanced(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -100,6 +101,8 @@ class Scheduled(ScalingModule):
         return (self.step.double() / self.steps).clamp(0, 1)
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        if self.training and not torch.compiler.is_exporting():
+            self.is_used = True
         t = self.progress().to(q.device)
         given = q, k, visibility, statistics
         parts = [scales_of(mode, None, *given, exact=True) for mode in (self.mode_a, self.mode_b)]
@@ -149,8 +152,9 @@ class _Unadvanced:
         scheduled = self._scheduled()
         if scheduled is None or scheduled.step.is_inference():
             return True
-        if not scheduled.training:
+        if not scheduled.training or not scheduled.is_used:
             return False
+        scheduled.is_used = False  # until a call takes its factor again
         version = scheduled.step._version  # which every change in place moves on, and no one has to wait for
         if id(optimizer) not in self._versions:
             self._versions[id(optimizer)] = version
