@@ -180,7 +180,7 @@ ROWS: dict[str, list[Probe]] = {
         agrees(key_bias=torch.linspace(-1, 1, 12).view(2, 6).requires_grad_(), softcap=2.0, dropout_p=0.3),
     ],
     "`bias`, `relative_bias`, `bias_after_softcap`": [
-        agrees(bias=pairs(2, 1, 6), causal=True),
+        agrees(bias=pairs(1, 2, 1, 6), causal=True),
         agrees(relative_bias=pairs(1, 2, 1, 4), relative_right=2),
         agrees(key_bias=pairs(2, 6), softcap=2.0, bias_after_softcap=True),
     ],
