@@ -1,5 +1,6 @@
 """What make says before it installs, what it repairs, and how `make test` sums up its phases."""
 
+import os
 import re
 import runpy
 import shutil
@@ -61,7 +62,9 @@ def test_all_that_is_missing_is_said_at_once(capsys, monkeypatch, tmp_path):
 def commands(folder, *arguments):
     """What make would run, with its virtual environment in a folder."""
     command = ["make", "--dry-run", f"VENV={folder}", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    around = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "LOCK")  # of a make that runs these tests
+    environment = {name: value for name, value in os.environ.items() if name not in around}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
