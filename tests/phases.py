@@ -60,6 +60,8 @@ def run(phase: Phase, workers: str, arguments: list[str]) -> Outcome:
     """Run a phase to its end, with pytest's output on this terminal."""
     # One thread a worker: more would take the cores from one another. Neighbours share fixtures: they stay on a worker.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": str(int(phase.is_interpreted))}
+    if not os.access(Path.home(), os.W_OK):  # where Triton keeps what it compiled
+        environment = {"TRITON_CACHE_DIR": str(Path.cwd() / ".triton")} | environment
     parallel = ["-n", workers, "--dist", "worksteal"] if phase.is_parallel else []
     with tempfile.TemporaryDirectory(prefix="tritonattn-tests-") as folder:
         report, start = Path(folder, "report.xml"), time.perf_counter()
